@@ -1,0 +1,39 @@
+# The two commands are `make demo` and `make test`; both set up what is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?= demo
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo    train on simulated scans, predict, evaluate, report (minutes on two cores)"
+	@echo "make test    run the test suite"
+	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make bench   measure speed and memory as ratios in one run"
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/delineate demo --out $(DEMO)
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed-dev
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,144 @@
+"""Where voxels lie in the patient: shape, affine, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations, product
+
+import numpy as np
+from numpy.typing import NDArray
+
+Shape3 = tuple[int, int, int]
+Affine = NDArray[np.float64]
+
+_NEGATIVE, _POSITIVE = "LPI", "RAS"
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A box of voxels in the patient.
+
+    ``shape`` counts voxels along (x, y, z); ``affine`` (4, 4) maps a voxel index to world
+    millimetres, RAS+. Two grids are compared with :meth:`matches`, by the distance of their
+    corners, never by exact equality of floats.
+    """
+
+    shape: Shape3
+    affine: Affine
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        affine = np.array(self.affine, dtype=np.float64)
+        affine.setflags(write=False)
+        object.__setattr__(self, "affine", affine)
+
+    @classmethod
+    def of_spacing(cls, shape: Sequence[int], spacing_mm: Sequence[float] = (1, 1, 1)) -> Grid:
+        """An axis-aligned RAS grid with its first voxel at the origin."""
+        x, y, z = shape
+        return cls((x, y, z), np.diag([*map(float, spacing_mm), 1.0]))
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance of neighbouring voxel centres along each axis."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(x), float(y), float(z)
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel in millilitres; right for sheared grids too."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+    @property
+    def orientation(self) -> str:
+        """Direction of increasing index along each axis, as three of the letters RLAPSI."""
+        world, sign = self._world_axes()
+        return "".join((_POSITIVE if s > 0 else _NEGATIVE)[w] for w, s in zip(world, sign, strict=True))
+
+    @property
+    def corners_mm(self) -> NDArray[np.float64]:
+        """The eight outermost voxel centres (8, 3) in world millimetres."""
+        index = np.array(list(product(*((0, n - 1) for n in self.shape))), dtype=np.float64)
+        return self.world(index)
+
+    def world(self, index: NDArray[np.float64]) -> NDArray[np.float64]:
+        """World millimetres (n, 3) of voxel indices (n, 3)."""
+        return index @ self.affine[:3, :3].T + self.affine[:3, 3]
+
+    def corner_distance_mm(self, other: Grid) -> float:
+        """Largest distance between corresponding corners; infinite where the shapes differ."""
+        if self.shape != other.shape:
+            return float("inf")
+        return float(np.linalg.norm(self.corners_mm - other.corners_mm, axis=1).max())
+
+    def matches(self, other: Grid, tolerance_mm: float = 0.01) -> bool:
+        """Whether both grids have the same shape and the same corners within the tolerance."""
+        return self.corner_distance_mm(other) <= tolerance_mm
+
+    def crop(self, start: Sequence[int], shape: Sequence[int]) -> Grid:
+        """The grid of a box from ``start`` (negative: outside, that is padding) with ``shape``."""
+        affine = self.affine.copy()
+        affine[:3, 3] = self.world(np.array([start], dtype=np.float64))[0]
+        x, y, z = shape
+        return Grid((x, y, z), affine)
+
+    def resample(self, shape: Sequence[int]) -> Grid:
+        """The grid with other voxel counts over the same extent (outer voxel borders kept)."""
+        scale = np.array(self.shape, dtype=np.float64) / np.array(shape)
+        affine = self.affine.copy()
+        affine[:3, :3] = self.affine[:3, :3] * scale
+        # The first voxel's outer corner stays; its centre moves by half the change in size.
+        affine[:3, 3] = self.world(((scale - 1) / 2)[None])[0]
+        x, y, z = shape
+        return Grid((x, y, z), affine)
+
+    def axes_to(self, orientation: str) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+        """How to view this grid in an orientation such as ``"RAS"``.
+
+        Returns ``order`` and ``flip``: axis ``i`` of the view is this grid's axis ``order[i]``,
+        reversed where ``flip[i]``.
+        """
+        world, sign = self._world_axes()
+        order, flip = [], []
+        for letter in orientation:
+            wanted = _POSITIVE.find(letter) if letter in _POSITIVE else _NEGATIVE.find(letter)
+            axis = world.index(wanted)
+            order.append(axis)
+            flip.append((sign[axis] > 0) != (letter in _POSITIVE))
+        return (order[0], order[1], order[2]), (flip[0], flip[1], flip[2])
+
+    def permute(self, order: Sequence[int], flip: Sequence[bool]) -> Grid:
+        """The grid of ``permute_axes(array, order, flip)``."""
+        affine = self.affine.copy()
+        affine[:3, :3] = self.affine[:3, list(order)]
+        shape = [self.shape[axis] for axis in order]
+        for i, reverse in enumerate(flip):
+            if reverse:
+                affine[:3, 3] += affine[:3, i] * (shape[i] - 1)
+                affine[:3, i] *= -1
+        return Grid((shape[0], shape[1], shape[2]), affine)
+
+    def __repr__(self) -> str:
+        spacing = " × ".join(f"{s:.4g}" for s in self.spacing_mm)
+        return f"{' × '.join(map(str, self.shape))} voxels of {spacing} mm, {self.orientation}"
+
+    def _world_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """For each voxel axis, the world axis it runs along, and its sign."""
+        cosines = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
+        world = max(permutations(range(3)), key=lambda p: sum(abs(cosines[p[i], i]) for i in range(3)))
+        return world, tuple(1 if cosines[world[i], i] >= 0 else -1 for i in range(3))
+
+
+def permute_axes(array: NDArray, order: Sequence[int], flip: Sequence[bool]) -> NDArray:
+    """View of ``array`` (..., X, Y, Z) with its last three axes reordered, then flipped."""
+    lead = array.ndim - 3
+    array = array.transpose(*range(lead), *(lead + axis for axis in order))
+    return array[(..., *(slice(None, None, -1 if reverse else None) for reverse in flip))]
+
+
+def permute_axes_back(array: NDArray, order: Sequence[int], flip: Sequence[bool]) -> NDArray:
+    """Inverse of :func:`permute_axes` with the same arguments."""
+    lead = array.ndim - 3
+    array = array[(..., *(slice(None, None, -1 if reverse else None) for reverse in flip))]
+    return array.transpose(*range(lead), *(lead + list(order).index(axis) for axis in range(3)))

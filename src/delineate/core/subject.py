@@ -1,0 +1,39 @@
+"""One patient's examination: which files are its channels and its label, and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An examination, by its files; nothing is read until it is asked for.
+
+    ``id`` is unique in its data set and names the files of its predictions. ``scans`` maps channel
+    names to files, in channel order; several names may share one file that holds all channels (4D).
+    ``patient`` groups examinations of one person: they never part in a split. ``site`` is the
+    scanner or centre.
+    """
+
+    id: str
+    scans: Mapping[str, Path]
+    label: Path | None = None
+    site: str = ""
+    patient: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.patient:
+            object.__setattr__(self, "patient", self.id)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return tuple(self.scans)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file of the subject, once, the label last."""
+        label = () if self.label is None else (self.label,)
+        return (*dict.fromkeys(self.scans.values()), *label)

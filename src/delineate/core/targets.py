@@ -1,0 +1,124 @@
+"""What is segmented: named sets of label values, exclusive or overlapping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delineate.errors import BadLabelValue, RecipeError
+
+IGNORED = 255
+"""Encoded value of a voxel that neither loss nor metric may see."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Named sets of label values.
+
+    ``values`` maps a target's name to the label values that belong to it, in the order of the
+    network's outputs. ``exclusive``: each voxel belongs to at most one target (softmax over
+    background and targets). ``overlapping``: a voxel may belong to several (a sigmoid each), as
+    tumour within liver. ``ignore``: values that count as unknown.
+    """
+
+    values: Mapping[str, tuple[int, ...]]
+    mode: Literal["exclusive", "overlapping"] = "exclusive"
+    ignore: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        values = {str(name): _as_tuple(v) for name, v in self.values.items()}
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "ignore", _as_tuple(self.ignore))
+        if not values:
+            raise RecipeError("no target is named; give at least one, such as {liver: [1]}")
+        for name, numbers in values.items():
+            if not numbers or 0 in numbers:
+                raise RecipeError(f"target '{name}' has values {list(numbers)}; give one or more, without 0 (background)")
+        used = [v for numbers in values.values() for v in numbers]
+        if self.mode == "exclusive" and len(set(used)) < len(used):
+            raise RecipeError(f"targets share label values {sorted(used)}; set mode: overlapping, or separate them")
+        if set(used) & set(self.ignore):
+            raise RecipeError(f"values {sorted(set(used) & set(self.ignore))} are both segmented and ignored; drop one")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.values)
+
+    @property
+    def exclusive(self) -> bool:
+        return self.mode == "exclusive"
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the network's output: background and targets, or a sigmoid a target."""
+        return len(self.values) + (1 if self.exclusive else 0)
+
+    @property
+    def known_values(self) -> frozenset[int]:
+        return frozenset({0, *self.ignore, *(v for numbers in self.values.values() for v in numbers)})
+
+    def check(self, label: NDArray, subject: str) -> None:
+        """Raise :class:`BadLabelValue` where ``label`` holds a value that no target knows."""
+        values, counts = np.unique(label, return_counts=True)
+        unknown = {int(v): int(n) for v, n in zip(values, counts, strict=True) if int(v) not in self.known_values}
+        if unknown:
+            found = ", ".join(f"{v} ({n} voxels)" for v, n in unknown.items())
+            raise BadLabelValue(
+                f"label of '{subject}' has values the targets do not know: {found}; "
+                f"known are {sorted(self.known_values)}; add them to a target or to 'ignore'"
+            )
+
+    def encode(self, label: NDArray) -> NDArray[np.uint8]:
+        """Training form (T, X, Y, Z) of a label (X, Y, Z).
+
+        Exclusive: T = 1, 0 background, 1… the targets in order. Overlapping: T targets, each 0 or
+        1. Ignored voxels are :data:`IGNORED` everywhere.
+        """
+        if self.exclusive:
+            encoded = np.zeros((1, *label.shape), dtype=np.uint8)
+            for index, numbers in enumerate(self.values.values(), start=1):
+                encoded[0][np.isin(label, numbers)] = index
+        else:
+            encoded = np.stack([np.isin(label, numbers) for numbers in self.values.values()]).astype(np.uint8)
+        if self.ignore:
+            encoded[:, np.isin(label, self.ignore)] = IGNORED
+        return encoded
+
+    def masks(self, label: NDArray) -> dict[str, NDArray[np.bool_]]:
+        """Boolean mask (X, Y, Z) of each target in a label with the data set's own values."""
+        return {name: np.isin(label, numbers) for name, numbers in self.values.items()}
+
+    def known(self, label: NDArray) -> NDArray[np.bool_]:
+        """Voxels of a label that are not ignored."""
+        return ~np.isin(label, self.ignore)
+
+    def decode(self, masks: NDArray) -> NDArray[np.unsignedinteger]:
+        """Label values (X, Y, Z) from target masks (T, X, Y, Z), T in the order of ``names``.
+
+        Each target writes the first of its values; later targets lie on top, so list the larger
+        target first (liver before tumour). A reference with the same convention reads back the
+        same masks as long as an inner target lies within the outer and shares its value list.
+        """
+        largest = max(self.written_value(name) for name in self.names)
+        label = np.zeros(masks.shape[1:], dtype=np.uint8 if largest < 256 else np.uint16)
+        for mask, name in zip(masks, self.names, strict=True):
+            label[mask] = self.written_value(name)
+        return label
+
+    def written_value(self, name: str) -> int:
+        """The label value that :meth:`decode` writes for a target: one that no later target claims."""
+        later = {v for other in self.names[self.names.index(name) + 1 :] for v in self.values[other]}
+        own = [v for v in self.values[name] if v not in later]
+        return (own or list(self.values[name]))[0]
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for YAML and JSON."""
+        return {"values": {n: list(v) for n, v in self.values.items()}, "mode": self.mode, "ignore": list(self.ignore)}
+
+
+def _as_tuple(values: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
+    return (values,) if isinstance(values, int) else tuple(int(v) for v in values)

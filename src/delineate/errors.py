@@ -1,0 +1,178 @@
+"""Every error that Delineate raises on purpose, with the stable code it carries.
+
+::
+
+    DelineateError
+     ├── ScanError                   a file or folder cannot be used as it is
+     │    ├── Truncated                E_TRUNCATED
+     │    ├── BadGeometry              E_GEOMETRY
+     │    ├── AmbiguousOrientation     E_AMBIGUOUS_ORIENTATION
+     │    ├── BadShape                 E_SHAPE
+     │    ├── TooLarge                 E_TOO_LARGE
+     │    ├── BadPath                  E_PATH
+     │    ├── BadVoxels                E_NONFINITE
+     │    ├── BadFormat                E_FORMAT
+     │    ├── GridMismatch             E_GRID_MISMATCH
+     │    └── BadLabelValue            E_LABEL_VALUE
+     ├── DatasetError                a collection of scans cannot be used as it is
+     │    ├── UnknownLayout            E_LAYOUT
+     │    ├── MissingFile              E_MISSING
+     │    ├── DuplicateSubject         E_DUPLICATE
+     │    ├── BrokenSubjects           E_BROKEN_SUBJECTS
+     │    └── BadSplit                 E_SPLIT
+     ├── RecipeError                 E_RECIPE      a recipe or setting is not valid
+     ├── BundleError                 E_BUNDLE      a bundle is damaged or does not fit
+     ├── CannotUndo                  E_UNDO        a preprocessing step has no way back
+     ├── TrainingError               E_TRAINING    training cannot go on
+     └── OutputError                 E_OUTPUT      a result cannot be written
+
+A message says what is wrong, what was found, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class DelineateError(Exception):
+    """Base of all errors raised on purpose."""
+
+    code = "E_DELINEATE"
+
+    def __str__(self) -> str:
+        return f"{self.code}: {super().__str__()}"
+
+    @property
+    def message(self) -> str:
+        """The text without the code."""
+        return super().__str__()
+
+
+class ScanError(DelineateError):
+    """A file or folder cannot be used as it is."""
+
+    code = "E_SCAN"
+
+
+class Truncated(ScanError):
+    """The file holds fewer (or other) bytes than its header promises."""
+
+    code = "E_TRUNCATED"
+
+
+class BadGeometry(ScanError):
+    """Spacing, origin or direction is missing, not finite, or out of range."""
+
+    code = "E_GEOMETRY"
+
+
+class AmbiguousOrientation(ScanError):
+    """The header holds two orientations that disagree."""
+
+    code = "E_AMBIGUOUS_ORIENTATION"
+
+
+class BadShape(ScanError):
+    """The array has an empty axis, or more axes than the layout knows."""
+
+    code = "E_SHAPE"
+
+
+class TooLarge(ScanError):
+    """The header asks for more voxels or bytes than the limits allow."""
+
+    code = "E_TOO_LARGE"
+
+
+class BadPath(ScanError):
+    """A header names a data file outside its own folder."""
+
+    code = "E_PATH"
+
+
+class BadVoxels(ScanError):
+    """Voxels are NaN or infinite."""
+
+    code = "E_NONFINITE"
+
+
+class BadFormat(ScanError):
+    """The file is not in a known format, or its header cannot be read."""
+
+    code = "E_FORMAT"
+
+
+class GridMismatch(ScanError):
+    """Two volumes that must share a grid do not."""
+
+    code = "E_GRID_MISMATCH"
+
+
+class BadLabelValue(ScanError):
+    """A label holds a value that is not an integer, or that the targets do not know."""
+
+    code = "E_LABEL_VALUE"
+
+
+class DatasetError(DelineateError):
+    """A collection of scans cannot be used as it is."""
+
+    code = "E_DATASET"
+
+
+class UnknownLayout(DatasetError):
+    """The folder's layout is not recognised."""
+
+    code = "E_LAYOUT"
+
+
+class MissingFile(DatasetError):
+    """A scan, channel or label that should be there is not."""
+
+    code = "E_MISSING"
+
+
+class DuplicateSubject(DatasetError):
+    """Two subjects share one name."""
+
+    code = "E_DUPLICATE"
+
+
+class BrokenSubjects(DatasetError):
+    """Inspection found subjects that cannot be trained on."""
+
+    code = "E_BROKEN_SUBJECTS"
+
+
+class BadSplit(DatasetError):
+    """A split cannot be made, or a split file does not fit the data set."""
+
+    code = "E_SPLIT"
+
+
+class RecipeError(DelineateError):
+    """A recipe or a setting is not valid."""
+
+    code = "E_RECIPE"
+
+
+class BundleError(DelineateError):
+    """A bundle is damaged, or does not fit what it is used for."""
+
+    code = "E_BUNDLE"
+
+
+class CannotUndo(DelineateError):
+    """A preprocessing step has no way back."""
+
+    code = "E_UNDO"
+
+
+class TrainingError(DelineateError):
+    """Training cannot go on."""
+
+    code = "E_TRAINING"
+
+
+class OutputError(DelineateError):
+    """A result cannot be written where it was asked for."""
+
+    code = "E_OUTPUT"
