@@ -1,0 +1,272 @@
+"""A recipe derived from the data and the machine, with the reason beside each choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delineate.core.targets import Targets
+from delineate.datasets.inspection import SubjectRow
+from delineate.recipe import Recipe, TargetsSpec, recipe_from
+
+THICK = 3.0
+"""From this ratio of slice spacing to in-plane spacing on, nothing is interpolated across slices."""
+
+VERY_THICK = 5.0
+"""From this ratio on, neighbouring slices share too little for 3D convolutions."""
+
+VOXELS_PER_TILE = {"cpu": 2**18, "mps": 2**20, "cuda": 2**21}
+"""About what one tile may hold so that a step takes about a second."""
+
+FIRST_WIDTH = {"cpu": 24, "mps": 32, "cuda": 32}
+LARGEST_WIDTH = 320
+
+BYTES_PER_VOXEL_AND_WIDTH = 60
+"""Memory of a training step for each voxel of a tile and channel of the first level, in bf16."""
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What the choices rest on; axes are (x, y, z) of the RAS orientation, arrays have a row a subject."""
+
+    shapes: NDArray[np.float64]
+    spacings_mm: NDArray[np.float64]
+    foreground_share: float
+    nonzero_share: float
+    lowest: float
+    far_maximum: float
+    target_share: float
+    modality: str
+    subjects: int
+
+
+@dataclass
+class _Choices:
+    """Values by dotted path, and the reasons for them."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def set(self, path: str, value: Any, reason: str = "") -> None:
+        *parents, last = path.split(".")
+        node = self.values
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+        if reason:
+            self.reasons[path] = reason
+
+
+def summarise(rows: Sequence[SubjectRow], modality: str = "") -> DataSummary:
+    """Summary of what inspection measured."""
+    shapes, spacings = [], []
+    for row in rows:
+        order = _ras_order(row.orientation)
+        shapes.append([row.shape[axis] for axis in order])
+        spacings.append([row.spacing_mm[axis] for axis in order])
+    channels = [channel for row in rows for channel in row.intensities.values()]
+    voxels = [float(np.prod(row.shape)) for row in rows]
+    labelled = [sum(n for value, n in row.label_voxels.items() if value != 0) for row in rows]
+    return DataSummary(
+        shapes=np.array(shapes, dtype=float),
+        spacings_mm=np.array(spacings, dtype=float),
+        foreground_share=float(
+            np.median([np.prod(row.foreground_shape) / n for row, n in zip(rows, voxels, strict=True)])
+        ),
+        nonzero_share=float(np.median([c.nonzero for c in channels])),
+        lowest=float(np.median([c.min for c in channels])),
+        far_maximum=float(max((c.max - c.p50) / max(c.p99_5 - c.p50, 1e-6) for c in channels)),
+        target_share=float(np.mean([n / v for n, v in zip(labelled, voxels, strict=True)])),
+        modality=modality,
+        subjects=len(rows),
+    )
+
+
+def derive_recipe(
+    summary: DataSummary,
+    targets: Targets,
+    *,
+    device: str,
+    memory_bytes: int,
+    channels: int = 1,
+    minutes: float | None = None,
+    steps: int | None = None,
+) -> tuple[Recipe, dict[str, str]]:
+    """The recipe and, by dotted path, the reason for each choice.
+
+    ``device`` is cpu, cuda or mps; ``memory_bytes`` is what training may take on it.
+    """
+    c = _Choices()
+    c.set("name", "auto")
+    c.set("description", f"Derived from {summary.subjects} inspected subjects.")
+    c.set("data.targets", TargetsSpec.of(targets).model_dump(mode="json"))
+    spacing, thick_axis, ratio = _spacing(summary)
+    shape = np.percentile(summary.shapes * summary.spacings_mm / spacing, 90, axis=0)
+    cropped = summary.foreground_share < 0.7
+    if cropped:
+        shape = shape * summary.foreground_share ** (1 / 3)
+    _choose_preprocessing(c, summary, spacing, thick_axis, ratio, cropped)
+    if ratio >= VERY_THICK:
+        side, network_reason = _choose_slices(c, shape, thick_axis, ratio, device, memory_bytes)
+        dims = [axis for axis in range(3) if axis != thick_axis]
+    else:
+        side, network_reason = _choose_patches(c, shape, spacing, ratio, device, memory_bytes)
+        dims = [0, 1, 2]
+    _choose_network(c, [side[a] for a in dims], spacing[dims], device, network_reason)
+    coverage = float(np.prod(np.minimum(np.array(side)[dims], shape[dims]) / shape[dims]))
+    _choose_sampler(c, coverage, summary.target_share, sliced=len(dims) == 2)
+    _choose_augmentation(c, thick_axis, ratio)
+    rate = 3e-3 if len(dims) == 3 else 2e-3
+    c.set("training.optimiser.learning_rate", rate, "high, since short budgets want large steps; it decays to zero")
+    c.set("training.optimiser.weight_decay", 0.01)
+    c.set("training.steps", steps)
+    if minutes is None and steps is None:
+        minutes = 60.0
+        c.set("training.minutes", minutes, "no budget was given; more is better until validation levels off")
+    else:
+        c.set("training.minutes", minutes)
+    return recipe_from(c.values), c.reasons
+
+
+def _ras_order(orientation: str) -> list[int]:
+    """For each of x, y, z, the scan's own axis that runs along it, from three letters such as LPS."""
+    along = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
+    return [[along[letter] for letter in orientation].index(axis) for axis in range(3)]
+
+
+def _spacing(summary: DataSummary) -> tuple[NDArray[np.float64], int, float]:
+    """Median spacing, the axis across slices, and by how much slices are farther apart than voxels in them."""
+    spacing = np.round(np.median(summary.spacings_mm, axis=0), 3)
+    thick = max(range(3), key=lambda axis: (spacing[axis], axis))
+    in_plane = [spacing[axis] for axis in range(3) if axis != thick]
+    return spacing, thick, float(spacing[thick] / max(in_plane))
+
+
+def _choose_preprocessing(
+    c: _Choices, summary: DataSummary, spacing: NDArray[np.float64], thick: int, ratio: float, cropped: bool
+) -> None:
+    target: list[float | None] = [float(s) for s in spacing]
+    steps: list[dict[str, Any]] = [{"kind": "reorient", "to": "RAS"}]
+    reasons = ["one orientation for all scans; predictions return to each scan's own"]
+    if ratio >= THICK:
+        target[thick] = None
+        reasons.append(f"slices are {ratio:.1f} × thicker than pixels: median spacing in plane only")
+    else:
+        reasons.append("median spacing of the scans")
+    steps.append({"kind": "resample", "spacing_mm": target})
+    if cropped:
+        steps.append({"kind": "crop_background", "threshold": "nonzero"})
+        reasons.append(f"only {summary.foreground_share:.0%} of a scan's box holds signal")
+    within = "nonzero" if summary.nonzero_share < 0.7 else "all"
+    if summary.modality == "CT" or summary.lowest <= -500:
+        steps.append({"kind": "clip_percentiles", "lower": 0.5, "upper": 99.5, "scope": "cohort"})
+        reasons.append("CT numbers mean the same in every scan: one range for all")
+        steps.append({"kind": "normalise", "method": "zscore", "scope": "cohort"})
+        reasons.append("as above")
+    else:
+        steps.append({"kind": "clip_percentiles", "lower": 0.5, "upper": 99.5, "within": within})
+        reasons.append(f"the farthest maximum lies {summary.far_maximum:.0f} × beyond the 99.5th percentile")
+        steps.append({"kind": "normalise", "method": "zscore", "scope": "patient", "within": within})
+        nonzero = "over nonzero voxels, since the background is zero" if within == "nonzero" else "over all voxels"
+        reasons.append(f"MR intensities have no unit: each scan by itself, {nonzero}")
+    c.set("preprocessing", steps)
+    c.reasons |= {f"preprocessing.{i}.kind": reason for i, reason in enumerate(reasons)}
+
+
+def _choose_slices(
+    c: _Choices, shape: NDArray[np.float64], thick: int, ratio: float, device: str, memory_bytes: int
+) -> tuple[list[int], str]:
+    """2.5D: whole slices with their neighbours, a batch of several."""
+    side = [1 if axis == thick else _round_up(shape[axis], 16) for axis in range(3)]
+    in_plane = [side[axis] for axis in range(3) if axis != thick]
+    while np.prod(in_plane) > _voxel_budget(device, memory_bytes):
+        in_plane[int(np.argmax(in_plane))] -= 16
+    batch = int(np.clip(_voxel_budget(device, memory_bytes) // np.prod(in_plane), 2, 16))
+    c.set("tiles.kind", "slices", f"slices are {ratio:.1f} × thicker than pixels: 2.5D, slice by slice")
+    c.set("tiles.axis", "thickest")
+    c.set("tiles.shape", in_plane, "whole slices of nine in ten scans, within the memory budget")
+    c.set("tiles.neighbours", 1, "the slices beside it help to tell lesions from vessels")
+    c.set("training.batch_size", batch, "as many slices as take about a second a step")
+    for axis, n in zip([a for a in range(3) if a != thick], in_plane, strict=True):
+        side[axis] = n
+    return side, "2D, for slices"
+
+
+def _choose_patches(
+    c: _Choices, shape: NDArray[np.float64], spacing: NDArray[np.float64], ratio: float, device: str, memory_bytes: int
+) -> tuple[list[int], str]:
+    """3D: the largest patch of the scans' proportions that the budget allows."""
+    budget = _voxel_budget(device, memory_bytes) / 2  # two tiles a step
+    side = [_round_up(n, 4) for n in shape]
+    whole = float(np.prod(side)) <= budget
+    while np.prod(side) > budget:
+        # Shrink where the patch reaches farthest in millimetres.
+        axis = int(np.argmax([n * s if n > 16 else 0 for n, s in zip(side, spacing, strict=True)]))
+        side[axis] -= 4
+    side = [_round_up(n, 8) if n >= 48 else n for n in side]
+    c.set("tiles.kind", "patches", f"slices are {ratio:.1f} × as thick as pixels: 3D")
+    reason = "holds nine in ten scans whole" if whole else "as large as a step of about a second allows"
+    c.set("tiles.shape", side, reason)
+    c.set("training.batch_size", 2, "two tiles: more steps teach more than larger batches on short budgets")
+    return side, "3D"
+
+
+def _choose_network(c: _Choices, sides: Sequence[int], spacing: NDArray[np.float64], device: str, reason: str) -> None:
+    """A U-Net that halves each axis as long as eight voxels are left and its spacing is not far the largest."""
+    side, mm, strides, kernels = list(sides), list(spacing), [], [[3] * len(sides)]
+    if max(mm) >= THICK * min(mm):
+        kernels = [[1 if s >= THICK * min(mm) else 3 for s in mm]]
+    while len(strides) < 5:
+        step = [2 if n % 2 == 0 and n // 2 >= 8 and s < 2 * min(mm) else 1 for n, s in zip(side, mm, strict=True)]
+        if max(step) == 1:
+            break
+        strides.append(step)
+        side = [n // k for n, k in zip(side, step, strict=True)]
+        mm = [s * k for s, k in zip(mm, step, strict=True)]
+        kernels.append([1 if s >= THICK * min(mm) else 3 for s in mm])
+    strides = strides or [[2] * len(sides)]
+    kernels = kernels if len(kernels) == len(strides) + 1 else [[3] * len(sides)] * (len(strides) + 1)
+    first = FIRST_WIDTH.get(device, 24)
+    c.set("network.kind", "unet", reason)
+    c.set("network.dimensions", len(sides))
+    c.set(
+        "network.widths",
+        [min(first * 2**i, LARGEST_WIDTH) for i in range(len(strides) + 1)],
+        f"{len(strides)} halvings leave {' × '.join(map(str, side))} voxels; {first} first filters suit a {device}",
+    )
+    c.set("network.strides", strides)
+    c.set("network.kernels", kernels)
+
+
+def _choose_sampler(c: _Choices, coverage: float, target_share: float, *, sliced: bool) -> None:
+    if coverage > 0.8 and not sliced:
+        c.set("sampler.kind", "random", f"a tile covers {coverage:.0%} of a scan: every one holds the targets")
+        return
+    fraction = 0.66 if target_share < 0.01 else 0.5
+    c.set("sampler.kind", "class_balanced", f"targets fill {target_share:.2%} of the voxels")
+    c.set("sampler.foreground_fraction", fraction, "the rest is drawn anywhere")
+
+
+def _choose_augmentation(c: _Choices, thick: int, ratio: float) -> None:
+    flat = ratio >= THICK
+    turn = [20.0 if not flat or axis == thick else 0.0 for axis in range(3)]
+    c.set("augmentation.spatial.probability", 0.8)
+    c.set("augmentation.spatial.rotate_degrees", turn, "in plane only: slices are thick" if flat else "about each axis")
+    c.set("augmentation.spatial.scale", [0.8, 1.25])
+    c.set("augmentation.spatial.elastic_mm", 1.5)
+    c.set("augmentation.spatial.mirror", [], "none: left and right may be different organs")
+    c.set("augmentation.intensity.probability", 0.4)
+
+
+def _voxel_budget(device: str, memory_bytes: int) -> float:
+    by_memory = 0.5 * memory_bytes / (BYTES_PER_VOXEL_AND_WIDTH * FIRST_WIDTH.get(device, 24))
+    return float(min(VOXELS_PER_TILE.get(device, 2**18), by_memory))
+
+
+def _round_up(n: float, to: int) -> int:
+    return max(to, math.ceil(n / to - 0.05) * to)

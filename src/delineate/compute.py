@@ -1,0 +1,196 @@
+"""How to compute on this machine: device, precision, memory format, compilation, threads, and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from delineate.errors import RecipeError
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Compile = Literal["auto", "on", "off"]
+
+COMPILE_PAYS_AFTER_SECONDS = 120
+"""Compiling costs tens of seconds; a run shorter than this would not win them back."""
+
+
+class Choice(NamedTuple):
+    """One line of the plan."""
+
+    what: str
+    choice: str
+    why: str
+
+
+@dataclass(frozen=True)
+class ComputePlan:
+    """What was chosen, and why, line by line."""
+
+    device: torch.device
+    precision: Literal["fp32", "bf16", "fp16"]
+    channels_last: bool
+    compile: bool
+    threads: int
+    choices: tuple[Choice, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    def memory_format(self, dimensions: int) -> torch.memory_format:
+        if not self.channels_last:
+            return torch.contiguous_format
+        return torch.channels_last_3d if dimensions == 3 else torch.channels_last
+
+    def autocast(self) -> torch.autocast:
+        """Context in which convolutions run in the plan's precision."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.precision != "fp32")
+
+    def place(self, network: nn.Module, dimensions: int) -> nn.Module:
+        """``network`` on the device, in the plan's memory format."""
+        return network.to(self.device, memory_format=self.memory_format(dimensions))
+
+    def compiled(self, function: Callable) -> Callable:
+        """``function`` compiled for fixed shapes where the plan says so, else itself."""
+        return torch.compile(function, dynamic=False) if self.compile else function
+
+    def rows(self) -> list[dict[str, str]]:
+        """The plan as a table for logs and reports."""
+        return [choice._asdict() for choice in self.choices]
+
+
+def plan_compute(
+    *,
+    device: str = "auto",
+    precision: Precision = "auto",
+    compile: Compile = "auto",
+    threads: int | None = None,
+    expected_seconds: float = float("inf"),
+) -> ComputePlan:
+    """Choose how to compute; ``expected_seconds`` says whether compiling can pay.
+
+    Raises :class:`RecipeError` for a device that is not there.
+    """
+    target, why_device = _choose_device(device)
+    chosen_precision, why_precision = _choose_precision(precision, target)
+    channels_last = target.type in ("cpu", "cuda")
+    compiling, why_compile = _choose_compile(compile, target, expected_seconds)
+    # Two threads a core (SMT) only fight over the same vector units.
+    count = threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or usable_cores()
+    choices = (
+        Choice("device", _device_name(target), why_device),
+        Choice("precision", chosen_precision, why_precision),
+        Choice(
+            "memory format",
+            "channels last" if channels_last else "contiguous",
+            "convolutions read all channels of a voxel at once" if channels_last else f"usual on {target.type}",
+        ),
+        Choice("compile", "on" if compiling else "off", why_compile),
+        Choice("threads", str(count), "asked for" if threads else "one for each usable core"),
+    )
+    return ComputePlan(target, chosen_precision, channels_last, compiling, count, choices)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use ``count`` threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which containers and schedulers often limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_memory_bytes() -> int:
+    """Memory that new work may take: what the system calls available, and within the container's limit."""
+    free = int(4e9)
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as lines:
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    limit = "/sys/fs/cgroup/memory.max"
+    if os.path.exists(limit):
+        with open(limit) as file:
+            text = file.read().strip()
+        if text.isdigit():
+            free = min(free, int(text))
+    return free
+
+
+def _choose_device(device: str) -> tuple[torch.device, str]:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), "a CUDA device is here"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "an Apple GPU is here"
+        return torch.device("cpu"), "no GPU found"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise RecipeError(f"device '{device}' is not known; use auto, cpu, cuda, cuda:1 or mps") from error
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not there.get(chosen.type, False):
+        raise RecipeError(f"device '{device}' is not on this machine; use --device auto or cpu")
+    return chosen, "asked for"
+
+
+def _choose_precision(precision: Precision, device: torch.device) -> tuple[Literal["fp32", "bf16", "fp16"], str]:
+    if precision != "auto":
+        return precision, "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "the GPU multiplies bfloat16 natively"
+        return "fp16", "this GPU has no bfloat16; half precision with loss scaling"
+    if device.type == "cpu" and _cpu_has_bf16():
+        return "bf16", "the CPU multiplies bfloat16 natively"
+    return "fp32", f"no fast bfloat16 on this {device.type}"
+
+
+def _cpu_has_bf16() -> bool:
+    if platform.machine() in ("arm64", "aarch64"):
+        return False  # oneDNN's bf16 convolutions there are slower than fp32 on most chips
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile"))
+
+
+def _choose_compile(wanted: Compile, device: torch.device, expected_seconds: float) -> tuple[bool, str]:
+    if wanted == "off":
+        return False, "asked for"
+    if device.type == "cpu":
+        compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+        if compiler is None or shutil.which(compiler) is None:
+            return False, "no C++ compiler found; install g++ or clang for faster training"
+    elif device.type == "mps":
+        return False, "not dependable on Apple GPUs yet"
+    if wanted == "on":
+        return True, "asked for"
+    if expected_seconds < COMPILE_PAYS_AFTER_SECONDS:
+        return False, f"the run is short (about {expected_seconds:.0f} s); compiling would not pay"
+    return True, "a long run wins back the seconds that compiling takes"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+        return f"cpu ({name})" if name else "cpu"
+    return str(device)

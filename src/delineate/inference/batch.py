@@ -1,0 +1,115 @@
+"""Many scans in a row: the next is read and the last is written while the network works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from delineate.bundle import Bundle
+from delineate.core.subject import Subject
+from delineate.core.volume import Volume
+from delineate.datasets.dataset import load_scan
+from delineate.errors import DatasetError, DelineateError, MissingFile
+from delineate.inference.predictor import Prediction, Predictor
+from delineate.io.formats import name_of, suffix_of, write_label
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one subject: the file written and the seconds by stage, or the error."""
+
+    subject: Subject
+    path: Path | None
+    seconds: dict[str, float]
+    error: DelineateError | None = None
+
+
+def find_subjects(inputs: Sequence[Path], channels: Sequence[str]) -> list[Subject]:
+    """Subjects in folders (any known layout, or loose scans) and files, with the channels in the bundle's order.
+
+    Raises :class:`MissingFile` for what is not there or lacks a channel.
+    """
+    from delineate.datasets.layouts import open_dataset
+
+    found: list[Subject] = []
+    for path in inputs:
+        if path.is_dir():
+            found += open_dataset(path).subjects
+        elif path.exists() and suffix_of(path):
+            # One file: all channels in it (4D), or the only channel there is.
+            found.append(Subject(name_of(path), dict.fromkeys(channels, path)))
+        else:
+            raise MissingFile(f"no scan or folder at '{path}'; give NIfTI, MetaImage or NRRD files, or a data set")
+    names = [subject.id for subject in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DatasetError(f"several inputs are called {', '.join(twice)}; predict them into separate folders")
+    return [with_channels(subject, channels) for subject in found]
+
+
+def with_channels(subject: Subject, channels: Sequence[str]) -> Subject:
+    """``subject`` with exactly these channels, by name; a single channel may have any name."""
+    if len(channels) == len(subject.scans) == 1:
+        return replace(subject, scans=dict(zip(channels, subject.scans.values(), strict=True)))
+    missing = [channel for channel in channels if channel not in subject.scans]
+    if missing:
+        raise MissingFile(
+            f"subject '{subject.id}' has channels {list(subject.scans)}, lacks {missing}; "
+            "add them, or rename the channels of the data set"
+        )
+    return replace(subject, scans={channel: subject.scans[channel] for channel in channels})
+
+
+def unseen_by(bundles: Sequence[Bundle], subjects: Sequence[Subject]) -> list[Subject]:
+    """The subjects that none of the bundles was trained on, or its weights chosen by.
+
+    Raises :class:`DatasetError` where none is left.
+    """
+    seen = {name for b in bundles for role in ("training", "validation") for name in b.provenance.get(role, ())}
+    left = [subject for subject in subjects if subject.id not in seen]
+    if not left:
+        raise DatasetError(f"all {len(subjects)} subjects were seen in training; give others, or drop --unseen")
+    return left
+
+
+def predict_subjects(
+    predictor: Predictor,
+    subjects: Iterable[Subject],
+    folder: Path,
+    *,
+    on_tile: Callable[[int, int], None] | None = None,
+) -> Iterator[Outcome]:
+    """Predict each subject into ``folder/<id>.nii.gz``; one that cannot be read does not stop the rest."""
+    queue = iter(subjects)
+    with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
+        upcoming = _submit_next(reader, queue)
+        writing: tuple[Subject, Prediction, Future[Path]] | None = None
+        while upcoming is not None:
+            subject, reading = upcoming
+            upcoming = _submit_next(reader, queue)
+            try:
+                prediction = predictor.predict(reading.result(), on_tile)
+            except DelineateError as error:
+                yield Outcome(subject, None, {}, error)
+                continue
+            if writing is not None:
+                yield _written(*writing)
+            writing = subject, prediction, writer.submit(_write, folder / f"{subject.id}.nii.gz", prediction)
+        if writing is not None:
+            yield _written(*writing)
+
+
+def _submit_next(pool: ThreadPoolExecutor, queue: Iterator[Subject]) -> tuple[Subject, Future[Volume]] | None:
+    subject = next(queue, None)
+    return None if subject is None else (subject, pool.submit(load_scan, subject))
+
+
+def _write(path: Path, prediction: Prediction) -> Path:
+    write_label(path, prediction.label)
+    return path
+
+
+def _written(subject: Subject, prediction: Prediction, writing: Future[Path]) -> Outcome:
+    # A result that cannot be written is no fault of one scan: the error goes to the caller.
+    return Outcome(subject, writing.result(), prediction.seconds)

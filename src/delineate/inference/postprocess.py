@@ -1,0 +1,42 @@
+"""What is done to predicted masks: the largest component of a target, and no specks."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delineate.core.grid import Grid
+from delineate.core.targets import Targets
+from delineate.errors import RecipeError
+from delineate.recipe import PostprocessingSpec
+
+
+def postprocess(masks: NDArray[np.bool_], targets: Targets, grid: Grid, spec: PostprocessingSpec) -> NDArray[np.bool_]:
+    """Masks (T, X, Y, Z) with each target's components chosen by ``spec``; voxels touch by 26-connectivity.
+
+    Raises :class:`RecipeError` where the specification names a target that is not there.
+    """
+    named = {*spec.largest_component, *spec.minimum_ml}
+    if unknown := sorted(named - set(targets.names)):
+        raise RecipeError(f"postprocessing names targets {unknown}; there are {list(targets.names)}")
+    result = masks.copy()
+    for index, name in enumerate(targets.names):
+        if name in named and masks[index].any():
+            result[index] = _chosen_components(
+                masks[index],
+                largest=name in spec.largest_component,
+                minimum_voxels=spec.minimum_ml.get(name, 0.0) / grid.voxel_ml,
+            )
+    return result
+
+
+def _chosen_components(mask: NDArray[np.bool_], *, largest: bool, minimum_voxels: float) -> NDArray[np.bool_]:
+    import cc3d
+
+    components, count = cc3d.connected_components(mask, connectivity=26, return_N=True)
+    sizes = np.bincount(components.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    kept = sizes >= max(minimum_voxels, 1)
+    if largest:
+        kept &= np.arange(count + 1) == sizes.argmax()
+    return kept[components]

@@ -1,0 +1,149 @@
+"""Tiles in, probabilities out: a network slides over a prepared volume in bounded memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from delineate.compute import ComputePlan
+from delineate.sampling.tiles import AXES, Tile, TileGeometry
+
+Network = Callable[[Tensor], Tensor]
+
+VOXELS_PER_BATCH = {"cpu": 2**17, "cuda": 2**22, "mps": 2**20}
+"""Input voxels that go through the network together; more gains nothing on that kind of device."""
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """How a network is slid over volumes.
+
+    ``flips`` are axes (x, y, z) mirrored at test time: the probabilities of all combinations are
+    averaged. ``budget_bytes`` bounds what the probabilities of one volume may hold in memory;
+    beyond it they lie in a temporary file.
+    """
+
+    plan: ComputePlan
+    exclusive: bool
+    outputs: int
+    overlap: float = 0.5
+    weights: str = "gaussian"
+    flips: tuple[str, ...] = ()
+    budget_bytes: int = 2**30
+
+    def probabilities(
+        self,
+        network: Network,
+        volume: NDArray[np.float32],
+        geometry: TileGeometry,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> NDArray[np.float16]:
+        """Probabilities (K, X, Y, Z) of a prepared volume (C, X, Y, Z).
+
+        Tiles advance along one axis; only the planes that the current tiles reach are accumulated
+        in float32, finished planes are divided by their sum of weights and kept as float16.
+        """
+        shape = volume.shape[1:]
+        slow = 2 if geometry.slice_axis is None else geometry.slice_axis
+        tiles = sorted(geometry.tiles(shape, self.overlap), key=lambda tile: tile.start[slow])
+        result = self._allocate((self.outputs, *shape))
+        finished = np.moveaxis(result, slow + 1, -1)  # (K, A, B, slow)
+        plane = [n for axis, n in enumerate(shape) if axis != slow]
+        window = _Window(self.outputs, plane, geometry.shape[slow], self.plan.device)
+        weight = torch.from_numpy(geometry.weights("uniform" if self.weights == "uniform" else "gaussian"))
+        weight = weight.to(self.plan.device)
+        done = 0
+        with torch.inference_mode(), self.plan.autocast():
+            for group in self._groups(tiles, geometry):
+                answers = self._answer(network, volume, geometry, group)
+                for tile, answer in zip(group, answers, strict=True):
+                    inside, where = _clip(tile, shape)
+                    window.advance(where[slow].start, finished)
+                    window.add(
+                        (answer * weight)[(slice(None), *inside)].movedim(slow + 1, -1),
+                        weight[inside].movedim(slow, -1),
+                        [w for axis, w in enumerate(where) if axis != slow],
+                        where[slow],
+                    )
+                done += len(group)
+                if progress is not None:
+                    progress(done, len(tiles))
+            window.advance(shape[slow], finished)
+        return result
+
+    def _groups(self, tiles: Sequence[Tile], geometry: TileGeometry) -> Iterator[list[Tile]]:
+        voxels = int(np.prod(geometry.input_shape))
+        size = max(1, VOXELS_PER_BATCH.get(self.plan.device.type, 2**17) // voxels)
+        for first in range(0, len(tiles), size):
+            yield list(tiles[first : first + size])
+
+    def _answer(
+        self, network: Network, volume: NDArray[np.float32], geometry: TileGeometry, tiles: Sequence[Tile]
+    ) -> Tensor:
+        """Probabilities (N, K, *tile) of tiles, mean over the flips."""
+        boxes = np.stack([geometry.to_network(geometry.read(volume, tile)) for tile in tiles])
+        dimensions = boxes.ndim - 2
+        x = torch.from_numpy(boxes).to(self.plan.device, memory_format=self.plan.memory_format(dimensions))
+        in_plane = [AXES[axis] for axis in range(3) if axis != geometry.slice_axis]
+        flipped = [in_plane.index(axis) + 2 for axis in self.flips if axis in in_plane]
+        total: Tensor | None = None
+        choices = [dims for count in range(len(flipped) + 1) for dims in combinations(flipped, count)]
+        for dims in choices:
+            logits = network(x.flip(dims) if dims else x).float()
+            p = torch.softmax(logits, 1) if self.exclusive else torch.sigmoid(logits)
+            p = p.flip(dims) if dims else p
+            total = p if total is None else total.add_(p)
+        assert total is not None  # the empty combination is always there
+        mean = total / len(choices)
+        return mean if geometry.slice_axis is None else mean.unsqueeze(geometry.slice_axis + 2)
+
+    def _allocate(self, shape: tuple[int, ...]) -> NDArray[np.float16]:
+        if int(np.prod(shape)) * 2 <= self.budget_bytes:
+            return np.empty(shape, dtype=np.float16)
+        with tempfile.TemporaryFile(prefix="delineate-") as file:  # freed with the last reference to the array
+            return np.memmap(file, dtype=np.float16, mode="w+", shape=shape)
+
+
+class _Window:
+    """Sums of weighted answers for the planes that tiles still reach, sliding along the slow axis."""
+
+    def __init__(self, outputs: int, plane: Sequence[int], depth: int, device: torch.device) -> None:
+        self.total = torch.zeros(outputs, *plane, depth, device=device)
+        self.weight = torch.zeros(*plane, depth, device=device)
+        self.first = 0
+
+    def add(self, answer: Tensor, weight: Tensor, where: Sequence[slice], planes: slice) -> None:
+        local = slice(planes.start - self.first, planes.stop - self.first)
+        self.total[(slice(None), *where, local)] += answer
+        self.weight[(*where, local)] += weight
+
+    def advance(self, first: int, finished: NDArray) -> None:
+        """Write out the planes before ``first``, which no tile reaches any more, and move on."""
+        gone = min(first - self.first, self.total.shape[-1])
+        if gone <= 0:
+            return
+        stop = min(self.first + gone, finished.shape[-1])
+        mean = self.total[..., : stop - self.first] / self.weight[..., : stop - self.first]
+        finished[..., self.first : stop] = mean.cpu().numpy()
+        for sums in (self.total, self.weight):
+            rest = sums[..., gone:].clone()
+            sums.zero_()
+            sums[..., : rest.shape[-1]] = rest
+        self.first = first
+
+
+def _clip(tile: Tile, shape: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """The part of a tile that lies inside a volume: within the tile, and within the volume."""
+    inside, where = [], []
+    for start, n, size in zip(tile.start, tile.shape, shape, strict=True):
+        low, high = max(start, 0), min(start + n, size)
+        inside.append(slice(low - start, high - start))
+        where.append(slice(low, high))
+    return tuple(inside), tuple(where)

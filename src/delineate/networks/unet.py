@@ -1,0 +1,156 @@
+"""The U-Net family, 2D and 3D."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from delineate.networks.blocks import (
+    ActivationKind,
+    NormKind,
+    activation,
+    convolution,
+    normalisation,
+    upsampling,
+)
+
+Step = tuple[int, ...]
+
+
+class UNetSpec(BaseModel):
+    """A U-Net (Ronneberger et al. 2015; Çiçek et al. 2016): encoder, decoder, long skips.
+
+    ``widths`` are the channels of each level, the first at full resolution. ``strides`` says by
+    how much each level below the first is coarser along each axis (default 2 everywhere), and
+    ``kernels`` the kernel of each level (default 3): thick slices want stride and kernel 1 across
+    them at first. ``downsample``: a max-pool, or a stride in the level's first convolution.
+    ``short_skips`` adds a block's input to its output (a 1-convolution where widths differ).
+    ``dropout`` acts on the outputs of the two deepest encoder levels.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["unet"] = "unet"
+    dimensions: Literal[2, 3]
+    widths: Annotated[tuple[int, ...], Field(min_length=2)] = (32, 64, 128, 256)
+    strides: tuple[Step, ...] | None = None
+    kernels: tuple[Step, ...] | None = None
+    convolutions: Annotated[int, Field(ge=1)] = 2
+    norm: NormKind = "instance"
+    activation: ActivationKind = "leaky_relu"
+    short_skips: bool = False
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    downsample: Literal["stride", "max_pool"] = "stride"
+    upsample: Literal["transposed", "linear"] = "transposed"
+
+    @model_validator(mode="after")
+    def _fits(self) -> UNetSpec:
+        for name, steps, wanted in (
+            ("strides", self.strides, len(self.widths) - 1),
+            ("kernels", self.kernels, len(self.widths)),
+        ):
+            if steps is not None and (len(steps) != wanted or any(len(s) != self.dimensions for s in steps)):
+                raise ValueError(
+                    f"{name} has {[list(s) for s in steps]}; give {wanted} entries of {self.dimensions} numbers, "
+                    f"for {len(self.widths)} widths in {self.dimensions}D"
+                )
+        return self
+
+    @property
+    def level_strides(self) -> tuple[Step, ...]:
+        return self.strides or ((2,) * self.dimensions,) * (len(self.widths) - 1)
+
+    @property
+    def level_kernels(self) -> tuple[Step, ...]:
+        return self.kernels or ((3,) * self.dimensions,) * len(self.widths)
+
+    @property
+    def divisor(self) -> Step:
+        """Input sides must divide by this."""
+        return tuple(math.prod(s[axis] for s in self.level_strides) for axis in range(self.dimensions))
+
+    @property
+    def margin(self) -> Step:
+        """Voxels that the output lacks on each side; none, since convolutions are padded."""
+        return (0,) * self.dimensions
+
+    def build(self, inputs: int, outputs: int) -> UNet:
+        """The network for images of ``inputs`` channels and logits of ``outputs`` channels."""
+        return UNet(self, inputs, outputs)
+
+
+class ConvBlock(nn.Module):
+    """Convolution, normalisation, activation, repeated; optionally with a short skip around them."""
+
+    def __init__(self, spec: UNetSpec, inputs: int, outputs: int, kernel: Step, stride: Step | int = 1) -> None:
+        super().__init__()
+        d = spec.dimensions
+        # A bias before a normalisation that subtracts the mean would do nothing.
+        bias = spec.norm in ("none", "group")
+        layers: list[nn.Module] = []
+        for i in range(spec.convolutions):
+            first = i == 0
+            layers += [
+                convolution(d, inputs if first else outputs, outputs, kernel, stride=stride if first else 1, bias=bias),
+                normalisation(spec.norm, d, outputs),
+                activation(spec.activation),
+            ]
+        self.layers = nn.Sequential(*layers[:-1])
+        self.last = layers[-1]
+        self.skip: nn.Module | None = None
+        if spec.short_skips:
+            same = inputs == outputs and math.prod(stride if isinstance(stride, tuple) else (stride,)) == 1
+            self.skip = nn.Identity() if same else convolution(d, inputs, outputs, 1, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        return self.last(y if self.skip is None else y + self.skip(x))
+
+
+class UNet(nn.Module):
+    """Logits (N, K, *space) of images (N, C, *space); every side must divide by ``divisor``."""
+
+    def __init__(self, spec: UNetSpec, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.divisor, self.margin = spec.divisor, spec.margin
+        d, widths, kernels = spec.dimensions, spec.widths, spec.level_kernels
+        pooled = spec.downsample == "max_pool"
+        pool = nn.MaxPool3d if d == 3 else nn.MaxPool2d
+        self.encoder = nn.ModuleList([ConvBlock(spec, inputs, widths[0], kernels[0])])
+        self.pools = nn.ModuleList([nn.Identity()])
+        for level, stride in enumerate(spec.level_strides, start=1):
+            self.pools.append(pool(stride) if pooled else nn.Identity())
+            block_stride = 1 if pooled else stride
+            self.encoder.append(ConvBlock(spec, widths[level - 1], widths[level], kernels[level], block_stride))
+        self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(widths) - 1)):
+            self.up.append(upsampling(spec.upsample, d, widths[level + 1], widths[level], spec.level_strides[level]))
+            self.decoder.append(ConvBlock(spec, 2 * widths[level], widths[level], kernels[level]))
+        self.dropout = nn.Dropout(spec.dropout)
+        self.head = convolution(d, widths[0], outputs, 1)
+        self.apply(_initialise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for level, (pool, block) in enumerate(zip(self.pools, self.encoder, strict=True)):
+            x = block(pool(x))
+            if level >= len(self.encoder) - 2:
+                x = self.dropout(x)
+            skips.append(x)
+        skips.pop()
+        for up, block in zip(self.up, self.decoder, strict=True):
+            x = block(torch.cat([up(x), skips.pop()], dim=1))
+        return self.head(x)  # (N, K, *space)
+
+
+def _initialise(module: nn.Module) -> None:
+    """He et al. 2015 for convolutions; zero biases."""
+    kinds: Sequence[type] = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    if isinstance(module, tuple(kinds)):
+        nn.init.kaiming_normal_(module.weight, a=0.01, nonlinearity="leaky_relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

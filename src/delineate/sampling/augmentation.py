@@ -1,0 +1,187 @@
+"""Augmentation of whole batches on the device: one fused resampling, then changes of intensity.
+
+Rotation, scaling, mirroring and elastic deformation become one sampling grid, so that a batch is
+interpolated once. Labels take the nearest voxel's value: no label is invented.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Generator, Tensor
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Range = tuple[float, float]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SpatialSpec(_Spec):
+    """Geometric changes. Angles turn about each axis of the volume (2D: about the slice axis alone).
+
+    ``elastic_mm`` is the standard deviation of the displacement of ``elastic_points`` control
+    points along each axis of a tile. ``mirror`` lists axes (x, y, z) flipped with probability 1/2.
+    """
+
+    probability: Probability = 0.7
+    rotate_degrees: tuple[float, float, float] = (15.0, 15.0, 15.0)
+    scale: Range = (0.85, 1.18)
+    elastic_mm: Annotated[float, Field(ge=0)] = 0.0
+    elastic_points: Annotated[int, Field(ge=2)] = 5
+    mirror: tuple[str, ...] = ()
+
+
+class IntensitySpec(_Spec):
+    """Changes of intensity, for images of about unit standard deviation; each with its probability.
+
+    ``gain`` multiplies and ``offset`` shifts a channel, ``gamma`` bends its range, ``noise`` is
+    the standard deviation of added Gaussian noise, ``bias_field`` that of the logarithm of a smooth
+    multiplicative field (about the channel's minimum).
+    """
+
+    probability: Probability = 0.3
+    gain: Range = (0.8, 1.25)
+    offset: Range = (-0.2, 0.2)
+    gamma: Range = (0.7, 1.5)
+    noise: Range = (0.0, 0.15)
+    bias_field: Range = (0.0, 0.2)
+
+
+class AugmentationSpec(_Spec):
+    """What is varied in training; ``null`` leaves a part out."""
+
+    spatial: SpatialSpec | None = SpatialSpec()
+    intensity: IntensitySpec | None = IntensitySpec()
+
+
+def context_voxels(spec: AugmentationSpec, shape: Sequence[int], slice_axis: int | None) -> tuple[int, int, int]:
+    """Voxels to read around a tile on each side, so that turned corners still see image, not border.
+
+    A tenth of the side: what lies farther out is rare, and repeats the border.
+    """
+    if spec.spatial is None:
+        return (0, 0, 0)
+    x, y, z = (0 if axis == slice_axis or n == 1 else math.ceil(n / 10) for axis, n in enumerate(shape))
+    return x, y, z
+
+
+def augment(
+    image: Tensor,
+    target: Tensor,
+    spec: AugmentationSpec,
+    *,
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    generator: Generator,
+    axes: str = "xyz",
+) -> tuple[Tensor, Tensor]:
+    """Vary a batch and cut it to ``shape``.
+
+    ``image`` (N, C, *source) float and ``target`` (N, T, *source) uint8, both with the context of
+    :func:`context_voxels` around ``shape``; 2D or 3D. ``spacing_mm`` and ``axes`` name the spatial
+    axes in order. Returns image (N, C, *shape) and target (N, T, *shape).
+    """
+    if spec.spatial is not None:
+        grid = _sampling_grid(spec.spatial, image, shape, spacing_mm, generator, axes)
+        # "bilinear" is torch's word for linear in 3D too.
+        image = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        moved = F.grid_sample(target.float(), grid, mode="nearest", padding_mode="border", align_corners=False)
+        target = moved.to(torch.uint8)
+    if spec.intensity is not None:
+        image = _change_intensity(image, spec.intensity, generator)
+    return image, target
+
+
+def _sampling_grid(
+    spec: SpatialSpec,
+    image: Tensor,
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    generator: Generator,
+    axes: str,
+) -> Tensor:
+    """Where each voxel of the result comes from: (N, *shape, d) in ``grid_sample``'s terms."""
+    n, d, device = image.shape[0], len(shape), image.device
+    spacing = torch.tensor(spacing_mm, dtype=torch.float32, device=device)
+    matrix = _affine(spec, n, d, generator, device, axes)  # turns millimetres
+    matrix = matrix * spacing / spacing[:, None]  # voxels → mm → turned → voxels
+    lines = [torch.arange(side, device=device, dtype=torch.float32) - (side - 1) / 2 for side in shape]
+    voxels = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).reshape(-1, d)
+    source = (voxels @ matrix.transpose(1, 2)).reshape(n, *shape, d)
+    if spec.elastic_mm > 0:
+        points = [min(spec.elastic_points, side) for side in shape]
+        shift = torch.randn(n, d, *points, generator=generator, device=device) * spec.elastic_mm
+        shift = shift * _chosen(n, spec.probability, generator, device).view(n, *[1] * (d + 1))
+        shift = F.interpolate(shift, size=tuple(shape), mode="trilinear" if d == 3 else "bilinear", align_corners=True)
+        source = source + shift.movedim(1, -1) / spacing
+    size = torch.tensor(image.shape[2:], dtype=torch.float32, device=device)
+    # grid_sample counts from -1 at the first border to 1 at the last, innermost axis first.
+    return (source * 2 / size).flip(-1)
+
+
+def _affine(spec: SpatialSpec, n: int, d: int, generator: Generator, device: torch.device, axes: str) -> Tensor:
+    """Random rotation · scaling · mirroring (N, d, d); the identity for samples not chosen."""
+    chosen = _chosen(n, spec.probability, generator, device)
+    angles = _uniform((n, 3), (-1, 1), generator, device) * torch.deg2rad(torch.tensor(spec.rotate_degrees)).to(device)
+    angles = angles * chosen[:, None]
+    low, high = math.log(spec.scale[0]), math.log(spec.scale[1])
+    scale = torch.exp(_uniform((n, d), (low, high), generator, device) * chosen[:, None])
+    flips = torch.where(torch.rand(n, d, generator=generator, device=device) < 0.5, -1.0, 1.0)
+    mirrored = torch.tensor([axis in spec.mirror for axis in axes], device=device)
+    scale = scale * torch.where(mirrored, flips, 1.0)
+    if d == 2:
+        across = next(i for i, axis in enumerate("xyz") if axis not in axes)
+        rotation = _turn(angles[:, across], 0, 1, 2)
+    else:
+        rotation = _turn(angles[:, 0], 1, 2, 3) @ _turn(angles[:, 1], 0, 2, 3) @ _turn(angles[:, 2], 0, 1, 3)
+    return rotation * scale[:, None, :]
+
+
+def _turn(angle: Tensor, i: int, j: int, d: int) -> Tensor:
+    """Rotation matrices (N, d, d) in the plane of axes i and j."""
+    matrix = torch.eye(d, device=angle.device).repeat(len(angle), 1, 1)
+    matrix[:, i, i] = matrix[:, j, j] = angle.cos()
+    matrix[:, i, j], matrix[:, j, i] = -angle.sin(), angle.sin()
+    return matrix
+
+
+def _change_intensity(image: Tensor, spec: IntensitySpec, generator: Generator) -> Tensor:
+    n, c, d = image.shape[0], image.shape[1], image.ndim - 2
+    device, ones = image.device, [1] * (image.ndim - 2)
+
+    def draw(bounds: Range, neutral: float) -> Tensor:
+        """A number for each sample and channel (N, C, 1…); ``neutral`` where not chosen."""
+        value = _uniform((n, c), bounds, generator, device)
+        chosen = _chosen(n, spec.probability, generator, device)[:, None]
+        return torch.where(chosen > 0, value, neutral).view(n, c, *ones)
+
+    gamma, gain, offset = draw(spec.gamma, 1.0), draw(spec.gain, 1.0), draw(spec.offset, 0.0)
+    field_sd, noise_sd = draw(spec.bias_field, 0.0), draw(spec.noise, 0.0)
+    space = tuple(range(2, image.ndim))
+    low, high = image.amin(space, keepdim=True), image.amax(space, keepdim=True)
+    span = (high - low).clamp_min(1e-6)
+    # Gamma and the bias field act on what rises above the channel's minimum, as they do on a scanner.
+    risen = ((image - low) / span).pow(gamma)
+    coarse = torch.randn(n, c, *[4] * d, generator=generator, device=device) * field_sd
+    field = F.interpolate(
+        coarse, size=tuple(image.shape[2:]), mode="trilinear" if d == 3 else "bilinear", align_corners=True
+    )
+    image = (risen * field.exp() * span + low) * gain + offset
+    if bool((noise_sd > 0).any()):
+        image = image + torch.randn(image.shape, generator=generator, device=device) * noise_sd
+    return image
+
+
+def _chosen(n: int, probability: float, generator: Generator, device: torch.device) -> Tensor:
+    return (torch.rand(n, generator=generator, device=device) < probability).float()
+
+
+def _uniform(shape: tuple[int, ...], bounds: Range, generator: Generator, device: torch.device) -> Tensor:
+    return bounds[0] + (bounds[1] - bounds[0]) * torch.rand(shape, generator=generator, device=device)

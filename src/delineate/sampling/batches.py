@@ -1,0 +1,95 @@
+"""Batches for training: crops of prepared volumes, stacked in the network's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from delineate.preprocessing.cache import PreparedSubject
+from delineate.sampling.augmentation import AugmentationSpec, augment, context_voxels
+from delineate.sampling.samplers import Sampler
+from delineate.sampling.tiles import AXES, TileGeometry
+
+
+class Batch(NamedTuple):
+    """``image`` (N, C, *source) float32 and ``target`` (N, T, *source) uint8 before augmentation."""
+
+    image: Tensor
+    target: Tensor
+    index: int
+
+
+class BatchSource:
+    """Batch ``i`` of process ``rank`` among ``world``: the same whenever and in whatever order it is asked for.
+
+    The processes share one stream of samples and take turns, so none sees another's.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        augmentation: AugmentationSpec,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.sampler, self.augmentation, self.batch_size = sampler, augmentation, batch_size
+        self.rank, self.world = rank, world
+        geometry = sampler.geometry
+        self.geometry: TileGeometry = geometry
+        self.context = context_voxels(augmentation, geometry.shape, geometry.slice_axis)
+
+    @property
+    def subjects(self) -> Sequence[PreparedSubject]:
+        return self.sampler.subjects
+
+    def samples(self, i: int) -> list[int]:
+        """Numbers of the samples in batch ``i``."""
+        first = (i * self.world + self.rank) * self.batch_size
+        return list(range(first, first + self.batch_size))
+
+    def batch(self, i: int) -> Batch:
+        """Batch ``i``, read with the context that augmentation needs."""
+        images, targets = [], []
+        for j in self.samples(i):
+            draw = self.sampler.draw(j)
+            subject = self.subjects[draw.subject]
+            image = self.geometry.read(subject.image, draw.tile, self.context)
+            target = self.geometry.read(subject.target, draw.tile, self.context)
+            images.append(self.geometry.to_network(image))
+            # A 2D network reads neighbours but answers for the middle slice only.
+            targets.append(self.geometry.to_network(self._middle_slice(target)))
+        return Batch(torch.from_numpy(np.stack(images).astype(np.float32)), torch.from_numpy(np.stack(targets)), i)
+
+    def augmented(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+        """Image (N, C, *input) and target (N, T, *tile) of a batch, varied on the batch's device.
+
+        What is drawn depends on the seed, the process and the batch's number alone.
+        """
+        geometry, device = self.geometry, batch.image.device
+        generator = torch.Generator(device=device)
+        generator.manual_seed(int(np.random.SeedSequence((seed, 2, self.rank, batch.index)).generate_state(1)[0]))
+        in_plane = [a for a in range(3) if a != geometry.slice_axis]
+        image, target = augment(
+            batch.image,
+            batch.target,
+            self.augmentation,
+            shape=[geometry.input_shape[a] for a in in_plane],
+            spacing_mm=[self.subjects[0].spacing_mm[a] for a in in_plane],
+            generator=generator,
+            axes="".join(AXES[a] for a in in_plane),
+        )
+        for dim, axis in enumerate(in_plane, start=2):
+            target = target.narrow(dim, geometry.margin[axis], geometry.shape[axis])
+        return image, target
+
+    def _middle_slice(self, target: np.ndarray) -> np.ndarray:
+        axis = self.geometry.slice_axis
+        if axis is None:
+            return target
+        return np.take(target, [self.geometry.margin[axis]], axis=axis + 1)

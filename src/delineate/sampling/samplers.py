@@ -1,0 +1,113 @@
+"""Which tiles to train on. What is drawn for sample ``j`` is a pure function of the seed and ``j``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from delineate.preprocessing.cache import PreparedSubject
+from delineate.sampling.tiles import Tile, TileGeometry
+
+
+class AllTiles(BaseModel):
+    """Every tile of every subject once a pass, in a new order each pass."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["all"] = "all"
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class RandomTiles(BaseModel):
+    """Every subject once a pass, at a place drawn uniformly."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["random"] = "random"
+
+
+class ClassBalancedTiles(BaseModel):
+    """Every subject once a pass; a ``foreground_fraction`` of the tiles is centred near a target's voxel.
+
+    The target is drawn with equal chances from those the subject has, then one of its voxels.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["class_balanced"] = "class_balanced"
+    foreground_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+SamplerSpec = Annotated[AllTiles | RandomTiles | ClassBalancedTiles, Field(discriminator="kind")]
+
+
+class Draw(NamedTuple):
+    """One training sample: which subject, which tile of it, and the sample's own random numbers."""
+
+    subject: int
+    tile: Tile
+    rng: np.random.Generator
+
+
+class Sampler:
+    """Draws samples 0, 1, 2, … from prepared subjects; independent of what was drawn before."""
+
+    def __init__(
+        self,
+        spec: AllTiles | RandomTiles | ClassBalancedTiles,
+        subjects: Sequence[PreparedSubject],
+        geometry: TileGeometry,
+        seed: int,
+    ) -> None:
+        self.spec, self.subjects, self.geometry, self.seed = spec, subjects, geometry, seed
+        self._tiles: list[tuple[int, Tile]] = []
+        if isinstance(spec, AllTiles):
+            self._tiles = [
+                (index, tile)
+                for index, subject in enumerate(subjects)
+                for tile in geometry.tiles(subject.image.shape[1:], spec.overlap)
+            ]
+        self._order = lru_cache(maxsize=4)(self._shuffle)
+
+    @property
+    def pass_length(self) -> int:
+        """Samples in one pass over the data."""
+        return len(self._tiles) or len(self.subjects)
+
+    def draw(self, j: int) -> Draw:
+        """Sample ``j``."""
+        rng = np.random.default_rng((self.seed, 1, j))
+        item = int(self._order(j // self.pass_length)[j % self.pass_length])
+        if self._tiles:
+            index, tile = self._tiles[item]
+            return Draw(index, tile, rng)
+        subject = self.subjects[item]
+        size = subject.image.shape[1:]
+        if isinstance(self.spec, ClassBalancedTiles) and rng.random() < self.spec.foreground_fraction:
+            classes = [c for c, points in subject.points.items() if len(points)]
+            if classes:
+                points = subject.points[classes[rng.integers(len(classes))]]
+                return Draw(item, self._around(points[rng.integers(len(points))], size, rng), rng)
+        start = [rng.integers(low, high + 1) for low, high in self._range(size)]
+        return Draw(item, _tile(start, self.geometry.shape), rng)
+
+    def _around(self, point: np.ndarray, size: Sequence[int], rng: np.random.Generator) -> Tile:
+        """A tile that holds ``point`` in its middle half, inside the volume where it fits."""
+        start = []
+        for p, n, (low, high) in zip(point, self.geometry.shape, self._range(size), strict=True):
+            first = int(p) - n // 2 + int(rng.integers(-(n // 4), n // 4 + 1))
+            start.append(min(max(first, low), high))
+        return _tile(start, self.geometry.shape)
+
+    def _range(self, size: Sequence[int]) -> list[tuple[int, int]]:
+        """Allowed first voxels; a tile larger than the volume may slide as long as it covers it."""
+        return [(min(0, n - tile), max(0, n - tile)) for n, tile in zip(size, self.geometry.shape, strict=True)]
+
+    def _shuffle(self, pass_number: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, 0, pass_number)).permutation(self.pass_length)
+
+
+def _tile(start: Sequence[int], shape: tuple[int, int, int]) -> Tile:
+    x, y, z = (int(s) for s in start)
+    return Tile((x, y, z), shape)

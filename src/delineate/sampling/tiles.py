@@ -1,0 +1,188 @@
+"""The geometry of tiles, which training and sliding-window inference share.
+
+A tile is the box of a prepared volume for which a network answers. What the network reads is that
+box and its context: a margin on every side (valid convolutions), or neighbouring slices (2.5D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from delineate.core.grid import Shape3
+from delineate.errors import RecipeError
+
+AXES = "xyz"
+
+
+class Tile(NamedTuple):
+    """A box of a volume: first voxel (negative: it begins outside) and voxels along (x, y, z)."""
+
+    start: Shape3
+    shape: Shape3
+
+
+class Patches(BaseModel):
+    """Boxes of a fixed shape, for 3D networks. ``null`` along an axis means all of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["patches"] = "patches"
+    shape: tuple[int | None, int | None, int | None]
+
+
+class Slices(BaseModel):
+    """Slices across one axis, for 2D networks; ``neighbours`` slices on each side join as channels (2.5D).
+
+    ``axis``: x (sagittal), y (coronal), z (axial) of the prepared volume, or ``thickest``: the axis
+    of the largest spacing. ``shape``: in-plane size along the two other axes; ``null`` means all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["slices"] = "slices"
+    axis: Literal["x", "y", "z", "thickest"] = "z"
+    shape: tuple[int | None, int | None] = (None, None)
+    neighbours: Annotated[int, Field(ge=0)] = 0
+
+
+class Whole(BaseModel):
+    """The whole volume as one tile, for 3D networks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["whole"] = "whole"
+
+
+TileSpec = Annotated[Patches | Slices | Whole, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class TileGeometry:
+    """How tiles of one shape are laid out, read and joined.
+
+    ``shape`` is what a tile answers for, ``margin`` what is read around it on each side.
+    ``slice_axis`` is the axis (0, 1, 2) along which a tile is one slice, for 2D networks.
+    """
+
+    shape: Shape3
+    margin: Shape3 = (0, 0, 0)
+    slice_axis: int | None = None
+
+    @property
+    def input_shape(self) -> Shape3:
+        x, y, z = (n + 2 * m for n, m in zip(self.shape, self.margin, strict=True))
+        return x, y, z
+
+    @property
+    def slices(self) -> int:
+        """Slices that a 2D network reads as channels; 1 for 3D networks."""
+        return 1 if self.slice_axis is None else self.input_shape[self.slice_axis]
+
+    def tiles(self, shape: Sequence[int], overlap: float = 0.5) -> list[Tile]:
+        """Tiles that cover a volume, evenly spread, each overlapping the next by at least ``overlap``.
+
+        Ordered so that the last axis moves slowest: whole z-ranges are done early.
+        """
+        starts = [_starts(n, tile, overlap) for n, tile in zip(shape, self.shape, strict=True)]
+        return [Tile((x, y, z), self.shape) for z, y, x in product(*reversed(starts))]
+
+    def read(self, volume: NDArray, tile: Tile, extra: Sequence[int] = (0, 0, 0)) -> NDArray:
+        """Copy of what the network reads for a tile of ``volume`` (C, X, Y, Z), and ``extra`` voxels around.
+
+        Beyond the volume its border repeats.
+        """
+        margin = [m + e for m, e in zip(self.margin, extra, strict=True)]
+        return read_box(
+            volume,
+            [s - m for s, m in zip(tile.start, margin, strict=True)],
+            [n + 2 * m for n, m in zip(tile.shape, margin, strict=True)],
+        )
+
+    def to_network(self, box: NDArray) -> NDArray:
+        """Network layout of a box (C, X, Y, Z): unchanged in 3D; (C · slices, A, B) in 2D."""
+        if self.slice_axis is None:
+            return box
+        moved = np.moveaxis(box, self.slice_axis + 1, 1)  # (C, S, A, B)
+        return moved.reshape(-1, *moved.shape[2:])
+
+    def weights(self, kind: Literal["uniform", "gaussian"]) -> NDArray[np.float32]:
+        """Weight (X, Y, Z) of each voxel of a tile's answer where tiles overlap."""
+        axes = [_axis_weights(n, kind) for n in self.shape]
+        return np.einsum("x,y,z->xyz", *axes).astype(np.float32)
+
+
+def geometry_for(
+    spec: Patches | Slices | Whole,
+    volume_shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    divisor: Sequence[int],
+    margin: Sequence[int],
+) -> TileGeometry:
+    """Geometry of ``spec`` for volumes of a shape, padded to what a network accepts.
+
+    ``divisor`` and ``margin`` come from the network, for the axes that it works on (2 or 3).
+    Raises :class:`RecipeError` where a 2D network meets 3D tiles or the other way round.
+    """
+    slice_axis = _slice_axis(spec, spacing_mm)
+    wanted = 3 if slice_axis is None else 2
+    if len(divisor) != wanted:
+        raise RecipeError(
+            f"tiles of kind '{spec.kind}' are for {wanted}D networks, got a {len(divisor)}D one; "
+            "use kind: slices with 2D networks, kind: patches with 3D ones"
+        )
+    shape, margins = list(volume_shape), [0, 0, 0]
+    in_plane = [a for a in range(3) if a != slice_axis]
+    asked: Sequence[int | None] = (None,) * 3 if isinstance(spec, Whole) else spec.shape
+    for axis, side, step, border in zip(in_plane, asked, divisor, margin, strict=True):
+        side = volume_shape[axis] if side is None else side
+        # The side that is read, tile and margins, must divide.
+        shape[axis] = -(-(side + 2 * border) // step) * step - 2 * border
+        margins[axis] = border
+    if isinstance(spec, Slices) and slice_axis is not None:
+        shape[slice_axis], margins[slice_axis] = 1, spec.neighbours
+    return TileGeometry((shape[0], shape[1], shape[2]), (margins[0], margins[1], margins[2]), slice_axis)
+
+
+def read_box(volume: NDArray, start: Sequence[int], shape: Sequence[int]) -> NDArray:
+    """Copy of a box (C, *shape) of ``volume`` (C, X, Y, Z); beyond the volume its border repeats."""
+    inside, pad = [], []
+    for first, n, size in zip(start, shape, volume.shape[1:], strict=True):
+        # A box wholly outside still repeats the nearest border voxel.
+        low, high = min(max(first, 0), size - 1), max(min(first + n, size), 1)
+        inside.append(slice(low, high))
+        before = min(max(-first, 0), n - (high - low))
+        pad.append((before, n - (high - low) - before))
+    box = volume[(slice(None), *inside)]
+    if any(p != (0, 0) for p in pad):
+        return np.pad(box, [(0, 0), *pad], mode="edge")
+    return np.array(box)
+
+
+def _slice_axis(spec: Patches | Slices | Whole, spacing_mm: Sequence[float]) -> int | None:
+    if not isinstance(spec, Slices):
+        return None
+    if spec.axis == "thickest":
+        # Equal spacings: the last, axial, since that is how most scans are read.
+        return max(range(3), key=lambda axis: (round(spacing_mm[axis], 3), axis))
+    return AXES.index(spec.axis)
+
+
+def _starts(size: int, tile: int, overlap: float) -> list[int]:
+    """First voxels of tiles along one axis; one centred tile where it covers everything."""
+    if size <= tile:
+        return [-((tile - size) // 2)]
+    step = max(1, int(tile * (1 - overlap)))
+    count = -(-(size - tile) // step) + 1
+    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
+
+
+def _axis_weights(n: int, kind: Literal["uniform", "gaussian"]) -> NDArray[np.float64]:
+    if kind == "uniform":
+        return np.ones(n)
+    offset = (np.arange(n) - (n - 1) / 2) / max(n / 8, 1e-6)
+    # A floor keeps the sum of weights away from zero where one tile alone covers a voxel.
+    return np.maximum(np.exp(-0.5 * offset**2), 1e-3)

@@ -1,0 +1,189 @@
+"""What happens around the training steps: keeping, validating, watching, stopping, showing."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+
+from delineate.bundle import save_weights
+from delineate.preprocessing.cache import PreparedSubject
+from delineate.training.module import Delineator
+from delineate.training.validation import summary, validate
+
+Say = Callable[[str], None]
+
+SECONDS_BETWEEN_STATES = 45.0
+"""A killed run loses at most this and the step it was in: under a minute."""
+
+
+class Keeper(lightning.Callback):
+    """Writes the state from which a run goes on, by the clock, and at the end of training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last = time.monotonic()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
+        due = time.monotonic() - self._last > SECONDS_BETWEEN_STATES
+        if trainer.world_size > 1:
+            due = bool(trainer.strategy.broadcast(due, src=0))
+        if due:
+            trainer.save_checkpoint(self.path)
+            self._last = time.monotonic()
+
+    def on_train_end(self, trainer: lightning.Trainer, module: Delineator) -> None:  # type: ignore[override]
+        trainer.save_checkpoint(self.path)
+
+
+class Validator(lightning.Callback):
+    """Validates at even shares of the budget, keeps the best weights in the bundle, and ends a run that stalls."""
+
+    def __init__(self, subjects: Sequence[PreparedSubject], folder: Path, say: Say) -> None:
+        self.subjects, self.folder, self.say = subjects, folder, say
+        self.best, self.best_step, self.done, self.since_best = -math.inf, -1, 0, 0
+        self.score = math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step, "done": self.done, "since_best": self.since_best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_step = float(state_dict["best"]), int(state_dict["best_step"])
+        self.done, self.since_best = int(state_dict["done"]), int(state_dict["since_best"])
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
+        spec = module.spec.validation
+        due = int(module.progress * spec.times + 1e-9)
+        if due <= self.done or not self.subjects:
+            return
+        self.done = due
+        scores = self._scores(trainer, module)
+        result = summary(scores, spec.metric)
+        self.score = result.pop("score")
+        for logger in trainer.loggers:
+            logger.log_metrics({**result, "minutes": module.budget.elapsed() / 60}, step=trainer.global_step)
+        better = self.score > self.best
+        if better:
+            self.best, self.best_step, self.since_best = self.score, trainer.global_step, 0
+            if trainer.is_global_zero:
+                save_weights(
+                    self.folder,
+                    module.kept_network.state_dict(),
+                    {"step": trainer.global_step, "validation_dice": f"{result['dice']:.4f}"},
+                )
+        else:
+            self.since_best += 1
+        parts = ", ".join(f"{k.removeprefix('dice_')} {v:.3f}" for k, v in result.items() if k != "dice")
+        self.say(
+            f"step {trainer.global_step}, {module.budget.elapsed() / 60:.1f} min: validation Dice "
+            f"{result['dice']:.3f} ({parts}){', best so far' if better else ''}"
+        )
+        if spec.patience is not None and self.since_best >= spec.patience:
+            self.say(f"no better validation in {spec.patience}: training ends early")
+            trainer.should_stop = True
+
+    def _scores(self, trainer: lightning.Trainer, module: Delineator) -> list[dict[str, float]]:
+        """Scores of all subjects; each process takes every world-th."""
+        own = validate(
+            module.kept_network, module.bundle, module.plan, self.subjects[trainer.global_rank :: trainer.world_size]
+        )
+        if trainer.world_size == 1:
+            return own
+        from torch.distributed import all_gather_object
+
+        gathered: list[Any] = [None] * trainer.world_size
+        all_gather_object(gathered, own)
+        return [score for part in gathered for score in part]
+
+
+class CollapseWatch(lightning.Callback):
+    """Says so when, past a stated step, the network predicts nothing but background."""
+
+    def __init__(self, after_step: int, say: Say) -> None:
+        self.after_step, self.say = after_step, say
+        self.empty_in_a_row, self.warned = 0, False
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
+        if (trainer.global_step - 1) % 25 or trainer.global_step < self.after_step or self.warned:
+            return
+        reference, predicted = module.foreground
+        if reference:
+            self.empty_in_a_row = 0 if predicted else self.empty_in_a_row + 1
+        if self.empty_in_a_row >= 3:
+            self.warned = True
+            self.say(collapse_message(trainer.global_step, module))
+
+
+def collapse_message(step: int, module: Delineator) -> str:
+    """What to say of a network that predicts background alone, with the mends that fit its recipe."""
+    recipe, mends = module.bundle.recipe, []
+    if recipe.sampler.kind != "class_balanced":
+        mends.append("--set sampler.kind=class_balanced (half of the tiles then hold a target)")
+    if recipe.loss.kind == "cross_entropy":
+        mends.append("add a Dice loss (--set loss.kind=dice), since cross entropy is content with rare targets missed")
+    mends.append(f"a lower learning rate (--set training.optimiser.learning_rate={module.learning_rate / 3:.1g})")
+    mends.append("check with `delineate data inspect` that labels lie on the organ")
+    return f"COLLAPSE: at step {step} the network predicts background alone. Likely mends: " + "; ".join(mends)
+
+
+class Stopper(lightning.Callback):
+    """Ends training when the budget is spent, a file ``stop`` appears, or Ctrl-C or SIGTERM arrives."""
+
+    def __init__(self, stop_file: Path, say: Say) -> None:
+        self.stop_file, self.say = stop_file, say
+        self.asked = ""
+        self._before: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: Delineator) -> None:  # type: ignore[override]
+        self.stop_file.unlink(missing_ok=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._on_signal)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
+        if not self.asked and self.stop_file.exists():
+            self.asked = "the stop file"
+        asked = bool(self.asked)
+        if trainer.world_size > 1:
+            # Whoever was asked, all stop after the same step.
+            asked = bool(trainer.strategy.reduce_boolean_decision(asked, all=False))
+        if asked:
+            self.asked = self.asked or "another process"
+            self.say(f"stopping on {self.asked} after step {trainer.global_step}; the same command goes on from here")
+            trainer.should_stop = True
+        elif module.progress >= 1.0:
+            trainer.should_stop = True
+
+    def teardown(self, trainer: lightning.Trainer, module: Delineator, stage: str) -> None:  # type: ignore[override]
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+        self.stop_file.unlink(missing_ok=True)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+        self.asked = "Ctrl-C" if number == signal.SIGINT else "a signal to end"
+
+
+class StepProgress(lightning.Callback):
+    """Tells how far the budget is spent, with loss, validation score and speed."""
+
+    def __init__(self, progress: Callable[[str, int, int], None], validator: Validator) -> None:
+        self.progress, self.validator = progress, validator
+        self._last, self._seconds_per_step = time.monotonic(), math.nan
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
+        now = time.monotonic()
+        taken, self._last = now - self._last, now
+        # A running mean forgets the compilation of the first step soon.
+        smooth = self._seconds_per_step if self._seconds_per_step == self._seconds_per_step else taken
+        self._seconds_per_step = 0.9 * smooth + 0.1 * taken
+        score = f", Dice {self.validator.score:.3f}" if self.validator.score == self.validator.score else ""
+        what = f"training: loss {module.last_loss:.3f}{score}, {self._seconds_per_step:.2f} s/step"
+        self.progress(what, int(1000 * module.progress), 1000)

@@ -1,0 +1,184 @@
+"""One training step: augment, predict, loss, optimiser; and the averaged weights."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from delineate.bundle import Bundle
+from delineate.compute import ComputePlan
+from delineate.recipe import OptimiserSpec
+from delineate.sampling.batches import Batch, BatchSource
+
+
+@dataclass
+class Budget:
+    """How much training there is, and how much of it is spent; time runs only while training does."""
+
+    steps: int | None
+    seconds: float | None
+    spent_seconds: float = 0.0
+    _since: float | None = None
+
+    def start(self) -> None:
+        self._since = time.monotonic()
+
+    def elapsed(self) -> float:
+        return self.spent_seconds + (0.0 if self._since is None else time.monotonic() - self._since)
+
+    def progress(self, step: int) -> float:
+        """Share of the budget that is spent, 0 … 1: the larger of steps and time."""
+        shares = [0.0]
+        if self.steps is not None:
+            shares.append(step / self.steps)
+        if self.seconds is not None:
+            shares.append(self.elapsed() / self.seconds)
+        return min(1.0, max(shares))
+
+
+class BatchStream(IterableDataset):
+    """Batches from a step on, the next one read while the network works on this one."""
+
+    def __init__(self, source: BatchSource, module: Delineator) -> None:
+        self.source, self.module = source, module
+
+    def __iter__(self) -> Iterator[Batch]:
+        # Where a resumed training stands is known only once Lightning has restored it.
+        i = self.module.global_step
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            following = reader.submit(self.source.batch, i)
+            while True:
+                batch, i = following.result(), i + 1
+                following = reader.submit(self.source.batch, i)
+                yield batch
+
+
+class Delineator(lightning.LightningModule):
+    """A network in training, its averaged copy, and the budget."""
+
+    def __init__(self, bundle: Bundle, plan: ComputePlan, source: BatchSource, budget: Budget) -> None:
+        super().__init__()
+        self.bundle, self.plan, self.source, self.budget = bundle, plan, source, budget
+        self.spec = bundle.recipe.training
+        self.dimensions = bundle.recipe.network.dimensions
+        torch.manual_seed(self.spec.seed)
+        self.network = bundle.network().to(memory_format=plan.memory_format(self.dimensions))
+        self.averaged = copy.deepcopy(self.network).requires_grad_(False) if self.spec.ema else None
+        loss = bundle.recipe.loss.build(bundle.targets.exclusive)
+
+        def predict_and_judge(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.network(image)
+            return loss(logits, target, image), logits.detach()
+
+        # Network and loss in one compiled graph: softmax and sums fuse with what precedes them.
+        self._predict_and_judge = plan.compiled(predict_and_judge)
+        self._progress = 0.0
+        self.last_loss = float("nan")
+        self.foreground: tuple[int, int] = (0, 0)
+
+    @property
+    def kept_network(self) -> nn.Module:
+        """The network that is validated and kept: the averaged one where there is one."""
+        return self.network if self.averaged is None else self.averaged
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is spent, the same on every process."""
+        return self._progress
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        step = self.global_step
+        # Dropout draws from the global generator: seeded by step, a resumed run draws the same.
+        torch.manual_seed(int(np.random.SeedSequence((self.spec.seed, 3, self.global_rank, step)).generate_state(1)[0]))
+        image, target = self.source.augmented(batch, self.spec.seed)
+        image = image.contiguous(memory_format=self.plan.memory_format(self.dimensions))
+        loss, logits = self._predict_and_judge(image, target)
+        if step % 25 == 0:
+            self._count_foreground(logits, target)
+        if step % self.trainer.log_every_n_steps == 0:
+            self.last_loss = float(loss.detach())
+            self.log_dict({"loss": self.last_loss, "learning_rate": self.learning_rate}, rank_zero_only=True)
+        return loss
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        factor = self.bundle.recipe.training.schedule.factor(self.progress)
+        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
+            group["lr"] = self.spec.optimiser.learning_rate * factor
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # Here rather than after the batch: whoever saves the state then saves these too.
+        super().optimizer_step(*args, **kwargs)
+        self._average(self.global_step + 1)
+        self.update_progress(self.global_step + 1)
+
+    def update_progress(self, steps: int) -> None:
+        """Read the clock; process 0 decides for all, so that all stop at the same step."""
+        progress = self.budget.progress(steps)
+        if self.trainer.world_size > 1:
+            progress = float(self.trainer.strategy.broadcast(progress, src=0))
+        self._progress = progress
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # A fused step unscales gradients by itself, too late for clipping: with loss scaling it must not.
+        return build_optimiser(self.spec.optimiser, self.network, fused=self.plan.precision != "fp16")
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        # Lightning refuses to clip for any fused optimiser, although without loss scaling nothing is unscaled.
+        if self.spec.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.spec.clip_norm, foreach=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["spent_seconds"] = self.budget.elapsed()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.budget.spent_seconds = float(checkpoint["spent_seconds"])
+
+    def on_train_start(self) -> None:
+        self.budget.start()
+        self.update_progress(self.global_step)
+
+    def _average(self, steps: int) -> None:
+        """Move the averaged weights towards the current ones (Polyak & Juditsky 1992)."""
+        if self.averaged is None:
+            return
+        # Early on the average would remember the random start for long.
+        decay = min(self.spec.ema, (1 + steps) / (10 + steps))
+        with torch.no_grad():
+            averaged, current = list(self.averaged.parameters()), list(self.network.parameters())
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+            for kept, now in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
+                kept.copy_(now)
+
+    def _count_foreground(self, logits: Tensor, target: Tensor) -> None:
+        """Voxels of any target in the reference and in the prediction of this batch."""
+        exclusive = self.bundle.targets.exclusive
+        predicted = (logits.argmax(1) > 0) if exclusive else (logits > 0).any(1)
+        reference = (target != 0) & (target != 255)
+        self.foreground = (int(reference.sum()), int(predicted.sum()))
+
+
+def build_optimiser(spec: OptimiserSpec, network: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
+    """The optimiser; weight decay acts on kernels only, not on biases and normalisation."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if spec.kind == "sgd":
+        return torch.optim.SGD(groups, lr=spec.learning_rate, momentum=spec.beta1, nesterov=spec.beta1 > 0)
+    kind = torch.optim.AdamW if spec.kind == "adamw" else torch.optim.Adam
+    return kind(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=fused)

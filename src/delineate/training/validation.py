@@ -1,0 +1,53 @@
+"""Validation on whole prepared volumes, shared among the processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from delineate.bundle import Bundle
+from delineate.compute import ComputePlan
+from delineate.core.targets import IGNORED
+from delineate.inference.sliding import Sliding
+from delineate.preprocessing.cache import PreparedSubject
+
+
+def validate(
+    network: torch.nn.Module, bundle: Bundle, plan: ComputePlan, subjects: Sequence[PreparedSubject]
+) -> list[dict[str, float]]:
+    """Dice by target of each subject, on the prepared grid; both empty: 1. Flips are left to ``predict``."""
+    targets, inference = bundle.targets, bundle.recipe.inference
+    sliding = Sliding(plan, targets.exclusive, targets.outputs, inference.overlap, inference.weights)
+    was_training = network.training
+    network.eval()
+    scores = []
+    for subject in subjects:
+        image = np.asarray(subject.image, dtype=np.float32)
+        shape = (image.shape[1], image.shape[2], image.shape[3])
+        probability = sliding.probabilities(network, image, bundle.geometry_of(shape))
+        reference = np.asarray(subject.target)
+        known = reference[0] != IGNORED
+        if targets.exclusive:
+            winner = probability.argmax(0)
+            pairs = [(winner == k, reference[0] == k) for k in range(1, targets.outputs)]
+        else:
+            pairs = [(p > 0.5, r == 1) for p, r in zip(probability, reference, strict=True)]
+        scores.append({name: _dice(p & known, r) for name, (p, r) in zip(targets.names, pairs, strict=True)})
+    network.train(was_training)
+    return scores
+
+
+def summary(scores: Sequence[dict[str, float]], metric: str) -> dict[str, float]:
+    """Mean Dice of each target and ``score``, the number by which weights are kept."""
+    names = list(scores[0])
+    means = {f"dice_{name}": math.fsum(s[name] for s in scores) / len(scores) for name in names}
+    dice = math.fsum(means.values()) / len(means)
+    return {"dice": dice, **means, "score": dice if metric == "dice" else min(means.values())}
+
+
+def _dice(prediction: np.ndarray, reference: np.ndarray) -> float:
+    size = int(prediction.sum()) + int(reference.sum())
+    return 2 * int((prediction & reference).sum()) / size if size else 1.0

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+
+from delineate.core.grid import Grid, permute_axes, permute_axes_back
+
+ORIENTATIONS = [
+    "".join(letters)
+    for axes in permutations(("RL", "AP", "SI"))
+    for letters in product(*axes)
+]
+
+
+@pytest.fixture
+def oblique() -> Grid:
+    """Anisotropic, turned by 20° about x, with an origin."""
+    angle = np.deg2rad(20)
+    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([0.7, 0.9, 5.0])
+    affine[:3, 3] = (-30, 12, 4)
+    return Grid((5, 6, 7), affine)
+
+
+def test_there_are_48_orientations() -> None:
+    assert len(set(ORIENTATIONS)) == 48
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_view_in_any_orientation_keeps_every_voxel_in_its_place(oblique: Grid, orientation: str) -> None:
+    voxels = np.arange(5 * 6 * 7).reshape(5, 6, 7)
+    order, flip = oblique.axes_to(orientation)
+    view, grid = permute_axes(voxels, order, flip), oblique.permute(order, flip)
+    assert grid.orientation == orientation
+    assert view.shape == grid.shape
+    index = np.argwhere(view == 123).astype(float)
+    before = np.argwhere(voxels == 123).astype(float)
+    np.testing.assert_allclose(grid.world(index), oblique.world(before), atol=1e-9)
+    np.testing.assert_array_equal(permute_axes_back(view, order, flip), voxels)
+
+
+def test_spacing_and_volume(oblique: Grid) -> None:
+    np.testing.assert_allclose(oblique.spacing_mm, (0.7, 0.9, 5.0))
+    assert oblique.voxel_ml == pytest.approx(0.7 * 0.9 * 5.0 / 1000)
+
+
+def test_resampling_keeps_the_outer_borders(oblique: Grid) -> None:
+    finer = oblique.resample((10, 6, 21))
+    np.testing.assert_allclose(finer.spacing_mm, (0.35, 0.9, 5 / 3))
+    borders = [grid.world(np.array([[-0.5] * 3, np.array(grid.shape) - 0.5])) for grid in (oblique, finer)]
+    np.testing.assert_allclose(borders[0], borders[1], atol=1e-9)
+
+
+def test_a_crop_starts_where_its_first_voxel_was(oblique: Grid) -> None:
+    crop = oblique.crop((-1, 2, 3), (4, 4, 4))
+    np.testing.assert_allclose(crop.world(np.zeros((1, 3))), oblique.world(np.array([[-1.0, 2.0, 3.0]])))
+
+
+def test_grids_are_compared_in_millimetres(oblique: Grid) -> None:
+    moved = oblique.affine.copy()
+    moved[0, 3] += 0.05
+    shifted = Grid(oblique.shape, moved)
+    assert oblique.corner_distance_mm(shifted) == pytest.approx(0.05)
+    assert oblique.matches(shifted, tolerance_mm=0.1)
+    assert not oblique.matches(shifted, tolerance_mm=0.01)
+    assert oblique.corner_distance_mm(oblique.crop((0, 0, 0), (5, 6, 6))) == float("inf")

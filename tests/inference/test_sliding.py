@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from delineate.compute import plan_compute
+from delineate.inference.sliding import Sliding
+from delineate.sampling.tiles import TileGeometry
+
+PLAN = plan_compute(device="cpu", precision="fp32", compile="off")
+SLIDING = Sliding(PLAN, exclusive=False, outputs=2, overlap=0.5)
+
+
+def volume_of(shape, channels=2):
+    return np.random.default_rng(0).random((channels, *shape), dtype=np.float32)
+
+
+def logits_of(x):
+    """A network that answers with its input, as logits of probabilities."""
+    return torch.logit(x.clamp(1e-4, 1 - 1e-4))
+
+
+@pytest.mark.parametrize("weights", ["gaussian", "uniform"])
+@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.75])
+@pytest.mark.parametrize("shape", [(13, 17, 11), (5, 30, 4), (8, 8, 8)])
+def test_the_identity_network_returns_the_volume(shape, overlap, weights) -> None:
+    volume = volume_of(shape)
+    sliding = replace(SLIDING, overlap=overlap, weights=weights)
+    result = sliding.probabilities(logits_of, volume, TileGeometry((8, 8, 8)))
+    np.testing.assert_allclose(result, volume, atol=2e-3)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slices_along_any_axis_return_the_volume(axis) -> None:
+    volume, shape, margin = volume_of((9, 10, 11)), [8, 8, 8], [0, 0, 0]
+    shape[axis], margin[axis] = 1, 1
+    geometry = TileGeometry(tuple(shape), tuple(margin), slice_axis=axis)
+
+    def middle_slice(x):  # channels are (C, slices)
+        return logits_of(x.unflatten(1, (2, 3))[:, :, 1])
+
+    np.testing.assert_allclose(SLIDING.probabilities(middle_slice, volume, geometry), volume, atol=2e-3)
+
+
+def test_a_network_with_a_margin_returns_the_volume() -> None:
+    volume = volume_of((20, 13, 9))
+    geometry = TileGeometry((6, 6, 6), margin=(2, 1, 3))
+
+    def valid(x):
+        return logits_of(x[:, :, 2:-2, 1:-1, 3:-3])
+
+    np.testing.assert_allclose(SLIDING.probabilities(valid, volume, geometry), volume, atol=2e-3)
+
+
+def test_full_coverage_of_a_constant_is_that_constant() -> None:
+    volume = np.full((2, 20, 20, 20), 0.27, dtype=np.float32)
+    result = SLIDING.probabilities(logits_of, volume, TileGeometry((8, 8, 8)))
+    np.testing.assert_allclose(result, 0.27, atol=1e-3)
+
+
+def test_flips_average_and_turn_back() -> None:
+    """A network that marks the first plane it is given marks both ends when x is mirrored too."""
+    volume = volume_of((8, 8, 8), channels=1)
+
+    def first_plane(x):
+        y = torch.full((len(x), 2, *x.shape[2:]), -20.0)
+        y[:, :, 0] = 20.0
+        return y
+
+    result = replace(SLIDING, flips=("x",)).probabilities(first_plane, volume, TileGeometry((8, 8, 8)))
+    np.testing.assert_allclose(result[:, [0, -1]], 0.5, atol=1e-3)
+    np.testing.assert_allclose(result[:, 1:-1], 0, atol=1e-3)
+
+
+def test_beyond_the_budget_probabilities_lie_on_disk_and_are_the_same() -> None:
+    volume = volume_of((13, 17, 11))
+    in_memory = SLIDING.probabilities(logits_of, volume, TileGeometry((8, 8, 8)))
+    on_disk = replace(SLIDING, budget_bytes=100).probabilities(logits_of, volume, TileGeometry((8, 8, 8)))
+    assert isinstance(on_disk, np.memmap)
+    assert not isinstance(in_memory, np.memmap)
+    np.testing.assert_array_equal(on_disk, in_memory)
+
+
+def test_softmax_where_targets_exclude_each_other() -> None:
+    result = replace(SLIDING, exclusive=True).probabilities(lambda x: 9 * x, volume_of((9, 9, 9)), TileGeometry((8,) * 3))
+    np.testing.assert_allclose(result.astype(np.float32).sum(0), 1, atol=2e-3)
+
+
+def test_progress_ends_complete() -> None:
+    seen = []
+    SLIDING.probabilities(logits_of, volume_of((20, 20, 9)), TileGeometry((8, 8, 8)), lambda *p: seen.append(p))
+    assert seen[-1][0] == seen[-1][1] == len(TileGeometry((8, 8, 8)).tiles((20, 20, 9)))

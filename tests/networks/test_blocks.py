@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from delineate.networks.blocks import InstanceNorm, LinearUpsample
+
+
+@pytest.mark.parametrize("d", [2, 3])
+def test_instance_norm_equals_torch_s(d) -> None:
+    torch.manual_seed(0)
+    ours = InstanceNorm(4)
+    theirs = (nn.InstanceNorm3d if d == 3 else nn.InstanceNorm2d)(4, affine=True)
+    for norm in (ours, theirs):
+        nn.init.constant_(norm.weight, 1.7)
+        nn.init.constant_(norm.bias, -0.3)
+    x = torch.randn(3, 4, *[6] * d) * 5 + 40
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.testing.assert_close(ours(a), theirs(b), rtol=1e-4, atol=1e-4)
+    ours(a).cos().sum().backward()
+    theirs(b).cos().sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_instance_norm_keeps_precision_in_bfloat16() -> None:
+    """A mean far from zero would drown the spread if moments were formed in bfloat16."""
+    x = (torch.randn(1, 2, 16, 16, 16) * 2 + 60).to(torch.bfloat16)
+    y = InstanceNorm(2)(x)
+    assert y.dtype == torch.bfloat16
+    assert y.float().std().item() == pytest.approx(1, abs=0.02)
+    assert y.float().mean().item() == pytest.approx(0, abs=0.02)
+
+
+def test_linear_upsampling_keeps_a_constant() -> None:
+    up = LinearUpsample(3, 2, 2, (2, 2, 1))
+    nn.init.eye_(up.project.weight[:, :, 0, 0, 0].data)
+    nn.init.zeros_(up.project.bias)
+    y = up(torch.full((1, 2, 3, 4, 5), 7.0))
+    assert y.shape == (1, 2, 6, 8, 5)
+    torch.testing.assert_close(y, torch.full_like(y, 7.0))

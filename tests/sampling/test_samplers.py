@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from delineate.sampling.samplers import AllTiles, ClassBalancedTiles, RandomTiles, Sampler
+from delineate.sampling.tiles import TileGeometry
+
+GEOMETRY = TileGeometry((6, 6, 6))
+
+
+@pytest.mark.parametrize("spec", [AllTiles(), RandomTiles(), ClassBalancedTiles()])
+def test_a_draw_depends_on_seed_and_number_alone(spec, subjects) -> None:
+    forwards, backwards = Sampler(spec, subjects, GEOMETRY, 3), Sampler(spec, subjects, GEOMETRY, 3)
+    there = [forwards.draw(j)[:2] for j in range(40)]
+    back = [backwards.draw(j)[:2] for j in reversed(range(40))]
+    assert there == back[::-1]
+    assert there != [Sampler(spec, subjects, GEOMETRY, 4).draw(j)[:2] for j in range(40)]
+
+
+@pytest.mark.parametrize("spec", [RandomTiles(), ClassBalancedTiles()])
+def test_every_subject_is_seen_once_a_pass(spec, subjects) -> None:
+    sampler = Sampler(spec, subjects, GEOMETRY, 0)
+    seen = [sampler.draw(j).subject for j in range(3 * sampler.pass_length)]
+    assert all(sorted(seen[i : i + 5]) == [0, 1, 2, 3, 4] for i in (0, 5, 10))
+
+
+def test_all_tiles_are_seen_once_a_pass(subjects) -> None:
+    sampler = Sampler(AllTiles(), subjects, GEOMETRY, 0)
+    drawn = {sampler.draw(j)[:2] for j in range(sampler.pass_length)}
+    wanted = {(i, t) for i, s in enumerate(subjects) for t in GEOMETRY.tiles(s.image.shape[1:], 0.0)}
+    assert drawn == wanted
+
+
+def test_tiles_lie_within_volumes_that_hold_them(subjects) -> None:
+    for j in range(200):
+        index, tile, _ = Sampler(ClassBalancedTiles(), subjects, GEOMETRY, 0).draw(j)
+        shape = subjects[index].image.shape[1:]
+        assert all(0 <= s and s + 6 <= n for s, n in zip(tile.start, shape, strict=True))
+
+
+def test_a_tile_larger_than_the_volume_still_covers_it(subjects) -> None:
+    sampler = Sampler(RandomTiles(), subjects, TileGeometry((20, 20, 20)), 0)
+    for j in range(50):
+        index, tile, _ = sampler.draw(j)
+        shape = subjects[index].image.shape[1:]
+        assert all(s <= 0 and s + 20 >= n for s, n in zip(tile.start, shape, strict=True))
+
+
+def test_balancing_gives_a_rare_target_its_share(subjects) -> None:
+    """Target 2 is one voxel of about 1700: half of the foreground tiles hold it all the same."""
+    def share(spec) -> float:
+        sampler = Sampler(spec, subjects, GEOMETRY, 0)
+        draws = [sampler.draw(j) for j in range(400)]
+        return float(np.mean([(GEOMETRY.read(subjects[i].target, tile) == 2).any() for i, tile, _ in draws]))
+
+    assert share(ClassBalancedTiles(foreground_fraction=1.0)) > 0.45
+    assert share(RandomTiles()) < 0.1

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from delineate.errors import RecipeError
+from delineate.sampling.tiles import Patches, Slices, TileGeometry, Whole, geometry_for, read_box
+
+SHAPES = st.tuples(*[st.integers(1, 23)] * 3)
+
+
+@given(volume=SHAPES, tile=st.tuples(*[st.integers(1, 9)] * 3), overlap=st.sampled_from([0.0, 0.25, 0.5, 0.75]))
+def test_tiles_cover_every_voxel(volume, tile, overlap) -> None:
+    covered = np.zeros(volume, dtype=int)
+    for start, shape in TileGeometry(tile).tiles(volume, overlap):
+        box = tuple(slice(max(s, 0), s + n) for s, n in zip(start, shape, strict=True))
+        covered[box] += 1
+    assert covered.min() >= 1
+
+
+@given(volume=SHAPES, start=st.tuples(*[st.integers(-30, 30)] * 3), shape=st.tuples(*[st.integers(1, 20)] * 3))
+def test_reading_beyond_the_volume_repeats_its_border(volume, start, shape) -> None:
+    voxels = np.random.default_rng(0).random((2, *volume))
+    nearest = [np.clip(np.arange(s, s + n), 0, size - 1) for s, n, size in zip(start, shape, volume, strict=True)]
+    np.testing.assert_array_equal(read_box(voxels, start, shape), voxels[(slice(None), *np.ix_(*nearest))])
+
+
+def test_what_is_read_is_a_copy() -> None:
+    voxels = np.zeros((1, 4, 4, 4))
+    read_box(voxels, (0, 0, 0), (4, 4, 4))[...] = 1
+    assert voxels.sum() == 0
+
+
+def test_neighbouring_slices_become_channels_in_order() -> None:
+    volume = np.arange(5, dtype=float)[None, None, None, :] + np.array([0, 100]).reshape(2, 1, 1, 1)
+    volume = np.broadcast_to(volume, (2, 4, 4, 5))
+    geometry = geometry_for(Slices(neighbours=1), volume.shape[1:], (1, 1, 5), (2, 2), (0, 0))
+    tiles = geometry.tiles(volume.shape[1:])
+    boxes = [geometry.to_network(geometry.read(volume, tile)) for tile in tiles]
+    assert boxes[0][:, 0, 0].tolist() == [0, 0, 1, 100, 100, 101]  # edge slices repeat
+    assert boxes[2][:, 0, 0].tolist() == [1, 2, 3, 101, 102, 103]
+    assert geometry.slices == 3
+
+
+def test_the_thickest_axis_is_sliced() -> None:
+    geometry = geometry_for(Slices(axis="thickest"), (20, 8, 30), (1.0, 5.0, 1.0), (4, 4), (0, 0))
+    assert geometry.slice_axis == 1
+    assert geometry.shape == (20, 1, 32)
+
+
+def test_shapes_are_rounded_up_to_what_the_network_divides() -> None:
+    assert geometry_for(Whole(), (17, 16, 5), (1, 1, 1), (8, 8, 4), (0, 0, 0)).shape == (24, 16, 8)
+    valid = geometry_for(Patches(shape=(80, 96, 96)), (200, 200, 200), (1, 1, 1), (4, 4, 4), (10, 10, 10))
+    assert valid.shape == (80, 96, 96)
+    assert valid.input_shape == (100, 116, 116)
+
+
+def test_dimensions_must_agree() -> None:
+    with pytest.raises(RecipeError, match="kind: slices with 2D"):
+        geometry_for(Patches(shape=(8, 8, 8)), (8, 8, 8), (1, 1, 1), (2, 2), (0, 0))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "gaussian"])
+def test_weights_are_positive_and_symmetric(kind) -> None:
+    weights = TileGeometry((8, 7, 1)).weights(kind)
+    assert weights.shape == (8, 7, 1)
+    assert weights.min() > 0
+    np.testing.assert_allclose(weights, weights[::-1, ::-1], rtol=1e-6)
