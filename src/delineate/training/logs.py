@@ -23,8 +23,9 @@ class CurveLogger(Logger):
         super().__init__()
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (TRAINING_CURVE, VALIDATION_CURVE):
-            _forget_after(folder / name, resumed_from)
+        # Losses are numbered by the steps before them, validations by the steps behind them.
+        _keep_until(folder / TRAINING_CURVE, resumed_from - 1)
+        _keep_until(folder / VALIDATION_CURVE, resumed_from)
 
     @property
     def name(self) -> str:
@@ -52,13 +53,13 @@ class CurveLogger(Logger):
             writer.writerow(row)
 
 
-def _forget_after(path: Path, step: int) -> None:
+def _keep_until(path: Path, step: int) -> None:
     """Keep the rows of ``path`` up to ``step``; a last row cut short by a crash goes too."""
     if not path.exists():
         return
     with path.open(newline="", encoding="utf-8") as file:
         header, *rows = list(csv.reader(file)) or [[]]
-    kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) < step]
+    kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step]
     if not kept:
         path.unlink()
         return

@@ -148,6 +148,8 @@ class Delineator(lightning.LightningModule):
         self.budget.spent_seconds = float(checkpoint["spent_seconds"])
 
     def on_train_start(self) -> None:
+        for optimiser in self.trainer.optimizers:
+            match_memory_formats(optimiser)
         self.budget.start()
         self.update_progress(self.global_step)
 
@@ -182,3 +184,15 @@ def build_optimiser(spec: OptimiserSpec, network: nn.Module, *, fused: bool) -> 
         return torch.optim.SGD(groups, lr=spec.learning_rate, momentum=spec.beta1, nesterov=spec.beta1 > 0)
     kind = torch.optim.AdamW if spec.kind == "adamw" else torch.optim.Adam
     return kind(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=fused)
+
+
+def match_memory_formats(optimiser: torch.optim.Optimizer) -> None:
+    """Lay restored moments out in memory as their parameters are.
+
+    Fused optimisers walk through memory without looking at strides: a contiguous moment beside a
+    channels-last parameter would be paired with the wrong weights, without any error.
+    """
+    for parameter, state in optimiser.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

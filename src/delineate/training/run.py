@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import warnings
@@ -378,6 +379,9 @@ def _trainer(
 ) -> lightning.Trainer:
     from lightning.pytorch.loggers import TensorBoardLogger
 
+    # What Lightning finds of devices and precision is said by the plan already.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logs = folder / "logs"
     loggers: list[Any] = [
         CurveLogger(logs, resumed_from),

@@ -1,0 +1,216 @@
+"""Reading and writing scans and labels in any known format, chosen by suffix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delineate.core.grid import Grid
+from delineate.core.volume import LabelVolume, Volume
+from delineate.errors import BadFormat, BadLabelValue, BadShape, BadVoxels, MissingFile
+from delineate.io.files import Limits, writing_beside
+from delineate.io.voxels import Orientation, Stored, check_complete, read_voxels
+
+__all__ = [
+    "SUFFIXES",
+    "Header",
+    "name_of",
+    "read_header",
+    "read_label",
+    "read_volume",
+    "suffix_of",
+    "write_label",
+    "write_volume",
+]
+
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+
+_LIMITS = Limits()
+_LABEL_TOLERANCE = 1e-3
+_LABEL_DTYPES = (np.uint8, np.uint16, np.uint32, np.int8, np.int16, np.int32)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its voxels: ``dtype`` is what :func:`read_volume` returns."""
+
+    grid: Grid
+    channels: int
+    dtype: np.dtype
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix, in small letters, by which a scan's format is known; ``""`` if the file is no scan.
+
+    Hidden files are no scans: archives made on a Mac hold ``._case.nii.gz`` beside ``case.nii.gz``.
+    """
+    name = path.name.lower()
+    return next((s for s in SUFFIXES if name.endswith(s) and not name.startswith(".")), "")
+
+
+def name_of(path: Path) -> str:
+    """The file's name without its suffix: ``case`` of ``case.nii.gz``."""
+    return path.name[: len(path.name) - len(suffix_of(path))]
+
+
+def read_header(path: Path, limits: Limits = _LIMITS, *, orientation: Orientation = "refuse") -> Header:
+    """Grid, channels and dtype, all checked, and whether the file is complete; voxels stay on the disk.
+
+    Raises what :func:`read_volume` raises, but for what only voxels and checksums tell.
+    """
+    with _reading(path):
+        stored = _describe(path, limits, orientation)
+        check_complete(stored)
+    return Header(stored.grid, stored.channels, stored.read_dtype)
+
+
+def read_volume(
+    path: Path,
+    *,
+    limits: Limits = _LIMITS,
+    orientation: Orientation = "refuse",
+    nan: Literal["refuse", "fill"] = "refuse",
+) -> Volume:
+    """A scan: voxels (C, X, Y, Z), each channel Fortran-ordered, in RAS+ millimetres.
+
+    Integers keep their type; scaled values and floats are float32. A fourth axis is channels.
+    ``orientation`` chooses between a NIfTI file's two where they disagree by more than 0.01 mm.
+    ``nan="fill"`` puts the channel's least finite value, its background, where voxels are not finite.
+
+    Raises :class:`ScanError`'s family, by cause: ``Truncated``, ``BadGeometry``,
+    ``AmbiguousOrientation``, ``BadShape``, ``TooLarge``, ``BadPath``, ``BadVoxels``, ``BadFormat``;
+    and :class:`MissingFile`.
+    """
+    with _reading(path):
+        stored = _describe(path, limits, orientation)
+        voxels = read_voxels(stored)
+    return Volume(_finite(path, voxels, nan), stored.grid)
+
+
+def read_label(
+    path: Path,
+    *,
+    limits: Limits = _LIMITS,
+    orientation: Orientation = "refuse",
+) -> LabelVolume:
+    """A label: voxels (X, Y, Z) in the smallest integer type, unsigned if it can be.
+
+    Values within 1e-3 of an integer are rounded, as 254.99999994 is; others raise
+    :class:`BadLabelValue`. For the rest as :func:`read_volume`.
+    """
+    with _reading(path):
+        stored = _describe(path, limits, orientation)
+        if stored.channels != 1:
+            raise BadShape(f"label '{path}' has {stored.channels} channels; save one label of values as (x, y, z)")
+        voxels = read_voxels(stored)[0]
+    return LabelVolume(_smallest(path, _rounded(path, voxels)), stored.grid)
+
+
+def write_volume(path: Path, volume: Volume) -> None:
+    """Write a scan; integers keep their type, floats become float32. Reads back exactly, grid included.
+
+    NIfTI keeps an affine bit for bit if it came from NIfTI-1, and others to 32-bit precision.
+    MetaImage and NRRD become one uncompressed file, even as ``.mhd`` or ``.nhdr``. All of the file
+    appears, or nothing: :class:`OutputError`.
+    """
+    voxels = volume.voxels
+    if voxels.dtype.kind not in "iu":
+        voxels = voxels.astype(np.uint8 if voxels.dtype == bool else np.float32, copy=False)
+    _write(path, voxels, volume.grid)
+
+
+def write_label(path: Path, label: LabelVolume) -> None:
+    """Write a label in the smallest integer type that holds its values; otherwise as :func:`write_volume`."""
+    _write(path, _smallest(path, label.voxels)[None], label.grid)
+
+
+class _Format(Protocol):
+    """What each format's module offers."""
+
+    def describe(self, path: Path, limits: Limits, orientation: Orientation) -> Stored: ...
+
+    def write(self, path: Path, voxels: NDArray, grid: Grid) -> None: ...
+
+
+def _format_of(path: Path) -> _Format:
+    match suffix_of(path):
+        case ".nii" | ".nii.gz":
+            from delineate.io import nifti  # imports nibabel, a tenth of a second
+
+            return nifti
+        case ".mha" | ".mhd":
+            from delineate.io import metaimage
+
+            return metaimage
+        case ".nrrd" | ".nhdr":
+            from delineate.io import nrrd
+
+            return nrrd
+    raise BadFormat(f"'{path}' has no known suffix; known are {', '.join(SUFFIXES)}")
+
+
+def _describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
+    if not path.is_file():
+        raise MissingFile(f"'{path}' is no file; check the name")
+    return _format_of(path).describe(path, limits, orientation)
+
+
+def _write(path: Path, voxels: NDArray, grid: Grid) -> None:
+    write = _format_of(path).write
+    with writing_beside(path) as beside:
+        write(beside, voxels, grid)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadFormat(f"'{path}' cannot be read: {error.strerror or error}; check disk and permissions") from error
+
+
+def _finite(path: Path, voxels: NDArray, nan: Literal["refuse", "fill"]) -> NDArray:
+    if voxels.dtype.kind != "f":
+        return voxels
+    finite = np.isfinite(voxels)
+    if finite.all():
+        return voxels
+    count = f"{finite.size - np.count_nonzero(finite)} of {finite.size} voxels that are not finite"
+    if nan == "refuse":
+        raise BadVoxels(f"'{path}' has {count}; export the scan again, or fill them (nan: fill)")
+    for channel, good in zip(voxels, finite, strict=True):
+        if not good.any():
+            raise BadVoxels(f"'{path}' has {count}, all of a channel; leave the scan out")
+        channel[~good] = channel[good].min()
+    return voxels
+
+
+def _rounded(path: Path, voxels: NDArray) -> NDArray:
+    """Whole numbers, where all are within the tolerance of one."""
+    if voxels.dtype.kind != "f":
+        return voxels
+    rounded = np.rint(voxels)
+    with np.errstate(invalid="ignore"):
+        bad = ~(abs(voxels - rounded) <= _LABEL_TOLERANCE)  # NaN and infinity among them
+    if bad.any():
+        values = ", ".join(f"{v:g}" for v in np.unique(voxels[bad])[:5])
+        raise BadLabelValue(
+            f"label '{path}' has {np.count_nonzero(bad)} voxels that are no whole numbers ({values}, …); "
+            "resample it with nearest neighbours, or draw the label again"
+        )
+    return rounded
+
+
+def _smallest(path: Path, voxels: NDArray) -> NDArray:
+    """Whole numbers in the smallest integer type, unsigned if none is negative."""
+    least, most = voxels.min(), voxels.max()
+    for dtype in _LABEL_DTYPES:
+        if np.iinfo(dtype).min <= least and most <= np.iinfo(dtype).max:
+            return voxels.astype(dtype, copy=False)
+    raise BadLabelValue(f"label '{path}' has values from {least} to {most}; number its structures from 1")

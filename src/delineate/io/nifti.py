@@ -1,0 +1,216 @@
+"""NIfTI-1 and NIfTI-2 in one file (``.nii``, ``.nii.gz``): headers by nibabel, checked here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from isal import igzip
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from delineate.core.grid import Affine, Grid, Shape3
+from delineate.errors import AmbiguousOrientation, BadFormat, BadGeometry, BadShape, TooLarge, Truncated
+from delineate.io.files import Limits
+from delineate.io.voxels import (
+    DAMAGED,
+    Encoding,
+    Orientation,
+    Stored,
+    check_grid,
+    check_shape,
+    check_spacing,
+    open_gzip,
+    write_bytes,
+)
+
+_DTYPES = {
+    2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
+}  # fmt: skip
+_TOLERANCE_MM = 0.01  # between qform and sform, at the corners
+_NOT_MM = {1: "metres", 3: "micrometres"}
+_CODES = range(6)  # meanings of a qform or sform: 0 is none
+_LONGEST_EXTENSION = 2**26  # bytes
+_GZIP_LEVEL = 1
+
+
+def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
+    """What the header says, checked. ``orientation`` chooses where qform and sform disagree."""
+    encoding: Encoding = "gzip" if path.name.lower().endswith(".gz") else "raw"
+    header = _header(path, encoding)
+    dtype = _dtype(path, header)
+    shape, channels = check_shape(path, _shape(path, header), dtype.itemsize, limits)
+    grid = _grid(path, header, shape, orientation)
+    offset, smallest = float(header["vox_offset"]), header.single_vox_offset
+    if not (offset.is_integer() and offset >= smallest):
+        raise BadFormat(f"'{path}' puts its voxels at byte {offset:g}, inside the header; export the scan again")
+    if offset > _LONGEST_EXTENSION:
+        raise TooLarge(f"'{path}' puts its voxels at byte {offset:g}; export the scan without its header extensions")
+    slope, inter = _scaling(path, header)
+    return Stored(path, grid, channels, dtype, 0, int(offset), encoding, slope=slope, inter=inter)
+
+
+def write(path: Path, voxels: NDArray, grid: Grid) -> None:
+    """Write voxels (C, X, Y, Z), whose dtype NIfTI knows, gzipped if the name ends in ``.gz``.
+
+    The affine reads back bit for bit if it is of 32-bit numbers, or came from another NIfTI-1
+    file; else to 32-bit precision. The same voxels and grid give the same bytes.
+    """
+    header = Nifti1Header()
+    header.set_data_dtype(voxels.dtype)
+    header.set_data_shape((*grid.shape, *voxels.shape[:1]) if len(voxels) > 1 else grid.shape)
+    header.set_xyzt_units("mm")
+    header["vox_offset"] = header.single_vox_offset
+    _store_affine(header, grid)
+    no_extensions = bytes(4)
+    head = header.as_byteswapped("<").binaryblock + no_extensions
+    with path.open("wb") as file:
+        if path.name.lower().endswith(".gz"):
+            with igzip.IGzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as stream:
+                write_bytes(stream, head, np.moveaxis(voxels, 0, -1))
+        else:
+            write_bytes(file, head, np.moveaxis(voxels, 0, -1))
+
+
+def _header(path: Path, encoding: Encoding) -> Nifti1Header:
+    """The header as it is, mended by nobody."""
+    block = _first_bytes(path, encoding, Nifti2Header.template_dtype.itemsize)
+    kinds: tuple[type[Nifti1Header], ...] = (Nifti1Header, Nifti2Header)
+    for kind in kinds:
+        size = kind.template_dtype.itemsize
+        for endianness, order in (("<", "little"), (">", "big")):
+            if int.from_bytes(block[:4], order) != size:  # type: ignore[arg-type]
+                continue
+            if len(block) < size:
+                raise Truncated(f"'{path}' ends within its header; copy or export it again")
+            header = kind(block[:size], endianness, check=False)
+            if not header["magic"].item().startswith(b"n+"):
+                raise BadFormat(f"'{path}' is not a NIfTI file of one piece; convert it to .nii.gz")
+            return header
+    raise BadFormat(f"'{path}' does not begin as NIfTI does; rename it to what it is, or export it again")
+
+
+def _first_bytes(path: Path, encoding: Encoding, size: int) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        if encoding == "raw":
+            return file.read(size)
+        try:
+            return open_gzip(path, file).read(size)
+        except DAMAGED as error:
+            raise Truncated(f"'{path}' is damaged or cut short: {error}; copy or export it again") from error
+
+
+def _dtype(path: Path, header: Nifti1Header) -> np.dtype:
+    code = int(header["datatype"])
+    if code not in _DTYPES:
+        raise BadFormat(f"'{path}' has voxels of NIfTI type {code}: colours, complex or unknown; save real numbers")
+    return np.dtype(_DTYPES[code]).newbyteorder(header.endianness)
+
+
+def _shape(path: Path, header: Nifti1Header) -> tuple[int, ...]:
+    axes, *shape = map(int, header["dim"])
+    if not 1 <= axes <= 7:
+        raise BadShape(f"'{path}' claims {axes} axes, of 1 to 7; export the scan again")
+    return (*shape[:axes], 1, 1)[: max(axes, 3)]
+
+
+def _scaling(path: Path, header: Nifti1Header) -> tuple[float, float]:
+    try:
+        slope, inter = header.get_slope_inter()
+    except HeaderDataError as error:
+        raise BadFormat(f"'{path}' has no usable scaling: {error}; export the scan again") from error
+    return (1.0, 0.0) if slope is None else (slope, inter)
+
+
+def _grid(path: Path, header: Nifti1Header, shape: Shape3, orientation: Orientation) -> Grid:
+    """The grid by sform, else qform, else spacing alone, as nibabel does; checked as it does not."""
+    check_spacing(path, header["pixdim"][1:4].tolist())
+    if unit := _NOT_MM.get(int(header["xyzt_units"]) & 7):
+        raise BadGeometry(f"'{path}' measures in {unit}; convert it to millimetres")
+    codes = {name: int(header[f"{name}_code"]) for name in ("sform", "qform")}
+    for name, code in codes.items():
+        if code not in _CODES:
+            raise BadGeometry(f"'{path}' has {name} code {code}, of 0 to 5; export the scan again with its geometry")
+    if not any(codes.values()):
+        return check_grid(path, shape, header.get_base_affine())
+    if orientation != "refuse" and codes[orientation]:
+        codes = {orientation: codes[orientation]}
+    affines = {"sform": header.get_sform, "qform": lambda: _qform(path, header)}
+    first, *others = (check_grid(path, shape, affines[name]()) for name, code in codes.items() if code)
+    for other in others:
+        if not first.matches(other, _TOLERANCE_MM):
+            raise AmbiguousOrientation(
+                f"'{path}' has two positions: sform ({first.orientation}) and qform ({other.orientation}) differ by "
+                f"{first.corner_distance_mm(other):.3g} mm; look which is right and choose orientation sform or qform"
+            )
+    return first
+
+
+def _qform(path: Path, header: Nifti1Header) -> Affine:
+    if header["pixdim"][0] not in (-1, 1):
+        header["pixdim"][0] = 1  # as the standard says of 0
+    try:
+        return header.get_qform()
+    except ValueError as error:
+        raise BadGeometry(f"'{path}' has a qform that is no rotation: {error}; export the scan again") from error
+
+
+def _store_affine(header: Nifti1Header, grid: Grid) -> None:
+    """Choose the codes and numbers from which a reader gets the grid's affine, bit for bit if it can be."""
+    for _ in _ways_to_store(header, grid):
+        if np.array_equal(header.get_best_affine(), grid.affine):
+            return
+    next(_ways_to_store(header, grid))
+
+
+def _ways_to_store(header: Nifti1Header, grid: Grid) -> Iterator[None]:
+    """Set the header one way after another: the best known to readers first, then the exotic ones."""
+    affine, scanner, none = grid.affine, 1, 0
+    header.set_sform(affine, scanner)
+    header.set_qform(affine, scanner)  # and the spacing
+    try:
+        close = grid.matches(Grid(grid.shape, header.get_qform()), _TOLERANCE_MM)
+    except ValueError:
+        close = False
+    if not close:  # sheared
+        header["qform_code"] = none
+    yield
+    # The rest is for affines of 64-bit numbers, which a sform cannot hold. A reader computed them
+    # from 32-bit spacing and shape alone …
+    header["sform_code"] = header["qform_code"] = none
+    yield
+    # … or from spacing and a quaternion (b, c, d), which is found from its rotation and tried.
+    header["qform_code"] = scanner
+    rotation = affine[:3, :3] / header["pixdim"][1:4].astype(np.float64)
+    rotation[:, 2] *= header["pixdim"][0]
+    quaternion = _quaternion(rotation)
+    # Stored quaternions are of unit length to 32 bits only; the rotation has forgotten the rest.
+    for step in sorted(range(-16, 17), key=abs):
+        b, c, d = quaternion[1:] * (1 + step * 2.0**-26)
+        header["quatern_b"], header["quatern_c"], header["quatern_d"] = b, c, d
+        try:
+            header.get_qform()
+        except ValueError:  # too long
+            continue
+        yield
+
+
+def _quaternion(rotation: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Unit quaternion (a ≥ 0, b, c, d) of a rotation (3, 3); small parts to full relative precision.
+
+    Shepperd 1978: each product 4·q_i·q_j is a sum of matrix elements; divide by the largest. An
+    eigenvector, as nibabel's mat2quat takes, has absolute precision, which changes small parts.
+    """
+    products = np.empty((4, 4))
+    trace = np.trace(rotation)
+    products[np.diag_indices(4)] = [1 + trace, *(1 - trace + 2 * np.diag(rotation))]
+    for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+        products[0, i + 1] = products[i + 1, 0] = rotation[k, j] - rotation[j, k]
+        products[j + 1, k + 1] = products[k + 1, j + 1] = rotation[k, j] + rotation[j, k]
+    largest = int(np.argmax(np.diag(products)))
+    quaternion = products[largest] / (2 * math.sqrt(products[largest, largest]))
+    return -quaternion if quaternion[0] < 0 else quaternion

@@ -1,0 +1,81 @@
+"""Outputs appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from delineate.errors import OutputError
+from delineate.io.files import writing_beside
+
+
+def test_a_file_appears_whole_in_a_new_folder(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folders" / "scan.nii.gz"
+    with writing_beside(path) as beside:
+        beside.write_bytes(b"voxels")
+        assert beside.parent == path.parent
+        assert beside.name.endswith("scan.nii.gz")
+        assert not path.exists()
+    assert path.read_bytes() == b"voxels"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
+def test_whatever_goes_wrong_the_old_file_stays_alone(error: type[BaseException], tmp_path: Path) -> None:
+    path = tmp_path / "scan.nii.gz"
+    path.write_bytes(b"old")
+
+    def write_half() -> None:
+        with writing_beside(path) as beside:
+            beside.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path / "file" / "scan.nii", tmp_path / "file" / "folder" / "scan.nii"):
+        with pytest.raises(OutputError, match="a file stands where a folder is needed"), writing_beside(path) as beside:
+            beside.write_bytes(b"voxels")
+
+
+def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "scan.nii").mkdir()
+    with pytest.raises(OutputError, match="a folder has this name"), writing_beside(tmp_path / "scan.nii") as beside:
+        beside.write_bytes(b"voxels")
+    assert [p.name for p in tmp_path.iterdir()] == ["scan.nii"]
+
+
+def test_a_folder_that_nobody_may_write_is_named() -> None:
+    # Even the administrator cannot create files among the kernel's.
+    path = Path("/proc/self/scan.nii")
+    if not path.parent.is_dir():
+        pytest.skip("no /proc on this system")
+    with pytest.raises(OutputError, match="cannot be written"), writing_beside(path) as beside:
+        beside.write_bytes(b"voxels")
+
+
+@pytest.mark.parametrize(("number", "mend"), [("ENOSPC", "free some space"), ("EROFS", "read-only")])
+def test_the_message_says_what_to_do(number: str, mend: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=mend), writing_beside(tmp_path / "scan.nii"):
+        raise OSError(getattr(errno, number), "as the system says it")
+
+
+def test_a_really_full_device(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+
+    def write() -> None:
+        with writing_beside(tmp_path / "scan.nii") as beside:
+            beside.symlink_to("/dev/full")
+            beside.write_bytes(b"voxels")
+
+    with pytest.raises(OutputError, match="free some space"):
+        write()
+    assert not list(tmp_path.iterdir())

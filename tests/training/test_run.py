@@ -1,0 +1,208 @@
+"""Trainings from files to measured predictions, on two CPU processes at most."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from delineate.bundle import Bundle
+from delineate.datasets.splits import make_split
+from delineate.errors import BrokenSubjects, RecipeError
+from delineate.io.formats import read_header
+from delineate.networks import unet
+from delineate.recipe import recipe_from, to_yaml
+from delineate.training.run import Reporter, RunOptions, assign_roles, train
+
+OPTIONS = {"device": "cpu", "precision": "fp32", "compile": "off", "threads": 1}
+
+
+def run(recipe, dataset, folder, report=None, **options):
+    options = RunOptions(cache=folder.parent / "cache", **{**OPTIONS, **options})
+    return train(recipe, dataset, folder, options, report or Reporter())
+
+
+def weights_of(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "weights.safetensors")
+
+
+def test_a_run_leaves_what_it_promises(recipe, balls, tmp_path) -> None:
+    result = run(recipe, balls, tmp_path / "run")
+    assert result.finished
+    assert result.steps == 12
+    names = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert names >= {
+        "bundle/weights.safetensors", "last/weights.safetensors", "last/state.safetensors", "recipe.yaml",
+        "split.json", "plan.json", "data.json", "logs/training.csv", "logs/validation.csv", "evaluation/metrics.csv",
+    }  # fmt: skip
+    curve = pd.read_csv(tmp_path / "run/logs/training.csv")
+    assert curve["step"].tolist() == list(range(12))
+    assert len(pd.read_csv(tmp_path / "run/logs/validation.csv")) == 3
+    held_out = Bundle.load(tmp_path / "run/bundle").provenance["held_out"]
+    assert sorted(result.evaluation.subjects) == sorted(held_out)
+    for name in held_out:
+        subject = next(s for s in balls.subjects if s.id == name)
+        predicted, scan = (
+            read_header(p).grid for p in (tmp_path / "run/predictions" / f"{name}.nii.gz", *subject.scans.values())
+        )
+        assert predicted.shape == scan.shape
+        np.testing.assert_array_equal(predicted.affine, scan.affine)
+
+
+def test_it_learns(recipe, balls, tmp_path) -> None:
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": 60, "ema": 0.9})})
+    result = run(longer, balls, tmp_path / "run")
+    assert result.evaluation.summary()["ball"]["dice"].mean > 0.8
+
+
+def test_two_runs_of_one_recipe_are_the_same(recipe, balls, tmp_path) -> None:
+    run(recipe, balls, tmp_path / "one")
+    run(recipe, balls, tmp_path / "two")
+    one, two = weights_of(tmp_path / "one/last"), weights_of(tmp_path / "two/last")
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(recipe, balls, tmp_path) -> None:
+    run(recipe, balls, tmp_path / "whole")
+    stop = tmp_path / "parts/stop"
+
+    def stop_at_second_validation(text: str) -> None:
+        if text.startswith("step 8"):
+            stop.touch()
+
+    first = run(recipe, balls, tmp_path / "parts", Reporter(stop_at_second_validation))
+    assert not first.finished
+    assert first.steps < 12
+    assert not stop.exists()
+    second = run(recipe, balls, tmp_path / "parts")
+    assert second.finished
+    whole, parts = weights_of(tmp_path / "whole/last"), weights_of(tmp_path / "parts/last")
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    for curve in ("training.csv", "validation.csv"):
+        a, b = (pd.read_csv(tmp_path / name / "logs" / curve) for name in ("whole", "parts"))
+        pd.testing.assert_frame_equal(a.drop(columns="minutes", errors="ignore"), b.drop(columns="minutes", errors="ignore"))
+
+
+def test_a_killed_run_goes_on(recipe, balls, tmp_path) -> None:
+    """kill -9 in mid-training, twice; the state is written each 0.2 s here."""
+    spec = recipe.training.model_copy(update={"steps": 150, "validation": recipe.training.validation})
+    recipe = recipe.model_copy(update={"training": spec})
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe.as_dict()))
+    command = [
+        sys.executable, "-c",
+        "from delineate.training import callbacks; callbacks.SECONDS_BETWEEN_STATES = 0.2\n"
+        "from delineate.cli import main; main()",
+        "train", str(tmp_path / "recipe.yaml"), "--data", str(balls.root), "--images", "*_image.nii.gz",
+        "--labels", "*_label.nii.gz", "--targets", "ball=1", "--out", str(tmp_path / "run"),
+        "--cache", str(tmp_path / "cache"), "--device", "cpu", "--precision", "fp32", "--compile", "off",
+        "--threads", "1", "--no-evaluate",
+    ]  # fmt: skip
+    state, steps = tmp_path / "run/last/state.safetensors", []
+    for _ in range(2):
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not (state.exists() and state.stat().st_mtime_ns > before) and process.poll() is None:
+            assert time.monotonic() < deadline, "no state was written in a minute"
+            os.sched_yield()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        steps.append(_steps(state))
+    assert 0 < steps[0] <= steps[1] < 150
+    subprocess.run(command, check=True, capture_output=True)
+    assert _steps(state) == 150
+    run(recipe, balls, tmp_path / "whole", evaluate=False)
+    whole, killed = weights_of(tmp_path / "whole/last"), weights_of(tmp_path / "run/last")
+    assert all(np.array_equal(whole[name], killed[name]) for name in whole)
+    assert pd.read_csv(tmp_path / "run/logs/training.csv")["step"].tolist() == list(range(150))
+
+
+def _steps(state: Path) -> int:
+    from delineate.training.checkpoint import steps_done
+
+    return steps_done(state)
+
+
+def test_two_processes_share_the_data_and_save_once(recipe, balls, tmp_path) -> None:
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe.as_dict()))
+    command = [
+        sys.executable, "-m", "delineate", "train", str(tmp_path / "recipe.yaml"), "--data", str(balls.root),
+        "--images", "*_image.nii.gz", "--labels", "*_label.nii.gz", "--targets", "ball=1",
+        "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--device", "cpu", "--devices", "2",
+        "--precision", "fp32", "--compile", "off",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    # One curve, one row a step and validation: only one process wrote.
+    assert pd.read_csv(tmp_path / "run/logs/training.csv")["step"].tolist() == list(range(12))
+    assert len(pd.read_csv(tmp_path / "run/logs/validation.csv")) == 3
+    assert done.stdout.count("report.html") == 1
+    assert _steps(tmp_path / "run/last/state.safetensors") == 12
+
+
+def test_the_same_folder_refuses_another_recipe(recipe, balls, tmp_path) -> None:
+    run(recipe, balls, tmp_path / "run", evaluate=False)
+    other = recipe.model_copy(update={"training": recipe.training.model_copy(update={"batch_size": 3})})
+    with pytest.raises(RecipeError, match=r"differ in training.*another --out"):
+        run(other, balls, tmp_path / "run")
+
+
+def test_a_raised_budget_goes_on(recipe, balls, tmp_path) -> None:
+    run(recipe, balls, tmp_path / "run", evaluate=False)
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": 18})})
+    assert run(longer, balls, tmp_path / "run", evaluate=False).steps == 18
+
+
+def test_broken_subjects_stop_training_before_it_starts(recipe, balls, tmp_path) -> None:
+    broken = replace(balls.subjects[2], label=tmp_path / "nowhere.nii.gz")
+    dataset = replace(balls, subjects=(*balls.subjects[:2], broken, *balls.subjects[3:]))
+    with pytest.raises(BrokenSubjects, match=rf"1 subjects.*\n  {broken.id}: E_.*--leave-out-broken".replace(".*", "[^$]*")):
+        run(recipe, dataset, tmp_path / "run")
+    report = Reporter()
+    run(recipe, dataset, tmp_path / "run", report, leave_out_broken=True, evaluate=False)
+    assert any(f"left out as broken: {broken.id}" in text for text in report.messages)
+    assert Bundle.load(tmp_path / "run/bundle").provenance["left_out"] == [broken.id]
+
+
+def test_a_collapse_to_background_is_said_with_mends(recipe, balls, tmp_path) -> None:
+    """A head that begins on background, and a learning rate too small to leave it."""
+    values = recipe.as_dict()
+    values["training"] |= {"steps": 110, "collapse_after": 20, "ema": 0.0}
+    values["training"]["optimiser"]["learning_rate"] = 1e-9
+    values["loss"] = {"kind": "cross_entropy"}
+    values["sampler"] = {"kind": "random"}
+    report = Reporter()
+    with pytest.MonkeyPatch.context() as patch:
+        build = unet.UNet.__init__
+
+        def with_a_head_on_background(self, *args):
+            build(self, *args)
+            self.head.bias.data[0] = 50.0
+
+        patch.setattr(unet.UNet, "__init__", with_a_head_on_background)
+        run(recipe_from(values), balls, tmp_path / "run", report, evaluate=False)
+    said = [text for text in report.messages if text.startswith("COLLAPSE")]
+    assert len(said) == 1
+    assert "class_balanced" in said[0]
+    assert "loss.kind=dice" in said[0]
+
+
+def test_roles_are_disjoint_and_leave_the_locked_test_set_alone(recipe, balls) -> None:
+    split = make_split(balls.subjects, folds=2, test_fraction=0.34, seed=0)
+    roles = assign_roles(balls.subjects, split, 0, recipe)
+    names = [{s.id for s in part} for part in (roles.training, roles.validation, roles.held_out)]
+    assert not names[0] & names[1]
+    assert not (names[0] | names[1]) & names[2]
+    assert not set().union(*names) & set(split.test)
+    everyone = assign_roles(balls.subjects, split, None, recipe)
+    assert len(everyone.training) + len(everyone.validation) == len(balls.subjects) - len(split.test)
