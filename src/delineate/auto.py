@@ -26,6 +26,9 @@ VOXELS_PER_TILE = {"cpu": 2**18, "mps": 2**20, "cuda": 2**21}
 FIRST_WIDTH = {"cpu": 24, "mps": 32, "cuda": 32}
 LARGEST_WIDTH = 320
 
+LEAST_SIDE = 6
+"""Voxels along a side below which halving on leaves nothing to convolve."""
+
 BYTES_PER_VOXEL_AND_WIDTH = 60
 """Memory of a training step for each voxel of a tile and channel of the first level, in bf16."""
 
@@ -93,7 +96,6 @@ def derive_recipe(
     *,
     device: str,
     memory_bytes: int,
-    channels: int = 1,
     minutes: float | None = None,
     steps: int | None = None,
 ) -> tuple[Recipe, dict[str, str]]:
@@ -120,7 +122,7 @@ def derive_recipe(
     _choose_network(c, [side[a] for a in dims], spacing[dims], device, network_reason)
     coverage = float(np.prod(np.minimum(np.array(side)[dims], shape[dims]) / shape[dims]))
     _choose_sampler(c, coverage, summary.target_share, sliced=len(dims) == 2)
-    _choose_augmentation(c, thick_axis, ratio)
+    _choose_augmentation(c, thick_axis, ratio, float(spacing.min()))
     rate = 3e-3 if len(dims) == 3 else 2e-3
     c.set("training.optimiser.learning_rate", rate, "high, since short budgets want large steps; it decays to zero")
     c.set("training.optimiser.weight_decay", 0.01)
@@ -217,12 +219,13 @@ def _choose_patches(
 
 
 def _choose_network(c: _Choices, sides: Sequence[int], spacing: NDArray[np.float64], device: str, reason: str) -> None:
-    """A U-Net that halves each axis as long as eight voxels are left and its spacing is not far the largest."""
-    side, mm, strides, kernels = list(sides), list(spacing), [], [[3] * len(sides)]
+    """A U-Net that halves each axis as long as some voxels are left and its spacing is not far the largest."""
+    side, mm, kernels = list(sides), list(spacing), [[3] * len(sides)]
+    strides: list[list[int]] = []
     if max(mm) >= THICK * min(mm):
         kernels = [[1 if s >= THICK * min(mm) else 3 for s in mm]]
     while len(strides) < 5:
-        step = [2 if n % 2 == 0 and n // 2 >= 8 and s < 2 * min(mm) else 1 for n, s in zip(side, mm, strict=True)]
+        step = [2 if n % 2 == 0 and n // 2 >= LEAST_SIDE and s < 2 * min(mm) else 1 for n, s in zip(side, mm, strict=True)]
         if max(step) == 1:
             break
         strides.append(step)
@@ -252,13 +255,13 @@ def _choose_sampler(c: _Choices, coverage: float, target_share: float, *, sliced
     c.set("sampler.foreground_fraction", fraction, "the rest is drawn anywhere")
 
 
-def _choose_augmentation(c: _Choices, thick: int, ratio: float) -> None:
+def _choose_augmentation(c: _Choices, thick: int, ratio: float, finest_mm: float) -> None:
     flat = ratio >= THICK
     turn = [20.0 if not flat or axis == thick else 0.0 for axis in range(3)]
     c.set("augmentation.spatial.probability", 0.8)
     c.set("augmentation.spatial.rotate_degrees", turn, "in plane only: slices are thick" if flat else "about each axis")
     c.set("augmentation.spatial.scale", [0.8, 1.25])
-    c.set("augmentation.spatial.elastic_mm", 1.5)
+    c.set("augmentation.spatial.elastic_mm", round(1.5 * finest_mm, 2), "one and a half voxels in plane")
     c.set("augmentation.spatial.mirror", [], "none: left and right may be different organs")
     c.set("augmentation.intensity.probability", 0.4)
 

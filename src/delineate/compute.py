@@ -56,7 +56,8 @@ class ComputePlan:
 
     def place(self, network: nn.Module, dimensions: int) -> nn.Module:
         """``network`` on the device, in the plan's memory format."""
-        return network.to(self.device, memory_format=self.memory_format(dimensions))
+        # torch.nn.Module.to takes a memory format, though its published types do not say so.
+        return network.to(self.device, memory_format=self.memory_format(dimensions))  # type: ignore[call-overload]
 
     def compiled(self, function: Callable) -> Callable:
         """``function`` compiled for fixed shapes where the plan says so, else itself."""

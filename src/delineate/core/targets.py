@@ -37,7 +37,9 @@ class Targets:
             raise RecipeError("no target is named; give at least one, such as {liver: [1]}")
         for name, numbers in values.items():
             if not numbers or 0 in numbers:
-                raise RecipeError(f"target '{name}' has values {list(numbers)}; give one or more, without 0 (background)")
+                raise RecipeError(
+                    f"target '{name}' has values {list(numbers)}; give one or more, without 0 (background)"
+                )
         used = [v for numbers in values.values() for v in numbers]
         if self.mode == "exclusive" and len(set(used)) < len(used):
             raise RecipeError(f"targets share label values {sorted(used)}; set mode: overlapping, or separate them")
@@ -78,15 +80,16 @@ class Targets:
         Exclusive: T = 1, 0 background, 1… the targets in order. Overlapping: T targets, each 0 or
         1. Ignored voxels are :data:`IGNORED` everywhere.
         """
-        if self.exclusive:
-            encoded = np.zeros((1, *label.shape), dtype=np.uint8)
-            for index, numbers in enumerate(self.values.values(), start=1):
-                encoded[0][np.isin(label, numbers)] = index
-        else:
-            encoded = np.stack([np.isin(label, numbers) for numbers in self.values.values()]).astype(np.uint8)
-        if self.ignore:
-            encoded[:, np.isin(label, self.ignore)] = IGNORED
-        return encoded
+        planes = 1 if self.exclusive else len(self.values)
+        least, most = (int(label.min()), int(label.max())) if label.size else (0, 0)
+        # One table look-up a voxel, whatever the number of values.
+        table = np.zeros((planes, most - least + 1), dtype=np.uint8)
+        for index, numbers in enumerate(self.values.values()):
+            inside = [v - least for v in numbers if least <= v <= most]
+            table[0 if self.exclusive else index, inside] = index + 1 if self.exclusive else 1
+        table[:, [v - least for v in self.ignore if least <= v <= most]] = IGNORED
+        position = label if least == 0 else label.astype(np.int64) - least
+        return np.stack([row[position] for row in table])
 
     def masks(self, label: NDArray) -> dict[str, NDArray[np.bool_]]:
         """Boolean mask (X, Y, Z) of each target in a label with the data set's own values."""

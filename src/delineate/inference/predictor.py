@@ -125,7 +125,7 @@ class Predictor:
         total = scores[0].undo.scores(scores[0].probabilities[k].astype(np.float32), outside)
         for other in scores[1:]:
             total = total + other.undo.scores(other.probabilities[k].astype(np.float32), outside)
-        return total / len(scores) if len(scores) > 1 else np.array(total)
+        return np.array(total / np.float32(len(scores)))
 
 
 class _Clock:

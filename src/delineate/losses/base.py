@@ -10,7 +10,10 @@ from torch import Tensor
 from delineate.core.targets import IGNORED
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``loss(logits, target, image)`` → scalar: logits (N, K, *space), target (N, T, *space) uint8, image (N, C, *input)."""
+"""``loss(logits, target, image)`` → scalar.
+
+Logits (N, K, *space), target (N, T, *space) uint8, image (N, C, *input).
+"""
 
 
 def known_voxels(target: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ def convolution(
     """A convolution that keeps the size (divided by ``stride``); odd kernels only."""
     kernel = (kernel,) * dimensions if isinstance(kernel, int) else tuple(kernel)
     stride = stride if isinstance(stride, int) else tuple(stride)
-    kind = nn.Conv3d if dimensions == 3 else nn.Conv2d
+    kind: Any = nn.Conv3d if dimensions == 3 else nn.Conv2d
     return kind(inputs, outputs, kernel, stride, padding=tuple(k // 2 for k in kernel), bias=bias)
 
 
@@ -86,5 +86,5 @@ def upsampling(
     """Enlarges by ``stride`` and changes the channels."""
     if kind == "linear":
         return LinearUpsample(dimensions, inputs, outputs, stride)
-    transposed = nn.ConvTranspose3d if dimensions == 3 else nn.ConvTranspose2d
+    transposed: Any = nn.ConvTranspose3d if dimensions == 3 else nn.ConvTranspose2d
     return transposed(inputs, outputs, tuple(stride), tuple(stride))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -149,8 +148,7 @@ class UNet(nn.Module):
 
 def _initialise(module: nn.Module) -> None:
     """He et al. 2015 for convolutions; zero biases."""
-    kinds: Sequence[type] = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    if isinstance(module, tuple(kinds)):
+    if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, a=0.01, nonlinearity="leaky_relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)

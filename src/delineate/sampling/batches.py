@@ -16,11 +16,14 @@ from delineate.sampling.tiles import AXES, TileGeometry
 
 
 class Batch(NamedTuple):
-    """``image`` (N, C, *source) float32 and ``target`` (N, T, *source) uint8 before augmentation."""
+    """``image`` (N, C, *source) float32 and ``target`` (N, T, *source) uint8, not yet augmented.
+
+    ``number`` is its place in the stream.
+    """
 
     image: Tensor
     target: Tensor
-    index: int
+    number: int
 
 
 class BatchSource:
@@ -43,6 +46,10 @@ class BatchSource:
         geometry = sampler.geometry
         self.geometry: TileGeometry = geometry
         self.context = context_voxels(augmentation, geometry.shape, geometry.slice_axis)
+
+    def for_process(self, rank: int, world: int) -> BatchSource:
+        """The same source for one process among ``world``."""
+        return BatchSource(self.sampler, self.augmentation, self.batch_size, rank=rank, world=world)
 
     @property
     def subjects(self) -> Sequence[PreparedSubject]:
@@ -73,7 +80,7 @@ class BatchSource:
         """
         geometry, device = self.geometry, batch.image.device
         generator = torch.Generator(device=device)
-        generator.manual_seed(int(np.random.SeedSequence((seed, 2, self.rank, batch.index)).generate_state(1)[0]))
+        generator.manual_seed(int(np.random.SeedSequence((seed, 2, self.rank, batch.number)).generate_state(1)[0]))
         in_plane = [a for a in range(3) if a != geometry.slice_axis]
         image, target = augment(
             batch.image,

@@ -89,7 +89,7 @@ class Sampler:
             if classes:
                 points = subject.points[classes[rng.integers(len(classes))]]
                 return Draw(item, self._around(points[rng.integers(len(points))], size, rng), rng)
-        start = [rng.integers(low, high + 1) for low, high in self._range(size)]
+        start = [int(rng.integers(low, high + 1)) for low, high in self._range(size)]
         return Draw(item, _tile(start, self.geometry.shape), rng)
 
     def _around(self, point: np.ndarray, size: Sequence[int], rng: np.random.Generator) -> Tile:
@@ -109,5 +109,5 @@ class Sampler:
 
 
 def _tile(start: Sequence[int], shape: tuple[int, int, int]) -> Tile:
-    x, y, z = (int(s) for s in start)
+    x, y, z = start
     return Tile((x, y, z), shape)

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning
@@ -49,17 +49,17 @@ class Budget:
 class BatchStream(IterableDataset):
     """Batches from a step on, the next one read while the network works on this one."""
 
-    def __init__(self, source: BatchSource, module: Delineator) -> None:
-        self.source, self.module = source, module
+    def __init__(self, module: Delineator) -> None:
+        self.module = module
 
     def __iter__(self) -> Iterator[Batch]:
         # Where a resumed training stands is known only once Lightning has restored it.
-        i = self.module.global_step
+        i, source = self.module.global_step, self.module.source
         with ThreadPoolExecutor(max_workers=1) as reader:
-            following = reader.submit(self.source.batch, i)
+            following = reader.submit(source.batch, i)
             while True:
                 batch, i = following.result(), i + 1
-                following = reader.submit(self.source.batch, i)
+                following = reader.submit(source.batch, i)
                 yield batch
 
 
@@ -72,7 +72,8 @@ class Delineator(lightning.LightningModule):
         self.spec = bundle.recipe.training
         self.dimensions = bundle.recipe.network.dimensions
         torch.manual_seed(self.spec.seed)
-        self.network = bundle.network().to(memory_format=plan.memory_format(self.dimensions))
+        # Lightning moves the module to its device later.
+        self.network = replace(plan, device=torch.device("cpu")).place(bundle.network(), self.dimensions)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False) if self.spec.ema else None
         loss = bundle.recipe.loss.build(bundle.targets.exclusive)
 
@@ -82,6 +83,8 @@ class Delineator(lightning.LightningModule):
 
         # Network and loss in one compiled graph: softmax and sums fuse with what precedes them.
         self._predict_and_judge = plan.compiled(predict_and_judge)
+        # Reading a loss makes a GPU wait; a CPU has it at hand.
+        self.log_every = 1 if plan.device.type == "cpu" else 10
         self._progress = 0.0
         self.last_loss = float("nan")
         self.foreground: tuple[int, int] = (0, 0)
@@ -96,6 +99,10 @@ class Delineator(lightning.LightningModule):
         """Share of the budget that is spent, the same on every process."""
         return self._progress
 
+    def setup(self, stage: str) -> None:
+        # Which process this is among how many is known only now.
+        self.source = self.source.for_process(self.global_rank, self.trainer.world_size)
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         step = self.global_step
         # Dropout draws from the global generator: seeded by step, a resumed run draws the same.
@@ -105,7 +112,7 @@ class Delineator(lightning.LightningModule):
         loss, logits = self._predict_and_judge(image, target)
         if step % 25 == 0:
             self._count_foreground(logits, target)
-        if step % self.trainer.log_every_n_steps == 0:
+        if step % self.log_every == 0:
             self.last_loss = float(loss.detach())
             self.log_dict({"loss": self.last_loss, "learning_rate": self.learning_rate}, rank_zero_only=True)
         return loss
@@ -160,7 +167,8 @@ class Delineator(lightning.LightningModule):
         # Early on the average would remember the random start for long.
         decay = min(self.spec.ema, (1 + steps) / (10 + steps))
         with torch.no_grad():
-            averaged, current = list(self.averaged.parameters()), list(self.network.parameters())
+            averaged: list[Tensor] = list(self.averaged.parameters())
+            current: list[Tensor] = list(self.network.parameters())
             torch._foreach_lerp_(averaged, current, 1 - decay)
             for kept, now in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
                 kept.copy_(now)

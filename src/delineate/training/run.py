@@ -28,8 +28,9 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
+from delineate.auto import derive_recipe, summarise
 from delineate.bundle import Bundle, fingerprint_of, save_weights, versions
-from delineate.compute import ComputePlan, plan_compute
+from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset, load_scan
@@ -41,7 +42,7 @@ from delineate.inference.batch import predict_subjects, with_channels
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
 from delineate.preprocessing.cache import PreparedDataset, prepare
-from delineate.recipe import Recipe, recipe_from, to_yaml
+from delineate.recipe import Recipe, apply_changes, recipe_from, to_yaml
 from delineate.sampling.batches import BatchSource
 from delineate.sampling.samplers import Sampler
 from delineate.sampling.tiles import geometry_for
@@ -107,8 +108,67 @@ class Reporter:
                 file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
 
 
-def train(recipe: Recipe, dataset: Dataset, folder: Path, options: RunOptions, report: Reporter) -> RunResult:
+def auto_recipe(
+    dataset: Dataset,
+    folder: Path,
+    options: RunOptions,
+    report: Reporter,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    changes: Sequence[str] = (),
+) -> tuple[Recipe, Inspection | None]:
+    """The recipe derived from ``dataset`` and this machine, written with its reasons into ``folder``.
+
+    A run that was begun there keeps the recipe it was begun with. Returns the inspection too, where
+    one was needed.
+    """
+    path = folder / "recipe.yaml"
+    if path.exists():
+        budget = {"minutes": minutes, "steps": steps} if minutes or steps else {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values["training"] |= budget
+        return recipe_from(apply_changes(values, changes)), None
+    targets = dataset.targets
+    if targets is None:
+        raise RecipeError(f"data set '{dataset.name}' does not name its targets; add for example --targets liver=1")
+    inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
+    sound = [row for row in inspection.rows if row.subject not in inspection.broken]
+    if len(sound) < 2:
+        raise BrokenSubjects(broken_message(inspection))
+    plan = plan_compute(device=options.device)
+    memory = available_memory_bytes()
+    if plan.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(plan.device).total_memory
+    summary = summarise(sound, dataset.modality)
+    recipe, reasons = derive_recipe(
+        summary, targets, device=plan.device.type, memory_bytes=memory, minutes=minutes, steps=steps
+    )
+    recipe = recipe_from(apply_changes(recipe.as_dict(), changes))
+    with writing_beside(path) as temporary:
+        temporary.write_text(to_yaml(recipe.as_dict(), reasons), encoding="utf-8")
+    for field_, reason in reasons.items():
+        report(f"auto: {field_} = {_value_at(recipe.as_dict(), field_)} ({reason})")
+    return recipe, inspection
+
+
+def _value_at(values: Any, path: str) -> Any:
+    for key in path.split("."):
+        values = values[int(key)] if isinstance(values, list) else values[key]
+    return values
+
+
+def train(
+    recipe: Recipe,
+    dataset: Dataset,
+    folder: Path,
+    options: RunOptions,
+    report: Reporter,
+    inspection: Inspection | None = None,
+) -> RunResult:
     """Run ``recipe`` on ``dataset`` into ``folder``; a run that was stopped goes on.
+
+    ``inspection`` of the data set is made where it is not given.
 
     Raises :class:`BrokenSubjects` where inspection found errors, :class:`RecipeError` where
     ``folder`` holds another recipe's run.
@@ -119,7 +179,7 @@ def train(recipe: Recipe, dataset: Dataset, folder: Path, options: RunOptions, r
     report.log = folder / "logs" / "messages.txt"
     _check_same_recipe(recipe, folder)
     split = _split(recipe, dataset, folder, options)
-    dataset, targets, inspection = _inspected(recipe, dataset, options, report)
+    dataset, targets, inspection = _inspected(recipe, dataset, inspection, options, report)
     roles = assign_roles(dataset.subjects, split, options.fold, recipe)
     report(
         f"{len(roles.training)} subjects to train on, {len(roles.validation)} of the training folds to validate on, "
@@ -208,7 +268,7 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def _inspected(
-    recipe: Recipe, dataset: Dataset, options: RunOptions, report: Reporter
+    recipe: Recipe, dataset: Dataset, inspection: Inspection | None, options: RunOptions, report: Reporter
 ) -> tuple[Dataset, Targets, Inspection]:
     targets = recipe.data.targets.targets() if recipe.data.targets is not None else dataset.targets
     if targets is None:
@@ -219,9 +279,8 @@ def _inspected(
     if recipe.data.channels is not None:
         channels = recipe.data.channels
         dataset = replace(dataset, subjects=tuple(with_channels(s, channels) for s in dataset.subjects))
-    inspection = inspect(
-        dataset, targets=targets, progress=lambda done, total: report.progress("inspecting", done, total)
-    )
+    if inspection is None:
+        inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
     if inspection.broken:
         if not options.leave_out_broken:
             raise BrokenSubjects(broken_message(inspection))
@@ -338,10 +397,8 @@ def _fit(
     if (folder / "last" / "weights.safetensors").exists() and not _has_more_budget(spec, state):
         report(f"training was complete after {resumed_from} steps")
         return resumed_from, True
-    world = options.devices
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
     sampler = Sampler(bundle.recipe.sampler, prepared.training, bundle.geometry, spec.seed)
-    source = BatchSource(sampler, bundle.recipe.augmentation, spec.batch_size, rank=rank, world=world)
+    source = BatchSource(sampler, bundle.recipe.augmentation, spec.batch_size)
     budget = Budget(spec.steps, None if spec.minutes is None else spec.minutes * 60)
     module = Delineator(bundle, plan, source, budget)
     if resumed_from:
@@ -361,7 +418,7 @@ def _fit(
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(
             module,
-            DataLoader(BatchStream(source, module), batch_size=None),
+            DataLoader(BatchStream(module), batch_size=None),
             ckpt_path=str(state) if resumed_from else None,
         )
     finished = not stopper.asked
@@ -375,7 +432,12 @@ def _fit(
 
 
 def _trainer(
-    spec: Any, plan: ComputePlan, folder: Path, options: RunOptions, callbacks: list[lightning.Callback], resumed_from: int
+    spec: Any,
+    plan: ComputePlan,
+    folder: Path,
+    options: RunOptions,
+    callbacks: list[lightning.Callback],
+    resumed_from: int,
 ) -> lightning.Trainer:
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -407,7 +469,7 @@ def _trainer(
         logger=loggers,
         callbacks=callbacks,
         plugins=[SafeCheckpointIO()],
-        log_every_n_steps=1 if plan.device.type == "cpu" else 10,
+        log_every_n_steps=1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
         enable_checkpointing=False,

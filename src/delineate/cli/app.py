@@ -1,0 +1,36 @@
+"""The tree of commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from delineate.cli import data, demo, evaluate, predict, recipes, train
+
+app = typer.Typer(
+    name="delineate",
+    help="Train, compare and deploy networks that delineate organs and lesions in MR and CT volumes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+    if version:
+        from delineate import __version__
+
+        typer.echo(f"delineate {__version__}")
+        raise typer.Exit
+
+
+app.command("demo")(demo.demo)
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+app.command("predict")(predict.predict)
+app.command("evaluate")(evaluate.evaluate)
+app.add_typer(recipes.app, name="recipes")

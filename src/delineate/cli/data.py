@@ -1,0 +1,99 @@
+"""``delineate data``: look at a data set before training on it, and split it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from delineate.cli.options import Images, Json, Labels, Layout, TargetsOption
+
+if TYPE_CHECKING:
+    from delineate.datasets.inspection import Inspection
+
+app = typer.Typer(help="Inspect and split data sets.", no_args_is_help=True, rich_markup_mode=None)
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the data set; its layout is recognised.")]
+
+
+@app.command("inspect")
+def inspect(
+    folder: Folder,
+    layout: Layout = "auto",
+    images: Images = None,
+    labels: Labels = None,
+    targets: TargetsOption = None,
+    json: Json = False,
+) -> None:
+    """Read every subject and report all problems at once, each with its code and mend."""
+    from delineate.cli.parsing import opened
+    from delineate.cli.terminal import Terminal, print_json
+    from delineate.datasets.inspection import inspect as run
+
+    dataset = opened(folder, layout, images, labels, targets)
+    with Terminal() as terminal:
+        inspection = run(dataset, progress=lambda done, total: terminal.progress("inspecting", done, total))
+    if json:
+        print_json(inspection.as_dict())
+    else:
+        _print(inspection)
+    if inspection.broken:
+        raise typer.Exit(1)
+
+
+@app.command("split")
+def split(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Split file; one that is there is checked and kept.")],
+    folds: Annotated[int, typer.Option("--folds", min=2)] = 5,
+    test_fraction: Annotated[
+        float, typer.Option("--test-fraction", min=0, max=0.9, help="Share of patients locked away as test set.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    layout: Layout = "auto",
+    images: Images = None,
+    labels: Labels = None,
+    json: Json = False,
+) -> None:
+    """Split a data set into folds by patient, balanced over sites, with a locked test set if asked for."""
+    from delineate.cli.parsing import opened
+    from delineate.cli.terminal import print_json
+    from delineate.datasets.splits import load_or_make_split
+
+    dataset = opened(folder, layout, images, labels)
+    made = load_or_make_split(out, dataset, folds=folds, test_fraction=test_fraction, seed=seed)
+    if json:
+        print_json({"folds": made.folds, "test": made.test, "file": str(out)})
+        return
+    for index, fold in enumerate(made.folds):
+        typer.echo(f"fold {index}: {len(fold)} subjects")
+    typer.echo(f"locked test set: {len(made.test)} subjects\nwritten to {out}")
+
+
+def _print(inspection: Inspection) -> None:
+    """The table of subjects, then the problems; many alike are shown by their first few."""
+    from delineate.cli.terminal import print_table
+
+    rows = []
+    for row in inspection.rows:
+        ranges = " ".join(f"{channel}: {i.min:.4g} … {i.max:.4g}" for channel, i in row.intensities.items())
+        volumes = " ".join(f"{name} {ml:.3g}" for name, ml in row.volume_ml.items())
+        rows.append([row.subject, row.site, _by(row.shape), _by(row.spacing_mm), row.orientation, ranges, volumes])
+    columns = ["subject", "site", "voxels", "spacing, mm", "axes", "intensities", "targets, ml"]
+    print_table(inspection.dataset, columns, rows)
+    if inspection.class_fractions:
+        shares = ", ".join(f"{name} {share:.3%}" for name, share in inspection.class_fractions.items())
+        typer.echo(f"\nshare of all voxels: {shares}")
+    for problem in inspection.problems:
+        where = f"{problem.subject}: " if problem.subject else ""
+        typer.echo(f"{problem.severity} {problem.code} {where}{problem.message}; {problem.mend}")
+    found = f"{len(inspection.errors)} errors, {len(inspection.warnings)} warnings"
+    typer.echo(
+        f"\n{len(inspection.rows)} subjects read, {found}" + ("" if inspection.problems else ": nothing to mend")
+    )
+
+
+def _by(numbers: Sequence[float]) -> str:
+    return " × ".join(f"{n:.4g}" for n in numbers)

@@ -1,0 +1,113 @@
+"""``delineate train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from delineate.cli.options import Compile, Data, Device, Images, Json, Labels, Layout, Precision, TargetsOption, Threads
+
+Recipe = Annotated[str, typer.Argument(help="A packaged recipe, a YAML file, or auto: derived from the data.")]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="Run folder; the same command again goes on from where it stopped.")
+]
+Fold = Annotated[str, typer.Option("--fold", help="The fold to hold out, 0 to 4; all: train on every subject.")]
+Minutes = Annotated[float | None, typer.Option("--minutes", min=0.01, help="Budget: minutes of training.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Budget: optimiser steps.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="path.to.field=value; may be repeated.")]
+
+
+def train(
+    recipe: Recipe,
+    data: Data,
+    out: Out,
+    fold: Fold = "0",
+    minutes: Minutes = None,
+    steps: Steps = None,
+    set: Set = None,
+    split: Annotated[
+        Path | None, typer.Option("--split", help="Split file to use, or to write for later runs.")
+    ] = None,
+    layout: Layout = "auto",
+    images: Images = None,
+    labels: Labels = None,
+    targets: TargetsOption = None,
+    leave_out_broken: Annotated[
+        bool, typer.Option("--leave-out-broken", help="Train without the subjects that inspection finds broken.")
+    ] = False,
+    evaluate: Annotated[bool, typer.Option(help="Predict and measure the held-out subjects at the end.")] = True,
+    device: Device = "auto",
+    devices: Annotated[
+        int, typer.Option("--devices", min=1, help="How many devices (CPU: processes) train together.")
+    ] = 1,
+    precision: Precision = "auto",
+    compile: Compile = "auto",
+    threads: Threads = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Where prepared subjects are kept, shared by runs.")
+    ] = None,
+    mlflow: Annotated[str | None, typer.Option("--mlflow", help="Tracking address, to log to MLflow too.")] = None,
+    json: Json = False,
+) -> None:
+    """Train on a folder of scans; predict and measure the held-out fold; write a report."""
+    from delineate.cli.parsing import opened
+    from delineate.cli.terminal import Terminal, print_json
+    from delineate.recipe import load_recipe
+    from delineate.reporting.run import write_run_report
+    from delineate.training.run import Reporter, RunOptions, auto_recipe
+    from delineate.training.run import train as run
+
+    dataset = opened(data, layout, images, labels, targets)
+    options = RunOptions(
+        fold=None if fold == "all" else _fold(fold),
+        split_file=split,
+        cache=cache,
+        leave_out_broken=leave_out_broken,
+        evaluate=evaluate,
+        device=device,
+        precision=precision,
+        compile=compile,
+        devices=devices,
+        threads=threads,
+        mlflow=mlflow,
+    )
+    with Terminal() as terminal:
+        report = Reporter(terminal.say, terminal.progress)
+        if recipe == "auto":
+            chosen, inspection = auto_recipe(
+                dataset, out, options, report, minutes=minutes, steps=steps, changes=set or []
+            )
+        else:
+            chosen, inspection = load_recipe(recipe, [*_budget(minutes, steps), *(set or [])]), None
+        result = run(chosen, dataset, out, options, report, inspection)
+        if result.finished and not report.silent:
+            write_run_report(out, dataset)
+    if report.silent:
+        return
+    if json:
+        measured = None if result.evaluation is None else result.evaluation.as_dict()
+        print_json({"run": str(out), "steps": result.steps, "finished": result.finished, "evaluation": measured})
+        return
+    if result.evaluation is not None:
+        from delineate.cli.evaluate import print_evaluation
+
+        print_evaluation(result.evaluation)
+    if result.finished:
+        typer.echo(f"bundle  {out / 'bundle'}\nreport  {out / 'report.html'}")
+
+
+def _budget(minutes: float | None, steps: int | None) -> list[str]:
+    """Changes that replace the recipe's budget by that of the command line."""
+    if minutes is None and steps is None:
+        return []
+    return [f"training.minutes={minutes or 'null'}", f"training.steps={steps or 'null'}"]
+
+
+def _fold(text: str) -> int:
+    from delineate.errors import RecipeError
+
+    if not text.isdecimal():
+        raise RecipeError(f"fold '{text}' is not a number; use --fold 0, or --fold all to hold nothing out")
+    return int(text)

@@ -1,0 +1,153 @@
+"""Challenges' data sets as they come when unpacked: PROMISE12, WMH 2017, LiTS, BraTS."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from delineate.core.targets import Targets
+from delineate.datasets.dataset import Dataset
+from delineate.datasets.folder import Folder, Layout, by_key, for_training, subjects_of
+from delineate.io.formats import name_of
+
+
+def read_promise12(folder: Folder) -> Dataset | None:
+    """Litjens et al. 2014, Evaluation of prostate segmentation algorithms for MRI."""
+    scans: list[tuple[str, Path]] = []
+    labels: list[tuple[str, Path]] = []
+    for path in for_training(folder.scans):
+        if match := re.fullmatch(r"(Case\d+)(_segmentation)?", name_of(path), re.IGNORECASE):
+            (labels if match[2] else scans).append((match[1], path))
+    if not scans:
+        return None
+    images = by_key(((case, "T2"), path) for case, path in scans)
+    subjects = subjects_of(folder.root, images, by_key(labels), ("T2",))
+    return Dataset(folder.name, folder.root, "promise12", subjects, Targets({"prostate": (1,)}), "MR")
+
+
+def read_wmh(folder: Folder) -> Dataset | None:
+    """Kuijf et al. 2019, Standardized assessment of automatic segmentation of white matter hyperintensities."""
+    channels = {"flair": "FLAIR", "t1": "T1"}
+    scans, labels, places = [], [], {}
+    for path in for_training(folder.scans):
+        *above, name = *path.parts[:-1], name_of(path).lower()
+        if above[-1:] == ["pre"] and name in channels:
+            above, kind = above[:-1], channels[name]
+        elif name == "wmh":
+            kind = "label"
+        else:
+            continue
+        # A site's own folder may be opened too: then the site is its name.
+        place = above if len(above) > 1 else [folder.name, *above]
+        place = [part for part in place[:-1] if part.lower() not in ("training", "test")][:2] + place[-1:]
+        subject = "_".join(place)
+        places[subject] = place
+        if kind == "label":
+            labels.append((subject, path))
+        else:
+            scans.append(((subject, kind), path))
+    if not any(channel == "FLAIR" for (_, channel), _ in scans):
+        return None
+    sites = {subject: place[0] for subject, place in places.items() if len(place) > 1}
+    subjects = subjects_of(folder.root, by_key(scans), by_key(labels), ("FLAIR", "T1"), sites)
+    # 2 is other pathology: the challenge takes no notice of what is found there.
+    return Dataset(folder.name, folder.root, "wmh2017", subjects, Targets({"lesion": (1,)}, ignore=(2,)), "MR")
+
+
+def read_lits(folder: Folder) -> Dataset | None:
+    """Bilic et al. 2023, The Liver Tumor Segmentation Benchmark. Tumour lies within liver: the targets overlap."""
+    scans: list[tuple[str, Path]] = []
+    labels: list[tuple[str, Path]] = []
+    for path in folder.scans:
+        if match := re.fullmatch(r"(volume|segmentation)-(\d+)", name_of(path)):
+            (scans if match[1] == "volume" else labels).append((f"volume-{match[2]}", path))
+    if not scans:
+        return None
+    images = by_key(((case, "CT"), path) for case, path in scans)
+    subjects = subjects_of(folder.root, images, by_key(labels), ("CT",))
+    targets = Targets({"liver": (1, 2), "tumour": (2,)}, "overlapping")
+    return Dataset(folder.name, folder.root, "lits", subjects, targets, "CT")
+
+
+_BRATS_CHANNELS: Mapping[str, tuple[str, ...]] = {
+    "FLAIR": ("flair", "t2f"),
+    "T1": ("t1", "t1n"),
+    "T1c": ("t1c", "t1ce", "t1gd"),
+    "T2": ("t2", "t2w"),
+}
+_BRATS_TARGETS: Mapping[str, Targets] = {
+    # The word in the label's name, by year: 2012–2016, 2017–2021, 2023 on (told by "t2f" beside it).
+    "ot": Targets({"necrosis": (1,), "edema": (2,), "non_enhancing": (3,), "enhancing": (4,)}),
+    "seg": Targets({"necrotic_core": (1,), "edema": (2,), "enhancing": (4,)}),
+    "seg 2023": Targets({"necrotic_core": (1,), "edema": (2,), "enhancing": (3,)}),
+}
+_BRATS_KIND = {word: channel for channel, words in _BRATS_CHANNELS.items() for word in words} | dict.fromkeys(
+    ("ot", "otmulticlass", "seg"), "label"
+)
+
+
+def read_brats(folder: Folder) -> Dataset | None:
+    """Menze et al. 2015, The Multimodal Brain Tumor Image Segmentation Benchmark; and the years after."""
+    scans, labels, words = [], [], set()
+    for path in folder.scans:
+        found = {_BRATS_KIND[word]: word for word in _words(path) if word in _BRATS_KIND}
+        # BraTS 2015 as published has a folder for each file within the case's.
+        place = path.parent.parent if path.parent.name == name_of(path) else path.parent
+        if len(found) != 1:
+            continue
+        ((kind, word),) = found.items()
+        words.add(word)
+        case = place.name or folder.name
+        if kind == "label":
+            labels.append((case, path))
+        else:
+            scans.append(((case, kind), path))
+    cases = Counter(case for case, _ in {key for key, _ in scans})
+    # Folders that hold many subjects' T1 and T2 side by side are no cases.
+    if max(cases.values(), default=0) < 2 or len(scans) > 1.5 * cases.total():
+        return None
+    subjects = subjects_of(folder.root, by_key(scans), by_key(labels), tuple(_BRATS_CHANNELS))
+    year = "ot" if words & {"ot", "otmulticlass"} else "seg 2023" if words & {"t2f", "t1n"} else "seg"
+    return Dataset(folder.name, folder.root, "brats", subjects, _BRATS_TARGETS[year], "MR")
+
+
+def _words(path: Path) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name_of(path).lower())
+
+
+CHALLENGES = (
+    Layout(
+        "lits",
+        """\
+volume-0.nii  segmentation-0.nii      in any folders; 1 liver, 2 tumour within it
+volume-1.nii  segmentation-1.nii""",
+        read_lits,
+    ),
+    Layout(
+        "promise12",
+        """\
+Case00.mhd  Case00_segmentation.mhd   with their .raw files, in any folders
+Case01.mhd  Case01_segmentation.mhd""",
+        read_promise12,
+    ),
+    Layout(
+        "wmh2017",
+        """\
+SITE/[SCANNER/]SUBJECT/pre/FLAIR.nii.gz
+                       pre/T1.nii.gz  optional
+                       wmh.nii.gz     1 lesion, 2 other pathology, ignored""",
+        read_wmh,
+    ),
+    Layout(
+        "brats",
+        """\
+CASE/CASE_flair.nii.gz                channels by the words flair t1 t1ce t2 (2023: t2f t1n t1c t2w)
+     CASE_t1.nii.gz
+     CASE_t1ce.nii.gz
+     CASE_t2.nii.gz
+     CASE_seg.nii.gz                  or OTMultiClass.nii.gz (2015); other files are left aside""",
+        read_brats,
+    ),
+)

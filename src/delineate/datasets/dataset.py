@@ -1,0 +1,142 @@
+"""A data set: subjects and what is segmented in them, and reading one subject's scan and label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from delineate.core.grid import Grid
+from delineate.core.subject import Subject
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume, Volume
+from delineate.errors import BadShape, GridMismatch, MissingFile
+from delineate.io.formats import read_label, read_volume
+
+SAME_GRID_MM = 0.1
+"""How far corners of a subject's channels and label may lie apart. Headers that were rewritten by
+another program differ by up to some hundredths of a millimetre (32-bit quaternions, rounded
+offsets), which no voxel notices; a label drawn on another grid is off by voxels."""
+
+Orientation = Literal["refuse", "sform", "qform"]
+NonFinite = Literal["refuse", "fill"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Subjects in one folder. ``targets`` and ``modality`` ("MR", "CT" or "") are what the folder tells.
+
+    ``notes`` name what lies in the folder but belongs to no subject; inspection reports them.
+    """
+
+    name: str
+    root: Path
+    layout: str
+    subjects: tuple[Subject, ...]
+    targets: Targets | None = None
+    modality: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Every channel that some subject has, in order of the first that has most of them."""
+        fullest = max((s.channels for s in self.subjects), key=len, default=())
+        return tuple(dict.fromkeys((*fullest, *(c for s in self.subjects for c in s.channels))))
+
+
+def load_scan(
+    subject: Subject,
+    channels: Sequence[str] | None = None,
+    *,
+    nan: NonFinite = "refuse",
+    orientation: Orientation = "refuse",
+) -> Volume:
+    """The named channels (all by default) as one volume (C, X, Y, Z), in the order asked for.
+
+    Names that share a file are its channels, in the order of ``subject.scans``. Raises
+    :class:`MissingFile` for a channel that the subject lacks, :class:`BadShape` where a file holds
+    another number of channels than it has names, :class:`GridMismatch` where files differ by more
+    than :data:`SAME_GRID_MM`, and whatever reading a file raises.
+    """
+    channels = subject.channels if channels is None else tuple(channels)
+    if missing := [channel for channel in channels if channel not in subject.scans]:
+        raise MissingFile(f"'{subject.id}' lacks {', '.join(missing)}; it has {', '.join(subject.channels) or 'none'}")
+    if not channels:
+        raise MissingFile(f"'{subject.id}' has no scan; add one, or leave the subject out")
+
+    volumes: dict[Path, Volume] = {}
+    for path in dict.fromkeys(subject.scans[channel] for channel in channels):
+        volumes[path] = read_volume(path, nan=nan, orientation=orientation)
+        check_channels(subject, path, volumes[path].channels)
+    reference, *others = volumes.items()
+    for path, volume in others:
+        check_grids(subject.id, f"'{path.name}'", volume.grid, f"'{reference[0].name}'", reference[1].grid)
+
+    grid, dtypes = reference[1].grid, {volume.voxels.dtype for volume in volumes.values()}
+    if not others and channels == channels_in(subject, reference[0]):
+        return reference[1]
+    # Fortran order within each channel, as files have it, so that copying runs along memory.
+    voxels = np.empty((len(channels), *grid.shape[::-1]), dtypes.pop() if len(dtypes) == 1 else np.float32)
+    stacked = voxels.transpose(0, 3, 2, 1)
+    for plane, channel in zip(stacked, channels, strict=True):
+        path = subject.scans[channel]
+        plane[...] = volumes[path].voxels[channels_in(subject, path).index(channel)]
+    return Volume(stacked, grid)
+
+
+def load_label(
+    subject: Subject,
+    targets: Targets | None,
+    grid: Grid | None,
+    *,
+    orientation: Orientation = "refuse",
+) -> LabelVolume:
+    """The label, on the image's ``grid`` where that is given.
+
+    Raises :class:`MissingFile` where there is none, :class:`GridMismatch` where it lies more than
+    :data:`SAME_GRID_MM` off the grid, :class:`BadLabelValue` for values that ``targets`` do not
+    know, and whatever reading the file raises.
+    """
+    if subject.label is None:
+        raise MissingFile(f"'{subject.id}' has no label; add one, or leave the subject out")
+    label = read_label(subject.label, orientation=orientation)
+    if grid is not None:
+        check_grids(subject.id, "label", label.grid, "image", grid)
+    if targets is not None:
+        targets.check(label.voxels, subject.id)
+    # Within the tolerance they are one grid: from here on it is the image's, exactly.
+    return LabelVolume(label.voxels, grid or label.grid)
+
+
+def channels_in(subject: Subject, path: Path) -> tuple[str, ...]:
+    """Names of the channels that a file holds, in their order in it."""
+    return tuple(channel for channel, file in subject.scans.items() if file == path)
+
+
+def check_channels(subject: Subject, path: Path, found: int) -> None:
+    """Raise :class:`BadShape` where a file holds another number of channels than the subject names."""
+    names = channels_in(subject, path)
+    if found != len(names):
+        raise BadShape(
+            f"'{path.name}' of '{subject.id}' holds {found} channels, the data set names {len(names)} "
+            f"({', '.join(names)}); name each in dataset.json, or save the one that is meant"
+        )
+
+
+def check_grids(subject: str, what: str, grid: Grid, other_what: str, other: Grid) -> None:
+    """Raise :class:`GridMismatch`, naming both grids, where they are more than the tolerance apart."""
+    distance = grid.corner_distance_mm(other)
+    if distance <= SAME_GRID_MM:
+        return
+    apart = "" if np.isinf(distance) else f", corners up to {distance:.3g} mm apart"
+    mend = f"resample {what} to {other_what}, or leave out '{subject}'"
+    if grid.orientation != other.orientation and _reoriented(grid).matches(_reoriented(other), SAME_GRID_MM):
+        mend = f"they are one grid in two orientations: save {what} again as {other.orientation}"
+    raise GridMismatch(f"{what} of '{subject}' is {grid}, {other_what} {other}{apart}; {mend}")
+
+
+def _reoriented(grid: Grid) -> Grid:
+    return grid.permute(*grid.axes_to("RAS"))

@@ -1,0 +1,215 @@
+"""One subject's examination: what its files hold, and everything that is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from delineate.core.grid import Grid, Shape3
+from delineate.core.subject import Subject
+from delineate.core.targets import Targets
+from delineate.core.volume import Volume
+from delineate.datasets.dataset import NonFinite, Orientation, channels_in, check_channels, check_grids
+from delineate.datasets.measuring import (
+    Foreground,
+    Intensity,
+    box_shape,
+    content_hash,
+    count_values,
+    find_foreground,
+    measure_intensity,
+)
+from delineate.errors import BadVoxels, DelineateError
+from delineate.io.formats import read_label, read_volume
+
+LEAST_ON_IMAGE = 0.5
+"""Share of a label that should lie where the image shows something."""
+
+Severity = Literal["error", "warning"]
+_LEAVE_OUT = "mend it, or leave the subject out"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong: ``subject`` is "" where it concerns the whole data set; ``mend`` says what to do."""
+
+    code: str
+    severity: Severity
+    subject: str
+    message: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class SubjectRow:
+    """What one readable subject holds; axes are the file's own.
+
+    ``foreground_shape`` is the box of voxels above the background in any channel,
+    ``label_box_shape`` that of the targets, (0, 0, 0) where there are none. ``hashes`` are BLAKE2b
+    of the files' bytes, by channel and "label".
+    """
+
+    subject: str
+    site: str
+    patient: str
+    shape: Shape3
+    spacing_mm: tuple[float, float, float]
+    orientation: str
+    channels: tuple[str, ...]
+    dtype: str
+    intensities: Mapping[str, Intensity]
+    foreground_shape: Shape3
+    label_voxels: Mapping[int, int]
+    volume_ml: Mapping[str, float]
+    label_box_shape: Shape3
+    hashes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What every subject is held against."""
+
+    channels: Sequence[str]
+    targets: Targets | None
+    for_training: bool
+    nan: NonFinite
+    orientation: Orientation
+
+
+@dataclass
+class Examination:
+    """One subject, as far as it can be read: whatever is wrong is noted, and the next thing looked at."""
+
+    subject: Subject
+    rules: Rules
+    problems: list[Problem] = field(default_factory=list)
+    grid: Grid | None = None
+    grid_of: str = ""
+    dtypes: set[str] = field(default_factory=set)
+    intensities: dict[str, Intensity] = field(default_factory=dict)
+    foreground: Foreground | None = None
+    label_voxels: dict[int, int] = field(default_factory=dict)
+    label_box: Shape3 = (0, 0, 0)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> None:
+        if missing := [channel for channel in self.rules.channels if channel not in self.subject.scans]:
+            self.note("E_MISSING", f"channel {', '.join(missing)} is missing", "add it, or leave the subject out")
+        for path in dict.fromkeys(self.subject.scans.values()):
+            self.guarded(self.examine_scan, path, f"channel {', '.join(channels_in(self.subject, path))}")
+        self.check_constant()
+        if self.subject.label is not None:
+            self.guarded(self.examine_label, self.subject.label, "the label")
+        elif self.rules.for_training:
+            self.note("E_MISSING", "the label is missing", "add it, or leave the subject out")
+
+    def note(self, code: str, message: str, mend: str, severity: Severity = "error") -> None:
+        self.problems.append(Problem(code, severity, self.subject.id, message, mend))
+
+    def guarded(self, examine: Callable[[Path], None], path: Path, what: str) -> None:
+        """Whatever a file does, the others are looked at too."""
+        if not path.is_file():
+            self.note("E_MISSING", f"{what} is missing: there is no '{path}'", "restore it, or leave the subject out")
+            return
+        try:
+            examine(path)
+        except DelineateError as error:
+            self.note_error(error)
+        except Exception as error:
+            self.note("E_SCAN", f"'{path}' cannot be read: {error!r}", _LEAVE_OUT)
+
+    def note_error(self, error: DelineateError, severity: Severity = "error") -> None:
+        # Messages end in what to do.
+        message, _, mend = error.message.rpartition("; ")
+        self.note(error.code, message or mend, mend if message else _LEAVE_OUT, severity)
+
+    def examine_scan(self, path: Path) -> None:
+        names = channels_in(self.subject, path)
+        volume = self.read(path)
+        self.hashes |= dict.fromkeys(names, content_hash(path))
+        self.dtypes.add(str(volume.voxels.dtype))
+        check_channels(self.subject, path, volume.channels)
+        for name, voxels in zip(names, volume.voxels, strict=True):
+            self.intensities[name] = measure_intensity(voxels)
+        if self.grid is None:
+            self.grid, self.grid_of = volume.grid, f"'{path.name}'"
+        check_grids(self.subject.id, f"'{path.name}'", volume.grid, self.grid_of, self.grid)
+        for name, voxels in zip(names, volume.voxels, strict=True):
+            found = find_foreground(voxels, self.intensities[name])
+            self.foreground = self.foreground | found if self.foreground else found
+
+    def read(self, path: Path) -> Volume:
+        """The scan; one with voxels that are not finite is noted, and measured with them filled."""
+        try:
+            return read_volume(path, orientation=self.rules.orientation)
+        except BadVoxels as error:
+            self.note_error(error, "warning" if self.rules.nan == "fill" else "error")
+            return read_volume(path, orientation=self.rules.orientation, nan="fill")
+
+    def check_constant(self) -> None:
+        constant = [name for name, intensity in self.intensities.items() if intensity.constant]
+        if not constant:
+            return
+        message = f"channel {', '.join(constant)} has the same value everywhere"
+        if len(constant) < len(self.intensities):
+            self.note("W_CONSTANT", message, "check that the channel is not a placeholder", "warning")
+        else:
+            self.note("E_CONSTANT", message, "export the scan again, or leave the subject out")
+
+    def examine_label(self, path: Path) -> None:
+        label = read_label(path, orientation=self.rules.orientation)
+        self.hashes["label"] = content_hash(path)
+        if self.grid is not None:
+            check_grids(self.subject.id, "label", label.grid, "image", self.grid)
+        self.label_voxels = count_values(label.voxels)
+        targets = self.rules.targets
+        unknown = {v: n for v, n in self.label_voxels.items() if targets and v not in targets.known_values}
+        if targets and unknown:
+            found = ", ".join(f"{value} ({n} voxels)" for value, n in unknown.items())
+            known = ", ".join(map(str, sorted(targets.known_values)))
+            message = f"the label has values the targets do not know: {found}; known are {known}"
+            self.note("E_LABEL_VALUE", message, "add them to a target or to 'ignore'")
+        wanted = {v for v in self.label_voxels if v != 0 and not (targets and v in targets.ignore)}
+        if not wanted:
+            self.note("W_EMPTY_LABEL", "the label marks nothing", "check that this is so", "warning")
+            return
+        marked = np.isin(label.voxels, list(wanted))
+        self.label_box = box_shape(marked)
+        share = self.foreground.share_of(marked) if self.foreground else 1.0
+        if share < LEAST_ON_IMAGE:
+            message = f"only {share:.0%} of the label lies where the image shows something"
+            self.note("W_LABEL_OFF_IMAGE", message, "look at them together: is the label mirrored?", "warning")
+
+    def row(self) -> SubjectRow | None:
+        if self.grid is None:
+            return None
+        values = self.rules.targets.values if self.rules.targets else named_by_value(self.label_voxels)
+        volume_ml = {
+            name: sum(self.label_voxels.get(v, 0) for v in numbers) * self.grid.voxel_ml
+            for name, numbers in values.items()
+        }
+        return SubjectRow(
+            subject=self.subject.id,
+            site=self.subject.site,
+            patient=self.subject.patient,
+            shape=self.grid.shape,
+            spacing_mm=self.grid.spacing_mm,
+            orientation=self.grid.orientation,
+            channels=tuple(self.intensities),
+            dtype=", ".join(sorted(self.dtypes)),
+            intensities=self.intensities,
+            foreground_shape=self.foreground.box_shape if self.foreground else (0, 0, 0),
+            label_voxels=self.label_voxels,
+            volume_ml=volume_ml if self.label_voxels else {},
+            label_box_shape=self.label_box,
+            hashes=self.hashes,
+        )
+
+
+def named_by_value(values: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
+    """A target for each label value, for data sets that name none."""
+    return {f"label_{value}": (value,) for value in sorted(values) if value != 0}

@@ -1,0 +1,192 @@
+"""A folder of scans as layouts see it: walked once, with what its dataset.json and sites.csv say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from delineate.core.subject import Subject
+from delineate.core.targets import Targets
+from delineate.datasets.dataset import Dataset
+from delineate.errors import DuplicateSubject, MissingFile, UnknownLayout
+from delineate.io.formats import suffix_of
+
+_DEPTH = 6  # folders below the root; challenges nest up to four
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """``scans``: every scan below ``root``, sorted, relative to it. ``about``: its dataset.json, or {}."""
+
+    root: Path
+    scans: tuple[Path, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def walk(cls, root: Path) -> Folder:
+        """Look at a folder. Raises :class:`MissingFile` where there is none."""
+        if not root.is_dir():
+            raise MissingFile(f"no folder at '{root}'; check the path")
+        scans: list[Path] = []
+        for place, folders, files in os.walk(root, followlinks=True):
+            relative = Path(place).relative_to(root)
+            deepest = len(relative.parts) >= _DEPTH
+            folders[:] = [] if deepest else sorted(name for name in folders if not name.startswith("."))
+            scans += (relative / name for name in files if suffix_of(Path(name)))
+        return cls(root, tuple(sorted(scans)), description(root))
+
+    def within(self, *parts: str) -> list[Path]:
+        """Scans directly in the folder of this name (the root itself without one)."""
+        return [path for path in self.scans if path.parent.parts == parts]
+
+    @property
+    def name(self) -> str:
+        return self.root.resolve().name
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to arrange scans on disk.
+
+    ``tree`` shows it, in the documentation and in errors. ``read`` returns ``None`` for a folder
+    that is not arranged so.
+    """
+
+    name: str
+    tree: str
+    read: Callable[[Folder], Dataset | None]
+
+
+def description(root: Path) -> dict[str, Any]:
+    """Contents of dataset.json, {} where there is none. Raises :class:`UnknownLayout` if it is damaged."""
+    path = root / "dataset.json"
+    if not path.is_file():
+        return {}
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnknownLayout(f"'{path}' is not valid JSON: {error}; repair it") from error
+    if not isinstance(about, dict):
+        raise UnknownLayout(f"'{path}' holds a {type(about).__name__}, not an object; repair it")
+    return about
+
+
+def by_key(found: Iterable[tuple[Key, Path]]) -> dict[Key, Path]:
+    """Files by subject (and channel). Raises :class:`DuplicateSubject`, listing the files, where two share a key."""
+    files: dict[Key, list[Path]] = defaultdict(list)
+    for key, path in found:
+        files[key].append(path)
+    twice = {key: paths for key, paths in files.items() if len(paths) > 1}
+    if twice:
+        text = "; ".join(
+            f"{' '.join(map(str, key)) if isinstance(key, tuple) else key}: {', '.join(map(str, paths))}"
+            for key, paths in twice.items()
+        )
+        raise DuplicateSubject(f"several files for one subject ({text}); keep one of each, or rename them")
+    return {key: paths[0] for key, paths in files.items()}
+
+
+def subjects_of(
+    root: Path,
+    scans: Mapping[tuple[str, str], Path],
+    labels: Mapping[str, Path],
+    channels: Sequence[str],
+    sites: Mapping[str, str] | None = None,
+) -> tuple[Subject, ...]:
+    """Subjects from files by (subject, channel) and by subject.
+
+    A subject that has a label but no scan is one too, so that inspection finds it.
+    """
+    ids = sorted({subject for subject, _ in scans} | set(labels))
+    return tuple(
+        Subject(
+            id=subject,
+            scans={c: root / scans[subject, c] for c in channels if (subject, c) in scans},
+            label=root / labels[subject] if subject in labels else None,
+            site=(sites or {}).get(subject, ""),
+        )
+        for subject in ids
+    )
+
+
+def channel_names(names: Mapping[str, str] | Sequence[str]) -> tuple[str, ...]:
+    """Channels of a dataset.json, in the order of their numbers; a name used twice gets its number."""
+    ordered = [str(names[k]) for k in sorted(names, key=int)] if isinstance(names, Mapping) else list(map(str, names))
+    return tuple(f"{name}_{i}" if ordered.count(name) > 1 else name for i, name in enumerate(ordered))
+
+
+def modality_of(channels: Iterable[str]) -> str:
+    """CT, MR, or nothing, by the names of channels."""
+    names = [channel.upper() for channel in channels]
+    if any(name.startswith("CT") for name in names):
+        return "CT"
+    known = ("MR", "T1", "T2", "FLAIR", "PD", "ADC", "DWI", "SWI")
+    return "MR" if any(name.startswith(known) for name in names) else ""
+
+
+def targets_of(labels: Any) -> Targets | None:
+    """Targets of a dataset.json's ``labels``: value → name (MSD) or name → value or values (nnU-Net).
+
+    The value 0 is background; the name ``ignore`` means what nobody labelled. Targets that share
+    values overlap. ``None`` where no target is named; :class:`UnknownLayout` for other contents.
+    """
+    values: dict[str, tuple[int, ...]] = defaultdict(tuple)
+    try:
+        for key, entry in (labels or {}).items():
+            name, numbers = (entry, key) if str(key).isdigit() and isinstance(entry, str) else (key, entry)
+            values[str(name)] += tuple(map(int, numbers)) if isinstance(numbers, list) else (int(numbers),)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UnknownLayout(
+            f"dataset.json has labels {labels!r}; give value: name, or name: value or [values]"
+        ) from error
+    ignore = values.pop("ignore", ())
+    named = {name: numbers for name, numbers in values.items() if 0 not in numbers}
+    if not named:
+        return None
+    used = [v for numbers in named.values() for v in numbers]
+    return Targets(named, "overlapping" if len(set(used)) < len(used) else "exclusive", ignore)
+
+
+def for_training(scans: Sequence[Path]) -> list[Path]:
+    """Scans outside folders named ``test…``, where there are any: challenges' test sets have no labels."""
+    return [p for p in scans if not any(part.lower().startswith("test") for part in p.parts[:-1])] or list(scans)
+
+
+def with_sites(dataset: Dataset) -> Dataset:
+    """Sites, patients and attributes from the root's sites.csv, where there is one.
+
+    Its columns are ``subject,site[,patient]``; further ones become attributes. Raises
+    :class:`UnknownLayout` for other columns, :class:`DuplicateSubject` for a subject with two rows.
+    """
+    path = dataset.root / "sites.csv"
+    if not path.is_file():
+        return dataset
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file, skipinitialspace=True)
+        columns = table.fieldnames or ()
+        if not {"subject", "site"} <= set(columns):
+            raise UnknownLayout(f"'{path}' has columns {', '.join(columns)}; give subject,site[,patient]")
+        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in table]
+    names = [row["subject"] for row in rows]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DuplicateSubject(f"'{path}' has several rows for {', '.join(twice)}; keep one of each")
+
+    known = {row.pop("subject"): row for row in rows}
+    ids = {subject.id for subject in dataset.subjects}
+    notes = list(dataset.notes)
+    if strangers := [name for name in known if name not in ids]:
+        notes.append(f"sites.csv names {', '.join(strangers)}, which the data set does not have")
+    subjects = []
+    for subject in dataset.subjects:
+        row = dict(known.get(subject.id, {}))
+        site, patient = row.pop("site", "") or subject.site, row.pop("patient", "") or subject.patient
+        subjects.append(replace(subject, site=site, patient=patient, attributes={**subject.attributes, **row}))
+    return replace(dataset, subjects=tuple(subjects), notes=tuple(notes))

@@ -1,0 +1,59 @@
+"""How much two masks share: counted once, every overlap metric derived from the counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import nan
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Voxel counts of a prediction against a reference: true positive, false positive, false negative.
+
+    A metric that is undefined is NaN, for the table to count; nothing is added to a denominator.
+    Counts of disjoint parts add up: ``Overlap.of(a) + Overlap.of(b)`` is that of both together.
+    """
+
+    tp: int
+    fp: int
+    fn: int
+
+    @classmethod
+    def of(
+        cls, reference: NDArray[np.bool_], prediction: NDArray[np.bool_], known: NDArray[np.bool_] | None = None
+    ) -> Overlap:
+        """Counts of two boolean masks of one shape; voxels outside ``known`` are left out of both."""
+        if known is not None:
+            reference, prediction = reference & known, prediction & known
+        tp = int(np.count_nonzero(reference & prediction))
+        return cls(tp, int(np.count_nonzero(prediction)) - tp, int(np.count_nonzero(reference)) - tp)
+
+    def __add__(self, other: Overlap) -> Overlap:
+        return Overlap(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn)
+
+    @property
+    def dice(self) -> float:
+        """2 TP / (2 TP + FP + FN). Both empty: 1; one empty: 0."""
+        return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn, empty=1.0)
+
+    @property
+    def jaccard(self) -> float:
+        """TP / (TP + FP + FN). Both empty: 1; one empty: 0."""
+        return _ratio(self.tp, self.tp + self.fp + self.fn, empty=1.0)
+
+    @property
+    def precision(self) -> float:
+        """TP / (TP + FP), the share of the prediction that is right. Prediction empty: undefined."""
+        return _ratio(self.tp, self.tp + self.fp, empty=nan)
+
+    @property
+    def recall(self) -> float:
+        """TP / (TP + FN), the share of the reference that is found. Reference empty: undefined."""
+        return _ratio(self.tp, self.tp + self.fn, empty=nan)
+
+
+def _ratio(part: int, whole: int, *, empty: float) -> float:
+    return part / whole if whole else empty

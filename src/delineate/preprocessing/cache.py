@@ -1,0 +1,326 @@
+"""Prepared subjects on disk: made once, shared by runs, memory-mapped in training.
+
+A subject lies in a folder named by a key of everything it depends on: the bytes of its files, the
+fitted pipeline, the targets, how files were read. So a folder never goes stale, and several recipes
+share one cache. It holds ``image.npy`` (C, X, Y, Z) float16, ``target.npy`` (T, X, Y, Z) uint8 and
+``points.npy`` (n, 3), all Fortran-ordered, and ``meta.json``. Each file appears whole or not at
+all, ``meta.json`` last: a folder that has it is complete, however many runs write at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delineate.core.grid import Grid
+from delineate.core.subject import Subject
+from delineate.core.targets import Targets
+from delineate.core.volume import Volume
+from delineate.datasets.dataset import load_label, load_scan
+from delineate.errors import MissingFile, RecipeError, Truncated
+from delineate.io.files import writing_beside
+from delineate.io.formats import suffix_of
+from delineate.preprocessing.pipeline import Pipeline
+
+FORMAT = 1
+"""Part of every key; raised when prepared subjects would come out differently."""
+
+POINTS_PER_TARGET = 20_000
+_ABANDONED_S = 3600
+_OPEN_SUBJECTS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedSubject:
+    """A subject ready for training.
+
+    ``image`` (C, X, Y, Z) float16 and ``target`` (T, X, Y, Z) uint8 are Fortran-ordered, shared, and
+    not to be changed. ``points`` maps each target, counted from 1, to voxel indices (n, 3) drawn from
+    it, at most :data:`POINTS_PER_TARGET`. ``counts`` maps it to its number of voxels, and 0 to the
+    voxels that belong to no target; ignored voxels are not counted.
+    """
+
+    id: str
+    image: NDArray[np.float16]
+    target: NDArray[np.uint8]
+    points: Mapping[int, NDArray[np.integer]]
+    grid: Grid
+    counts: Mapping[int, int]
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        return self.grid.spacing_mm
+
+
+class PreparedDataset(Sequence[PreparedSubject]):
+    """Prepared subjects by their folders; the arrays of one are mapped when it is asked for.
+
+    Few stay open: a memory map holds a file descriptor, and cohorts outnumber those. Pickled for
+    another process, it carries the folders only; processes share the pages that the system caches.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = tuple(folders)
+        self._entries = tuple(_Entry.read(folder) for folder in self.folders)
+        self._loaded: tuple[PreparedSubject, ...] | None = None
+        self._mapped = lru_cache(maxsize=_OPEN_SUBJECTS)(lambda entry: entry.open(mmap_mode="r"))
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(entry.id for entry in self._entries)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        return tuple(entry.grid for entry in self._entries)
+
+    @property
+    def counts(self) -> tuple[Mapping[int, int], ...]:
+        """Voxels of each target and of none (0), for each subject."""
+        return tuple(entry.counts for entry in self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.nbytes for entry in self._entries)
+
+    def in_memory(self, budget_bytes: int | None = None) -> PreparedDataset:
+        """This data set with all arrays in memory if they fit the budget, else itself.
+
+        The budget is a quarter of the memory that this process may use, unless it is given.
+        """
+        if self.nbytes > (_memory_bytes() // 4 if budget_bytes is None else budget_bytes):
+            return self
+        dataset = PreparedDataset(self.folders)
+        dataset._loaded = tuple(entry.open(mmap_mode=None) for entry in self._entries)
+        return dataset
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    @overload
+    def __getitem__(self, index: int) -> PreparedSubject: ...
+    @overload
+    def __getitem__(self, index: slice) -> PreparedDataset: ...
+    def __getitem__(self, index: int | slice) -> PreparedSubject | PreparedDataset:
+        if isinstance(index, slice):
+            part = PreparedDataset(self.folders[index])
+            part._loaded = None if self._loaded is None else self._loaded[index]
+            return part
+        return self._mapped(self._entries[index]) if self._loaded is None else self._loaded[index]
+
+    def __reduce__(self) -> tuple[type[PreparedDataset], tuple[tuple[Path, ...]]]:
+        return PreparedDataset, (self.folders,)
+
+
+def prepare(
+    subjects: Sequence[Subject],
+    pipeline: Pipeline,
+    targets: Targets,
+    folder: Path,
+    *,
+    channels: Sequence[str] | None = None,
+    threads: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+    nan: Literal["refuse", "fill"] = "refuse",
+    orientation: Literal["refuse", "sform", "qform"] = "refuse",
+) -> PreparedDataset:
+    """Prepare labelled subjects into ``folder``, reusing those that lie there already.
+
+    ``channels`` are read in that order (by default all). Each thread holds one subject in memory.
+    ``progress(done, total)`` is called after each subject. Stopped at any moment, the same call goes
+    on from the subjects that were finished.
+
+    Raises :class:`~delineate.errors.RecipeError` if the pipeline is not fitted or leaves intensities
+    beyond half precision, and whatever reading a subject raises.
+    """
+    if pipeline.needs_fit:
+        raise RecipeError("the preprocessing is not fitted; fit it on the training subjects before preparing")
+    _sweep(folder)
+    hashes = FileHashes(folder / "hashes.json")
+
+    def prepare_one(subject: Subject) -> Path:
+        files = _hashes_of(subject, channels, hashes)
+        parts = [FORMAT, subject.id, files, pipeline.model_dump(mode="json"), targets.as_dict(), nan, orientation]
+        # Keys of JSON objects stay in order: that of the targets is the order of the classes.
+        key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        place = folder / key
+        if not (place / "meta.json").exists():
+            scan = load_scan(subject, channels, nan=nan, orientation=orientation)
+            label = load_label(subject, targets, scan.grid, orientation=orientation)
+            prepared, encoded, _ = pipeline.apply_with_label(scan, targets.encode(label.voxels))
+            _write(place, subject.id, prepared, encoded, targets, seed=int(key, 16))
+        return place
+
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(prepare_one, subject) for subject in subjects]
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                if progress is not None:
+                    progress(done, len(futures))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            hashes.save()
+    return PreparedDataset([future.result() for future in futures])
+
+
+class FileHashes:
+    """Content hashes of files, remembered in a file as long as size and modification time stay."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, list[Any]] = {}
+        self._changed = False
+        # Only a memory: one that cannot be read is made anew.
+        with suppress(OSError, ValueError):
+            self._known = json.loads(path.read_text())
+
+    def of(self, file: Path) -> str:
+        """BLAKE2b of the file's bytes, as 32 hexadecimal digits."""
+        try:
+            stat = file.stat()
+        except FileNotFoundError as error:
+            raise MissingFile(f"'{file}' is not there; restore it, or leave the subject out") from error
+        stamp, name = [stat.st_size, stat.st_mtime_ns], str(file.resolve())
+        known = self._known.get(name, [])
+        if known[:2] == stamp:
+            return str(known[2])
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        self._known[name] = [*stamp, digest]
+        self._changed = True
+        return digest
+
+    def save(self) -> None:
+        """Remember. Of two runs that save at once, one is forgotten and hashes again next time."""
+        if self._changed:
+            with writing_beside(self._path) as beside:
+                beside.write_text(json.dumps(self._known))
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """What ``meta.json`` says."""
+
+    folder: Path
+    id: str
+    grid: Grid
+    counts: Mapping[int, int]
+    nbytes: int
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+        except (OSError, ValueError) as error:
+            raise _damaged(folder) from error
+        counts = {int(target): n for target, n in meta["counts"].items()}
+        return cls(folder, meta["id"], Grid(meta["shape"], np.array(meta["affine"])), counts, meta["nbytes"])
+
+    def open(self, mmap_mode: Literal["r"] | None) -> PreparedSubject:
+        try:
+            image, target, points = (
+                np.asarray(np.load(self.folder / name, mmap_mode=mmap_mode))
+                for name in ("image.npy", "target.npy", "points.npy")
+            )
+        except (OSError, ValueError) as error:
+            raise _damaged(self.folder) from error
+        numbers = sorted(self.counts)[1:]  # without 0, which is no target
+        ends = np.cumsum([min(self.counts[number], POINTS_PER_TARGET) for number in numbers])
+        parts = dict(zip(numbers, np.split(points, ends[:-1]), strict=True))
+        return PreparedSubject(self.id, image, target, parts, self.grid, self.counts)
+
+
+def _hashes_of(subject: Subject, channels: Sequence[str] | None, hashes: FileHashes) -> list[list[str]]:
+    """The name and the content of each channel, then of the label."""
+    wanted = subject.channels if channels is None else channels
+    files = [(name, subject.scans[name]) for name in wanted if name in subject.scans]
+    if subject.label is not None:
+        files.append(("label", subject.label))
+    return [[name, *map(hashes.of, _stored_files(file))] for name, file in files]
+
+
+def _write(folder: Path, id: str, prepared: Volume, encoded: NDArray[np.uint8], targets: Targets, seed: int) -> None:
+    largest = max(-float(prepared.voxels.min()), float(prepared.voxels.max()))
+    if largest > float(np.finfo(np.float16).max):
+        raise RecipeError(
+            f"prepared intensities of '{id}' reach {largest:.4g}, beyond half precision (65504); "
+            "add a normalise step to the preprocessing"
+        )
+    points, counts = _draw_points(encoded, targets, np.random.default_rng(seed))
+    arrays: dict[str, NDArray] = {
+        "image.npy": np.asfortranarray(prepared.voxels, dtype=np.float16),
+        "target.npy": np.asfortranarray(encoded),
+        "points.npy": points,
+    }
+    for name, array in arrays.items():
+        with writing_beside(folder / name) as beside:
+            np.save(beside, array)
+    meta = {
+        "id": id,
+        "shape": prepared.grid.shape,
+        "affine": prepared.grid.affine.tolist(),
+        "counts": counts,
+        "nbytes": sum(array.nbytes for array in arrays.values()),
+    }
+    with writing_beside(folder / "meta.json") as beside:
+        beside.write_text(json.dumps(meta))
+
+
+def _draw_points(
+    encoded: NDArray[np.uint8], targets: Targets, rng: np.random.Generator
+) -> tuple[NDArray[np.integer], dict[int, int]]:
+    """Voxel indices (n, 3) of each target in turn, and how many voxels each has (0: no target)."""
+    shape = encoded.shape[1:]
+    dtype = np.int16 if max(shape) <= np.iinfo(np.int16).max else np.int32
+    counts = {0: int(np.count_nonzero((encoded == 0).all(axis=0)))}
+    points = []
+    for number in range(1, len(targets.values) + 1):
+        plane, value = (encoded[0], number) if targets.exclusive else (encoded[number - 1], 1)
+        flat = np.flatnonzero((plane == value).ravel(order="F"))
+        counts[number] = len(flat)
+        if len(flat) > POINTS_PER_TARGET:
+            flat = rng.choice(flat, POINTS_PER_TARGET, replace=False)
+        points.append(np.stack(np.unravel_index(flat, shape, order="F"), axis=1).astype(dtype))
+    return np.concatenate(points), counts
+
+
+def _stored_files(scan: Path) -> list[Path]:
+    """The file itself and, of a header apart from its voxels, the files beside it that it names."""
+    if suffix_of(scan) not in (".mhd", ".nhdr") or not scan.exists():
+        return [scan]
+    with scan.open("rb") as file:
+        header = file.read(2**20).decode("utf-8", "replace")
+    return [scan, *sorted(file for file in scan.parent.iterdir() if file.name in header)]
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed runs have left half-written: hidden files that nobody has touched for an hour."""
+    for leftover in folder.rglob(".*"):
+        with suppress(FileNotFoundError):  # its run has just finished it
+            if time.time() - leftover.stat().st_mtime > _ABANDONED_S:
+                leftover.unlink()
+
+
+def _damaged(folder: Path) -> Truncated:
+    return Truncated(f"prepared subject '{folder}' is damaged; delete this folder and run again")
+
+
+def _memory_bytes() -> int:
+    """Memory that this process may use: the machine's, or its container's where that is less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    container = limit.read_text().strip() if limit.exists() else "max"
+    return machine if container == "max" else min(machine, int(container))

@@ -1,0 +1,247 @@
+"""Steps that change intensities and leave every voxel where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Literal, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, FiniteFloat, model_validator
+
+from delineate.core.grid import Grid
+from delineate.core.volume import Volume
+from delineate.errors import RecipeError
+from delineate.preprocessing.spatial import thickest_axis
+from delineate.preprocessing.step import Step, Undo, Unmoved, as_float
+
+PerChannel = tuple[FiniteFloat, ...]
+T = TypeVar("T")
+
+
+class ClipPercentiles(Step):
+    """Clip each channel to two of its percentiles, ``lower`` and ``upper`` (0 to 100).
+
+    ``within="nonzero"`` takes them over the voxels that are not zero and leaves zeros alone.
+    ``scope="cohort"`` takes them over the training subjects, each with at most 50 000 voxels, and
+    keeps them as ``low`` and ``high``, one a channel; giving these makes a fixed window.
+
+    Above a million voxels a percentile is that of a regular lattice of at most as many.
+    """
+
+    kind: Literal["clip_percentiles"] = "clip_percentiles"
+    lower: float = Field(default=0.5, ge=0, le=100)
+    upper: float = Field(default=99.5, ge=0, le=100)
+    within: Literal["all", "nonzero"] = "all"
+    scope: Literal["patient", "cohort"] = "patient"
+    low: PerChannel | None = None
+    high: PerChannel | None = None
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.lower >= self.upper:
+            raise ValueError(f"lower is {self.lower}, upper {self.upper}; give lower < upper")
+        _check_fitted(self.scope, self.low, self.high, "low and high")
+        return self
+
+    @property
+    def needs_fit(self) -> bool:
+        return self.scope == "cohort" and self.low is None
+
+    def fit(self, scans: Iterable[Volume]) -> Self:
+        if not self.needs_fit:
+            return self
+        samples = [[self._sample(channel, at_most=50_000) for channel in as_float(scan)] for scan in scans]
+        bounds = [self._percentiles(np.concatenate(channel)) for channel in _by_channel(samples)]
+        low, high = zip(*bounds, strict=True)
+        return self.model_copy(update={"low": low, "high": high})
+
+    def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        voxels = as_float(volume)
+        result = np.empty_like(voxels)
+        for channel, (low, high), out in zip(voxels, self._bounds(voxels), result, strict=True):
+            np.clip(channel, np.float32(low), np.float32(high), out=out)
+            if self.within == "nonzero":
+                np.copyto(out, np.float32(0), where=channel == 0)
+        return Volume(result, volume.grid), Unmoved.on(volume.grid)
+
+    def _bounds(self, voxels: NDArray[np.float32]) -> list[tuple[float, float]]:
+        if self.scope == "patient":
+            return [self._percentiles(self._sample(channel, at_most=1_000_000)) for channel in voxels]
+        return _fitted(self, self.low, self.high, channels=len(voxels))
+
+    def _sample(self, channel: NDArray[np.float32], at_most: int) -> NDArray[np.float32]:
+        return _chosen(lattice(channel, at_most), self.within)
+
+    def _percentiles(self, values: NDArray[np.float32]) -> tuple[float, float]:
+        """Both percentiles; of no voxels at all, 0 and 0."""
+        if not values.size:
+            return 0.0, 0.0
+        low, high = np.percentile(values, (self.lower, self.upper))
+        return float(low), float(high)
+
+
+class Normalise(Step):
+    """Bring each channel to a common range: (voxel - shift) / scale.
+
+    ============  ============  ====================
+    ``method``    shift         scale
+    ============  ============  ====================
+    ``minmax``    minimum       maximum - minimum
+    ``zscore``    mean          standard deviation
+    ``max``       0             largest magnitude
+    ============  ============  ====================
+
+    over the voxels of a slice, a patient or the training cohort (``scope``). A scale of 0 counts as
+    1: a constant image becomes 0 (with ``max``, only if it is 0). ``within="nonzero"`` measures over
+    the voxels that are not zero and leaves zeros alone. Slices lie ``across`` an axis: by default the
+    one of the largest spacing (z, where spacings agree within 1 %).
+
+    A cohort's statistics weigh every voxel alike and are kept as ``shift`` and ``scale``, one a
+    channel; giving these makes a fixed scaling.
+    """
+
+    kind: Literal["normalise"] = "normalise"
+    method: Literal["minmax", "zscore", "max"] = "zscore"
+    scope: Literal["slice", "patient", "cohort"] = "patient"
+    within: Literal["all", "nonzero"] = "all"
+    across: Literal["x", "y", "z", "thickest"] = "thickest"
+    shift: PerChannel | None = None
+    scale: PerChannel | None = None
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        _check_fitted(self.scope, self.shift, self.scale, "shift and scale")
+        if self.scale is not None and 0 in self.scale:
+            raise ValueError("scale 0 would divide by zero; give 1 for a constant channel")
+        return self
+
+    @property
+    def needs_fit(self) -> bool:
+        return self.scope == "cohort" and self.shift is None
+
+    def fit(self, scans: Iterable[Volume]) -> Self:
+        if not self.needs_fit:
+            return self
+        moments = [[Moments.of(_chosen(channel, self.within)) for channel in as_float(scan)] for scan in scans]
+        shift, scale = zip(*(reduce(add, c).scaling(self.method) for c in _by_channel(moments)), strict=True)
+        return self.model_copy(update={"shift": shift, "scale": scale})
+
+    def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        voxels = as_float(volume)
+        result = np.empty_like(voxels)
+        if self.scope == "cohort":
+            fitted = _fitted(self, self.shift, self.scale, channels=len(voxels))
+            for channel, (shift, scale), out in zip(voxels, fitted, result, strict=True):
+                self._rescale(channel, shift, scale, out)
+        else:
+            for values, out in zip(self._parts(voxels, volume.grid), self._parts(result, volume.grid), strict=True):
+                self._rescale(values, *Moments.of(_chosen(values, self.within)).scaling(self.method), out)
+        return Volume(result, volume.grid), Unmoved.on(volume.grid)
+
+    def _parts(self, voxels: NDArray[np.float32], grid: Grid) -> Iterable[NDArray[np.float32]]:
+        """The arrays that are normalised by themselves: channels, or each one's slices."""
+        if self.scope != "slice":
+            return voxels
+        axis = thickest_axis(grid) if self.across == "thickest" else "xyz".index(self.across)
+        return (plane for channel in voxels for plane in np.moveaxis(channel, axis, 0))
+
+    def _rescale(self, values: NDArray, shift: float, scale: float, out: NDArray[np.float32]) -> None:
+        np.subtract(values, np.float32(shift), out=out)
+        np.multiply(out, np.float32(1 / scale), out=out)
+        if self.within == "nonzero":
+            np.copyto(out, np.float32(0), where=values == 0)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean, sum of squared deviations, and range of a set of voxels; sets join by ``+``."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    least: float = np.inf
+    largest: float = -np.inf
+
+    @classmethod
+    def of(cls, values: NDArray[np.float32]) -> Moments:
+        if not values.size:
+            return cls()
+        mean = float(values.mean(dtype=np.float64))
+        deviations = values - np.float32(mean)
+        np.multiply(deviations, deviations, out=deviations)
+        squares = float(deviations.sum(dtype=np.float64))
+        return cls(values.size, mean, squares, float(values.min()), float(values.max()))
+
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of both sets together (Chan et al. 1979)."""
+        count = self.count + other.count
+        if not count:
+            return self
+        distance = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + distance * other.count / count,
+            self.squares + other.squares + distance**2 * self.count * other.count / count,
+            min(self.least, other.least),
+            max(self.largest, other.largest),
+        )
+
+    def scaling(self, method: Literal["minmax", "zscore", "max"]) -> tuple[float, float]:
+        """Shift and scale of :class:`Normalise`; 0 and 1 for an empty set."""
+        if not self.count:
+            return 0.0, 1.0
+        if method == "minmax":
+            return self.least, (self.largest - self.least) or 1.0
+        if method == "max":
+            return 0.0, max(abs(self.least), abs(self.largest)) or 1.0
+        # A constant's deviation is what rounding its mean leaves, so its range decides.
+        constant = self.least == self.largest
+        return self.mean, 1.0 if constant else (self.squares / self.count) ** 0.5
+
+
+def lattice(channel: NDArray, at_most: int) -> NDArray:
+    """A copy (n,) of every k-th voxel along each axis of ``channel`` (X, Y, Z), n at most ``at_most``."""
+    steps = [1, 1, 1]
+    while np.prod(counts := [-(-size // step) for size, step in zip(channel.shape, steps, strict=True)]) > at_most:
+        steps[int(np.argmax(counts))] += 1
+    x, y, z = steps
+    return channel[::x, ::y, ::z].flatten(order="K")
+
+
+def _chosen(values: NDArray, within: str) -> NDArray:
+    if within == "all":
+        return values
+    values = values.ravel(order="K")  # in the order of memory: masking a Fortran-ordered array is ten times slower
+    return values[values != 0]
+
+
+def _by_channel(scans: list[list[T]]) -> list[tuple[T, ...]]:
+    """What was measured of each scan's channels, regrouped by channel."""
+    if not scans:
+        raise RecipeError("there is no training subject to fit the preprocessing on; give at least one")
+    counts = sorted({len(channels) for channels in scans})
+    if len(counts) > 1:
+        raise RecipeError(f"training subjects have {counts} channels; leave out those that lack some")
+    return list(zip(*scans, strict=True))
+
+
+def _check_fitted(scope: str, first: PerChannel | None, second: PerChannel | None, names: str) -> None:
+    if (first is None) != (second is None) or len(first or ()) != len(second or ()):
+        raise ValueError(f"{names} belong together, one number a channel each; give both or none")
+    if first is not None and scope != "cohort":
+        raise ValueError(f"{names} are given, but scope is {scope}; set scope: cohort, or drop them")
+
+
+def _fitted(
+    step: Step, first: PerChannel | None, second: PerChannel | None, channels: int
+) -> list[tuple[float, float]]:
+    """A cohort's two numbers for each channel."""
+    if first is None or second is None:
+        raise RecipeError(f"'{step.model_dump()['kind']}' over the cohort is not fitted; fit it on training subjects")
+    if len(first) != channels:
+        raise RecipeError(f"the preprocessing was fitted on {len(first)} channels, this scan has {channels}")
+    return list(zip(first, second, strict=True))

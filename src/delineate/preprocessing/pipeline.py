@@ -1,0 +1,64 @@
+"""Preprocessing steps in order: fitted on training subjects, applied to any, undone as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from delineate.core.volume import Volume
+from delineate.preprocessing.intensity import ClipPercentiles, Normalise
+from delineate.preprocessing.spatial import CropBackground, CropOrPad, Reorient, Resample
+from delineate.preprocessing.step import Composed, Undo, as_float
+
+StepSpec = Annotated[
+    Reorient | Resample | CropBackground | CropOrPad | ClipPercentiles | Normalise, Field(discriminator="kind")
+]
+
+
+class Pipeline(BaseModel):
+    """``steps`` in order; a value: fitting returns another pipeline."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: tuple[StepSpec, ...] = ()
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether training subjects must be seen before the pipeline can be applied."""
+        return any(step.needs_fit for step in self.steps)
+
+    def fit(self, scans: Callable[[], Iterable[Volume]]) -> Self:
+        """The pipeline with every step fitted on scans as the steps before it leave them.
+
+        ``scans()`` yields the training scans, best lazily: one is held at a time. It is called once
+        for each step that needs fitting, and never if none does.
+        """
+        fitted: tuple[StepSpec, ...] = ()
+        for step in self.steps:
+            if step.needs_fit:
+                earlier = Pipeline(steps=fitted)
+                step = step.fit(earlier.apply(scan)[0] for scan in scans())
+            fitted = (*fitted, step)
+        return self.model_copy(update={"steps": fitted})
+
+    def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        """The prepared volume, float32, and the way back to the grid of ``volume``.
+
+        The prepared voxels may be a view of the volume's where no step has computed any.
+        Raises :class:`~delineate.errors.RecipeError` if a step still needs fitting.
+        """
+        prepared = Volume(as_float(volume), volume.grid)
+        undos: list[Undo] = []
+        for step in self.steps:
+            prepared, undo = step.apply(prepared)
+            undos.append(undo)
+        return prepared, Composed(volume.grid, prepared.grid, tuple(undos))
+
+    def apply_with_label(self, volume: Volume, encoded: NDArray[np.uint8]) -> tuple[Volume, NDArray[np.uint8], Undo]:
+        """:meth:`apply`, and an encoded label (T, X, Y, Z) of the same grid moved alike."""
+        prepared, undo = self.apply(volume)
+        return prepared, undo.forward_label(encoded), undo

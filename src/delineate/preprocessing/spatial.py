@@ -1,0 +1,297 @@
+"""Steps that change the grid: orientation, spacing, field of view."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations, product
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BeforeValidator, Field, FiniteFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from delineate.core.grid import Grid, Shape3, permute_axes, permute_axes_back
+from delineate.core.targets import IGNORED
+from delineate.core.volume import Volume
+from delineate.preprocessing.step import Step, Undo, as_float, empty_channels
+
+_ORIENTATIONS = {"".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)}
+
+
+def _for_each_axis(value: Any) -> Any:
+    return (value, value, value) if isinstance(value, int | float) else value
+
+
+Spacing = Annotated[FiniteFloat, Field(gt=0)]
+Spacings = Annotated[tuple[Spacing | None, Spacing | None, Spacing | None], BeforeValidator(_for_each_axis)]
+Sizes = Annotated[tuple[PositiveInt | None, PositiveInt | None, PositiveInt | None], BeforeValidator(_for_each_axis)]
+Multiples = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_for_each_axis)]
+
+
+class Reorient(Step):
+    """Reorder and flip axes so that they run along ``to``; no voxel is changed."""
+
+    kind: Literal["reorient"] = "reorient"
+    to: str = "RAS"
+
+    @field_validator("to")
+    @classmethod
+    def _is_orientation(cls, to: str) -> str:
+        if to not in _ORIENTATIONS:
+            raise ValueError(f"'{to}' is no orientation; take one letter each of R/L, A/P and S/I, such as RAS")
+        return to
+
+    def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        order, flip = volume.grid.axes_to(self.to)
+        grid = volume.grid.permute(order, flip)
+        voxels = permute_axes(as_float(volume), order, flip)
+        return Volume(voxels, grid), Permuted(volume.grid, grid, order, flip)
+
+
+class Resample(Step):
+    """Linear resampling to a spacing, over the same extent: the outer voxel borders stay.
+
+    ``spacing_mm`` is one number or (x, y, z), None keeping an axis. Voxel counts are rounded, so the
+    spacing reached (the grid's) may differ slightly. ``axes="in_plane"`` keeps the axis of the
+    largest spacing, across the slices (the last, where spacings agree within 1 %), and resamples the
+    other two. There is no smoothing before down-sampling: clinical slices are already blurred over
+    their thickness, and a label is treated alike.
+
+    Labels: each class is resampled linearly and the largest share wins, a tie going to the target
+    (a binary mask is thus kept where ≥ 0.5); ignored voxels are a class of their own.
+    """
+
+    kind: Literal["resample"] = "resample"
+    spacing_mm: Spacings
+    axes: Literal["all", "in_plane"] = "all"
+
+    def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        grid = volume.grid.resample(self.shape_for(volume.grid))
+        voxels = resample_linear(as_float(volume), grid.shape)
+        return Volume(voxels, grid), Resampled(volume.grid, grid)
+
+    def shape_for(self, grid: Grid) -> Shape3:
+        """Voxel counts (x, y, z) that this step gives a grid; at least 1."""
+        across = thickest_axis(grid) if self.axes == "in_plane" else None
+        x, y, z = (
+            size if target is None or axis == across else max(1, round(size * spacing / target))
+            for axis, (size, spacing, target) in enumerate(
+                zip(grid.shape, grid.spacing_mm, self.spacing_mm, strict=True)
+            )
+        )
+        return x, y, z
+
+
+class CropBackground(Step):
+    """Crop to the box around the foreground of all channels, plus ``margin`` voxels where there are any.
+
+    Foreground is what is not zero (``"nonzero"``), what is above each channel's least value
+    (``"minimum"``), or above a number. A scan without foreground is left whole. What a label has
+    outside the box is cut off with it.
+    """
+
+    kind: Literal["crop_background"] = "crop_background"
+    threshold: Literal["nonzero", "minimum"] | FiniteFloat = "nonzero"
+    margin: NonNegativeInt = 0
+
+    def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        voxels = as_float(volume)
+        foreground = np.zeros(volume.grid.shape, dtype=bool, order="F")
+        for channel in voxels:
+            foreground |= self._is_foreground(channel)
+        x, y, z = box_of(foreground, self.margin)
+        start = x.start, y.start, z.start
+        grid = volume.grid.crop(start, (x.stop - x.start, y.stop - y.start, z.stop - z.start))
+        return Volume(voxels[:, x, y, z], grid), Boxed(volume.grid, grid, start)
+
+    def _is_foreground(self, channel: NDArray) -> NDArray[np.bool_]:
+        if self.threshold == "nonzero":
+            return channel != 0
+        return channel > (channel.min() if self.threshold == "minimum" else self.threshold)
+
+
+class CropOrPad(Step):
+    """Crop or pad about the centre, to ``shape`` (None keeps an axis) and up to the next ``multiple_of``.
+
+    Of an odd number of voxels, the end of the axis gains or loses one more. ``fill`` pads a scan:
+    with each channel's ``"minimum"``, its ``"edge"`` repeated, or a number. Labels are padded with
+    background.
+    """
+
+    kind: Literal["crop_or_pad"] = "crop_or_pad"
+    shape: Sizes | None = None
+    multiple_of: Multiples | None = None
+    fill: Literal["minimum", "edge"] | FiniteFloat = "minimum"
+
+    @model_validator(mode="after")
+    def _has_a_size(self) -> CropOrPad:
+        if self.shape is None and self.multiple_of is None:
+            raise ValueError("neither shape nor multiple_of is given; give one, or drop the step")
+        return self
+
+    def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        shape = self.shape_for(volume.grid)
+        x, y, z = (int((size - wanted) / 2) for size, wanted in zip(volume.grid.shape, shape, strict=True))
+        grid = volume.grid.crop((x, y, z), shape)
+        voxels = as_float(volume)
+        fill: ArrayLike | Literal["edge"]
+        if self.fill == "minimum":
+            fill = np.array([channel.min() for channel in voxels])[:, None, None, None]
+        else:
+            fill = self.fill
+        return Volume(take_box(voxels, (x, y, z), shape, fill), grid), Boxed(volume.grid, grid, (x, y, z))
+
+    def shape_for(self, grid: Grid) -> Shape3:
+        """Voxel counts (x, y, z) that this step gives a grid."""
+        x, y, z = (
+            multiple * math.ceil((wanted or size) / multiple)
+            for size, wanted, multiple in zip(
+                grid.shape, self.shape or (None, None, None), self.multiple_of or (1, 1, 1), strict=True
+            )
+        )
+        return x, y, z
+
+
+@dataclass(frozen=True, eq=False)
+class Permuted(Undo):
+    """The way back from reordered and flipped axes; exact."""
+
+    order: tuple[int, int, int]
+    flip: tuple[bool, bool, bool]
+
+    def _back(self, plane: NDArray, outside: float) -> NDArray:
+        return permute_axes_back(plane, self.order, self.flip)
+
+    def _forward(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return permute_axes(encoded, self.order, self.flip)
+
+
+@dataclass(frozen=True, eq=False)
+class Boxed(Undo):
+    """The way back from a box at ``start`` (negative: padded); exact inside, filled outside."""
+
+    start: tuple[int, int, int]
+
+    def _back(self, plane: NDArray, outside: float) -> NDArray:
+        x, y, z = self.start
+        return take_box(plane[None], (-x, -y, -z), self.before.shape, outside)[0]
+
+    def _forward(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return take_box(encoded, self.start, self.after.shape, 0)
+
+
+class Resampled(Undo):
+    """The way back from another spacing, linearly; exact only if no voxel count has changed."""
+
+    @property
+    def interpolates(self) -> bool:
+        return self.before.shape != self.after.shape
+
+    def _back(self, plane: NDArray, outside: float) -> NDArray:
+        return resample_linear(plane[None], self.before.shape)[0]
+
+    def _forward(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return resample_label(encoded, self.after.shape) if self.interpolates else encoded
+
+
+def thickest_axis(grid: Grid) -> int:
+    """The axis across the slices: of the largest spacing, the last of those within 1 % of it."""
+    spacing = grid.spacing_mm
+    return max(axis for axis in range(3) if spacing[axis] >= 0.99 * max(spacing))
+
+
+def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, slice, slice]:
+    """The smallest box around the true voxels of ``mask`` (X, Y, Z), widened as far as there are voxels.
+
+    Without a true voxel: all of it.
+    """
+    plane = np.logical_or.reduce(mask, axis=2)
+    lines = plane.any(axis=1), plane.any(axis=0), np.logical_or.reduce(mask, axis=(0, 1))
+    hits = [np.flatnonzero(line) if line.any() else np.arange(len(line)) for line in lines]
+    x, y, z = (
+        slice(max(0, int(hit[0]) - margin), min(size, int(hit[-1]) + 1 + margin))
+        for hit, size in zip(hits, mask.shape, strict=True)
+    )
+    return x, y, z
+
+
+def take_box(array: NDArray, start: Sequence[int], shape: Shape3, fill: ArrayLike | Literal["edge"] = 0.0) -> NDArray:
+    """The box (C, *shape) of ``array`` (C, X, Y, Z) from ``start``, which may reach outside.
+
+    A box inside is a view. Outside is ``fill``: numbers that broadcast to (C, 1, 1, 1), or the
+    nearest voxel (``"edge"``).
+    """
+    limits = array.shape[1:]
+    lacks = [(max(0, -first), max(0, first + n - limit)) for first, n, limit in zip(start, shape, limits, strict=True)]
+    x, y, z = (slice(max(0, first), max(0, first + n)) for first, n in zip(start, shape, strict=True))
+    cropped = array[:, x, y, z]
+    if cropped.shape[1:] == shape:
+        return cropped
+    if isinstance(fill, str):
+        reverse = cropped.transpose(0, 3, 2, 1)  # numpy pads C-ordered arrays
+        return np.pad(reverse, [(0, 0), *reversed(lacks)], mode="edge").transpose(0, 3, 2, 1)
+    box = empty_channels(len(array), shape, array.dtype)
+    box[...] = fill
+    x, y, z = (slice(low, n - high) for (low, high), n in zip(lacks, shape, strict=True))
+    box[:, x, y, z] = cropped
+    return box
+
+
+def resample_linear(array: NDArray, shape: Shape3) -> NDArray[np.float32]:
+    """``array`` (C, X, Y, Z) interpolated linearly to (C, *shape) voxels over the same extent.
+
+    Samples lie as in :meth:`Grid.resample`; beyond the outermost voxel centres the outermost voxel
+    is repeated.
+    """
+    if array.shape[1:] == shape:
+        return array.astype(np.float32, copy=False)
+    import torch
+    from torch.nn.functional import interpolate
+
+    # Torch wants its last axis contiguous, and scans are Fortran-ordered: work on (C, Z, Y, X).
+    tensor = torch.from_numpy(np.require(array.transpose(0, 3, 2, 1), np.float32, ["C", "W"]))
+    kept = [axis for axis in (1, 2) if tensor.shape[axis] == shape[3 - axis]]
+    if kept:
+        # An untouched Z or Y goes where 2D interpolation has its channels, which halves the work.
+        size = [n for axis, n in enumerate(reversed(shape), start=1) if axis != kept[0]]
+        planes = interpolate(tensor.movedim(kept[0], 1), size=size, mode="bilinear", align_corners=False)
+        result = planes.movedim(1, kept[0])
+    else:
+        result = interpolate(tensor[None], size=shape[::-1], mode="trilinear", align_corners=False)[0]
+    return result.numpy().transpose(0, 3, 2, 1)
+
+
+def resample_label(encoded: NDArray[np.uint8], shape: Shape3) -> NDArray[np.uint8]:
+    """An encoded label (T, X, Y, Z) resampled to (T, *shape): the value of the largest share wins.
+
+    Ties go to the first of the targets, then to ignored, then to background.
+    """
+    result = empty_channels(len(encoded), shape, np.uint8)
+    for plane, winner in zip(encoded, result, strict=True):
+        values = [int(value) for value in np.flatnonzero(value_counts(plane))]
+        winner[...] = values[0]
+        if len(values) == 1:
+            continue
+        best, rest = np.zeros(shape, np.float32, order="F"), np.ones(shape, np.float32, order="F")
+        for value in filter(None, values):
+            share = resample_linear((plane == value)[None], shape)[0]
+            np.copyto(winner, np.uint8(value), where=share > best)
+            np.maximum(best, share, out=best)
+            rest -= share
+        if values[0] == 0:
+            np.copyto(winner, np.uint8(0), where=rest > best)
+    if len(encoded) > 1:
+        # Unknown for one target is unknown for all, as Targets.encode has it.
+        result[:, (result == IGNORED).any(axis=0)] = IGNORED
+    return result
+
+
+def value_counts(plane: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How many voxels of a plane (X, Y, Z) hold each of the values 0 to 255."""
+    # Slice by slice, because bincount copies what it is given to 64-bit integers.
+    return sum(
+        (np.bincount(plane[..., z].ravel(order="K"), minlength=256) for z in range(plane.shape[2])),
+        start=np.zeros(256, dtype=np.int64),
+    )

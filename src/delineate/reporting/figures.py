@@ -1,0 +1,170 @@
+"""Charts of a run as inline SVG; their colours are the page's, so they follow its light or dark look."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from io import StringIO
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from delineate.evaluation import Evaluation
+
+# Drawn in these colours, written as CSS variables that fall back on them outside the page.
+INK, MUTED, LINE = "#1b2024", "#5a656e", "#d9dee2"
+SERIES = ("#0b6aa5", "#c4540a", "#00805d", "#94457a", "#7a6300", "#56606a")
+_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line"} | {c: f"series-{i}" for i, c in enumerate(SERIES, start=1)}
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "legend.frameon": False,
+    "legend.labelcolor": MUTED,
+    "lines.linewidth": 1.6,
+}
+_WIDTH = 5.2  # inches: the text is as large as the page's at half of its width
+_MOST_POINTS = 400
+
+
+def loss_chart(learning: pd.DataFrame) -> str:
+    """The training loss over steps: its mean, and the band that holds 80 % of the steps around it.
+
+    ``learning`` has a row for each logged step: columns ``step`` and ``loss``.
+    """
+    table = learning[["step", "loss"]].dropna()
+    parts = np.array_split(table.to_numpy(float), max(1, min(120, len(table) // 4)))
+    step = [part[:, 0].mean() for part in parts]
+    low, high = np.array([np.percentile(part[:, 1], [10, 90]) for part in parts]).T
+
+    def draw(axes: Axes) -> None:
+        axes.fill_between(step, low, high, color=SERIES[0], alpha=0.18, linewidth=0)
+        axes.plot(step, [part[:, 1].mean() for part in parts], color=SERIES[0])
+        axes.set(xlabel="training step", ylabel="loss")
+
+    return _chart(draw, f"Training loss over {int(table['step'].max())} steps", height=2.7)
+
+
+def validation_chart(validation: pd.DataFrame) -> str:
+    """Dice on the validation subjects over steps, of each target and of their mean, the best marked.
+
+    Columns ``step``, ``dice``, and ``dice_<target>`` for each target.
+    """
+    targets = [str(c) for c in validation.columns if str(c).startswith("dice_")]
+    best = validation.loc[validation["dice"].idxmax()]
+
+    def draw(axes: Axes) -> None:
+        if len(targets) > 1:
+            for i, column in enumerate(targets):
+                colour = SERIES[1 + i % (len(SERIES) - 1)]
+                axes.plot(validation["step"], validation[column], color=colour, linewidth=1, label=column[5:])
+        axes.plot(validation["step"], validation["dice"], color=SERIES[0], linewidth=2, label="mean")
+        axes.plot(best["step"], best["dice"], "o", color=SERIES[0], markersize=6)
+        axes.annotate(
+            f"best {best['dice']:.3f}", (best["step"], best["dice"]), (0, 7), textcoords="offset points", ha="center"
+        )
+        axes.margins(x=0.06, y=0.14)
+        axes.set(xlabel="training step", ylabel="Dice, validation")
+        if len(targets) > 1:
+            axes.legend(loc="lower right", fontsize=9)
+
+    return _chart(draw, f"Validation Dice; best {best['dice']:.3f} at step {int(best['step'])}", height=2.7)
+
+
+def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
+    """Every subject's value of a metric, a row for each target, with median, quartiles and whiskers.
+
+    Whiskers end at the furthest value within 1.5 quartile ranges of the box (Tukey 1977). Undefined
+    values are counted beside their row. Colours are sites, where there are two to six of them.
+    """
+    table, targets, sites = evaluation.table, evaluation.targets, evaluation.sites
+    colours = dict(zip(sites, SERIES, strict=False)) if 1 < len(sites) <= len(SERIES) else {}
+
+    def draw(axes: Axes) -> None:
+        for row, target in enumerate(targets):
+            of_target = table[table["target"] == target]
+            values = of_target[metric].to_numpy(float)
+            defined = np.isfinite(values)
+            shades = [colours.get(site, SERIES[0]) for site in of_target["site"]]
+            _row(axes, row, values[defined], [s for s, use in zip(shades, defined, strict=True) if use])
+            if undefined := np.count_nonzero(~defined):
+                axes.annotate(
+                    f"{undefined} undefined", (1, row), (0, 14), ("axes fraction", "data"), "offset points",
+                    ha="right", va="center", fontsize=8, color=MUTED,
+                )  # fmt: skip
+        axes.set_yticks(range(len(targets)), targets)
+        axes.set_ylim(len(targets) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(label)
+        if colours:
+            _site_legend(axes, colours)
+
+    height = 0.75 + 0.5 * len(targets) + (0.25 if colours else 0)
+    return _chart(draw, f"{label} of each of {len(evaluation.subjects)} subjects, by target", height)
+
+
+def _row(axes: Axes, row: int, values: NDArray[np.float64], colours: Sequence[str]) -> None:
+    """Points, box and whiskers of one target."""
+    if not values.size:
+        return
+    if values.size <= _MOST_POINTS:
+        # Multiples of the golden ratio spread neighbours evenly without chance.
+        height = (np.arange(values.size) * 0.618) % 1 - 0.5
+        axes.scatter(values, row + 0.4 * height, s=9, c=list(colours), alpha=0.55, linewidths=0)
+    low, median, high = np.percentile(values, [25, 50, 75])
+    within = values[(values >= low - 1.5 * (high - low)) & (values <= high + 1.5 * (high - low))]
+    axes.barh(row, high - low, 0.5, low, facecolor="none", edgecolor=INK, linewidth=0.9)
+    axes.hlines([row, row], [within.min(), high], [low, within.max()], color=INK, linewidth=0.9)
+    axes.vlines(median, row - 0.25, row + 0.25, color=INK, linewidth=2.2)
+
+
+def _site_legend(axes: Axes, colours: dict[str, str]) -> None:
+    for site, colour in colours.items():
+        axes.scatter([], [], s=16, color=colour, linewidths=0, label=site or "no site")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colours), fontsize=9, handletextpad=0)
+
+
+def _chart(draw: Callable[[Axes], None], description: str, height: float) -> str:
+    """Inline SVG of one pair of axes, ``height`` in inches; ``description`` is its alternative text."""
+    # The salt goes into every id: charts of one page must not share any.
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": description}):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        draw(figure.subplots())
+        written = StringIO()
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(written.getvalue(), description)
+
+
+def _inline(document: str, description: str) -> str:
+    """An SVG document as an element of a page: the drawing alone, in the page's fonts and colours."""
+    # The document's style sheet would reach all of the page.
+    svg = re.sub(r"<(metadata|style).*?</\1>", "", document[document.index("<svg") :], flags=re.DOTALL)
+    referred = set(re.findall(r"#([\w.-]+)[)\"]", svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in referred else "", svg)
+    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
+    svg = re.sub(r"\s*\n\s*", " ", svg)
+    for colour, name in _VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{name}, {colour})")
+    view = re.search(r'viewBox="[^"]*"', svg)
+    opening = f'<svg class="chart" role="img" aria-label="{escape(description)}" {view[0] if view else ""}>'
+    return opening + svg.split(">", 1)[1]

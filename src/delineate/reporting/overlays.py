@@ -1,0 +1,195 @@
+"""Pictures of where a prediction agrees with its reference, in three views of one subject."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+
+from delineate.core.grid import permute_axes
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import check_grids
+from delineate.evaluation import Evaluation, Pair
+from delineate.io.files import writing_beside
+from delineate.io.formats import read_label
+from delineate.io.voxels import Orientation
+
+LEGEND = {1: ("agree", "#56b4e9"), 2: ("missed", "#e8590c"), 3: ("excess", "#f0e442"), 4: ("other target", "#e377c2")}
+"""What each value of :func:`agreement` means, and its colour (after Okabe & Ito 2008)."""
+
+# Axes of the view in which patients are looked at: x to the left (so the patient's right is on the
+# image's left, the radiological convention), y to the back, z to the feet.
+_DISPLAY = "LPI"
+# Plane, the axis it cuts, and the letters on its left, right, top and bottom.
+_PLANES = (("axial", 2, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 0, "APSI"))
+_LEAST_SIDE_MM = 60.0
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A slice as it is shown: ``image`` grey values 0–255 and ``agreement`` (rows, columns).
+
+    ``size_mm`` is (height, width); ``edges`` the directions on the left, right, top and bottom.
+    """
+
+    plane: str
+    image: NDArray[np.uint8]
+    agreement: NDArray[np.uint8]
+    size_mm: tuple[float, float]
+    edges: str
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """Three orthogonal views of one subject; ``rank`` is its place in the evaluation."""
+
+    subject: str
+    rank: str
+    dice: float
+    views: tuple[View, ...]
+
+
+def overlays_of(
+    evaluation: Evaluation,
+    scans: Callable[[str], Volume],
+    pairs: Sequence[Pair],
+    targets: Targets,
+    *,
+    orientation: Orientation = "refuse",
+) -> list[Overlay]:
+    """The subjects with the best, median and worst Dice (mean of targets); reads only those.
+
+    ``scans`` gives a subject's scan, whose first channel is shown. Raises :class:`GridMismatch`
+    where a scan and its labels are not on one grid, and what reading raises.
+    """
+    dice = evaluation.mean_dice().sort_values(ascending=False, kind="stable")
+    places = {0: "best", (len(dice) - 1) // 2: "median", len(dice) - 1: "worst"}
+    if len(dice) < 3:
+        places = dict(zip(range(len(dice)), ("best", "worst") if len(dice) > 1 else ("only",), strict=True))
+    files = {pair.subject: pair for pair in pairs}
+    overlays = []
+    for place, rank in sorted(places.items()):
+        subject = str(dice.index[place])
+        pair = files[subject]
+        labels = [read_label(path, orientation=orientation) for path in (pair.prediction, pair.reference)]
+        views = views_of(scans(subject), *labels, targets, subject=subject)
+        overlays.append(Overlay(subject, rank, float(dice.iloc[place]), views))
+    return overlays
+
+
+def views_of(
+    scan: Volume, prediction: LabelVolume, reference: LabelVolume, targets: Targets, *, subject: str
+) -> tuple[View, ...]:
+    """Axial, coronal and sagittal slices where the reference is largest (the prediction, if it is empty).
+
+    All three show one cube of at least 60 mm around what is segmented, in one grey scale.
+    """
+    for what, label in (("prediction", prediction), ("reference", reference)):
+        check_grids(subject, what, label.grid, "scan", scan.grid)
+    order, flip = scan.grid.axes_to(_DISPLAY)
+    spacing_mm = scan.grid.permute(order, flip).spacing_mm
+    image = permute_axes(scan.voxels[0], order, flip)
+    found, known = (permute_axes(label.voxels, order, flip) for label in (prediction, reference))
+    marks = agreement(found, known, targets)
+    segmented = np.isin(known, [v for values in targets.values.values() for v in values])
+    segmented = segmented if segmented.any() else marks > 0
+    box = _cube(marks > 0, spacing_mm)
+    black, white = np.percentile(image, [0.5, 99.5])
+
+    def view(plane: str, axis: int, edges: str) -> View:
+        columns, rows = (i for i in range(3) if i != axis)
+        at = int(np.argmax(np.count_nonzero(segmented, axis=(columns, rows))))
+        cut = tuple(at if i == axis else box[i] for i in range(3))
+        grey = np.clip((image[cut].T - black) / max(white - black, 1e-9), 0, 1)
+        size_mm = grey.shape[0] * spacing_mm[rows], grey.shape[1] * spacing_mm[columns]
+        return View(plane, (255 * grey).astype(np.uint8), marks[cut].T, size_mm, edges)
+
+    return tuple(view(*plane) for plane in _PLANES)
+
+
+def agreement(prediction: NDArray, reference: NDArray, targets: Targets) -> NDArray[np.uint8]:
+    """For each voxel 0 where neither has a target, else a key of :data:`LEGEND`.
+
+    A voxel agrees where prediction and reference have the same targets. It is missed where the
+    prediction lacks one, in excess where it has one more, and both are ``other target``. Ignored
+    voxels are 0.
+    """
+    predicted, wanted = targets.masks(prediction), targets.masks(reference)
+    missed, excess, both = (np.zeros(reference.shape, bool) for _ in range(3))
+    for name in targets.names:
+        missed |= wanted[name] & ~predicted[name]
+        excess |= predicted[name] & ~wanted[name]
+        both |= wanted[name] & predicted[name]
+    marks = np.select([missed & excess, missed, excess, both], [4, 2, 3, 1], 0).astype(np.uint8)
+    return marks * targets.known(reference)
+
+
+def save_overlay(path: Path, overlay: Overlay) -> None:
+    """Write the three views side by side with the legend; the suffix (.png, .webp) is the format."""
+    heights, widths = zip(*(view.size_mm for view in overlay.views), strict=True)
+    scale = 3 / max(*heights, *widths)  # inches of a millimetre
+    figure = Figure((scale * sum(widths), scale * max(heights) + 0.35), facecolor="black", layout="constrained")
+    for axes, view in zip(figure.subplots(1, 3, width_ratios=widths), overlay.views, strict=True):
+        _draw(axes, view)
+    shown = np.unique(np.concatenate([view.agreement.ravel() for view in overlay.views]))
+    names = [
+        axes.scatter([], [], marker="s", color=colour, label=name)
+        for mark, (name, colour) in LEGEND.items()
+        if mark in shown
+    ]
+    if names:
+        figure.legend(handles=names, loc="outside lower center", ncols=len(names), labelcolor="white", frameon=False)
+    with writing_beside(path) as beside:
+        figure.savefig(beside, dpi=130)
+
+
+def picture(view: View) -> bytes:
+    """One view as a WebP image, its longer side 380 pixels."""
+    height, width = view.size_mm
+    scale = 3.8 / max(height, width)
+    figure = Figure((scale * width, scale * height), facecolor="black")
+    _draw(figure.add_axes((0, 0, 1, 1)), view)
+    written = BytesIO()
+    figure.savefig(written, format="webp", dpi=100, pil_kwargs={"quality": 82})
+    return written.getvalue()
+
+
+def _draw(axes: Axes, view: View) -> None:
+    height, width = view.size_mm
+    extent = (0, width, height, 0)
+    axes.imshow(view.image, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="bilinear")
+    colours = np.zeros((len(LEGEND) + 1, 4))
+    for mark, (_, colour) in LEGEND.items():
+        colours[mark] = to_rgba(colour, 0.55)
+    axes.imshow(colours[view.agreement], extent=extent, interpolation="nearest")
+    axes.set_axis_off()
+    left, right, top, bottom = view.edges
+    for letter, x, y in ((left, 0.04, 0.5), (right, 0.96, 0.5), (top, 0.5, 0.95), (bottom, 0.5, 0.05)):
+        axes.text(
+            x, y, letter, color="white", fontsize=9, ha="center", va="center", transform=axes.transAxes,
+            path_effects=[withStroke(linewidth=2, foreground="black")],
+        )  # fmt: skip
+
+
+def _cube(mask: NDArray[np.bool_], spacing_mm: Sequence[float]) -> tuple[slice, ...]:
+    """A cube around a mask, 1.5 times its extent, cut off at the image's borders; all, if it is empty."""
+    if not mask.any():
+        return (slice(None),) * 3
+    filled = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    side_mm = max(1.5 * max((f[-1] - f[0] + 1) * s for f, s in zip(filled, spacing_mm, strict=True)), _LEAST_SIDE_MM)
+    box = []
+    for f, spacing, n in zip(filled, spacing_mm, mask.shape, strict=True):
+        count = min(n, round(side_mm / spacing))
+        # Centred, then moved inside.
+        start = min(max((f[0] + f[-1] + 1 - count) // 2, 0), n - count)
+        box.append(slice(int(start), int(start) + count))
+    return tuple(box)

@@ -1,0 +1,97 @@
+"""The report of a run, from what lies in its folder and the scans of its held-out subjects."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from delineate.bundle import Bundle
+from delineate.core.volume import Volume
+from delineate.datasets.dataset import Dataset, load_scan
+from delineate.evaluation import Evaluation, Pair
+from delineate.reporting.html import RunReport, write_report
+from delineate.reporting.overlays import overlays_of
+
+
+def write_run_report(folder: Path, dataset: Dataset) -> Path:
+    """Write ``report.html`` of a finished run and return its path.
+
+    ``dataset`` is the one it was trained on; three of its scans are read, for the pictures.
+    """
+    bundle = Bundle.load(folder / "bundle")
+    data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    evaluation = Evaluation.read(folder / "evaluation") if (folder / "evaluation" / "metrics.csv").exists() else None
+    content = RunReport(
+        title=bundle.recipe.name,
+        description=bundle.recipe.description,
+        simulated=bool(bundle.provenance["simulated"]),
+        data_rows=data["subjects"],
+        learning=_curve(folder / "logs" / "training.csv"),
+        validation=_curve(folder / "logs" / "validation.csv"),
+        evaluation=evaluation,
+        overlays=[] if evaluation is None else _overlays(folder, bundle, dataset, evaluation),
+        recipe_yaml=(folder / "recipe.yaml").read_text(encoding="utf-8"),
+        plan=json.loads((folder / "plan.json").read_text(encoding="utf-8")),
+        provenance=_provenance(bundle),
+        notes=_notes(folder, bundle, data["problems"]),
+    )
+    path = folder / "report.html"
+    write_report(path, content)
+    return path
+
+
+def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evaluation) -> list[Any]:
+    subjects = {subject.id: subject for subject in dataset.subjects}
+    pairs = [
+        Pair(name, folder / "predictions" / f"{name}.nii.gz", label, subjects[name].site)
+        for name in evaluation.subjects
+        if (label := subjects[name].label) is not None
+    ]
+
+    def scan(name: str) -> Volume:
+        # The first channel is what the pictures show.
+        subject = subjects[name]
+        first = bundle.channels[0] if bundle.channels[0] in subject.scans else subject.channels[0]
+        return load_scan(subject, [first])
+
+    return overlays_of(evaluation, scan, pairs, bundle.targets)
+
+
+def _curve(path: Path) -> pd.DataFrame | None:
+    return pd.read_csv(path) if path.exists() else None
+
+
+def _provenance(bundle: Bundle) -> dict[str, str]:
+    p = bundle.provenance
+    fold = "none held out" if p["fold"] is None else f"fold {p['fold']} held out"
+    return {
+        "Data set": f"{p['data_set']} ({p['layout']} layout)",
+        "Subjects": f"{len(p['training'])} trained on, {len(p['validation'])} to choose the weights, "
+        f"{len(p['held_out'])} held out ({fold})",
+        "Weights": f"step {bundle.metadata.get('step', '?')}, "
+        f"validation Dice {bundle.metadata.get('validation_dice', 'not measured')}",
+        "Seed": str(p["seed"]),
+        "Started": p["started"],
+        "Versions": ", ".join(f"{name} {version}" for name, version in p["versions"].items()),
+    }
+
+
+def _notes(folder: Path, bundle: Bundle, problems: list[dict[str, str]]) -> list[str]:
+    """What a reader should know before the numbers: a collapse, who was left out, warnings about the data."""
+    messages = folder / "logs" / "messages.txt"
+    lines = messages.read_text(encoding="utf-8").splitlines() if messages.exists() else []
+    notes = [line[20:] for line in lines if "COLLAPSE" in line]
+    if left_out := bundle.provenance["left_out"]:
+        notes.append(f"Left out as broken: {', '.join(left_out)}.")
+    counts: dict[str, list[dict[str, str]]] = {}
+    for problem in problems:
+        if problem["severity"] == "warning":
+            counts.setdefault(problem["code"], []).append(problem)
+    for code, found in counts.items():
+        first = f"{found[0]['subject']}: {found[0]['message']}" if found[0]["subject"] else found[0]["message"]
+        more = f" (and {len(found) - 1} more such)" if len(found) > 1 else ""
+        notes.append(f"{code}: {first}{more}.")
+    return notes

@@ -1,0 +1,131 @@
+"""Surface distances: cases computable by hand, empty cases, laws, and MONAI as oracle."""
+
+from __future__ import annotations
+
+from math import inf
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import ndimage
+
+from delineate.metrics.surface import surface, surface_distances
+
+masks = arrays(bool, (6, 5, 7))
+spacings = st.tuples(*[st.sampled_from([0.47, 1.0, 3.3, 8.0])] * 3)
+EMPTY = np.zeros((6, 5, 7), bool)
+
+
+def ball(shape: tuple[int, ...], centre: tuple[float, ...], radius: float) -> np.ndarray:
+    index = np.indices(shape)
+    return sum((i - c) ** 2 for i, c in zip(index, centre, strict=True)) <= radius**2
+
+
+def lesions(rng: np.random.Generator, smoothness: float) -> np.ndarray:
+    """Blobs on about a fifth of the voxels; the smaller the smoothness, the more broken."""
+    noise = ndimage.gaussian_filter(rng.standard_normal((40, 32, 24)), smoothness)
+    return noise > np.quantile(noise, 0.8)
+
+
+def test_two_voxels_by_hand() -> None:
+    reference, prediction = EMPTY.copy(), EMPTY.copy()
+    reference[1, 2, 2] = prediction[4, 2, 6] = True
+    distances = surface_distances(reference, prediction, (1, 9, 1))
+    assert distances.hausdorff95_mm == distances.hausdorff_mm() == distances.mean_mm == 5
+
+
+def test_each_axis_has_its_own_spacing() -> None:
+    reference = ball((30, 30, 30), (12, 12, 12), 6)
+    for axis, spacing_mm in enumerate((0.5, 2.0, 7.0)):
+        shifted = np.roll(reference, 3, axis)
+        # The poles move by the whole shift, and nothing further.
+        assert surface_distances(reference, shifted, (0.5, 2.0, 7.0)).hausdorff_mm() <= 3 * spacing_mm
+        assert surface_distances(reference, shifted, (9.0, 9.0, 9.0)).hausdorff_mm() == 27
+
+
+def test_the_larger_direction_counts() -> None:
+    reference = np.zeros((64, 1, 1), bool)
+    reference[0] = True
+    prediction = reference.copy()
+    prediction[[40, 50]] = True
+    assert surface_distances(reference, prediction, (1, 1, 1)).from_reference.tolist() == [0]
+    assert surface_distances(reference, prediction, (1, 1, 1)).hausdorff95_mm == pytest.approx(49)
+    assert surface_distances(prediction, reference, (1, 1, 1)).hausdorff95_mm == pytest.approx(49)
+
+
+def test_the_border_of_the_array_is_outside() -> None:
+    full = np.ones((5, 5, 5), bool)
+    assert surface(full).sum() == 5**3 - 3**3
+
+
+@given(masks)
+def test_surface_is_the_mask_without_its_erosion(mask: np.ndarray) -> None:
+    np.testing.assert_array_equal(surface(mask), mask & ~ndimage.binary_erosion(mask))
+
+
+def test_both_empty() -> None:
+    distances = surface_distances(EMPTY, EMPTY, (1, 1, 1))
+    assert distances.hausdorff95_mm == distances.mean_mm == 0
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_one_empty(swap: bool) -> None:
+    pair = (EMPTY, ~EMPTY)[:: -1 if swap else 1]
+    distances = surface_distances(*pair, (1, 1, 1))
+    assert distances.hausdorff95_mm == distances.mean_mm == inf
+
+
+@given(masks, masks, spacings, st.sampled_from([0, 1, 2]))
+def test_flips_change_nothing(reference: np.ndarray, prediction: np.ndarray, spacing_mm: tuple, axis: int) -> None:
+    there = surface_distances(reference, prediction, spacing_mm)
+    flipped = surface_distances(np.flip(reference, axis), np.flip(prediction, axis), spacing_mm)
+    assert flipped.hausdorff95_mm == pytest.approx(there.hausdorff95_mm)
+    assert flipped.mean_mm == pytest.approx(there.mean_mm)
+
+
+@given(masks, masks, spacings)
+def test_distances_scale_with_the_spacing(reference: np.ndarray, prediction: np.ndarray, spacing_mm: tuple) -> None:
+    once = surface_distances(reference, prediction, spacing_mm)
+    twice = surface_distances(reference, prediction, [2 * s for s in spacing_mm])
+    assert twice.hausdorff95_mm == pytest.approx(2 * once.hausdorff95_mm)
+
+
+@given(masks, masks, masks)
+def test_unknown_voxels_count_as_background(reference: np.ndarray, prediction: np.ndarray, known: np.ndarray) -> None:
+    left_out = surface_distances(reference, prediction, (1, 1, 2), known)
+    assert left_out.mean_mm == surface_distances(reference & known, prediction & known, (1, 1, 2)).mean_mm
+
+
+@pytest.mark.parametrize(
+    ("smoothness", "shift"),
+    [(3.0, 1), (3.0, 14), (0.3, 1)],
+    ids=["near, by the tree", "far, partly by the transform", "noise, by the transform"],
+)
+def test_distances_are_those_of_every_pair_of_voxels(smoothness: float, shift: int) -> None:
+    rng = np.random.default_rng(3)
+    reference = lesions(rng, smoothness)
+    prediction = np.roll(reference, shift, 0)
+    spacing_mm = np.array([1.0, 0.8, 3.0])
+    a, b = (np.argwhere(surface(m)) * spacing_mm for m in (reference, prediction))
+    distances = surface_distances(reference, prediction, spacing_mm)
+    expected = [min(np.linalg.norm(b - point, axis=1)) for point in a]
+    np.testing.assert_allclose(distances.from_reference, expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:monai")
+@pytest.mark.parametrize("smoothness", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_monai_agrees(smoothness: float, order: str) -> None:
+    metrics = pytest.importorskip("monai.metrics")
+    rng = np.random.default_rng(5)
+    spacing_mm = (0.9, 0.9, 5.0)
+    reference, prediction = (np.array(lesions(rng, smoothness), order=order) for _ in range(2))
+    distances = surface_distances(reference, prediction, spacing_mm)
+    batch = [m[None, None].astype(np.float32) for m in (prediction, reference)]
+    options = {"include_background": True, "spacing": spacing_mm}
+    hausdorff95 = metrics.compute_hausdorff_distance(*batch, percentile=95, **options)
+    mean = metrics.compute_average_surface_distance(*batch, symmetric=True, **options)
+    assert distances.hausdorff95_mm == pytest.approx(hausdorff95.item(), rel=1e-6)
+    assert distances.mean_mm == pytest.approx(mean.item(), rel=1e-6)

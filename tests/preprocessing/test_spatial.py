@@ -1,0 +1,225 @@
+"""Orientation, spacing and field of view: what the contract for every step does not say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import SimpleITK
+from numpy.testing import assert_allclose, assert_array_equal
+from pydantic import ValidationError
+
+from delineate.core.grid import Grid
+from delineate.core.targets import IGNORED
+from delineate.core.volume import Volume
+from delineate.preprocessing.spatial import (
+    CropBackground,
+    CropOrPad,
+    Reorient,
+    Resample,
+    box_of,
+    resample_label,
+    resample_linear,
+    take_box,
+    thickest_axis,
+)
+
+
+def volume_of(voxels: np.ndarray, spacing_mm: tuple[float, float, float] = (1, 1, 1)) -> Volume:
+    return Volume(voxels, Grid.of_spacing(voxels.shape[1:], spacing_mm))
+
+
+class TestReorient:
+    @pytest.mark.parametrize("to", ["RAS", "LPS", "SAR", "IRP"])
+    def test_reaches_the_orientation(self, to: str, rng: np.random.Generator) -> None:
+        prepared, _ = Reorient(to=to).apply(volume_of(rng.random((1, 3, 4, 5))))
+        assert prepared.grid.orientation == to
+
+    @pytest.mark.parametrize("to", ["RAL", "RA", "ras", "XYZ"])
+    def test_refuses_what_is_no_orientation(self, to: str) -> None:
+        with pytest.raises(ValidationError, match="is no orientation"):
+            Reorient(to=to)
+
+
+class TestResample:
+    @pytest.mark.parametrize("shape", [(7, 9, 11), (13, 6, 8), (10, 9, 8), (10, 6, 11), (7, 9, 8), (1, 1, 1)])
+    def test_agrees_with_simpleitk(self, shape: tuple[int, int, int], rng: np.random.Generator) -> None:
+        voxels = rng.random((2, 10, 9, 8)).astype(np.float32)
+        spacing = [10 / shape[0], 9 / shape[1], 8 / shape[2]]
+        for channel, resampled in zip(voxels, resample_linear(voxels, shape), strict=True):
+            origin = [(s - 1) / 2 for s in spacing]
+            padded = np.pad(channel, 1, mode="edge")  # it knows nothing beyond the outermost centres
+            image = SimpleITK.GetImageFromArray(padded.T)
+            image.SetOrigin((-1.0, -1.0, -1.0))
+            oracle = SimpleITK.Resample(
+                image, shape, SimpleITK.Transform(), SimpleITK.sitkLinear, origin, spacing, np.eye(3).ravel().tolist()
+            )
+            assert_allclose(resampled, SimpleITK.GetArrayFromImage(oracle).T, atol=1e-5)
+
+    @pytest.mark.parametrize("order", ["C", "F"])
+    def test_does_not_depend_on_the_order_in_memory(self, order: str, rng: np.random.Generator) -> None:
+        voxels = rng.random((2, 6, 7, 8), dtype=np.float32)
+        flipped = np.array(voxels[:, ::-1], order=order)[:, ::-1]
+        assert_array_equal(resample_linear(flipped, (5, 7, 9)), resample_linear(voxels, (5, 7, 9)))
+
+    def test_an_axis_without_a_spacing_is_kept_exactly(self, rng: np.random.Generator) -> None:
+        volume = volume_of(rng.random((1, 8, 8, 3), dtype=np.float32), (1, 1, 6))
+        prepared, _ = Resample(spacing_mm=(2, 2, None)).apply(volume)
+        assert prepared.grid.shape == (4, 4, 3)
+        for z in range(3):
+            alone, _ = Resample(spacing_mm=(2, 2, None)).apply(volume_of(volume.voxels[..., z : z + 1]))
+            assert_array_equal(prepared.voxels[..., z], alone.voxels[..., 0])
+
+    @pytest.mark.parametrize(
+        ("spacing_mm", "across"), [((1, 1, 6), 2), ((6, 1, 1), 0), ((1, 1, 1), 2), ((1.001, 1, 1), 2), ((1, 3, 2), 1)]
+    )
+    def test_in_plane_keeps_the_axis_across_the_slices(
+        self, spacing_mm: tuple[float, float, float], across: int
+    ) -> None:
+        volume = volume_of(np.zeros((1, 8, 8, 8)), spacing_mm)
+        prepared, undo = Resample(spacing_mm=0.5, axes="in_plane").apply(volume)
+        assert thickest_axis(volume.grid) == across
+        for axis in range(3):
+            expected = spacing_mm[axis] if axis == across else 0.5
+            assert prepared.grid.spacing_mm[axis] == pytest.approx(expected, rel=0.01)
+        assert undo.interpolates
+
+    def test_the_extent_stays_and_the_spacing_comes_as_near_as_whole_voxels_allow(self) -> None:
+        volume = volume_of(np.zeros((1, 10, 10, 10)), (1, 1, 1))
+        grid = Resample(spacing_mm=(3, 0.7, 50)).shape_for(volume.grid)
+        assert grid == (3, 14, 1)
+        prepared, _ = Resample(spacing_mm=(3, 0.7, 50)).apply(volume)
+        assert_allclose(np.multiply(prepared.grid.shape, prepared.grid.spacing_mm), 10)
+
+    def test_the_same_spacing_changes_nothing(self, rng: np.random.Generator) -> None:
+        volume = volume_of(rng.random((1, 5, 6, 7), dtype=np.float32), (0.7, 0.7, 3))
+        prepared, undo = Resample(spacing_mm=(0.7, 0.7, 3)).apply(volume)
+        assert not undo.interpolates
+        assert_array_equal(prepared.voxels, volume.voxels)
+
+    @pytest.mark.parametrize("spacing_mm", [0, -1, float("inf"), (1, 1)])
+    def test_refuses_impossible_spacings(self, spacing_mm: object) -> None:
+        with pytest.raises(ValidationError):
+            Resample.model_validate({"spacing_mm": spacing_mm})
+
+
+class TestLabels:
+    def test_a_binary_label_is_where_at_least_half_of_it_is(self, rng: np.random.Generator) -> None:
+        mask = (rng.random((1, 9, 8, 7)) > 0.5).astype(np.uint8)
+        for shape in [(5, 8, 7), (12, 11, 4), (9, 4, 7)]:
+            assert_array_equal(resample_label(mask, shape), resample_linear(mask.astype(np.float32), shape) >= 0.5)
+
+    def test_the_largest_share_wins_even_below_half(self) -> None:
+        column = np.array([1, 1, 2, 2, 2, 0, 0], dtype=np.uint8)
+        encoded = np.broadcast_to(column[:, None, None], (7, 2, 2))[None]
+        assert resample_label(encoded, (1, 2, 2))[0, :, 0, 0].tolist() == [2]  # the middle of seven
+        three = np.array([[1, 2], [2, 3]], dtype=np.uint8)[None, :, :, None]
+        assert resample_label(three, (1, 1, 1)).tolist() == [[[[2]]]]  # 2 has half, 1 and 3 a quarter
+
+    def test_classes_between_which_there_is_no_background_get_none(self) -> None:
+        halves = np.repeat(np.array([1, 3], dtype=np.uint8), 5)[None, :, None, None]
+        assert set(np.unique(resample_label(halves, (7, 1, 1)))) == {1, 3}
+
+    @pytest.mark.parametrize(("pair", "winner"), [((0, 1), 1), ((2, 1), 1), ((IGNORED, 2), 2), ((IGNORED, 0), IGNORED)])
+    def test_ties_go_to_a_target_then_to_ignored(self, pair: tuple[int, int], winner: int) -> None:
+        encoded = np.array(pair, dtype=np.uint8)[None, :, None, None]
+        assert resample_label(encoded, (1, 1, 1)).item() == winner
+
+    def test_overlapping_targets_do_not_push_each_other_aside(self) -> None:
+        liver = np.zeros((12, 12, 12), dtype=np.uint8)
+        liver[2:10, 2:10, 2:10] = 1
+        tumour = np.zeros_like(liver)
+        tumour[4:8, 4:8, 4:8] = 1
+        moved = resample_label(np.stack([liver, tumour]), (6, 6, 6))
+        assert moved.sum(axis=(1, 2, 3)).tolist() == [4**3, 2**3]
+
+    def test_unknown_for_one_target_is_unknown_for_all(self, rng: np.random.Generator) -> None:
+        encoded = rng.integers(0, 2, (3, 9, 9, 9)).astype(np.uint8)
+        encoded[:, rng.random((9, 9, 9)) > 0.5] = IGNORED
+        ignored = resample_label(encoded, (7, 8, 9)) == IGNORED
+        assert ignored.any()
+        assert_array_equal(ignored.all(axis=0), ignored.any(axis=0))
+
+    def test_padding_is_background(self) -> None:
+        _, undo = CropOrPad(shape=5, fill="edge").apply(volume_of(np.ones((1, 3, 3, 3))))
+        moved = undo.forward_label(np.full((1, 3, 3, 3), 2, np.uint8))[0]
+        assert np.count_nonzero(moved) == 27
+        assert_array_equal(moved[1:4, 1:4, 1:4], 2)
+
+
+class TestCropBackground:
+    @pytest.fixture
+    def volume(self) -> Volume:
+        voxels = np.full((2, 10, 10, 10), -5, dtype=np.int16)
+        voxels[0, 3:5, 4:8, 5] = 7
+        voxels[1, 3, 9, 5] = 0
+        return volume_of(voxels)
+
+    def test_keeps_the_foreground_of_all_channels(self, volume: Volume) -> None:
+        prepared, undo = CropBackground(threshold="minimum").apply(volume)
+        assert prepared.grid.shape == (2, 6, 1)
+        assert_array_equal(undo(prepared.voxels, outside=-5), volume.voxels)
+
+    def test_a_margin_stops_at_the_border(self, volume: Volume) -> None:
+        prepared, _ = CropBackground(threshold="minimum", margin=2).apply(volume)
+        assert prepared.grid.shape == (6, 8, 5)
+
+    def test_nonzero_and_a_number(self, volume: Volume) -> None:
+        assert CropBackground().apply(volume)[0].grid.shape == (10, 10, 10)
+        assert CropBackground(threshold=2).apply(volume)[0].grid.shape == (2, 4, 1)
+
+    def test_a_scan_without_foreground_is_left_whole(self) -> None:
+        empty = volume_of(np.zeros((1, 3, 4, 5)))
+        assert CropBackground().apply(empty)[0].grid.shape == (3, 4, 5)
+
+    def test_box_of_is_the_smallest_that_holds_all(self, rng: np.random.Generator) -> None:
+        mask = rng.random((8, 9, 10)) > 0.99
+        mask[4, 5, 6] = True
+        box = box_of(mask)
+        assert mask[box].sum() == mask.sum()
+        for axis in range(3):
+            faces = mask[box].any(axis=tuple({0, 1, 2} - {axis}))
+            assert faces[0]
+            assert faces[-1]
+
+
+class TestCropOrPad:
+    @pytest.mark.parametrize("size", [3, 4, 7, 8])
+    @pytest.mark.parametrize("wanted", [4, 5, 8])
+    def test_is_centred_with_the_odd_voxel_at_the_end(self, size: int, wanted: int) -> None:
+        voxels = np.arange(1, size + 1, dtype=np.float32)[None, :, None, None]
+        line = CropOrPad(shape=(wanted, None, None), fill=0).apply(volume_of(voxels))[0].voxels[0, :, 0, 0]
+        kept = line[line > 0]
+        missing_before, missing_after = kept[0] - 1, size - kept[-1]
+        padded_before, padded_after = np.argmax(line > 0), np.argmax(line[::-1] > 0)
+        assert missing_after - missing_before in (0, 1)
+        assert padded_after - padded_before in (0, 1)
+
+    @pytest.mark.parametrize(
+        ("step", "shape"),
+        [
+            (CropOrPad(shape=(4, None, 8)), (4, 6, 8)),
+            (CropOrPad(multiple_of=4), (8, 8, 8)),
+            (CropOrPad(multiple_of=(8, 2, 1)), (8, 6, 7)),
+            (CropOrPad(shape=(5, None, None), multiple_of=4), (8, 8, 8)),
+        ],
+        ids=repr,
+    )
+    def test_reaches_the_shape(self, step: CropOrPad, shape: tuple[int, int, int]) -> None:
+        assert step.apply(volume_of(np.zeros((2, 5, 6, 7))))[0].grid.shape == shape
+
+    @pytest.mark.parametrize(("fill", "expected"), [("minimum", [2, -3]), ("edge", [2, 9]), (0.5, [0.5, 0.5])])
+    def test_fills_each_channel(self, fill: str | float, expected: list[float]) -> None:
+        voxels = np.stack([np.full((2, 2, 2), 2), np.full((2, 2, 2), 9)]).astype(np.float32)
+        voxels[1, 1, 1, 1] = -3
+        prepared, _ = CropOrPad(shape=6, fill=fill).apply(volume_of(voxels))
+        assert prepared.voxels[:, 0, 0, 0].tolist() == expected
+        assert_array_equal(prepared.voxels[:, 2:4, 2:4, 2:4], voxels)
+
+    def test_needs_a_size(self) -> None:
+        with pytest.raises(ValidationError, match="neither shape nor multiple_of"):
+            CropOrPad()
+
+    def test_edge_repeats_the_nearest_voxel(self, rng: np.random.Generator) -> None:
+        voxels = rng.random((2, 3, 4, 5))
+        box = take_box(voxels, (-2, 1, -1), (6, 2, 7), "edge")
+        assert_array_equal(box, np.pad(voxels, [(0, 0), (2, 1), (0, 0), (1, 1)], mode="edge")[:, :, 1:3])

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import yaml
+
+from delineate.auto import DataSummary, derive_recipe
+from delineate.core.targets import Targets
+from delineate.recipe import recipe_from, to_yaml
+from delineate.sampling.tiles import geometry_for
+
+TARGETS = Targets({"lesion": (1,)}, ignore=(2,))
+
+
+def summary(shape=(35, 50, 36), spacing=(1.0, 1.0, 1.0), **changes) -> DataSummary:
+    values = {
+        "shapes": np.array([shape] * 3, dtype=float),
+        "spacings_mm": np.array([spacing] * 3, dtype=float),
+        "foreground_share": 1.0,
+        "nonzero_share": 0.95,
+        "lowest": 0.0,
+        "far_maximum": 2.0,
+        "target_share": 0.05,
+        "modality": "MR",
+        "subjects": 3,
+    }
+    return DataSummary(**(values | changes))
+
+
+def derived(data, device="cpu", memory_bytes=16 * 2**30, **budget):
+    return derive_recipe(data, TARGETS, device=device, memory_bytes=memory_bytes, **(budget or {"minutes": 10}))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "dimensions"),
+    [
+        (summary(), "patches", 3),
+        (summary((180, 180, 60), (1.0, 1.0, 3.3)), "patches", 3),
+        (summary((256, 256, 20), (0.9, 0.9, 6.5)), "slices", 2),
+        (summary((20, 256, 256), (7.0, 0.9, 0.9)), "slices", 2),
+        (summary((240, 240, 155)), "patches", 3),
+        (summary((512, 512, 300), (0.8, 0.8, 1.5)), "patches", 3),
+        (summary((9, 9, 9)), "patches", 3),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_network_takes_the_tiles(data, kind, dimensions, device) -> None:
+    recipe, _ = derived(data, device)
+    assert recipe.tiles.kind == kind
+    assert recipe.network.dimensions == dimensions
+    spacing = np.median(data.spacings_mm, axis=0)
+    geometry = geometry_for(
+        recipe.tiles, data.shapes[0].astype(int), spacing, recipe.network.divisor, recipe.network.margin
+    )
+    asked = [n for n in recipe.tiles.shape if n]
+    assert [n for n in geometry.shape if n > 1] == [n for n in asked if n > 1]  # nothing had to be padded
+    recipe.network.build(1, 2)
+
+
+def test_thick_slices_are_never_interpolated_across() -> None:
+    recipe, reasons = derived(summary((256, 256, 20), (0.9, 0.9, 6.5)))
+    assert recipe.preprocessing[1].spacing_mm == (0.9, 0.9, None)
+    assert "in plane only" in reasons["preprocessing.1.kind"]
+    assert recipe.augmentation.spatial.rotate_degrees == (0, 0, 20)
+
+
+def test_less_memory_means_smaller_tiles() -> None:
+    large, small = (derived(summary((240, 240, 155)), memory_bytes=m)[0] for m in (16 * 2**30, 2**29))
+    assert np.prod(small.tiles.shape) < np.prod(large.tiles.shape)
+
+
+def test_ct_is_normalised_over_the_cohort_and_mr_by_scan() -> None:
+    ct, mr = derived(summary(lowest=-1024))[0], derived(summary())[0]
+    assert [s.scope for s in ct.preprocessing[2:]] == ["cohort", "cohort"]
+    assert [s.scope for s in mr.preprocessing[2:]] == ["patient", "patient"]
+
+
+def test_rare_targets_are_sampled_more_and_whole_volumes_at_random() -> None:
+    rare = derived(summary((240, 240, 155), target_share=0.001))[0].sampler
+    whole = derived(summary())[0].sampler
+    assert (rare.kind, whole.kind) == ("class_balanced", "random")
+    assert rare.foreground_fraction > 0.5
+
+
+def test_the_file_with_reasons_reproduces_the_recipe() -> None:
+    recipe, reasons = derived(summary((256, 256, 20), (0.9, 0.9, 6.5)), steps=5)
+    text = to_yaml(recipe.as_dict(), reasons)
+    assert all(reason in text for reason in reasons.values())
+    assert recipe_from(yaml.safe_load(text)) == recipe

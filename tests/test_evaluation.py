@@ -1,0 +1,262 @@
+"""Evaluation: pairing by name, the tidy table, estimates with intervals, and what is written."""
+
+from __future__ import annotations
+
+import json
+from math import inf, isnan, nan
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from delineate.core.grid import Grid
+from delineate.core.subject import Subject
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume
+from delineate.datasets.dataset import Dataset
+from delineate.errors import BadLabelValue, DuplicateSubject, GridMismatch, MissingFile
+from delineate.evaluation import (
+    MEAN_OF_TARGETS,
+    METRICS,
+    Evaluation,
+    Pair,
+    compare,
+    estimate_means,
+    evaluate,
+    pair_files,
+    targets_in,
+)
+from delineate.io.formats import write_label
+
+TARGETS = Targets({"liver": (1, 2), "tumour": (2,)}, mode="overlapping", ignore=(9,))
+GRID = Grid.of_spacing((12, 10, 8), (1, 2, 5))
+
+
+def label(**boxes: tuple[slice, ...]) -> LabelVolume:
+    """A label with boxes of values: ``label(v1=...)``."""
+    voxels = np.zeros(GRID.shape, np.uint8)
+    for name, box in boxes.items():
+        voxels[box] = int(name[1:])
+    return LabelVolume(voxels, GRID)
+
+
+LIVER = np.s_[2:10, 2:8, 1:7]
+TUMOUR = np.s_[4:6, 3:5, 2:4]
+REFERENCE = label(v1=LIVER, v2=TUMOUR)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Predictions and references of four subjects, one for each case of the tumour."""
+    predictions, references = tmp_path / "predictions", tmp_path / "references"
+    both, liver = label(v1=LIVER, v2=TUMOUR), label(v1=LIVER)
+    for name, prediction, reference in [
+        ("a", both, both),
+        ("b", both, liver),
+        ("c", liver, both),
+        ("d", liver, liver),
+    ]:
+        write_label(predictions / f"{name}.nii.gz", prediction)
+        write_label(references / f"{name}_seg.nii.gz", reference)
+    return predictions, references
+
+
+def evaluation_of(**columns: list) -> Evaluation:
+    """An evaluation with one target and the given columns; the other metrics are 0."""
+    n = len(next(iter(columns.values())))
+    rest = {"subject": [f"s{i}" for i in range(n)], "site": [""] * n, "target": ["organ"] * n}
+    rest |= {metric: [0.0] * n for metric in METRICS} | {"case": ["both"] * n}
+    return Evaluation(pd.DataFrame(rest | columns))
+
+
+class TestTable:
+    def test_a_row_by_hand(self) -> None:
+        prediction = label(v1=np.s_[2:10, 2:8, 1:6])
+        liver, tumour = compare(prediction, REFERENCE, TARGETS, subject="a")
+        assert liver["target"] == "liver"
+        assert liver["dice"] == pytest.approx(2 * 5 / (5 + 6))
+        assert liver["precision"] == 1
+        assert liver["recall"] == pytest.approx(5 / 6)
+        assert liver["hd95_mm"] == 5
+        assert liver["reference_volume_ml"] == pytest.approx(8 * 6 * 6 * 10 / 1000)
+        assert liver["volume_error_ml"] == pytest.approx(-8 * 6 * 10 / 1000)
+        assert liver["volume_error_percent"] == pytest.approx(-100 / 6)
+        assert tumour["case"] == "prediction empty"
+
+    def test_each_case_is_named_and_defined(self, folders: tuple[Path, Path]) -> None:
+        table = evaluate(pair_files(*folders).pairs, TARGETS).table
+        tumour = table[table["target"] == "tumour"].set_index("subject")
+        assert tumour["case"].to_dict() == {
+            "a": "both",
+            "b": "reference empty",
+            "c": "prediction empty",
+            "d": "both empty",
+        }
+        assert tumour["dice"].tolist() == [1, 0, 0, 1]
+        assert tumour["hd95_mm"].tolist() == [0, inf, inf, 0]
+        assert tumour["precision"].isna().tolist() == [False, False, True, True]
+        assert tumour["recall"].isna().tolist() == [False, True, False, True]
+        assert tumour["volume_error_percent"].isna().tolist() == [False, True, False, True]
+
+    def test_ignored_voxels_change_nothing(self) -> None:
+        ignored = label(v1=LIVER, v2=TUMOUR, v9=np.s_[0:4])
+        differing = label(v1=LIVER, v2=np.s_[0:3, 3:5, 2:4])
+        missing = label(v1=np.s_[4:10, 2:8, 1:7])
+        for prediction in (differing, missing):
+            changed = LabelVolume(prediction.voxels.copy(), GRID)
+            changed.voxels[0:4] = 0
+            expected = compare(changed, ignored, TARGETS, subject="a")
+            assert pd.DataFrame(compare(prediction, ignored, TARGETS, subject="a")).equals(pd.DataFrame(expected))
+
+    def test_grids_must_match_within_a_tenth_of_a_millimetre(self) -> None:
+        near, far = (LabelVolume(REFERENCE.voxels, GRID.crop((shift, 0, 0), GRID.shape)) for shift in (0.05, 0.2))
+        assert compare(near, REFERENCE, TARGETS, subject="a")[0]["dice"] == 1
+        with pytest.raises(GridMismatch, match=r"'a' .* 0\.2 mm apart"):
+            compare(far, REFERENCE, TARGETS, subject="a")
+
+    def test_unknown_values_are_refused_on_either_side(self) -> None:
+        odd = label(v7=TUMOUR)
+        for pair in ((odd, REFERENCE), (REFERENCE, odd)):
+            with pytest.raises(BadLabelValue, match="'a'"):
+                compare(*pair, TARGETS, subject="a")
+
+    def test_rows_come_in_the_order_of_pairs_and_targets(self, folders: tuple[Path, Path]) -> None:
+        done: list[str] = []
+        evaluation = evaluate(pair_files(*folders).pairs, TARGETS, threads=3, on_subject=done.append)
+        assert done == list("abcd") == list(evaluation.subjects)
+        assert evaluation.targets == TARGETS.names
+
+
+class TestPairing:
+    def test_names_on_one_side_only_are_reported(self, folders: tuple[Path, Path]) -> None:
+        predictions, references = folders
+        (predictions / "a.nii.gz").rename(predictions / "z.nii.gz")
+        pairs, unpaired = pair_files(predictions, references)
+        assert [pair.subject for pair in pairs] == ["b", "c", "d"]
+        assert unpaired == {"prediction without reference": ["z"], "reference without prediction": ["a"]}
+
+    def test_nothing_pairs(self, folders: tuple[Path, Path], tmp_path: Path) -> None:
+        write_label(tmp_path / "other" / "x.nii.gz", REFERENCE)
+        with pytest.raises(MissingFile, match=r"\(x\) .* \(a, b, c, …\)"):
+            pair_files(tmp_path / "other", folders[1])
+
+    def test_a_missing_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(MissingFile, match="no folder"):
+            pair_files(tmp_path / "nowhere", tmp_path)
+
+    def test_two_files_of_one_name(self, folders: tuple[Path, Path]) -> None:
+        write_label(folders[0] / "a.nii", REFERENCE)
+        with pytest.raises(DuplicateSubject, match="'a'"):
+            pair_files(*folders)
+
+    def test_a_subject_whose_name_ends_like_a_label(self, folders: tuple[Path, Path]) -> None:
+        (folders[0] / "a.nii.gz").rename(folders[0] / "a_seg.nii.gz")
+        assert pair_files(*folders).pairs[0].subject == "a_seg"
+
+    def test_scans_beside_their_labels_are_not_references(self, folders: tuple[Path, Path]) -> None:
+        write_label(folders[1] / "a.nii.gz", REFERENCE)
+        assert pair_files(*folders).pairs[0].reference == folders[1] / "a_seg.nii.gz"
+
+    def test_two_files(self, folders: tuple[Path, Path]) -> None:
+        files = folders[0] / "a.nii.gz", folders[1] / "b_seg.nii.gz"
+        assert pair_files(*files).pairs == [Pair("a", *files)]
+
+    def test_a_data_set_knows_sites(self, folders: tuple[Path, Path]) -> None:
+        predictions, references = folders
+        subjects = tuple(
+            Subject(name, {"mr": references / name}, references / f"{name}_seg.nii.gz", site)
+            for name, site in zip("abc", ("here", "there", "here"), strict=True)
+        )
+        pairs, unpaired = pair_files(predictions, Dataset("set", references, "plain", subjects, None))
+        assert [pair.site for pair in pairs] == ["here", "there", "here"]
+        assert unpaired == {"prediction without reference": ["d"]}
+
+    def test_a_real_data_set_against_itself(self, real_data: Path, tmp_path: Path) -> None:
+        root = real_data / "hippocampus"
+        for name in ("hippocampus_001.nii.gz", "hippocampus_003.nii.gz"):
+            (tmp_path / name).symlink_to(root / "labelsTr" / name)
+        pairs = pair_files(tmp_path, root).pairs
+        assert {pair.site for pair in pairs} <= {"A", "B"}
+        evaluation = evaluate(pairs, Targets({"anterior": (1,), "posterior": (2,)}))
+        assert (evaluation.table["dice"] == 1).all()
+        assert (evaluation.table["hd95_mm"] == 0).all()
+
+    def test_targets_are_the_values_found(self, folders: tuple[Path, Path]) -> None:
+        assert targets_in(pair_files(*folders).pairs).values == {"label 1": (1,), "label 2": (2,)}
+
+
+class TestEstimates:
+    def test_mean_and_standard_deviation(self) -> None:
+        dice = evaluation_of(dice=[0.7, 0.8, 0.9]).summary()["organ"]["dice"]
+        assert dice.mean == pytest.approx(0.8)
+        assert dice.sd == pytest.approx(0.1)
+        assert (dice.n, dice.undefined) == (3, 0)
+        assert dice.ci95 == pytest.approx((0.7, 0.9))  # 1 in 27 resamples is all lowest, and 1 all highest
+
+    def test_undefined_values_are_left_out_and_counted(self) -> None:
+        summary = evaluation_of(hd95_mm=[1.0, inf, 3.0], precision=[nan, 0.5, nan]).summary()["organ"]
+        assert (summary["hd95_mm"].mean, summary["hd95_mm"].n, summary["hd95_mm"].undefined) == (2, 2, 1)
+        assert (summary["precision"].mean, summary["precision"].n, summary["precision"].undefined) == (0.5, 1, 2)
+        assert isnan(summary["precision"].sd)
+        assert isnan(summary["precision"].ci95[0])
+
+    def test_all_undefined(self) -> None:
+        [estimate] = estimate_means(np.full((4, 1), nan))
+        assert (estimate.n, estimate.undefined) == (0, 4)
+        assert isnan(estimate.mean)
+
+    def test_the_interval_is_that_of_the_normal_mean(self, rng: np.random.Generator) -> None:
+        values = rng.normal(5, 2, size=(400, 1))
+        [estimate] = estimate_means(values)
+        half = 1.96 * values.std(ddof=1) / np.sqrt(400)
+        assert estimate.ci95 == pytest.approx((values.mean() - half, values.mean() + half), abs=0.05 * half)
+
+    def test_the_interval_is_that_of_scipy(self, rng: np.random.Generator) -> None:
+        from scipy.stats import bootstrap
+
+        values = rng.gamma(2, size=30)
+        scipy = bootstrap((values,), np.mean, method="percentile", rng=1).confidence_interval
+        [estimate] = estimate_means(values[:, None])
+        assert estimate.ci95 == pytest.approx((scipy.low, scipy.high), rel=0.03)
+
+    def test_an_estimate_is_the_same_each_time(self, rng: np.random.Generator) -> None:
+        values = rng.random((9, 2))
+        assert estimate_means(values) == estimate_means(values)
+
+    def test_targets_are_averaged_within_subjects_first(self, folders: tuple[Path, Path]) -> None:
+        evaluation = evaluate(pair_files(*folders).pairs, TARGETS)
+        mean = evaluation.summary()[MEAN_OF_TARGETS]
+        assert evaluation.mean_dice().tolist() == [1, 0.5, 0.5, 1]
+        assert mean["dice"].mean == 0.75
+        assert mean["dice"].sd == pytest.approx(np.std([1, 0.5, 0.5, 1], ddof=1))
+        # The distance is undefined for a subject with any undefined target.
+        assert (mean["hd95_mm"].n, mean["hd95_mm"].undefined) == (2, 2)
+
+    def test_sites_are_summed_up_apart(self) -> None:
+        evaluation = evaluation_of(dice=[0.5, 0.7, 0.9], site=["x", "x", "y"])
+        assert evaluation.sites == ("x", "y")
+        assert evaluation.summary("x")["organ"]["dice"].mean == pytest.approx(0.6)
+        assert evaluation.summary("y")["organ"]["dice"].n == 1
+
+
+class TestWriting:
+    def test_what_is_written_reads_back(self, folders: tuple[Path, Path], tmp_path: Path) -> None:
+        (folders[0] / "a.nii.gz").rename(folders[0] / "NA.nii.gz")
+        (folders[1] / "a_seg.nii.gz").rename(folders[1] / "NA.nii.gz")
+        pairs, unpaired = pair_files(folders[0], folders[1])
+        evaluation = evaluate(pairs, TARGETS, unpaired=unpaired | {"reference without prediction": ["e"]})
+        evaluation.write(tmp_path / "out")
+        back = Evaluation.read(tmp_path / "out")
+        pd.testing.assert_frame_equal(back.table, evaluation.table)
+        assert back.unpaired == evaluation.unpaired
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.csv", "summary.json"]
+
+    def test_json_is_valid_and_keeps_the_undefined(self, folders: tuple[Path, Path]) -> None:
+        content = evaluate(pair_files(*folders).pairs, TARGETS).as_dict()
+        assert json.loads(json.dumps(content, allow_nan=False)) == content
+        rows = {(row["subject"], row["target"]): row for row in content["subjects"]}
+        assert rows["b", "tumour"]["hd95_mm"] == "inf"
+        assert rows["c", "tumour"]["precision"] is None
+        assert content["summary"]["tumour"]["precision"]["undefined"] == 2
+        assert "sites" not in content
