@@ -16,7 +16,7 @@ def test_every_choice_has_its_reason() -> None:
 def test_a_short_run_is_not_compiled_and_says_why() -> None:
     short, long = plan_compute(device="cpu", expected_seconds=10), plan_compute(device="cpu", compile="off")
     assert not short.compile
-    assert "short" in dict((c.what, c.why) for c in short.choices)["compile"]
+    assert "short" in {c.what: c.why for c in short.choices}["compile"]
     assert not long.compile
 
 

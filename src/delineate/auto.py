@@ -162,7 +162,7 @@ def _choose_preprocessing(
         reasons.append("median spacing of the scans")
     steps.append({"kind": "resample", "spacing_mm": target})
     if cropped:
-        steps.append({"kind": "crop_background", "threshold": "nonzero"})
+        steps.append({"kind": "crop_background", "threshold": "minimum"})
         reasons.append(f"only {summary.foreground_share:.0%} of a scan's box holds signal")
     within = "nonzero" if summary.nonzero_share < 0.7 else "all"
     if summary.modality == "CT" or summary.lowest <= -500:
@@ -225,7 +225,8 @@ def _choose_network(c: _Choices, sides: Sequence[int], spacing: NDArray[np.float
     if max(mm) >= THICK * min(mm):
         kernels = [[1 if s >= THICK * min(mm) else 3 for s in mm]]
     while len(strides) < 5:
-        step = [2 if n % 2 == 0 and n // 2 >= LEAST_SIDE and s < 2 * min(mm) else 1 for n, s in zip(side, mm, strict=True)]
+        halved = [n % 2 == 0 and n // 2 >= LEAST_SIDE and s < 2 * min(mm) for n, s in zip(side, mm, strict=True)]
+        step = [2 if half else 1 for half in halved]
         if max(step) == 1:
             break
         strides.append(step)

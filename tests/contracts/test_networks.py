@@ -16,6 +16,7 @@ SPECS = {
     "3D, thick slices": UNetSpec(
         dimensions=3, widths=(8, 12, 16), strides=((2, 2, 1), (2, 2, 2)), kernels=((3, 3, 1), (3, 3, 3), (3, 3, 3))
     ),
+    "3D, one convolution a decoder block": UNetSpec(dimensions=3, widths=(8, 12, 16), decoder_convolutions=1),
     "2D, no norm, dropout": UNetSpec(dimensions=2, widths=(8, 12), norm="none", dropout=0.3, activation="relu"),
 }
 

@@ -7,11 +7,7 @@ import pytest
 
 from delineate.core.grid import Grid, permute_axes, permute_axes_back
 
-ORIENTATIONS = [
-    "".join(letters)
-    for axes in permutations(("RL", "AP", "SI"))
-    for letters in product(*axes)
-]
+ORIENTATIONS = ["".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)]
 
 
 @pytest.fixture

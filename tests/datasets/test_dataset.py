@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from delineate.core.grid import Grid
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import SAME_GRID_MM, Dataset, load_label, load_scan
+from delineate.datasets.inspection import inspect
 from delineate.errors import BadLabelValue, BadShape, GridMismatch, MissingFile
 
 
@@ -27,7 +29,8 @@ def two_files(save_scan) -> Subject:
 @pytest.fixture
 def one_file(save_scan) -> Subject:
     path = save_scan("all.nii.gz", np.stack([np.full((6, 5, 4), i, dtype=np.int16) for i in range(3)]))
-    return Subject("a", {"FLAIR": path, "T1": path, "T2": path})
+    channels = ("FLAIR", "T1", "T2")
+    return Subject("a", dict.fromkeys(channels, path), file_channels=channels)
 
 
 def test_files_become_channels_in_order(two_files: Subject) -> None:
@@ -41,6 +44,19 @@ def test_files_become_channels_in_order(two_files: Subject) -> None:
 def test_channels_of_one_file_are_found_by_name(one_file: Subject, asked: tuple[str, ...]) -> None:
     scan = load_scan(one_file, asked)
     assert [int(channel.max()) for channel in scan.voxels] == [("FLAIR", "T1", "T2").index(name) for name in asked]
+
+
+def test_channels_of_one_file_keep_their_place_when_a_subject_takes_others(one_file: Subject) -> None:
+    path = one_file.scans["T1"]
+    taken = replace(one_file, scans={"T2": path, "T1": path})
+    assert [int(channel.max()) for channel in load_scan(taken).voxels] == [2, 1]
+    assert tuple(inspect(Dataset("x", Path(), "msd", (taken,)), for_training=False).rows[0].intensities) == ("T1", "T2")
+
+
+def test_the_only_channel_of_a_file_may_be_renamed(save_scan) -> None:
+    subject = Subject("a", {"MRI": save_scan("a.nii")}, file_channels=("MRI",))
+    renamed = replace(subject, scans={"T1": subject.scans["MRI"]})
+    np.testing.assert_array_equal(load_scan(renamed).voxels, load_scan(subject).voxels)
 
 
 def test_channels_of_several_types_become_float32(save_scan) -> None:

@@ -85,7 +85,9 @@ def test_beyond_the_budget_probabilities_lie_on_disk_and_are_the_same() -> None:
 
 
 def test_softmax_where_targets_exclude_each_other() -> None:
-    result = replace(SLIDING, exclusive=True).probabilities(lambda x: 9 * x, volume_of((9, 9, 9)), TileGeometry((8,) * 3))
+    result = replace(SLIDING, exclusive=True).probabilities(
+        lambda x: 9 * x, volume_of((9, 9, 9)), TileGeometry((8,) * 3)
+    )
     np.testing.assert_allclose(result.astype(np.float32).sum(0), 1, atol=2e-3)
 
 
@@ -93,3 +95,17 @@ def test_progress_ends_complete() -> None:
     seen = []
     SLIDING.probabilities(logits_of, volume_of((20, 20, 9)), TileGeometry((8, 8, 8)), lambda *p: seen.append(p))
     assert seen[-1][0] == seen[-1][1] == len(TileGeometry((8, 8, 8)).tiles((20, 20, 9)))
+
+
+def test_compiled_networks_meet_one_batch_size_only() -> None:
+    sizes = set()
+
+    def noting(x):
+        sizes.add(len(x))
+        return logits_of(x)
+
+    volume = volume_of((40, 40, 40))
+    sliding = replace(SLIDING, plan=replace(PLAN, compile=True))
+    result = sliding.probabilities(noting, volume, TileGeometry((16, 16, 16)))
+    assert len(sizes) == 1
+    np.testing.assert_allclose(result, volume, atol=2e-3)

@@ -47,14 +47,10 @@ def test_probability_zero_changes_nothing() -> None:
 
 def test_a_turn_keeps_millimetres_on_anisotropic_grids() -> None:
     """A cylinder of 12 mm across stays 12 mm across when it is turned in a plane of 1 × 3 mm voxels."""
-    spec = AugmentationSpec(
-        spatial=SpatialSpec(probability=1, rotate_degrees=(0, 90, 0), scale=(1, 1)), intensity=None
-    )
+    spec = AugmentationSpec(spatial=SpatialSpec(probability=1, rotate_degrees=(0, 90, 0), scale=(1, 1)), intensity=None)
     x, _, z = torch.meshgrid(torch.arange(60.0) - 29.5, torch.arange(4.0), torch.arange(20.0) - 9.5, indexing="ij")
     disc = (x**2 + (3 * z) ** 2 < 144).to(torch.uint8)[None, None]
-    area = [
-        int(varied(disc.float(), disc, spec, seed=seed, spacing=(1.0, 1.0, 3.0))[1].sum()) for seed in range(5)
-    ]
+    area = [int(varied(disc.float(), disc, spec, seed=seed, spacing=(1.0, 1.0, 3.0))[1].sum()) for seed in range(5)]
     assert all(abs(n / int(disc.sum()) - 1) < 0.08 for n in area)
 
 

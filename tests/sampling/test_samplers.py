@@ -36,7 +36,7 @@ def test_tiles_lie_within_volumes_that_hold_them(subjects) -> None:
     for j in range(200):
         index, tile, _ = Sampler(ClassBalancedTiles(), subjects, GEOMETRY, 0).draw(j)
         shape = subjects[index].image.shape[1:]
-        assert all(0 <= s and s + 6 <= n for s, n in zip(tile.start, shape, strict=True))
+        assert all(s >= 0 and s + 6 <= n for s, n in zip(tile.start, shape, strict=True))
 
 
 def test_a_tile_larger_than_the_volume_still_covers_it(subjects) -> None:
@@ -49,6 +49,7 @@ def test_a_tile_larger_than_the_volume_still_covers_it(subjects) -> None:
 
 def test_balancing_gives_a_rare_target_its_share(subjects) -> None:
     """Target 2 is one voxel of about 1700: half of the foreground tiles hold it all the same."""
+
     def share(spec) -> float:
         sampler = Sampler(spec, subjects, GEOMETRY, 0)
         draws = [sampler.draw(j) for j in range(400)]

@@ -90,7 +90,44 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(recipe, balls, tmp
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
     for curve in ("training.csv", "validation.csv"):
         a, b = (pd.read_csv(tmp_path / name / "logs" / curve) for name in ("whole", "parts"))
-        pd.testing.assert_frame_equal(a.drop(columns="minutes", errors="ignore"), b.drop(columns="minutes", errors="ignore"))
+        pd.testing.assert_frame_equal(
+            a.drop(columns="minutes", errors="ignore"), b.drop(columns="minutes", errors="ignore")
+        )
+
+
+def test_ctrl_c_ends_after_the_step_and_the_run_goes_on(recipe, balls, tmp_path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(text: str) -> None:
+        if text.startswith("step 4"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    report = Reporter(interrupt)
+    first = run(recipe, balls, tmp_path / "run", report)
+    assert not first.finished
+    assert 4 <= first.steps <= 5
+    assert any("Ctrl-C" in text and "goes on from here" in text for text in report.messages)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run(recipe, balls, tmp_path / "run").finished
+
+
+def test_patience_ends_a_run_that_gets_no_better(recipe, balls, tmp_path) -> None:
+    values = recipe.as_dict()
+    values["training"] |= {"steps": 200, "validation": {"times": 50, "patience": 2}}
+    values["training"]["optimiser"]["learning_rate"] = 1e-12
+    report = Reporter()
+    result = run(recipe_from(values), balls, tmp_path / "run", report, evaluate=False)
+    assert result.finished
+    assert result.steps < 50
+    assert any("no better validation in 2" in text for text in report.messages)
+
+
+def test_a_time_budget_ends_the_run(recipe, balls, tmp_path) -> None:
+    values = recipe.as_dict()
+    values["training"] |= {"steps": None, "minutes": 0.02}
+    result = run(recipe_from(values), balls, tmp_path / "run", evaluate=False)
+    assert result.finished
+    assert result.steps > 1
 
 
 def test_a_killed_run_goes_on(recipe, balls, tmp_path) -> None:
@@ -166,7 +203,9 @@ def test_a_raised_budget_goes_on(recipe, balls, tmp_path) -> None:
 def test_broken_subjects_stop_training_before_it_starts(recipe, balls, tmp_path) -> None:
     broken = replace(balls.subjects[2], label=tmp_path / "nowhere.nii.gz")
     dataset = replace(balls, subjects=(*balls.subjects[:2], broken, *balls.subjects[3:]))
-    with pytest.raises(BrokenSubjects, match=rf"1 subjects.*\n  {broken.id}: E_.*--leave-out-broken".replace(".*", "[^$]*")):
+    with pytest.raises(
+        BrokenSubjects, match=rf"1 subjects.*\n  {broken.id}: E_.*--leave-out-broken".replace(".*", "[^$]*")
+    ):
         run(recipe, dataset, tmp_path / "run")
     report = Reporter()
     run(recipe, dataset, tmp_path / "run", report, leave_out_broken=True, evaluate=False)

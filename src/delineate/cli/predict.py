@@ -31,7 +31,7 @@ def predict(
     ] = 1.0,
     device: Device = "auto",
     precision: Precision = "auto",
-    compile: Compile = "off",
+    compile: Compile = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -43,10 +43,16 @@ def predict(
     from delineate.inference.predictor import Predictor
 
     bundles = [Bundle.load(folder) for folder in [bundle, *(also or [])]]
-    plan = plan_compute(device=device, precision=precision, compile=compile, threads=threads)  # type: ignore[arg-type]
     subjects = find_subjects(inputs, bundles[0].channels)
     if unseen:
         subjects = unseen_by(bundles, subjects)
+    plan = plan_compute(
+        device=device,
+        precision=precision,  # type: ignore[arg-type]
+        compile=compile,  # type: ignore[arg-type]
+        threads=threads,
+        expected_seconds=float(len(subjects)),  # about a second a scan
+    )
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     with Terminal() as terminal, torch_threads(plan.threads):

@@ -12,7 +12,8 @@ class Subject:
     """An examination, by its files; nothing is read until it is asked for.
 
     ``id`` is unique in its data set and names the files of its predictions. ``scans`` maps channel
-    names to files, in channel order; several names may share one file that holds all channels (4D).
+    names to files, in channel order; several names may share one file that holds all channels (4D):
+    ``file_channels`` are then all of that file's, in its own order, whichever ``scans`` are taken.
     ``patient`` groups examinations of one person: they never part in a split. ``site`` is the
     scanner or centre.
     """
@@ -23,6 +24,7 @@ class Subject:
     site: str = ""
     patient: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
+    file_channels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.patient:

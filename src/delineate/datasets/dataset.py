@@ -56,7 +56,7 @@ def load_scan(
 ) -> Volume:
     """The named channels (all by default) as one volume (C, X, Y, Z), in the order asked for.
 
-    Names that share a file are its channels, in the order of ``subject.scans``. Raises
+    Names that share a file are its channels, in the order of ``subject.file_channels``. Raises
     :class:`MissingFile` for a channel that the subject lacks, :class:`BadShape` where a file holds
     another number of channels than it has names, :class:`GridMismatch` where files differ by more
     than :data:`SAME_GRID_MM`, and whatever reading a file raises.
@@ -113,7 +113,9 @@ def load_label(
 
 def channels_in(subject: Subject, path: Path) -> tuple[str, ...]:
     """Names of the channels that a file holds, in their order in it."""
-    return tuple(channel for channel, file in subject.scans.items() if file == path)
+    names = tuple(channel for channel, file in subject.scans.items() if file == path)
+    # Channels that were given other names are known by their place in ``scans`` only.
+    return subject.file_channels if set(names) <= set(subject.file_channels) else names
 
 
 def check_channels(subject: Subject, path: Path, found: int) -> None:

@@ -130,16 +130,17 @@ class Examination:
     def examine_scan(self, path: Path) -> None:
         names = channels_in(self.subject, path)
         volume = self.read(path)
-        self.hashes |= dict.fromkeys(names, content_hash(path))
+        taken = [name for name in names if name in self.subject.scans]
+        self.hashes |= dict.fromkeys(taken, content_hash(path))
         self.dtypes.add(str(volume.voxels.dtype))
         check_channels(self.subject, path, volume.channels)
-        for name, voxels in zip(names, volume.voxels, strict=True):
-            self.intensities[name] = measure_intensity(voxels)
+        voxels = {name: volume.voxels[names.index(name)] for name in taken}
+        self.intensities |= {name: measure_intensity(voxels[name]) for name in taken}
         if self.grid is None:
             self.grid, self.grid_of = volume.grid, f"'{path.name}'"
         check_grids(self.subject.id, f"'{path.name}'", volume.grid, self.grid_of, self.grid)
-        for name, voxels in zip(names, volume.voxels, strict=True):
-            found = find_foreground(voxels, self.intensities[name])
+        for name in taken:
+            found = find_foreground(voxels[name], self.intensities[name])
             self.foreground = self.foreground | found if self.foreground else found
 
     def read(self, path: Path) -> Volume:

@@ -95,6 +95,7 @@ def read_msd(folder: Folder) -> Dataset | None:
             id=subject,
             scans=dict.fromkeys(channels, folder.root / image),
             label=folder.root / labels[subject] if subject in labels else None,
+            file_channels=channels,
         )
         for subject, image in images.items()
     )
@@ -159,7 +160,10 @@ def read_scans(folder: Folder) -> Dataset | None:
     else:
         found = by_key((name_of(path), path) for path in images)
         channels = channels or ("image",)
-        subjects = tuple(Subject(name, dict.fromkeys(channels, folder.root / path)) for name, path in found.items())
+        subjects = tuple(
+            Subject(name, dict.fromkeys(channels, folder.root / path), file_channels=channels)
+            for name, path in found.items()
+        )
     return Dataset(folder.name, folder.root, "scans", subjects, targets_of(about.get("labels")), modality_of(channels))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Shape3
-from delineate.io.formats import suffix_of
+from delineate.io.formats import parts_of
 
 Planes = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
 
@@ -128,17 +128,10 @@ def count_values(label: NDArray) -> dict[int, int]:
 def content_hash(path: Path) -> str:
     """BLAKE2b, as 32 hexadecimal digits, of a file's bytes and those of the files beside it that a header names."""
     digest = hashlib.blake2b(digest_size=16)
-    for file in _parts(path):
+    for file in parts_of(path):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).digest())
     return digest.hexdigest()
-
-
-def _parts(path: Path) -> list[Path]:
-    if suffix_of(path) not in (".mhd", ".nhdr"):
-        return [path]
-    header = path.read_bytes()[: 2**20].decode("utf-8", "replace")
-    return [path, *sorted(file for file in path.parent.iterdir() if file != path and file.name in header)]
 
 
 def _occupied(mask: NDArray[np.bool_]) -> Planes:

@@ -79,16 +79,20 @@ class Sliding:
         return result
 
     def _groups(self, tiles: Sequence[Tile], geometry: TileGeometry) -> Iterator[list[Tile]]:
-        voxels = int(np.prod(geometry.input_shape))
-        size = max(1, VOXELS_PER_BATCH.get(self.plan.device.type, 2**17) // voxels)
+        size = self._batch_size(geometry)
         for first in range(0, len(tiles), size):
             yield list(tiles[first : first + size])
+
+    def _batch_size(self, geometry: TileGeometry) -> int:
+        return max(1, VOXELS_PER_BATCH.get(self.plan.device.type, 2**17) // int(np.prod(geometry.input_shape)))
 
     def _answer(
         self, network: Network, volume: NDArray[np.float32], geometry: TileGeometry, tiles: Sequence[Tile]
     ) -> Tensor:
         """Probabilities (N, K, *tile) of tiles, mean over the flips."""
-        boxes = np.stack([geometry.to_network(geometry.read(volume, tile)) for tile in tiles])
+        # A batch of another size would be compiled anew: the last one is filled up.
+        filling = [tiles[-1]] * (self._batch_size(geometry) - len(tiles) if self.plan.compile else 0)
+        boxes = np.stack([geometry.to_network(geometry.read(volume, tile)) for tile in [*tiles, *filling]])
         dimensions = boxes.ndim - 2
         x = torch.from_numpy(boxes).to(self.plan.device, memory_format=self.plan.memory_format(dimensions))
         in_plane = [AXES[axis] for axis in range(3) if axis != geometry.slice_axis]
@@ -101,7 +105,7 @@ class Sliding:
             p = p.flip(dims) if dims else p
             total = p if total is None else total.add_(p)
         assert total is not None  # the empty combination is always there
-        mean = total / len(choices)
+        mean = total[: len(tiles)] / len(choices)
         return mean if geometry.slice_axis is None else mean.unsqueeze(geometry.slice_axis + 2)
 
     def _allocate(self, shape: tuple[int, ...]) -> NDArray[np.float16]:

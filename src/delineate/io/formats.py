@@ -54,6 +54,15 @@ def suffix_of(path: Path) -> str:
     return next((s for s in SUFFIXES if name.endswith(s) and not name.startswith(".")), "")
 
 
+def parts_of(path: Path) -> list[Path]:
+    """The file itself and, of a header apart from its voxels, the files beside it that it names."""
+    if suffix_of(path) not in (".mhd", ".nhdr") or not path.exists():
+        return [path]
+    with path.open("rb") as file:
+        header = file.read(2**20).decode("utf-8", "replace")
+    return [path, *sorted(other for other in path.parent.iterdir() if other != path and other.name in header)]
+
+
 def name_of(path: Path) -> str:
     """The file's name without its suffix: ``case`` of ``case.nii.gz``."""
     return path.name[: len(path.name) - len(suffix_of(path))]

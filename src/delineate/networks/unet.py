@@ -28,6 +28,8 @@ class UNetSpec(BaseModel):
     how much each level below the first is coarser along each axis (default 2 everywhere), and
     ``kernels`` the kernel of each level (default 3): thick slices want stride and kernel 1 across
     them at first. ``downsample``: a max-pool, or a stride in the level's first convolution.
+    ``convolutions`` is their number in each block; ``decoder_convolutions`` that of the decoder's, if
+    it differs (one saves a third of the work, most of it at full resolution).
     ``short_skips`` adds a block's input to its output (a 1-convolution where widths differ).
     ``dropout`` acts on the outputs of the two deepest encoder levels.
     """
@@ -39,6 +41,7 @@ class UNetSpec(BaseModel):
     strides: tuple[Step, ...] | None = None
     kernels: tuple[Step, ...] | None = None
     convolutions: Annotated[int, Field(ge=1)] = 2
+    decoder_convolutions: Annotated[int, Field(ge=1)] | None = None
     norm: NormKind = "instance"
     activation: ActivationKind = "leaky_relu"
     short_skips: bool = False
@@ -85,13 +88,15 @@ class UNetSpec(BaseModel):
 class ConvBlock(nn.Module):
     """Convolution, normalisation, activation, repeated; optionally with a short skip around them."""
 
-    def __init__(self, spec: UNetSpec, inputs: int, outputs: int, kernel: Step, stride: Step | int = 1) -> None:
+    def __init__(
+        self, spec: UNetSpec, inputs: int, outputs: int, kernel: Step, stride: Step | int = 1, count: int | None = None
+    ) -> None:
         super().__init__()
         d = spec.dimensions
         # A bias before a normalisation that subtracts the mean would do nothing.
         bias = spec.norm in ("none", "group")
         layers: list[nn.Module] = []
-        for i in range(spec.convolutions):
+        for i in range(count or spec.convolutions):
             first = i == 0
             layers += [
                 convolution(d, inputs if first else outputs, outputs, kernel, stride=stride if first else 1, bias=bias),
@@ -128,7 +133,9 @@ class UNet(nn.Module):
         self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(len(widths) - 1)):
             self.up.append(upsampling(spec.upsample, d, widths[level + 1], widths[level], spec.level_strides[level]))
-            self.decoder.append(ConvBlock(spec, 2 * widths[level], widths[level], kernels[level]))
+            self.decoder.append(
+                ConvBlock(spec, 2 * widths[level], widths[level], kernels[level], count=spec.decoder_convolutions)
+            )
         self.dropout = nn.Dropout(spec.dropout)
         self.head = convolution(d, widths[0], outputs, 1)
         self.apply(_initialise)

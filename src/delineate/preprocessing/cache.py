@@ -31,7 +31,7 @@ from delineate.core.volume import Volume
 from delineate.datasets.dataset import load_label, load_scan
 from delineate.errors import MissingFile, RecipeError, Truncated
 from delineate.io.files import writing_beside
-from delineate.io.formats import suffix_of
+from delineate.io.formats import parts_of
 from delineate.preprocessing.pipeline import Pipeline
 
 FORMAT = 1
@@ -249,7 +249,7 @@ def _hashes_of(subject: Subject, channels: Sequence[str] | None, hashes: FileHas
     files = [(name, subject.scans[name]) for name in wanted if name in subject.scans]
     if subject.label is not None:
         files.append(("label", subject.label))
-    return [[name, *map(hashes.of, _stored_files(file))] for name, file in files]
+    return [[name, *map(hashes.of, parts_of(file))] for name, file in files]
 
 
 def _write(folder: Path, id: str, prepared: Volume, encoded: NDArray[np.uint8], targets: Targets, seed: int) -> None:
@@ -295,15 +295,6 @@ def _draw_points(
             flat = rng.choice(flat, POINTS_PER_TARGET, replace=False)
         points.append(np.stack(np.unravel_index(flat, shape, order="F"), axis=1).astype(dtype))
     return np.concatenate(points), counts
-
-
-def _stored_files(scan: Path) -> list[Path]:
-    """The file itself and, of a header apart from its voxels, the files beside it that it names."""
-    if suffix_of(scan) not in (".mhd", ".nhdr") or not scan.exists():
-        return [scan]
-    with scan.open("rb") as file:
-        header = file.read(2**20).decode("utf-8", "replace")
-    return [scan, *sorted(file for file in scan.parent.iterdir() if file.name in header)]
 
 
 def _sweep(folder: Path) -> None:

@@ -176,6 +176,8 @@ def train(
     # Processes beside the first are started with the same command; they only train.
     first = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0"
     report.silent = not first
+    if not first:
+        report.progress = lambda what, done, total: None
     report.log = folder / "logs" / "messages.txt"
     _check_same_recipe(recipe, folder)
     split = _split(recipe, dataset, folder, options)
@@ -192,6 +194,8 @@ def train(
         threads=options.threads,
         expected_seconds=_expected_seconds(recipe),
     )
+    for choice in plan.choices:
+        report(f"{choice.what}: {choice.choice} ({choice.why})")
     torch.set_num_threads(max(1, plan.threads // (options.devices if plan.device.type == "cpu" else 1)))
     bundle, prepared = _prepared(recipe, dataset, targets, inspection, roles, options, plan, report)
     if first:
@@ -452,7 +456,10 @@ def _trainer(
     if options.mlflow is not None:
         from lightning.pytorch.loggers import MLFlowLogger
 
-        loggers.append(MLFlowLogger(experiment_name=folder.name, tracking_uri=options.mlflow))
+        try:
+            loggers.append(MLFlowLogger(experiment_name=folder.name, tracking_uri=options.mlflow))
+        except ModuleNotFoundError as error:
+            raise RecipeError("logging to MLflow needs its package: pip install 'delineate[mlflow]'") from error
     precision = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[plan.precision]
     accelerator = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}[plan.device.type]
     devices: int | list[int] = options.devices

@@ -1,0 +1,215 @@
+"""The command line as a person meets it: what it prints, what it returns, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from delineate.core.grid import Grid
+from delineate.core.volume import LabelVolume, Volume
+from delineate.io.formats import read_label, read_volume, write_label, write_volume
+from delineate.recipe import load_recipe, to_yaml
+
+GRID = Grid((16, 16, 12), np.array([[-1.0, 0, 0, 5], [0, -1, 0, 7], [0, 0, 2, -3], [0, 0, 0, 1]]))
+
+
+def delineate(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "delineate", *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def balls(tmp_path_factory) -> Path:
+    """Eight scans in the nnU-Net layout, each with a ball."""
+    root, rng = tmp_path_factory.mktemp("balls"), np.random.default_rng(0)
+    index = np.stack(np.meshgrid(*[np.arange(s) for s in GRID.shape], indexing="ij"))
+    for i in range(8):
+        centre = rng.uniform(5, 8, 3)
+        ball = ((index - centre.reshape(3, 1, 1, 1)) ** 2).sum(0) < 16
+        scan = (ball * 3 + rng.standard_normal(ball.shape)).astype(np.float32)
+        write_volume(root / f"imagesTr/c{i}_0000.nii.gz", Volume(scan[None], GRID))
+        write_label(root / f"labelsTr/c{i}.nii.gz", LabelVolume(ball.astype(np.uint8), GRID))
+    about = {
+        "channel_names": {"0": "T1"},
+        "labels": {"background": 0, "ball": 1},
+        "numTraining": 8,
+        "file_ending": ".nii.gz",
+    }
+    (root / "dataset.json").write_text(json.dumps(about))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(balls, tmp_path_factory) -> Path:
+    """A finished run of a few steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    values = load_recipe("generic_3d").as_dict()
+    values["tiles"]["shape"] = [16, 16, 12]
+    values["network"] |= {"widths": [8, 8]}
+    values["training"] |= {"minutes": None, "steps": 30, "ema": 0.8}
+    values["training"]["optimiser"]["learning_rate"] = 0.01
+    (folder / "tiny.yaml").write_text(to_yaml(values))
+    delineate(
+        "train", folder / "tiny.yaml", "--data", balls, "--out", folder / "run", "--cache", folder / "cache",
+        "--device", "cpu", "--threads", 1,
+    )  # fmt: skip
+    return folder / "run"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["data", "inspect", "--help"]])
+def test_help_loads_nothing_heavy(arguments) -> None:
+    code = (
+        "import sys; sys.argv = ['delineate', *%r]\nfrom delineate.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'lightning', 'pandas', 'scipy', 'nibabel', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code % (arguments,)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_inspecting_loads_no_torch(balls) -> None:
+    code = (
+        f"import sys; sys.argv = ['delineate', 'data', 'inspect', {str(balls)!r}]\nfrom delineate.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\nprint([m for m in ('torch', 'lightning') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+    assert "c0" in done.stdout
+
+
+def test_inspection_as_json(balls) -> None:
+    found = json.loads(delineate("data", "inspect", balls, "--json").stdout)
+    assert [row["subject"] for row in found["subjects"]] == [f"c{i}" for i in range(8)]
+    assert found["broken"] == []
+
+
+def test_a_broken_data_set_is_reported_whole_with_status_1(balls, tmp_path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(balls, copy)
+    (copy / "labelsTr/c1.nii.gz").unlink()
+    scan = copy / "imagesTr/c3_0000.nii.gz"
+    scan.write_bytes(scan.read_bytes()[:-20])
+    done = delineate("data", "inspect", copy, code=1)
+    assert "E_MISSING" in done.stdout
+    assert "E_TRUNCATED" in done.stdout
+    refused = delineate("train", "generic_3d", "--data", copy, "--out", tmp_path / "run", code=1)
+    assert "c1" in refused.stderr
+    assert "c3" in refused.stderr
+    assert "--leave-out-broken" in refused.stderr
+    assert not (tmp_path / "run/bundle").exists()
+
+
+def test_a_split_file_is_made_once(balls, tmp_path) -> None:
+    delineate("data", "split", balls, "--out", tmp_path / "split.json", "--folds", 4, "--test-fraction", 0.25)
+    before = (tmp_path / "split.json").read_bytes()
+    again = json.loads(
+        delineate("data", "split", balls, "--out", tmp_path / "split.json", "--folds", 4, "--json").stdout
+    )
+    assert (tmp_path / "split.json").read_bytes() == before
+    assert len(again["test"]) == 2
+    assert len(again["folds"]) == 4
+
+
+def test_a_run_folder_holds_what_it_should(run) -> None:
+    assert {p.name for p in run.iterdir()} >= {"bundle", "last", "logs", "report.html"}
+    page = (run / "report.html").read_text()
+    assert "<h1" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_predict_then_evaluate(run, balls, tmp_path) -> None:
+    out = tmp_path / "predictions"
+    predicted = json.loads(delineate("predict", run / "bundle", balls, "--unseen", "-o", out, "--json").stdout)
+    names = [row["subject"] for row in predicted["predictions"]]
+    assert names
+    for name in names:
+        scan, label = read_volume(balls / f"imagesTr/{name}_0000.nii.gz"), read_label(out / f"{name}.nii.gz")
+        assert label.grid.shape == scan.grid.shape
+        np.testing.assert_array_equal(label.grid.affine, scan.grid.affine)
+    measured = json.loads(delineate("evaluate", out, balls, "--json").stdout)
+    assert sorted(row["subject"] for row in measured["subjects"]) == sorted(names)
+    assert set(measured["subjects"][0]) >= {
+        "target", "dice", "precision", "recall", "hd95_mm", "volume_ml", "reference_volume_ml"
+    }  # fmt: skip
+    dice = measured["summary"]["ball"]["dice"]
+    assert set(dice) >= {"mean", "sd", "ci95", "n"}
+    assert dice["mean"] > 0.5
+    # The same numbers from a folder of labels, and as a table.
+    again = json.loads(delineate("evaluate", out, balls / "labelsTr", "--targets", "ball=1", "--json").stdout)
+    assert again["summary"] == measured["summary"]
+    assert "Dice" in delineate("evaluate", out, balls).stdout
+
+
+def test_files_are_predicted_one_by_one_and_a_bad_one_does_not_stop_the_rest(run, balls, tmp_path) -> None:
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes((balls / "imagesTr/c0_0000.nii.gz").read_bytes()[:300])
+    done = delineate(
+        "predict", run / "bundle", bad, balls / "imagesTr/c1_0000.nii.gz", "-o", tmp_path / "out", "--json", code=1
+    )
+    answer = json.loads(done.stdout)
+    assert [row["subject"] for row in answer["predictions"]] == ["c1_0000"]
+    assert answer["failed"][0]["error"].startswith("E_TRUNCATED")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"c1_0000.nii.gz"}
+
+
+def test_the_same_command_again_says_that_all_is_done(run, balls) -> None:
+    done = delineate(
+        "train", run.parent / "tiny.yaml", "--data", balls, "--out", run, "--cache", run.parent / "cache",
+        "--device", "cpu", "--threads", 1,
+    )  # fmt: skip
+    assert "complete after 30 steps" in done.stderr
+
+
+def test_auto_writes_a_recipe_that_reproduces_itself(balls, tmp_path) -> None:
+    options = ["--data", balls, "--cache", tmp_path / "cache", "--device", "cpu", "--threads", 1, "--no-evaluate"]
+    delineate("train", "auto", *options, "--out", tmp_path / "auto", "--steps", 2)
+    written = tmp_path / "auto/recipe.yaml"
+    assert "# " in written.read_text()
+    delineate("train", written, *options, "--out", tmp_path / "again")
+    one, two = ((tmp_path / name / "last/weights.safetensors").read_bytes() for name in ("auto", "again"))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "hipocampus", "--data", ".", "--out", "x"], "did you mean 'hippocampus'"),
+        (["train", "hippocampus", "--data", "nowhere", "--out", "x"], "nowhere"),
+        (["recipes", "show", "hippocampus", "--set", "training.batchsize=3"], "did you mean 'batch_size'"),
+        (["predict", "nowhere", "x.nii.gz", "-o", "y"], "is not a bundle"),
+        (["evaluate", "nowhere", "nowhere"], "nowhere"),
+        (["data", "inspect", "nowhere"], "nowhere"),
+        (["predict"], "Missing argument"),
+    ],
+)
+def test_mistakes_are_answered_in_words(arguments, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "delineate", *arguments], capture_output=True, text=True)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_ends_with_a_report(tmp_path) -> None:
+    done = delineate("demo", "--out", tmp_path / "demo", "--subjects", 10, "--minutes", 0.1, "--device", "cpu")
+    page = (tmp_path / "demo/run/report.html").read_text()
+    assert "imulated" in page
+    assert "Simulated scans, no patients" in done.stdout
+    assert str(tmp_path / "demo/run/report.html") in done.stdout
+
+
+def test_recipes_are_listed_and_shown() -> None:
+    assert "hippocampus" in json.loads(delineate("recipes", "list", "--json").stdout)
+    assert "batch_size: 5" in delineate("recipes", "show", "hippocampus", "--set", "training.batch_size=5").stdout

@@ -1,0 +1,51 @@
+"""Every packaged recipe trains two steps on simulated scans of its shape and predicts one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from delineate.compute import plan_compute
+from delineate.core.grid import Grid
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.layouts import open_dataset
+from delineate.inference.predictor import Predictor
+from delineate.io.formats import write_label, write_volume
+from delineate.recipe import load_recipe, packaged_recipes, recipe_from
+from delineate.training.run import Reporter, RunOptions, train
+
+CHANNELS = {"brats": 2}
+SPACING_MM = {"wmh": (0.9, 0.9, 6.0), "sarcoma": (1.0, 1.0, 3.3), "demo": (3.5, 3.5, 7.0), "generic_2.5d": (1, 1, 6)}
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_it_trains_two_steps_and_predicts(name, tmp_path, rng) -> None:
+    channels, shape = CHANNELS.get(name, 1), (36, 40, 14)
+    grid = Grid.of_spacing(shape, SPACING_MM.get(name, (1.0, 1.0, 1.0)))
+    label = np.zeros(shape, dtype=np.uint8)
+    label[12:20, 14:26, 5:10] = 1
+    for i in range(3):
+        for c in range(channels):
+            scan = (label * 2 + rng.standard_normal(shape)).astype(np.float32)
+            write_volume(tmp_path / f"data/s{i}_c{c}.nii.gz", Volume(scan[None], grid))
+        write_label(tmp_path / f"data/s{i}_label.nii.gz", LabelVolume(label, grid))
+    values = load_recipe(name).as_dict()
+    values["data"] = {}
+    values["training"] |= {"minutes": None, "steps": 2, "batch_size": 1, "folds": 3}
+    values["training"]["validation"]["subjects"] = 0
+    values["postprocessing"]["largest_component"] = []
+    images = {f"c{c}": f"*_c{c}.nii.gz" for c in range(channels)}
+    dataset = open_dataset(tmp_path / "data", images=images, labels="*_label.nii.gz", targets=Targets({"lesion": (1,)}))
+    options = RunOptions(cache=tmp_path / "cache", device="cpu", compile="off", evaluate=False)
+    result = train(recipe_from(values), dataset, tmp_path / "run", options, Reporter())
+    assert result.steps == 2
+
+    from delineate.bundle import Bundle
+
+    bundle = Bundle.load(tmp_path / "run/bundle")
+    scan = Volume(rng.standard_normal((channels, 33, 41, 9)).astype(np.float32), replace(grid, shape=(33, 41, 9)))
+    plan = plan_compute(device="cpu", compile="off")
+    assert Predictor([bundle], plan).predict(scan).label.grid is scan.grid
