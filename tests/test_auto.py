@@ -65,7 +65,7 @@ def test_thick_slices_are_never_interpolated_across() -> None:
 
 
 def test_less_memory_means_smaller_tiles() -> None:
-    large, small = (derived(summary((240, 240, 155)), memory_bytes=m)[0] for m in (16 * 2**30, 2**29))
+    large, small = (derived(summary((240, 240, 155)), memory_bytes=m)[0] for m in (16 * 2**30, 2**28))
     assert np.prod(small.tiles.shape) < np.prod(large.tiles.shape)
 
 

@@ -55,7 +55,6 @@ def train(
     from delineate.cli.parsing import opened
     from delineate.cli.terminal import Terminal, print_json
     from delineate.recipe import load_recipe
-    from delineate.reporting.run import write_run_report
     from delineate.training.run import Reporter, RunOptions, auto_recipe
     from delineate.training.run import train as run
 
@@ -83,6 +82,8 @@ def train(
             chosen, inspection = load_recipe(recipe, [*_budget(minutes, steps), *(set or [])]), None
         result = run(chosen, dataset, out, options, report, inspection)
         if result.finished and not report.silent:
+            from delineate.reporting.run import write_run_report
+
             write_run_report(out, dataset)
     if report.silent:
         return

@@ -1,0 +1,185 @@
+"""One self-contained page: no file, script or font from elsewhere, so that it opens anywhere, offline."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from delineate.evaluation import MEAN_OF_TARGETS, Estimate, Evaluation
+from delineate.io.files import writing_beside
+from delineate.reporting.figures import loss_chart, metric_chart, validation_chart
+from delineate.reporting.overlays import LEGEND, Overlay, View, picture
+
+COLUMNS = {
+    "dice": ("Dice", 3),
+    "precision": ("Precision", 3),
+    "recall": ("Recall", 3),
+    "hd95_mm": ("HD95, mm", 2),
+    "volume_ml": ("Volume, ml", 2),
+    "reference_volume_ml": ("Reference, ml", 2),
+    "volume_error_percent": ("Volume error, %", 1),
+}
+"""Metrics that the page shows, with their names and decimals."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunReport:
+    """What the page of a run tells.
+
+    ``data_rows`` are inspection's rows as plain values, ``learning`` has columns step, loss,
+    ``validation`` step, dice, dice_<target>; ``plan`` rows what, choice, why; ``notes`` what a reader
+    should know before the numbers.
+    """
+
+    title: str
+    description: str
+    simulated: bool
+    data_rows: Sequence[Mapping[str, Any]]
+    learning: pd.DataFrame | None
+    validation: pd.DataFrame | None
+    evaluation: Evaluation | None
+    overlays: Sequence[Overlay]
+    recipe_yaml: str
+    plan: Sequence[Mapping[str, str]]
+    provenance: Mapping[str, str]
+    notes: Sequence[str] = field(default=())
+
+
+def write_report(path: Path, report: RunReport) -> None:
+    """Write the page of a run, all or nothing. Raises :class:`OutputError`."""
+    page = _environment().get_template("run.html.j2").render(report=report, **_content(report))
+    with writing_beside(path) as beside:
+        beside.write_text(page, encoding="utf-8")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("delineate.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    environment.filters["by"] = lambda values: " × ".join(f"{v:.4g}" for v in values)
+    return environment
+
+
+def number(value: float, decimals: int) -> str:
+    """A number as a table shows it: undefined is a dash, infinite its sign."""
+    if isfinite(value):
+        return f"{value:.{decimals}f}".replace("-", "−")
+    return "–" if value != value else "∞"
+
+
+def _content(report: RunReport) -> dict[str, Any]:
+    """What the template shows besides the report's own fields."""
+    evaluation = report.evaluation
+    return {
+        "charts": _charts(report),
+        "headline": None if evaluation is None else _estimate(_whole(evaluation)["dice"], 3),
+        "headline_n": 0 if evaluation is None else _whole(evaluation)["dice"].n,
+        "summary": [] if evaluation is None else _summary_rows(evaluation, None),
+        "sites": [] if evaluation is None or len(evaluation.sites) < 2 else _site_rows(evaluation),
+        "rows": [] if evaluation is None else evaluation.table.to_dict("records"),
+        "unpaired": {} if evaluation is None else evaluation.unpaired,
+        "columns": COLUMNS,
+        "legend": _legend(report.overlays),
+        "pictures": [(overlay, [_picture(overlay, view) for view in overlay.views]) for overlay in report.overlays],
+        "data": _data_summary(report.data_rows),
+    }
+
+
+def _charts(report: RunReport) -> dict[str, str]:
+    charts = {}
+    if report.learning is not None and len(report.learning):
+        charts["loss"] = loss_chart(report.learning)
+    if report.validation is not None and len(report.validation):
+        charts["validation"] = validation_chart(report.validation)
+    if report.evaluation is not None:
+        charts["dice"] = metric_chart(report.evaluation, "dice", "Dice")
+        charts["hd95"] = metric_chart(report.evaluation, "hd95_mm", "HD95, mm")
+    return charts
+
+
+def _whole(evaluation: Evaluation, site: str | None = None) -> dict[str, Estimate]:
+    """Estimates of the mean over targets; with one target, of that one."""
+    summary = evaluation.summary(site)
+    return summary[MEAN_OF_TARGETS if len(evaluation.targets) > 1 else evaluation.targets[0]]
+
+
+def _summary_rows(evaluation: Evaluation, site: str | None) -> list[dict[str, Any]]:
+    rows = []
+    for target, estimates in evaluation.summary(site).items():
+        if target == MEAN_OF_TARGETS and len(evaluation.targets) == 1:
+            continue
+        for metric, (name, decimals) in COLUMNS.items():
+            if metric in estimates:
+                rows.append({"target": target, "metric": name, **_estimate(estimates[metric], decimals)})
+    return rows
+
+
+def _site_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    return [
+        {"site": site or "no site", "metric": COLUMNS[metric][0], **_estimate(_whole(evaluation, site)[metric], decimals)}
+        for site in evaluation.sites
+        for metric, decimals in (("dice", 3), ("hd95_mm", 2))
+    ]
+
+
+def _estimate(estimate: Estimate, decimals: int) -> dict[str, Any]:
+    low, high = estimate.ci95
+    return {
+        "mean": number(estimate.mean, decimals),
+        "sd": number(estimate.sd, decimals),
+        "ci": f"{number(low, decimals)} to {number(high, decimals)}" if isfinite(low) else "–",
+        "n": estimate.n,
+        "undefined": estimate.undefined,
+    }
+
+
+def _legend(overlays: Sequence[Overlay]) -> list[tuple[str, str]]:
+    """Names and colours of the marks that some picture shows."""
+    shown = {int(mark) for overlay in overlays for view in overlay.views for mark in set(view.agreement.ravel())}
+    return [names for mark, names in LEGEND.items() if mark in shown]
+
+
+def _picture(overlay: Overlay, view: View) -> dict[str, str]:
+    encoded = base64.b64encode(picture(view)).decode("ascii")
+    return {
+        "source": f"data:image/webp;base64,{encoded}",
+        "plane": view.plane,
+        "text": f"{view.plane} slice of {overlay.subject} with its prediction compared to the reference",
+    }
+
+
+def _data_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The data set in a line each: sites, shapes, spacings, orientations, volumes."""
+    if not rows:
+        return {}
+    sites = pd.Series([row["site"] or "no site" for row in rows]).value_counts(sort=False)
+    volumes = pd.DataFrame([row["volume_ml"] for row in rows])
+    summary = {
+        "Subjects": str(len(rows)),
+        "Sites": ", ".join(f"{site} ({n})" for site, n in sites.items()),
+        "Voxels": _range([row["shape"] for row in rows]),
+        "Spacing, mm": _range([row["spacing_mm"] for row in rows]),
+        "Orientation": ", ".join(sorted({row["orientation"] for row in rows})),
+    }
+    for target in volumes.columns:
+        column = volumes[target].dropna()
+        summary[f"{target}, ml"] = f"{column.median():.3g} (median; {column.min():.3g} to {column.max():.3g})"
+    return summary
+
+
+def _range(triples: Sequence[Sequence[float]]) -> str:
+    """Each axis' range, as 31–43 × 40–59 × 24–47."""
+    axes = [(min(axis), max(axis)) for axis in zip(*triples, strict=True)]
+    return " × ".join(f"{low:.4g}" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.4g}–{high:.4g}" for low, high in axes)
