@@ -258,6 +258,8 @@ numbers32 = st.floats(-1, 1, width=32)
     qfac=st.sampled_from([-1, 0, 1]),
 )
 @example(a=0, b=0, c=0, d=1, spacing=(0.5, 0.75, 3), origin=(90, 90, -7), qfac=1)
+@example(a=0.359375, b=0.0, c=0.1875, d=0.658203125, spacing=(1.5, 1.25, 1.75), origin=(0, 0, 0), qfac=-1)
+@example(a=0.37689346, b=0.0, c=-0.72980697, d=0.44297668, spacing=(2.75, 1.75, 2.5), origin=(0, 0, 0), qfac=1)
 @example(a=1, b=1e-8, c=-3e-9, d=2e-8, spacing=(0.7, 0.7, 5), origin=(1, 2, 3), qfac=-1)
 @example(a=3e-5, b=-7e-6, c=5e-8, d=1, spacing=(0.7, 0.7, 5), origin=(1, 2, 3), qfac=1)
 def test_an_affine_from_a_qform_is_written_bit_for_bit(

@@ -58,6 +58,8 @@ def train(
     from delineate.training.run import Reporter, RunOptions, auto_recipe
     from delineate.training.run import train as run
 
+    # What is quick to find wrong comes first.
+    named = None if recipe == "auto" else load_recipe(recipe, [*_budget(minutes, steps), *(set or [])])
     dataset = opened(data, layout, images, labels, targets)
     options = RunOptions(
         fold=None if fold == "all" else _fold(fold),
@@ -74,12 +76,11 @@ def train(
     )
     with Terminal() as terminal:
         report = Reporter(terminal.say, terminal.progress)
-        if recipe == "auto":
-            chosen, inspection = auto_recipe(
-                dataset, out, options, report, minutes=minutes, steps=steps, changes=set or []
-            )
-        else:
-            chosen, inspection = load_recipe(recipe, [*_budget(minutes, steps), *(set or [])]), None
+        chosen, inspection = (
+            auto_recipe(dataset, out, options, report, minutes=minutes, steps=steps, changes=set or [])
+            if named is None
+            else (named, None)
+        )
         result = run(chosen, dataset, out, options, report, inspection)
         if result.finished and not report.silent:
             from delineate.reporting.run import write_run_report

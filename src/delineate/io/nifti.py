@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -188,9 +189,11 @@ def _ways_to_store(header: Nifti1Header, grid: Grid) -> Iterator[None]:
     rotation = affine[:3, :3] / header["pixdim"][1:4].astype(np.float64)
     rotation[:, 2] *= header["pixdim"][0]
     quaternion = _quaternion(rotation)
+    # What lies below the rotation's precision was most likely zero: tried first.
+    rounded = np.where(np.abs(quaternion) < 1e-15, 0.0, quaternion)
     # Stored quaternions are of unit length to 32 bits only; the rotation has forgotten the rest.
-    for step in sorted(range(-16, 17), key=abs):
-        b, c, d = quaternion[1:] * (1 + step * 2.0**-26)
+    for tried, step in product((rounded, quaternion), sorted(range(-16, 17), key=abs)):
+        b, c, d = tried[1:] * (1 + step * 2.0**-26)
         header["quatern_b"], header["quatern_c"], header["quatern_d"] = b, c, d
         try:
             header.get_qform()

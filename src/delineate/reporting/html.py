@@ -128,9 +128,10 @@ def _summary_rows(evaluation: Evaluation, site: str | None) -> list[dict[str, An
 
 def _site_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [
-        {"site": site or "no site", "metric": COLUMNS[metric][0], **_estimate(_whole(evaluation, site)[metric], decimals)}
+        {"site": site or "no site", "metric": COLUMNS[metric][0], **_estimate(estimates[metric], COLUMNS[metric][1])}
         for site in evaluation.sites
-        for metric, decimals in (("dice", 3), ("hd95_mm", 2))
+        for estimates in (_whole(evaluation, site),)
+        for metric in ("dice", "hd95_mm")
     ]
 
 

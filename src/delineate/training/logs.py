@@ -41,10 +41,8 @@ class CurveLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        # Lightning adds the epoch, which means nothing in an endless stream.
-        numbers = {name: value for name, value in metrics.items() if name != "epoch"}
-        path = self.folder / (TRAINING_CURVE if "loss" in numbers else VALIDATION_CURVE)
-        row = {"step": step, **{name: f"{value:.6g}" for name, value in numbers.items()}}
+        path = self.folder / (TRAINING_CURVE if "loss" in metrics else VALIDATION_CURVE)
+        row = {"step": step, **{name: f"{value:.6g}" for name, value in metrics.items()}}
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(row))

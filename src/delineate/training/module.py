@@ -114,7 +114,10 @@ class Delineator(lightning.LightningModule):
             self._count_foreground(logits, target)
         if step % self.log_every == 0:
             self.last_loss = float(loss.detach())
-            self.log_dict({"loss": self.last_loss, "learning_rate": self.learning_rate}, rank_zero_only=True)
+            # At once, not by Lightning's `log`, which writes after whoever saves the state: a run killed in
+            # between would lack this row for good.
+            for logger in self.loggers:
+                logger.log_metrics({"loss": self.last_loss, "learning_rate": self.learning_rate}, step)
         return loss
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:

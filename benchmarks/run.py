@@ -1,0 +1,365 @@
+"""Speed and memory, as ratios measured in one run. ``python benchmarks/run.py [NAME …] [--quick]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from delineate.bundle import Bundle
+from delineate.compute import ComputePlan, plan_compute
+from delineate.core.grid import Grid
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume, Volume
+from delineate.io.formats import read_volume, write_label, write_volume
+from delineate.losses.spec import DICE_AND_CROSS_ENTROPY
+from delineate.networks import blocks
+from delineate.networks.unet import UNetSpec
+from delineate.recipe import load_recipe, recipe_from
+from delineate.sampling.tiles import TileGeometry
+
+Row = dict[str, Any]
+WIDTHS, BATCH, SIDES = (32, 64, 128, 256), 9, (40, 56, 40)
+
+
+def interleaved(cases: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Median seconds of each case, taken in turns so that all meet the same machine."""
+    for run in cases.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repetitions):
+        for name, run in cases.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# ---- a training step -------------------------------------------------------------------------------------------
+
+
+class TorchInstanceNorm(nn.InstanceNorm3d):
+    """What PyTorch's users write by default."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=True)
+
+
+def training_step(
+    plan: ComputePlan | None, *, norm: str = "instance", with_loss: bool = True, quick: bool = False
+) -> Callable[[], None]:
+    """One optimiser step; without a plan, as PyTorch's defaults do it."""
+    torch.manual_seed(0)
+    widths, batch, sides = ((8, 16), 1, (8, 8, 8)) if quick else (WIDTHS, BATCH, SIDES)
+    ours = blocks.InstanceNorm
+    blocks.InstanceNorm = ours if plan else TorchInstanceNorm  # type: ignore[assignment, misc]
+    network = UNetSpec(dimensions=3, widths=widths, norm=norm).build(1, 3)  # type: ignore[arg-type]
+    blocks.InstanceNorm = ours  # type: ignore[misc]
+    loss = DICE_AND_CROSS_ENTROPY.build(exclusive=True)
+    image, target = torch.randn(batch, 1, *sides), torch.randint(0, 3, (batch, 1, *sides), dtype=torch.uint8)
+    if plan is not None:
+        plan.place(network, 3)
+        image = image.contiguous(memory_format=plan.memory_format(3))
+    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=plan is not None)
+
+    def judged(x: Tensor, y: Tensor) -> Tensor:
+        logits = network(x)
+        return loss(logits, y, x) if with_loss else logits.float().mean()
+
+    judge = judged if plan is None else plan.compiled(judged)
+
+    def step() -> None:
+        with plan.autocast() if plan is not None else nullcontext():
+            value = judge(image, target)
+        value.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
+
+
+def step_gflop(quick: bool) -> float:
+    """Floating-point operations of one step's convolutions, forward and backward, in 10⁹."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        training_step(None, quick=quick)()
+    return counter.get_total_flops() / 1e9
+
+
+def machine_rates(plan: ComputePlan) -> dict[str, tuple[Callable[[], object], float]]:
+    """What the machine can do at best: name → (work, GFLOP)."""
+    a, b = (torch.randn(2048, 2048).to(plan.dtype) for _ in range(2))
+    convolution = nn.Conv3d(32, 32, 3, padding=1, bias=False).to(memory_format=torch.channels_last_3d).to(plan.dtype)
+    x = torch.randn(2, 32, *SIDES).to(plan.dtype).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    gflop = 2 * 27 * 32 * 32 * x[:, 0].numel() / 1e9
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return convolution(x)  # type: ignore[no-any-return]
+
+    return {
+        f"matrix product, {plan.precision}": (lambda: a @ b, 2 * 2048**3 / 1e9),
+        f"convolution 32→32, {plan.precision}, forward": (forward, gflop),
+        f"convolution 32→32, {plan.precision}, forward + backward": (
+            lambda: convolution(x).float().mean().backward(),
+            3 * gflop,
+        ),
+    }
+
+
+def bench_step(quick: bool) -> list[Row]:
+    plan = plan_compute(compile="off" if quick else "on")
+    rates = machine_rates(plan)
+    cases: dict[str, Callable[[], object]] = {
+        "PyTorch's defaults": training_step(None, quick=quick),
+        "compute plan": training_step(plan, quick=quick),
+        "compute plan, BatchNorm": training_step(plan, norm="batch", quick=quick),
+        "compute plan, no normalisation": training_step(plan, norm="none", quick=quick),
+        "compute plan, no loss": training_step(plan, with_loss=False, quick=quick),
+        **{name: work for name, (work, _) in rates.items()},
+    }
+    seconds = interleaved(cases, 1 if quick else 7)
+    gflop = {name: step_gflop(quick) for name in cases if name not in rates}
+    gflop |= {name: amount for name, (_, amount) in rates.items()}
+    default = seconds["PyTorch's defaults"]
+    return [
+        {
+            "case": name,
+            "ms": 1000 * s,
+            "GFLOP/s": gflop[name] / s,
+            "times faster than the defaults": default / s if name not in rates else None,
+        }
+        for name, s in seconds.items()
+    ]
+
+
+# ---- the data side of a step -----------------------------------------------------------------------------------
+
+
+def simulated_subjects(shape: tuple[int, int, int], count: int) -> list[Any]:
+    from delineate.preprocessing.cache import PreparedSubject
+
+    rng, subjects = np.random.default_rng(0), []
+    for i in range(count):
+        target = np.zeros((1, *shape), dtype=np.uint8, order="F")
+        target[0, 10:20, 15:35, 8:20] = 1
+        image = np.asfortranarray(rng.standard_normal((1, *shape)), dtype=np.float16)
+        points = {1: np.argwhere(target[0] == 1)[:1000].astype(np.int16)}
+        subjects.append(PreparedSubject(f"s{i}", image, target, points, Grid.of_spacing(shape), {0: 1, 1: 1}))
+    return subjects
+
+
+def bench_data(quick: bool) -> list[Row]:
+    from delineate.sampling.batches import BatchSource
+    from delineate.sampling.samplers import Sampler
+
+    small = ["tiles.shape=[8, 8, 8]", "network.widths=[8, 8]"] if quick else []
+    recipe, plan = load_recipe("hippocampus", small), plan_compute(compile="off" if quick else "on")
+    geometry = TileGeometry(recipe.tiles.shape)  # type: ignore[arg-type, union-attr]
+    sampler = Sampler(recipe.sampler, simulated_subjects((36, 50, 35), 8), geometry, seed=0)
+    source = BatchSource(sampler, recipe.augmentation, recipe.training.batch_size)
+    network = plan.place(recipe.network.build(1, 3), 3)
+    loss, numbers = recipe.loss.build(exclusive=True), iter(range(10**9))
+    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+    judge = plan.compiled(lambda x, y: loss(network(x), y, x))
+    image, target = source.augmented(source.batch(0), seed=0)
+    image = image.contiguous(memory_format=plan.memory_format(3))
+
+    def step() -> None:
+        with plan.autocast():
+            value = judge(image, target)
+        value.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    batch = source.batch(0)
+    cases: dict[str, Callable[[], object]] = {
+        "network, loss, optimiser": step,
+        "cropping": lambda: source.batch(next(numbers)),
+        "augmentation": lambda: source.augmented(batch, seed=0),
+    }
+    seconds = interleaved(cases, 2 if quick else 15)
+    total = sum(seconds.values())
+    return [{"case": name, "ms": 1000 * s, "% of a step": 100 * s / total} for name, s in seconds.items()]
+
+
+# ---- prediction ------------------------------------------------------------------------------------------------
+
+
+def saved_bundle(folder: Path, values: dict[str, Any], channels: tuple[str, ...], geometry: TileGeometry) -> Bundle:
+    """A bundle of random weights for four targets."""
+    recipe = recipe_from({"name": "benchmark", **values})
+    targets = Targets({name: (i,) for i, name in enumerate(("a", "b", "c"), start=1)})
+    bundle = Bundle(recipe, recipe.pipeline, targets, channels, geometry, (1.0, 1.0, 1.0))
+    torch.manual_seed(0)
+    bundle.save(folder, bundle.network().state_dict(), {})
+    return Bundle.load(folder)
+
+
+def bench_predict(quick: bool) -> list[Row]:
+    from delineate.inference.batch import find_subjects, predict_subjects
+    from delineate.inference.predictor import Predictor
+
+    steps = [{"kind": "reorient"}, {"kind": "clip_percentiles"}, {"kind": "normalise"}]
+    thick = [steps[0], {"kind": "resample", "spacing_mm": [1.0, 1.0, None]}, *steps[1:]]
+    kinds = {
+        "3D patches, 128×128×96 at 1 mm": (
+            {
+                "preprocessing": steps,
+                "tiles": {"kind": "patches", "shape": [64, 64, 48]},
+                "network": {"kind": "unet", "dimensions": 3, "widths": [16, 32, 64]},
+            },
+            TileGeometry((64, 64, 48)),
+            (128, 128, 96),
+            (1.0, 1.0, 1.0),
+        ),
+        "2.5D slices, 256×256×24 at 0.8 × 0.8 × 6 mm": (
+            {
+                "preprocessing": thick,
+                "tiles": {"kind": "slices", "shape": [208, 208], "neighbours": 1},
+                "network": {"kind": "unet", "dimensions": 2, "widths": [24, 48, 96, 192]},
+            },
+            TileGeometry((208, 208, 1), (0, 0, 1), 2),
+            (256, 256, 24),
+            (0.8, 0.8, 6.0),
+        ),
+    }
+    plan, rows, rng = plan_compute(compile="off"), [], np.random.default_rng(0)
+    for name, (values, geometry, shape, spacing) in kinds.items():
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            shape = tuple(n // 4 for n in shape) if quick else shape
+            for i in range(2 if quick else 12):
+                voxels = rng.integers(0, 800, (1, *shape), dtype=np.int16)
+                write_volume(root / f"scans/s{i}.nii.gz", Volume(voxels, Grid.of_spacing(shape, spacing)))
+            predictor = Predictor([saved_bundle(root / "bundle", values, ("T1",), geometry)], plan)
+            start = time.perf_counter()
+            subjects = find_subjects([root / "scans"], ("T1",))
+            outcomes = list(predict_subjects(predictor, subjects, root / "out"))
+            wall = time.perf_counter() - start
+            stages = {stage: sum(o.seconds[stage] for o in outcomes) for stage in outcomes[0].seconds}
+            stages["reading and writing that was waited for"] = wall - sum(stages.values())
+            rows += [{"case": f"{name}: {stage}", "s": s, "% of all": 100 * s / wall} for stage, s in stages.items()]
+    return rows
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+def peak_of(work: str) -> float:
+    """Peak memory in GB of a new process that does ``work``."""
+    code = f"import resource, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import run; {work}\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) * 1024 / 1e9
+
+
+def train_two_steps(quick: bool) -> None:
+    step = training_step(plan_compute(compile="off" if quick else "on"), quick=quick)
+    step()
+    step()
+
+
+def train_hippocampus_steps(quick: bool) -> None:
+    bench_data(quick)
+
+
+def predict_large_scan(quick: bool) -> None:
+    """A four-channel scan of 240×240×155 in 3D tiles of 80³."""
+    from delineate.inference.predictor import Predictor
+
+    shape, side = ((40, 40, 30), 16) if quick else ((240, 240, 155), 80)
+    channels = ("FLAIR", "T1", "T1c", "T2")
+    values = {
+        "preprocessing": [{"kind": "reorient"}, {"kind": "normalise"}],
+        "tiles": {"kind": "patches", "shape": [side] * 3},
+        "network": {"kind": "unet", "dimensions": 3, "widths": [32, 64, 128]},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = saved_bundle(Path(folder), values, channels, TileGeometry((side, side, side)))
+        voxels = np.random.default_rng(0).integers(0, 800, (4, *shape), dtype=np.int16)
+        Predictor([bundle], plan_compute(compile="off")).predict(Volume(voxels, Grid.of_spacing(shape)))
+
+
+def bench_memory(quick: bool) -> list[Row]:
+    works = {
+        "starting up (imports alone)": "pass",
+        "training steps, 32-64-128-256, batch 9 of 40×56×40": f"run.train_two_steps({quick})",
+        "training steps, hippocampus recipe": f"run.train_hippocampus_steps({quick})",
+        "predicting 4 × 240×240×155 in tiles of 80³": f"run.predict_large_scan({quick})",
+    }
+    return [{"case": name, "peak GB": peak_of(work)} for name, work in works.items()]
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def bench_files(quick: bool) -> list[Row]:
+    import nibabel
+    import SimpleITK
+
+    shape = (64, 64, 10) if quick else (512, 512, 100)
+    index = np.stack(np.meshgrid(*[np.linspace(-3, 3, n) for n in shape], indexing="ij"))
+    noise = np.random.default_rng(0).normal(0, 12, shape)
+    voxels = (900 * np.exp(-(index**2).sum(0) / 4) + noise).astype(np.int16)
+    volume = Volume(voxels[None], Grid.of_spacing(shape, (0.8, 0.8, 2.5)))
+    label = LabelVolume((voxels > 400).astype(np.uint8), volume.grid)
+    with tempfile.TemporaryDirectory() as folder:
+        scan, out = Path(folder) / "scan.nii.gz", Path(folder) / "out.nii.gz"
+        write_volume(scan, volume)
+        image = nibabel.Nifti1Image(voxels, volume.grid.affine)
+        cases: dict[str, Callable[[], object]] = {
+            "read: Delineate": lambda: read_volume(scan),
+            "read: nibabel": lambda: np.asanyarray(nibabel.load(scan).dataobj),
+            "read: SimpleITK": lambda: SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(scan))),
+            "write: Delineate": lambda: write_volume(out, volume),
+            "write: nibabel": lambda: nibabel.save(image, out),
+            "write a label: Delineate": lambda: write_label(out, label),
+        }
+        seconds = interleaved(cases, 1 if quick else 5)
+    return [{"case": name, "ms": 1000 * s} for name, s in seconds.items()]
+
+
+BENCHMARKS = {
+    "step": bench_step,
+    "data": bench_data,
+    "predict": bench_predict,
+    "memory": bench_memory,
+    "files": bench_files,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="which; all by default")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: do they run at all?")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    options = parser.parse_args()
+    results = {}
+    for name in options.names or BENCHMARKS:
+        rows = results[name] = BENCHMARKS[name](options.quick)
+        print(f"\n{name}: {(BENCHMARKS[name].__doc__ or '').strip()}".rstrip(": "))
+        width = max(len(row["case"]) for row in rows)
+        print(" ".join([" " * width, *(f"{column:>18}" for column in list(rows[0])[1:])]))
+        for row in rows:
+            cells = ["" if value is None else f"{value:.2f}" for value in list(row.values())[1:]]
+            print(" ".join([row["case"].ljust(width), *(f"{cell:>18}" for cell in cells)]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

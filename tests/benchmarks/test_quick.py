@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_benchmark_runs(tmp_path) -> None:
+    command = [sys.executable, ROOT / "benchmarks/run.py", "--quick", "--json", tmp_path / "rows.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert set(rows) == {"step", "data", "predict", "memory", "files"}
+    assert all(rows.values())

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from delineate.core.grid import Grid, permute_axes
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume, Volume
+from delineate.errors import GridMismatch
+from delineate.reporting.overlays import Overlay, agreement, save_overlay, views_of
+
+TARGETS = Targets({"a": (1,), "b": (2,)}, ignore=(9,))
+
+
+def test_agreement_by_hand() -> None:
+    reference = np.array([0, 1, 1, 0, 1, 2, 9]).reshape(7, 1, 1)
+    prediction = np.array([0, 1, 0, 1, 2, 2, 1]).reshape(7, 1, 1)
+    assert agreement(prediction, reference, TARGETS).ravel().tolist() == [0, 1, 2, 3, 4, 1, 0]
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "ASR", "IPL"])
+def test_the_patient_s_right_is_on_the_image_s_left(orientation, rng) -> None:
+    """A mark on the right, to the front and low shows at the left, top and bottom, however the scan is stored."""
+    ras = Grid.of_spacing((30, 30, 30), (2, 2, 2))
+    voxels = np.zeros(ras.shape, np.uint8)
+    voxels[10:20, 10:20, 10:20] = 1  # what is segmented
+    scan = rng.random(ras.shape) * 0.01
+    scan[22:26, 12:18, 6:24] = 1.0  # RAS: a bright mark at the right of it
+    order, flip = ras.axes_to(orientation)
+    grid = ras.permute(order, flip)
+    label = LabelVolume(np.ascontiguousarray(permute_axes(voxels, order, flip)), grid)
+    views = views_of(Volume(permute_axes(scan, order, flip)[None], grid), label, label, TARGETS, subject="s")
+    axial = views[0].image.astype(float)
+    left, right = np.array_split(axial, 2, axis=1)
+    assert left.mean() > 5 * right.mean()
+    assert views[0].edges[:2] == "RL"
+
+
+def test_another_grid_is_refused(rng) -> None:
+    grid = Grid.of_spacing((8, 8, 8))
+    label = LabelVolume(np.zeros((8, 8, 8), np.uint8), grid)
+    moved = Volume(rng.random((1, 8, 8, 8)), grid.crop((1, 0, 0), (8, 8, 8)))
+    with pytest.raises(GridMismatch):
+        views_of(moved, label, label, TARGETS, subject="s")
+
+
+def test_an_overlay_is_saved_as_a_picture(tmp_path, rng) -> None:
+    grid = Grid.of_spacing((16, 16, 8), (1, 1, 2))
+    voxels = np.zeros(grid.shape, np.uint8)
+    voxels[4:9, 4:9, 2:6] = 1
+    label = LabelVolume(voxels, grid)
+    views = views_of(Volume(rng.random((1, *grid.shape)), grid), label, label, TARGETS, subject="s")
+    save_overlay(tmp_path / "overlay.png", Overlay("s", "best", 1.0, views))
+    assert (tmp_path / "overlay.png").read_bytes().startswith(b"\x89PNG")
