@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 from io import StringIO
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -21,7 +22,7 @@ INK, MUTED, LINE = "#1b2024", "#5a656e", "#d9dee2"
 SERIES = ("#0b6aa5", "#c4540a", "#00805d", "#94457a", "#7a6300", "#56606a")
 _VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line"} | {c: f"series-{i}" for i, c in enumerate(SERIES, start=1)}
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 9.5,
     "text.color": INK,

@@ -80,8 +80,9 @@ def overlays_of(
     for place, rank in sorted(places.items()):
         subject = str(dice.index[place])
         pair = files[subject]
-        labels = [read_label(path, orientation=orientation) for path in (pair.prediction, pair.reference)]
-        views = views_of(scans(subject), *labels, targets, subject=subject)
+        prediction = read_label(pair.prediction, orientation=orientation)
+        reference = read_label(pair.reference, orientation=orientation)
+        views = views_of(scans(subject), prediction, reference, targets, subject=subject)
         overlays.append(Overlay(subject, rank, float(dice.iloc[place]), views))
     return overlays
 
@@ -172,8 +173,7 @@ def _draw(axes: Axes, view: View) -> None:
         colours[mark] = to_rgba(colour, 0.55)
     axes.imshow(colours[view.agreement], extent=extent, interpolation="nearest")
     axes.set_axis_off()
-    left, right, top, bottom = view.edges
-    for letter, x, y in ((left, 0.04, 0.5), (right, 0.96, 0.5), (top, 0.5, 0.95), (bottom, 0.5, 0.05)):
+    for letter, (x, y) in zip(view.edges, ((0.04, 0.5), (0.96, 0.5), (0.5, 0.95), (0.5, 0.05)), strict=True):
         axes.text(
             x, y, letter, color="white", fontsize=9, ha="center", va="center", transform=axes.transAxes,
             path_effects=[withStroke(linewidth=2, foreground="black")],
