@@ -15,7 +15,8 @@ from delineate.datasets.layouts import open_dataset
 from delineate.inference.predictor import Predictor
 from delineate.io.formats import write_label, write_volume
 from delineate.recipe import load_recipe, packaged_recipes, recipe_from
-from delineate.training.run import Reporter, RunOptions, train
+from delineate.training.options import Reporter, RunOptions
+from delineate.training.run import train
 
 CHANNELS = {"brats": 2}
 SPACING_MM = {"wmh": (0.9, 0.9, 6.0), "sarcoma": (1.0, 1.0, 3.3), "demo": (3.5, 3.5, 7.0), "generic_2.5d": (1, 1, 6)}

@@ -42,10 +42,13 @@ class TargetsSpec(_Spec):
 
 
 class DataSpec(_Spec):
-    """How a data set is read. ``null`` targets are those that the data set itself names."""
+    """How a data set is read. ``null`` targets are those that the data set itself names.
+
+    ``images`` and ``labels`` are patterns below its folder, several channels have a pattern each.
+    """
 
     layout: str = "auto"
-    images: str | None = None
+    images: str | dict[str, str] | None = None
     labels: str | None = None
     channels: tuple[str, ...] | None = None
     targets: TargetsSpec | None = None

@@ -163,6 +163,24 @@ def test_files_are_predicted_one_by_one_and_a_bad_one_does_not_stop_the_rest(run
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"c1_0000.nii.gz"}
 
 
+def test_an_output_that_cannot_be_written_is_said_and_nothing_is_left(run, balls, tmp_path) -> None:
+    (tmp_path / "taken").write_text("a file, not a folder")
+    done = delineate("predict", run / "bundle", balls / "imagesTr/c1_0000.nii.gz", "-o", tmp_path / "taken", code=1)
+    assert "E_OUTPUT" in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"taken"}
+
+
+def test_patterns_and_targets_of_the_command_line_stand_in_the_recipe(balls, tmp_path) -> None:
+    """So that the recipe alone, with the folder, reproduces the run."""
+    options = ["--data", balls, "--cache", tmp_path / "cache", "--device", "cpu", "--threads", 1, "--no-evaluate"]
+    patterns = ["--images", "imagesTr/*_0000.nii.gz", "--labels", "labelsTr/*.nii.gz", "--targets", "blob=1"]
+    delineate("train", "auto", *options, *patterns, "--steps", 2, "--out", tmp_path / "one")
+    delineate("train", tmp_path / "one/recipe.yaml", *options, "--out", tmp_path / "two")
+    one, two = ((tmp_path / name / "last/weights.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert "blob" in (tmp_path / "two/bundle/bundle.json").read_text()
+
+
 def test_the_same_command_again_says_that_all_is_done(run, balls) -> None:
     done = delineate(
         "train", run.parent / "tiny.yaml", "--data", balls, "--out", run, "--cache", run.parent / "cache",

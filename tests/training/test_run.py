@@ -20,7 +20,9 @@ from delineate.errors import BrokenSubjects, RecipeError
 from delineate.io.formats import read_header
 from delineate.networks import unet
 from delineate.recipe import recipe_from, to_yaml
-from delineate.training.run import Reporter, RunOptions, assign_roles, train
+from delineate.training.options import Reporter, RunOptions
+from delineate.training.preparation import assign_roles
+from delineate.training.run import train
 
 OPTIONS = {"device": "cpu", "precision": "fp32", "compile": "off", "threads": 1}
 
@@ -192,6 +194,12 @@ def test_the_same_folder_refuses_another_recipe(recipe, balls, tmp_path) -> None
     other = recipe.model_copy(update={"training": recipe.training.model_copy(update={"batch_size": 3})})
     with pytest.raises(RecipeError, match=r"differ in training.*another --out"):
         run(other, balls, tmp_path / "run")
+
+
+def test_the_same_folder_refuses_another_fold(recipe, balls, tmp_path) -> None:
+    run(recipe, balls, tmp_path / "run", evaluate=False)
+    with pytest.raises(RecipeError, match=r"other subjects.*fold, training"):
+        run(recipe, balls, tmp_path / "run", fold=1)
 
 
 def test_a_raised_budget_goes_on(recipe, balls, tmp_path) -> None:

@@ -28,11 +28,12 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Read every subject and report all problems at once, each with its code and mend."""
-    from delineate.cli.parsing import opened
+    from delineate.cli.parsing import parse_targets
     from delineate.cli.terminal import Terminal, print_json
     from delineate.datasets.inspection import inspect as run
+    from delineate.datasets.layouts import open_dataset
 
-    dataset = opened(folder, layout, images, labels, targets)
+    dataset = open_dataset(folder, layout=layout, images=images, labels=labels, targets=parse_targets(targets))
     with Terminal() as terminal:
         inspection = run(dataset, progress=lambda done, total: terminal.progress("inspecting", done, total))
     if json:
@@ -58,11 +59,11 @@ def split(
     json: Json = False,
 ) -> None:
     """Split a data set into folds by patient, balanced over sites, with a locked test set if asked for."""
-    from delineate.cli.parsing import opened
     from delineate.cli.terminal import print_json
+    from delineate.datasets.layouts import open_dataset
     from delineate.datasets.splits import load_or_make_split
 
-    dataset = opened(folder, layout, images, labels)
+    dataset = open_dataset(folder, layout=layout, images=images, labels=labels)
     made = load_or_make_split(out, dataset, folds=folds, test_fraction=test_fraction, seed=seed)
     if json:
         print_json({"folds": made.folds, "test": made.test, "file": str(out)})

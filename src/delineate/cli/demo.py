@@ -23,7 +23,8 @@ def demo(
     from delineate.datasets.phantoms.organ import write_phantoms
     from delineate.recipe import load_recipe
     from delineate.reporting.run import write_run_report
-    from delineate.training.run import Reporter, RunOptions, train
+    from delineate.training.options import Reporter, RunOptions
+    from delineate.training.run import train
 
     scans = out / "simulated_scans"
     with Terminal() as terminal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,6 @@ TargetsOption = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
-Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16 or fp16.")]
-Compile = Annotated[str, typer.Option("--compile", help="auto, on or off.")]
+Precision = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option("--precision", help="Of convolutions.")]
+Compile = Annotated[Literal["auto", "on", "off"], typer.Option("--compile", help="Whether to compile the network.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: every usable core.")]

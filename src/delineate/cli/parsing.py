@@ -1,7 +1,9 @@
-"""Options that need more than a type: targets, and a data set with its targets."""
+"""Options that need more than a type: targets, and where a data set's files are."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ from delineate.errors import RecipeError
 
 if TYPE_CHECKING:
     from delineate.datasets.dataset import Dataset
+    from delineate.recipe import DataSpec
 
 
 def parse_targets(text: str | None) -> Targets | None:
@@ -29,8 +32,30 @@ def parse_targets(text: str | None) -> Targets | None:
     return Targets(values, "exclusive" if len(set(used)) == len(used) else "overlapping")
 
 
-def opened(path: Path, layout: str, images: str | None, labels: str | None, targets: str | None = None) -> Dataset:
-    """The data set at ``path``."""
+def data_changes(layout: str, images: str | None, labels: str | None, targets: str | None) -> list[str]:
+    """The options as changes of a recipe's ``data``, so that the recipe alone reproduces the run."""
+    asked = parse_targets(targets)
+    values = {
+        "layout": None if layout == "auto" else layout,
+        "images": images,
+        "labels": labels,
+        "targets": None if asked is None else asked.as_dict(),
+    }
+    # JSON is YAML, with every quote in its place.
+    return [f"data.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
+
+
+def data_spec(changes: Sequence[str]) -> DataSpec:
+    """The ``data`` of a recipe that is nothing but ``changes``."""
+    from delineate.recipe import DataSpec, apply_changes
+
+    of_data = [change for change in changes if change.startswith("data.")]
+    return DataSpec.model_validate(apply_changes({}, of_data).get("data", {}))
+
+
+def opened(path: Path, spec: DataSpec) -> Dataset:
+    """The data set at ``path``, read as a recipe's ``data`` says."""
     from delineate.datasets.layouts import open_dataset
 
-    return open_dataset(path, layout=layout, images=images, labels=labels, targets=parse_targets(targets))
+    targets = None if spec.targets is None else spec.targets.targets()
+    return open_dataset(path, layout=spec.layout, images=spec.images, labels=spec.labels, targets=targets)

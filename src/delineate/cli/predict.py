@@ -48,8 +48,8 @@ def predict(
         subjects = unseen_by(bundles, subjects)
     plan = plan_compute(
         device=device,
-        precision=precision,  # type: ignore[arg-type]
-        compile=compile,  # type: ignore[arg-type]
+        precision=precision,
+        compile=compile,
         threads=threads,
         expected_seconds=float(len(subjects)),  # about a second a scan
     )

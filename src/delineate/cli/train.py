@@ -52,15 +52,17 @@ def train(
     json: Json = False,
 ) -> None:
     """Train on a folder of scans; predict and measure the held-out fold; write a report."""
-    from delineate.cli.parsing import opened
+    from delineate.cli.parsing import data_changes, data_spec, opened
     from delineate.cli.terminal import Terminal, print_json
     from delineate.recipe import load_recipe
-    from delineate.training.run import Reporter, RunOptions, auto_recipe
+    from delineate.training.options import Reporter, RunOptions
+    from delineate.training.preparation import auto_recipe
     from delineate.training.run import train as run
 
+    changes = [*_budget(minutes, steps), *data_changes(layout, images, labels, targets), *(set or [])]
     # What is quick to find wrong comes first.
-    named = None if recipe == "auto" else load_recipe(recipe, [*_budget(minutes, steps), *(set or [])])
-    dataset = opened(data, layout, images, labels, targets)
+    named = None if recipe == "auto" else load_recipe(recipe, changes)
+    dataset = opened(data, named.data if named else data_spec(changes))
     options = RunOptions(
         fold=None if fold == "all" else _fold(fold),
         split_file=split,
@@ -77,7 +79,7 @@ def train(
     with Terminal() as terminal:
         report = Reporter(terminal.say, terminal.progress)
         chosen, inspection = (
-            auto_recipe(dataset, out, options, report, minutes=minutes, steps=steps, changes=set or [])
+            auto_recipe(dataset, out, options, report, minutes=minutes, steps=steps, changes=changes)
             if named is None
             else (named, None)
         )

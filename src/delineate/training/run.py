@@ -15,65 +15,43 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
 import yaml
 from torch.utils.data import DataLoader
 
-from delineate.auto import derive_recipe, summarise
-from delineate.bundle import Bundle, fingerprint_of, save_weights, versions
-from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
+from delineate.bundle import Bundle, save_weights
+from delineate.compute import ComputePlan, plan_compute
 from delineate.core.subject import Subject
-from delineate.core.targets import Targets
-from delineate.datasets.dataset import Dataset, load_scan
-from delineate.datasets.inspection import Inspection, inspect
-from delineate.datasets.splits import Split, load_or_make_split
-from delineate.errors import BrokenSubjects, RecipeError, TrainingError
+from delineate.datasets.dataset import Dataset
+from delineate.datasets.inspection import Inspection
+from delineate.errors import RecipeError, TrainingError
 from delineate.evaluation import Evaluation, Pair, evaluate
 from delineate.inference.batch import predict_subjects, with_channels
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
-from delineate.preprocessing.cache import PreparedDataset, prepare
-from delineate.recipe import Recipe, apply_changes, recipe_from, to_yaml
+from delineate.recipe import Recipe, recipe_from, to_yaml
 from delineate.sampling.batches import BatchSource
 from delineate.sampling.samplers import Sampler
-from delineate.sampling.tiles import geometry_for
 from delineate.training.callbacks import CollapseWatch, Keeper, StepProgress, Stopper, Validator
 from delineate.training.checkpoint import SafeCheckpointIO, steps_done
 from delineate.training.logs import CurveLogger
 from delineate.training.module import BatchStream, Budget, Delineator
-
-Say = Callable[[str], None]
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a recipe is run, apart from what it says itself.
-
-    ``fold`` is held out and never seen in training; ``None`` trains on all but the locked test set.
-    ``cache`` holds prepared subjects, shared by runs. ``split_file`` is reused by later runs.
-    """
-
-    fold: int | None = 0
-    split_file: Path | None = None
-    cache: Path | None = None
-    leave_out_broken: bool = False
-    evaluate: bool = True
-    device: str = "auto"
-    precision: str = "auto"
-    compile: str = "auto"
-    devices: int = 1
-    threads: int | None = None
-    mlflow: str | None = None
+from delineate.training.options import Reporter, RunOptions
+from delineate.training.preparation import (
+    Prepared,
+    assign_roles,
+    expected_seconds,
+    inspected,
+    prepared_bundle,
+    split_for,
+)
 
 
 @dataclass(frozen=True)
@@ -85,77 +63,6 @@ class RunResult:
     finished: bool
     evaluation: Evaluation | None = None
     messages: tuple[str, ...] = ()
-
-
-@dataclass
-class Reporter:
-    """Where a run says what happens: to the terminal, and to ``logs/messages.txt``."""
-
-    say: Say = lambda text: None
-    progress: Progress = lambda what, done, total: None
-    log: Path | None = None
-    messages: list[str] = field(default_factory=list)
-    silent: bool = False
-
-    def __call__(self, text: str) -> None:
-        if self.silent:
-            return
-        self.messages.append(text)
-        self.say(text)
-        if self.log is not None:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
-
-
-def auto_recipe(
-    dataset: Dataset,
-    folder: Path,
-    options: RunOptions,
-    report: Reporter,
-    *,
-    minutes: float | None = None,
-    steps: int | None = None,
-    changes: Sequence[str] = (),
-) -> tuple[Recipe, Inspection | None]:
-    """The recipe derived from ``dataset`` and this machine, written with its reasons into ``folder``.
-
-    A run that was begun there keeps the recipe it was begun with. Returns the inspection too, where
-    one was needed.
-    """
-    path = folder / "recipe.yaml"
-    if path.exists():
-        budget = {"minutes": minutes, "steps": steps} if minutes or steps else {}
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        values["training"] |= budget
-        return recipe_from(apply_changes(values, changes)), None
-    targets = dataset.targets
-    if targets is None:
-        raise RecipeError(f"data set '{dataset.name}' does not name its targets; add for example --targets liver=1")
-    inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
-    sound = [row for row in inspection.rows if row.subject not in inspection.broken]
-    if len(sound) < 2:
-        raise BrokenSubjects(broken_message(inspection))
-    plan = plan_compute(device=options.device)
-    memory = available_memory_bytes()
-    if plan.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(plan.device).total_memory
-    summary = summarise(sound, dataset.modality)
-    recipe, reasons = derive_recipe(
-        summary, targets, device=plan.device.type, memory_bytes=memory, minutes=minutes, steps=steps
-    )
-    recipe = recipe_from(apply_changes(recipe.as_dict(), changes))
-    with writing_beside(path) as temporary:
-        temporary.write_text(to_yaml(recipe.as_dict(), reasons), encoding="utf-8")
-    for field_, reason in reasons.items():
-        report(f"auto: {field_} = {_value_at(recipe.as_dict(), field_)} ({reason})")
-    return recipe, inspection
-
-
-def _value_at(values: Any, path: str) -> Any:
-    for key in path.split("."):
-        values = values[int(key)] if isinstance(values, list) else values[key]
-    return values
 
 
 def train(
@@ -180,8 +87,10 @@ def train(
         report.progress = lambda what, done, total: None
     report.log = folder / "logs" / "messages.txt"
     _check_same_recipe(recipe, folder)
-    split = _split(recipe, dataset, folder, options)
-    dataset, targets, inspection = _inspected(recipe, dataset, inspection, options, report)
+    whole = dataset
+    dataset, targets, inspection = inspected(recipe, dataset, inspection, options, report)
+    # Folds are of all subjects: they stay the same when a broken one is mended later.
+    split = split_for(recipe, whole, folder, options)
     roles = assign_roles(dataset.subjects, split, options.fold, recipe)
     report(
         f"{len(roles.training)} subjects to train on, {len(roles.validation)} of the training folds to validate on, "
@@ -189,69 +98,23 @@ def train(
     )
     plan = plan_compute(
         device=options.device,
-        precision=options.precision,  # type: ignore[arg-type]
-        compile=options.compile,  # type: ignore[arg-type]
+        precision=options.precision,
+        compile=options.compile,
         threads=options.threads,
-        expected_seconds=_expected_seconds(recipe),
+        expected_seconds=expected_seconds(recipe),
     )
     for choice in plan.choices:
         report(f"{choice.what}: {choice.choice} ({choice.why})")
     torch.set_num_threads(max(1, plan.threads // (options.devices if plan.device.type == "cpu" else 1)))
-    bundle, prepared = _prepared(recipe, dataset, targets, inspection, roles, options, plan, report)
+    bundle, prepared = prepared_bundle(recipe, dataset, targets, inspection, roles, options, plan, report)
+    _check_same_subjects(bundle, folder)
     if first:
-        _write_decisions(folder, recipe, bundle, plan, inspection, roles)
+        _write_decisions(folder, recipe, bundle, plan, inspection)
     steps, finished = _fit(bundle, prepared, plan, folder, options, report)
     evaluation = None
     if finished and first and options.evaluate and roles.held_out:
         evaluation = _evaluate_held_out(folder, roles.held_out, plan, report)
     return RunResult(folder, steps, finished, evaluation, tuple(report.messages))
-
-
-@dataclass(frozen=True)
-class Roles:
-    """What each subject is for. ``validation`` chooses weights; ``held_out`` is never used in training."""
-
-    training: tuple[Subject, ...]
-    validation: tuple[Subject, ...]
-    held_out: tuple[Subject, ...]
-
-
-def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, recipe: Recipe) -> Roles:
-    """Roles for a fold. Validation subjects are whole patients of the training folds, at most a tenth of them."""
-    held = () if fold is None else split.held_out(fold)
-    trained = [name for part in split.folds for name in part] if fold is None else split.training_of(fold)
-    pool = [s for s in subjects if s.id in trained]
-    wanted = min(recipe.training.validation.subjects, max(1, round(len(pool) / 10)))
-    if len(pool) < 3:
-        wanted = 0
-    patients = sorted({s.patient for s in pool})
-    chosen: set[str] = set()
-    for index in np.random.default_rng((recipe.training.seed, 4)).permutation(len(patients)):
-        if sum(s.patient in chosen for s in pool) >= wanted:
-            break
-        chosen.add(patients[index])
-    return Roles(
-        training=tuple(s for s in pool if s.patient not in chosen),
-        validation=tuple(s for s in pool if s.patient in chosen),
-        held_out=tuple(s for s in subjects if s.id in held),
-    )
-
-
-def _split(recipe: Recipe, dataset: Dataset, folder: Path, options: RunOptions) -> Split:
-    path = options.split_file or folder / "split.json"
-    if path.exists():
-        return load_or_make_split(path, dataset)
-    patients = len({subject.patient for subject in dataset.subjects})
-    return load_or_make_split(path, dataset, folds=min(recipe.training.folds, patients), seed=recipe.training.seed)
-
-
-def cache_folder(options: RunOptions) -> Path:
-    """Where prepared subjects lie: as asked, else the user's cache."""
-    if options.cache is not None:
-        return options.cache
-    if named := os.environ.get("DELINEATE_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "delineate"
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
@@ -271,114 +134,20 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
         )
 
 
-def _inspected(
-    recipe: Recipe, dataset: Dataset, inspection: Inspection | None, options: RunOptions, report: Reporter
-) -> tuple[Dataset, Targets, Inspection]:
-    targets = recipe.data.targets.targets() if recipe.data.targets is not None else dataset.targets
-    if targets is None:
+def _check_same_subjects(bundle: Bundle, folder: Path) -> None:
+    """A run that goes on trains on the subjects it was begun with."""
+    if not (folder / "bundle" / "bundle.json").exists():
+        return
+    before, now = Bundle.load(folder / "bundle").provenance, bundle.provenance
+    differing = [what for what in ("fold", "training", "validation", "held_out") if before[what] != now[what]]
+    if differing:
         raise RecipeError(
-            f"data set '{dataset.name}' does not name its targets, nor does the recipe; "
-            "add for example --set 'data.targets.values={liver: 1}'"
+            f"'{folder}' holds a run on other subjects (they differ in {', '.join(differing)}); "
+            "use another --out, or the --fold, --split and data it was started with to go on"
         )
-    if recipe.data.channels is not None:
-        channels = recipe.data.channels
-        dataset = replace(dataset, subjects=tuple(with_channels(s, channels) for s in dataset.subjects))
-    if inspection is None:
-        inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
-    if inspection.broken:
-        if not options.leave_out_broken:
-            raise BrokenSubjects(broken_message(inspection))
-        report(f"left out as broken: {', '.join(inspection.broken)}")
-        kept = tuple(s for s in dataset.subjects if s.id not in inspection.broken)
-        dataset = replace(dataset, subjects=kept)
-    if len(dataset.subjects) < 2:
-        raise BrokenSubjects(f"{len(dataset.subjects)} usable subjects are left; training needs two or more")
-    return dataset, targets, inspection
 
 
-def broken_message(inspection: Inspection) -> str:
-    """All errors of an inspection, a line each."""
-    lines = [f"  {p.subject}: {p.code}: {p.message}; {p.mend}" for p in inspection.errors]
-    return (
-        f"{len(inspection.broken)} subjects cannot be trained on:\n" + "\n".join(lines) + "\n"
-        "Mend them, or add --leave-out-broken to train on the others"
-    )
-
-
-def _expected_seconds(recipe: Recipe) -> float:
-    """About how long the run is, to judge whether compiling pays."""
-    training = recipe.training
-    by_time = float("inf") if training.minutes is None else training.minutes * 60
-    # A step of the packaged recipes takes about a second on two cores.
-    by_steps = float("inf") if training.steps is None else float(training.steps)
-    shortest = min(by_time, by_steps)
-    if shortest == float("inf"):
-        raise RecipeError("the recipe has no budget; set training.minutes (or --minutes) or training.steps")
-    return shortest
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    training: PreparedDataset
-    validation: PreparedDataset
-
-
-def _prepared(
-    recipe: Recipe,
-    dataset: Dataset,
-    targets: Targets,
-    inspection: Inspection,
-    roles: Roles,
-    options: RunOptions,
-    plan: ComputePlan,
-    report: Reporter,
-) -> tuple[Bundle, _Prepared]:
-    """Fit the preprocessing on the training subjects, prepare them, and describe the bundle to be."""
-    pipeline = recipe.pipeline.fit(lambda: (load_scan(subject) for subject in roles.training))
-    cache = cache_folder(options)
-    both = prepare(
-        [*roles.training, *roles.validation],
-        pipeline,
-        targets,
-        cache,
-        threads=plan.threads,
-        progress=lambda done, total: report.progress("preparing", done, total),
-    )
-    training, validation = both[: len(roles.training)], both[len(roles.training) :]
-    spacing = np.median([grid.spacing_mm for grid in training.grids], axis=0)
-    spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
-    largest = np.max([grid.shape for grid in training.grids], axis=0)
-    geometry = geometry_for(recipe.tiles, largest, spacing_mm, recipe.network.divisor, recipe.network.margin)
-    rows = {row.subject: row for row in inspection.rows}
-    bundle = Bundle(
-        recipe=recipe,
-        pipeline=pipeline,
-        targets=targets,
-        channels=roles.training[0].channels,
-        geometry=geometry,
-        spacing_mm=spacing_mm,
-        fingerprint=fingerprint_of([rows[s.id] for s in roles.training]),
-        provenance={
-            "data_set": dataset.name,
-            "layout": dataset.layout,
-            "simulated": "simulated" in dataset.name.lower(),
-            "fold": options.fold,
-            "seed": recipe.training.seed,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "training": [s.id for s in roles.training],
-            "validation": [s.id for s in roles.validation],
-            "held_out": [s.id for s in roles.held_out],
-            "left_out": sorted(inspection.broken),
-            "file_hashes": {name: dict(rows[name].hashes) for name in sorted(rows)},
-            "versions": versions(),
-        },
-    )
-    return bundle, _Prepared(training.in_memory(), validation.in_memory())
-
-
-def _write_decisions(
-    folder: Path, recipe: Recipe, bundle: Bundle, plan: ComputePlan, inspection: Inspection, roles: Roles
-) -> None:
+def _write_decisions(folder: Path, recipe: Recipe, bundle: Bundle, plan: ComputePlan, inspection: Inspection) -> None:
     texts = {
         "plan.json": json.dumps(plan.rows(), indent=1),
         "data.json": json.dumps(inspection.as_dict(), indent=1),
@@ -393,7 +162,7 @@ def _write_decisions(
 
 
 def _fit(
-    bundle: Bundle, prepared: _Prepared, plan: ComputePlan, folder: Path, options: RunOptions, report: Reporter
+    bundle: Bundle, prepared: Prepared, plan: ComputePlan, folder: Path, options: RunOptions, report: Reporter
 ) -> tuple[int, bool]:
     """Train until the budget is spent; returns the steps done and whether the training is complete."""
     spec, state = bundle.recipe.training, folder / "last" / "state.safetensors"
@@ -466,6 +235,7 @@ def _trainer(
     if plan.device.index is not None and options.devices == 1:
         devices = [plan.device.index]
     return lightning.Trainer(
+        default_root_dir=folder,
         accelerator=accelerator,
         devices=devices,
         strategy="ddp" if options.devices > 1 else "auto",

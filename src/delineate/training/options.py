@@ -1,0 +1,55 @@
+"""How a run is run, and where it says what happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from delineate.compute import Compile, Precision
+
+Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a recipe is run, apart from what it says itself.
+
+    ``fold`` is held out and never seen in training; ``None`` trains on all but the locked test set.
+    ``cache`` holds prepared subjects, shared by runs. ``split_file`` is reused by later runs.
+    """
+
+    fold: int | None = 0
+    split_file: Path | None = None
+    cache: Path | None = None
+    leave_out_broken: bool = False
+    evaluate: bool = True
+    device: str = "auto"
+    precision: Precision = "auto"
+    compile: Compile = "auto"
+    devices: int = 1
+    threads: int | None = None
+    mlflow: str | None = None
+
+
+@dataclass
+class Reporter:
+    """Where a run says what happens: to the terminal, and to ``logs/messages.txt``."""
+
+    say: Say = lambda text: None
+    progress: Progress = lambda what, done, total: None
+    log: Path | None = None
+    messages: list[str] = field(default_factory=list)
+    silent: bool = False
+
+    def __call__(self, text: str) -> None:
+        if self.silent:
+            return
+        self.messages.append(text)
+        self.say(text)
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")

@@ -1,0 +1,234 @@
+"""What comes before the first step: inspection, split, preprocessing, the bundle to be."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from delineate.auto import derive_recipe, summarise
+from delineate.bundle import Bundle, fingerprint_of, versions
+from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
+from delineate.core.subject import Subject
+from delineate.core.targets import Targets
+from delineate.datasets.dataset import Dataset, load_scan
+from delineate.datasets.inspection import Inspection, inspect
+from delineate.datasets.splits import Split, load_or_make_split
+from delineate.errors import BrokenSubjects, RecipeError
+from delineate.inference.batch import with_channels
+from delineate.io.files import writing_beside
+from delineate.preprocessing.cache import PreparedDataset, prepare
+from delineate.recipe import Recipe, apply_changes, recipe_from, to_yaml
+from delineate.sampling.tiles import geometry_for
+from delineate.training.options import Reporter, RunOptions
+
+
+def auto_recipe(
+    dataset: Dataset,
+    folder: Path,
+    options: RunOptions,
+    report: Reporter,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    changes: Sequence[str] = (),
+) -> tuple[Recipe, Inspection | None]:
+    """The recipe derived from ``dataset`` and this machine, written with its reasons into ``folder``.
+
+    A run that was begun there keeps the recipe it was begun with. Returns the inspection too, where
+    one was needed.
+    """
+    path = folder / "recipe.yaml"
+    if path.exists():
+        budget = {"minutes": minutes, "steps": steps} if minutes or steps else {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values["training"] |= budget
+        return recipe_from(apply_changes(values, changes)), None
+    targets = dataset.targets
+    if targets is None:
+        raise RecipeError(f"data set '{dataset.name}' does not name its targets; add for example --targets liver=1")
+    inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
+    sound = [row for row in inspection.rows if row.subject not in inspection.broken]
+    if len(sound) < 2 or (inspection.broken and not options.leave_out_broken):
+        raise BrokenSubjects(broken_message(inspection))
+    plan = plan_compute(device=options.device)
+    memory = available_memory_bytes()
+    if plan.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(plan.device).total_memory
+    summary = summarise(sound, dataset.modality)
+    recipe, reasons = derive_recipe(
+        summary, targets, device=plan.device.type, memory_bytes=memory, minutes=minutes, steps=steps
+    )
+    recipe = recipe_from(apply_changes(recipe.as_dict(), changes))
+    with writing_beside(path) as temporary:
+        temporary.write_text(to_yaml(recipe.as_dict(), reasons), encoding="utf-8")
+    for field_, reason in reasons.items():
+        report(f"auto: {field_} = {_value_at(recipe.as_dict(), field_)} ({reason})")
+    return recipe, inspection
+
+
+def _value_at(values: Any, path: str) -> Any:
+    for key in path.split("."):
+        values = values[int(key)] if isinstance(values, list) else values[key]
+    return values
+
+
+def inspected(
+    recipe: Recipe, dataset: Dataset, inspection: Inspection | None, options: RunOptions, report: Reporter
+) -> tuple[Dataset, Targets, Inspection]:
+    targets = recipe.data.targets.targets() if recipe.data.targets is not None else dataset.targets
+    if targets is None:
+        raise RecipeError(
+            f"data set '{dataset.name}' does not name its targets, nor does the recipe; "
+            "add for example --set 'data.targets.values={liver: 1}'"
+        )
+    if recipe.data.channels is not None:
+        channels = recipe.data.channels
+        dataset = replace(dataset, subjects=tuple(with_channels(s, channels) for s in dataset.subjects))
+    if inspection is None:
+        inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
+    if inspection.broken:
+        if not options.leave_out_broken:
+            raise BrokenSubjects(broken_message(inspection))
+        report(f"left out as broken: {', '.join(inspection.broken)}")
+        kept = tuple(s for s in dataset.subjects if s.id not in inspection.broken)
+        dataset = replace(dataset, subjects=kept)
+    if len(dataset.subjects) < 2:
+        raise BrokenSubjects(f"{len(dataset.subjects)} usable subjects are left; training needs two or more")
+    return dataset, targets, inspection
+
+
+def broken_message(inspection: Inspection) -> str:
+    """All errors of an inspection, a line each."""
+    lines = [f"  {p.subject}: {p.code}: {p.message}; {p.mend}" for p in inspection.errors]
+    return (
+        f"{len(inspection.broken)} subjects cannot be trained on:\n" + "\n".join(lines) + "\n"
+        "Mend them, or add --leave-out-broken to train on the others"
+    )
+
+
+def expected_seconds(recipe: Recipe) -> float:
+    """About how long the run is, to judge whether compiling pays."""
+    training = recipe.training
+    by_time = float("inf") if training.minutes is None else training.minutes * 60
+    # A step of the packaged recipes takes about a second on two cores.
+    by_steps = float("inf") if training.steps is None else float(training.steps)
+    shortest = min(by_time, by_steps)
+    if shortest == float("inf"):
+        raise RecipeError("the recipe has no budget; set training.minutes (or --minutes) or training.steps")
+    return shortest
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Prepared subjects by what they are for."""
+
+    training: PreparedDataset
+    validation: PreparedDataset
+
+
+def prepared_bundle(
+    recipe: Recipe,
+    dataset: Dataset,
+    targets: Targets,
+    inspection: Inspection,
+    roles: Roles,
+    options: RunOptions,
+    plan: ComputePlan,
+    report: Reporter,
+) -> tuple[Bundle, Prepared]:
+    """Fit the preprocessing on the training subjects, prepare them, and describe the bundle to be."""
+    pipeline = recipe.pipeline.fit(lambda: (load_scan(subject) for subject in roles.training))
+    cache = cache_folder(options)
+    both = prepare(
+        [*roles.training, *roles.validation],
+        pipeline,
+        targets,
+        cache,
+        threads=plan.threads,
+        progress=lambda done, total: report.progress("preparing", done, total),
+    )
+    training, validation = both[: len(roles.training)], both[len(roles.training) :]
+    spacing = np.median([grid.spacing_mm for grid in training.grids], axis=0)
+    spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
+    largest = np.max([grid.shape for grid in training.grids], axis=0)
+    geometry = geometry_for(recipe.tiles, largest, spacing_mm, recipe.network.divisor, recipe.network.margin)
+    rows = {row.subject: row for row in inspection.rows}
+    bundle = Bundle(
+        recipe=recipe,
+        pipeline=pipeline,
+        targets=targets,
+        channels=roles.training[0].channels,
+        geometry=geometry,
+        spacing_mm=spacing_mm,
+        fingerprint=fingerprint_of([rows[s.id] for s in roles.training]),
+        provenance={
+            "data_set": dataset.name,
+            "layout": dataset.layout,
+            "simulated": "simulated" in dataset.name.lower(),
+            "fold": options.fold,
+            "seed": recipe.training.seed,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "training": [s.id for s in roles.training],
+            "validation": [s.id for s in roles.validation],
+            "held_out": [s.id for s in roles.held_out],
+            "left_out": sorted(inspection.broken),
+            "file_hashes": {name: dict(rows[name].hashes) for name in sorted(rows)},
+            "versions": versions(),
+        },
+    )
+    return bundle, Prepared(training.in_memory(), validation.in_memory())
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What each subject is for. ``validation`` chooses weights; ``held_out`` is never used in training."""
+
+    training: tuple[Subject, ...]
+    validation: tuple[Subject, ...]
+    held_out: tuple[Subject, ...]
+
+
+def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, recipe: Recipe) -> Roles:
+    """Roles for a fold. Validation subjects are whole patients of the training folds, at most a tenth of them."""
+    held = () if fold is None else split.held_out(fold)
+    trained = [name for part in split.folds for name in part] if fold is None else split.training_of(fold)
+    pool = [s for s in subjects if s.id in trained]
+    wanted = min(recipe.training.validation.subjects, max(1, round(len(pool) / 10)))
+    if len(pool) < 3:
+        wanted = 0
+    patients = sorted({s.patient for s in pool})
+    chosen: set[str] = set()
+    for index in np.random.default_rng((recipe.training.seed, 4)).permutation(len(patients)):
+        if sum(s.patient in chosen for s in pool) >= wanted:
+            break
+        chosen.add(patients[index])
+    return Roles(
+        training=tuple(s for s in pool if s.patient not in chosen),
+        validation=tuple(s for s in pool if s.patient in chosen),
+        held_out=tuple(s for s in subjects if s.id in held),
+    )
+
+
+def split_for(recipe: Recipe, dataset: Dataset, folder: Path, options: RunOptions) -> Split:
+    path = options.split_file or folder / "split.json"
+    if path.exists():
+        return load_or_make_split(path, dataset)
+    patients = len({subject.patient for subject in dataset.subjects})
+    return load_or_make_split(path, dataset, folds=min(recipe.training.folds, patients), seed=recipe.training.seed)
+
+
+def cache_folder(options: RunOptions) -> Path:
+    """Where prepared subjects lie: as asked, else the user's cache."""
+    if options.cache is not None:
+        return options.cache
+    if named := os.environ.get("DELINEATE_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "delineate"
