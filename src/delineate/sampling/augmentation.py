@@ -153,8 +153,7 @@ def _turn(angle: Tensor, i: int, j: int, d: int) -> Tensor:
 
 
 def _change_intensity(image: Tensor, spec: IntensitySpec, generator: Generator) -> Tensor:
-    n, c, d = image.shape[0], image.shape[1], image.ndim - 2
-    device, ones = image.device, [1] * (image.ndim - 2)
+    n, c, device, ones = image.shape[0], image.shape[1], image.device, [1] * (image.ndim - 2)
 
     def draw(bounds: Range, neutral: float) -> Tensor:
         """A number for each sample and channel (N, C, 1…); ``neutral`` where not chosen."""
@@ -164,19 +163,28 @@ def _change_intensity(image: Tensor, spec: IntensitySpec, generator: Generator) 
 
     gamma, gain, offset = draw(spec.gamma, 1.0), draw(spec.gain, 1.0), draw(spec.offset, 0.0)
     field_sd, noise_sd = draw(spec.bias_field, 0.0), draw(spec.noise, 0.0)
-    space = tuple(range(2, image.ndim))
-    low, high = image.amin(space, keepdim=True), image.amax(space, keepdim=True)
-    span = (high - low).clamp_min(1e-6)
-    # Gamma and the bias field act on what rises above the channel's minimum, as they do on a scanner.
-    risen = ((image - low) / span).pow(gamma)
-    coarse = torch.randn(n, c, *[4] * d, generator=generator, device=device) * field_sd
-    field = F.interpolate(
-        coarse, size=tuple(image.shape[2:]), mode="trilinear" if d == 3 else "bilinear", align_corners=True
-    )
-    image = (risen * field.exp() * span + low) * gain + offset
-    if bool((noise_sd > 0).any()):
-        image = image + torch.randn(image.shape, generator=generator, device=device) * noise_sd
+    bent, uneven, noisy = (bool(x.any()) for x in (gamma != 1, field_sd > 0, noise_sd > 0))
+    if bent or uneven:
+        # Both act on what rises above the channel's minimum, as they do on a scanner.
+        space = tuple(range(2, image.ndim))
+        low, high = image.amin(space, keepdim=True), image.amax(space, keepdim=True)
+        span = (high - low).clamp_min(1e-6)
+        risen = (image - low) / span
+        risen = risen.pow(gamma) if bent else risen
+        risen = risen * _smooth_field(image, field_sd, generator) if uneven else risen
+        image = torch.addcmul(low, risen, span)
+    image = torch.addcmul(offset, image, gain)
+    if noisy:
+        image = torch.addcmul(image, torch.randn(image.shape, generator=generator, device=device), noise_sd)
     return image
+
+
+def _smooth_field(image: Tensor, sd: Tensor, generator: Generator) -> Tensor:
+    """A multiplicative field like a coil's (N, C, *space), from four control points along each axis."""
+    d = image.ndim - 2
+    coarse = torch.randn(*image.shape[:2], *[4] * d, generator=generator, device=image.device) * sd
+    mode = "trilinear" if d == 3 else "bilinear"
+    return F.interpolate(coarse.exp(), size=tuple(image.shape[2:]), mode=mode, align_corners=True)
 
 
 def _chosen(n: int, probability: float, generator: Generator, device: torch.device) -> Tensor:
