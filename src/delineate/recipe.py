@@ -88,7 +88,8 @@ class ScheduleSpec(_Spec):
 class ValidationSpec(_Spec):
     """Validation on whole volumes of a few subjects taken from the training folds, always the same ones.
 
-    ``times`` over the budget; the bundle keeps the weights of the best ``metric``. ``patience``
+    ``times`` over the budget (less often where that would take more than a tenth of the
+    minutes); the bundle keeps the weights of the best ``metric``. ``patience``
     validations without a better one end the training early; ``null``: never.
     """
 

@@ -49,6 +49,7 @@ class Validator(lightning.Callback):
         self.subjects, self.folder, self.say = subjects, folder, say
         self.best, self.best_step, self.done, self.since_best = -math.inf, -1, 0, 0
         self.score = math.nan
+        self._taken, self._ended = 0.0, -math.inf
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_step": self.best_step, "done": self.done, "since_best": self.since_best}
@@ -60,10 +61,13 @@ class Validator(lightning.Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
         spec = module.spec.validation
         due = int(module.progress * spec.times + 1e-9)
-        if due <= self.done or not self.subjects:
+        if due <= self.done or not self.subjects or self._too_soon(module):
             return
         self.done = due
+        started = module.budget.elapsed()
         scores = self._scores(trainer, module)
+        self._ended = module.budget.elapsed()
+        self._taken = self._ended - started
         result = summary(scores, spec.metric)
         self.score = result.pop("score")
         for logger in trainer.loggers:
@@ -87,6 +91,15 @@ class Validator(lightning.Callback):
         if spec.patience is not None and self.since_best >= spec.patience:
             self.say(f"no better validation in {spec.patience}: training ends early")
             trainer.should_stop = True
+
+    def _too_soon(self, module: Delineator) -> bool:
+        """Whether validating large scans again would take more than about a tenth of a budget of minutes."""
+        if module.budget.seconds is None or module.progress >= 1.0:
+            return False
+        soon = module.budget.elapsed() < self._ended + 9 * self._taken
+        if module.trainer.world_size > 1:
+            soon = bool(module.trainer.strategy.broadcast(soon, src=0))
+        return soon
 
     def _scores(self, trainer: lightning.Trainer, module: Delineator) -> list[dict[str, float]]:
         """Scores of all subjects; each process takes every world-th."""
