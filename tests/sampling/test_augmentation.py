@@ -37,6 +37,15 @@ def test_image_and_label_move_together() -> None:
     assert (moved != target).any()
 
 
+def test_autocast_does_not_blur_places() -> None:
+    image, target = torch.rand(2, 1, 24, 24, 24), torch.randint(0, 3, (2, 1, 24, 24, 24), dtype=torch.uint8)
+    plain = varied(image, target, AugmentationSpec(spatial=STRONG))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = varied(image, target, AugmentationSpec(spatial=STRONG))
+    assert torch.equal(plain[0], within[0])
+    assert torch.equal(plain[1], within[1])
+
+
 def test_probability_zero_changes_nothing() -> None:
     image, target = torch.rand(2, 1, 8, 9, 10), torch.randint(0, 3, (2, 1, 8, 9, 10), dtype=torch.uint8)
     spec = AugmentationSpec(spatial=SpatialSpec(probability=0, elastic_mm=3), intensity=IntensitySpec(probability=0))

@@ -88,6 +88,20 @@ def augment(
     :func:`context_voxels` around ``shape``; 2D or 3D. ``spacing_mm`` and ``axes`` name the spatial
     axes in order. Returns image (N, C, *shape) and target (N, T, *shape).
     """
+    # In bfloat16, places would be off by a tenth of a voxel.
+    with torch.autocast(image.device.type, enabled=False):
+        return _augment(image, target, spec, shape, spacing_mm, generator, axes)
+
+
+def _augment(
+    image: Tensor,
+    target: Tensor,
+    spec: AugmentationSpec,
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    generator: Generator,
+    axes: str,
+) -> tuple[Tensor, Tensor]:
     if spec.spatial is not None:
         grid = _sampling_grid(spec.spatial, image, shape, spacing_mm, generator, axes)
         # "bilinear" is torch's word for linear in 3D too.
@@ -112,18 +126,28 @@ def _sampling_grid(
     spacing = torch.tensor(spacing_mm, dtype=torch.float32, device=device)
     matrix = _affine(spec, n, d, generator, device, axes)  # turns millimetres
     matrix = matrix * spacing / spacing[:, None]  # voxels → mm → turned → voxels
-    lines = [torch.arange(side, device=device, dtype=torch.float32) - (side - 1) / 2 for side in shape]
-    voxels = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).reshape(-1, d)
-    source = (voxels @ matrix.transpose(1, 2)).reshape(n, *shape, d)
+    points = [min(spec.elastic_points if spec.elastic_mm > 0 else 2, side) for side in shape]
+    lines = [torch.linspace(-1, 1, p, device=device) * (side - 1) / 2 for p, side in zip(points, shape, strict=True)]
+    control = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).reshape(-1, d)
+    source = (control @ matrix.transpose(1, 2)).reshape(n, *points, d)
     if spec.elastic_mm > 0:
-        points = [min(spec.elastic_points, side) for side in shape]
-        shift = torch.randn(n, d, *points, generator=generator, device=device) * spec.elastic_mm
-        shift = shift * _chosen(n, spec.probability, generator, device).view(n, *[1] * (d + 1))
-        shift = F.interpolate(shift, size=tuple(shape), mode="trilinear" if d == 3 else "bilinear", align_corners=True)
-        source = source + shift.movedim(1, -1) / spacing
+        shift = torch.randn(n, *points, d, generator=generator, device=device) * spec.elastic_mm
+        source = source + shift * _chosen(n, spec.probability, generator, device).view(n, *[1] * (d + 1)) / spacing
     size = torch.tensor(image.shape[2:], dtype=torch.float32, device=device)
     # grid_sample counts from -1 at the first border to 1 at the last, innermost axis first.
-    return (source * 2 / size).flip(-1)
+    grid = (source * 2 / size).flip(-1)
+    # Linear interpolation between control points keeps the affine part exact, so that one pass makes the grid.
+    for axis in reversed(range(d)):
+        weights = _between(points[axis], shape[axis], device)  # (side, points)
+        grid = weights @ grid.reshape(n * math.prod(points[:axis]), points[axis], -1)
+        grid = grid.reshape(n, *points[:axis], *shape[axis:], d)
+    return grid
+
+
+def _between(points: int, side: int, device: torch.device) -> Tensor:
+    """Weights (side, points) of linear interpolation between points spread from the first voxel to the last."""
+    place = torch.linspace(0, points - 1, side, device=device)
+    return (1 - (place[:, None] - torch.arange(points, device=device)).abs()).clamp_min(0)
 
 
 def _affine(spec: SpatialSpec, n: int, d: int, generator: Generator, device: torch.device, axes: str) -> Tensor:

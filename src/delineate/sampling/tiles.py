@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,21 @@ class Whole(BaseModel):
 
 
 TileSpec = Annotated[Patches | Slices | Whole, Field(discriminator="kind")]
+
+
+class InputRules(Protocol):
+    """What a network asks of its input's sides, for the axes that it works on (2 or 3).
+
+    They divide by ``divisor``, are at least ``smallest``, and hold ``margin`` voxels on each side
+    that the output lacks.
+    """
+
+    @property
+    def divisor(self) -> tuple[int, ...]: ...
+    @property
+    def margin(self) -> tuple[int, ...]: ...
+    @property
+    def smallest(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -119,28 +134,28 @@ def geometry_for(
     spec: Patches | Slices | Whole,
     volume_shape: Sequence[int],
     spacing_mm: Sequence[float],
-    divisor: Sequence[int],
-    margin: Sequence[int],
+    network: InputRules,
 ) -> TileGeometry:
-    """Geometry of ``spec`` for volumes of a shape, padded to what a network accepts.
+    """Geometry of ``spec`` for volumes of a shape, padded to what ``network`` accepts.
 
-    ``divisor`` and ``margin`` come from the network, for the axes that it works on (2 or 3).
     Raises :class:`RecipeError` where a 2D network meets 3D tiles or the other way round.
     """
     slice_axis = _slice_axis(spec, spacing_mm)
     wanted = 3 if slice_axis is None else 2
-    if len(divisor) != wanted:
+    if len(network.divisor) != wanted:
         raise RecipeError(
-            f"tiles of kind '{spec.kind}' are for {wanted}D networks, got a {len(divisor)}D one; "
+            f"tiles of kind '{spec.kind}' are for {wanted}D networks, got a {len(network.divisor)}D one; "
             "use kind: slices with 2D networks, kind: patches with 3D ones"
         )
+    volume_shape = [int(n) for n in volume_shape]  # numpy's integers are not JSON's
     shape, margins = list(volume_shape), [0, 0, 0]
     in_plane = [a for a in range(3) if a != slice_axis]
     asked: Sequence[int | None] = (None,) * 3 if isinstance(spec, Whole) else spec.shape
-    for axis, side, step, border in zip(in_plane, asked, divisor, margin, strict=True):
+    rules = zip(network.divisor, network.margin, network.smallest, strict=True)
+    for axis, side, (step, border, least) in zip(in_plane, asked, rules, strict=True):
         side = volume_shape[axis] if side is None else side
         # The side that is read, tile and margins, must divide.
-        shape[axis] = -(-(side + 2 * border) // step) * step - 2 * border
+        shape[axis] = max(-(-(side + 2 * border) // step) * step, least) - 2 * border
         margins[axis] = border
     if isinstance(spec, Slices) and slice_axis is not None:
         shape[slice_axis], margins[slice_axis] = 1, spec.neighbours
