@@ -19,13 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from delineate.bundle import Bundle
-from delineate.compute import ComputePlan, plan_compute
+from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.io.formats import read_volume, write_label, write_volume
+from delineate.losses.pixelwise import CrossEntropySpec
 from delineate.losses.spec import DICE_AND_CROSS_ENTROPY
 from delineate.networks import blocks
+from delineate.networks.configurations import CONFIGURATIONS
+from delineate.networks.cost import step_cost
 from delineate.networks.unet import UNetSpec
 from delineate.recipe import load_recipe, recipe_from
 from delineate.sampling.tiles import TileGeometry
@@ -67,7 +70,7 @@ def training_step(
     blocks.InstanceNorm = ours if plan else TorchInstanceNorm  # type: ignore[assignment, misc]
     network = UNetSpec(dimensions=3, widths=widths, norm=norm).build(1, 3)  # type: ignore[arg-type]
     blocks.InstanceNorm = ours  # type: ignore[misc]
-    loss = DICE_AND_CROSS_ENTROPY.build(exclusive=True)
+    loss = DICE_AND_CROSS_ENTROPY.build(Targets({"a": (1,), "b": (2,)}))
     image, target = torch.randn(batch, 1, *sides), torch.randint(0, 3, (batch, 1, *sides), dtype=torch.uint8)
     if plan is not None:
         plan.place(network, 3)
@@ -181,7 +184,7 @@ def bench_data(quick: bool) -> list[Row]:
     sampler = Sampler(recipe.sampler, simulated_subjects((36, 50, 35), 8), geometry, seed=0)
     source = BatchSource(sampler, recipe.augmentation, recipe.training.batch_size)
     network = plan.place(recipe.network.build(1, 3), 3)
-    loss, numbers = recipe.loss.build(exclusive=True), iter(range(10**9))
+    loss, numbers = recipe.loss.build(Targets({"Anterior": (1,), "Posterior": (2,)})), iter(range(10**9))
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     judge = plan.compiled(lambda x, y: loss(network(x), y, x))
     image, target = source.augmented(source.batch(0), seed=0)
@@ -268,12 +271,19 @@ def bench_predict(quick: bool) -> list[Row]:
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 
-def peak_of(work: str) -> float:
-    """Peak memory in GB of a new process that does ``work``."""
+def process_of(work: str) -> tuple[str, float]:
+    """What a new process that does ``work`` prints, and its peak memory in GB."""
     code = f"import resource, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import run; {work}\n"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) * 1024 / 1e9
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{work} failed:\n{done.stderr}")
+    *printed, peak = done.stdout.splitlines()
+    return "\n".join(printed), int(peak) * 1024 / 1e9
+
+
+def peak_of(work: str) -> float:
+    return process_of(work)[1]
 
 
 def train_two_steps(quick: bool) -> None:
@@ -313,6 +323,62 @@ def bench_memory(quick: bool) -> list[Row]:
     return [{"case": name, "peak GB": peak_of(work)} for name, work in works.items()]
 
 
+# ---- the reports' networks -----------------------------------------------------------------------------------------
+
+
+def network_steps(name: str, planned: bool, quick: bool) -> None:
+    """Print milliseconds and batch size of a training step of a packaged network at its report's input."""
+    configuration = CONFIGURATIONS[name]
+    spec, batch, sides = configuration.spec, configuration.batch, configuration.sides
+    if quick:
+        batch, sides = 2, tuple(max(2 * d, s) for d, s in zip(spec.divisor, spec.smallest, strict=True))
+    cost = step_cost(spec, configuration.inputs, configuration.outputs, sides, batch)
+    while batch > 1 and cost.memory_gb > 0.6 * available_memory_bytes() / 1e9:
+        batch //= 2
+        cost = step_cost(spec, configuration.inputs, configuration.outputs, sides, batch)
+    plan = plan_compute(compile="off" if quick else "on") if planned else None
+    torch.manual_seed(0)
+    network = spec.build(configuration.inputs, configuration.outputs)
+    targets = Targets({f"t{i}": (i + 1,) for i in range(configuration.outputs)}, "overlapping")
+    loss = CrossEntropySpec().build(targets)
+    inner = [n - 2 * m for n, m in zip(sides, spec.margin, strict=True)]
+    image = torch.randn(batch, configuration.inputs, *sides)
+    target = torch.randint(0, 2, (batch, configuration.outputs, *inner), dtype=torch.uint8)
+    if plan is not None:
+        plan.place(network, spec.dimensions)
+        image = image.contiguous(memory_format=plan.memory_format(spec.dimensions))
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-4, fused=planned)
+
+    def judged(x: Tensor, y: Tensor) -> Tensor:
+        return loss(network(x), y, x)
+
+    judge = judged if plan is None else plan.compiled(judged)
+    seconds = []
+    for _ in range(2 if quick else 4):
+        start = time.perf_counter()
+        with plan.autocast() if plan is not None else nullcontext():
+            value = judge(image, target)
+        value.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"batch": batch, "ms": 1000 * statistics.median(seconds[1:])}))
+
+
+def bench_networks(quick: bool) -> list[Row]:
+    rows = []
+    for name in list(CONFIGURATIONS)[:1] if quick else CONFIGURATIONS:
+        row: Row = {"case": name}
+        for label, planned in (("defaults", False), ("plan", True)):
+            printed, peak = process_of(f"run.network_steps({name!r}, {planned}, {quick})")
+            measured = json.loads(printed.splitlines()[-1])
+            row |= {"batch": measured["batch"], f"{label}, ms": measured["ms"], f"{label}, peak GB": peak}
+        row["times faster"] = row["defaults, ms"] / row["plan, ms"]
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
+    return rows
+
+
 # ---- files -----------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +413,7 @@ BENCHMARKS = {
     "data": bench_data,
     "predict": bench_predict,
     "memory": bench_memory,
+    "networks": bench_networks,
     "files": bench_files,
 }
 
@@ -358,7 +425,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
     results = {}
-    for name in options.names or BENCHMARKS:
+    # The reports' networks take half an hour: only when they are asked for.
+    for name in options.names or [name for name in BENCHMARKS if name != "networks"]:
+        # What another benchmark compiled counts against this one's limit of recompilations.
+        torch._dynamo.reset()
         rows = results[name] = BENCHMARKS[name](options.quick)
         print(f"\n{name}: {(BENCHMARKS[name].__doc__ or '').strip()}".rstrip(": "))
         width = max(len(row["case"]) for row in rows)

@@ -49,9 +49,7 @@ def test_the_network_takes_the_tiles(data, kind, dimensions, device) -> None:
     assert recipe.tiles.kind == kind
     assert recipe.network.dimensions == dimensions
     spacing = np.median(data.spacings_mm, axis=0)
-    geometry = geometry_for(
-        recipe.tiles, data.shapes[0].astype(int), spacing, recipe.network.divisor, recipe.network.margin
-    )
+    geometry = geometry_for(recipe.tiles, data.shapes[0].astype(int), spacing, recipe.network)
     asked = [n for n in recipe.tiles.shape if n]
     assert [n for n in geometry.shape if n > 1] == [n for n in asked if n > 1]  # nothing had to be padded
     recipe.network.build(1, 2)

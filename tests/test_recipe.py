@@ -9,8 +9,44 @@ from delineate.recipe import ScheduleSpec, apply_changes, load_recipe, packaged_
 
 def test_the_packaged_recipes_are_all_found() -> None:
     assert set(packaged_recipes()) == {
-        "brats", "demo", "generic_2.5d", "generic_2d", "generic_3d", "hippocampus", "prostate", "sarcoma", "wmh"
+        "brats", "demo", "generic_2.5d", "generic_2d", "generic_3d", "hippocampus", "prostate", "sarcoma", "wmh",
+        "brain_2d", "brain_3d_context", "brain_3d_small", "liver_tumour_a", "liver_tumour_b", "liver_tumour_c",
+        "liver_tumour_lits", "liver_volume", "prostate_deeplab", "prostate_tiramisu", "prostate_unet", "wmh_dense",
+        "wmh_siamese",
     }  # fmt: skip
+
+
+def test_every_recipe_carries_its_own_name() -> None:
+    assert all(load_recipe(name).name == name for name in packaged_recipes())
+
+
+def test_a_recipe_extends_another_field_by_field() -> None:
+    """The three arms of the transfer study differ in what they say, and in nothing else."""
+    a, b, c = (load_recipe(f"liver_tumour_{arm}").as_dict() for arm in "abc")
+    assert b["start"]["weights"] == "runs/liver_tumour_lits"
+    assert c["training"]["frozen"] == ["encoder.0.*"]
+    for values in (a, b, c):
+        for key in ("name", "description", "start"):
+            del values[key]
+        values["training"]["frozen"] = []
+    assert a == b == c
+    assert a["training"]["batch_size"] == 18
+    assert a["training"]["optimiser"]["kind"] == "adam"  # from the recipe below
+
+
+def test_a_group_of_another_kind_takes_nothing_over(tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: hippocampus\nnetwork: {kind: vnet}\n", encoding="utf-8")
+    assert load_recipe(path).network.kind == "vnet"
+
+
+def test_recipes_beside_each_other_extend_each_other_but_not_in_circles(tmp_path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\ntraining: {seed: 3}\n", encoding="utf-8")
+    (tmp_path / "b.yaml").write_text("extends: demo\n", encoding="utf-8")
+    assert load_recipe(tmp_path / "a.yaml").training.seed == 3
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="extends itself"):
+        load_recipe(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize("name", packaged_recipes())

@@ -18,8 +18,28 @@ from delineate.recipe import load_recipe, packaged_recipes, recipe_from
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.run import train
 
-CHANNELS = {"brats": 2}
+CHANNELS = {"brats": 2, "brain_2d": 2, "brain_3d_context": 2, "brain_3d_small": 2}
+OVERLAPPING = {"liver_tumour_lits", "liver_tumour_a", "liver_tumour_b", "liver_tumour_c"}
 SPACING_MM = {"wmh": (0.9, 0.9, 6.0), "sarcoma": (1.0, 1.0, 3.3), "demo": (3.5, 3.5, 7.0), "generic_2.5d": (1, 1, 6)}
+
+
+# The reports' widths would take minutes here; tests of the networks hold them.
+SMALLER = {
+    "context_unet": {"first_filters": 8},
+    "tiramisu": {"encoder": [1, 1, 1], "bottleneck": 1, "decoder": [1, 1, 1]},
+}
+
+
+def pre_trained(values, folder):
+    """A bundle of two targets, one of them the lesion, as the arms of the transfer study begin with."""
+    from delineate.bundle import Bundle
+    from delineate.sampling.tiles import TileGeometry
+
+    recipe = recipe_from({**values, "start": None})
+    targets = Targets({"organ": (1, 2), "lesion": (2,)}, "overlapping")
+    bundle = Bundle(recipe, recipe.pipeline, targets, ("c0",), TileGeometry((40, 40, 1), slice_axis=2), (1.0, 1.0, 1.0))
+    bundle.save(folder / "pre_trained", bundle.network().state_dict(), {})
+    return folder / "pre_trained"
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
@@ -35,11 +55,22 @@ def test_it_trains_two_steps_and_predicts(name, tmp_path, rng) -> None:
         write_label(tmp_path / f"data/s{i}_label.nii.gz", LabelVolume(label, grid))
     values = load_recipe(name).as_dict()
     values["data"] = {}
-    values["training"] |= {"minutes": None, "steps": 2, "batch_size": 1, "folds": 3}
+    # DeepLab's pooled branch normalises over the batch alone.
+    batch_size = 2 if name == "prostate_deeplab" else 1
+    values["training"] |= {"minutes": None, "steps": 2, "batch_size": batch_size, "folds": 3}
+    if values["network"]["kind"] in SMALLER:
+        values["network"] |= SMALLER[values["network"]["kind"]]
+    if values["start"] is not None:
+        values["start"]["weights"] = str(pre_trained(values, tmp_path))
+    if values["loss"]["kind"] == "siamese_content":
+        values["loss"]["weights"] = "random"
+    if values["tiles"].get("shape"):
+        values["tiles"]["shape"] = [n and min(n, 64) for n in values["tiles"]["shape"]]
     values["training"]["validation"]["subjects"] = 0
     values["postprocessing"]["largest_component"] = []
+    targets = Targets({"lesion": (1,)}, "overlapping" if name in OVERLAPPING else "exclusive")
     images = {f"c{c}": f"*_c{c}.nii.gz" for c in range(channels)}
-    dataset = open_dataset(tmp_path / "data", images=images, labels="*_label.nii.gz", targets=Targets({"lesion": (1,)}))
+    dataset = open_dataset(tmp_path / "data", images=images, labels="*_label.nii.gz", targets=targets)
     options = RunOptions(cache=tmp_path / "cache", device="cpu", compile="off", evaluate=False)
     result = train(recipe_from(values), dataset, tmp_path / "run", options, Reporter())
     assert result.steps == 2

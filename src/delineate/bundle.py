@@ -154,17 +154,38 @@ class Bundle:
         free = isinstance(spec, Whole) or (isinstance(spec, Slices) and spec.shape == (None, None))
         if not free:
             return self.geometry
-        network = self.recipe.network
-        return geometry_for(spec, shape, self.spacing_mm, network.divisor, network.margin)
+        return geometry_for(spec, shape, self.spacing_mm, self.recipe.network)
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Replace a bundle's weights in one rename; everything else in a bundle stays as it is."""
+    save_tensors(folder / "weights.safetensors", weights, metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors as safetensors, beside and renamed."""
     from safetensors.torch import save_file
 
-    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
-    with writing_beside(folder / "weights.safetensors") as path:
-        save_file(plain, path, metadata={key: str(value) for key, value in metadata.items()})
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    with writing_beside(path) as temporary:
+        save_file(plain, temporary, metadata={key: str(value) for key, value in metadata.items()})
+
+
+def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:
+    """Write the tensors of a bundle whose names fit a pattern, such as ``encoder.*``, as one file.
+
+    Returns their number. Raises :class:`BundleError` where none fits.
+    """
+    from delineate.networks.transfer import matching
+
+    weights = Bundle.load(folder).trained_network().state_dict()
+    chosen = {name: weights[name] for name in matching(weights, include)}
+    if not chosen:
+        raise BundleError(
+            f"no tensor of {folder} fits {', '.join(include)}; they are named like '{next(iter(weights))}'"
+        )
+    save_tensors(path, chosen, {})
+    return len(chosen)
 
 
 def fingerprint_of(rows: Sequence[SubjectRow]) -> dict[str, Any]:

@@ -22,6 +22,7 @@
      │    └── BadSplit                 E_SPLIT
      ├── RecipeError                 E_RECIPE      a recipe or setting is not valid
      ├── BundleError                 E_BUNDLE      a bundle is damaged or does not fit
+     ├── WeightsError                E_WEIGHTS     published weights are missing, damaged or of another network
      ├── CannotUndo                  E_UNDO        a preprocessing step has no way back
      ├── TrainingError               E_TRAINING    training cannot go on
      └── OutputError                 E_OUTPUT      a result cannot be written
@@ -158,6 +159,12 @@ class BundleError(DelineateError):
     """A bundle is damaged, or does not fit what it is used for."""
 
     code = "E_BUNDLE"
+
+
+class WeightsError(DelineateError):
+    """Published weights are missing, damaged, or those of another network."""
+
+    code = "E_WEIGHTS"
 
 
 class CannotUndo(DelineateError):

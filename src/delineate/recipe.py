@@ -55,13 +55,18 @@ class DataSpec(_Spec):
 
 
 class OptimiserSpec(_Spec):
-    """``adamw`` decouples the weight decay; ``sgd`` uses Nesterov momentum ``beta1``."""
+    """``adamw`` decouples the weight decay; ``sgd`` uses Nesterov momentum ``beta1``.
+
+    ``rates`` multiply the learning rate of parameters whose names fit a pattern, such as
+    ``encoder.*``; the first that fits counts.
+    """
 
     kind: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
 
 
 class ScheduleSpec(_Spec):
@@ -104,6 +109,8 @@ class TrainingSpec(_Spec):
 
     ``ema`` is the decay of the averaged weights that are validated and kept (0: none).
     ``collapse_after``: from this step on, predictions of background alone are reported.
+    ``frozen``: patterns of parameters that stay as they begin, such as ``encoder.0.*``; their
+    BatchNorms keep their statistics, too.
     """
 
     batch_size: Annotated[int, Field(ge=1)] = 2
@@ -117,6 +124,22 @@ class TrainingSpec(_Spec):
     collapse_after: Annotated[int, Field(ge=1)] = 300
     folds: Annotated[int, Field(ge=2)] = 5
     seed: Annotated[int, Field(ge=0)] = 0
+    frozen: tuple[str, ...] = ()
+
+
+class StartSpec(_Spec):
+    """Weights to begin with: those of a run or bundle, or of a file of tensors.
+
+    What fits by name and shape is loaded, the rest reported; ``include`` and ``exclude`` are patterns of
+    names. Outputs are matched by their target's name; ``rows`` names the source's target for
+    a target of another name. ``channels`` converts kernels for other numbers of input channels.
+    """
+
+    weights: str
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    rows: dict[str, str] = Field(default_factory=dict)
+    channels: Literal["repeat", "mean"] | None = "repeat"
 
 
 class InferenceSpec(_Spec):
@@ -145,6 +168,7 @@ class Recipe(_Spec):
     sampler: SamplerSpec = ClassBalancedTiles()
     augmentation: AugmentationSpec = AugmentationSpec()
     network: NetworkSpec
+    start: StartSpec | None = None
     loss: LossSpec = DICE_AND_CROSS_ENTROPY
     training: TrainingSpec = TrainingSpec()
     inference: InferenceSpec = InferenceSpec()
@@ -168,23 +192,42 @@ def packaged_recipes() -> dict[str, Path]:
 def load_recipe(name_or_path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     """The packaged recipe of a name, or the one in a YAML file, with ``path.to.field=value`` changes.
 
+    A file may begin with ``extends``, the name or path (from its own folder) of a recipe whose fields it takes
+    over. Groups are joined field by field; one with a ``kind`` of its own stands alone.
+
     Raises :class:`RecipeError` naming the field, what was found, and the nearest valid name.
     """
+    return recipe_from(apply_changes(_read(name_or_path), changes))
+
+
+def _read(name_or_path: str | Path, beside: Path | None = None, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
     packaged = packaged_recipes()
-    path = packaged.get(str(name_or_path), Path(name_or_path))
+    path = packaged.get(str(name_or_path), (beside or Path()) / name_or_path)
     if not path.is_file():
         near = difflib.get_close_matches(str(name_or_path), packaged, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise RecipeError(
             f"no recipe '{name_or_path}'{hint} Packaged are: {', '.join(packaged)}; else give the path of a YAML file"
         )
+    if path in extended:
+        raise RecipeError(f"{path.name} extends itself, by way of {extended[-1].name}; break the circle")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{path.name} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path.name} holds {type(values).__name__}, not fields; see `delineate recipes show`")
-    return recipe_from(apply_changes(values, changes))
+    base = values.pop("extends", None)
+    return values if base is None else _joined(_read(str(base), path.parent, (*extended, path)), values)
+
+
+def _joined(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    joined = dict(base)
+    for key, value in values.items():
+        before = joined.get(key)
+        alike = isinstance(before, dict) and isinstance(value, dict) and "kind" not in value
+        joined[key] = _joined(before, value) if alike else value  # type: ignore[arg-type]
+    return joined
 
 
 def recipe_from(values: Mapping[str, Any]) -> Recipe:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from delineate.networks.blocks import InstanceNorm, LinearUpsample
+from delineate.networks.blocks import InstanceNorm, KerasTransposed, LinearUpsample
 
 
 @pytest.mark.parametrize("d", [2, 3])
@@ -39,3 +39,16 @@ def test_linear_upsampling_keeps_a_constant() -> None:
     y = up(torch.full((1, 2, 3, 4, 5), 7.0))
     assert y.shape == (1, 2, 6, 8, 5)
     torch.testing.assert_close(y, torch.full_like(y, 7.0))
+
+
+def test_keras_transposed_keeps_the_first_voxels() -> None:
+    """A single one enlarged: its kernel begins at twice its place, as Keras' "same" has it."""
+    up = KerasTransposed(2, 1, 1, bias=False)
+    kernel = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
+    up.transposed.weight.data.copy_(kernel)
+    x = torch.zeros(1, 1, 4, 4)
+    x[0, 0, 1, 2] = 1
+    y = up(x)
+    assert y.shape == (1, 1, 8, 8)
+    torch.testing.assert_close(y[:, :, 2:5, 4:7], kernel)
+    assert y.sum() == kernel.sum()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from delineate.networks.unet import UNetSpec
@@ -22,3 +23,18 @@ def test_strides_decide_the_divisor() -> None:
 def test_wrong_numbers_of_strides_are_refused_with_the_right_ones() -> None:
     with pytest.raises(ValidationError, match="give 2 entries of 3 numbers"):
         UNetSpec(dimensions=3, widths=(4, 8, 16), strides=((2, 2, 2),))
+
+
+def test_deep_supervision_answers_at_coarser_levels_in_training_only() -> None:
+    network = UNetSpec(dimensions=3, widths=(4, 6, 8, 10), deep_supervision=2).build(1, 3)
+    image = torch.randn(1, 1, 16, 16, 8)
+    fine, half, quarter = network.train()(image)
+    assert [tuple(x.shape[2:]) for x in (fine, half, quarter)] == [(16, 16, 8), (8, 8, 4), (4, 4, 2)]
+    assert network.eval()(image).shape == (1, 3, 16, 16, 8)
+    (fine.sum() + half.sum() + quarter.sum()).backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_more_supervised_levels_than_there_are_is_refused() -> None:
+    with pytest.raises(ValidationError, match="1 decoder levels below the finest"):
+        UNetSpec(dimensions=2, widths=(4, 8, 16), deep_supervision=2)

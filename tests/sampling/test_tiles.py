@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,19 @@ from hypothesis import strategies as st
 
 from delineate.errors import RecipeError
 from delineate.sampling.tiles import Patches, Slices, TileGeometry, Whole, geometry_for, read_box
+
+
+class Rules(NamedTuple):
+    """What a network might ask of its input."""
+
+    divisor: tuple[int, ...]
+    margin: tuple[int, ...] = (0, 0, 0)
+    smallest: tuple[int, ...] = (1, 1, 1)
+
+
+def flat(divisor: int) -> Rules:
+    return Rules((divisor, divisor), (0, 0), (1, 1))
+
 
 SHAPES = st.tuples(*[st.integers(1, 23)] * 3)
 
@@ -27,6 +42,11 @@ def test_reading_beyond_the_volume_repeats_its_border(volume, start, shape) -> N
     np.testing.assert_array_equal(read_box(voxels, start, shape), voxels[(slice(None), *np.ix_(*nearest))])
 
 
+def test_tiles_are_never_smaller_than_the_network_takes() -> None:
+    rules = Rules((8, 8, 8), smallest=(24, 24, 24))
+    assert geometry_for(Patches(shape=(16, 32, 8)), (90, 90, 90), (1, 1, 1), rules).shape == (24, 32, 24)
+
+
 def test_what_is_read_is_a_copy() -> None:
     voxels = np.zeros((1, 4, 4, 4))
     read_box(voxels, (0, 0, 0), (4, 4, 4))[...] = 1
@@ -36,7 +56,7 @@ def test_what_is_read_is_a_copy() -> None:
 def test_neighbouring_slices_become_channels_in_order() -> None:
     volume = np.arange(5, dtype=float)[None, None, None, :] + np.array([0, 100]).reshape(2, 1, 1, 1)
     volume = np.broadcast_to(volume, (2, 4, 4, 5))
-    geometry = geometry_for(Slices(neighbours=1), volume.shape[1:], (1, 1, 5), (2, 2), (0, 0))
+    geometry = geometry_for(Slices(neighbours=1), volume.shape[1:], (1, 1, 5), flat(2))
     tiles = geometry.tiles(volume.shape[1:])
     boxes = [geometry.to_network(geometry.read(volume, tile)) for tile in tiles]
     assert boxes[0][:, 0, 0].tolist() == [0, 0, 1, 100, 100, 101]  # edge slices repeat
@@ -45,21 +65,23 @@ def test_neighbouring_slices_become_channels_in_order() -> None:
 
 
 def test_the_thickest_axis_is_sliced() -> None:
-    geometry = geometry_for(Slices(axis="thickest"), (20, 8, 30), (1.0, 5.0, 1.0), (4, 4), (0, 0))
+    geometry = geometry_for(Slices(axis="thickest"), (20, 8, 30), (1.0, 5.0, 1.0), flat(4))
     assert geometry.slice_axis == 1
     assert geometry.shape == (20, 1, 32)
 
 
 def test_shapes_are_rounded_up_to_what_the_network_divides() -> None:
-    assert geometry_for(Whole(), (17, 16, 5), (1, 1, 1), (8, 8, 4), (0, 0, 0)).shape == (24, 16, 8)
-    valid = geometry_for(Patches(shape=(80, 96, 96)), (200, 200, 200), (1, 1, 1), (4, 4, 4), (10, 10, 10))
+    assert geometry_for(Whole(), (17, 16, 5), (1, 1, 1), Rules((8, 8, 4))).shape == (24, 16, 8)
+    valid = geometry_for(
+        Patches(shape=(80, 96, 96)), (200, 200, 200), (1, 1, 1), Rules((4, 4, 4), (10, 10, 10), (24, 24, 24))
+    )
     assert valid.shape == (80, 96, 96)
     assert valid.input_shape == (100, 116, 116)
 
 
 def test_dimensions_must_agree() -> None:
     with pytest.raises(RecipeError, match="kind: slices with 2D"):
-        geometry_for(Patches(shape=(8, 8, 8)), (8, 8, 8), (1, 1, 1), (2, 2), (0, 0))
+        geometry_for(Patches(shape=(8, 8, 8)), (8, 8, 8), (1, 1, 1), flat(2))
 
 
 @pytest.mark.parametrize("kind", ["uniform", "gaussian"])

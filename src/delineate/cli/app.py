@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from delineate.cli import data, demo, evaluate, predict, recipes, train
+from delineate.cli import data, demo, evaluate, networks, predict, recipes, train, weights
 
 app = typer.Typer(
     name="delineate",
@@ -34,3 +34,5 @@ app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(networks.app, name="networks")
+app.add_typer(weights.app, name="weights")

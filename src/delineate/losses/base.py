@@ -1,19 +1,45 @@
-"""What every loss shares: its call, and how a target's classes and ignored voxels are read."""
+"""What every loss shares: its call, and how logits and targets are read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from delineate.core.targets import IGNORED
+from delineate.core.targets import IGNORED, Targets
+from delineate.errors import RecipeError
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``loss(logits, target, image)`` → scalar.
 
 Logits (N, K, *space), target (N, T, *space) uint8, image (N, C, *input).
 """
+BACKGROUND = "background"
+
+
+class LossSpecification(BaseModel):
+    """The fields of a loss; ``build`` gives the loss for some targets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def build(self, targets: Targets) -> Loss:
+        raise NotImplementedError
+
+
+class Judged(NamedTuple):
+    """Class by class (N, K, *space): probabilities, the reference, and what counts (N, 1 or K, *space)."""
+
+    probability: Tensor
+    reference: Tensor
+    known: Tensor
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """Half-precision logits in float32; a loss of many small terms needs it."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def known_voxels(target: Tensor) -> Tensor:
@@ -21,7 +47,38 @@ def known_voxels(target: Tensor) -> Tensor:
     return target != IGNORED
 
 
-def one_hot(target: Tensor, classes: int) -> Tensor:
-    """Class indices (N, 1, *space) → float32 (N, K, *space); ignored voxels are zero everywhere."""
+def one_hot(target: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Class indices (N, 1, *space) → (N, K, *space); ignored voxels are zero everywhere."""
     index = torch.arange(classes, device=target.device, dtype=target.dtype).view(1, -1, *[1] * (target.ndim - 2))
-    return (target == index).float()
+    return (target == index).to(dtype)
+
+
+def judged(logits: Tensor, target: Tensor, targets: Targets, soft: tuple[float, float] | None) -> Judged:
+    """Softmax probabilities with the background first, or a sigmoid for each overlapping target.
+
+    ``soft`` are the reference's values for absent and present, 0 and 1 unless given.
+    """
+    logits = full_precision(logits)
+    if targets.exclusive:
+        probability, reference = torch.softmax(logits, 1), one_hot(target, logits.shape[1], logits.dtype)
+    else:
+        probability, reference = torch.sigmoid(logits), (target == 1).to(logits.dtype)
+    return Judged(probability, softened(reference, soft), known_voxels(target).to(logits.dtype))
+
+
+def softened(reference: Tensor, soft: tuple[float, float] | None) -> Tensor:
+    return reference if soft is None else soft[0] + (soft[1] - soft[0]) * reference
+
+
+def class_weights(weights: Mapping[str, float] | None, targets: Targets) -> list[float]:
+    """The weight of the background and of each target in order; 1 where none is given.
+
+    Raises :class:`RecipeError` for a name that is no target.
+    """
+    weights = weights or {}
+    unknown = set(weights) - {BACKGROUND, *targets.names}
+    if unknown:
+        raise RecipeError(
+            f"weights name {sorted(unknown)}, which are no targets; known are {[BACKGROUND, *targets.names]}"
+        )
+    return [float(weights.get(name, 1.0)) for name in (BACKGROUND, *targets.names)]

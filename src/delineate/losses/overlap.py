@@ -2,41 +2,140 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from delineate.losses.base import Loss, known_voxels, one_hot
+from delineate.core.targets import Targets
+from delineate.losses.base import Judged, Loss, LossSpecification, class_weights, judged, softened
+from delineate.losses.pixelwise import Soft, Weights
 
 
-class DiceSpec(BaseModel):
-    """Soft Dice loss (Milletari et al. 2016, with plain sums in the denominator), mean over targets.
+class _Overlap(LossSpecification):
+    """Fields that the losses by overlap share.
 
-    Takes logits; probabilities are formed inside (softmax where targets exclude each other, else
-    sigmoid). Background is left out. ``smooth`` is added above and below: a target absent from
-    both reference and prediction gives 0. ``over_batch`` pools a target's voxels over the batch
-    before dividing, steadier where a tile may miss the target; otherwise each sample counts alone.
+    ``smooth`` is added above and below: a target absent from both reference and prediction gives 0.
+    ``over_batch`` pools a target's voxels over the batch before dividing, steadier where a tile may
+    miss the target; otherwise each sample counts alone. The background is left out unless
+    ``include_background``. ``weights`` by target's name (or ``background``) weigh the mean over
+    targets. ``soft_labels`` are the reference's values for absent and present.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: Literal["dice"] = "dice"
     smooth: Annotated[float, Field(gt=0)] = 1.0
     over_batch: bool = True
+    include_background: bool = False
+    weights: Weights | None = None
+    soft_labels: Soft | None = None
 
-    def build(self, exclusive: bool) -> Loss:
-        def dice_loss(logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
-            known = known_voxels(target)
-            if exclusive:
-                probability = torch.softmax(logits.float(), dim=1)[:, 1:]
-                reference = one_hot(target, logits.shape[1])[:, 1:]
-            else:
-                probability, reference = torch.sigmoid(logits.float()), (target == 1).float()
-            probability = probability * known
-            space = [*([0] if self.over_batch else []), *range(2, logits.ndim)]
-            overlap = (probability * reference).sum(space)
-            size = probability.sum(space) + reference.sum(space)
-            return (1 - (2 * overlap + self.smooth) / (size + self.smooth)).mean()
+    def by_class(self, targets: Targets, score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
+        """Weighted mean over classes of ``score(overlap, only predicted, only in the reference)``."""
+        weights = class_weights(self.weights, targets)
+        background = self.include_background and targets.exclusive
+        weights = weights if background else weights[1:]
 
-        return dice_loss
+        def loss(logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
+            probability, reference, known = judged(logits, target, targets, self.soft_labels)
+            if targets.exclusive and not background:
+                probability, reference = probability[:, 1:], reference[:, 1:]
+            overlap, excess, missed = sums(Judged(probability, reference, known), self.over_batch)
+            weight = torch.tensor(weights, dtype=probability.dtype, device=probability.device)
+            return (score(overlap, excess, missed) * weight / weight.mean()).mean()
+
+        return loss
+
+
+class DiceSpec(_Overlap):
+    """Soft Dice loss (Milletari et al. 2016, with plain sums in the denominator), mean over targets.
+
+    Takes logits; probabilities are formed inside (softmax where targets exclude each other, else sigmoid).
+    """
+
+    kind: Literal["dice"] = "dice"
+
+    def build(self, targets: Targets) -> Loss:
+        def one_minus_dice(overlap: Tensor, excess: Tensor, missed: Tensor) -> Tensor:
+            return 1 - (2 * overlap + self.smooth) / (2 * overlap + excess + missed + self.smooth)
+
+        return self.by_class(targets, one_minus_dice)
+
+
+class TverskySpec(_Overlap):
+    """Tversky loss (Salehi et al. 2017): false positives and false negatives weigh as told; 0.5 each is Dice."""
+
+    kind: Literal["tversky"] = "tversky"
+    fp_weight: Annotated[float, Field(ge=0)] = 0.3
+    fn_weight: Annotated[float, Field(ge=0)] = 0.7
+
+    def build(self, targets: Targets) -> Loss:
+        return self.by_class(targets, self.one_minus_index)
+
+    def one_minus_index(self, overlap: Tensor, excess: Tensor, missed: Tensor) -> Tensor:
+        wrong = self.fp_weight * excess + self.fn_weight * missed
+        return 1 - (overlap + self.smooth) / (overlap + wrong + self.smooth)
+
+
+class FocalTverskySpec(TverskySpec):
+    """Focal Tversky loss (Abraham & Khan 2019): (1 - Tversky index)^(1 / ``gamma``), ``gamma`` from 1 to 3.
+
+    ``reduction: sum`` adds the classes up instead of taking their mean.
+    """
+
+    kind: Literal["focal_tversky"] = "focal_tversky"  # type: ignore[assignment]
+    gamma: Annotated[float, Field(ge=1, le=3)] = 4 / 3
+    reduction: Literal["mean", "sum"] = "mean"
+
+    def build(self, targets: Targets) -> Loss:
+        def focal(overlap: Tensor, excess: Tensor, missed: Tensor) -> Tensor:
+            wrong = self.one_minus_index(overlap, excess, missed)
+            # A root has no slope at 0: from here on a class counts as perfect.
+            bent = wrong.clamp_min(1e-7) ** (1 / self.gamma)
+            bent = torch.where(wrong > 1e-7, bent, torch.zeros_like(bent))
+            return bent * bent.shape[-1] if self.reduction == "sum" else bent
+
+        return self.by_class(targets, focal)
+
+
+class GeneralisedDiceSpec(LossSpecification):
+    """Generalised Dice loss (Sudre et al. 2017): classes weighted by one over their squared volume.
+
+    The background is a class; for overlapping targets each target has its own. A class that the
+    reference lacks takes the greatest weight of those it has. Nothing that counts: 0.
+    """
+
+    kind: Literal["generalised_dice"] = "generalised_dice"
+    over_batch: bool = True
+    soft_labels: Soft | None = None
+
+    def build(self, targets: Targets) -> Loss:
+        def generalised_dice(logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
+            seen = judged(logits, target, targets, self.soft_labels)
+            if not targets.exclusive:
+                # Its own background for each target.
+                absent = softened((target == 0).to(seen.reference.dtype), self.soft_labels)
+                seen = Judged(
+                    torch.cat([1 - seen.probability, seen.probability], 1),
+                    torch.cat([absent, seen.reference], 1),
+                    torch.cat([seen.known, seen.known], 1),
+                )
+            overlap, excess, missed = sums(seen, self.over_batch)
+            volume = overlap + missed
+            weight = torch.where(volume > 0, volume, torch.inf) ** -2
+            greatest = weight.amax(-1, keepdim=True)
+            weight = torch.where(volume > 0, weight, torch.where(greatest > 0, greatest, torch.ones_like(greatest)))
+            weight = weight.detach()
+            size = (weight * (2 * overlap + excess + missed)).sum(-1)
+            loss = 1 - 2 * (weight * overlap).sum(-1) / torch.where(size > 0, size, torch.ones_like(size))
+            return torch.where(size > 0, loss, torch.zeros_like(loss)).mean()
+
+        return generalised_dice
+
+
+def sums(seen: Judged, over_batch: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Overlap, excess and missed volume in voxels, (K,) over the batch or (N, K)."""
+    probability, reference = seen.probability * seen.known, seen.reference * seen.known
+    space = [*([0] if over_batch else []), *range(2, probability.ndim)]
+    overlap = (probability * reference).sum(space)
+    return overlap, probability.sum(space) - overlap, reference.sum(space) - overlap

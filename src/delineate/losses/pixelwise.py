@@ -2,39 +2,95 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from torch import Tensor
 
-from delineate.core.targets import IGNORED
-from delineate.losses.base import Loss, known_voxels
+from delineate.core.targets import Targets
+from delineate.losses.base import Loss, LossSpecification, class_weights, full_precision, known_voxels
+
+Soft = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]]
+Weights = dict[str, Annotated[float, Field(ge=0)]]
 
 
-class CrossEntropySpec(BaseModel):
+class CrossEntropySpec(LossSpecification):
     """Cross entropy from logits, averaged over the voxels that count.
 
     Exclusive targets: softmax over background and targets. Overlapping: a binary cross entropy each.
-    No voxel that counts: 0.
+    ``weights`` by target's name or ``background``: a voxel weighs as its own class does (of
+    overlapping targets: as the target where it is present, as the background where it is not), and
+    the average is over weights. ``soft_labels`` replace the reference's 0 and 1; for exclusive
+    targets they are brought to the sum 1. No voxel that counts: 0.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["cross_entropy"] = "cross_entropy"
+    weights: Weights | None = None
+    soft_labels: Soft | None = None
 
-    def build(self, exclusive: bool) -> Loss:
-        return _softmax_cross_entropy if exclusive else _binary_cross_entropy
+    def build(self, targets: Targets) -> Loss:
+        weights, soft = class_weights(self.weights, targets), self.soft_labels or (0.0, 1.0)
+
+        def cross_entropy(logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
+            terms = Terms(logits, target, targets, weights)
+            return terms.mean(-(soft[1] * terms.log_present + soft[0] * terms.log_absent) / terms.total(soft))
+
+        return cross_entropy
 
 
-def _softmax_cross_entropy(logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
-    log_probability = F.log_softmax(logits.float(), dim=1)
-    known = known_voxels(target)
-    index = target.masked_fill(~known, 0).long()
-    loss = -log_probability.gather(1, index) * known
-    return loss.sum() / known.sum().clamp_min(1)
+class FocalSpec(LossSpecification):
+    """Focal loss (Lin et al. 2017): cross entropy times (1 - p)^``focusing`` of the right class.
+
+    ``weights`` and the empty case as those of cross entropy.
+    """
+
+    kind: Literal["focal"] = "focal"
+    focusing: Annotated[float, Field(ge=0)] = 2.0
+    weights: Weights | None = None
+
+    def build(self, targets: Targets) -> Loss:
+        weights = class_weights(self.weights, targets)
+
+        def focal(logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
+            terms = Terms(logits, target, targets, weights)
+            # The wrong classes' probability, without the cancellation of 1 - p.
+            wrong = -torch.expm1(terms.log_present)
+            return terms.mean(-(wrong.clamp_min(torch.finfo(wrong.dtype).tiny) ** self.focusing) * terms.log_present)
+
+        return focal
 
 
-def _binary_cross_entropy(logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
-    known = (target != IGNORED).float()
-    loss = F.binary_cross_entropy_with_logits(logits.float(), (target == 1).float(), weight=known, reduction="sum")
-    return loss / known.sum().clamp_min(1)
+class Terms:
+    """Log-probabilities (N, 1 or T, *space) of what is present at each voxel, and weights to average by.
+
+    ``log_absent``: summed over the classes that are not present.
+    """
+
+    def __init__(self, logits: Tensor, target: Tensor, targets: Targets, weights: list[float]) -> None:
+        logits, known = full_precision(logits), known_voxels(target)
+        self.classes = logits.shape[1] if targets.exclusive else 2
+        table = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
+        if targets.exclusive:
+            log_probability = F.log_softmax(logits, dim=1)
+            index = target.masked_fill(~known, 0).long()
+            self.log_present = log_probability.gather(1, index)
+            self.log_absent = log_probability.sum(1, keepdim=True) - self.log_present
+            weight = table[index]
+        else:
+            present = target == 1
+            sign = present.to(logits.dtype) * 2 - 1
+            self.log_present, self.log_absent = F.logsigmoid(sign * logits), F.logsigmoid(-sign * logits)
+            own = table[1:].view(1, -1, *[1] * (logits.ndim - 2))
+            weight = torch.where(present, own, table[0])
+        self.weight = weight * known
+
+    def total(self, soft: tuple[float, float]) -> float:
+        """Sum of soft labels over the classes of one voxel."""
+        return soft[1] + (self.classes - 1) * soft[0]
+
+    def mean(self, loss: Tensor) -> Tensor:
+        # Nothing that counts: 0 / 1.
+        total = self.weight.sum()
+        return (loss * self.weight).sum() / torch.where(total > 0, total, 1.0)

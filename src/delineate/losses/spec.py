@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from delineate.losses.base import Loss
-from delineate.losses.overlap import DiceSpec
-from delineate.losses.pixelwise import CrossEntropySpec
+from delineate.core.targets import Targets
+from delineate.losses.base import LossSpecification
+from delineate.losses.combined import DeepSupervision, Region, Sum, target_indices
+from delineate.losses.content import SiameseContentSpec
+from delineate.losses.overlap import DiceSpec, FocalTverskySpec, GeneralisedDiceSpec, TverskySpec
+from delineate.losses.pixelwise import CrossEntropySpec, FocalSpec
 
 
 class WeightedLoss(BaseModel):
@@ -17,26 +19,71 @@ class WeightedLoss(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     weight: Annotated[float, Field(gt=0)] = 1.0
-    loss: Annotated[CrossEntropySpec | DiceSpec, Field(discriminator="kind")]
+    loss: LossSpec
 
 
-class SumSpec(BaseModel):
+class SumSpec(LossSpecification):
     """A weighted sum of losses."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["sum"] = "sum"
     terms: Annotated[tuple[WeightedLoss, ...], Field(min_length=1)]
 
-    def build(self, exclusive: bool) -> Loss:
-        terms = [(term.weight, term.loss.build(exclusive)) for term in self.terms]
-
-        def weighted_sum(logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
-            first, *rest = (weight * loss(logits, target, image) for weight, loss in terms)
-            return sum(rest, start=first)
-
-        return weighted_sum
+    def build(self, targets: Targets) -> Sum:
+        return Sum([term.weight for term in self.terms], [term.loss.build(targets) for term in self.terms])
 
 
-LossSpec = Annotated[CrossEntropySpec | DiceSpec | SumSpec, Field(discriminator="kind")]
+class RegionSpec(LossSpecification):
+    """A loss that counts only within the reference's masks of some targets (any of them).
+
+    ``box`` takes their bounding box in each sample instead; ``dilate_voxels`` widens either on all
+    sides. A sample without the region does not count.
+    """
+
+    kind: Literal["region"] = "region"
+    loss: LossSpec
+    within: Annotated[tuple[str, ...], Field(min_length=1)]
+    box: bool = False
+    dilate_voxels: Annotated[int, Field(ge=0)] = 0
+
+    def build(self, targets: Targets) -> Region:
+        classes = target_indices(self.within, targets)
+        return Region(self.loss.build(targets), classes, targets.exclusive, self.dilate_voxels, self.box)
+
+
+class DeepSupervisionSpec(LossSpecification):
+    """States the ``weights`` of a deeply supervised network's answers, the finest first.
+
+    Any loss takes such answers; without this, each weighs half the one before.
+    """
+
+    kind: Literal["deep_supervision"] = "deep_supervision"
+    loss: LossSpec
+    weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
+
+    def build(self, targets: Targets) -> DeepSupervision:
+        return DeepSupervision(self.loss.build(targets), self.weights)
+
+
+LossSpec = Annotated[
+    CrossEntropySpec
+    | FocalSpec
+    | DiceSpec
+    | GeneralisedDiceSpec
+    | TverskySpec
+    | FocalTverskySpec
+    | SiameseContentSpec
+    | SumSpec
+    | RegionSpec
+    | DeepSupervisionSpec,
+    Field(discriminator="kind"),
+]
+for _model in (WeightedLoss, SumSpec, RegionSpec, DeepSupervisionSpec):
+    _model.model_rebuild()
 
 DICE_AND_CROSS_ENTROPY = SumSpec(terms=(WeightedLoss(loss=DiceSpec()), WeightedLoss(loss=CrossEntropySpec())))
+
+
+def build_loss(spec: LossSpec, targets: Targets) -> DeepSupervision:
+    """The loss of ``spec``, which also takes the tuple of answers of a deeply supervised network."""
+    loss = spec.build(targets)
+    return loss if isinstance(loss, DeepSupervision) else DeepSupervision(loss, None)

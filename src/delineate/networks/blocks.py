@@ -51,6 +51,18 @@ def convolution(
     return kind(inputs, outputs, kernel, stride, padding=tuple(k // 2 for k in kernel), bias=bias)
 
 
+def channel_adapter(dimensions: int, inputs: int, outputs: int) -> nn.Module:
+    """A 1-convolution to ``outputs`` channels that begins by taking the inputs in turn; of more, their mean."""
+    adapter: Any = convolution(dimensions, inputs, outputs, 1)
+    with torch.no_grad():
+        adapter.weight.fill_(1 / inputs if inputs > outputs else 0)
+        nn.init.zeros_(adapter.bias)
+        if inputs <= outputs:
+            for output in range(outputs):
+                adapter.weight[output, output % inputs] = 1
+    return adapter
+
+
 def normalisation(kind: NormKind, dimensions: int, channels: int) -> nn.Module:
     """The normalisation layer of a kind; the identity for ``none``."""
     if kind == "instance":
@@ -78,6 +90,57 @@ class LinearUpsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Projecting first means interpolating fewer channels; the two operations commute.
         return F.interpolate(self.project(x), scale_factor=self.factor, mode=self.mode, align_corners=False)
+
+
+class KerasTransposed(nn.Module):
+    """A transposed convolution 3^d with stride 2, aligned as Keras' "same": the first 2n of each axis are kept.
+
+    ``padding=1, output_padding=1`` would give the same shape, one voxel shifted.
+    """
+
+    def __init__(self, dimensions: int, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__()
+        kind: Any = nn.ConvTranspose3d if dimensions == 3 else nn.ConvTranspose2d
+        self.transposed = kind(inputs, outputs, 3, stride=2, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.transposed(x)
+        for axis in range(2, x.ndim):
+            y = y.narrow(axis, 0, 2 * x.shape[axis])
+        return y
+
+
+def keras_batch_norm(dimensions: int, channels: int, eps: float = 1e-3) -> nn.Module:
+    """BatchNorm with Keras' defaults; its momentum 0.99 is torch's 0.01."""
+    kind: Any = nn.BatchNorm3d if dimensions == 3 else nn.BatchNorm2d
+    return kind(channels, eps=eps, momentum=0.01)
+
+
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def glorot_uniform(module: nn.Module) -> None:
+    """For ``apply``: Glorot & Bengio 2010 for convolutions, zero biases; Keras' default."""
+    if isinstance(module, CONVOLUTIONS):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def he_normal(module: nn.Module) -> None:
+    """For ``apply``: He et al. 2015 for convolutions, zero biases."""
+    if isinstance(module, CONVOLUTIONS):
+        nn.init.kaiming_normal_(module.weight, a=0.01, nonlinearity="leaky_relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def centre_crop(x: Tensor, like: Tensor) -> Tensor:
+    """The middle of ``x``, of the spatial size of ``like``."""
+    for axis in range(2, x.ndim):
+        n = like.shape[axis]
+        x = x.narrow(axis, (x.shape[axis] - n) // 2, n)
+    return x
 
 
 def upsampling(

@@ -2,7 +2,36 @@
 
 from __future__ import annotations
 
-from delineate.networks.unet import UNetSpec
+from typing import Annotated
 
-# With a second family: NetworkSpec = Annotated[UNetSpec | OtherSpec, Field(discriminator="kind")]
-NetworkSpec = UNetSpec
+from pydantic import Field
+
+from delineate.networks.buda import BudaUNetSpec
+from delineate.networks.deeplab import DeepLabSpec
+from delineate.networks.dense_unet import DenseUNetSpec
+from delineate.networks.minicube import ContextUNetSpec, MinicubeNetSpec
+from delineate.networks.monai import MonaiSpec
+from delineate.networks.prostate_unet import ProstateUNetSpec
+from delineate.networks.recurrent_unet import RecurrentUNetSpec
+from delineate.networks.residual_unet import ResidualUNetSpec
+from delineate.networks.tiramisu import TiramisuSpec
+from delineate.networks.unet import UNetSpec
+from delineate.networks.vgg_unet import VGGUNetSpec
+from delineate.networks.vnet import VNetSpec
+
+NetworkSpec = Annotated[
+    UNetSpec
+    | ProstateUNetSpec
+    | TiramisuSpec
+    | DeepLabSpec
+    | BudaUNetSpec
+    | ContextUNetSpec
+    | MinicubeNetSpec
+    | VGGUNetSpec
+    | ResidualUNetSpec
+    | DenseUNetSpec
+    | VNetSpec
+    | RecurrentUNetSpec
+    | MonaiSpec,
+    Field(discriminator="kind"),
+]

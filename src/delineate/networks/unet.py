@@ -6,22 +6,22 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from delineate.networks.base import Architecture, Step
 from delineate.networks.blocks import (
     ActivationKind,
     NormKind,
     activation,
     convolution,
+    he_normal,
     normalisation,
     upsampling,
 )
 
-Step = tuple[int, ...]
 
-
-class UNetSpec(BaseModel):
+class UNetSpec(Architecture):
     """A U-Net (Ronneberger et al. 2015; Çiçek et al. 2016): encoder, decoder, long skips.
 
     ``widths`` are the channels of each level, the first at full resolution. ``strides`` says by
@@ -30,13 +30,13 @@ class UNetSpec(BaseModel):
     them at first. ``downsample``: a max-pool, or a stride in the level's first convolution.
     ``convolutions`` is their number in each block; ``decoder_convolutions`` that of the decoder's, if
     it differs (one saves a third of the work, most of it at full resolution).
-    ``short_skips`` adds a block's input to its output (a 1-convolution where widths differ).
-    ``dropout`` acts on the outputs of the two deepest encoder levels.
+    ``short_skips`` adds a block's input to its output (a 1-convolution where widths differ), in the
+    encoder or in all blocks. ``dropout`` acts on the outputs of the two deepest encoder levels.
+    ``deep_supervision`` is a number of coarser decoder levels that answer too: in training the network
+    returns a tuple of logits, the finest first (Lee et al. 2015).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["unet"] = "unet"
-    dimensions: Literal[2, 3]
     widths: Annotated[tuple[int, ...], Field(min_length=2)] = (32, 64, 128, 256)
     strides: tuple[Step, ...] | None = None
     kernels: tuple[Step, ...] | None = None
@@ -44,10 +44,11 @@ class UNetSpec(BaseModel):
     decoder_convolutions: Annotated[int, Field(ge=1)] | None = None
     norm: NormKind = "instance"
     activation: ActivationKind = "leaky_relu"
-    short_skips: bool = False
+    short_skips: Literal["none", "encoder", "all"] = "none"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     downsample: Literal["stride", "max_pool"] = "stride"
     upsample: Literal["transposed", "linear"] = "transposed"
+    deep_supervision: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _fits(self) -> UNetSpec:
@@ -60,6 +61,11 @@ class UNetSpec(BaseModel):
                     f"{name} has {[list(s) for s in steps]}; give {wanted} entries of {self.dimensions} numbers, "
                     f"for {len(self.widths)} widths in {self.dimensions}D"
                 )
+        if self.deep_supervision > len(self.widths) - 2:
+            raise ValueError(
+                f"deep_supervision is {self.deep_supervision}, but {len(self.widths)} widths have "
+                f"{len(self.widths) - 2} decoder levels below the finest"
+            )
         return self
 
     @property
@@ -72,16 +78,9 @@ class UNetSpec(BaseModel):
 
     @property
     def divisor(self) -> Step:
-        """Input sides must divide by this."""
         return tuple(math.prod(s[axis] for s in self.level_strides) for axis in range(self.dimensions))
 
-    @property
-    def margin(self) -> Step:
-        """Voxels that the output lacks on each side; none, since convolutions are padded."""
-        return (0,) * self.dimensions
-
-    def build(self, inputs: int, outputs: int) -> UNet:
-        """The network for images of ``inputs`` channels and logits of ``outputs`` channels."""
+    def body(self, inputs: int, outputs: int) -> UNet:
         return UNet(self, inputs, outputs)
 
 
@@ -89,14 +88,22 @@ class ConvBlock(nn.Module):
     """Convolution, normalisation, activation, repeated; optionally with a short skip around them."""
 
     def __init__(
-        self, spec: UNetSpec, inputs: int, outputs: int, kernel: Step, stride: Step | int = 1, count: int | None = None
+        self,
+        spec: UNetSpec,
+        inputs: int,
+        outputs: int,
+        kernel: Step,
+        *,
+        stride: Step | int = 1,
+        count: int,
+        short_skip: bool,
     ) -> None:
         super().__init__()
         d = spec.dimensions
         # A bias before a normalisation that subtracts the mean would do nothing.
         bias = spec.norm in ("none", "group")
         layers: list[nn.Module] = []
-        for i in range(count or spec.convolutions):
+        for i in range(count):
             first = i == 0
             layers += [
                 convolution(d, inputs if first else outputs, outputs, kernel, stride=stride if first else 1, bias=bias),
@@ -106,7 +113,7 @@ class ConvBlock(nn.Module):
         self.layers = nn.Sequential(*layers[:-1])
         self.last = layers[-1]
         self.skip: nn.Module | None = None
-        if spec.short_skips:
+        if short_skip:
             same = inputs == outputs and math.prod(stride if isinstance(stride, tuple) else (stride,)) == 1
             self.skip = nn.Identity() if same else convolution(d, inputs, outputs, 1, stride=stride)
 
@@ -120,27 +127,45 @@ class UNet(nn.Module):
 
     def __init__(self, spec: UNetSpec, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.divisor, self.margin = spec.divisor, spec.margin
         d, widths, kernels = spec.dimensions, spec.widths, spec.level_kernels
+        count, skips = spec.convolutions, spec.short_skips
         pooled = spec.downsample == "max_pool"
         pool = nn.MaxPool3d if d == 3 else nn.MaxPool2d
-        self.encoder = nn.ModuleList([ConvBlock(spec, inputs, widths[0], kernels[0])])
+        self.encoder = nn.ModuleList(
+            [ConvBlock(spec, inputs, widths[0], kernels[0], count=count, short_skip=skips != "none")]
+        )
         self.pools = nn.ModuleList([nn.Identity()])
         for level, stride in enumerate(spec.level_strides, start=1):
             self.pools.append(pool(stride) if pooled else nn.Identity())
-            block_stride = 1 if pooled else stride
-            self.encoder.append(ConvBlock(spec, widths[level - 1], widths[level], kernels[level], block_stride))
+            self.encoder.append(
+                ConvBlock(
+                    spec,
+                    widths[level - 1],
+                    widths[level],
+                    kernels[level],
+                    stride=1 if pooled else stride,
+                    count=count,
+                    short_skip=skips != "none",
+                )
+            )
         self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
+        count = spec.decoder_convolutions or spec.convolutions
         for level in reversed(range(len(widths) - 1)):
             self.up.append(upsampling(spec.upsample, d, widths[level + 1], widths[level], spec.level_strides[level]))
             self.decoder.append(
-                ConvBlock(spec, 2 * widths[level], widths[level], kernels[level], count=spec.decoder_convolutions)
+                ConvBlock(
+                    spec, 2 * widths[level], widths[level], kernels[level], count=count, short_skip=skips == "all"
+                )
             )
         self.dropout = nn.Dropout(spec.dropout)
         self.head = convolution(d, widths[0], outputs, 1)
-        self.apply(_initialise)
+        # Of the levels below the finest, the finer first.
+        self.coarse_heads = nn.ModuleList(
+            convolution(d, widths[level], outputs, 1) for level in range(1, spec.deep_supervision + 1)
+        )
+        self.apply(he_normal)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         skips = []
         for level, (pool, block) in enumerate(zip(self.pools, self.encoder, strict=True)):
             x = block(pool(x))
@@ -148,14 +173,12 @@ class UNet(nn.Module):
                 x = self.dropout(x)
             skips.append(x)
         skips.pop()
+        decoded = []
         for up, block in zip(self.up, self.decoder, strict=True):
             x = block(torch.cat([up(x), skips.pop()], dim=1))
-        return self.head(x)  # (N, K, *space)
-
-
-def _initialise(module: nn.Module) -> None:
-    """He et al. 2015 for convolutions; zero biases."""
-    if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        nn.init.kaiming_normal_(module.weight, a=0.01, nonlinearity="leaky_relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+            decoded.append(x)
+        logits = self.head(x)  # (N, K, *space)
+        if not (self.coarse_heads and self.training):
+            return logits
+        coarser = reversed(decoded[:-1])
+        return (logits, *(head(x) for head, x in zip(self.coarse_heads, coarser, strict=False)))

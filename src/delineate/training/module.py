@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,10 @@ from torch.utils.data import IterableDataset
 
 from delineate.bundle import Bundle
 from delineate.compute import ComputePlan
+from delineate.errors import RecipeError
+from delineate.losses.content import adversaries
+from delineate.losses.spec import build_loss
+from delineate.networks.transfer import hold_frozen_norms, matching
 from delineate.recipe import OptimiserSpec
 from delineate.sampling.batches import Batch, BatchSource
 
@@ -66,20 +70,23 @@ class BatchStream(IterableDataset):
 class Delineator(lightning.LightningModule):
     """A network in training, its averaged copy, and the budget."""
 
-    def __init__(self, bundle: Bundle, plan: ComputePlan, source: BatchSource, budget: Budget) -> None:
+    def __init__(
+        self, bundle: Bundle, network: nn.Module, plan: ComputePlan, source: BatchSource, budget: Budget
+    ) -> None:
         super().__init__()
         self.bundle, self.plan, self.source, self.budget = bundle, plan, source, budget
         self.spec = bundle.recipe.training
         self.dimensions = bundle.recipe.network.dimensions
-        torch.manual_seed(self.spec.seed)
         # Lightning moves the module to its device later.
-        self.network = replace(plan, device=torch.device("cpu")).place(bundle.network(), self.dimensions)
+        self.network = replace(plan, device=torch.device("cpu")).place(network, self.dimensions)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False) if self.spec.ema else None
-        loss = bundle.recipe.loss.build(bundle.targets.exclusive)
+        # Part of the module, so that what a loss itself learns is saved and restored.
+        self.loss = build_loss(bundle.recipe.loss, bundle.targets)
 
         def predict_and_judge(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.network(image)
-            return loss(logits, target, image), logits.detach()
+            finest = logits if isinstance(logits, Tensor) else logits[0]
+            return self.loss(logits, target, image), finest.detach()
 
         # Network and loss in one compiled graph: softmax and sums fuse with what precedes them.
         self._predict_and_judge = plan.compiled(predict_and_judge)
@@ -123,7 +130,8 @@ class Delineator(lightning.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         factor = self.bundle.recipe.training.schedule.factor(self.progress)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
-            group["lr"] = self.spec.optimiser.learning_rate * factor
+            group["lr"] = group["initial_lr"] * factor
+        hold_frozen_norms(self.network)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # Here rather than after the batch: whoever saves the state then saves these too.
@@ -144,7 +152,8 @@ class Delineator(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # A fused step unscales gradients by itself, too late for clipping: with loss scaling it must not.
-        return build_optimiser(self.spec.optimiser, self.network, fused=self.plan.precision != "fp16")
+        fused = self.plan.precision != "fp16"
+        return build_optimiser(self.spec.optimiser, self.network, adversaries(self.loss), fused=fused)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         # Lightning refuses to clip for any fused optimiser, although without loss scaling nothing is unscaled.
@@ -184,17 +193,45 @@ class Delineator(lightning.LightningModule):
         self.foreground = (int(reference.sum()), int(predicted.sum()))
 
 
-def build_optimiser(spec: OptimiserSpec, network: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
-    """The optimiser; weight decay acts on kernels only, not on biases and normalisation."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": spec.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+def build_optimiser(
+    spec: OptimiserSpec,
+    network: nn.Module,
+    adversaries: Sequence[tuple[list[nn.Parameter], float]] = (),
+    *,
+    fused: bool,
+) -> torch.optim.Optimizer:
+    """The optimiser; weight decay acts on kernels only, not on biases and normalisation.
+
+    Every group carries ``initial_lr``, which the schedule multiplies. ``adversaries`` ascend.
+    Raises :class:`RecipeError` for a pattern of ``rates`` that fits no parameter.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    fitting: set[str] = set()
+    for name, parameter in network.named_parameters():
+        pattern = next((p for p in spec.rates if matching([name], [p])), None)
+        if pattern is not None:
+            fitting.add(pattern)
+        if parameter.requires_grad:
+            rate = spec.learning_rate * (1.0 if pattern is None else spec.rates[pattern])
+            groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
+    unused = [p for p in spec.rates if p not in fitting]
+    if unused:
+        first = next(name for name, _ in network.named_parameters())
+        raise RecipeError(f"optimiser.rates: no parameter fits '{unused[0]}'; they are named like '{first}'")
+    described: list[dict[str, Any]] = [
+        {"params": parameters, "initial_lr": rate, "weight_decay": spec.weight_decay if decayed else 0.0}
+        for (rate, decayed), parameters in groups.items()
     ]
+    described += [
+        {"params": parameters, "initial_lr": rate, "weight_decay": 0.0, "maximize": True}
+        for parameters, rate in adversaries
+    ]
+    if not described:
+        raise RecipeError("everything is frozen: nothing is left to train; take a pattern out of training.frozen")
     if spec.kind == "sgd":
-        return torch.optim.SGD(groups, lr=spec.learning_rate, momentum=spec.beta1, nesterov=spec.beta1 > 0)
+        return torch.optim.SGD(described, lr=spec.learning_rate, momentum=spec.beta1, nesterov=spec.beta1 > 0)
     kind = torch.optim.AdamW if spec.kind == "adamw" else torch.optim.Adam
-    return kind(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=fused)
+    return kind(described, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=fused)
 
 
 def match_memory_formats(optimiser: torch.optim.Optimizer) -> None:

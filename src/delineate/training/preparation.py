@@ -159,7 +159,7 @@ def prepared_bundle(
     spacing = np.median([grid.spacing_mm for grid in training.grids], axis=0)
     spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     largest = np.max([grid.shape for grid in training.grids], axis=0)
-    geometry = geometry_for(recipe.tiles, largest, spacing_mm, recipe.network.divisor, recipe.network.margin)
+    geometry = geometry_for(recipe.tiles, largest, spacing_mm, recipe.network)
     rows = {row.subject: row for row in inspection.rows}
     bundle = Bundle(
         recipe=recipe,

@@ -36,6 +36,7 @@ from delineate.evaluation import Evaluation, Pair, evaluate
 from delineate.inference.batch import predict_subjects, with_channels
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
+from delineate.losses.content import has_random_features
 from delineate.recipe import Recipe, recipe_from, to_yaml
 from delineate.sampling.batches import BatchSource
 from delineate.sampling.samplers import Sampler
@@ -52,6 +53,7 @@ from delineate.training.preparation import (
     prepared_bundle,
     split_for,
 )
+from delineate.training.start import starting_network
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,10 @@ def _fit(
     sampler = Sampler(bundle.recipe.sampler, prepared.training, bundle.geometry, spec.seed)
     source = BatchSource(sampler, bundle.recipe.augmentation, spec.batch_size)
     budget = Budget(spec.steps, None if spec.minutes is None else spec.minutes * 60)
-    module = Delineator(bundle, plan, source, budget)
+    network = starting_network(bundle, report, resumed=resumed_from > 0)
+    module = Delineator(bundle, network, plan, source, budget)
+    if has_random_features(module.loss):
+        report("the content loss judges by random features, not by VGG19's")
     if resumed_from:
         report(f"going on from step {resumed_from}")
     validator = Validator(prepared.validation, folder / "bundle", report)

@@ -1,0 +1,59 @@
+"""``delineate weights``: what networks and losses start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from delineate.cli.options import Json
+
+app = typer.Typer(
+    help="Weights: import published ones, list them, export a run's.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@app.command("import")
+def import_file(
+    file: Annotated[Path, typer.Argument(help="A safetensors file, or a PyTorch state dict.")],
+    name: Annotated[Literal["vgg11", "vgg19"], typer.Option("--as", help="The network it belongs to.")],
+    caffe: Annotated[bool, typer.Option("--caffe", help="Trained on BGR values up to 255, as Caffe's were.")] = False,
+) -> None:
+    """Check a file of weights and put it into the store, where `weights: imagenet` finds it."""
+    from delineate.pretrained.weights import import_weights
+
+    entry = import_weights(file, name, "caffe" if caffe else "torchvision")
+    typer.echo(f"{entry.name}: {entry.tensors} tensors from {entry.source}, SHA-256 {entry.sha256[:12]}…")
+
+
+@app.command("export")
+def export(
+    bundle: Annotated[Path, typer.Argument(help="A run's folder bundle/.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The safetensors file to write.")],
+    include: Annotated[
+        list[str] | None, typer.Option("--include", help="Pattern of names, such as 'encoder.*'; may be repeated.")
+    ] = None,
+) -> None:
+    """Write a trained network's weights, or its encoder's, as a file that `start.weights` takes."""
+    from delineate.bundle import export_weights
+
+    typer.echo(f"{export_weights(bundle, out, include or ['*'])} tensors in {out}")
+
+
+@app.command("list")
+def list_imported(json: Json = False) -> None:
+    """List what has been imported."""
+    from dataclasses import asdict
+
+    from delineate.cli.terminal import print_json, print_table
+    from delineate.pretrained.weights import list_weights, store_folder
+
+    entries = list_weights()
+    if json:
+        print_json([asdict(entry) for entry in entries])
+    elif entries:
+        rows = [[e.name, e.source, e.preprocessing, str(e.tensors), e.sha256[:12]] for e in entries]
+        print_table("", ["network", "from", "preprocessing", "tensors", "SHA-256"], rows)
+    else:
+        typer.echo(f"nothing imported yet ({store_folder()}); see `delineate weights import --help`")

@@ -1,0 +1,80 @@
+"""The densely connected U-Net that generates white matter lesion masks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from delineate.networks.base import Architecture, Step
+
+
+class DenseUNetSpec(Architecture):
+    """2D U-Net whose blocks' convolutions see the block's input and all outputs before them.
+
+    A block hands on its last convolution's output. Convolution 3², BatchNorm, LeakyReLU 0.1; filters
+    double at each max-pool; transposed convolutions 2² enlarge.
+    """
+
+    kind: Literal["dense_unet"] = "dense_unet"
+    dimensions: Literal[2] = 2
+    first_filters: Annotated[int, Field(ge=1)] = 32
+    pools: Annotated[int, Field(ge=1)] = 4
+    convolutions: Annotated[int, Field(ge=1)] = 2
+
+    @property
+    def divisor(self) -> Step:
+        return (2**self.pools,) * 2
+
+    def body(self, inputs: int, outputs: int) -> DenseUNet:
+        return DenseUNet(self, inputs, outputs)
+
+
+class DenseUNet(nn.Module):
+    """Logits (N, K, X, Y) of images (N, C, X, Y)."""
+
+    def __init__(self, spec: DenseUNetSpec, inputs: int, outputs: int) -> None:
+        super().__init__()
+        widths = [spec.first_filters * 2**level for level in range(spec.pools + 1)]
+        before = (inputs, *widths)
+        self.encoder = nn.ModuleList(
+            [DenseBlock(i, o, spec.convolutions) for i, o in zip(before, widths, strict=False)]
+        )
+        self.pool = nn.MaxPool2d(2)
+        self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
+        for fine, coarse in reversed(list(pairwise(widths))):
+            self.up.append(nn.ConvTranspose2d(coarse, fine, 2, stride=2))
+            self.decoder.append(DenseBlock(2 * fine, fine, spec.convolutions))
+        self.head = nn.Conv2d(widths[0], outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for level, block in enumerate(self.encoder):
+            x = block(x if level == 0 else self.pool(x))
+            skips.append(x)
+        skips.pop()
+        for up, block in zip(self.up, self.decoder, strict=True):
+            x = block(torch.cat([up(x), skips.pop()], dim=1))
+        return self.head(x)
+
+
+class DenseBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, convolutions: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(inputs + i * outputs, outputs, 3, padding=1),
+                nn.BatchNorm2d(outputs),
+                nn.LeakyReLU(0.1, inplace=True),
+            )
+            for i in range(convolutions)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.layers:
+            features.append(layer(torch.cat(features, dim=1)))
+        return features[-1]

@@ -1,0 +1,55 @@
+"""Any network of MONAI, by its name."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from delineate.errors import RecipeError
+from delineate.networks.base import Architecture, Step
+
+
+class MonaiSpec(Architecture):
+    """A network of ``monai.networks.nets`` (needs ``pip install delineate[monai]``).
+
+    ``arguments`` go to its constructor, beside the dimensions and the numbers of input and output
+    channels, which Delineate gives. ``sides_divide_by`` is what its input's sides must divide by.
+    """
+
+    kind: Literal["monai"] = "monai"
+    name: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    sides_divide_by: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> MonaiSpec:
+        if self.sides_divide_by is not None and len(self.sides_divide_by) != self.dimensions:
+            raise ValueError(f"sides_divide_by has {len(self.sides_divide_by)} numbers; give {self.dimensions}")
+        return self
+
+    @property
+    def divisor(self) -> Step:
+        return self.sides_divide_by or (32,) * self.dimensions
+
+    @property
+    def smallest(self) -> Step:
+        # Norms over space refuse a single voxel, which is what the divisor would leave at the coarsest level.
+        return tuple(2 * d for d in self.divisor)
+
+    def body(self, inputs: int, outputs: int) -> nn.Module:
+        try:
+            from monai.networks import nets
+        except ImportError as error:
+            raise RecipeError(
+                "network 'monai' needs MONAI, which is not installed; pip install 'delineate[monai]'"
+            ) from error
+        network = getattr(nets, self.name, None)
+        if not (isinstance(network, type) and issubclass(network, nn.Module)):
+            raise RecipeError(f"MONAI has no network '{self.name}'; see monai.networks.nets for the names")
+        channels = {"in_channels": inputs, "out_channels": outputs}
+        try:
+            return network(spatial_dims=self.dimensions, **channels, **self.arguments)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise RecipeError(f"MONAI's {self.name} refuses its arguments: {error}; see its documentation") from error

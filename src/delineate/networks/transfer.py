@@ -1,0 +1,137 @@
+"""Starting from other weights: load what fits, report the rest; and keep chosen parts fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from delineate.errors import RecipeError
+
+Channels = Literal["repeat", "mean"]
+NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass
+class Transfer:
+    """What was loaded, by key.
+
+    ``adapted`` were loaded in part or converted: input channels, or chosen rows of the head.
+    ``missing`` are the network's that the source lacks, ``unexpected`` the source's that the network
+    lacks, ``reshaped`` those of both that do not fit, and ``left_out`` those that a pattern excluded.
+    """
+
+    matched: list[str] = field(default_factory=list)
+    adapted: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.matched)} tensors loaded"]
+        for name in ("adapted", "missing", "unexpected", "reshaped", "left_out"):
+            keys = getattr(self, name)
+            if keys:
+                more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+                parts.append(f"{len(keys)} {name.replace('_', ' ')} ({', '.join(keys[:4])}{more})")
+        return ", ".join(parts)
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Names that fit any of some patterns, such as ``encoder.0.*``."""
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def load_what_fits(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    rows: Sequence[int | None] = (),
+    channels: Channels | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> Transfer:
+    """Copy ``weights`` into ``network`` where keys and shapes fit.
+
+    ``rows``: for each of the network's outputs, the source's output that it begins as, or None
+    for a fresh one; applied to tensors that differ in their first axis alone, which is as long as
+    ``rows``. ``channels`` converts kernels that differ in their input channels alone: ``repeat``
+    takes the source's in turn, ``mean`` their mean; both keep the sum over channels.
+    Raises :class:`RecipeError` where nothing fits.
+    """
+    result, own = Transfer(), network.state_dict()
+    wanted = set(matching(own, include)) - set(matching(own, exclude))
+    with torch.no_grad():
+        for key, tensor in own.items():
+            if key not in wanted:
+                result.left_out.append(key)
+            elif key not in weights:
+                result.missing.append(key)
+            elif weights[key].shape == tensor.shape and not _is_reordered(tensor, weights[key], rows):
+                tensor.copy_(weights[key])
+                result.matched.append(key)
+            elif _copy_rows(tensor, weights[key], rows) or _copy_channels(tensor, weights[key], channels):
+                result.adapted.append(key)
+            else:
+                result.reshaped.append(key)
+    result.unexpected = [key for key in weights if key not in own]
+    if not result.matched and not result.adapted:
+        raise RecipeError(
+            f"none of {len(weights)} tensors fits the network; such as '{next(iter(weights), '')}' for "
+            f"'{next(iter(own))}'; start from weights of the same kind of network"
+        )
+    return result
+
+
+def _is_reordered(tensor: Tensor, source: Tensor, rows: Sequence[int | None]) -> bool:
+    """Whether equal shapes are a head all the same, with outputs in another order."""
+    return len(rows) > 0 and tensor.ndim > 0 and tensor.shape[0] == len(rows) and list(rows) != list(range(len(rows)))
+
+
+def _copy_rows(tensor: Tensor, source: Tensor, rows: Sequence[int | None]) -> bool:
+    if tensor.ndim == 0 or tensor.ndim != source.ndim or tensor.shape[1:] != source.shape[1:]:
+        return False
+    if len(rows) != tensor.shape[0] or any(row is not None and row >= source.shape[0] for row in rows):
+        return False
+    for place, row in enumerate(rows):
+        if row is not None:
+            tensor[place] = source[row]
+    return True
+
+
+def _copy_channels(tensor: Tensor, source: Tensor, channels: Channels | None) -> bool:
+    if channels is None or tensor.ndim < 4 or tensor.ndim != source.ndim:
+        return False
+    if tensor.shape[0] != source.shape[0] or tensor.shape[2:] != source.shape[2:]:
+        return False
+    have, want = source.shape[1], tensor.shape[1]
+    if channels == "mean":
+        kernel = source.mean(1, keepdim=True).expand_as(tensor)
+    else:
+        kernel = source[:, [c % have for c in range(want)]]
+    tensor.copy_(kernel * (have / want))
+    return True
+
+
+def freeze(network: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Fix the parameters whose names fit; returns them. Raises :class:`RecipeError` for a pattern that fits none."""
+    names = dict(network.named_parameters())
+    for pattern in patterns:
+        if not matching(names, [pattern]):
+            raise RecipeError(f"frozen: no parameter fits '{pattern}'; they are named like '{next(iter(names))}'")
+    frozen = matching(names, patterns)
+    for name in frozen:
+        names[name].requires_grad_(False)
+    return frozen
+
+
+def hold_frozen_norms(network: nn.Module) -> None:
+    """Put BatchNorms whose parameters are all fixed into evaluation: their moving statistics stay, too."""
+    for module in network.modules():
+        if isinstance(module, NORMS) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()

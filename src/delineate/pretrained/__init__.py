@@ -1,0 +1,1 @@
+"""Networks whose weights others have published: what they are, and the store of their files."""

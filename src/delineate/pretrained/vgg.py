@@ -1,0 +1,60 @@
+"""VGG's convolutions (Simonyan & Zisserman 2015), under torchvision's key names."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+VGGName = Literal["vgg11", "vgg19"]
+
+# Widths of the convolutions, each followed by a ReLU; None is a max-pool.
+_LAYERS: dict[str, tuple[int | None, ...]] = {
+    "vgg11": (64, None, 128, None, 256, 256, None, 512, 512, None, 512, 512, None),
+    "vgg19": (64, 64, None, 128, 128, None, *[256] * 4, None, *[512] * 4, None, *[512] * 4, None),
+}
+
+
+def expected_shapes(name: VGGName) -> dict[str, tuple[int, ...]]:
+    """Key → shape of every tensor of the convolutions, such as ``features.0.weight``."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    index, before = 0, 3
+    for width in _LAYERS[name]:
+        if width is not None:
+            shapes[f"features.{index}.weight"] = (width, before, 3, 3)
+            shapes[f"features.{index}.bias"] = (width,)
+            before = width
+        index += 1 if width is None else 2
+    return shapes
+
+
+class VGG19Features(nn.Module):
+    """The outputs of VGG19's first two max-pools, (N, 64, X / 2, Y / 2) and (N, 128, X / 4, Y / 4).
+
+    Takes images (N, 3, X, Y) with values from 0 to 1, and applies the preprocessing that the weights were
+    trained with: ``torchvision`` (mean and standard deviation by channel) or ``caffe`` (means of
+    BGR values up to 255).
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, preprocessing: Literal["torchvision", "caffe"]) -> None:
+        super().__init__()
+        self.caffe = preprocessing == "caffe"
+        convolutions = [nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 64), (64, 64), (64, 128), (128, 128))]
+        a, b, c, d = convolutions
+        self.features = nn.Sequential(
+            a, nn.ReLU(), b, nn.ReLU(), nn.MaxPool2d(2), c, nn.ReLU(), d, nn.ReLU(), nn.MaxPool2d(2)
+        )
+        mean, scale = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        if self.caffe:
+            mean, scale = ([x / 255 for x in (103.939, 116.779, 123.68)], [1 / 255] * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        image = image.flip(1) if self.caffe else image
+        first = self.features[:5]((image - self.mean) / self.scale)
+        return first, self.features[5:](first)

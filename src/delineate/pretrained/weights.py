@@ -1,0 +1,155 @@
+"""The store of published weights: import, list, load, and download where that is possible."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from delineate.errors import WeightsError
+from delineate.io.files import writing_beside
+from delineate.pretrained.vgg import VGGName, expected_shapes
+
+Preprocessing = Literal["torchvision", "caffe"]
+PUBLISHED: dict[str, str] = {
+    "vgg11": "https://download.pytorch.org/models/vgg11-8a719046.pth",
+    "vgg19": "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
+}
+"""Addresses; the digits before the suffix begin the file's SHA-256."""
+SECONDS_TO_ANSWER = 20.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One imported file; ``sha256`` is that of the stored file."""
+
+    name: str
+    source: str
+    preprocessing: Preprocessing
+    sha256: str
+    tensors: int
+
+
+def store_folder() -> Path:
+    """Where imported weights lie: below ``DELINEATE_HOME``, else the user's cache."""
+    home = os.environ.get("DELINEATE_HOME")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "delineate"
+    return (Path(home) if home else cache) / "weights"
+
+
+def import_weights(file: Path, name: VGGName, preprocessing: Preprocessing = "torchvision") -> Entry:
+    """Check a file of VGG weights, tensor by tensor, and put it into the store.
+
+    A safetensors file, or a state dict as PyTorch saves it, which is read without running its code. The
+    classifier is left out. Raises :class:`WeightsError` that lists what does not fit.
+    """
+    from safetensors.torch import save_file
+
+    weights = fitting(read_tensors(file), name, file.name)
+    target = store_folder() / f"{name}.safetensors"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with writing_beside(target) as path:
+        save_file(weights, path)
+    entry = Entry(name, file.name, preprocessing, sha256_of(target), len(weights))
+    with writing_beside(target.with_suffix(".json")) as path:
+        path.write_text(json.dumps(asdict(entry), indent=1), encoding="utf-8")
+    return entry
+
+
+def list_weights() -> list[Entry]:
+    """What has been imported."""
+    files = sorted(store_folder().glob("*.json"))
+    return [Entry(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+
+
+def load_features(name: VGGName, weights: str) -> tuple[dict[str, Tensor] | None, Preprocessing]:
+    """Tensors of a VGG's convolutions by key, and the preprocessing they expect.
+
+    ``weights``: ``random`` gives None; ``imagenet`` the imported file, which is downloaded if there is none;
+    anything else is the path of a file as :func:`import_weights` takes it.
+    """
+    if weights == "random":
+        return None, "torchvision"
+    if weights != "imagenet":
+        file = Path(weights)
+        return fitting(read_tensors(file), name, file.name), "torchvision"
+    stored = store_folder() / f"{name}.safetensors"
+    if not stored.exists():
+        _download(name)
+    entry = next(e for e in list_weights() if e.name == name)
+    if sha256_of(stored) != entry.sha256:
+        raise WeightsError(f"{stored} has changed since it was imported; import it again")
+    return read_tensors(stored), entry.preprocessing
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file or of a PyTorch state dict."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"no file {file}; give the path of a weight file") from error
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise WeightsError(f"{file.name} is not a weight file that can be read safely: {error}") from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise WeightsError(f"{file.name} holds no tensors by name; save the network's state_dict()")
+    return dict(loaded)
+
+
+def fitting(tensors: Mapping[str, Tensor], name: VGGName, source: str) -> dict[str, Tensor]:
+    """The convolutions of ``name``; raises :class:`WeightsError` listing every key that does not fit."""
+    expected, wrong = expected_shapes(name), []
+    for key, shape in expected.items():
+        if key not in tensors:
+            wrong.append(f"{key} is missing")
+        elif tuple(tensors[key].shape) != shape:
+            wrong.append(f"{key} is {_sides(tensors[key].shape)}, not {_sides(shape)}")
+    wrong += [f"{key} is not of {name}" for key in tensors if key not in expected and not key.startswith("classifier.")]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise WeightsError(f"{source} is not {name}: {'; '.join(wrong[:5])}{more}; give a file of {name}")
+    return {key: tensors[key].detach().float().contiguous() for key in expected}
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _download(name: VGGName) -> None:
+    address = PUBLISHED[name]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / address.rsplit("/", 1)[1]
+        try:
+            with urllib.request.urlopen(address, timeout=SECONDS_TO_ANSWER) as answer, file.open("wb") as out:
+                shutil.copyfileobj(answer, out)
+        except OSError as error:
+            raise WeightsError(
+                f"weights of {name} are not in the store and cannot be downloaded from {address} ({error}); "
+                f"either fetch that file elsewhere and `delineate weights import FILE --as {name}`, "
+                "or set weights: random in the recipe"
+            ) from error
+        if not sha256_of(file).startswith(file.stem.rsplit("-", 1)[1]):
+            raise WeightsError(f"the download of {address} is damaged: its checksum differs; try again")
+        import_weights(file, name)
+
+
+def _sides(shape: tuple[int, ...] | torch.Size) -> str:
+    return "×".join(str(n) for n in shape)

@@ -1,0 +1,60 @@
+"""The network that training begins with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from delineate.bundle import Bundle
+from delineate.errors import RecipeError
+from delineate.networks.transfer import freeze, load_what_fits
+from delineate.pretrained.weights import read_tensors
+from delineate.recipe import StartSpec
+from delineate.training.options import Reporter
+
+
+def starting_network(bundle: Bundle, report: Reporter, *, resumed: bool) -> nn.Module:
+    """The recipe's network: random by the seed, then from published or other weights, its fixed parts fixed.
+
+    A ``resumed`` run's weights follow from its state, so none are looked for.
+    """
+    training = bundle.recipe.training
+    torch.manual_seed(training.seed)
+    network = bundle.network()
+    if not resumed:
+        said = bundle.recipe.network.start_from_published(network)
+        if said is not None:
+            report(said)
+        if bundle.recipe.start is not None:
+            _start_from(network, bundle.recipe.start, bundle, report)
+    if training.frozen:
+        frozen = freeze(network, training.frozen)
+        report(f"{len(frozen)} tensors stay fixed ({', '.join(training.frozen)})")
+    return network
+
+
+def _start_from(network: nn.Module, start: StartSpec, bundle: Bundle, report: Reporter) -> None:
+    path = Path(start.weights).expanduser()
+    folder = path / "bundle" if (path / "bundle").is_dir() else path
+    rows: list[int | None] = []
+    if folder.is_dir():
+        source = Bundle.load(folder)
+        weights = source.trained_network().state_dict()
+        theirs, ours = (_outputs(b) for b in (source, bundle))
+        wanted = [start.rows.get(name, name) for name in ours]
+        unknown = [name for name in start.rows.values() if name not in theirs]
+        if unknown:
+            raise RecipeError(f"start.rows: '{unknown[0]}' is no output of {folder}; it has {', '.join(theirs)}")
+        rows = [theirs.index(name) if name in theirs else None for name in wanted]
+    else:
+        weights = read_tensors(path)
+    loaded = load_what_fits(
+        network, weights, rows=rows, channels=start.channels, include=start.include, exclude=start.exclude
+    )
+    report(f"starts from {start.weights}: {loaded}")
+
+
+def _outputs(bundle: Bundle) -> list[str]:
+    return [*(["background"] if bundle.targets.exclusive else []), *bundle.targets.names]
