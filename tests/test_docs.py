@@ -51,3 +51,12 @@ def test_every_packaged_recipe_group_is_explained() -> None:
 
     explained = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in explained for name in Recipe.model_fields if name not in ("name", "description"))
+
+
+def test_the_python_page_runs_as_it_stands(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) > 10
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "docs/python.md", "exec"), names)
