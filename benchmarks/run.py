@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -273,13 +274,24 @@ def bench_predict(quick: bool) -> list[Row]:
 
 def process_of(work: str) -> tuple[str, float]:
     """What a new process that does ``work`` prints, and its peak memory in GB."""
-    code = f"import resource, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import run; {work}\n"
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import run; {work}; print(run.peak_bytes())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{work} failed:\n{done.stderr}")
     *printed, peak = done.stdout.splitlines()
-    return "\n".join(printed), int(peak) * 1024 / 1e9
+    return "\n".join(printed), int(peak) / 1e9
+
+
+def peak_bytes() -> int:
+    """Peak memory of this process. What getrusage says on Linux may be what its parent had taken."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_of(work: str) -> float:
