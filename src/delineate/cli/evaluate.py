@@ -66,6 +66,8 @@ def print_evaluation(evaluation: Evaluation, *, subjects: bool = False) -> None:
 
 def _estimate_cells(estimate: Estimate) -> list[str]:
     low, high = estimate.ci95
+    if estimate.n == 1:  # one value has no spread
+        return [f"{estimate.mean:.3f}", "", "1", str(estimate.undefined or "")]
     return [
         f"{estimate.mean:.3f} ± {estimate.sd:.3f}",
         f"{low:.3f} – {high:.3f}",

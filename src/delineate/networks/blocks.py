@@ -151,3 +151,28 @@ def upsampling(
         return LinearUpsample(dimensions, inputs, outputs, stride)
     transposed: Any = nn.ConvTranspose3d if dimensions == 3 else nn.ConvTranspose2d
     return transposed(inputs, outputs, tuple(stride), tuple(stride))
+
+
+class EncoderDecoder(nn.Module):
+    """Blocks down a ladder of max-pools by 2 and up again, joined by concatenation: most U-Nets' forward pass.
+
+    ``encoder`` begins at full resolution, ``up`` and ``decoder`` at the coarsest.
+    """
+
+    def __init__(
+        self, dimensions: int, encoder: list[nn.Module], up: list[nn.Module], decoder: list[nn.Module], head: nn.Module
+    ) -> None:
+        super().__init__()
+        self.encoder, self.up, self.decoder = nn.ModuleList(encoder), nn.ModuleList(up), nn.ModuleList(decoder)
+        self.pool = nn.MaxPool3d(2) if dimensions == 3 else nn.MaxPool2d(2)
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for level, block in enumerate(self.encoder):
+            x = block(x if level == 0 else self.pool(x))
+            skips.append(x)
+        skips.pop()
+        for up, block in zip(self.up, self.decoder, strict=True):
+            x = block(torch.cat([up(x), skips.pop()], dim=1))
+        return self.head(x)  # (N, K, *space)

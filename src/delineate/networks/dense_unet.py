@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from delineate.networks.base import Architecture, Step
+from delineate.networks.blocks import EncoderDecoder
 
 
 class DenseUNetSpec(Architecture):
@@ -33,32 +34,19 @@ class DenseUNetSpec(Architecture):
         return DenseUNet(self, inputs, outputs)
 
 
-class DenseUNet(nn.Module):
+class DenseUNet(EncoderDecoder):
     """Logits (N, K, X, Y) of images (N, C, X, Y)."""
 
     def __init__(self, spec: DenseUNetSpec, inputs: int, outputs: int) -> None:
-        super().__init__()
         widths = [spec.first_filters * 2**level for level in range(spec.pools + 1)]
-        before = (inputs, *widths)
-        self.encoder = nn.ModuleList(
-            [DenseBlock(i, o, spec.convolutions) for i, o in zip(before, widths, strict=False)]
+        ladder = list(reversed(list(pairwise(widths))))
+        super().__init__(
+            2,
+            encoder=[DenseBlock(i, o, spec.convolutions) for i, o in pairwise((inputs, *widths))],
+            up=[nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in ladder],
+            decoder=[DenseBlock(2 * fine, fine, spec.convolutions) for fine, _ in ladder],
+            head=nn.Conv2d(widths[0], outputs, 1),
         )
-        self.pool = nn.MaxPool2d(2)
-        self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
-        for fine, coarse in reversed(list(pairwise(widths))):
-            self.up.append(nn.ConvTranspose2d(coarse, fine, 2, stride=2))
-            self.decoder.append(DenseBlock(2 * fine, fine, spec.convolutions))
-        self.head = nn.Conv2d(widths[0], outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        skips = []
-        for level, block in enumerate(self.encoder):
-            x = block(x if level == 0 else self.pool(x))
-            skips.append(x)
-        skips.pop()
-        for up, block in zip(self.up, self.decoder, strict=True):
-            x = block(torch.cat([up(x), skips.pop()], dim=1))
-        return self.head(x)
 
 
 class DenseBlock(nn.Module):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from delineate.networks.base import Architecture, Step
-from delineate.networks.blocks import KerasTransposed, glorot_uniform, keras_batch_norm
+from delineate.networks.blocks import EncoderDecoder, KerasTransposed, glorot_uniform, keras_batch_norm
 
 
 class ProstateUNetSpec(Architecture):
@@ -33,30 +32,19 @@ class ProstateUNetSpec(Architecture):
         return ProstateUNet(self, inputs, outputs)
 
 
-class ProstateUNet(nn.Module):
+class ProstateUNet(EncoderDecoder):
     """Logits (N, K, X, Y, Z) of images (N, C, X, Y, Z)."""
 
     def __init__(self, spec: ProstateUNetSpec, inputs: int, outputs: int) -> None:
-        super().__init__()
-        widths = (inputs, *spec.widths)
-        self.encoder = nn.ModuleList([_block(i, o, spec.dropout) for i, o in zip(widths, spec.widths, strict=False)])
-        self.pool = nn.MaxPool3d(2)
-        self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
-        for fine, coarse in reversed(list(pairwise(spec.widths))):
-            self.up.append(KerasTransposed(3, coarse, fine, bias=False))
-            self.decoder.append(_block(2 * fine, fine, spec.dropout))
-        self.head = nn.Conv3d(spec.widths[0], outputs, 1)
+        widths, ladder = spec.widths, list(reversed(list(pairwise(spec.widths))))
+        super().__init__(
+            3,
+            encoder=[_block(i, o, spec.dropout) for i, o in pairwise((inputs, *widths))],
+            up=[KerasTransposed(3, coarse, fine, bias=False) for fine, coarse in ladder],
+            decoder=[_block(2 * fine, fine, spec.dropout) for fine, _ in ladder],
+            head=nn.Conv3d(widths[0], outputs, 1),
+        )
         self.apply(glorot_uniform)
-
-    def forward(self, x: Tensor) -> Tensor:
-        skips = []
-        for level, block in enumerate(self.encoder):
-            x = block(x if level == 0 else self.pool(x))
-            skips.append(x)
-        skips.pop()
-        for up, block in zip(self.up, self.decoder, strict=True):
-            x = block(torch.cat([up(x), skips.pop()], dim=1))
-        return self.head(x)
 
 
 def _block(inputs: int, outputs: int, dropout: float) -> nn.Sequential:

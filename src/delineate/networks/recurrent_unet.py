@@ -5,12 +5,19 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from delineate.networks.base import Architecture, Step
-from delineate.networks.blocks import NormKind, activation, convolution, he_normal, normalisation, upsampling
+from delineate.networks.blocks import (
+    EncoderDecoder,
+    NormKind,
+    activation,
+    convolution,
+    he_normal,
+    normalisation,
+    upsampling,
+)
 
 
 class RecurrentUNetSpec(Architecture):
@@ -33,32 +40,19 @@ class RecurrentUNetSpec(Architecture):
         return RecurrentUNet(self, inputs, outputs)
 
 
-class RecurrentUNet(nn.Module):
+class RecurrentUNet(EncoderDecoder):
     """Logits (N, K, *space) of images (N, C, *space)."""
 
     def __init__(self, spec: RecurrentUNetSpec, inputs: int, outputs: int) -> None:
-        super().__init__()
-        d, widths = spec.dimensions, spec.widths
-        self.encoder = nn.ModuleList(
-            [RecurrentBlock(spec, i, o) for i, o in zip((inputs, *widths), widths, strict=False)]
+        d, widths, ladder = spec.dimensions, spec.widths, list(reversed(list(pairwise(spec.widths))))
+        super().__init__(
+            d,
+            encoder=[RecurrentBlock(spec, i, o) for i, o in pairwise((inputs, *widths))],
+            up=[upsampling("transposed", d, coarse, fine, (2,) * d) for fine, coarse in ladder],
+            decoder=[RecurrentBlock(spec, 2 * fine, fine) for fine, _ in ladder],
+            head=convolution(d, widths[0], outputs, 1),
         )
-        self.pool = nn.MaxPool3d(2) if d == 3 else nn.MaxPool2d(2)
-        self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
-        for fine, coarse in reversed(list(pairwise(widths))):
-            self.up.append(upsampling("transposed", d, coarse, fine, (2,) * d))
-            self.decoder.append(RecurrentBlock(spec, 2 * fine, fine))
-        self.head = convolution(d, widths[0], outputs, 1)
         self.apply(he_normal)
-
-    def forward(self, x: Tensor) -> Tensor:
-        skips = []
-        for level, block in enumerate(self.encoder):
-            x = block(x if level == 0 else self.pool(x))
-            skips.append(x)
-        skips.pop()
-        for up, block in zip(self.up, self.decoder, strict=True):
-            x = block(torch.cat([up(x), skips.pop()], dim=1))
-        return self.head(x)
 
 
 class RecurrentBlock(nn.Module):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from delineate.networks.base import Architecture, Step
-from delineate.networks.blocks import glorot_uniform
+from delineate.networks.blocks import EncoderDecoder, glorot_uniform
 
 
 class ResidualUNetSpec(Architecture):
@@ -35,30 +34,19 @@ class ResidualUNetSpec(Architecture):
         return ResidualUNet(self, inputs, outputs)
 
 
-class ResidualUNet(nn.Module):
+class ResidualUNet(EncoderDecoder):
     """Logits (N, K, X, Y) of images (N, C, X, Y)."""
 
     def __init__(self, spec: ResidualUNetSpec, inputs: int, outputs: int) -> None:
-        super().__init__()
-        before = (inputs, *spec.widths)
-        self.encoder = nn.ModuleList([ResidualBlock(i, o) for i, o in zip(before, spec.widths, strict=False)])
-        self.pool = nn.MaxPool2d(2)
-        self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
-        for fine, coarse in reversed(list(pairwise(spec.widths))):
-            self.up.append(nn.ConvTranspose2d(coarse, fine, 2, stride=2))
-            self.decoder.append(ResidualBlock(2 * fine, fine, dropout=spec.dropout))
-        self.head = nn.Conv2d(spec.widths[0], outputs, 1)
+        widths, ladder = spec.widths, list(reversed(list(pairwise(spec.widths))))
+        super().__init__(
+            2,
+            encoder=[ResidualBlock(i, o) for i, o in pairwise((inputs, *widths))],
+            up=[nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in ladder],
+            decoder=[ResidualBlock(2 * fine, fine, dropout=spec.dropout) for fine, _ in ladder],
+            head=nn.Conv2d(widths[0], outputs, 1),
+        )
         self.apply(glorot_uniform)
-
-    def forward(self, x: Tensor) -> Tensor:
-        skips = []
-        for level, block in enumerate(self.encoder):
-            x = block(x if level == 0 else self.pool(x))
-            skips.append(x)
-        skips.pop()
-        for up, block in zip(self.up, self.decoder, strict=True):
-            x = block(torch.cat([up(x), skips.pop()], dim=1))
-        return self.head(x)
 
 
 class ResidualBlock(nn.Module):
