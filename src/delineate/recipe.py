@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from delineate.core.targets import Targets
 from delineate.errors import RecipeError
 from delineate.losses.spec import DICE_AND_CROSS_ENTROPY, LossSpec
+from delineate.metrics.catalogue import metric_names
 from delineate.networks.spec import NetworkSpec
 from delineate.preprocessing.pipeline import Pipeline, StepSpec
 from delineate.sampling.augmentation import AugmentationSpec
@@ -173,6 +174,12 @@ class Recipe(_Spec):
     training: TrainingSpec = TrainingSpec()
     inference: InferenceSpec = InferenceSpec()
     postprocessing: PostprocessingSpec = PostprocessingSpec()
+    metrics: tuple[str, ...] = ("standard",)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Every metric that ``metrics``, sets and single ones, asks for."""
+        return metric_names(",".join(self.metrics))
 
     @property
     def pipeline(self) -> Pipeline:

@@ -24,7 +24,8 @@ def mask(*filled: int) -> np.ndarray:
 
 def test_by_hand() -> None:
     overlap = Overlap.of(mask(0, 1, 2, 3), mask(2, 3, 4))
-    assert overlap == Overlap(tp=2, fp=1, fn=2)
+    assert overlap == Overlap(tp=2, fp=1, fn=2, tn=5)
+    assert overlap.specificity == 5 / 6
     assert overlap.dice == 4 / 7
     assert overlap.jaccard == 2 / 5
     assert overlap.precision == 2 / 3
@@ -56,8 +57,14 @@ def test_prediction_empty() -> None:
     assert isnan(overlap.precision)
 
 
+def test_no_background_leaves_specificity_undefined() -> None:
+    everything = mask(*range(10))
+    assert isnan(Overlap.of(everything, mask(1)).specificity)
+    assert Overlap.of(mask(), everything).specificity == 0
+
+
 def test_unknown_voxels_count_on_neither_side() -> None:
-    assert Overlap.of(mask(0, 1, 2, 3), mask(2, 3, 4), known=~mask(0, 3, 4)) == Overlap(tp=1, fp=0, fn=1)
+    assert Overlap.of(mask(0, 1, 2, 3), mask(2, 3, 4), known=~mask(0, 3, 4)) == Overlap(tp=1, fp=0, fn=1, tn=5)
 
 
 @given(masks, masks)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from delineate.cli import data, demo, evaluate, networks, predict, recipes, train, weights
+from delineate.cli import data, demo, evaluate, metrics, networks, predict, recipes, train, weights
 
 app = typer.Typer(
     name="delineate",
@@ -35,4 +35,5 @@ app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(networks.app, name="networks")
+app.add_typer(metrics.app, name="metrics")
 app.add_typer(weights.app, name="weights")

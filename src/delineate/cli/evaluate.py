@@ -10,32 +10,35 @@ import typer
 from delineate.cli.options import Json, TargetsOption
 
 if TYPE_CHECKING:
-    from delineate.evaluation import Estimate, Evaluation
-
-SHOWN = {
-    "dice": "Dice",
-    "precision": "precision",
-    "recall": "recall",
-    "hd95_mm": "HD95, mm",
-    "volume_ml": "volume, ml",
-    "reference_volume_ml": "reference, ml",
-    "volume_error_percent": "error, %",
-}
+    from delineate.evaluation.table import Evaluation
+    from delineate.metrics.statistics import Estimate
 
 
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of predicted labels, <subject>.nii.gz.")],
     references: Annotated[Path, typer.Argument(help="Folder of reference labels, or a data set.")],
     targets: TargetsOption = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for metrics.csv and summary.json.")] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            "--metrics",
+            help="Sets (standard, wmh2017, promise12, lits, brats) and single metrics, joined by commas; "
+            "`delineate metrics list` explains them.",
+        ),
+    ] = "standard",
+    lesion_overlap: Annotated[
+        float, typer.Option("--lesion-overlap", min=0, max=0.99, help="Share of a lesion that must be covered.")
+    ] = 0.0,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the tables: CSV and JSON.")] = None,
     json: Json = False,
 ) -> None:
     """Measure predictions against references, by subject and target."""
     from delineate.cli.parsing import parse_targets
     from delineate.cli.terminal import print_json
-    from delineate.evaluation import evaluate_folders
+    from delineate.evaluation.measure import Measuring, evaluate_folders
 
-    evaluation = evaluate_folders(predictions, references, parse_targets(targets))
+    measuring = Measuring.of(metrics, lesion_overlap)
+    evaluation = evaluate_folders(predictions, references, parse_targets(targets), measuring)
     if out is not None:
         evaluation.write(out)
     if json:
@@ -47,30 +50,31 @@ def evaluate(
 def print_evaluation(evaluation: Evaluation, *, subjects: bool = False) -> None:
     """The summary as a table on standard output, after the rows of every subject where asked for."""
     from delineate.cli.terminal import print_table
+    from delineate.metrics.catalogue import METRICS, formatted
 
     if subjects:
         rows = evaluation.table.to_dict("records")
-        cells = [[r["subject"], r["target"], *(f"{r[metric]:.3f}" for metric in SHOWN)] for r in rows]
-        print_table("", ["subject", "target", *SHOWN.values()], cells)
+        cells = [[r["subject"], r["target"], *(formatted(m, r[m]) for m in evaluation.metrics)] for r in rows]
+        print_table("", ["subject", "target", *(METRICS[m].title for m in evaluation.metrics)], cells)
         typer.echo()
     summary = [
-        [target, metric, *_estimate_cells(estimates[metric])]
+        [target, METRICS[metric].title, *_estimate_cells(metric, estimate)]
         for target, estimates in evaluation.summary().items()
-        for metric in SHOWN
-        if metric in estimates
+        for metric, estimate in estimates.items()
     ]
     print_table("", ["target", "metric", "mean ± SD", "95 % interval of the mean", "n", "undefined"], summary)
     for what, names in evaluation.unpaired.items():
         typer.echo(f"{what}: {len(names)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})")
 
 
-def _estimate_cells(estimate: Estimate) -> list[str]:
-    low, high = estimate.ci95
-    if estimate.n == 1:  # one value has no spread
-        return [f"{estimate.mean:.3f}", "", "1", str(estimate.undefined or "")]
+def _estimate_cells(metric: str, estimate: Estimate) -> list[str]:
+    from delineate.metrics.catalogue import formatted
+
+    mean, sd, low, high = (formatted(metric, v) for v in (estimate.mean, estimate.sd, *estimate.ci95))
+    several = estimate.n > 1  # one value has no spread
     return [
-        f"{estimate.mean:.3f} ± {estimate.sd:.3f}",
-        f"{low:.3f} – {high:.3f}",
+        f"{mean} ± {sd}" if several else mean,
+        f"{low} – {high}" if several else "",
         str(estimate.n),
         str(estimate.undefined or ""),
     ]

@@ -83,7 +83,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        numeric = all(row[i][:1] in "0123456789-–∞±" or not row[i] for row in rows)
+        numeric = all(row[i][:1] in "0123456789-−–∞±" or not row[i] for row in rows)
         table.add_column(column, justify="right" if numeric and rows else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)

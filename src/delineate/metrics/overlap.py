@@ -11,28 +11,32 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Overlap:
-    """Voxel counts of a prediction against a reference: true positive, false positive, false negative.
+    """Voxel counts of a prediction against a reference: true positive, false positive, false and true negative.
 
-    A metric that is undefined is NaN, for the table to count; nothing is added to a denominator.
+    F1 is Dice by another name. A metric that is undefined is NaN, for the table to count; nothing
+    is added to a denominator.
     Counts of disjoint parts add up: ``Overlap.of(a) + Overlap.of(b)`` is that of both together.
     """
 
     tp: int
     fp: int
     fn: int
+    tn: int
 
     @classmethod
     def of(
         cls, reference: NDArray[np.bool_], prediction: NDArray[np.bool_], known: NDArray[np.bool_] | None = None
     ) -> Overlap:
         """Counts of two boolean masks of one shape; voxels outside ``known`` are left out of both."""
+        voxels = reference.size
         if known is not None:
-            reference, prediction = reference & known, prediction & known
+            reference, prediction, voxels = reference & known, prediction & known, int(np.count_nonzero(known))
         tp = int(np.count_nonzero(reference & prediction))
-        return cls(tp, int(np.count_nonzero(prediction)) - tp, int(np.count_nonzero(reference)) - tp)
+        fp, fn = int(np.count_nonzero(prediction)) - tp, int(np.count_nonzero(reference)) - tp
+        return cls(tp, fp, fn, voxels - tp - fp - fn)
 
     def __add__(self, other: Overlap) -> Overlap:
-        return Overlap(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn)
+        return Overlap(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.tn + other.tn)
 
     @property
     def dice(self) -> float:
@@ -53,6 +57,11 @@ class Overlap:
     def recall(self) -> float:
         """TP / (TP + FN), the share of the reference that is found. Reference empty: undefined."""
         return _ratio(self.tp, self.tp + self.fn, empty=nan)
+
+    @property
+    def specificity(self) -> float:
+        """TN / (TN + FP), the share of the background that is left alone. No background: undefined."""
+        return _ratio(self.tn, self.tn + self.fp, empty=nan)
 
 
 def _ratio(part: int, whole: int, *, empty: float) -> float:

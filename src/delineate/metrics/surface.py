@@ -3,7 +3,7 @@
 Definition: a surface voxel belongs to its mask and has a face neighbour (6-connectivity) that does
 not; what lies outside the array does not. Distances run between centres of surface voxels,
 unweighted, as in MONAI and MedPy; surfel-weighted tools (DeepMind's surface-distance) differ by a
-fraction of a voxel.
+fraction of a voxel. Outlines, slice by slice, are what the WMH 2017 challenge measures between.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 Mask = NDArray[np.bool_]
+Edge = Literal["surface", "outlines"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,25 +45,59 @@ class SurfaceDistances:
     @property
     def mean_mm(self) -> float:
         """Average symmetric surface distance: the mean over the surface voxels of both masks."""
-        both = np.concatenate([self.from_reference, self.from_prediction])
-        return float(both.mean()) if both.size else 0.0
+        return float(self._both.mean()) if self._both.size else 0.0
+
+    @property
+    def rms_mm(self) -> float:
+        """Root mean square symmetric surface distance, over the surface voxels of both masks."""
+        return float(np.sqrt(np.square(self._both).mean())) if self._both.size else 0.0
+
+    @property
+    def directed_means_mm(self) -> tuple[float, float]:
+        """Mean distance from the reference's surface to the prediction's, and back."""
+        forth, back = (float(d.mean()) if d.size else 0.0 for d in (self.from_reference, self.from_prediction))
+        # Where one mask is empty there is nothing to run back from; the distance is as infinite as forth.
+        return (inf, inf) if inf in (forth, back) else (forth, back)
+
+    def surface_dice(self, tolerance_mm: float) -> float:
+        """Share of both surfaces' voxels within ``tolerance_mm`` of the other (Nikolov et al. 2018, by voxel).
+
+        Both empty: 1; one empty: 0.
+        """
+        return float(np.mean(self._both <= tolerance_mm)) if self._both.size else 1.0
+
+    @property
+    def _both(self) -> NDArray[np.float64]:
+        return np.concatenate([self.from_reference, self.from_prediction])
 
 
 def surface_distances(
-    reference: Mask, prediction: Mask, spacing_mm: Sequence[float], known: Mask | None = None
+    reference: Mask,
+    prediction: Mask,
+    spacing_mm: Sequence[float],
+    known: Mask | None = None,
+    *,
+    edge: Edge = "surface",
+    slice_axis: int = 2,
 ) -> SurfaceDistances:
     """Distances between the surfaces of two boolean masks (X, Y, Z), or (X, Y), of one shape.
 
     ``spacing_mm`` has one entry per axis; axes are taken as orthogonal. Voxels outside ``known``
-    count as background in both masks.
+    count as background in both masks. ``edge``: the masks' ``surface``, or their ``outlines`` in
+    the slices across ``slice_axis``.
     """
     if known is not None:
         reference, prediction = reference & known, prediction & known
-    box = _box(reference | prediction)
+    box = box_around(reference | prediction)
     if box is None:
         return SurfaceDistances(np.empty(0), np.empty(0))
     # Nothing lies beyond the union's box but background, so cropping to it moves no surface.
-    surfaces = surface(reference[box]), surface(prediction[box])
+    if edge == "surface":
+        surfaces = surface(reference[box]), surface(prediction[box])
+    else:
+        # The array's border is no outline: what touches it may go on. So the crop keeps a voxel around the box.
+        box = tuple(slice(max(0, b.start - 1), b.stop + 1) for b in box)
+        surfaces = outlines(reference[box], slice_axis), outlines(prediction[box], slice_axis)
     return SurfaceDistances(_nearest(*surfaces, spacing_mm), _nearest(*surfaces[::-1], spacing_mm))
 
 
@@ -74,6 +110,15 @@ def surface(mask: Mask) -> Mask:
         core[:-1] &= whole[1:]
         core[[0, -1]] = False
     return mask & ~inner
+
+
+def outlines(mask: Mask, slice_axis: int) -> Mask:
+    """The voxels of a mask with one of eight neighbours in their slice outside it, as the WMH 2017 challenge.
+
+    What lies outside the array belongs to every mask.
+    """
+    size = [1 if axis == slice_axis else 3 for axis in range(mask.ndim)]
+    return mask & ~ndimage.minimum_filter(mask, size=size, mode="nearest")
 
 
 def _nearest(sources: Mask, targets: Mask, spacing_mm: Sequence[float]) -> NDArray[np.float64]:
@@ -99,7 +144,7 @@ def _nearest(sources: Mask, targets: Mask, spacing_mm: Sequence[float]) -> NDArr
     return distances
 
 
-def _box(mask: Mask) -> tuple[slice, ...] | None:
+def box_around(mask: Mask) -> tuple[slice, ...] | None:
     """The smallest box around a mask; None where it is empty."""
     axes = range(mask.ndim)
     filled = [np.flatnonzero(mask.any(axis=tuple(other for other in axes if other != axis))) for axis in axes]

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from delineate.evaluation import Evaluation
+from delineate.evaluation.table import Evaluation
 
 # Drawn in these colours, written as CSS variables that fall back on them outside the page.
 INK, MUTED, LINE = "#1b2024", "#5a656e", "#d9dee2"

@@ -12,21 +12,12 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from delineate.evaluation import MEAN_OF_TARGETS, Estimate, Evaluation
+from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation
 from delineate.io.files import writing_beside
+from delineate.metrics.catalogue import METRICS, Metric, formatted
+from delineate.metrics.statistics import Estimate
 from delineate.reporting.figures import loss_chart, metric_chart, validation_chart
 from delineate.reporting.overlays import LEGEND, Overlay, View, picture
-
-COLUMNS = {
-    "dice": ("Dice", 3),
-    "precision": ("Precision", 3),
-    "recall": ("Recall", 3),
-    "hd95_mm": ("HD95, mm", 2),
-    "volume_ml": ("Volume, ml", 2),
-    "reference_volume_ml": ("Reference, ml", 2),
-    "volume_error_percent": ("Volume error, %", 1),
-}
-"""Metrics that the page shows, with their names and decimals."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,16 +58,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters["measured"] = formatted
     environment.filters["by"] = lambda values: " × ".join(f"{v:.4g}" for v in values)
     return environment
-
-
-def number(value: float, decimals: int) -> str:
-    """A number as a table shows it: undefined is a dash, infinite its sign."""
-    if isfinite(value):
-        return f"{value:.{decimals}f}".replace("-", "−")
-    return "–" if value != value else "∞"
 
 
 def _content(report: RunReport) -> dict[str, Any]:
@@ -84,13 +68,13 @@ def _content(report: RunReport) -> dict[str, Any]:
     evaluation = report.evaluation
     return {
         "charts": _charts(report),
-        "headline": None if evaluation is None else _estimate(_whole(evaluation)["dice"], 3),
+        "headline": None if evaluation is None else _estimate(METRICS["dice"], _whole(evaluation)["dice"]),
         "headline_n": 0 if evaluation is None else _whole(evaluation)["dice"].n,
-        "summary": [] if evaluation is None else _summary_rows(evaluation, None),
+        "summary": [] if evaluation is None else _summary_rows(evaluation),
         "sites": [] if evaluation is None or len(evaluation.sites) < 2 else _site_rows(evaluation),
         "rows": [] if evaluation is None else evaluation.table.to_dict("records"),
         "unpaired": {} if evaluation is None else evaluation.unpaired,
-        "columns": COLUMNS,
+        "columns": [] if evaluation is None else [METRICS[name] for name in evaluation.metrics],
         "legend": _legend(report.overlays),
         "pictures": [(overlay, [_picture(overlay, view) for view in overlay.views]) for overlay in report.overlays],
         "data": _data_summary(report.data_rows),
@@ -115,32 +99,31 @@ def _whole(evaluation: Evaluation, site: str | None = None) -> dict[str, Estimat
     return summary[MEAN_OF_TARGETS if len(evaluation.targets) > 1 else evaluation.targets[0]]
 
 
-def _summary_rows(evaluation: Evaluation, site: str | None) -> list[dict[str, Any]]:
-    rows = []
-    for target, estimates in evaluation.summary(site).items():
-        if target == MEAN_OF_TARGETS and len(evaluation.targets) == 1:
-            continue
-        for metric, (name, decimals) in COLUMNS.items():
-            if metric in estimates:
-                rows.append({"target": target, "metric": name, **_estimate(estimates[metric], decimals)})
-    return rows
+def _summary_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    return [
+        {"target": target, **_estimate(METRICS[name], estimate)}
+        for target, estimates in evaluation.summary().items()
+        if target != MEAN_OF_TARGETS or len(evaluation.targets) > 1
+        for name, estimate in estimates.items()
+    ]
 
 
 def _site_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [
-        {"site": site or "no site", "metric": COLUMNS[metric][0], **_estimate(estimates[metric], COLUMNS[metric][1])}
+        {"site": site or "no site", **_estimate(METRICS[name], estimate)}
         for site in evaluation.sites
-        for estimates in (_whole(evaluation, site),)
-        for metric in ("dice", "hd95_mm")
+        for name, estimate in _whole(evaluation, site).items()
+        if METRICS[name].better
     ]
 
 
-def _estimate(estimate: Estimate, decimals: int) -> dict[str, Any]:
+def _estimate(metric: Metric, estimate: Estimate) -> dict[str, Any]:
     low, high = estimate.ci95
     return {
-        "mean": number(estimate.mean, decimals),
-        "sd": number(estimate.sd, decimals),
-        "ci": f"{number(low, decimals)} to {number(high, decimals)}" if isfinite(low) else "–",
+        "metric": metric.title,
+        "mean": formatted(metric.name, estimate.mean),
+        "sd": formatted(metric.name, estimate.sd),
+        "ci": f"{formatted(metric.name, low)} to {formatted(metric.name, high)}" if isfinite(low) else "–",
         "n": estimate.n,
         "undefined": estimate.undefined,
     }

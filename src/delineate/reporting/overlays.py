@@ -18,7 +18,8 @@ from delineate.core.grid import permute_axes
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_grids
-from delineate.evaluation import Evaluation, Pair
+from delineate.evaluation.pairs import Pair
+from delineate.evaluation.table import Evaluation
 from delineate.io.files import writing_beside
 from delineate.io.formats import read_label
 from delineate.io.voxels import Orientation
@@ -71,7 +72,7 @@ def overlays_of(
     ``scans`` gives a subject's scan, whose first channel is shown. Raises :class:`GridMismatch`
     where a scan and its labels are not on one grid, and what reading raises.
     """
-    dice = evaluation.mean_dice().sort_values(ascending=False, kind="stable")
+    dice = evaluation.mean_of_targets("dice").sort_values(ascending=False, kind="stable")
     places = {0: "best", (len(dice) - 1) // 2: "median", len(dice) - 1: "worst"}
     if len(dice) < 3:
         places = dict(zip(range(len(dice)), ("best", "worst") if len(dice) > 1 else ("only",), strict=True))

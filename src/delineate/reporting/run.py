@@ -11,7 +11,8 @@ import pandas as pd
 from delineate.bundle import Bundle
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, load_scan
-from delineate.evaluation import Evaluation, Pair
+from delineate.evaluation.pairs import Pair
+from delineate.evaluation.table import Evaluation
 from delineate.reporting.html import RunReport, write_report
 from delineate.reporting.overlays import overlays_of
 

@@ -32,7 +32,9 @@ from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.inspection import Inspection
 from delineate.errors import RecipeError, TrainingError
-from delineate.evaluation import Evaluation, Pair, evaluate
+from delineate.evaluation.measure import Measuring, evaluate
+from delineate.evaluation.pairs import Pair
+from delineate.evaluation.table import Evaluation
 from delineate.inference.batch import predict_subjects, with_channels
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
@@ -281,6 +283,6 @@ def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputeP
         assert outcome.subject.label is not None  # inspection refuses subjects without one
         pairs.append(Pair(outcome.subject.id, outcome.path, outcome.subject.label, outcome.subject.site))
         report.progress("predicting held-out subjects", done, len(chosen))
-    evaluation = evaluate(pairs, bundle.targets)
+    evaluation = evaluate(pairs, bundle.targets, Measuring(bundle.recipe.metric_names))
     evaluation.write(folder / "evaluation")
     return evaluation

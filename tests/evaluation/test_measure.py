@@ -16,18 +16,11 @@ from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset
 from delineate.errors import BadLabelValue, DuplicateSubject, GridMismatch, MissingFile
-from delineate.evaluation import (
-    MEAN_OF_TARGETS,
-    METRICS,
-    Evaluation,
-    Pair,
-    compare,
-    estimate_means,
-    evaluate,
-    pair_files,
-    targets_in,
-)
+from delineate.evaluation.measure import Measuring, compare, evaluate, evaluate_folders
+from delineate.evaluation.pairs import Pair, pair_files, targets_in
+from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation
 from delineate.io.formats import write_label
+from delineate.metrics.catalogue import METRICS
 
 TARGETS = Targets({"liver": (1, 2), "tumour": (2,)}, mode="overlapping", ignore=(9,))
 GRID = Grid.of_spacing((12, 10, 8), (1, 2, 5))
@@ -42,6 +35,7 @@ def label(**boxes: tuple[slice, ...]) -> LabelVolume:
 
 
 LIVER = np.s_[2:10, 2:8, 1:7]
+ALL = Measuring(tuple(METRICS))
 TUMOUR = np.s_[4:6, 3:5, 2:4]
 REFERENCE = label(v1=LIVER, v2=TUMOUR)
 
@@ -66,14 +60,14 @@ def evaluation_of(**columns: list) -> Evaluation:
     """An evaluation with one target and the given columns; the other metrics are 0."""
     n = len(next(iter(columns.values())))
     rest = {"subject": [f"s{i}" for i in range(n)], "site": [""] * n, "target": ["organ"] * n}
-    rest |= {metric: [0.0] * n for metric in METRICS} | {"case": ["both"] * n}
+    rest |= {metric: [0.0] * n for metric in Measuring().metrics} | {"case": ["both"] * n}
     return Evaluation(pd.DataFrame(rest | columns))
 
 
 class TestTable:
     def test_a_row_by_hand(self) -> None:
         prediction = label(v1=np.s_[2:10, 2:8, 1:6])
-        liver, tumour = compare(prediction, REFERENCE, TARGETS, subject="a")
+        liver, tumour = compare(prediction, REFERENCE, TARGETS).targets
         assert liver["target"] == "liver"
         assert liver["dice"] == pytest.approx(2 * 5 / (5 + 6))
         assert liver["precision"] == 1
@@ -106,12 +100,13 @@ class TestTable:
         for prediction in (differing, missing):
             changed = LabelVolume(prediction.voxels.copy(), GRID)
             changed.voxels[0:4] = 0
-            expected = compare(changed, ignored, TARGETS, subject="a")
-            assert pd.DataFrame(compare(prediction, ignored, TARGETS, subject="a")).equals(pd.DataFrame(expected))
+            expected, found = (compare(p, ignored, TARGETS, ALL) for p in (changed, prediction))
+            assert pd.DataFrame(found.targets).equals(pd.DataFrame(expected.targets))
+            assert found.lesions == expected.lesions
 
     def test_grids_must_match_within_a_tenth_of_a_millimetre(self) -> None:
         near, far = (LabelVolume(REFERENCE.voxels, GRID.crop((shift, 0, 0), GRID.shape)) for shift in (0.05, 0.2))
-        assert compare(near, REFERENCE, TARGETS, subject="a")[0]["dice"] == 1
+        assert compare(near, REFERENCE, TARGETS).targets[0]["dice"] == 1
         with pytest.raises(GridMismatch, match=r"'a' .* 0\.2 mm apart"):
             compare(far, REFERENCE, TARGETS, subject="a")
 
@@ -201,33 +196,10 @@ class TestEstimates:
         assert isnan(summary["precision"].sd)
         assert isnan(summary["precision"].ci95[0])
 
-    def test_all_undefined(self) -> None:
-        [estimate] = estimate_means(np.full((4, 1), nan))
-        assert (estimate.n, estimate.undefined) == (0, 4)
-        assert isnan(estimate.mean)
-
-    def test_the_interval_is_that_of_the_normal_mean(self, rng: np.random.Generator) -> None:
-        values = rng.normal(5, 2, size=(400, 1))
-        [estimate] = estimate_means(values)
-        half = 1.96 * values.std(ddof=1) / np.sqrt(400)
-        assert estimate.ci95 == pytest.approx((values.mean() - half, values.mean() + half), abs=0.05 * half)
-
-    def test_the_interval_is_that_of_scipy(self, rng: np.random.Generator) -> None:
-        from scipy.stats import bootstrap
-
-        values = rng.gamma(2, size=30)
-        scipy = bootstrap((values,), np.mean, method="percentile", rng=1).confidence_interval
-        [estimate] = estimate_means(values[:, None])
-        assert estimate.ci95 == pytest.approx((scipy.low, scipy.high), rel=0.03)
-
-    def test_an_estimate_is_the_same_each_time(self, rng: np.random.Generator) -> None:
-        values = rng.random((9, 2))
-        assert estimate_means(values) == estimate_means(values)
-
     def test_targets_are_averaged_within_subjects_first(self, folders: tuple[Path, Path]) -> None:
         evaluation = evaluate(pair_files(*folders).pairs, TARGETS)
         mean = evaluation.summary()[MEAN_OF_TARGETS]
-        assert evaluation.mean_dice().tolist() == [1, 0.5, 0.5, 1]
+        assert evaluation.mean_of_targets("dice").tolist() == [1, 0.5, 0.5, 1]
         assert mean["dice"].mean == 0.75
         assert mean["dice"].sd == pytest.approx(np.std([1, 0.5, 0.5, 1], ddof=1))
         # The distance is undefined for a subject with any undefined target.
@@ -260,3 +232,38 @@ class TestWriting:
         assert rows["c", "tumour"]["precision"] is None
         assert content["summary"]["tumour"]["precision"]["undefined"] == 2
         assert "sites" not in content
+
+
+class TestLesionsAndConfusion:
+    def test_a_row_for_each_lesion_and_voxels_by_pair_of_classes(self) -> None:
+        targets = Targets({"lesion": (1,)})
+        reference = label(v1=np.s_[0:2, 0:2, 0:1]).voxels | label(v1=np.s_[8:9, 8:9, 5:6]).voxels
+        prediction = label(v1=np.s_[1:2, 0:2, 0:1])
+        found = compare(prediction, LabelVolume(reference, GRID), targets, Measuring.of("wmh2017"), subject="a")
+        lesions = [(row["of"], row["volume_ml"], row["covered"], row["matched"]) for row in found.lesions]
+        assert lesions == [
+            ("reference", pytest.approx(0.04), 0.5, True),
+            ("reference", pytest.approx(0.01), 0.0, False),
+            ("prediction", pytest.approx(0.02), 1.0, True),
+        ]
+        voxels = {(row["reference"], row["prediction"]): row["voxels"] for row in found.confusion}
+        assert voxels == {
+            ("background", "background"): 955,
+            ("background", "lesion"): 0,
+            ("lesion", "background"): 3,
+            ("lesion", "lesion"): 2,
+        }
+
+    def test_what_is_written_of_them_reads_back(self, folders: tuple[Path, Path], tmp_path: Path) -> None:
+        targets = Targets({"organ": (1,), "lesion": (2,)})
+        measured = evaluate(pair_files(*folders).pairs, targets, Measuring.of("standard,wmh2017", 0.5))
+        measured.write(tmp_path / "out")
+        back = Evaluation.read(tmp_path / "out")
+        pd.testing.assert_frame_equal(back.lesions, measured.lesions)
+        pd.testing.assert_frame_equal(back.confusion, measured.confusion)
+        assert back.metrics == measured.metrics
+
+    def test_a_challenge_brings_its_targets(self, folders: tuple[Path, Path]) -> None:
+        assert evaluate_folders(*folders, measuring=Measuring.of("lits")).targets == ("liver", "tumour")
+        assert evaluate_folders(*folders, TARGETS, Measuring.of("lits,dice")).targets == TARGETS.names
+        assert evaluate_folders(*folders).targets == ("label 1", "label 2")

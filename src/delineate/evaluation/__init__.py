@@ -1,0 +1,1 @@
+"""Predictions against references: paired, measured, summed up, compared."""

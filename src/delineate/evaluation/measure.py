@@ -1,0 +1,182 @@
+"""Predictions measured against references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume
+from delineate.datasets.dataset import Dataset, check_grids
+from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
+from delineate.evaluation.table import LESION_COLUMNS, Evaluation
+from delineate.io.formats import read_label
+from delineate.io.voxels import Orientation
+from delineate.metrics.catalogue import METRICS, SETS, metric_names, targets_of
+from delineate.metrics.comparison import Comparison
+
+BACKGROUND = "background"
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured: ``metrics`` by name (``metrics.catalogue``), and the ``targets`` of their challenge.
+
+    A lesion is matched where more than ``lesion_overlap`` of its voxels are covered; 0: any overlap.
+    """
+
+    metrics: tuple[str, ...] = SETS["standard"].metrics
+    lesion_overlap: float = 0.0
+    targets: Targets | None = None
+
+    @classmethod
+    def of(cls, wanted: str, lesion_overlap: float = 0.0) -> Measuring:
+        """From sets and metrics joined by commas; raises :class:`RecipeError`."""
+        return cls(metric_names(wanted), lesion_overlap, targets_of(wanted))
+
+    @property
+    def lesions(self) -> bool:
+        return any("lesion" in name for name in self.metrics)
+
+
+STANDARD = Measuring()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One subject's rows: of targets, of lesions where they are counted, of pairs of classes."""
+
+    targets: list[dict[str, object]] = field(default_factory=list)
+    lesions: list[dict[str, object]] = field(default_factory=list)
+    confusion: list[dict[str, object]] = field(default_factory=list)
+
+
+def evaluate(
+    pairs: Sequence[Pair],
+    targets: Targets,
+    measuring: Measuring = STANDARD,
+    *,
+    unpaired: Mapping[str, Sequence[str]] | None = None,
+    orientation: Orientation = "refuse",
+    threads: int = 2,
+    on_subject: Callable[[str], None] = lambda subject: None,
+) -> Evaluation:
+    """Measure every pair; ``on_subject`` is told of each that is done, in order.
+
+    ``orientation`` is how a file with two orientations is read. Raises :class:`GridMismatch` where a
+    prediction is not on its reference's grid, :class:`BadLabelValue` where
+    either has a value the targets do not know, and what reading raises.
+    """
+
+    def measure(pair: Pair) -> Measured:
+        prediction, reference = (read_label(p, orientation=orientation) for p in (pair.prediction, pair.reference))
+        return compare(prediction, reference, targets, measuring, subject=pair.subject, site=pair.site)
+
+    found = Measured()
+    # Volumes are read and measured in turn: a thousand take no more memory than one for each thread.
+    with ThreadPoolExecutor(threads) as pool:
+        for pair, measured in zip(pairs, pool.map(measure, pairs), strict=True):
+            for rows, more in zip(vars(found).values(), vars(measured).values(), strict=True):
+                rows += more
+            on_subject(pair.subject)
+    return Evaluation(
+        pd.DataFrame(found.targets),
+        unpaired or {},
+        pd.DataFrame(found.lesions, columns=list(LESION_COLUMNS)),
+        pd.DataFrame(found.confusion, columns=["subject", "reference", "prediction", "voxels"]),
+    )
+
+
+def evaluate_folders(
+    predictions: Path, references: Path, targets: Targets | None = None, measuring: Measuring = STANDARD
+) -> Evaluation:
+    """Measure a folder of predictions against a folder of labels or a data set, paired by name.
+
+    Without ``targets``, those of the challenge that is measured count, else those that the data set
+    names, else one for each value found. Raises what :func:`pair_files` and :func:`evaluate` raise.
+    """
+    known = open_references(references)
+    pairing = pair_files(predictions, known)
+    named = known.targets if isinstance(known, Dataset) else None
+    targets = targets or measuring.targets or named or targets_in(pairing.pairs)
+    return evaluate(pairing.pairs, targets, measuring, unpaired=pairing.unpaired)
+
+
+def compare(
+    prediction: LabelVolume,
+    reference: LabelVolume,
+    targets: Targets,
+    measuring: Measuring = STANDARD,
+    *,
+    subject: str = "",
+    site: str = "",
+) -> Measured:
+    """Measure one prediction; raises :class:`GridMismatch` and :class:`BadLabelValue`."""
+    check_grids(subject, "prediction", prediction.grid, "reference", reference.grid)
+    for label in (prediction, reference):
+        targets.check(label.voxels, subject)
+    known = targets.known(reference.voxels) if targets.ignore else None
+    references, predictions = targets.masks(reference.voxels), targets.masks(prediction.voxels)
+    named = {"subject": subject, "site": site}
+    measured = Measured()
+    for target in targets.names:
+        comparison = Comparison.of(
+            references[target], predictions[target], reference.grid, known, minimum_overlap=measuring.lesion_overlap
+        )
+        values = {name: METRICS[name].of(comparison) for name in measuring.metrics}
+        case = _CASES[comparison.volume_ml > 0, comparison.reference_volume_ml > 0]
+        measured.targets.append({**named, "target": target, **values, "case": case})
+        if measuring.lesions:
+            measured.lesions.extend({**named, "target": target, **row} for row in _lesions(comparison))
+    if targets.exclusive:
+        counts = _confusion(references, predictions, known)
+        measured.confusion.extend({"subject": subject, **row} for row in counts)
+    return measured
+
+
+_CASES = {
+    (True, True): "both",
+    (True, False): "reference empty",
+    (False, True): "prediction empty",
+    (False, False): "both empty",
+}
+
+
+def _lesions(comparison: Comparison) -> list[dict[str, object]]:
+    """A row for each lesion of the reference, then of the prediction."""
+    c, voxel_ml = comparison.lesions, comparison.voxel_ml
+    sides = [
+        ("reference", c.reference_sizes, c.reference_covered, c.found),
+        ("prediction", c.prediction_sizes, c.prediction_covered, c.right),
+    ]
+    return [
+        {"of": of, "volume_ml": float(size) * voxel_ml, "covered": float(share), "matched": bool(match)}
+        for of, sizes, covered, matched in sides
+        for size, share, match in zip(sizes, covered, matched, strict=True)
+    ]
+
+
+def _confusion(
+    references: Mapping[str, NDArray[np.bool_]],
+    predictions: Mapping[str, NDArray[np.bool_]],
+    known: NDArray[np.bool_] | None,
+) -> list[dict[str, object]]:
+    """Voxels of each pair of classes, background first; ignored ones are left out."""
+    names = [BACKGROUND, *references]
+    classes: list[NDArray[np.intp]] = []
+    for masks in (references, predictions):
+        numbered = np.zeros(next(iter(masks.values())).shape, np.intp)
+        for k, mask in enumerate(masks.values(), 1):
+            numbered[mask] = k
+        classes.append(numbered if known is None else numbered[known])
+    counts = np.bincount((classes[0] * len(names) + classes[1]).ravel(), minlength=len(names) ** 2)
+    return [
+        {"reference": names[i // len(names)], "prediction": names[i % len(names)], "voxels": int(n)}
+        for i, n in enumerate(counts)
+    ]

@@ -1,0 +1,111 @@
+"""Which prediction belongs to which reference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from delineate.core.targets import Targets
+from delineate.datasets.dataset import Dataset
+from delineate.datasets.layouts import open_dataset
+from delineate.errors import DuplicateSubject, MissingFile
+from delineate.io.formats import name_of, read_label, suffix_of
+from delineate.io.voxels import Orientation
+
+_LABEL_ENDING = re.compile(r"_(segmentation|seg|label|mask|gt)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prediction and the reference it is measured against."""
+
+    subject: str
+    prediction: Path
+    reference: Path
+    site: str = ""
+
+
+class Pairing(NamedTuple):
+    """What could be paired, and the names that stood alone, by what is missing of them."""
+
+    pairs: list[Pair]
+    unpaired: dict[str, list[str]]
+
+
+def open_references(folder: Path) -> Path | Dataset:
+    """A folder of references as the data set that it is, or else as it stands."""
+    if folder.is_dir() and ((folder / "dataset.json").is_file() or not _scans_in(folder)):
+        return open_dataset(folder)
+    return folder
+
+
+def pair_files(predictions: Path, references: Path | Dataset) -> Pairing:
+    """Pair ``<subject>.nii.gz`` (or another format) in a folder with the reference of that name.
+
+    ``references`` is a folder of labels, whose names may end in _segmentation, _seg, _label, _mask
+    or _gt; or a data set or its folder, which also knows sites. Two files pair whatever their names.
+
+    Raises :class:`MissingFile` where nothing pairs, :class:`DuplicateSubject` where a name stands
+    for two files.
+    """
+    if isinstance(references, Path) and predictions.is_file() and references.is_file():
+        return Pairing([Pair(name_of(predictions), predictions, references)], {})
+    found = _unique((name_of(file), file) for file in _scans_in(predictions))
+    known = _references_in(references, found)
+    paired = [Pair(name, found[name], *known[name]) for name in sorted(found.keys() & known.keys())]
+    if not paired:
+        of = references if isinstance(references, Path) else references.root
+        raise MissingFile(
+            f"no prediction in '{predictions}' ({_some(found)}) has the name of a reference in '{of}' "
+            f"({_some(known)}); name predictions <subject>.nii.gz"
+        )
+    alone = {
+        "prediction without reference": sorted(found.keys() - known.keys()),
+        "reference without prediction": sorted(known.keys() - found.keys()),
+    }
+    return Pairing(paired, {what: names for what, names in alone.items() if names})
+
+
+def targets_in(pairs: Iterable[Pair], *, orientation: Orientation = "refuse") -> Targets:
+    """A target ``label N`` for each value N found in any reference or prediction; reads them all."""
+    files = (file for pair in pairs for file in (pair.reference, pair.prediction))
+    values = {int(v) for file in files for v in np.unique(read_label(file, orientation=orientation).voxels)}
+    return Targets({f"label {v}": (v,) for v in sorted(values - {0})})
+
+
+def _references_in(references: Path | Dataset, predicted: Container[str]) -> dict[str, tuple[Path, str]]:
+    """File and site of each subject that has a reference."""
+    if isinstance(references, Path):
+        files = _scans_in(references)
+        if files and not (references / "dataset.json").is_file():
+            # A folder may hold scans beside their labels: case.mhd, case_segmentation.mhd.
+            labels = [file for file in files if _LABEL_ENDING.search(name_of(file))] or files
+            named = ((name_of(file), file) for file in labels)
+            bare = _unique((n if n in predicted else _LABEL_ENDING.sub("", n), file) for n, file in named)
+            return {name: (file, "") for name, file in bare.items()}
+        references = open_dataset(references)
+    return {s.id: (s.label, s.site) for s in references.subjects if s.label is not None}
+
+
+def _scans_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise MissingFile(f"'{folder}' is no folder; give the folder that holds the files")
+    return sorted(path for path in folder.iterdir() if suffix_of(path))
+
+
+def _unique(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for name, file in named:
+        if other := files.get(name):
+            raise DuplicateSubject(f"'{other}' and '{file}' both stand for '{name}'; move one away")
+        files[name] = file
+    return files
+
+
+def _some(names: Mapping[str, object]) -> str:
+    return ", ".join([*sorted(names)[:3], *(["…"] if len(names) > 3 else [])]) or "none"

@@ -1,0 +1,146 @@
+"""The tidy table of a measurement, and what it says of each target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import isfinite, isnan
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from delineate.io.files import writing_beside
+from delineate.metrics.catalogue import METRICS
+from delineate.metrics.statistics import Estimate, estimate_means
+
+MEAN_OF_TARGETS = "mean of targets"
+
+Summary = dict[str, dict[str, Estimate]]
+"""Target, then metric."""
+
+LESION_COLUMNS = ("subject", "site", "target", "of", "volume_ml", "covered", "matched")
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The ``table`` has a row for each subject and target.
+
+    Its columns are subject, site, target, metrics by their names, and case: ``both``, ``reference
+    empty``, ``prediction empty`` or ``both empty``. Ignored voxels are left out of everything.
+
+    ``lesions`` has a row for each lesion, where lesions were counted: whether it is ``of`` the
+    reference or the prediction, its volume, the share of it that the other covers, whether that
+    makes a match. ``confusion`` counts voxels by subject, reference class and predicted class,
+    where targets are exclusive.
+    """
+
+    table: pd.DataFrame
+    unpaired: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    lesions: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(LESION_COLUMNS)))
+    confusion: pd.DataFrame = field(
+        default_factory=lambda: pd.DataFrame(columns=["subject", "reference", "prediction", "voxels"])
+    )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(str(column) for column in self.table.columns if column in METRICS)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(self.table["target"].unique())
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        return tuple(self.table["subject"].unique())
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(sorted(self.table["site"].unique()))
+
+    def mean_of_targets(self, metric: str) -> pd.Series[float]:
+        """Each subject's value of a metric, averaged over targets; undefined where any is undefined."""
+        values = self.table.assign(value=self.table[metric].where(np.isfinite(self.table[metric].astype(float))))
+        return values.groupby("subject", sort=False)["value"].agg(lambda v: v.mean(skipna=False))
+
+    def summary(self, site: str | None = None) -> Summary:
+        """Estimates of every metric for every target, over all subjects or those of one site.
+
+        :data:`MEAN_OF_TARGETS` averages a subject's targets first; it is undefined for a subject
+        whose value is undefined for any target, so that all subjects average the same things.
+        """
+        table = self.table if site is None else self.table[self.table["site"] == site]
+        names = list(self.metrics)
+        quality = [i for i, name in enumerate(names) if METRICS[name].better]
+        # (subjects, targets, metrics)
+        cube = np.stack([table.loc[table["target"] == t, names].to_numpy(float) for t in self.targets], axis=1)
+        columns = [(target, metric) for target in self.targets for metric in names]
+        columns += [(MEAN_OF_TARGETS, names[i]) for i in quality]
+        values = np.concatenate([cube.reshape(len(cube), -1), cube[..., quality].mean(axis=1)], axis=1)
+        summary: Summary = {}
+        for (target, metric), estimate in zip(columns, estimate_means(values), strict=True):
+            summary.setdefault(target, {})[metric] = estimate
+        return summary
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON: undefined is None, infinite ``"inf"``. ``sites`` only if there are several."""
+        content = {"subjects": self.table.to_dict("records"), **self._summaries()}
+        return {key: _plain(value) for key, value in content.items()}
+
+    def write(self, folder: Path) -> None:
+        """Write ``metrics.csv``, the table, ``summary.json``, what was made of it, and what else there is.
+
+        That is ``lesions.csv`` and ``confusion.csv``.
+        """
+        for name, table in (("metrics", self.table), ("lesions", self.lesions), ("confusion", self.confusion)):
+            if len(table):
+                with writing_beside(folder / f"{name}.csv") as path:
+                    table.to_csv(path, index=False)
+        with writing_beside(folder / "summary.json") as path:
+            path.write_text(json.dumps(_plain(self._summaries()), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Evaluation:
+        """What :meth:`write` wrote."""
+        more = {name: _read(folder / f"{name}.csv") for name in ("lesions", "confusion")}
+        return cls(
+            _read(folder / "metrics.csv"),
+            json.loads((folder / "summary.json").read_text())["unpaired"],
+            **{name: table for name, table in more.items() if table is not None},
+        )
+
+    def _summaries(self) -> dict[str, object]:
+        content: dict[str, object] = {"summary": self.summary()}
+        if len(self.sites) > 1:
+            content["sites"] = {site: self.summary(site) for site in self.sites}
+        definitions = {name: f"{METRICS[name].title}: {METRICS[name].definition}" for name in self.metrics}
+        return content | {"definitions": definitions, "unpaired": dict(self.unpaired)}
+
+
+def _read(path: Path) -> pd.DataFrame | None:
+    if not path.exists():
+        return None
+    return pd.read_csv(
+        path,
+        dtype=dict.fromkeys(("subject", "site", "target", "of", "reference", "prediction"), str),
+        # A subject may be called "NA"; only a metric may be missing.
+        keep_default_na=False,
+        na_values={metric: [""] for metric in METRICS},
+    )
+
+
+def _plain(value: object) -> object:
+    """JSON has no NaN and no infinity."""
+    match value:
+        case Estimate():
+            return _plain(asdict(value))
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case float() if isnan(value):
+            return None
+        case float() if not isfinite(value):
+            return "inf" if value > 0 else "-inf"
+    return value

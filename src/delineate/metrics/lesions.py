@@ -1,0 +1,86 @@
+"""Lesions one by one: which are found, which predicted ones are real, and how large they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+
+import cc3d
+import numpy as np
+from numpy.typing import NDArray
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Lesions:
+    """The components of a reference and of a prediction, and how much of each the other covers.
+
+    Sizes are in voxels, ``covered`` the share (0 … 1) of a component's voxels in the other mask. A
+    component is matched where more than ``minimum_overlap`` of it is covered: by default any overlap.
+    """
+
+    reference_sizes: NDArray[np.int64]
+    reference_covered: NDArray[np.float64]
+    prediction_sizes: NDArray[np.int64]
+    prediction_covered: NDArray[np.float64]
+    minimum_overlap: float = 0.0
+
+    @classmethod
+    def of(cls, reference: Mask, prediction: Mask, *, minimum_overlap: float = 0.0) -> Lesions:
+        """The components of two masks (X, Y, Z) of one shape; voxels touch by 26-connectivity."""
+        return cls(*_components(reference, prediction), *_components(prediction, reference), minimum_overlap)
+
+    @property
+    def count(self) -> int:
+        """Lesions of the reference."""
+        return len(self.reference_sizes)
+
+    @property
+    def predicted(self) -> int:
+        """Lesions of the prediction."""
+        return len(self.prediction_sizes)
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        """For each lesion of the reference, whether the prediction has it."""
+        return self.reference_covered > self.minimum_overlap
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """For each predicted lesion, whether the reference has it."""
+        return self.prediction_covered > self.minimum_overlap
+
+    @property
+    def recall(self) -> float:
+        """Share of the reference's lesions that are found. No lesion: undefined (the WMH 2017 script says 1)."""
+        return float(self.found.mean()) if self.count else nan
+
+    @property
+    def precision(self) -> float:
+        """Share of the predicted lesions that are right. None predicted: undefined (the WMH 2017 script says 1)."""
+        return float(self.right.mean()) if self.predicted else nan
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of recall and precision. No lesion in either: 1; in one alone: 0."""
+        if not self.count and not self.predicted:
+            return 1.0
+        if not self.found.any() or not self.right.any():
+            return 0.0
+        return 2 * self.recall * self.precision / (self.recall + self.precision)
+
+    def recall_by_size(self, bounds: Sequence[float]) -> list[tuple[int, int]]:
+        """Lesions found and lesions there, by size in voxels: below the first bound, …, from the last on."""
+        group = np.searchsorted(np.asarray(bounds), self.reference_sizes, side="right")
+        return [(int(self.found[group == g].sum()), int((group == g).sum())) for g in range(len(bounds) + 1)]
+
+
+def _components(mask: Mask, other: Mask) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Sizes of a mask's components, and the share of each that lies in the other mask."""
+    labels, count = cc3d.connected_components(mask, connectivity=26, return_N=True)
+    inside = labels[mask]  # only the mask's voxels: a fraction of the volume
+    sizes = np.bincount(inside, minlength=count + 1)[1:]
+    covered = np.bincount(inside, weights=other[mask], minlength=count + 1)[1:]
+    return sizes.astype(np.int64), covered / np.maximum(sizes, 1)
