@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,12 @@ class Bundle:
 
         with safe_open(self._weights_file, framework="pt") as file:
             return dict(file.metadata() or {})
+
+    @property
+    def weights_sha256(self) -> str:
+        """Digest of the weights' file, by which a result names the model that it is of."""
+        with self._weights_file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def _weights_file(self) -> Path:

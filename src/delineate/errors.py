@@ -13,7 +13,15 @@
      │    ├── BadVoxels                E_NONFINITE
      │    ├── BadFormat                E_FORMAT
      │    ├── GridMismatch             E_GRID_MISMATCH
-     │    └── BadLabelValue            E_LABEL_VALUE
+     │    ├── BadLabelValue            E_LABEL_VALUE
+     │    └── SeriesError              slices of DICOM that form no volume
+     │         ├── SeveralSeries       E_SEVERAL_SERIES
+     │         ├── MissingSlice        E_MISSING_SLICE
+     │         ├── DuplicateSlice      E_DUPLICATE_SLICE
+     │         ├── MixedOrientations   E_MIXED_ORIENTATIONS
+     │         ├── SeveralTimes        E_SEVERAL_TIMES
+     │         ├── TiltedGantry        E_GANTRY_TILT
+     │         └── UnevenSlices        E_UNEVEN_SLICES
      ├── DatasetError                a collection of scans cannot be used as it is
      │    ├── UnknownLayout            E_LAYOUT
      │    ├── MissingFile              E_MISSING
@@ -111,6 +119,54 @@ class BadLabelValue(ScanError):
     """A label holds a value that is not an integer, or that the targets do not know."""
 
     code = "E_LABEL_VALUE"
+
+
+class SeriesError(ScanError):
+    """Slices of DICOM do not form one volume."""
+
+    code = "E_SERIES"
+
+
+class SeveralSeries(SeriesError):
+    """A place holds several series where one is meant."""
+
+    code = "E_SEVERAL_SERIES"
+
+
+class MissingSlice(SeriesError):
+    """A slice is missing between others."""
+
+    code = "E_MISSING_SLICE"
+
+
+class DuplicateSlice(SeriesError):
+    """Two slices lie at one position."""
+
+    code = "E_DUPLICATE_SLICE"
+
+
+class MixedOrientations(SeriesError):
+    """Slices of one series do not lie in parallel planes, as localisers do."""
+
+    code = "E_MIXED_ORIENTATIONS"
+
+
+class SeveralTimes(SeriesError):
+    """Each position has several slices: times, echoes or repetitions."""
+
+    code = "E_SEVERAL_TIMES"
+
+
+class TiltedGantry(SeriesError):
+    """Slices are shifted within their plane from one to the next."""
+
+    code = "E_GANTRY_TILT"
+
+
+class UnevenSlices(SeriesError):
+    """Distances between slices differ by more than 1 %."""
+
+    code = "E_UNEVEN_SLICES"
 
 
 class DatasetError(DelineateError):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from delineate.core.targets import Targets
 from delineate.errors import RecipeError
@@ -176,10 +176,14 @@ class Recipe(_Spec):
     postprocessing: PostprocessingSpec = PostprocessingSpec()
     metrics: tuple[str, ...] = ("standard",)
 
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """Every metric that ``metrics``, sets and single ones, asks for."""
-        return metric_names(",".join(self.metrics))
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            metric_names(",".join(names))
+        except RecipeError as error:
+            raise ValueError(error.message) from error
+        return names
 
     @property
     def pipeline(self) -> Pipeline:

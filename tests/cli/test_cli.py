@@ -20,7 +20,7 @@ GRID = Grid((16, 16, 12), np.array([[-1.0, 0, 0, 5], [0, -1, 0, 7], [0, 0, 2, -3
 
 def delineate(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "delineate", *map(str, arguments)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "delineate", *map(str, arguments)], capture_output=True, encoding="utf-8", timeout=300
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -72,7 +72,9 @@ def test_help_loads_nothing_heavy(arguments) -> None:
         "try: main()\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'lightning', 'pandas', 'scipy', 'nibabel', 'matplotlib') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code % (arguments,)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code % (arguments,)], capture_output=True, encoding="utf-8", check=True
+    )
     assert done.stdout.strip().endswith("[]")
 
 
@@ -81,7 +83,7 @@ def test_inspecting_loads_no_torch(balls) -> None:
         f"import sys; sys.argv = ['delineate', 'data', 'inspect', {str(balls)!r}]\nfrom delineate.cli import main\n"
         "try: main()\nexcept SystemExit: pass\nprint([m for m in ('torch', 'lightning') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip().endswith("[]")
     assert "c0" in done.stdout
 
@@ -213,7 +215,7 @@ def test_auto_writes_a_recipe_that_reproduces_itself(balls, tmp_path) -> None:
 )
 def test_mistakes_are_answered_in_words(arguments, message, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "delineate", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "delineate", *arguments], capture_output=True, encoding="utf-8")
     assert done.returncode in (1, 2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr

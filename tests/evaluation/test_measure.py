@@ -35,7 +35,7 @@ def label(**boxes: tuple[slice, ...]) -> LabelVolume:
 
 
 LIVER = np.s_[2:10, 2:8, 1:7]
-ALL = Measuring(tuple(METRICS))
+ALL = Measuring(",".join(METRICS))
 TUMOUR = np.s_[4:6, 3:5, 2:4]
 REFERENCE = label(v1=LIVER, v2=TUMOUR)
 
@@ -239,7 +239,7 @@ class TestLesionsAndConfusion:
         targets = Targets({"lesion": (1,)})
         reference = label(v1=np.s_[0:2, 0:2, 0:1]).voxels | label(v1=np.s_[8:9, 8:9, 5:6]).voxels
         prediction = label(v1=np.s_[1:2, 0:2, 0:1])
-        found = compare(prediction, LabelVolume(reference, GRID), targets, Measuring.of("wmh2017"), subject="a")
+        found = compare(prediction, LabelVolume(reference, GRID), targets, Measuring("wmh2017"), subject="a")
         lesions = [(row["of"], row["volume_ml"], row["covered"], row["matched"]) for row in found.lesions]
         assert lesions == [
             ("reference", pytest.approx(0.04), 0.5, True),
@@ -256,7 +256,7 @@ class TestLesionsAndConfusion:
 
     def test_what_is_written_of_them_reads_back(self, folders: tuple[Path, Path], tmp_path: Path) -> None:
         targets = Targets({"organ": (1,), "lesion": (2,)})
-        measured = evaluate(pair_files(*folders).pairs, targets, Measuring.of("standard,wmh2017", 0.5))
+        measured = evaluate(pair_files(*folders).pairs, targets, Measuring("standard,wmh2017", 0.5))
         measured.write(tmp_path / "out")
         back = Evaluation.read(tmp_path / "out")
         pd.testing.assert_frame_equal(back.lesions, measured.lesions)
@@ -264,6 +264,6 @@ class TestLesionsAndConfusion:
         assert back.metrics == measured.metrics
 
     def test_a_challenge_brings_its_targets(self, folders: tuple[Path, Path]) -> None:
-        assert evaluate_folders(*folders, measuring=Measuring.of("lits")).targets == ("liver", "tumour")
-        assert evaluate_folders(*folders, TARGETS, Measuring.of("lits,dice")).targets == TARGETS.names
+        assert evaluate_folders(*folders, measuring=Measuring("lits")).targets == ("liver", "tumour")
+        assert evaluate_folders(*folders, TARGETS, Measuring("lits,dice")).targets == TARGETS.names
         assert evaluate_folders(*folders).targets == ("label 1", "label 2")

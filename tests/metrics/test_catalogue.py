@@ -11,8 +11,9 @@ import SimpleITK
 from scipy import ndimage
 
 from delineate.core.grid import Grid
+from delineate.core.targets import Targets
 from delineate.errors import RecipeError
-from delineate.metrics.catalogue import METRICS, SETS, formatted, metric_names
+from delineate.metrics.catalogue import METRICS, SETS, formatted, metric_names, targets_of
 from delineate.metrics.comparison import Comparison
 
 SPACING = (0.9, 1.1, 5.0)
@@ -172,6 +173,20 @@ def test_names_and_sets_join_each_once() -> None:
     with pytest.raises(RecipeError, match="no metric 'dicee'; sets are standard"):
         metric_names("dicee")
     assert all(name in METRICS for chosen in SETS.values() for name in chosen.metrics)
+
+
+def test_tumour_regions_are_made_by_name_whatever_the_year() -> None:
+    named = Targets({"necrotic_core": (1,), "edema": (2,), "enhancing": (3,)})
+    regions = targets_of("standard,brats", named)
+    assert regions is not None
+    assert {name: sorted(v) for name, v in regions.values.items()} == {
+        "whole": [1, 2, 3],
+        "core": [1, 3],
+        "enhancing": [3],
+    }
+    assert targets_of("standard", named) == named
+    assert targets_of("wmh2017", None) == SETS["wmh2017"].targets
+    assert targets_of("wmh2017,lits", None) is None
 
 
 def test_numbers_as_tables_show_them() -> None:

@@ -180,7 +180,7 @@ def test_two_processes_share_the_data_and_save_once(recipe, balls, tmp_path) -> 
         "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--device", "cpu", "--devices", "2",
         "--precision", "fp32", "--compile", "off",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=240)
     assert done.returncode == 0, done.stderr
     # One curve, one row a step and validation: only one process wrote.
     assert pd.read_csv(tmp_path / "run/logs/training.csv")["step"].tolist() == list(range(12))

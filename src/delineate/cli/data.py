@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,7 +13,7 @@ from delineate.cli.options import Images, Json, Labels, Layout, TargetsOption
 if TYPE_CHECKING:
     from delineate.datasets.inspection import Inspection
 
-app = typer.Typer(help="Inspect and split data sets.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Inspect, split and convert data.", no_args_is_help=True, rich_markup_mode=None)
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the data set; its layout is recognised.")]
 
@@ -71,6 +71,72 @@ def split(
     for index, fold in enumerate(made.folds):
         typer.echo(f"fold {index}: {len(fold)} subjects")
     typer.echo(f"locked test set: {len(made.test)} subjects\nwritten to {out}")
+
+
+@app.command("series")
+def series(
+    path: Annotated[Path, typer.Argument(help="A folder, a zip, or any file of a series.")], json: Json = False
+) -> None:
+    """List the DICOM series of a place, with what tells them apart."""
+    from delineate.cli.terminal import print_json, print_table
+    from delineate.io.dicom import find_series
+
+    found = find_series(path)
+    if json:
+        print_json(
+            [
+                {
+                    "uid": s.uid, "study": s.study, "modality": s.modality, "description": s.description,
+                    "number": s.number, "date": s.date, "shape": s.shape, "slices": s.slices,
+                    "spacing_mm": s.spacing_mm, "folder": str(s.folder),
+                }
+                for s in found
+            ]
+        )  # fmt: skip
+        return
+    rows = [
+        [s.description or "–", s.modality, s.date, _by((*s.shape, s.slices)), _by(s.spacing_mm or ()), str(s.folder)]
+        for s in found
+    ]
+    print_table("", ["description", "modality", "date", "voxels", "in plane, mm", "where"], rows)
+
+
+@app.command("convert")
+def convert(
+    path: Annotated[Path, typer.Argument(help="A scan or label: a file, or a DICOM folder or zip.")],
+    out: Annotated[
+        Path, typer.Argument(help="The new file: .nii.gz .mha .nrrd .vtk .vti .png .tif, or .dcm for a DICOM-SEG.")
+    ],
+    label: Annotated[bool, typer.Option("--label", help="It is a label: whole numbers, smallest type.")] = False,
+    pick: Annotated[
+        str | None, typer.Option("--series", help="Pattern of the series' description, where there are several.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="The DICOM series that a DICOM-SEG refers to.")
+    ] = None,
+    kind: Annotated[
+        Literal["BINARY", "LABELMAP"], typer.Option("--kind", help="Of a DICOM-SEG: a frame for each target, or one.")
+    ] = "BINARY",
+    targets: TargetsOption = None,
+) -> None:
+    """Convert one scan or label; voxels keep their place in the patient."""
+    from delineate.cli.parsing import parse_targets
+    from delineate.core.targets import Targets
+    from delineate.io.dicom import the_series
+    from delineate.io.exports import export_label
+    from delineate.io.formats import DICOM_SUFFIXES, read_label, read_volume, write_volume
+
+    place = path if pick is None else the_series(path, pick).instances[0].path
+    if label or out.suffix.lower() in DICOM_SUFFIXES:
+        import numpy as np
+
+        read = read_label(place)
+        named = parse_targets(targets) or Targets({f"label {v}": (int(v),) for v in np.unique(read.voxels) if v})
+        written = export_label(out, read, named, source=source, kind=kind)
+    else:
+        write_volume(out, read_volume(place))
+        written = [out]
+    typer.echo("\n".join(map(str, written)))
 
 
 def _print(inspection: Inspection) -> None:

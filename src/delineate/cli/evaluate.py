@@ -37,7 +37,7 @@ def evaluate(
     from delineate.cli.terminal import print_json
     from delineate.evaluation.measure import Measuring, evaluate_folders
 
-    measuring = Measuring.of(metrics, lesion_overlap)
+    measuring = Measuring(metrics, lesion_overlap)
     evaluation = evaluate_folders(predictions, references, parse_targets(targets), measuring)
     if out is not None:
         evaluation.write(out)

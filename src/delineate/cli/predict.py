@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +17,11 @@ Flips = Annotated[
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A run's folder bundle/.")],
     inputs: Annotated[list[Path], typer.Argument(help="Scans, or folders of them in any known layout.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for <subject>.nii.gz.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for a label of each subject.")],
+    format: Annotated[
+        Literal["nii.gz", "mha", "nrrd", "vtk", "vti", "dcm"],
+        typer.Option("--format", help="Of the labels; dcm: DICOM-SEG, for DICOM scans."),
+    ] = "nii.gz",
     also: Annotated[
         list[Path] | None, typer.Option("--also", help="Another bundle: probabilities are averaged; may be repeated.")
     ] = None,
@@ -59,7 +63,7 @@ def predict(
         for choice in plan.choices:
             terminal.say(f"{choice.what}: {choice.choice} ({choice.why})")
         predictor = Predictor(bundles, plan, overlap=overlap, flips=flips, budget_bytes=int(memory_gb * 1e9))
-        for done, outcome in enumerate(predict_subjects(predictor, subjects, out), start=1):
+        for done, outcome in enumerate(predict_subjects(predictor, subjects, out, suffix=f".{format}"), start=1):
             terminal.progress("predicting", done, len(subjects))
             if outcome.error is not None:
                 failed.append({"subject": outcome.subject.id, "error": str(outcome.error)})

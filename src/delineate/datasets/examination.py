@@ -112,7 +112,7 @@ class Examination:
 
     def guarded(self, examine: Callable[[Path], None], path: Path, what: str) -> None:
         """Whatever a file does, the others are looked at too."""
-        if not path.is_file():
+        if not path.exists():
             self.note("E_MISSING", f"{what} is missing: there is no '{path}'", "restore it, or leave the subject out")
             return
         try:

@@ -15,7 +15,7 @@ from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset
 from delineate.errors import DuplicateSubject, MissingFile, UnknownLayout
-from delineate.io.formats import suffix_of
+from delineate.io.formats import PICTURE_SUFFIXES, suffix_of
 
 _DEPTH = 6  # folders below the root; challenges nest up to four
 
@@ -24,7 +24,10 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Folder:
-    """``scans``: every scan below ``root``, sorted, relative to it. ``about``: its dataset.json, or {}."""
+    """``scans``: every scan below ``root``, sorted, relative to it. ``about``: its dataset.json, or {}.
+
+    Pictures are scans only where there are no volumes: beside those they are previews.
+    """
 
     root: Path
     scans: tuple[Path, ...]
@@ -41,7 +44,8 @@ class Folder:
             deepest = len(relative.parts) >= _DEPTH
             folders[:] = [] if deepest else sorted(name for name in folders if not name.startswith("."))
             scans += (relative / name for name in files if suffix_of(Path(name)))
-        return cls(root, tuple(sorted(scans)), description(root))
+        volumes = [path for path in scans if suffix_of(path) not in PICTURE_SUFFIXES]
+        return cls(root, tuple(sorted(volumes or scans)), description(root))
 
     def within(self, *parts: str) -> list[Path]:
         """Scans directly in the folder of this name (the root itself without one)."""

@@ -24,6 +24,7 @@ from delineate.datasets.folder import (
     targets_of,
     with_sites,
 )
+from delineate.datasets.studies import read_studies
 from delineate.errors import UnknownLayout
 from delineate.io.formats import name_of, suffix_of
 
@@ -40,9 +41,10 @@ def open_dataset(
 
     ``images`` and ``labels`` are patterns such as ``*/artery.nii`` and ``*/label.nii``, relative to
     ``path``: files belong together where their wildcards match the same text. Several channels
-    have a pattern each, ``{"T1": "*/t1.nii", "T2": "*/t2.nii"}``. ``targets`` replace those that
-    the data set names. Nothing but names is read: what is wrong with a subject, a missing label
-    included, is found by :func:`delineate.datasets.inspection.inspect`.
+    have a pattern each, ``{"T1": "*/t1.nii", "T2": "*/t2.nii"}``. Of DICOM, patterns are matched with
+    the series' descriptions. ``targets`` replace those that the data set names. Nothing but names
+    (and DICOM's headers) is read: what is wrong with a subject, a missing label included, is found by
+    :func:`delineate.datasets.inspection.inspect`.
 
     Raises :class:`MissingFile` where there is no folder, :class:`UnknownLayout` where it is in no
     known layout, :class:`DuplicateSubject` where subjects share a name.
@@ -58,7 +60,11 @@ def open_dataset(
         dataset = _read_file(root)
     else:
         folder = Folder.walk(root)
-        if images is not None:
+        # DICOM has no suffix to be known by: it is looked for where nothing else is.
+        studies = None if folder.scans or layout not in ("auto", "dicom") else read_studies(root, images, labels)
+        if studies is not None:
+            dataset = studies
+        elif images is not None:
             dataset = _read_patterns(folder, images, labels)
         else:
             dataset = _read(folder, list(LAYOUTS.values()) if layout == "auto" else [LAYOUTS[layout]])
@@ -275,6 +281,13 @@ labelsTr/SUBJECT.nii.gz""",
 SUBJECT.nii.gz                        loose scans without labels, for prediction
 SUBJECT_0000.nii.gz SUBJECT_0001…     or a file for each channel""",
             read_scans,
+        ),
+        Layout(
+            "dicom",
+            """\
+SUBJECT/…                             DICOM files in any folders; a study is a subject, its series are
+                                      channels: --images '*flair*' or {T1: '*t1*', FLAIR: '*flair*'}""",
+            lambda folder: read_studies(folder.root),
         ),
     )
 }

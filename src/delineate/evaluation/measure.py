@@ -18,7 +18,7 @@ from delineate.evaluation.pairs import Pair, open_references, pair_files, target
 from delineate.evaluation.table import LESION_COLUMNS, Evaluation
 from delineate.io.formats import read_label
 from delineate.io.voxels import Orientation
-from delineate.metrics.catalogue import METRICS, SETS, metric_names, targets_of
+from delineate.metrics.catalogue import METRICS, metric_names, targets_of
 from delineate.metrics.comparison import Comparison
 
 BACKGROUND = "background"
@@ -26,19 +26,21 @@ BACKGROUND = "background"
 
 @dataclass(frozen=True)
 class Measuring:
-    """What is measured: ``metrics`` by name (``metrics.catalogue``), and the ``targets`` of their challenge.
+    """What is measured: sets and single metrics by name, joined by commas (``metrics.catalogue``).
 
-    A lesion is matched where more than ``lesion_overlap`` of its voxels are covered; 0: any overlap.
+    A lesion is matched where more than ``lesion_overlap`` of its voxels are covered; 0: any
+    overlap. Raises :class:`RecipeError` for an unknown name.
     """
 
-    metrics: tuple[str, ...] = SETS["standard"].metrics
+    wanted: str = "standard"
     lesion_overlap: float = 0.0
-    targets: Targets | None = None
 
-    @classmethod
-    def of(cls, wanted: str, lesion_overlap: float = 0.0) -> Measuring:
-        """From sets and metrics joined by commas; raises :class:`RecipeError`."""
-        return cls(metric_names(wanted), lesion_overlap, targets_of(wanted))
+    def __post_init__(self) -> None:
+        metric_names(self.wanted)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return metric_names(self.wanted)
 
     @property
     def lesions(self) -> bool:
@@ -98,13 +100,14 @@ def evaluate_folders(
 ) -> Evaluation:
     """Measure a folder of predictions against a folder of labels or a data set, paired by name.
 
-    Without ``targets``, those of the challenge that is measured count, else those that the data set
-    names, else one for each value found. Raises what :func:`pair_files` and :func:`evaluate` raise.
+    Without ``targets``, those that the data set names count (as the regions of the challenge that is
+    measured, if it has any), else the challenge's, else one for each value found. Raises what
+    :func:`pair_files` and :func:`evaluate` raise.
     """
     known = open_references(references)
     pairing = pair_files(predictions, known)
     named = known.targets if isinstance(known, Dataset) else None
-    targets = targets or measuring.targets or named or targets_in(pairing.pairs)
+    targets = targets or targets_of(measuring.wanted, named) or targets_in(pairing.pairs)
     return evaluate(pairing.pairs, targets, measuring, unpaired=pairing.unpaired)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from delineate.bundle import Bundle
@@ -13,7 +14,8 @@ from delineate.core.volume import Volume
 from delineate.datasets.dataset import load_scan
 from delineate.errors import DatasetError, DelineateError, MissingFile
 from delineate.inference.predictor import Prediction, Predictor
-from delineate.io.formats import name_of, suffix_of, write_label
+from delineate.io.exports import export_label
+from delineate.io.formats import is_series, name_of, suffix_of
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,11 @@ def find_subjects(inputs: Sequence[Path], channels: Sequence[str]) -> list[Subje
     for path in inputs:
         if path.is_dir():
             found += open_dataset(path).subjects
-        elif path.exists() and suffix_of(path):
+        elif path.exists() and (suffix_of(path) or is_series(path)):
             # One file: all channels in it (4D), or the only channel there is.
             found.append(Subject(name_of(path), dict.fromkeys(channels, path)))
         else:
-            raise MissingFile(f"no scan or folder at '{path}'; give NIfTI, MetaImage or NRRD files, or a data set")
+            raise MissingFile(f"no scan or folder at '{path}'; give NIfTI, MetaImage, NRRD or DICOM, or a data set")
     names = [subject.id for subject in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DatasetError(f"several inputs are called {', '.join(twice)}; predict them into separate folders")
@@ -78,13 +80,18 @@ def predict_subjects(
     subjects: Iterable[Subject],
     folder: Path,
     *,
+    suffix: str = ".nii.gz",
     on_tile: Callable[[int, int], None] | None = None,
 ) -> Iterator[Outcome]:
-    """Predict each subject into ``folder/<id>.nii.gz``; one that cannot be read does not stop the rest."""
+    """Predict each subject into ``folder/<id><suffix>``; one that cannot be read does not stop the rest.
+
+    ``.dcm`` is a DICOM-SEG that refers to the subject's first channel, which must be a DICOM series.
+    """
+    targets, models = predictor.targets, [bundle.weights_sha256 for bundle in predictor.bundles]
     queue = iter(subjects)
     with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
         upcoming = _submit_next(reader, queue)
-        writing: tuple[Subject, Prediction, Future[Path]] | None = None
+        writing: tuple[Subject, Prediction, Future[list[Path]]] | None = None
         while upcoming is not None:
             subject, reading = upcoming
             upcoming = _submit_next(reader, queue)
@@ -95,7 +102,9 @@ def predict_subjects(
                 continue
             if writing is not None:
                 yield _written(*writing)
-            writing = subject, prediction, writer.submit(_write, folder / f"{subject.id}.nii.gz", prediction)
+            path = folder / f"{subject.id}{suffix}"
+            export = partial(export_label, source=next(iter(subject.scans.values())), about={"weights_sha256": models})
+            writing = subject, prediction, writer.submit(export, path, prediction.label, targets)
         if writing is not None:
             yield _written(*writing)
 
@@ -105,11 +114,6 @@ def _submit_next(pool: ThreadPoolExecutor, queue: Iterator[Subject]) -> tuple[Su
     return None if subject is None else (subject, pool.submit(load_scan, subject))
 
 
-def _write(path: Path, prediction: Prediction) -> Path:
-    write_label(path, prediction.label)
-    return path
-
-
-def _written(subject: Subject, prediction: Prediction, writing: Future[Path]) -> Outcome:
+def _written(subject: Subject, prediction: Prediction, writing: Future[list[Path]]) -> Outcome:
     # A result that cannot be written is no fault of one scan: the error goes to the caller.
-    return Outcome(subject, writing.result(), prediction.seconds)
+    return Outcome(subject, writing.result()[0], prediction.seconds)

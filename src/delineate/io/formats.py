@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,12 @@ from delineate.io.files import Limits, writing_beside
 from delineate.io.voxels import Orientation, Stored, check_complete, read_voxels
 
 __all__ = [
+    "DICOM_SUFFIXES",
+    "PICTURE_SUFFIXES",
     "SUFFIXES",
+    "VTK_SUFFIXES",
     "Header",
+    "is_series",
     "name_of",
     "read_header",
     "read_label",
@@ -30,6 +34,11 @@ __all__ = [
 ]
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+
+DICOM_SUFFIXES = (".dcm", ".ima")
+PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
+VTK_SUFFIXES = (".vtk", ".vti")
+"""Formats that are written, for viewers, and not read."""
 
 _LIMITS = Limits()
 _LABEL_TOLERANCE = 1e-3
@@ -51,11 +60,16 @@ def suffix_of(path: Path) -> str:
     Hidden files are no scans: archives made on a Mac hold ``._case.nii.gz`` beside ``case.nii.gz``.
     """
     name = path.name.lower()
-    return next((s for s in SUFFIXES if name.endswith(s) and not name.startswith(".")), "")
+    known = (*SUFFIXES, *PICTURE_SUFFIXES)
+    return next((s for s in known if name.endswith(s) and not name.startswith(".")), "")
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The file itself and, of a header apart from its voxels, the files beside it that it names."""
+    """The file itself and, of a header apart from its voxels, the files beside it that it names; a series' files."""
+    if is_series(path):
+        from delineate.io.dicom import the_series
+
+        return sorted({instance.path for instance in the_series(path).instances})
     if suffix_of(path) not in (".mhd", ".nhdr") or not path.exists():
         return [path]
     with path.open("rb") as file:
@@ -65,7 +79,26 @@ def parts_of(path: Path) -> list[Path]:
 
 def name_of(path: Path) -> str:
     """The file's name without its suffix: ``case`` of ``case.nii.gz``."""
-    return path.name[: len(path.name) - len(suffix_of(path))]
+    suffix = suffix_of(path) or next((s for s in (*DICOM_SUFFIXES, ".zip") if path.name.lower().endswith(s)), "")
+    return path.name[: len(path.name) - len(suffix)]
+
+
+def is_series(path: Path) -> bool:
+    """Whether a path stands for a DICOM series: its folder, a zip of it, or any one of its files."""
+    if suffix_of(path):
+        return False
+    if path.is_dir() or path.name.lower().endswith((*DICOM_SUFFIXES, ".zip")):
+        return True
+    return path.is_file() and is_dicom(path)
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file begins as DICOM files do."""
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def read_header(path: Path, limits: Limits = _LIMITS, *, orientation: Orientation = "refuse") -> Header:
@@ -74,6 +107,14 @@ def read_header(path: Path, limits: Limits = _LIMITS, *, orientation: Orientatio
     Raises what :func:`read_volume` raises, but for what only voxels and checksums tell.
     """
     with _reading(path):
+        if is_series(path):
+            from delineate.io import dicom
+
+            grid, dtype = dicom.describe_series(dicom.the_series(path, limits=limits), limits)
+            return Header(grid, 1, dtype)
+        if suffix_of(path) in PICTURE_SUFFIXES:
+            voxels, grid = _read(path, limits, orientation)  # small, and compressed: only reading tells
+            return Header(grid, 1, voxels.dtype)
         stored = _describe(path, limits, orientation)
         check_complete(stored)
     return Header(stored.grid, stored.channels, stored.read_dtype)
@@ -97,9 +138,8 @@ def read_volume(
     and :class:`MissingFile`.
     """
     with _reading(path):
-        stored = _describe(path, limits, orientation)
-        voxels = read_voxels(stored)
-    return Volume(_finite(path, voxels, nan), stored.grid)
+        voxels, grid = _read(path, limits, orientation)
+    return Volume(_finite(path, voxels, nan), grid)
 
 
 def read_label(
@@ -114,19 +154,23 @@ def read_label(
     :class:`BadLabelValue`. For the rest as :func:`read_volume`.
     """
     with _reading(path):
-        stored = _describe(path, limits, orientation)
-        if stored.channels != 1:
-            raise BadShape(f"label '{path}' has {stored.channels} channels; save one label of values as (x, y, z)")
-        voxels = read_voxels(stored)[0]
-    return LabelVolume(_smallest(path, _rounded(path, voxels)), stored.grid)
+        if is_series(path) and (segmentation := _segmentation(path, limits)):
+            from delineate.io import dicom_seg
+
+            return dicom_seg.read_segmentation(segmentation)
+        voxels, grid = _read(path, limits, orientation)
+        if len(voxels) != 1:
+            raise BadShape(f"label '{path}' has {len(voxels)} channels; save one label of values as (x, y, z)")
+    return LabelVolume(_smallest(path, _rounded(path, voxels[0])), grid)
 
 
 def write_volume(path: Path, volume: Volume) -> None:
     """Write a scan; integers keep their type, floats become float32. Reads back exactly, grid included.
 
     NIfTI keeps an affine bit for bit if it came from NIfTI-1, and others to 32-bit precision.
-    MetaImage and NRRD become one uncompressed file, even as ``.mhd`` or ``.nhdr``. All of the file
-    appears, or nothing: :class:`OutputError`.
+    MetaImage and NRRD become one uncompressed file, even as ``.mhd`` or ``.nhdr``. ``.vtk`` and
+    ``.vti`` are for viewers; PNG and TIFF hold one slice and no grid. All of the file appears, or
+    nothing: :class:`OutputError`.
     """
     voxels = volume.voxels
     if voxels.dtype.kind not in "iu":
@@ -161,7 +205,8 @@ def _format_of(path: Path) -> _Format:
             from delineate.io import nrrd
 
             return nrrd
-    raise BadFormat(f"'{path}' has no known suffix; known are {', '.join(SUFFIXES)}")
+    known = ", ".join((*SUFFIXES, *PICTURE_SUFFIXES))
+    raise BadFormat(f"'{path}' has no known suffix; known are {known}, and DICOM")
 
 
 def _describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
@@ -170,10 +215,52 @@ def _describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
     return _format_of(path).describe(path, limits, orientation)
 
 
+def _read(path: Path, limits: Limits, orientation: Orientation) -> tuple[NDArray, Grid]:
+    """Voxels (C, X, Y, Z) and their grid, whatever the format."""
+    if is_series(path):
+        from delineate.io import dicom
+
+        return dicom.read_series(dicom.the_series(path, limits=limits), limits)
+    if suffix_of(path) in PICTURE_SUFFIXES:
+        from delineate.io import pictures
+
+        if not path.is_file():
+            raise MissingFile(f"'{path}' is no file; check the name")
+        return pictures.read_picture(path, limits)
+    stored = _describe(path, limits, orientation)
+    return read_voxels(stored), stored.grid
+
+
+def _segmentation(path: Path, limits: Limits) -> Path | None:
+    """The one file of a DICOM-SEG, or None if the path is another series."""
+    from delineate.io import dicom
+
+    series = dicom.the_series(path, limits=limits)
+    return series.instances[0].path if series.modality == "SEG" else None
+
+
 def _write(path: Path, voxels: NDArray, grid: Grid) -> None:
-    write = _format_of(path).write
+    write = _writer_of(path)
     with writing_beside(path) as beside:
         write(beside, voxels, grid)
+
+
+def _writer_of(path: Path) -> Callable[[Path, NDArray, Grid], None]:
+    if suffix_of(path) in PICTURE_SUFFIXES:
+        from delineate.io import pictures
+
+        return pictures.write_picture
+    if path.suffix.lower() in VTK_SUFFIXES:
+        return _write_vtk
+    return _format_of(path).write
+
+
+def _write_vtk(path: Path, voxels: NDArray, grid: Grid) -> None:
+    from delineate.io import vtk
+
+    if len(voxels) != 1:
+        raise BadShape(f"'{path}' would hold {len(voxels)} channels; write each to a file of its own")
+    (vtk.write_legacy if path.suffix.lower() == ".vtk" else vtk.write_xml)(path, voxels[0], grid)
 
 
 @contextmanager

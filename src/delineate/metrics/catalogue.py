@@ -36,11 +36,16 @@ class Metric:
 
 @dataclass(frozen=True)
 class MetricSet:
-    """Names of metrics, in the order of a challenge's table; ``targets`` where the challenge names them."""
+    """Names of metrics, in the order of a challenge's table.
+
+    ``targets`` are what the challenge measures, where it says so; ``regions`` makes them from a data
+    set's own, by name, since label values differ from year to year.
+    """
 
     about: str
     names: str
     targets: Targets | None = None
+    regions: Callable[[Targets], Targets | None] = lambda named: None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -137,6 +142,16 @@ def _of_part(metric: Metric, part: Part) -> Metric:
     )
 
 
+def _tumour_regions(named: Targets) -> Targets | None:
+    """Whole tumour, core (all but edema) and enhancing part."""
+    values = named.values
+    if not named.exclusive or not {"edema", "enhancing"} <= set(values):
+        return None
+    core = tuple(v for name, numbers in values.items() if name != "edema" for v in numbers)
+    regions = {"whole": (*core, *values["edema"]), "core": core, "enhancing": values["enhancing"]}
+    return Targets(regions, "overlapping", named.ignore)
+
+
 _PROMISE12 = ("dice", "assd_mm", "hd95_mm", "volume_error_percent")
 _PARTS: tuple[Part, ...] = ("apex", "base")
 
@@ -167,6 +182,7 @@ SETS: dict[str, MetricSet] = {
         "brain tumour challenge (Menze et al. 2015)",
         "dice recall specificity hd95_mm",
         Targets({"whole": (1, 2, 3, 4), "core": (1, 3, 4), "enhancing": (4,)}, "overlapping"),
+        _tumour_regions,
     ),
 }
 
@@ -184,10 +200,14 @@ def metric_names(wanted: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def targets_of(wanted: str) -> Targets | None:
-    """The targets that the challenges among ``wanted`` name; None where they name none, or different ones."""
-    named = [SETS[name].targets for name in (part.strip() for part in wanted.split(",")) if name in SETS]
-    found = [targets for targets in named if targets is not None]
+def targets_of(wanted: str, named: Targets | None) -> Targets | None:
+    """What is measured of a data set that has ``named`` targets: the challenge's regions, else those, else its targets.
+
+    None where nothing names any, or several challenges name different ones.
+    """
+    sets = [SETS[name] for name in (part.strip() for part in wanted.split(",")) if name in SETS]
+    regions = [made for s in sets if named is not None and (made := s.regions(named)) is not None]
+    found = regions or ([named] if named is not None else [s.targets for s in sets if s.targets is not None])
     return found[0] if found and all(other == found[0] for other in found) else None
 
 

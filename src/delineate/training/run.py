@@ -283,6 +283,6 @@ def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputeP
         assert outcome.subject.label is not None  # inspection refuses subjects without one
         pairs.append(Pair(outcome.subject.id, outcome.path, outcome.subject.label, outcome.subject.site))
         report.progress("predicting held-out subjects", done, len(chosen))
-    evaluation = evaluate(pairs, bundle.targets, Measuring(bundle.recipe.metric_names))
+    evaluation = evaluate(pairs, bundle.targets, Measuring(",".join(bundle.recipe.metrics)))
     evaluation.write(folder / "evaluation")
     return evaluation

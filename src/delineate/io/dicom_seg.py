@@ -1,0 +1,166 @@
+"""DICOM-SEG: a label as segments that refer to the series it was drawn on, and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import highdicom
+import numpy as np
+from highdicom.sr import CodedConcept
+from numpy.typing import NDArray
+from pydicom import dcmread
+from pydicom.sr.codedict import codes
+from pydicom.uid import ExplicitVRLittleEndian
+
+from delineate import __version__
+from delineate.core.grid import Grid, permute_axes
+from delineate.core.volume import LabelVolume
+from delineate.errors import BadFormat, GridMismatch, RecipeError
+from delineate.io.dicom import Series, describe_series, frames_of
+from delineate.io.files import writing_beside
+from delineate.io.voxels import LPS_TO_RAS, check_grid
+
+Kind = Literal["BINARY", "LABELMAP"]
+Coded = tuple[str, str, str]
+"""Value, scheme and meaning of a code, such as ``("10200004", "SCT", "Liver")``."""
+
+ORGAN: Coded = ("123037004", "SCT", "Anatomical Structure")
+ABNORMAL: Coded = ("49755003", "SCT", "Morphologically Abnormal Structure")
+TISSUE: Coded = ("85756007", "SCT", "Tissue")
+
+CODES: dict[str, tuple[Coded, Coded]] = {
+    "liver": (ORGAN, ("10200004", "SCT", "Liver")),
+    "prostate": (ORGAN, ("41216001", "SCT", "Prostate")),
+    "hippocampus": (ORGAN, ("5366008", "SCT", "Hippocampus")),
+    "anterior": (ORGAN, ("5366008", "SCT", "Hippocampus")),
+    "posterior": (ORGAN, ("5366008", "SCT", "Hippocampus")),
+    "brain": (ORGAN, ("12738006", "SCT", "Brain")),
+    "tumour": (ABNORMAL, ("108369006", "SCT", "Neoplasm")),
+    "tumor": (ABNORMAL, ("108369006", "SCT", "Neoplasm")),
+    "whole": (ABNORMAL, ("108369006", "SCT", "Neoplasm")),
+    "core": (ABNORMAL, ("108369006", "SCT", "Neoplasm")),
+    "enhancing": (ABNORMAL, ("108369006", "SCT", "Neoplasm")),
+    "lesion": (ABNORMAL, ("52988006", "SCT", "Lesion")),
+    "cyst": (ABNORMAL, ("441457006", "SCT", "Cyst")),
+    "edema": (ABNORMAL, ("79654002", "SCT", "Edema")),
+}
+"""Category and type of a segment by its target's name; others are coded as tissue and keep their label."""
+
+
+def write_segmentation(
+    path: Path,
+    masks: Mapping[str, NDArray[np.bool_]],
+    grid: Grid,
+    source: Series,
+    *,
+    kind: Kind = "BINARY",
+    coded: Mapping[str, tuple[Coded, Coded]] | None = None,
+) -> None:
+    """Write masks (X, Y, Z) by target name as segments 1, 2, … of the series they were found in.
+
+    Empty frames are kept, so that every reader finds as many slices as the source has. ``coded``
+    adds to :data:`CODES`. A ``LABELMAP`` holds one value a voxel, so that its targets may not overlap.
+
+    Patient, study and frame of reference are the source's; nothing else about a person is written.
+    Raises :class:`GridMismatch` where the masks are not on the series' grid, :class:`RecipeError`
+    for overlapping masks in a label map, :class:`OutputError`.
+    """
+    series_grid, _ = describe_series(source)
+    if not grid.matches(series_grid, 0.1):
+        raise GridMismatch(f"the label is {grid}, series '{source.description}' {series_grid}; predict on the series")
+    planes = np.stack([mask.transpose(2, 1, 0) for mask in masks.values()], axis=-1).astype(np.uint8)
+    pixels: NDArray = planes
+    if kind == "LABELMAP":
+        if (planes.sum(axis=-1) > 1).any():
+            raise RecipeError("targets overlap, which a label map cannot hold; write them as BINARY segments")
+        pixels = (planes * np.arange(1, planes.shape[-1] + 1, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+    frames = frames_of(source)
+    instances = list(dict.fromkeys(frame.instance for frame in frames))
+    headers = []
+    for instance in instances:
+        with instance.open() as file:
+            headers.append(dcmread(file, stop_before_pixels=True))
+    positions = [
+        highdicom.PlanePositionSequence(
+            coordinate_system=highdicom.CoordinateSystemNames.PATIENT, image_position=frame.position.tolist()
+        )
+        for frame in frames
+    ]
+    measures = highdicom.PixelMeasuresSequence(
+        pixel_spacing=frames[0].spacing_mm[::-1],
+        slice_thickness=grid.spacing_mm[2],
+        spacing_between_slices=grid.spacing_mm[2],
+    )
+    with warnings.catch_warnings():
+        # The library warns of unusual names by printing the patient's.
+        warnings.filterwarnings("ignore", message="The string .* person name", category=UserWarning)
+        segmentation = highdicom.seg.Segmentation(
+            source_images=headers,
+            pixel_array=pixels,
+            segmentation_type=kind,
+            segment_descriptions=[
+                _description(number, name, {**CODES, **(coded or {})}) for number, name in enumerate(masks, start=1)
+            ],
+            series_instance_uid=highdicom.UID(),
+            series_number=source.number + 1000,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="Delineate",
+            manufacturer_model_name="Delineate",
+            software_versions=__version__,
+            device_serial_number=__version__,  # required; a program has no other
+            plane_positions=positions,
+            pixel_measures=measures,
+            omit_empty_frames=False,
+            transfer_syntax_uid=ExplicitVRLittleEndian,
+            content_label="SEGMENTATION",
+            series_description="Delineate: not for diagnosis",
+        )
+    with writing_beside(path) as beside:
+        segmentation.save_as(beside, enforce_file_format=True)
+
+
+def read_segmentation(path: Path) -> LabelVolume:
+    """A label of segment numbers (X, Y, Z) on the grid of its frames; the higher number where segments overlap.
+
+    Raises :class:`BadFormat` for what is no segmentation, and :class:`BadGeometry`.
+    """
+    try:
+        segmentation = highdicom.seg.segread(path)
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        raise BadFormat(f"'{path}' is no DICOM-SEG that can be read: {error}; export it again") from error
+    volume = segmentation.get_volume(combine_segments=True, relabel=False, skip_overlap_checks=True)
+    # highdicom indexes (slice, row, column) in LPS millimetres.
+    affine = np.eye(4)
+    affine[:3] = LPS_TO_RAS[:, None] * volume.affine[:3][:, [2, 1, 0, 3]]
+    voxels = volume.array.transpose(2, 1, 0)
+    x, y, z = voxels.shape
+    grid = check_grid(path, (x, y, z), affine + 0.0)
+    # Slices in the order in which a series is read: along the normal of their rows and columns.
+    backwards = np.linalg.det(affine[:3, :3]) < 0
+    order, flip = (0, 1, 2), (False, False, bool(backwards))
+    return LabelVolume(np.asfortranarray(permute_axes(voxels, order, flip)), grid.permute(order, flip))
+
+
+def segment_names(path: Path) -> dict[str, int]:
+    """Labels of the segments and their numbers."""
+    segments = highdicom.seg.segread(path).SegmentSequence
+    # A label map describes its background, too.
+    return {str(s.SegmentLabel): int(s.SegmentNumber) for s in segments if int(s.SegmentNumber) > 0}
+
+
+def _description(number: int, name: str, coded: Mapping[str, tuple[Coded, Coded]]) -> highdicom.seg.SegmentDescription:
+    category, kind = coded.get(name, coded.get(name.lower(), (TISSUE, TISSUE)))
+    return highdicom.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=name,
+        segmented_property_category=CodedConcept(*category),
+        segmented_property_type=CodedConcept(*kind),
+        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name="Delineate", version=__version__, family=codes.cid7162.ArtificialIntelligence
+        ),
+    )

@@ -1,0 +1,66 @@
+"""A label in whatever format its reader wants, with what that format cannot say beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume
+from delineate.errors import BadFormat
+from delineate.io.files import writing_beside
+from delineate.io.formats import DICOM_SUFFIXES, is_series, write_label
+
+SegmentationKind = Literal["BINARY", "LABELMAP"]
+
+
+def export_label(
+    path: Path,
+    label: LabelVolume,
+    targets: Targets,
+    *,
+    source: Path | None = None,
+    kind: SegmentationKind = "BINARY",
+    about: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write a label by the suffix of ``path``; returns the files, that one first.
+
+    A ``.vtk`` comes with a ``.nii.gz`` of the same name, since legacy VTK knows no directions, and
+    ``.vtk`` and ``.vti`` with a ``.json``: affine, values and volumes of the targets, and ``about``. A
+    ``.dcm`` is a DICOM-SEG that refers to the series at ``source``. Raises :class:`BadFormat` where
+    that is missing, and what writing raises.
+    """
+    suffix = path.suffix.lower()
+    if suffix in DICOM_SUFFIXES:
+        if source is None or not is_series(source):
+            raise BadFormat(f"'{path}' would be a DICOM-SEG, which refers to a series; give the DICOM series it is of")
+        from delineate.io import dicom, dicom_seg
+
+        masks = targets.masks(label.voxels)
+        dicom_seg.write_segmentation(path, masks, label.grid, dicom.the_series(source), kind=kind)
+        return [path]
+    write_label(path, label)
+    written = [path]
+    if suffix == ".vtk":
+        written.append(path.with_suffix(".nii.gz"))
+        write_label(written[-1], label)
+    if suffix in (".vtk", ".vti"):
+        written.append(path.with_suffix(".json"))
+        with writing_beside(written[-1]) as beside:
+            beside.write_text(json.dumps(_sidecar(label, targets) | dict(about or {}), indent=2) + "\n")
+    return written
+
+
+def _sidecar(label: LabelVolume, targets: Targets) -> dict[str, Any]:
+    voxel_ml = label.grid.voxel_ml
+    volumes = {name: int(np.count_nonzero(m)) * voxel_ml for name, m in targets.masks(label.voxels).items()}
+    return {
+        "affine_ras_mm": label.grid.affine.tolist(),
+        "shape": list(label.grid.shape),
+        "targets": {name: list(values) for name, values in targets.values.items()},
+        "volume_ml": volumes,
+    }

@@ -1,0 +1,68 @@
+"""PNG and TIFF: single grey slices as volumes one voxel deep.
+
+A picture knows neither place nor direction: it is taken as an axial slice as radiologists look at
+it, its columns running to the patient's left and its rows to the back. TIFF may know its spacing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from delineate.core.grid import Grid
+from delineate.errors import BadFormat, BadShape, TooLarge, Truncated
+from delineate.io.files import Limits
+
+_GREY = {"1", "L", "I", "I;16", "I;16L", "I;16B", "F"}
+_PALETTE = "P"
+_RESOLUTION, _UNIT, _MM = 282, 296, {2: 25.4, 3: 10.0}  # TIFF's tags; pixels per inch or centimetre
+
+
+def read_picture(path: Path, limits: Limits) -> tuple[NDArray, Grid]:
+    """Voxels (1, X, Y, 1) and the grid: 1 mm apart where the file says nothing else.
+
+    A palette's numbers are taken, not its colours. Raises :class:`BadShape` for colours and for
+    several pages, :class:`TooLarge`, :class:`Truncated`, :class:`BadFormat`.
+    """
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            if max(width, height) > 8 * limits.max_axis or width * height * 4 > limits.max_bytes:
+                raise TooLarge(
+                    f"'{path}' claims {width} × {height} pixels; the limit is {8 * limits.max_axis}; crop it"
+                )
+            if picture.mode not in _GREY and picture.mode != _PALETTE:
+                raise BadShape(f"'{path}' has colours ({picture.mode}); save the grey values, or the label's numbers")
+            if getattr(picture, "n_frames", 1) > 1:
+                raise BadShape(f"'{path}' has {picture.n_frames} pages; save each slice as a file, or one NIfTI")  # type: ignore[attr-defined]
+            spacing = _spacing(picture)
+            pixels = np.asarray(picture)
+    except UnidentifiedImageError as error:
+        raise BadFormat(f"'{path}' is no PNG or TIFF that can be read; export it again") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise Truncated(f"'{path}' is damaged: {error}; copy it again") from error
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8)
+    affine = np.diag([-spacing, -spacing, 1.0, 1.0])
+    return np.asfortranarray(pixels.T[None, :, :, None]), Grid((width, height, 1), affine)
+
+
+def write_picture(path: Path, voxels: NDArray, grid: Grid) -> None:
+    """Write one slice (1, X, Y, 1) of whole numbers from 0 to 65535. Raises :class:`BadShape` for anything else."""
+    if voxels.shape[0] != 1 or voxels.shape[3] != 1 or voxels.dtype.kind not in "iu":
+        raise BadShape(f"voxels {voxels.shape} of {voxels.dtype} are no picture; save one slice of whole numbers")
+    plane = voxels[0, :, :, 0].T
+    if plane.min() < 0 or plane.max() > 65535:
+        raise BadShape(f"values from {plane.min()} to {plane.max()} fit no picture; shift them to 0 … 65535")
+    Image.fromarray(plane.astype(np.uint8 if plane.max() < 256 else np.uint16)).save(path)
+
+
+def _spacing(picture: Image.Image) -> float:
+    tags = getattr(picture, "tag_v2", {})
+    unit = _MM.get(tags.get(_UNIT, 0))
+    resolution = float(tags.get(_RESOLUTION, 0) or 0)
+    # 72 pixels an inch is what programs write that know nothing.
+    return unit / resolution if unit and resolution and round(resolution) != 72 else 1.0

@@ -1,0 +1,52 @@
+"""DICOM studies as a data set: channels by description, labels, names that name nobody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from delineate.core.targets import Targets
+from delineate.datasets.dataset import load_label, load_scan
+from delineate.datasets.inspection import inspect
+from delineate.datasets.layouts import open_dataset
+from delineate.errors import SeveralSeries, UnknownLayout
+from delineate.inference.batch import find_subjects
+
+PATTERNS = {"T1": "*t1pre*", "T1c": "*t1post*", "T2": "t2*", "FLAIR": "*flair*"}
+
+
+def test_the_real_study_has_four_channels_and_a_label_on_one_grid(real_data: Path) -> None:
+    dataset = open_dataset(
+        real_data / "dicom" / "PGBM-001", images=PATTERNS, labels="*mask*", targets=Targets({"tumour": (1,)})
+    )
+    [subject] = dataset.subjects
+    assert subject.channels == ("T1", "T1c", "T2", "FLAIR")
+    scan = load_scan(subject)
+    label = load_label(subject, dataset.targets, scan.grid)
+    assert scan.voxels.shape == (4, 260, 320, 25)
+    assert 0 < np.count_nonzero(label.voxels) < label.voxels.size / 100
+    assert not inspect(dataset).problems
+
+
+def test_without_patterns_channels_are_called_by_their_descriptions(real_data: Path) -> None:
+    subjects = {s.id: s for s in open_dataset(real_data / "dicom").subjects}
+    assert set(subjects) == {"PGBM-001", "ProstateX-0000"}
+    assert set(subjects["PGBM-001"].channels) == {"T1post", "T1pre_reg", "FLAIR_reg", "T2_reg"}
+    assert subjects["PGBM-001"].label is not None
+    assert subjects["ProstateX-0000"].channels == ("t2_tse_tra",)
+
+
+def test_patterns_that_fit_two_or_none_say_what_is_there(real_data: Path) -> None:
+    with pytest.raises(SeveralSeries, match=r"T1 of 'PGBM-001' could be 'T1post'"):
+        open_dataset(real_data / "dicom", images={"T1": "*t1*"})
+    with pytest.raises(UnknownLayout, match="descriptions there are"):
+        open_dataset(real_data / "dicom", images={"CT": "*angio*"})
+
+
+def test_a_series_can_be_predicted_by_folder_or_file(real_data: Path) -> None:
+    series = min((real_data / "dicom" / "ProstateX-0000").rglob("*.dcm"))
+    for place in (series, series.parent, real_data / "dicom" / "ProstateX-0000"):
+        [subject] = find_subjects([place], ["T2"])
+        assert load_scan(subject).voxels.shape == (1, 384, 384, 19)

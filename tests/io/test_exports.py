@@ -1,0 +1,200 @@
+"""Labels for other programs: DICOM-SEG read by highdicom, VTK read by VTK and ITK, and what comes beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import permutations, product
+from pathlib import Path
+
+import highdicom
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+import vtk
+from vtk.util.numpy_support import vtk_to_numpy
+
+from delineate.core.grid import Grid
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume, Volume
+from delineate.errors import BadFormat, BadShape, GridMismatch, RecipeError
+from delineate.io.exports import export_label
+from delineate.io.formats import read_label, read_volume, write_volume
+
+SHAPE = (7, 6, 5)
+SPACING_MM = (0.7, 0.9, 2.5)
+TARGETS = Targets({"liver": (1, 2), "tumour": (2,)}, mode="overlapping")
+TO_LPS = np.array([-1.0, -1.0, 1.0])
+
+
+def marked() -> np.ndarray:
+    """An asymmetric label: no flip or swap of axes leaves it alike."""
+    voxels = np.zeros(SHAPE, np.uint8)
+    voxels[1:5, 1:4, 1:3] = 1
+    voxels[2:4, 1:2, 1:2] = 2
+    voxels[6, 0, 4] = 2
+    return voxels
+
+
+def grids(*, oblique: bool) -> Iterator[Grid]:
+    """All 48 orientations of an anisotropic grid."""
+    turn = np.array([[0.9, 0.43588989, 0], [-0.43588989, 0.9, 0], [0, 0, 1.0]]) if oblique else np.eye(3)
+    for order, signs in product(permutations(range(3)), product((1, -1), repeat=3)):
+        axes = np.zeros((3, 3))
+        axes[list(order), range(3)] = signs
+        affine = np.eye(4)
+        affine[:3, :3] = turn @ axes * SPACING_MM
+        affine[:3, 3] = (-31.5, 12.25, 88.0)
+        yield Grid(SHAPE, affine)
+
+
+def points(voxels: np.ndarray, world: np.ndarray) -> set[tuple[int, ...]]:
+    """Value and millimetres (in tenths, RAS) of every voxel that is not 0; ``world`` is in the order of argwhere."""
+    return {(int(v), *np.rint(10 * w).astype(int)) for v, w in zip(voxels[voxels > 0], world, strict=True)}
+
+
+def expected(grid: Grid) -> set[tuple[int, ...]]:
+    return points(marked(), grid.world(np.argwhere(marked()).astype(float)))
+
+
+def image_points(image: SimpleITK.Image) -> set[tuple[int, ...]]:
+    voxels = SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0)
+    lps = [image.TransformIndexToPhysicalPoint(i.tolist()) for i in np.argwhere(voxels)]
+    return points(voxels, np.array(lps) * TO_LPS)
+
+
+def test_legacy_vtk_keeps_every_voxel_in_its_place_in_48_orientations(tmp_path: Path) -> None:
+    for grid in grids(oblique=False):
+        export_label(tmp_path / "a.vtk", LabelVolume(marked(), grid), TARGETS)
+        assert image_points(SimpleITK.ReadImage(str(tmp_path / "a.vtk"))) == expected(grid)
+        reader = vtk.vtkStructuredPointsReader()
+        reader.SetFileName(str(tmp_path / "a.vtk"))
+        reader.Update()
+        assert image_points(of_vtk(reader.GetOutput())) == expected(grid)
+
+
+def test_xml_vtk_keeps_directions_too(tmp_path: Path) -> None:
+    for oblique in (False, True):
+        for grid in grids(oblique=oblique):
+            export_label(tmp_path / "a.vti", LabelVolume(marked(), grid), TARGETS)
+            reader = vtk.vtkXMLImageDataReader()
+            reader.SetFileName(str(tmp_path / "a.vti"))
+            reader.Update()
+            assert image_points(of_vtk(reader.GetOutput())) == expected(grid)
+
+
+def of_vtk(data: vtk.vtkImageData) -> SimpleITK.Image:
+    x, y, z = data.GetDimensions()
+    image = SimpleITK.GetImageFromArray(vtk_to_numpy(data.GetPointData().GetScalars()).reshape(z, y, x))
+    image.SetOrigin(data.GetOrigin())
+    image.SetSpacing(data.GetSpacing())
+    matrix = data.GetDirectionMatrix()
+    image.SetDirection([matrix.GetElement(i, j) for i in range(3) for j in range(3)])
+    return image
+
+
+@pytest.mark.parametrize("suffix", [".vtk", ".vti"])
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "f4"])
+def test_scans_keep_their_type(suffix: str, dtype: str, tmp_path: Path) -> None:
+    voxels = np.arange(np.prod(SHAPE)).astype(dtype).reshape(1, *SHAPE)
+    write_volume(tmp_path / f"a{suffix}", Volume(voxels, Grid.of_spacing(SHAPE)))
+    reader = vtk.vtkStructuredPointsReader() if suffix == ".vtk" else vtk.vtkXMLImageDataReader()
+    reader.SetFileName(str(tmp_path / f"a{suffix}"))
+    reader.Update()
+    found = vtk_to_numpy(reader.GetOutput().GetPointData().GetScalars())
+    assert sorted(found.tolist()) == sorted(voxels.ravel().tolist())
+    with pytest.raises(BadShape, match="2 channels"):
+        write_volume(tmp_path / f"a{suffix}", Volume(np.repeat(voxels, 2, 0), Grid.of_spacing(SHAPE)))
+
+
+def test_what_vtk_cannot_say_comes_beside_it(tmp_path: Path) -> None:
+    grid = list(grids(oblique=True))[17]
+    files = export_label(tmp_path / "a.vtk", LabelVolume(marked(), grid), TARGETS, about={"weights_sha256": ["ab"]})
+    assert [file.name for file in files] == ["a.vtk", "a.nii.gz", "a.json"]
+    assert read_label(files[1]).grid.matches(grid, 1e-4)
+    beside = json.loads(files[2].read_text())
+    assert np.allclose(beside["affine_ras_mm"], grid.affine)
+    assert beside["targets"] == {"liver": [1, 2], "tumour": [2]}
+    voxel_ml = np.prod(SPACING_MM) / 1000
+    assert beside["volume_ml"] == pytest.approx({"liver": 25 * voxel_ml, "tumour": 3 * voxel_ml})
+    assert beside["weights_sha256"] == ["ab"]
+
+
+def right_handed() -> Iterator[Grid]:
+    return (grid for grid in grids(oblique=True) if np.linalg.det(grid.affine[:3, :3]) > 0)
+
+
+def test_dicom_seg_lies_on_its_series_in_every_orientation(dicom, tmp_path: Path) -> None:
+    for i, grid in enumerate(right_handed()):
+        folder = dicom.write(f"s{i}", np.zeros(SHAPE, np.int16), grid)
+        path = tmp_path / f"{i}.dcm"
+        exclusive = Targets({"liver": (1,), "tumour": (2,)})
+        export_label(path, LabelVolume(marked(), read_volume(folder).grid), exclusive, source=folder)
+        back = read_label(path)
+        assert back.grid.matches(grid, 1e-3)
+        assert np.array_equal(back.voxels, marked())
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+@pytest.mark.parametrize("frames", ["one a file", "many"])
+def test_another_library_reads_the_same_voxels_and_names(dicom, tmp_path: Path, kind: str, frames: str) -> None:
+    grid = next(right_handed())
+    write = dicom.write if frames == "one a file" else dicom.write_multiframe
+    folder = write("a", np.zeros(SHAPE, np.int16), grid)
+    targets = Targets({"liver": (1,), "something else": (2,)})
+    path = tmp_path / "seg.dcm"
+    export_label(path, LabelVolume(marked(), grid), targets, source=folder, kind=kind)
+    seg = highdicom.seg.segread(path)
+    names = {s.SegmentLabel: s.SegmentedPropertyTypeCodeSequence[0].CodeMeaning for s in seg.SegmentSequence[-2:]}
+    assert names == {"liver": "Liver", "something else": "Tissue"}
+    # Empty frames are kept: as many as slices, for each target in BINARY.
+    assert seg.NumberOfFrames == (2 if kind == "BINARY" else 1) * SHAPE[2]
+    volume = seg.get_volume(combine_segments=True)
+    index = np.argwhere(volume.array)
+    world = (volume.affine @ np.c_[index, np.ones(len(index))].T)[:3].T * TO_LPS
+    assert points(volume.array, world) == expected(grid)
+    sources = {pydicom.dcmread(file).SOPInstanceUID for file in folder.iterdir()}
+    referred = {i.ReferencedSOPInstanceUID for i in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+    assert referred == sources
+
+
+def test_overlapping_targets_are_segments_of_their_own(dicom, tmp_path: Path) -> None:
+    grid = next(right_handed())
+    folder = dicom.write("a", np.zeros(SHAPE, np.int16), grid)
+    export_label(tmp_path / "seg.dcm", LabelVolume(marked(), grid), TARGETS, source=folder)
+    seg = highdicom.seg.segread(tmp_path / "seg.dcm")
+    both = seg.get_volume().array
+    assert both[..., 0].sum() == (marked() > 0).sum()
+    assert both[..., 1].sum() == (marked() == 2).sum()
+    with pytest.raises(RecipeError, match="overlap"):
+        export_label(tmp_path / "map.dcm", LabelVolume(marked(), grid), TARGETS, source=folder, kind="LABELMAP")
+
+
+def test_a_segmentation_invents_nothing_about_the_patient(dicom, tmp_path: Path) -> None:
+    grid = next(right_handed())
+    folder = dicom.write("a", np.zeros(SHAPE, np.int16), grid)
+    export_label(tmp_path / "seg.dcm", LabelVolume(marked(), grid), TARGETS, source=folder)
+    seg, source = pydicom.dcmread(tmp_path / "seg.dcm"), pydicom.dcmread(next(folder.iterdir()))
+    for tag in ("PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "FrameOfReferenceUID"):
+        assert seg.get(tag) == source.get(tag)
+    assert not seg.get("ContentCreatorName")
+
+
+def test_a_segmentation_wants_its_series_and_its_grid(dicom, tmp_path: Path) -> None:
+    grid = next(right_handed())
+    folder = dicom.write("a", np.zeros(SHAPE, np.int16), grid)
+    label = LabelVolume(marked(), grid.crop((1, 0, 0), SHAPE))
+    with pytest.raises(GridMismatch, match="predict on the series"):
+        export_label(tmp_path / "seg.dcm", label, TARGETS, source=folder)
+    with pytest.raises(BadFormat, match="give the DICOM series"):
+        export_label(tmp_path / "seg.dcm", LabelVolume(marked(), grid), TARGETS)
+    assert not (tmp_path / "seg.dcm").exists()
+
+
+def test_the_real_mask_goes_there_and_back(real_data: Path, tmp_path: Path) -> None:
+    study = next((real_data / "dicom" / "PGBM-001").iterdir())
+    image, mask = next(study.glob("*T1post*")), read_label(next(study.glob("*Mask*")))
+    placed = LabelVolume(mask.voxels, read_volume(image).grid)
+    export_label(tmp_path / "seg.dcm", placed, Targets({"tumour": (1,)}), source=image)
+    assert np.array_equal(read_label(tmp_path / "seg.dcm").voxels, mask.voxels)
