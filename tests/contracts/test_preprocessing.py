@@ -13,9 +13,9 @@ from delineate.core.grid import Grid
 from delineate.core.targets import IGNORED
 from delineate.core.volume import Volume
 from delineate.errors import CannotUndo, RecipeError
-from delineate.preprocessing.intensity import ClipPercentiles, Normalise
+from delineate.preprocessing.intensity import ClipPercentiles, Denoise, Normalise
 from delineate.preprocessing.pipeline import Pipeline
-from delineate.preprocessing.spatial import CropBackground, CropOrPad, Reorient, Resample
+from delineate.preprocessing.spatial import CropBackground, CropComposite, CropOrPad, Reorient, Resample
 from delineate.preprocessing.step import Composed, Step, Undo
 
 SPATIAL: list[Step | Pipeline] = [
@@ -28,6 +28,7 @@ SPATIAL: list[Step | Pipeline] = [
     CropBackground(threshold=0.5),
     CropBackground(threshold=0.5, margin=2),
     CropBackground(threshold="minimum"),
+    CropComposite(box=((-4, 3), (-7, 8))),
     CropOrPad(shape=(6, 15, None)),
     CropOrPad(shape=14, fill="edge"),
     CropOrPad(multiple_of=(4, 8, 1), fill=-3),
@@ -47,6 +48,8 @@ INTENSITY: list[Step | Pipeline] = [
     ),
     Normalise(scope="slice", across="x"),
     Normalise(scope="cohort", shift=(1,) * 4, scale=(2,) * 4),
+    Denoise(),
+    Denoise(width=3, sigma=0.4),
     Pipeline(steps=(ClipPercentiles(), Normalise())),
 ]
 OFFSET_MM = 100  # makes every coordinate negative, so that only the fourth channel is foreground

@@ -55,6 +55,32 @@ def test_a_network_with_a_margin_returns_the_volume() -> None:
     np.testing.assert_allclose(SLIDING.probabilities(valid, volume, geometry), volume, atol=2e-3)
 
 
+def test_minicubes_with_context_return_the_volume() -> None:
+    """Eight cubes of half the volume that read ten voxels around them: the seams show nothing."""
+    rng = np.random.default_rng(5)
+    volume = rng.random((1, 40, 48, 48), dtype=np.float32)
+    geometry = TileGeometry((20, 24, 24), margin=(10, 10, 10))
+    assert len(geometry.tiles(volume.shape[1:], 0.0)) == 8
+    found = replace(SLIDING, outputs=1, overlap=0.0, weights="uniform").probabilities(
+        lambda x: logits_of(x[..., 10:-10, 10:-10, 10:-10]), volume, geometry
+    )
+    np.testing.assert_allclose(found, volume, atol=1e-3)
+
+
+def test_tiles_are_standardised_one_by_one() -> None:
+    volume = np.random.default_rng(5).normal(7, 3, (2, 16, 16, 8)).astype(np.float32)
+    seen = []
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x[:, :1]
+
+    replace(SLIDING, outputs=1, overlap=0.0).probabilities(network, volume, TileGeometry((8, 8, 8), standardise=True))
+    tiles = torch.cat(seen)
+    np.testing.assert_allclose(tiles.mean((2, 3, 4)), 0, atol=1e-5)
+    np.testing.assert_allclose(tiles.std((2, 3, 4), unbiased=False), 1, atol=1e-4)
+
+
 def test_full_coverage_of_a_constant_is_that_constant() -> None:
     volume = np.full((2, 20, 20, 20), 0.27, dtype=np.float32)
     result = SLIDING.probabilities(logits_of, volume, TileGeometry((8, 8, 8)))

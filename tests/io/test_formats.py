@@ -43,11 +43,11 @@ def test_names_and_suffixes(name: str, suffix: str, stem: str) -> None:
 
 
 def test_unknown_and_missing_files_are_named(tmp_path: Path) -> None:
-    (tmp_path / "scan.png").write_bytes(b"")
+    (tmp_path / "scan.jpg").write_bytes(b"")
     with pytest.raises(BadFormat, match="known are"):
-        read_volume(tmp_path / "scan.png")
+        read_volume(tmp_path / "scan.jpg")
     with pytest.raises(BadFormat, match="known are"):
-        write_label(tmp_path / "scan.png", LabelVolume(np.zeros(GRID.shape, np.uint8), GRID))
+        write_label(tmp_path / "scan.jpg", LabelVolume(np.zeros(GRID.shape, np.uint8), GRID))
     for path in (tmp_path / "scan.nii", tmp_path):
         with pytest.raises(MissingFile):
             read_header(path)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from delineate.core.grid import Grid
 from delineate.core.volume import Volume
 from delineate.errors import RecipeError
-from delineate.preprocessing.intensity import ClipPercentiles, Moments, Normalise, lattice
+from delineate.preprocessing.intensity import ClipPercentiles, Denoise, Moments, Normalise, lattice
 from delineate.preprocessing.pipeline import Pipeline
 from delineate.preprocessing.step import Step
 
@@ -177,3 +177,32 @@ def test_a_lattice_is_a_copy_of_at_most_as_many_voxels(shape: tuple[int, int, in
         assert 0 < sample.size <= at_most
         assert sample.size >= min(channel.size, at_most) / 4
         assert not np.shares_memory(sample, channel)
+
+
+class TestDenoise:
+    """A bright square in air, with Rician noise."""
+
+    TRUTH = np.zeros((40, 40, 6))
+    TRUTH[10:30, 8:32] = 100
+
+    def noisy(self, sigma: float, rng: np.random.Generator) -> Volume:
+        real, imaginary = sigma * rng.standard_normal((2, *self.TRUTH.shape))
+        voxels = np.hypot(self.TRUTH + real, imaginary).astype(np.float32)
+        return Volume(voxels[None], Grid.of_spacing(self.TRUTH.shape, (1, 1, 5)))
+
+    def test_noise_shrinks_and_edges_stay(self, rng: np.random.Generator) -> None:
+        scan = self.noisy(8, rng)
+        found = Denoise().apply(scan)[0].voxels[0]
+        inside = np.s_[14:26, 12:28]
+        assert found[inside].std() < 0.5 * scan.voxels[0][inside].std()
+        assert found[10, 8:32].mean() - found[9, 8:32].mean() > 80  # of 100
+
+    def test_the_floor_that_magnitudes_add_is_taken_off(self, rng: np.random.Generator) -> None:
+        scan = self.noisy(8, rng)
+        air = np.s_[:8, :6]
+        assert scan.voxels[0][air].mean() > 9  # sigma √(π/2)
+        assert Denoise().apply(scan)[0].voxels[0][air].mean() < 5
+
+    def test_a_scan_without_noise_is_left_alone(self) -> None:
+        scan = Volume(self.TRUTH.astype(np.float32)[None], Grid.of_spacing(self.TRUTH.shape, (1, 1, 5)))
+        np.testing.assert_allclose(Denoise().apply(scan)[0].voxels, scan.voxels, atol=1e-3)

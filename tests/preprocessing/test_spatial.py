@@ -11,8 +11,10 @@ from pydantic import ValidationError
 from delineate.core.grid import Grid
 from delineate.core.targets import IGNORED
 from delineate.core.volume import Volume
+from delineate.errors import RecipeError
 from delineate.preprocessing.spatial import (
     CropBackground,
+    CropComposite,
     CropOrPad,
     Reorient,
     Resample,
@@ -223,3 +225,50 @@ class TestCropOrPad:
         voxels = rng.random((2, 3, 4, 5))
         box = take_box(voxels, (-2, 1, -1), (6, 2, 7), "edge")
         assert_array_equal(box, np.pad(voxels, [(0, 0), (2, 1), (0, 0), (1, 1)], mode="edge")[:, :, 1:3])
+
+
+class TestCropComposite:
+    GRID = Grid.of_spacing((20, 16, 6), (1, 1, 5))
+
+    def scan(self, *spots: tuple[int, int, int], grid: Grid = GRID) -> Volume:
+        voxels = np.zeros((1, *grid.shape), np.float32)
+        for spot in spots:
+            voxels[(0, *spot)] = 1
+        voxels[0, 9:12, 7:9, :] = 1
+        return Volume(voxels, grid)
+
+    def test_one_box_holds_what_any_scan_shows(self) -> None:
+        step = CropComposite(threshold=0.5).fit([self.scan((3, 7, 2)), self.scan((10, 12, 5))])
+        assert step.box == ((3 - 10, 11 - 10), (7 - 8, 12 - 8))
+        for scan in (self.scan((3, 7, 2)), self.scan((1, 1, 1))):
+            cropped, undo = step.apply(scan)
+            assert cropped.grid.shape == (9, 6, 6)
+            assert_array_equal(cropped.voxels, scan.voxels[:, 3:12, 7:13])
+            assert cropped.grid.matches(scan.grid.crop((3, 7, 0), (9, 6, 6)))
+            assert_array_equal(undo(cropped.voxels)[:, 3:12, 7:13], cropped.voxels)
+
+    def test_a_margin_stops_at_the_border(self) -> None:
+        fitted = CropComposite(threshold=0.5, margin=4).fit([self.scan((3, 7, 2))])
+        assert fitted.apply(self.scan())[0].grid.shape == (16, 10, 6)
+
+    def test_slices_may_lie_along_any_axis(self) -> None:
+        grid = Grid.of_spacing((6, 20, 16), (5, 1, 1))
+        voxels = self.scan((3, 7, 2)).voxels.transpose(0, 3, 1, 2)
+        step = CropComposite(threshold=0.5).fit([Volume(voxels, grid)])
+        assert step.apply(Volume(voxels, grid))[0].grid.shape == (6, 9, 2)
+
+    def test_a_scan_of_another_size_is_met_at_its_middle_and_padded(self) -> None:
+        step = CropComposite(threshold=0.5).fit([self.scan((1, 7, 2))])
+        small = Grid.of_spacing((10, 6, 4), (1, 1, 5))
+        scan = Volume(np.arange(240, dtype=np.float32).reshape(1, *small.shape) - 7, small)
+        cropped, undo = step.apply(scan)
+        assert cropped.grid.shape == (11, 2, 4)
+        assert_array_equal(cropped.voxels[:, 4:], scan.voxels[:, :7, 2:4])
+        assert (cropped.voxels[:, :4] == -7).all()
+        assert_array_equal(undo(cropped.voxels)[:, :7, 2:4], scan.voxels[:, :7, 2:4])
+
+    def test_it_refuses_to_work_unfitted_and_to_be_fitted_on_nothing(self) -> None:
+        with pytest.raises(RecipeError, match="not fitted"):
+            CropComposite().apply(self.scan())
+        with pytest.raises(RecipeError, match="at least one"):
+            CropComposite().fit([])

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from delineate.sampling.samplers import AllTiles, ClassBalancedTiles, RandomTiles, Sampler
+from delineate.errors import RecipeError
+from delineate.sampling.samplers import AllTiles, ChosenSlices, ClassBalancedTiles, RandomTiles, Sampler
 from delineate.sampling.tiles import TileGeometry
 
 GEOMETRY = TileGeometry((6, 6, 6))
@@ -57,3 +60,32 @@ def test_balancing_gives_a_rare_target_its_share(subjects) -> None:
 
     assert share(ClassBalancedTiles(foreground_fraction=1.0)) > 0.45
     assert share(RandomTiles()) < 0.1
+
+
+class TestChosenSlices:
+    """The subjects hold target 1 in slices 2 and 3 and target 2 in slice 9, of ten."""
+
+    GEOMETRY = TileGeometry((20, 20, 1), slice_axis=2)
+
+    def slices(self, subjects, **fields) -> list[list[int]]:
+        sampler = Sampler(ChosenSlices(**fields), subjects, self.GEOMETRY, 0)
+        drawn = [sampler.draw(j) for j in range(sampler.pass_length)]
+        assert len({d[:2] for d in drawn}) == len(drawn)  # each once a pass
+        return [sorted(d.tile.start[2] for d in drawn if d.subject == i) for i in range(len(subjects))]
+
+    def test_those_with_a_target_and_the_nearest_without(self, subjects) -> None:
+        assert self.slices(subjects, with_target=30, adjacent=0) == [[2, 3, 9]] * 5
+        assert self.slices(subjects, with_target=30, adjacent=3) == [[1, 2, 3, 4, 8, 9]] * 5
+
+    def test_too_many_with_a_target_are_thinned_evenly(self, subjects) -> None:
+        assert self.slices(subjects, with_target=2, adjacent=0) == [[2, 9]] * 5
+
+    def test_there_is_a_limit_on_all(self, subjects) -> None:
+        assert self.slices(subjects, with_target=30, adjacent=0, at_most=4) == [[2, 3, 9], [2], [], [], []]
+
+    def test_they_are_for_slices_and_for_labels(self, subjects) -> None:
+        with pytest.raises(RecipeError, match="kind: slices"):
+            Sampler(ChosenSlices(), subjects, GEOMETRY, 0)
+        empty = [replace(s, target=np.zeros_like(s.target)) for s in subjects]
+        with pytest.raises(RecipeError, match="no slice with a target"):
+            Sampler(ChosenSlices(), empty, self.GEOMETRY, 0)

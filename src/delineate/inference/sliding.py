@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from delineate.compute import ComputePlan
-from delineate.sampling.tiles import AXES, Tile, TileGeometry
+from delineate.sampling.tiles import AXES, Tile, TileGeometry, standardised
 
 Network = Callable[[Tensor], Tensor]
 
@@ -94,7 +94,10 @@ class Sliding:
         filling = [tiles[-1]] * (self._batch_size(geometry) - len(tiles) if self.plan.compile else 0)
         boxes = np.stack([geometry.to_network(geometry.read(volume, tile)) for tile in [*tiles, *filling]])
         dimensions = boxes.ndim - 2
-        x = torch.from_numpy(boxes).to(self.plan.device, memory_format=self.plan.memory_format(dimensions))
+        read = torch.from_numpy(boxes)
+        x = (standardised(read) if geometry.standardise else read).to(
+            self.plan.device, memory_format=self.plan.memory_format(dimensions)
+        )
         in_plane = [AXES[axis] for axis in range(3) if axis != geometry.slice_axis]
         flipped = [in_plane.index(axis) + 2 for axis in self.flips if axis in in_plane]
         total: Tensor | None = None

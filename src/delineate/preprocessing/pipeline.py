@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from delineate.core.volume import Volume
-from delineate.preprocessing.intensity import ClipPercentiles, Normalise
-from delineate.preprocessing.spatial import CropBackground, CropOrPad, Reorient, Resample
+from delineate.preprocessing.intensity import ClipPercentiles, Denoise, Normalise
+from delineate.preprocessing.spatial import CropBackground, CropComposite, CropOrPad, Reorient, Resample
 from delineate.preprocessing.step import Composed, Undo, as_float
 
 StepSpec = Annotated[
-    Reorient | Resample | CropBackground | CropOrPad | ClipPercentiles | Normalise, Field(discriminator="kind")
+    Reorient | Resample | CropBackground | CropComposite | CropOrPad | ClipPercentiles | Denoise | Normalise,
+    Field(discriminator="kind"),
 ]
 
 

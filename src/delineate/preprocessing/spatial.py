@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
 from typing import Annotated, Any, Literal
@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, FiniteFloat, NonNegativeInt, Positi
 from delineate.core.grid import Grid, Shape3, permute_axes, permute_axes_back
 from delineate.core.targets import IGNORED
 from delineate.core.volume import Volume
+from delineate.errors import RecipeError
 from delineate.preprocessing.step import Step, Undo, as_float, empty_channels
 
 _ORIENTATIONS = {"".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)}
@@ -110,6 +111,58 @@ class CropBackground(Step):
         if self.threshold == "nonzero":
             return channel != 0
         return channel > (channel.min() if self.threshold == "minimum" else self.threshold)
+
+
+class CropComposite(Step):
+    """Crop every scan to one box in the plane: where any training scan shows foreground, plus ``margin`` voxels.
+
+    The plane lies across the axis of the largest spacing (z where spacings agree within 1 %). A scan
+    shows foreground where a channel exceeds the ``threshold`` share of its own 99.5th percentile.
+    ``box`` is what was fitted, for both axes in the plane the first and last voxel counted from the middle
+    one, so that it holds for scans of other sizes too; what lies beyond a scan is its channels' minimum.
+    """
+
+    kind: Literal["crop_composite"] = "crop_composite"
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    margin: NonNegativeInt = 0
+    box: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    @property
+    def needs_fit(self) -> bool:
+        return self.box is None
+
+    def fit(self, scans: Iterable[Volume]) -> CropComposite:
+        if not self.needs_fit:
+            return self
+        boxes = np.array([self._box_of(scan) for scan in scans]).reshape(-1, 2, 2)
+        if not len(boxes):
+            raise RecipeError("crop_composite needs training scans to be fitted on; give at least one")
+        low, high = boxes[..., 0].min(axis=0), boxes[..., 1].max(axis=0)
+        return self.model_copy(update={"box": tuple((int(a), int(b)) for a, b in zip(low, high, strict=True))})
+
+    def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        if self.box is None:
+            raise RecipeError("crop_composite is not fitted yet; fit the pipeline on training scans first")
+        across = thickest_axis(volume.grid)
+        start, size = [0, 0, 0], list(volume.grid.shape)
+        for axis, (first, last) in zip((axis for axis in range(3) if axis != across), self.box, strict=True):
+            start[axis], size[axis] = volume.grid.shape[axis] // 2 + first, last + 1 - first
+        voxels = as_float(volume)
+        x, y, z = size
+        box = take_box(voxels, start, (x, y, z), voxels.min(axis=(1, 2, 3), keepdims=True))
+        grid = volume.grid.crop(start, size)
+        return Volume(box, grid), Boxed(volume.grid, grid, (start[0], start[1], start[2]))
+
+    def _box_of(self, scan: Volume) -> list[tuple[int, int]]:
+        """First and last voxel of a scan's foreground along both axes of the plane, from the middle one."""
+        across = thickest_axis(scan.grid)
+        found = np.zeros([n for axis, n in enumerate(scan.grid.shape) if axis != across], bool)
+        for channel in as_float(scan):
+            least = channel.min()
+            level = least + self.threshold * (np.percentile(channel, 99.5) - least)
+            found |= (channel > level).any(axis=across)
+        a, b, _ = box_of(found[:, :, None], self.margin)
+        return [(side.start - n // 2, side.stop - 1 - n // 2) for side, n in zip((a, b), found.shape, strict=True)]
 
 
 class CropOrPad(Step):

@@ -44,6 +44,10 @@ class VGG19Features(nn.Module):
         super().__init__()
         self.caffe = preprocessing == "caffe"
         convolutions = [nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 64), (64, 64), (64, 128), (128, 128))]
+        for convolution in convolutions:
+            # PyTorch's default halves the signal at each layer: random features would see next to nothing.
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
         a, b, c, d = convolutions
         self.features = nn.Sequential(
             a, nn.ReLU(), b, nn.ReLU(), nn.MaxPool2d(2), c, nn.ReLU(), d, nn.ReLU(), nn.MaxPool2d(2)

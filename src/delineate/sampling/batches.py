@@ -12,7 +12,7 @@ from torch import Tensor
 from delineate.preprocessing.cache import PreparedSubject
 from delineate.sampling.augmentation import AugmentationSpec, augment, context_voxels
 from delineate.sampling.samplers import Sampler
-from delineate.sampling.tiles import AXES, TileGeometry
+from delineate.sampling.tiles import AXES, TileGeometry, standardised
 
 
 class Batch(NamedTuple):
@@ -91,6 +91,8 @@ class BatchSource:
             generator=generator,
             axes="".join(AXES[a] for a in in_plane),
         )
+        if geometry.standardise:
+            image = standardised(image)
         for dim, axis in enumerate(in_plane, start=2):
             target = target.narrow(dim, geometry.margin[axis], geometry.shape[axis])
         return image, target

@@ -9,6 +9,8 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from delineate.core.targets import IGNORED
+from delineate.errors import RecipeError
 from delineate.preprocessing.cache import PreparedSubject
 from delineate.sampling.tiles import Tile, TileGeometry
 
@@ -39,7 +41,21 @@ class ClassBalancedTiles(BaseModel):
     foreground_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
-SamplerSpec = Annotated[AllTiles | RandomTiles | ClassBalancedTiles, Field(discriminator="kind")]
+class ChosenSlices(BaseModel):
+    """Some slices of every subject once a pass, in a new order each pass; for tiles that are slices.
+
+    Of each subject ``with_target`` slices that hold a target, evenly spread, and ``adjacent`` ones
+    without, those nearest to any with. ``at_most`` so many slices in all, subjects in their order.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["chosen_slices"] = "chosen_slices"
+    with_target: Annotated[int, Field(ge=1)] = 30
+    adjacent: Annotated[int, Field(ge=0)] = 20
+    at_most: Annotated[int, Field(ge=1)] | None = None
+
+
+SamplerSpec = Annotated[AllTiles | RandomTiles | ClassBalancedTiles | ChosenSlices, Field(discriminator="kind")]
 
 
 class Draw(NamedTuple):
@@ -55,7 +71,7 @@ class Sampler:
 
     def __init__(
         self,
-        spec: AllTiles | RandomTiles | ClassBalancedTiles,
+        spec: AllTiles | RandomTiles | ClassBalancedTiles | ChosenSlices,
         subjects: Sequence[PreparedSubject],
         geometry: TileGeometry,
         seed: int,
@@ -68,6 +84,8 @@ class Sampler:
                 for index, subject in enumerate(subjects)
                 for tile in geometry.tiles(subject.image.shape[1:], spec.overlap)
             ]
+        if isinstance(spec, ChosenSlices):
+            self._tiles = _chosen_slices(spec, subjects, geometry)
         self._order = lru_cache(maxsize=4)(self._shuffle)
 
     @property
@@ -106,6 +124,31 @@ class Sampler:
 
     def _shuffle(self, pass_number: int) -> np.ndarray:
         return np.random.default_rng((self.seed, 0, pass_number)).permutation(self.pass_length)
+
+
+def _chosen_slices(
+    spec: ChosenSlices, subjects: Sequence[PreparedSubject], geometry: TileGeometry
+) -> list[tuple[int, Tile]]:
+    """Tiles of the slices that ``spec`` asks for, by subject."""
+    axis = geometry.slice_axis
+    if axis is None:
+        raise RecipeError("sampler 'chosen_slices' is for slices; use tiles of kind: slices")
+    found: list[tuple[int, Tile]] = []
+    for index, subject in enumerate(subjects):
+        other = tuple(a for a in range(4) if a != axis + 1)
+        held = np.flatnonzero(((subject.target != 0) & (subject.target != IGNORED)).any(axis=other))
+        if not held.size:
+            continue
+        rest = np.setdiff1d(np.arange(subject.target.shape[axis + 1]), held)
+        far = np.abs(rest[:, None] - held[None]).min(axis=1) if rest.size else np.empty(0)
+        nearest = rest[np.argsort(far, kind="stable")[: spec.adjacent]]
+        spread = held[np.unique(np.linspace(0, len(held) - 1, min(spec.with_target, len(held))).round().astype(int))]
+        size = subject.image.shape[1:]
+        chosen = set(spread.tolist()) | set(nearest.tolist())
+        found += [(index, tile) for tile in geometry.tiles(size, 0.0) if tile.start[axis] in chosen]
+    if not found:
+        raise RecipeError("sampler 'chosen_slices' finds no slice with a target; check the labels")
+    return found[: spec.at_most]
 
 
 def _tile(start: Sequence[int], shape: tuple[int, int, int]) -> Tile:

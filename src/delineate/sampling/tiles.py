@@ -12,8 +12,10 @@ from itertools import product
 from typing import Annotated, Literal, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from delineate.core.grid import Shape3
 from delineate.errors import RecipeError
@@ -29,11 +31,15 @@ class Tile(NamedTuple):
 
 
 class Patches(BaseModel):
-    """Boxes of a fixed shape, for 3D networks. ``null`` along an axis means all of it."""
+    """Boxes of a fixed shape, for 3D networks. ``null`` along an axis means all of it.
+
+    ``standardise``: each tile that a network reads is brought to mean 0 and deviation 1 by itself, channel by channel.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["patches"] = "patches"
     shape: tuple[int | None, int | None, int | None]
+    standardise: bool = False
 
 
 class Slices(BaseModel):
@@ -41,6 +47,7 @@ class Slices(BaseModel):
 
     ``axis``: x (sagittal), y (coronal), z (axial) of the prepared volume, or ``thickest``: the axis
     of the largest spacing. ``shape``: in-plane size along the two other axes; ``null`` means all.
+    ``standardise`` as for patches.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +55,7 @@ class Slices(BaseModel):
     axis: Literal["x", "y", "z", "thickest"] = "z"
     shape: tuple[int | None, int | None] = (None, None)
     neighbours: Annotated[int, Field(ge=0)] = 0
+    standardise: bool = False
 
 
 class Whole(BaseModel):
@@ -80,12 +88,14 @@ class TileGeometry:
     """How tiles of one shape are laid out, read and joined.
 
     ``shape`` is what a tile answers for, ``margin`` what is read around it on each side.
-    ``slice_axis`` is the axis (0, 1, 2) along which a tile is one slice, for 2D networks.
+    ``slice_axis`` is the axis (0, 1, 2) along which a tile is one slice, for 2D networks. ``standardise``:
+    what is read of a tile is brought to mean 0 and deviation 1 before the network sees it.
     """
 
     shape: Shape3
     margin: Shape3 = (0, 0, 0)
     slice_axis: int | None = None
+    standardise: bool = False
 
     @property
     def input_shape(self) -> Shape3:
@@ -159,7 +169,16 @@ def geometry_for(
         margins[axis] = border
     if isinstance(spec, Slices) and slice_axis is not None:
         shape[slice_axis], margins[slice_axis] = 1, spec.neighbours
-    return TileGeometry((shape[0], shape[1], shape[2]), (margins[0], margins[1], margins[2]), slice_axis)
+    standardise = not isinstance(spec, Whole) and spec.standardise
+    return TileGeometry((shape[0], shape[1], shape[2]), (margins[0], margins[1], margins[2]), slice_axis, standardise)
+
+
+def standardised(image: Tensor) -> Tensor:
+    """Each sample and channel (N, C, …) with mean 0 and deviation 1; a constant one becomes 0."""
+    space = tuple(range(2, image.ndim))
+    centred = image - image.mean(space, keepdim=True)
+    deviation = centred.square().mean(space, keepdim=True).sqrt()
+    return centred / torch.where(deviation > 0, deviation, torch.ones_like(deviation))
 
 
 def read_box(volume: NDArray, start: Sequence[int], shape: Sequence[int]) -> NDArray:
