@@ -212,7 +212,7 @@ class TestWarnings:
         inside[8:12, 16:24, 2:6] = 1
         mirrored[...] = inside[::-1]
         path = save_scan("a.nii", head)
-        for label, expected in ((inside, []), (mirrored, ["W_LABEL_OFF_IMAGE"])):
+        for label, expected in ((inside, []), (mirrored, ["W_MIRRORED", "W_LABEL_OFF_IMAGE"])):
             assert codes(inspect(dataset(Subject("a", {"MR": path}, save_label("l.nii", label))))) == expected
 
     def test_outliers_are_found_along_the_patients_axes(self, save_scan) -> None:

@@ -25,6 +25,13 @@ def inspect(
     images: Images = None,
     labels: Labels = None,
     targets: TargetsOption = None,
+    repair: Annotated[
+        Path | None, typer.Option("--repair", help="New folder for repaired copies, with a manifest of what was done.")
+    ] = None,
+    orientation: Annotated[
+        Literal["refuse", "sform", "qform"],
+        typer.Option("--orientation", help="Which of two orientations counts where a file has both."),
+    ] = "refuse",
     json: Json = False,
 ) -> None:
     """Read every subject and report all problems at once, each with its code and mend."""
@@ -35,7 +42,25 @@ def inspect(
 
     dataset = open_dataset(folder, layout=layout, images=images, labels=labels, targets=parse_targets(targets))
     with Terminal() as terminal:
-        inspection = run(dataset, progress=lambda done, total: terminal.progress("inspecting", done, total))
+        inspection = run(
+            dataset,
+            orientation=orientation,
+            progress=lambda done, total: terminal.progress("inspecting", done, total),
+        )
+        if repair is not None:
+            from delineate.datasets.repair import MANIFEST
+            from delineate.datasets.repair import repair as write_repaired
+
+            done = write_repaired(
+                dataset,
+                repair,
+                orientation=orientation,
+                progress=lambda done, total: terminal.progress("repairing", done, total),
+            )
+            for one in done:
+                if one.done != "copied":
+                    terminal.say(f"{one.subject}: {one.file} {one.done} ({one.why})")
+            terminal.say(f"{sum(one.done == 'repaired' for one in done)} files repaired; {repair / MANIFEST} says how")
     if json:
         print_json(inspection.as_dict())
     else:

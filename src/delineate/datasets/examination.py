@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from delineate.core.grid import Grid, Shape3
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
-from delineate.core.volume import Volume
+from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import NonFinite, Orientation, channels_in, check_channels, check_grids
 from delineate.datasets.measuring import (
     Foreground,
@@ -21,8 +22,10 @@ from delineate.datasets.measuring import (
     content_hash,
     count_values,
     find_foreground,
+    in_grey,
     measure_intensity,
 )
+from delineate.datasets.mirroring import suspicion
 from delineate.errors import BadVoxels, DelineateError
 from delineate.io.formats import read_label, read_volume
 
@@ -92,6 +95,8 @@ class Examination:
     dtypes: set[str] = field(default_factory=set)
     intensities: dict[str, Intensity] = field(default_factory=dict)
     foreground: Foreground | None = None
+    # Each channel in 256 grey levels, until the label has been held against them.
+    grey: list[NDArray[np.uint8]] = field(default_factory=list)
     label_voxels: dict[int, int] = field(default_factory=dict)
     label_box: Shape3 = (0, 0, 0)
     hashes: dict[str, str] = field(default_factory=dict)
@@ -140,6 +145,8 @@ class Examination:
             self.grid, self.grid_of = volume.grid, f"'{path.name}'"
         check_grids(self.subject.id, f"'{path.name}'", volume.grid, self.grid_of, self.grid)
         for name in taken:
+            if self.subject.label is not None:
+                self.grey.append(in_grey(voxels[name], self.intensities[name]))
             found = find_foreground(voxels[name], self.intensities[name])
             self.foreground = self.foreground | found if self.foreground else found
 
@@ -165,6 +172,7 @@ class Examination:
         label = read_label(path, orientation=self.rules.orientation)
         self.hashes["label"] = content_hash(path)
         if self.grid is not None:
+            self.check_mirrored(label)
             check_grids(self.subject.id, "label", label.grid, "image", self.grid)
         self.label_voxels = count_values(label.voxels)
         targets = self.rules.targets
@@ -184,6 +192,22 @@ class Examination:
         if share < LEAST_ON_IMAGE:
             message = f"only {share:.0%} of the label lies where the image shows something"
             self.note("W_LABEL_OFF_IMAGE", message, "look at them together: is the label mirrored?", "warning")
+
+    def check_mirrored(self, label: LabelVolume) -> None:
+        """Note evidence that the label's voxels and its header do not belong together."""
+        targets = self.rules.targets
+        wanted = [v for values in targets.values.values() for v in values] if targets else []
+        mask = np.isin(label.voxels, wanted) if wanted else label.voxels > 0
+        assert self.grid is not None
+        found = suspicion(self.grey, self.grid, mask, label.grid)
+        self.grey.clear()
+        if found is not None:
+            self.note(
+                "W_MIRRORED",
+                str(found),
+                "look at them together; `delineate data inspect --repair` writes a copy that is turned",
+                "warning",
+            )
 
     def row(self) -> SubjectRow | None:
         if self.grid is None:

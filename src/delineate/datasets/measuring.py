@@ -57,6 +57,13 @@ def measure_intensity(voxels: NDArray) -> Intensity:
     )
 
 
+def in_grey(voxels: NDArray, intensity: Intensity) -> NDArray[np.uint8]:
+    """Voxels in 256 levels between their outer percentiles."""
+    low, high = intensity.p0_5, intensity.p99_5
+    scale = 255 / (high - low) if high > low else 0.0
+    return np.clip((voxels.astype(np.float32) - low) * scale, 0, 255).astype(np.uint8)
+
+
 @dataclass(frozen=True, eq=False)
 class Foreground:
     """Where a scan shows something.

@@ -1,0 +1,105 @@
+"""Is a label mirrored against its image? Where its border follows the image's own says so.
+
+A label whose header was rewritten without its voxels (or the other way round) still fits its image
+when it is flipped back: inside and just outside of it the image then differs. Flipped wrongly, it
+lies across whatever is there, and the image hardly changes at its border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delineate.core.grid import Grid
+
+Flip = tuple[bool, bool, bool]
+
+CLEAR = 1.0
+"""Contrast that a border in the right place has, in deviations of the image on both sides of it."""
+TIMES = 2.0
+"""A flip is believed where its contrast is so many times that of the label as its header places it."""
+
+_SAMPLED = 50_000
+_SHELL = 2  # voxels
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """The label fits the image better voxel by voxel, its axes flipped by ``flip``, than where its header places it.
+
+    ``flipped`` and ``as_said`` are the two contrasts.
+    """
+
+    flip: Flip
+    flipped: float
+    as_said: float
+
+    def __str__(self) -> str:
+        axes = ", ".join(axis for axis, reverse in zip("xyz", self.flip, strict=True) if reverse)
+        how = f"where its voxels are flipped along {axes}" if axes else "voxel by voxel"
+        return (
+            f"the label's border follows the image {how} (contrast {self.flipped:.2f}), "
+            f"not where its header places it ({self.as_said:.2f})"
+        )
+
+
+def suspicion(channels: Sequence[NDArray], image: Grid, mask: NDArray[np.bool_], label: Grid) -> Suspicion | None:
+    """Whether the header of ``mask`` (X, Y, Z) misplaces it on the channels (X, Y, Z) of a scan.
+
+    ``flip`` is what its voxels need to fit the image's, one by one. None where nothing speaks for that,
+    or where shapes differ.
+    """
+    if mask.shape != image.shape or not mask.any():
+        return None
+    from scipy.ndimage import binary_dilation  # slow to import
+
+    shell = binary_dilation(mask, iterations=_SHELL) & ~mask
+    inside, outside = _some_of(mask), _some_of(shell)
+
+    def contrast(place: Callable[[NDArray[np.intp]], NDArray[np.intp]]) -> float:
+        a, b = place(inside), place(outside)
+        if 2 * a.shape[1] < inside.shape[1]:  # most of it lies beside the scan
+            return 0.0
+        return max(_contrast(channel[tuple(a)], channel[tuple(b)]) for channel in channels)
+
+    as_said = contrast(lambda index: _by_header(index, label, image))
+    flips: list[Flip] = [(x, y, z) for x, y, z in product((False, True), repeat=3)]
+    scores = {flip: contrast(lambda index, flip=flip: _flipped(index, mask.shape, flip)) for flip in flips}  # type: ignore[misc]
+    best = max(scores, key=lambda flip: scores[flip])
+    if scores[best] < CLEAR or scores[best] < TIMES * as_said:
+        return None
+    return Suspicion(best, scores[best], as_said)
+
+
+def _by_header(index: NDArray[np.intp], label: Grid, image: Grid) -> NDArray[np.intp]:
+    """The image's voxels (3, n) nearest to the label's, as far as it has them."""
+    world = label.world(index.T.astype(np.float64))
+    back = np.linalg.inv(image.affine)
+    found = np.rint(world @ back[:3, :3].T + back[:3, 3]).astype(np.intp).T
+    shape = np.array(image.shape)[:, None]
+    return found[:, ((found >= 0) & (found < shape)).all(axis=0)]
+
+
+def _some_of(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Voxel indices (3, n), at most so many, evenly spread."""
+    flat = np.flatnonzero(mask)
+    flat = flat[:: -(-len(flat) // _SAMPLED) or 1]
+    return np.array(np.unravel_index(flat, mask.shape))
+
+
+def _flipped(index: NDArray[np.intp], shape: Sequence[int], flip: Flip) -> NDArray[np.intp]:
+    return np.array([n - 1 - i if reverse else i for i, n, reverse in zip(index, shape, flip, strict=True)])
+
+
+def _contrast(inside: NDArray, outside: NDArray) -> float:
+    """Difference of the means, in deviations within both sides."""
+    if not inside.size or not outside.size:
+        return 0.0
+    a, b = inside.astype(np.float64), outside.astype(np.float64)
+    within = np.sqrt((a.var() + b.var()) / 2)
+    difference = abs(a.mean() - b.mean())
+    return float(difference / within) if within else float(difference > 0)

@@ -1,0 +1,169 @@
+"""Repaired copies of a data set: only on request, nothing overwritten, and a manifest of what was done and why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delineate.core.grid import Grid, permute_axes
+from delineate.core.subject import Subject
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import SAME_GRID_MM, Dataset, Orientation
+from delineate.datasets.mirroring import suspicion
+from delineate.errors import DelineateError, OutputError
+from delineate.io.files import writing_beside
+from delineate.io.formats import is_series, parts_of, read_label, read_volume, write_label, write_volume
+
+MANIFEST = "repairs.json"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What became of one file: ``copied``, ``repaired`` or ``left out``, and why. ``file`` is below the folder."""
+
+    subject: str
+    file: str
+    done: str
+    why: str = ""
+
+
+def repair(
+    dataset: Dataset,
+    out: Path,
+    *,
+    orientation: Orientation = "refuse",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Repair]:
+    """Write the data set into ``out`` with what can be repaired repaired, under the names it has.
+
+    A channel or label that lies on the first channel's grid in another orientation is turned; one on
+    another grid is resampled onto it (channels linearly, labels to the nearest voxel); a label whose
+    border says that it is mirrored is turned back; voxels that are not finite become the least
+    finite one; a label's values are rounded. A file with two orientations is repaired where
+    ``orientation`` chooses one. What cannot be repaired leaves its subject out. Raises
+    :class:`OutputError` where ``out`` is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise OutputError(f"'{out}' is not empty; give a new folder, so that nothing is lost")
+    found: list[Repair] = []
+    for done, subject in enumerate(dataset.subjects, start=1):
+        found += _repair_subject(subject, dataset.root, out, dataset.targets, orientation)
+        if progress is not None:
+            progress(done, len(dataset.subjects))
+    for name in ("dataset.json", "sites.csv"):
+        if (dataset.root / name).is_file():
+            shutil.copyfile(dataset.root / name, out / name)
+    with writing_beside(out / MANIFEST) as beside:
+        beside.write_text(json.dumps([asdict(r) for r in found], indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def _repair_subject(
+    subject: Subject, root: Path, out: Path, targets: Targets | None, orientation: Orientation
+) -> Iterator[Repair]:
+    """Nothing is written of a subject before all of its files are known to be good."""
+    made: list[tuple[Path, Volume | LabelVolume, str]] = []
+    first: Grid | None = None
+    shown: list[NDArray] = []
+    try:
+        if not subject.scans:
+            raise OutputError("it has a label and no scan; add the scan")
+        for path in dict.fromkeys(subject.scans.values()):
+            volume, why = _readable(path, orientation)
+            if first is None:
+                first = volume.grid
+            volume, moved = _onto(volume, first)
+            shown += list(volume.voxels)
+            made.append((path, volume, _joined(why, moved)))
+        if subject.label is not None and first is not None:
+            label, why = _label_onto(read_label(subject.label, orientation=orientation), first, shown, targets)
+            made.append((subject.label, label, why))
+    except DelineateError as error:
+        yield from (
+            Repair(subject.id, _below(root, file), "left out", f"{error.code}: {error.message}")
+            for file in subject.files
+        )
+        return
+    for path, content, why in made:
+        name = _below(root, path)
+        if not why and not is_series(path):
+            for file in parts_of(path):
+                (out / _below(root, file)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, out / _below(root, file))
+            yield Repair(subject.id, name, "copied")
+            continue
+        place = out / (f"{name}.nii.gz" if is_series(path) else name)
+        if isinstance(content, Volume):
+            write_volume(place, content)
+        else:
+            write_label(place, content)
+        yield Repair(subject.id, str(place.relative_to(out)), "repaired", why or "a series became one file")
+
+
+def _readable(path: Path, orientation: Orientation) -> tuple[Volume, str]:
+    """A scan without voxels that are not finite, and what that took."""
+    try:
+        return read_volume(path, orientation="refuse"), ""
+    except DelineateError as error:
+        # A second reading with everything allowed that has one right answer; it raises what has none.
+        return read_volume(path, orientation=orientation, nan="fill"), f"{error.code}: {error.message}"
+
+
+def _onto(volume: Volume, grid: Grid) -> tuple[Volume, str]:
+    """A scan on the grid of the first, and what that took."""
+    if volume.grid.matches(grid, SAME_GRID_MM):
+        return volume, ""
+    order, flip = volume.grid.axes_to(grid.orientation)
+    turned = Volume(permute_axes(volume.voxels, order, flip), volume.grid.permute(order, flip))
+    if turned.grid.matches(grid, SAME_GRID_MM):
+        return Volume(turned.voxels, grid), f"turned from {volume.grid.orientation} to {grid.orientation}"
+    voxels = np.stack([resample_onto(channel, volume.grid, grid, order=1) for channel in volume.voxels])
+    return Volume(voxels, grid), f"resampled linearly from {volume.grid} to {grid}"
+
+
+def _label_onto(
+    label: LabelVolume, grid: Grid, shown: list[NDArray], targets: Targets | None
+) -> tuple[LabelVolume, str]:
+    """A label on the grid of the scan, and what that took."""
+    wanted = [v for values in targets.values.values() for v in values] if targets else []
+    mask = np.isin(label.voxels, wanted) if wanted else label.voxels > 0
+    mirrored = suspicion(shown, grid, mask, label.grid)
+    if mirrored is not None:
+        turned = permute_axes(label.voxels, (0, 1, 2), mirrored.flip)
+        return LabelVolume(turned, grid), f"put on the image's grid: {mirrored}"
+    moved, why = _onto(Volume(label.voxels[None], label.grid), grid)
+    if why.startswith("resampled"):
+        voxels = resample_onto(label.voxels, label.grid, grid, order=0)
+        kept = np.count_nonzero(voxels) * grid.voxel_ml
+        had = np.count_nonzero(label.voxels) * label.grid.voxel_ml
+        if kept < 0.5 * had:
+            raise OutputError(f"its label marks {had:.3g} ml, {kept:.3g} ml of it on the scan; it is another patient's")
+        return LabelVolume(voxels, grid), why.replace("linearly", "to the nearest voxel")
+    return LabelVolume(moved.voxels[0], grid), why
+
+
+def resample_onto(voxels: NDArray, source: Grid, target: Grid, *, order: int) -> NDArray:
+    """Voxels (X, Y, Z) of one grid at the places of another, linearly (1) or nearest (0); 0 outside."""
+    from scipy.ndimage import affine_transform  # slow to import
+
+    back = np.linalg.inv(source.affine) @ target.affine
+    kind = voxels.dtype if order == 0 else np.float32
+    moved: NDArray = affine_transform(
+        voxels.astype(kind, copy=False), back[:3, :3], back[:3, 3], target.shape, order=order, mode="constant"
+    )
+    return moved
+
+
+def _joined(*reasons: str) -> str:
+    return "; ".join(reason for reason in reasons if reason)
+
+
+def _below(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
