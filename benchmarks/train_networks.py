@@ -1,6 +1,6 @@
 """Every packaged network for a few hundred steps on scans of its kind: does it learn, or collapse to background?
 
-    python benchmarks/train_networks.py DATA --out RUNS [--steps 300] [--only NAME …]
+    python benchmarks/train_networks.py DATA --out RUNS [--steps 300] [--minutes 3] [--only NAME …]
 
 DATA holds the folders hippocampus, prostate, brats and wmh; livers are simulated. All are trained alike
 (Dice + cross entropy, AdamW, class-balanced tiles, no published weights), for the question is not which
@@ -35,7 +35,6 @@ class Job:
     tiles: dict[str, Any]
     batch: int = 2
     options: tuple[str, ...] = ()
-    steps: float = 1.0  # of those asked for: a step of the Tiramisus costs tens of others'
 
 
 def slices(neighbours: int = 0, shape: list[int] | None = None, axis: str = "z") -> dict[str, Any]:
@@ -80,17 +79,17 @@ def jobs() -> dict[str, Job]:
     }
     for name, network in packaged.items():
         if name.startswith("prostate-tiramisu"):
-            found[name] = Job(network, "prostate", "prostate", patches(32, 32, 16), batch=1, steps=1 / 3)
+            found[name] = Job(network, "prostate", "prostate", patches(32, 32, 16), batch=1)
         if name.startswith("liver-unet"):
             neighbours = {"liver-unet-v1": 1, "liver-unet-v4": 4}.get(name, 0)
             found[name] = Job(network, "livers", "demo", slices(neighbours, [112, 96]), batch=4)
         if name.startswith("liver-tumour"):
             options = ("--targets", "organ=1+2") if name.endswith("1") else ()
             found[name] = Job(network, "livers", "demo", slices(0, [112, 96]), 4, options)
-    return dict(sorted(found.items(), key=lambda item: item[1].steps, reverse=True))
+    return {name: found[name] for name in (*CONFIGURATIONS, *found)}
 
 
-def train(name: str, job: Job, folder: Path, data: Path, steps: int) -> None:
+def train(name: str, job: Job, folder: Path, data: Path, steps: int, minutes: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     recipe = {
         "extends": job.recipe,
@@ -107,8 +106,8 @@ def train(name: str, job: Job, folder: Path, data: Path, steps: int) -> None:
         },
     }
     (folder / "asked.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    command = ["train", str(folder / "asked.yaml"), "--data", str(data), "--fold", "0", "--steps"]
-    command += [str(round(steps * job.steps))]
+    command = ["train", str(folder / "asked.yaml"), "--data", str(data), "--fold", "0", "--steps", str(steps)]
+    command += ["--minutes", str(minutes)]
     command += ["--out", str(folder / "run"), "--cache", str(folder.parent / "cache"), *job.options]
     with (folder / "log.txt").open("w") as log:
         subprocess.run([sys.executable, "-m", "delineate", *command], stdout=log, stderr=log, check=False)
@@ -122,7 +121,9 @@ def row(name: str, job: Job, folder: Path) -> list[str]:
     estimate = found.get("mean of targets", next(iter(found.values())))["dice"]
     each = ", ".join(f"{target} {v['dice']['mean']:.3f}" for target, v in found.items() if target != "mean of targets")
     shape = "×".join("all" if n is None else str(n) for n in job.tiles["shape"])
-    return [name, job.data, f"{job.batch} of {shape}", each, f"{estimate['mean']:.3f}", str(estimate["n"])]
+    with (folder / "run" / "logs" / "training.csv").open() as log:
+        steps = int(log.readlines()[-1].split(",")[0]) + 1
+    return [name, job.data, f"{job.batch} of {shape}", str(steps), each, f"{estimate['mean']:.3f}", str(estimate["n"])]
 
 
 def main() -> None:
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--only", nargs="*", default=[])
     arguments = parser.parse_args()
     livers = arguments.out / "livers"
@@ -140,7 +142,7 @@ def main() -> None:
         folder = arguments.out / name.replace(" ", "-").replace(",", "")
         data = livers if job.data == "livers" else arguments.data / job.data
         if not (folder / "run" / "evaluation" / "summary.json").exists():
-            train(name, job, folder, data, arguments.steps)
+            train(name, job, folder, data, arguments.steps, arguments.minutes)
         print("| " + " | ".join(row(name, job, folder)) + " |", flush=True)
 
 

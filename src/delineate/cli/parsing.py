@@ -32,6 +32,17 @@ def parse_targets(text: str | None) -> Targets | None:
     return Targets(values, "exclusive" if len(set(used)) == len(used) else "overlapping")
 
 
+def parse_patterns(texts: Sequence[str] | None) -> str | dict[str, str] | None:
+    """``*/artery.nii``, or ``T1=*/t1.nii`` and more such. Raises :class:`RecipeError` for a mixture."""
+    if not texts:
+        return None
+    if len(texts) == 1 and "=" not in texts[0]:
+        return texts[0]
+    if bad := [text for text in texts if "=" not in text]:
+        raise RecipeError(f"'{bad[0]}' does not name its channel; write for example --images T1='*/t1.nii'")
+    return {name: pattern for name, _, pattern in (text.partition("=") for text in texts)}
+
+
 def data_changes(layout: str, images: str | None, labels: str | None, targets: str | None) -> list[str]:
     """The options as changes of a recipe's ``data``, so that the recipe alone reproduces the run."""
     asked = parse_targets(targets)

@@ -28,6 +28,13 @@ def predict(
     unseen: Annotated[
         bool, typer.Option("--unseen", help="Only subjects that none of the bundles was trained or chosen on.")
     ] = False,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--images",
+            help="Pattern of a channel, such as T1='*/t1.nii', or of a DICOM series' description; may be repeated.",
+        ),
+    ] = None,
     flips: Flips = None,
     overlap: Annotated[float | None, typer.Option("--overlap", min=0, max=0.9, help="Overlap of tiles.")] = None,
     memory_gb: Annotated[
@@ -41,13 +48,14 @@ def predict(
 ) -> None:
     """Segment scans, each on its own grid. Not for diagnosis."""
     from delineate.bundle import Bundle
+    from delineate.cli.parsing import parse_patterns
     from delineate.cli.terminal import Terminal, print_json, print_table
     from delineate.compute import plan_compute, torch_threads
     from delineate.inference.batch import find_subjects, predict_subjects, unseen_by
     from delineate.inference.predictor import Predictor
 
     bundles = [Bundle.load(folder) for folder in [bundle, *(also or [])]]
-    subjects = find_subjects(inputs, bundles[0].channels)
+    subjects = find_subjects(inputs, bundles[0].channels, parse_patterns(images))
     if unseen:
         subjects = unseen_by(bundles, subjects)
     plan = plan_compute(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,17 +28,20 @@ class Outcome:
     error: DelineateError | None = None
 
 
-def find_subjects(inputs: Sequence[Path], channels: Sequence[str]) -> list[Subject]:
+def find_subjects(
+    inputs: Sequence[Path], channels: Sequence[str], images: str | Mapping[str, str] | None = None
+) -> list[Subject]:
     """Subjects in folders (any known layout, or loose scans) and files, with the channels in the bundle's order.
 
-    Raises :class:`MissingFile` for what is not there or lacks a channel.
+    ``images`` are patterns as :func:`~delineate.datasets.layouts.open_dataset` takes them. Raises
+    :class:`MissingFile` for what is not there or lacks a channel.
     """
     from delineate.datasets.layouts import open_dataset
 
     found: list[Subject] = []
     for path in inputs:
         if path.is_dir():
-            found += open_dataset(path).subjects
+            found += open_dataset(path, images=images).subjects
         elif path.exists() and (suffix_of(path) or is_series(path)):
             # One file: all channels in it (4D), or the only channel there is.
             found.append(Subject(name_of(path), dict.fromkeys(channels, path)))
