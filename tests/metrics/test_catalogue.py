@@ -190,4 +190,6 @@ def test_tumour_regions_are_made_by_name_whatever_the_year() -> None:
 
 
 def test_numbers_as_tables_show_them() -> None:
-    assert [formatted("hd95_mm", v) for v in (1.234, -0.5, float("nan"), inf)] == ["1.23", "−0.50", "–", "∞"]
+    assert [formatted("hd95_mm", v) for v in (1.234, -0.5, -0.001, float("nan"), inf)] == [
+        "1.23", "−0.50", "0.00", "–", "∞",
+    ]  # fmt: skip

@@ -244,6 +244,20 @@ def test_a_collapse_to_background_is_said_with_mends(recipe, balls, tmp_path) ->
     assert "loss.kind=dice" in said[0]
 
 
+def test_a_collapse_to_a_target_everywhere_is_said_with_mends(recipe, balls, tmp_path) -> None:
+    """Dice with soft labels of a rare target: one everywhere overlaps most with a tenth everywhere."""
+    values = recipe.as_dict()
+    values["training"] |= {"steps": 250, "collapse_after": 50, "ema": 0.0}
+    values["loss"] = {"kind": "dice", "soft_labels": [0.3, 0.9]}
+    values["sampler"] = {"kind": "random"}
+    report = Reporter()
+    run(recipe_from(values), balls, tmp_path / "run", report, evaluate=False)
+    said = [text for text in report.messages if text.startswith("COLLAPSE")]
+    assert len(said) == 1
+    assert "nearly everywhere" in said[0]
+    assert "soft_labels=null" in said[0]
+
+
 def test_roles_are_disjoint_and_leave_the_locked_test_set_alone(recipe, balls) -> None:
     split = make_split(balls.subjects, folds=2, test_fraction=0.34, seed=0)
     roles = assign_roles(balls.subjects, split, 0, recipe)

@@ -214,5 +214,6 @@ def targets_of(wanted: str, named: Targets | None) -> Targets | None:
 def formatted(name: str, value: float) -> str:
     """A metric's value as a table shows it: undefined is a dash, infinite its sign."""
     if isfinite(value):
-        return f"{value:.{METRICS[name].decimals}f}".replace("-", "−")
+        text = f"{value:.{METRICS[name].decimals}f}"
+        return (text if float(text) else text.lstrip("-")).replace("-", "−")  # no minus before zeros alone
     return "–" if value != value else "∞"

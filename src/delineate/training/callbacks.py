@@ -116,21 +116,45 @@ class Validator(lightning.Callback):
 
 
 class CollapseWatch(lightning.Callback):
-    """Says so when, past a stated step, the network predicts nothing but background."""
+    """Says so when, past a stated step, the network predicts background alone, or a target everywhere."""
 
     def __init__(self, after_step: int, say: Say) -> None:
         self.after_step, self.say = after_step, say
-        self.empty_in_a_row, self.warned = 0, False
+        self.in_a_row, self.warned = 0, False
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
         if (trainer.global_step - 1) % 25 or trainer.global_step < self.after_step or self.warned:
             return
-        reference, predicted = module.foreground
-        if reference:
-            self.empty_in_a_row = 0 if predicted else self.empty_in_a_row + 1
-        if self.empty_in_a_row >= 3:
+        seen = module.foreground
+        if seen.reference:
+            flooded = seen.predicted > 0.95 * seen.voxels and seen.reference < 0.5 * seen.voxels
+            self.in_a_row = self.in_a_row + 1 if flooded or not seen.predicted else 0
+        if self.in_a_row >= 3:
             self.warned = True
-            self.say(collapse_message(trainer.global_step, module))
+            say = flood_message if seen.predicted else collapse_message
+            self.say(say(trainer.global_step, module))
+
+
+def flood_message(step: int, module: Delineator) -> str:
+    """What to say of a network that predicts a target nearly everywhere."""
+    mends = []
+    if _soft(module.bundle.recipe.loss.model_dump()):
+        mends.append(
+            "no soft labels (--set loss.soft_labels=null): where targets are rare, overlap with a background "
+            "of 0.1 everywhere is largest when everything is a target"
+        )
+    mends.append(f"a lower learning rate (--set training.optimiser.learning_rate={module.learning_rate / 3:.1g})")
+    mends.append("check with `delineate data inspect` what the label values mean")
+    return f"COLLAPSE: at step {step} the network predicts a target nearly everywhere. Likely mends: " + "; ".join(
+        mends
+    )
+
+
+def _soft(loss: Any) -> bool:
+    """Whether any part of a loss takes soft labels."""
+    if isinstance(loss, dict):
+        return bool(loss.get("soft_labels")) or any(map(_soft, loss.values()))
+    return isinstance(loss, list | tuple) and any(map(_soft, loss))
 
 
 def collapse_message(step: int, module: Delineator) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
@@ -48,6 +48,14 @@ class Budget:
         if self.seconds is not None:
             shares.append(self.elapsed() / self.seconds)
         return min(1.0, max(shares))
+
+
+class Foreground(NamedTuple):
+    """Voxels of any target in the reference and in the prediction of a batch, and all of its voxels."""
+
+    reference: int
+    predicted: int
+    voxels: int
 
 
 class BatchStream(IterableDataset):
@@ -94,7 +102,7 @@ class Delineator(lightning.LightningModule):
         self.log_every = 1 if plan.device.type == "cpu" else 10
         self._progress = 0.0
         self.last_loss = float("nan")
-        self.foreground: tuple[int, int] = (0, 0)
+        self.foreground = Foreground(0, 0, 0)
 
     @property
     def kept_network(self) -> nn.Module:
@@ -186,11 +194,11 @@ class Delineator(lightning.LightningModule):
                 kept.copy_(now)
 
     def _count_foreground(self, logits: Tensor, target: Tensor) -> None:
-        """Voxels of any target in the reference and in the prediction of this batch."""
+        """How much of this batch is any target, in the reference and in the prediction."""
         exclusive = self.bundle.targets.exclusive
         predicted = (logits.argmax(1) > 0) if exclusive else (logits > 0).any(1)
         reference = (target != 0) & (target != 255)
-        self.foreground = (int(reference.sum()), int(predicted.sum()))
+        self.foreground = Foreground(int(reference.sum()), int(predicted.sum()), predicted.numel())
 
 
 def build_optimiser(

@@ -1,0 +1,46 @@
+"""``delineate compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from delineate.cli.options import Json
+
+
+def compare(
+    evaluations: Annotated[
+        list[Path], typer.Argument(help="Two or more folders of evaluations, or of runs; NAME=FOLDER names one.")
+    ],
+    metrics: Annotated[
+        str | None, typer.Option("--metrics", help="Sets and single metrics, joined by commas; default: all in common.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare methods measured on the same subjects: paired, corrected for many comparisons, in words."""
+    from dataclasses import asdict
+
+    from delineate.cli.terminal import print_json
+    from delineate.errors import MissingFile
+    from delineate.evaluation.methods import compare_methods
+    from delineate.evaluation.table import Evaluation
+    from delineate.metrics.catalogue import metric_names
+
+    named: dict[str, Evaluation] = {}
+    for argument in evaluations:
+        name, equals, place = str(argument).partition("=")
+        folder = Path(place if equals else name)
+        inside = folder / "evaluation" if (folder / "evaluation" / "metrics.csv").exists() else folder
+        if not (inside / "metrics.csv").exists():
+            raise MissingFile(f"'{folder}' holds no metrics.csv; give a run, or what `delineate evaluate -o` wrote")
+        named[name if equals else folder.name] = Evaluation.read(inside)
+    if len(named) < 2:
+        raise typer.BadParameter("give two or more evaluations of different names, such as a=RUN1 b=RUN2")
+    found = compare_methods(named, None if metrics is None else metric_names(metrics))
+    if json:
+        print_json([asdict(d) for d in found])
+        return
+    for difference in found:
+        typer.echo(str(difference))

@@ -1,0 +1,83 @@
+"""Limits of agreement, concordance and threshold crossings: by hand, by simulation, and what changes nothing."""
+
+from __future__ import annotations
+
+from math import isnan, nan
+
+import numpy as np
+import pytest
+
+from delineate.metrics.agreement import FATTY_LIVER_PERCENT, agreement, concordance, crossing
+
+
+def test_limits_by_hand() -> None:
+    found = agreement([11, 9, 12, 8], [10, 10, 10, 10])  # +1, −1, +2, −2
+    assert found.bias == 0
+    assert found.sd == pytest.approx(np.sqrt(10 / 3))
+    assert found.limits == pytest.approx((-1.96 * found.sd, 1.96 * found.sd))
+    assert found.bias_ci95 == pytest.approx((-3.182 * found.sd / 2, 3.182 * found.sd / 2), rel=1e-3)
+    assert (found.n, found.outliers) == (4, ())
+
+
+def test_relative_differences_are_percent_of_the_truth() -> None:
+    assert agreement([11, 18], [10, 20], relative=True).bias == 0
+    assert agreement([11, 24, 5], [10, 20, 0], relative=True).n == 2  # percent of nothing is undefined
+
+
+def test_an_outlier_is_named_by_its_place_among_all_pairs() -> None:
+    truth = np.zeros(30)
+    said = np.where(np.arange(30) % 2, 1.0, -1.0)
+    said[7], said[3] = 30.0, nan
+    assert agreement(said, truth).outliers == (7,)
+
+
+def test_limits_hold_95_percent_and_their_interval_the_true_limit(rng: np.random.Generator) -> None:
+    inside, held = [], 0
+    for _ in range(300):
+        d = rng.normal(1, 2, 40)
+        found = agreement(d, np.zeros(40))
+        low, high = found.limits
+        fresh = rng.normal(1, 2, 400)
+        inside.append(np.mean((fresh > low) & (fresh < high)))
+        held += found.high_ci95[0] < 1 + 1.96 * 2 < found.high_ci95[1]
+    assert np.mean(inside) == pytest.approx(0.94, abs=0.01)  # estimated from 40, they are a little narrow
+    assert held / 300 == pytest.approx(0.95, abs=0.04)
+
+
+def test_one_pair_has_no_limits() -> None:
+    assert isnan(agreement([1], [2]).bias)
+
+
+def test_concordance_by_hand() -> None:
+    # Means 2 and 3, variances 2/3 each, covariance 2/3: 2 · 2/3 / (2/3 + 2/3 + 1).
+    assert concordance([1, 2, 3], [2, 3, 4]).value == pytest.approx((4 / 3) / (7 / 3))
+    assert concordance([1, 2, 3], [1, 2, 3]).value == 1
+    assert concordance([1, 2, 3], [3, 2, 1]).value == -1
+    assert isnan(concordance([1, 1, 1], [1, 1, 1]).value)
+    assert isnan(concordance([1, 2], [1, 2]).value)
+
+
+def test_concordance_is_at_most_correlation_and_symmetric(rng: np.random.Generator) -> None:
+    for _ in range(20):
+        a = rng.normal(size=15)
+        b = 0.7 * a + 0.3 * rng.normal(size=15) + 0.5
+        found = concordance(a, b)
+        assert abs(found.value) <= abs(np.corrcoef(a, b)[0, 1]) + 1e-12
+        assert concordance(b, a).value == pytest.approx(found.value)
+        assert concordance(10 * a + 3, 10 * b + 3).value == pytest.approx(found.value)
+
+
+def test_the_interval_of_concordance_holds_the_truth_as_often_as_it_says(rng: np.random.Generator) -> None:
+    # Equal means and variances: the true concordance is the correlation.
+    held = 0
+    for _ in range(400):
+        a, b = rng.multivariate_normal([0, 0], [[1, 0.8], [0.8, 1]], 60).T
+        low, high = concordance(a, b).ci95
+        held += low < 0.8 < high
+    assert held / 400 == pytest.approx(0.95, abs=0.03)
+
+
+def test_who_crosses_the_threshold() -> None:
+    found = crossing([5.6, 5.5, 7.0, 2.0, nan], [5.5, 5.6, 8.0, 1.0, 6.0], FATTY_LIVER_PERCENT)
+    assert (found.over, found.under, found.n, found.right) == ((0,), (1,), 4, 2)
+    assert crossing([5.56], [5.56], 5.56).right == 1
