@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
+from delineate.evaluation.table import Evaluation
 from delineate.io.formats import read_label, read_volume, write_label, write_volume
 from delineate.recipe import load_recipe, to_yaml
 
@@ -233,3 +235,26 @@ def test_the_demo_ends_with_a_report(tmp_path) -> None:
 def test_recipes_are_listed_and_shown() -> None:
     assert "hippocampus" in json.loads(delineate("recipes", "list", "--json").stdout)
     assert "batch_size: 5" in delineate("recipes", "show", "hippocampus", "--set", "training.batch_size=5").stdout
+
+
+def test_annotators_become_one_label_and_their_agreement_a_table(tmp_path) -> None:
+    label = np.zeros((8, 8, 4), np.uint8)
+    label[2:6, 2:6, 1:3] = 1
+    for annotator, shift in (("a", 0), ("b", 0), ("c", 1)):
+        moved = LabelVolume(np.roll(label, shift, 0), Grid.of_spacing(label.shape))
+        write_label(tmp_path / annotator / "case_seg.nii.gz", moved)
+    folders = [tmp_path / name for name in "abc"]
+    done = delineate("data", "consensus", *folders, "-o", tmp_path / "agreed")
+    assert np.array_equal(read_label(tmp_path / "agreed/case.nii.gz").voxels, label)
+    assert done.stdout.count("0.750") == 2
+
+
+def test_methods_are_compared_in_words(tmp_path) -> None:
+    table = {"subject": [f"s{i}" for i in range(12)], "site": "", "target": "organ", "case": "both"}
+    for name, dice in (("new", 0.9), ("old", 0.7)):
+        values = pd.DataFrame(table | {"dice": dice + np.linspace(0, 0.05, 12)})
+        Evaluation(values).write(tmp_path / name / "evaluation")
+    done = delineate("compare", f"new={tmp_path / 'new'}", tmp_path / "old")
+    assert "Dice: new is better than old (difference 0.200" in done.stdout
+    delineate("compare", tmp_path / "old", code=2)
+    assert "E_MISSING" in delineate("compare", tmp_path / "old", tmp_path / "none", code=1).stderr

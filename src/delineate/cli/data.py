@@ -164,6 +164,40 @@ def convert(
     typer.echo("\n".join(map(str, written)))
 
 
+@app.command("consensus")
+def make_consensus(
+    annotators: Annotated[list[Path], typer.Argument(help="A folder of labels for each annotator, two or more.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the labels that they agree on.")],
+    method: Annotated[Literal["majority", "staple"], typer.Option("--method")] = "majority",
+) -> None:
+    """Make one label of several annotators' for each subject; say how well each pair of them agrees."""
+    from itertools import combinations
+
+    from delineate.cli.terminal import print_table
+    from delineate.datasets.consensus import consensus
+    from delineate.errors import MissingFile
+    from delineate.evaluation.measure import evaluate
+    from delineate.evaluation.pairs import labels_in, pair_files, targets_in
+    from delineate.io.formats import read_label, write_label
+
+    files = [labels_in(folder) for folder in annotators]
+    subjects = sorted(set.intersection(*(set(found) for found in files)))
+    if len(annotators) < 2 or not subjects:
+        raise MissingFile("no subject has labels of two annotators; give folders whose files have the same names")
+    for subject in subjects:
+        labels = [read_label(found[subject]) for found in files]
+        write_label(out / f"{subject}.nii.gz", consensus(labels, method, subject=subject))
+    rows = []
+    for (a, first), (b, second) in combinations(zip(annotators, files, strict=True), 2):
+        pairs = [pair for s in subjects for pair in pair_files(first[s], second[s]).pairs]
+        evaluation = evaluate(pairs, targets_in(pairs))
+        for target in evaluation.targets:
+            dice = evaluation.summary()[target]["dice"]
+            rows.append([f"{a} – {b}", target, f"{dice.mean:.3f} ± {dice.sd:.3f}", str(dice.n)])
+    print_table("", ["annotators", "target", "Dice ± SD", "n"], rows)
+    typer.echo(f"{len(subjects)} labels in {out}")
+
+
 def _print(inspection: Inspection) -> None:
     """The table of subjects, then the problems; many alike are shown by their first few."""
     from delineate.cli.terminal import print_table

@@ -71,6 +71,11 @@ def pair_files(predictions: Path, references: Path | Dataset) -> Pairing:
     return Pairing(paired, {what: names for what, names in alone.items() if names})
 
 
+def labels_in(folder: Path) -> dict[str, Path]:
+    """Labels of a folder by subject: a name may end in _seg and the like. Raises :class:`DuplicateSubject`."""
+    return {name: file for name, (file, _) in _references_in(folder, ()).items()}
+
+
 def targets_in(pairs: Iterable[Pair], *, orientation: Orientation = "refuse") -> Targets:
     """A target ``label N`` for each value N found in any reference or prediction; reads them all."""
     files = (file for pair in pairs for file in (pair.reference, pair.prediction))

@@ -1,0 +1,94 @@
+"""Whether probabilities mean what they say, and whether tiles leave seams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """Voxels by predicted probability, in bins of equal width from 0 to 1; parts of a whole add up.
+
+    ``voxels``, ``sum_predicted`` and ``sum_true`` count each bin's voxels, add up their
+    probabilities, and count those that are truly the target. ``sum_error`` adds up absolute errors
+    over all voxels.
+    """
+
+    voxels: NDArray[np.int64]
+    sum_predicted: NDArray[np.float64]
+    sum_true: NDArray[np.float64]
+    sum_error: float
+
+    @classmethod
+    def of(
+        cls,
+        probability: NDArray,
+        reference: NDArray[np.bool_],
+        known: NDArray[np.bool_] | None = None,
+        *,
+        bins: int = 15,
+    ) -> Reliability:
+        """Of probabilities and a mask of one shape; voxels outside ``known`` are left out."""
+        p, truth = (probability, reference) if known is None else (probability[known], reference[known])
+        p, truth = p.ravel(order="K").astype(np.float64), truth.ravel(order="K")
+        place = np.minimum((p * bins).astype(np.int64), bins - 1)
+        voxels, predicted, true = (
+            np.bincount(place, weights=w, minlength=bins) for w in (None, p, truth.astype(float))
+        )
+        return cls(
+            voxels.astype(np.int64),
+            predicted.astype(np.float64),
+            true.astype(np.float64),
+            float(np.abs(p - truth).sum()),
+        )
+
+    def __add__(self, other: Reliability) -> Reliability:
+        return Reliability(
+            self.voxels + other.voxels,
+            self.sum_predicted + other.sum_predicted,
+            self.sum_true + other.sum_true,
+            self.sum_error + other.sum_error,
+        )
+
+    @property
+    def curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean probability and share of true voxels of each bin; NaN where a bin is empty."""
+        with np.errstate(invalid="ignore"):
+            return self.sum_predicted / self.voxels, self.sum_true / self.voxels
+
+    @property
+    def expected_error(self) -> float:
+        """Expected calibration error (Guo et al. 2017): the bins' gaps by their voxels. No voxels: undefined."""
+        total = int(self.voxels.sum())
+        return float(np.abs(self.sum_predicted - self.sum_true).sum() / total) if total else nan
+
+    @property
+    def mean_absolute_error(self) -> float:
+        """Mean of \\|probability − truth\\| over all voxels. No voxels: undefined."""
+        total = int(self.voxels.sum())
+        return self.sum_error / total if total else nan
+
+
+def seam_score(values: NDArray, borders: Sequence[Sequence[int]]) -> float:
+    """How much more ``values`` (X, Y, Z) jump across tiles' borders than elsewhere: 1 is no seam.
+
+    ``borders`` are, for each axis, the first planes of tiles. The ratio of the mean absolute
+    difference of neighbouring planes across borders to that of planes one and two steps beside them,
+    where the image itself changes alike. No border, or values that change nowhere: undefined.
+    """
+    across, beside = [], []
+    for axis, planes in enumerate(borders):
+        moved = np.moveaxis(values, axis, 0)
+        step = np.abs(np.diff(moved.astype(np.float64), axis=0)).mean(axis=(1, 2))  # step[i]: from plane i to i + 1
+        seams = {p - 1 for p in planes if 0 < p < len(moved)}
+        near = {s + d for s in seams for d in (-2, -1, 1, 2)} - seams
+        across += [step[s] for s in seams]
+        beside += [step[n] for n in near if 0 <= n < len(step)]
+    if not across or not beside or np.mean(beside) == 0:
+        return nan
+    return float(np.mean(across) / np.mean(beside))
