@@ -11,7 +11,8 @@ from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.evaluation.measure import compare
 from delineate.evaluation.table import Evaluation
-from delineate.reporting.html import RunReport, write_report
+from delineate.reporting.figures import confusion_chart
+from delineate.reporting.html import EvaluationReport, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of
 
 TARGETS = Targets({"organ": (1,), "<lesion>": (2,)})
@@ -68,7 +69,7 @@ def test_every_picture_has_words_and_there_is_one_first_heading(report, tmp_path
     page = page_of(report, tmp_path)
     images, charts = re.findall(r"<img[^>]*>", page), re.findall(r"<svg[^>]*>", page)
     assert len(images) == 3
-    assert len(charts) == 4
+    assert len(charts) == 8  # two of training, two metrics, two a target of volumes; confusion is not measured here
     assert all(re.search(r'alt="[^"]+"', image) for image in images)
     assert all(re.search(r'role="img" aria-label="[^"]+"', chart) for chart in charts)
     assert page.count("<h1") == 1
@@ -96,3 +97,23 @@ def test_a_run_without_held_out_subjects_has_a_page_too(report, tmp_path) -> Non
     page = page_of(replace(report, evaluation=None, overlays=[], learning=None, validation=None, notes=[]), tmp_path)
     assert "How it was made" in page
     assert "Every held-out subject" not in page
+
+
+def test_a_measurement_has_a_page_of_its_own(report, tmp_path) -> None:
+    write_report(
+        tmp_path / "page.html", EvaluationReport("a against b", "4 subjects", report.evaluation, band_percent=1.7)
+    )
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Bland-Altman of organ volumes, 4 subjects" in page
+    assert "Every subject" in page
+    assert "How it was made" not in page
+    assert page.count("<h1") == 1
+
+
+def test_confusion_is_shown_by_rows_of_the_reference() -> None:
+    confusion = pd.DataFrame(compare(label(2), label(), TARGETS, subject="a").confusion)
+    evaluation = Evaluation(pd.DataFrame(compare(label(2), label(), TARGETS).targets), confusion=confusion)
+    chart = confusion_chart(evaluation)
+    organ = confusion[confusion["reference"] == "organ"].set_index("prediction")["voxels"]
+    assert f"{organ['organ'] / organ.sum():.1%}" in chart
+    assert "organ" in chart

@@ -30,17 +30,28 @@ def evaluate(
         float, typer.Option("--lesion-overlap", min=0, max=0.99, help="Share of a lesion that must be covered.")
     ] = 0.0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the tables: CSV and JSON.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Page to write, such as page.html.")] = None,
+    band_percent: Annotated[
+        float | None, typer.Option("--band", min=0, help="Band of volume errors to draw: operators' own is 1.7 %.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure predictions against references, by subject and target."""
     from delineate.cli.parsing import parse_targets
     from delineate.cli.terminal import print_json
-    from delineate.evaluation.measure import Measuring, evaluate_folders
+    from delineate.evaluation.measure import Measuring, evaluate_folders, named_targets
+    from delineate.evaluation.pairs import open_references
 
     measuring = Measuring(metrics, lesion_overlap)
-    evaluation = evaluate_folders(predictions, references, parse_targets(targets), measuring)
+    asked = parse_targets(targets)
+    evaluation = evaluate_folders(predictions, references, asked, measuring)
     if out is not None:
         evaluation.write(out)
+    if report is not None:
+        from delineate.reporting.evaluation import write_evaluation_report
+
+        marked = asked or named_targets(open_references(references), measuring)
+        write_evaluation_report(report, evaluation, predictions, references, marked, band_percent=band_percent)
     if json:
         print_json(evaluation.as_dict())
     else:

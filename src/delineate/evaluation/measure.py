@@ -106,9 +106,13 @@ def evaluate_folders(
     """
     known = open_references(references)
     pairing = pair_files(predictions, known)
-    named = known.targets if isinstance(known, Dataset) else None
-    targets = targets or targets_of(measuring.wanted, named) or targets_in(pairing.pairs)
-    return evaluate(pairing.pairs, targets, measuring, unpaired=pairing.unpaired)
+    chosen = targets or named_targets(known, measuring) or targets_in(pairing.pairs)
+    return evaluate(pairing.pairs, chosen, measuring, unpaired=pairing.unpaired)
+
+
+def named_targets(references: Path | Dataset, measuring: Measuring = STANDARD) -> Targets | None:
+    """What the data set or the challenge that is measured calls its targets; None where neither does."""
+    return targets_of(measuring.wanted, references.targets if isinstance(references, Dataset) else None)
 
 
 def compare(

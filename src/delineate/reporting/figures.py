@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from delineate.evaluation.table import Evaluation
+from delineate.metrics.agreement import agreement, concordance
 
 # Drawn in these colours, written as CSS variables that fall back on them outside the page.
 INK, MUTED, LINE = "#1b2024", "#5a656e", "#d9dee2"
@@ -143,6 +145,99 @@ def _site_legend(axes: Axes, colours: dict[str, str]) -> None:
     for site, colour in colours.items():
         axes.scatter([], [], s=16, color=colour, linewidths=0, label=site or "no site")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colours), fontsize=9, handletextpad=0)
+
+
+OPERATORS_PERCENT = 1.7
+"""How far trained operators' liver volumes lie from their own mean: the band that a program should beat."""
+
+
+def agreement_chart(evaluation: Evaluation, target: str, *, band_percent: float | None = None) -> str:
+    """Bland–Altman: each subject's volume error in percent over its reference volume, bias and limits of agreement.
+
+    Shaded are the limits' 95 % intervals; subjects beyond the limits are named. ``band_percent``
+    shades ± that much around zero. Needs ``volume_ml`` and ``reference_volume_ml``.
+    """
+    table = _volumes(evaluation, target)
+    said, true = table["volume_ml"].to_numpy(float), table["reference_volume_ml"].to_numpy(float)
+    found = agreement(said, true, relative=True)
+    difference = 100 * (said - true) / true
+    low, high = found.limits
+
+    def draw(axes: Axes) -> None:
+        if band_percent is not None:
+            axes.axhspan(-band_percent, band_percent, color=SERIES[2], alpha=0.15, linewidth=0)
+        for interval in (found.low_ci95, found.high_ci95, found.bias_ci95):
+            axes.axhspan(*interval, color=SERIES[0], alpha=0.12, linewidth=0)
+        for value, name in ((found.bias, "bias"), (low, "−1.96 SD"), (high, "+1.96 SD")):
+            axes.axhline(value, color=SERIES[0], linewidth=1.6 if name == "bias" else 1, linestyle="-")
+            axes.annotate(
+                f"{name}\n{value:+.1f} %".replace("-", "−"), (1, value), (4, 0), ("axes fraction", "data"),
+                "offset points", va="center", fontsize=8, color=MUTED, annotation_clip=False,
+            )  # fmt: skip
+        axes.scatter(true, difference, s=14, color=INK, alpha=0.6, linewidths=0)
+        middle = (true.min() + true.max()) / 2
+        for i in found.outliers[:6]:
+            left = true[i] < middle  # names stay inside
+            axes.annotate(
+                table["subject"].iloc[i], (true[i], difference[i]), (5 if left else -5, 0), textcoords="offset points",
+                ha="left" if left else "right", va="center", fontsize=8,
+            )  # fmt: skip
+        axes.margins(y=0.12)
+        axes.set(xlabel=f"{target}, reference volume, ml", ylabel="volume error, %")
+
+    text = (
+        f"Bland-Altman of {target} volumes, {found.n} subjects: bias {found.bias:.1f} %, "
+        f"limits {low:.1f} to {high:.1f} %, {len(found.outliers)} beyond them"
+    )
+    return _chart(draw, text, height=2.9)
+
+
+def identity_chart(evaluation: Evaluation, target: str) -> str:
+    """Predicted over true volume of each subject, the line of identity, and the concordance correlation."""
+    table = _volumes(evaluation, target)
+    said, true = table["volume_ml"].to_numpy(float), table["reference_volume_ml"].to_numpy(float)
+    found = concordance(said, true)
+
+    def draw(axes: Axes) -> None:
+        ends = [0, 1.05 * float(max(said.max(), true.max()))]
+        axes.plot(ends, ends, color=MUTED, linewidth=1)
+        axes.scatter(true, said, s=14, color=SERIES[0], alpha=0.7, linewidths=0)
+        axes.set(xlabel=f"{target}, reference, ml", ylabel="predicted, ml", xlim=ends, ylim=(0, None))
+        axes.annotate(
+            f"concordance {found.value:.3f} ({found.ci95[0]:.3f} to {found.ci95[1]:.3f})", (0.03, 0.93),
+            xycoords="axes fraction", fontsize=9, color=MUTED,
+        )  # fmt: skip
+
+    return _chart(draw, f"Predicted over true {target} volume, {found.n} subjects, concordance {found.value:.3f}", 2.9)
+
+
+def _volumes(evaluation: Evaluation, target: str) -> pd.DataFrame:
+    """Rows of a target that has a volume to compare with."""
+    table = evaluation.table[evaluation.table["target"] == target]
+    return table[table["reference_volume_ml"] > 0]
+
+
+def confusion_chart(evaluation: Evaluation) -> str:
+    """Where the voxels of each class went: shares of the reference's rows, voxels of all subjects together."""
+    counts = evaluation.confusion.pivot_table("voxels", "reference", "prediction", aggfunc="sum", sort=False)
+    names = [str(name) for name in counts.columns]
+    shares = counts.to_numpy(float) / np.maximum(counts.to_numpy(float).sum(axis=1, keepdims=True), 1)
+
+    def draw(axes: Axes) -> None:
+        for (i, j), share in np.ndenumerate(shares):
+            axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, color=SERIES[0], alpha=0.6 * share, linewidth=0))
+            empty = counts.iloc[i].sum() == 0
+            axes.text(j, i, "–" if empty else f"{share:.1%}", ha="center", va="center", fontsize=9)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [str(name) for name in counts.index])
+        axes.tick_params(length=0, labelcolor=INK)
+        axes.grid(visible=False)
+        axes.set(xlabel="predicted", ylabel="reference")
+
+    said = "; ".join(f"{name} {shares[i, i]:.1%} right" for i, name in enumerate(counts.index))
+    return _chart(draw, f"Confusion of classes by voxels: {said}", height=0.9 + 0.45 * len(names))
 
 
 def _chart(draw: Callable[[Axes], None], description: str, height: float) -> str:

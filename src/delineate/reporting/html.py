@@ -16,7 +16,14 @@ from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation
 from delineate.io.files import writing_beside
 from delineate.metrics.catalogue import METRICS, Metric, formatted
 from delineate.metrics.statistics import Estimate
-from delineate.reporting.figures import loss_chart, metric_chart, validation_chart
+from delineate.reporting.figures import (
+    agreement_chart,
+    confusion_chart,
+    identity_chart,
+    loss_chart,
+    metric_chart,
+    validation_chart,
+)
 from delineate.reporting.overlays import LEGEND, Overlay, View, picture
 
 
@@ -43,9 +50,27 @@ class RunReport:
     notes: Sequence[str] = field(default=())
 
 
-def write_report(path: Path, report: RunReport) -> None:
-    """Write the page of a run, all or nothing. Raises :class:`OutputError`."""
-    page = _environment().get_template("run.html.j2").render(report=report, **_content(report))
+@dataclass(frozen=True, eq=False)
+class EvaluationReport:
+    """What the page of a measurement tells; ``notes`` as in a run's."""
+
+    title: str
+    description: str
+    evaluation: Evaluation
+    overlays: Sequence[Overlay] = ()
+    notes: Sequence[str] = field(default=())
+    simulated: bool = False
+    band_percent: float | None = None
+
+
+def write_report(path: Path, report: RunReport | EvaluationReport) -> None:
+    """Write the page of a run or of a measurement, all or nothing. Raises :class:`OutputError`."""
+    content = _measured(report.evaluation, report.overlays, getattr(report, "band_percent", None))
+    name = "evaluation.html.j2"
+    if isinstance(report, RunReport):
+        name = "run.html.j2"
+        content |= {"training": _training_charts(report), "data": _data_summary(report.data_rows)}
+    page = _environment().get_template(name).render(report=report, **content)
     with writing_beside(path) as beside:
         beside.write_text(page, encoding="utf-8")
 
@@ -63,33 +88,51 @@ def _environment() -> Environment:
     return environment
 
 
-def _content(report: RunReport) -> dict[str, Any]:
-    """What the template shows besides the report's own fields."""
-    evaluation = report.evaluation
+def _measured(evaluation: Evaluation | None, overlays: Sequence[Overlay], band_percent: float | None) -> dict[str, Any]:
+    """What the templates show of a measurement; nothing where there is none."""
+    if evaluation is None:
+        return {"measured": None}
+    dice = _whole(evaluation).get("dice")
     return {
-        "charts": _charts(report),
-        "headline": None if evaluation is None else _estimate(METRICS["dice"], _whole(evaluation)["dice"]),
-        "headline_n": 0 if evaluation is None else _whole(evaluation)["dice"].n,
-        "summary": [] if evaluation is None else _summary_rows(evaluation),
-        "sites": [] if evaluation is None or len(evaluation.sites) < 2 else _site_rows(evaluation),
-        "rows": [] if evaluation is None else evaluation.table.to_dict("records"),
-        "unpaired": {} if evaluation is None else evaluation.unpaired,
-        "columns": [] if evaluation is None else [METRICS[name] for name in evaluation.metrics],
-        "legend": _legend(report.overlays),
-        "pictures": [(overlay, [_picture(overlay, view) for view in overlay.views]) for overlay in report.overlays],
-        "data": _data_summary(report.data_rows),
+        "measured": {
+            "headline": None if dice is None else _estimate(METRICS["dice"], dice),
+            "charts": _charts(evaluation, band_percent),
+            "summary": _summary_rows(evaluation),
+            "sites": _site_rows(evaluation) if len(evaluation.sites) > 1 else [],
+            "rows": evaluation.table.to_dict("records"),
+            "unpaired": evaluation.unpaired,
+            "columns": [METRICS[name] for name in evaluation.metrics],
+            "legend": _legend(overlays),
+            "pictures": [(overlay, [_picture(overlay, view) for view in overlay.views]) for overlay in overlays],
+        }
     }
 
 
-def _charts(report: RunReport) -> dict[str, str]:
-    charts = {}
+def _charts(evaluation: Evaluation, band_percent: float | None) -> list[str]:
+    """The distribution of the metrics that are averaged, at most four; volumes; confusion."""
+    averaged = [name for name in evaluation.metrics if METRICS[name].better]
+    chosen = [name for name in ("dice", "hd95_mm") if name in averaged] or averaged[:2]
+    chosen += [name for name in averaged if name not in chosen and name not in ("precision", "recall")][
+        : 4 - len(chosen)
+    ]
+    charts = [metric_chart(evaluation, name, METRICS[name].title) for name in chosen]
+    if {"volume_ml", "reference_volume_ml"} <= set(evaluation.metrics):
+        for target in evaluation.targets:
+            rows = evaluation.table[evaluation.table["target"] == target]
+            if (rows["reference_volume_ml"] > 0).sum() >= 3:
+                charts += [
+                    identity_chart(evaluation, target),
+                    agreement_chart(evaluation, target, band_percent=band_percent),
+                ]
+    return charts + ([confusion_chart(evaluation)] if len(evaluation.confusion) else [])
+
+
+def _training_charts(report: RunReport) -> list[str]:
+    charts = []
     if report.learning is not None and len(report.learning):
-        charts["loss"] = loss_chart(report.learning)
+        charts.append(loss_chart(report.learning))
     if report.validation is not None and len(report.validation):
-        charts["validation"] = validation_chart(report.validation)
-    if report.evaluation is not None:
-        charts["dice"] = metric_chart(report.evaluation, "dice", "Dice")
-        charts["hd95"] = metric_chart(report.evaluation, "hd95_mm", "HD95, mm")
+        charts.append(validation_chart(report.validation))
     return charts
 
 

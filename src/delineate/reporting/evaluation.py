@@ -1,0 +1,51 @@
+"""The page of a measurement: its tables and figures, and pictures where the scans are at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from delineate.core.targets import Targets
+from delineate.core.volume import Volume
+from delineate.datasets.dataset import Dataset, load_scan
+from delineate.evaluation.pairs import open_references, pair_files
+from delineate.evaluation.table import Evaluation
+from delineate.reporting.html import EvaluationReport, write_report
+from delineate.reporting.overlays import Overlay, overlays_of
+
+
+def write_evaluation_report(
+    path: Path,
+    evaluation: Evaluation,
+    predictions: Path,
+    references: Path,
+    targets: Targets | None = None,
+    *,
+    band_percent: float | None = None,
+) -> None:
+    """Write ``path``, a page of what was measured of two folders.
+
+    Pictures are drawn where ``references`` is a data set, which also knows the scans, and ``targets``
+    are given or named by it. ``band_percent`` is drawn around zero where volumes are compared.
+    """
+    known = open_references(references)
+    report = EvaluationReport(
+        title=f"{predictions.resolve().name} against {references.resolve().name}",
+        description=f"{len(evaluation.subjects)} subjects, {', '.join(evaluation.targets)}.",
+        evaluation=evaluation,
+        overlays=_overlays(evaluation, predictions, known, targets) if isinstance(known, Dataset) else [],
+        band_percent=band_percent,
+    )
+    write_report(path, report)
+
+
+def _overlays(evaluation: Evaluation, predictions: Path, dataset: Dataset, targets: Targets | None) -> list[Overlay]:
+    targets = targets or dataset.targets
+    if "dice" not in evaluation.metrics or targets is None:
+        return []
+    subjects = {subject.id: subject for subject in dataset.subjects}
+
+    def scan(name: str) -> Volume:
+        # The first channel is what the pictures show.
+        return load_scan(subjects[name], subjects[name].channels[:1])
+
+    return overlays_of(evaluation, scan, pair_files(predictions, dataset).pairs, targets)
