@@ -46,12 +46,14 @@ class DataSpec(_Spec):
     """How a data set is read. ``null`` targets are those that the data set itself names.
 
     ``images`` and ``labels`` are patterns below its folder, several channels have a pattern each.
+    ``resample_channels``: channels on other grids are brought onto the first one's, instead of being an error.
     """
 
     layout: str = "auto"
     images: str | dict[str, str] | None = None
     labels: str | None = None
     channels: tuple[str, ...] | None = None
+    resample_channels: bool = False
     targets: TargetsSpec | None = None
 
 

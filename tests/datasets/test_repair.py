@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from scipy import ndimage
 
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import Dataset, load_scan, resample_onto
 from delineate.datasets.inspection import inspect
 from delineate.datasets.layouts import open_dataset
 from delineate.datasets.mirroring import suspicion
-from delineate.datasets.repair import repair, resample_onto
-from delineate.errors import OutputError
+from delineate.datasets.repair import repair
+from delineate.errors import GridMismatch, OutputError
 from delineate.io.formats import read_label, read_volume, write_label, write_volume
 
 GRID = Grid((24, 20, 10), np.diag([-1.0, 1.0, 3.0, 1.0]))
@@ -167,3 +169,22 @@ def test_repairing_reads_back_labels_that_were_nearly_whole(data: Path, tmp_path
     write_volume(data / "good_label.nii.gz", Volume(near[None], GRID))
     repair(open_dataset(data, **PATTERNS), tmp_path / "mended")
     assert np.array_equal(read_label(tmp_path / "mended" / "good_label.nii.gz").voxels, organ())
+
+
+def test_channels_on_different_grids_are_brought_together_where_the_recipe_says_so(real_data: Path) -> None:
+    folder = real_data / "dirty"
+    patterns = {name: f"*/{name}.nii.gz" for name in ("FLAIR", "T1", "T2")}
+    [subject] = open_dataset(folder, images=patterns).subjects
+    with pytest.raises(GridMismatch):
+        load_scan(subject)
+    asked = replace(subject, resample=True)
+    scan = load_scan(asked)
+    flair = read_volume(subject.scans["FLAIR"])
+    assert scan.grid.matches(flair.grid, 0)
+    assert np.array_equal(scan.voxels[0], flair.voxels[0])
+    # The same head on all: what is tissue on one is tissue on the others.
+    heads = [channel > np.percentile(channel, 70) for channel in scan.voxels]
+    overlap = 2 * (heads[0] & heads[1]).sum() / (heads[0].sum() + heads[1].sum())
+    assert overlap > 0.8
+    dataset = Dataset("dirty", folder, "patterns", (asked,))
+    assert not inspect(dataset, for_training=False).errors

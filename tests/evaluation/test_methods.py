@@ -33,6 +33,12 @@ def test_what_cannot_be_told_apart_is_said_so(rng: np.random.Generator) -> None:
     assert "n = 8" in said
 
 
+def test_five_subjects_tell_nothing_apart_however_far(rng: np.random.Generator) -> None:
+    base = rng.uniform(0.6, 0.8, 5)
+    said = str(compare_methods({"a": evaluation(base), "b": evaluation(base - 0.5)}, ["dice"])[0])
+    assert said.startswith("Dice: 5 subjects are too few to tell a and b apart (difference 0.500")
+
+
 def test_three_methods_are_three_pairs_and_corrected_together(rng: np.random.Generator) -> None:
     base = rng.uniform(0.6, 0.8, 12)
     methods = {

@@ -15,7 +15,7 @@ class Subject:
     names to files, in channel order; several names may share one file that holds all channels (4D):
     ``file_channels`` are then all of that file's, in its own order, whichever ``scans`` are taken.
     ``patient`` groups examinations of one person: they never part in a split. ``site`` is the
-    scanner or centre.
+    scanner or centre. ``resample``: channels on other grids than the first one's are brought onto it.
     """
 
     id: str
@@ -25,6 +25,7 @@ class Subject:
     patient: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
     file_channels: tuple[str, ...] = ()
+    resample: bool = False
 
     def __post_init__(self) -> None:
         if not self.patient:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
 from delineate.core.subject import Subject
@@ -56,7 +57,8 @@ def load_scan(
 ) -> Volume:
     """The named channels (all by default) as one volume (C, X, Y, Z), in the order asked for.
 
-    Names that share a file are its channels, in the order of ``subject.file_channels``. Raises
+    Names that share a file are its channels, in the order of ``subject.file_channels``. Of a subject
+    with ``resample``, files on other grids are brought onto the first one's, linearly. Raises
     :class:`MissingFile` for a channel that the subject lacks, :class:`BadShape` where a file holds
     another number of channels than it has names, :class:`GridMismatch` where files differ by more
     than :data:`SAME_GRID_MM`, and whatever reading a file raises.
@@ -73,6 +75,11 @@ def load_scan(
         check_channels(subject, path, volumes[path].channels)
     reference, *others = volumes.items()
     for path, volume in others:
+        if subject.resample and not volume.grid.matches(reference[1].grid, SAME_GRID_MM):
+            grid = reference[1].grid
+            moved = [resample_onto(channel, volume.grid, grid, order=1) for channel in volume.voxels]
+            volumes[path] = Volume(np.stack(moved), grid)
+            continue
         check_grids(subject.id, f"'{path.name}'", volume.grid, f"'{reference[0].name}'", reference[1].grid)
 
     grid, dtypes = reference[1].grid, {volume.voxels.dtype for volume in volumes.values()}
@@ -142,3 +149,15 @@ def check_grids(subject: str, what: str, grid: Grid, other_what: str, other: Gri
 
 def _reoriented(grid: Grid) -> Grid:
     return grid.permute(*grid.axes_to("RAS"))
+
+
+def resample_onto(voxels: NDArray, source: Grid, target: Grid, *, order: int) -> NDArray:
+    """Voxels (X, Y, Z) of one grid at the places of another, linearly (1) or nearest (0); 0 outside."""
+    from scipy.ndimage import affine_transform  # slow to import
+
+    back = np.linalg.inv(source.affine) @ target.affine
+    kind = voxels.dtype if order == 0 else np.float32
+    moved: NDArray = affine_transform(
+        voxels.astype(kind, copy=False), back[:3, :3], back[:3, 3], target.shape, order=order, mode="constant"
+    )
+    return moved

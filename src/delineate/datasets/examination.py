@@ -14,7 +14,7 @@ from delineate.core.grid import Grid, Shape3
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
-from delineate.datasets.dataset import NonFinite, Orientation, channels_in, check_channels, check_grids
+from delineate.datasets.dataset import SAME_GRID_MM, NonFinite, Orientation, channels_in, check_channels, check_grids
 from delineate.datasets.measuring import (
     Foreground,
     Intensity,
@@ -143,6 +143,8 @@ class Examination:
         self.intensities |= {name: measure_intensity(voxels[name]) for name in taken}
         if self.grid is None:
             self.grid, self.grid_of = volume.grid, f"'{path.name}'"
+        elif self.subject.resample and not volume.grid.matches(self.grid, SAME_GRID_MM):
+            return  # brought onto the first one's grid; held against the label there, it would take memory
         check_grids(self.subject.id, f"'{path.name}'", volume.grid, self.grid_of, self.grid)
         for name in taken:
             if self.subject.label is not None:

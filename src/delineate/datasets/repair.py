@@ -15,7 +15,7 @@ from delineate.core.grid import Grid, permute_axes
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
-from delineate.datasets.dataset import SAME_GRID_MM, Dataset, Orientation
+from delineate.datasets.dataset import SAME_GRID_MM, Dataset, Orientation, resample_onto
 from delineate.datasets.mirroring import suspicion
 from delineate.errors import DelineateError, OutputError
 from delineate.io.files import writing_beside
@@ -147,18 +147,6 @@ def _label_onto(
             raise OutputError(f"its label marks {had:.3g} ml, {kept:.3g} ml of it on the scan; it is another patient's")
         return LabelVolume(voxels, grid), why.replace("linearly", "to the nearest voxel")
     return LabelVolume(moved.voxels[0], grid), why
-
-
-def resample_onto(voxels: NDArray, source: Grid, target: Grid, *, order: int) -> NDArray:
-    """Voxels (X, Y, Z) of one grid at the places of another, linearly (1) or nearest (0); 0 outside."""
-    from scipy.ndimage import affine_transform  # slow to import
-
-    back = np.linalg.inv(source.affine) @ target.affine
-    kind = voxels.dtype if order == 0 else np.float32
-    moved: NDArray = affine_transform(
-        voxels.astype(kind, copy=False), back[:3, :3], back[:3, 3], target.shape, order=order, mode="constant"
-    )
-    return moved
 
 
 def _joined(*reasons: str) -> str:

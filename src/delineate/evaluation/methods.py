@@ -31,6 +31,10 @@ class MethodDifference:
             f"difference {formatted(self.metric, d.mean)}{unit} ({low} to {high}), p {_p(d.p)}, "
             f"effect {d.effect:.2f}, n = {d.n}".replace("-", "−")
         )
+        if not d.distinguishable and 2 ** (1 - d.n) >= 0.05:
+            return (
+                f"{metric.label}: {d.n} subjects are too few to tell {self.first} and {self.second} apart ({measured})"
+            )
         if not d.distinguishable:
             return f"{metric.label}: {self.first} and {self.second} are not distinguishable ({measured})"
         first_better = (d.mean > 0) == (metric.better == "higher")

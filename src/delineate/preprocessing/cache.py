@@ -152,7 +152,8 @@ def prepare(
 
     def prepare_one(subject: Subject) -> Path:
         files = _hashes_of(subject, channels, hashes)
-        parts = [FORMAT, subject.id, files, pipeline.model_dump(mode="json"), targets.as_dict(), nan, orientation]
+        rules = [nan, orientation, subject.resample]
+        parts = [FORMAT, subject.id, files, pipeline.model_dump(mode="json"), targets.as_dict(), *rules]
         # Keys of JSON objects stay in order: that of the targets is the order of the classes.
         key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
         place = folder / key

@@ -92,6 +92,8 @@ def inspected(
     if recipe.data.channels is not None:
         channels = recipe.data.channels
         dataset = replace(dataset, subjects=tuple(with_channels(s, channels) for s in dataset.subjects))
+    if recipe.data.resample_channels:
+        dataset = replace(dataset, subjects=tuple(replace(s, resample=True) for s in dataset.subjects))
     if inspection is None:
         inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
     if inspection.broken:
