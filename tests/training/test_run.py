@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from delineate.bundle import Bundle
+from delineate.datasets.dataset import load_scan
 from delineate.datasets.splits import make_split
 from delineate.errors import BrokenSubjects, RecipeError
 from delineate.io.formats import read_header
@@ -256,6 +258,23 @@ def test_a_collapse_to_a_target_everywhere_is_said_with_mends(recipe, balls, tmp
     assert len(said) == 1
     assert "nearly everywhere" in said[0]
     assert "soft_labels=null" in said[0]
+
+
+def test_batch_norms_know_the_weights_that_are_kept(recipe, balls, tmp_path) -> None:
+    """Moving statistics of ten steps remember the start, and averaged weights never had any of their own."""
+    values = recipe.as_dict()
+    values["network"]["norm"] = "batch"
+    values["augmentation"] = {"spatial": None, "intensity": None}
+    values["tiles"], values["sampler"] = {"kind": "whole"}, {"kind": "all"}
+    values["training"] |= {"steps": 10, "ema": 0.9, "validation": {"subjects": 0}}
+    run(recipe_from(values), balls, tmp_path / "run", evaluate=False)
+    bundle = Bundle.load(tmp_path / "run/bundle")
+    network = bundle.trained_network()
+    trained = [s for s in balls.subjects if s.id in bundle.provenance["training"]]
+    tiles = torch.stack([torch.from_numpy(bundle.pipeline.apply(load_scan(s))[0].voxels.copy()) for s in trained])
+    with torch.no_grad():
+        by_statistics, by_batch = network.eval()(tiles), network.train()(tiles)
+    assert torch.corrcoef(torch.stack([by_statistics.flatten(), by_batch.flatten()]))[0, 1] > 0.95
 
 
 def test_roles_are_disjoint_and_leave_the_locked_test_set_alone(recipe, balls) -> None:

@@ -65,6 +65,7 @@ class Validator(lightning.Callback):
             return
         self.done = due
         started = module.budget.elapsed()
+        module.refresh_statistics()
         scores = self._scores(trainer, module)
         self._ended = module.budget.elapsed()
         self._taken = self._ended - started

@@ -20,7 +20,7 @@ from delineate.compute import ComputePlan
 from delineate.errors import RecipeError
 from delineate.losses.content import adversaries
 from delineate.losses.spec import build_loss
-from delineate.networks.transfer import hold_frozen_norms, matching
+from delineate.networks.transfer import NORMS, hold_frozen_norms, matching
 from delineate.recipe import OptimiserSpec
 from delineate.sampling.batches import Batch, BatchSource
 
@@ -109,6 +109,39 @@ class Delineator(lightning.LightningModule):
         """The network that is validated and kept: the averaged one where there is one."""
         return self.network if self.averaged is None else self.averaged
 
+    def refresh_statistics(self) -> None:
+        """Measure the BatchNorms' statistics anew under the weights that are kept, on training tiles.
+
+        The moving ones lag behind: they remember other weights, and of a short training, the start.
+        Frozen BatchNorms keep theirs. The same tiles are used each time, on every process.
+        """
+        kept = self.kept_network
+        norms = [
+            norm
+            for norm, trained in zip(kept.modules(), self.network.modules(), strict=True)
+            if isinstance(norm, NORMS) and any(p.requires_grad for p in trained.parameters())
+        ]
+        if not norms:
+            return
+        was_training = [module.training for module in kept.modules()]
+        momenta = [norm.momentum for norm in norms]
+        kept.eval()
+        for norm in norms:
+            norm.train()
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+        source = self.source.for_process(0, 1)
+        with torch.no_grad(), self.plan.autocast():
+            for i in range(min(32, max(4, -(-64 // source.batch_size)))):
+                batch = source.batch(i)
+                on_device = Batch(batch.image.to(self.device), batch.target.to(self.device), i)
+                image, _ = source.augmented(on_device, self.spec.seed)
+                kept(image.contiguous(memory_format=self.plan.memory_format(self.dimensions)))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in zip(kept.modules(), was_training, strict=True):
+            module.training = training
+
     @property
     def progress(self) -> float:
         """Share of the budget that is spent, the same on every process."""
@@ -173,6 +206,9 @@ class Delineator(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.budget.spent_seconds = float(checkpoint["spent_seconds"])
+
+    def on_train_end(self) -> None:
+        self.refresh_statistics()
 
     def on_train_start(self) -> None:
         for optimiser in self.trainer.optimizers:
