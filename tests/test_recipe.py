@@ -105,3 +105,13 @@ def test_schedules_warm_up_then_fall(kind) -> None:
     assert max(factors) == factors[10] == 1
     assert factors[0] > 0
     assert factors[-1] == (1 if kind == "constant" else pytest.approx(0, abs=1e-9))
+
+
+def test_a_network_says_how_many_tiles_a_step_takes_at_least() -> None:
+    with pytest.raises(RecipeError, match="'deeplab' trains on batches of 2 or more"):
+        load_recipe("prostate_deeplab", ["training.batch_size=1"])
+
+
+def test_an_unknown_metric_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match="no metric 'dicee'; sets are standard"):
+        load_recipe("demo", ["metrics=[dicee]"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from delineate.core.targets import Targets
 from delineate.errors import RecipeError
@@ -178,6 +178,16 @@ class Recipe(_Spec):
     postprocessing: PostprocessingSpec = PostprocessingSpec()
     metrics: tuple[str, ...] = ("standard",)
 
+    @model_validator(mode="after")
+    def _batch_suffices(self) -> Recipe:
+        least = self.network.least_batch
+        if self.training.batch_size < least:
+            raise ValueError(
+                f"network '{self.network.kind}' trains on batches of {least} or more; "
+                f"training.batch_size is {self.training.batch_size}"
+            )
+        return self
+
     @field_validator("metrics")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -316,6 +326,8 @@ def _explain(error: Any) -> str:
         return f"  {where}: '{found}' is not one of {', '.join(names)}" + (
             f"; did you mean '{near[0]}'?" if near else ""
         )
+    if error["type"] == "value_error":  # one of ours: it says what it got
+        return f"  {where}: ".replace("  : ", "  ") + str(error["ctx"]["error"])
     return f"  {where}: {error['msg']}, got {error['input']!r}"
 
 

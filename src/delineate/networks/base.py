@@ -38,6 +38,11 @@ class Architecture(BaseModel):
         """Least input sides."""
         return tuple(-(-(2 * m + 1) // d) * d for m, d in zip(self.margin, self.divisor, strict=True))
 
+    @property
+    def least_batch(self) -> int:
+        """Tiles that a training step takes at least."""
+        return 1
+
     def build(self, inputs: int, outputs: int) -> nn.Module:
         """The network for images (N, ``inputs``, *space), randomly initialised.
 

@@ -24,6 +24,11 @@ class DeepLabSpec(Architecture):
     dimensions: Literal[2] = 2
 
     @property
+    def least_batch(self) -> int:
+        # The pooled branch has one value a channel of each image: BatchNorm over a single one is undefined.
+        return 2
+
+    @property
     def divisor(self) -> Step:
         return (8, 8)
 
