@@ -81,6 +81,8 @@ def jobs() -> dict[str, Job]:
         if name.startswith("prostate-tiramisu"):
             found[name] = Job(network, "prostate", "prostate", patches(32, 32, 16), batch=1)
         if name.startswith("liver-unet"):
+            if network["kind"] == "vgg_unet":
+                network = {**network, "weights": "random"}
             neighbours = {"liver-unet-v1": 1, "liver-unet-v4": 4}.get(name, 0)
             found[name] = Job(network, "livers", "demo", slices(neighbours, [112, 96]), batch=4)
         if name.startswith("liver-tumour"):
