@@ -18,7 +18,7 @@ import torch
 from delineate.bundle import Bundle
 from delineate.datasets.dataset import load_scan
 from delineate.datasets.splits import make_split
-from delineate.errors import BrokenSubjects, RecipeError
+from delineate.errors import BrokenSubjects, RecipeError, TrainingError
 from delineate.io.formats import read_header
 from delineate.networks import unet
 from delineate.recipe import recipe_from, to_yaml
@@ -258,6 +258,14 @@ def test_a_collapse_to_a_target_everywhere_is_said_with_mends(recipe, balls, tmp
     assert len(said) == 1
     assert "nearly everywhere" in said[0]
     assert "soft_labels=null" in said[0]
+
+
+def test_a_loss_that_is_no_number_ends_the_training_and_says_what_to_try(recipe, balls, tmp_path) -> None:
+    values = recipe.as_dict()
+    values["training"] |= {"steps": 40, "clip_norm": None}
+    values["training"]["optimiser"] |= {"kind": "sgd", "learning_rate": 1e30}
+    with pytest.raises(TrainingError, match=r"the loss is \w+ at step \d+.*--precision fp32"):
+        run(recipe_from(values), balls, tmp_path / "run", evaluate=False)
 
 
 def test_batch_norms_know_the_weights_that_are_kept(recipe, balls, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from torch.utils.data import IterableDataset
 
 from delineate.bundle import Bundle
 from delineate.compute import ComputePlan
-from delineate.errors import RecipeError
+from delineate.errors import RecipeError, TrainingError
 from delineate.losses.content import adversaries
 from delineate.losses.spec import build_loss
 from delineate.networks.transfer import NORMS, hold_frozen_norms, matching
@@ -162,6 +163,12 @@ class Delineator(lightning.LightningModule):
             self._count_foreground(logits, target)
         if step % self.log_every == 0:
             self.last_loss = float(loss.detach())
+            if not math.isfinite(self.last_loss):
+                raise TrainingError(
+                    f"the loss is {self.last_loss} at step {step}: from here on nothing would be learnt; "
+                    "try --precision fp32, or a lower learning rate "
+                    f"(--set training.optimiser.learning_rate={self.learning_rate / 3:.1g}), in a new folder"
+                )
             # At once, not by Lightning's `log`, which writes after whoever saves the state: a run killed in
             # between would lack this row for good.
             for logger in self.loggers:
