@@ -56,7 +56,8 @@ def jobs() -> dict[str, Job]:
         "brain-3d-small": Job(packaged["brain-3d-small"], "brats", "brats", patches(64, 64, 64), 2, whole),
         "brain-3d-padded": Job(packaged["brain-3d-padded"], "brats", "brats", patches(64, 64, 64), 2, whole),
         "wmh-dense": Job(packaged["wmh-dense"], "wmh", "wmh", slices(1, [192, 224]), batch=2),
-        "vnet": Job(packaged["vnet"], "hippocampus", "hippocampus", patches(48, 64, 48), batch=1),
+        # In float32: oneDNN's bfloat16 gradient of a kernel is wrong where the image is smaller than it.
+        "vnet": Job(packaged["vnet"], "hippocampus", "hippocampus", patches(48, 64, 48), 1, ("--precision", "fp32")),
         "recurrent-unet": Job(packaged["recurrent-unet"], "hippocampus", "hippocampus", slices(0, [48, 64]), batch=8),
         "unet, deeply supervised": Job(
             {"kind": "unet", "dimensions": 3, "widths": [16, 32, 64, 128], "deep_supervision": 2},
