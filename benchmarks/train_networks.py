@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from delineate.datasets.phantoms.organ import write_phantoms
+from delineate.datasets.phantoms.writing import write_phantoms
 from delineate.networks.configurations import CONFIGURATIONS
 
 FULL = [None, None]
@@ -56,8 +56,7 @@ def jobs() -> dict[str, Job]:
         "brain-3d-small": Job(packaged["brain-3d-small"], "brats", "brats", patches(64, 64, 64), 2, whole),
         "brain-3d-padded": Job(packaged["brain-3d-padded"], "brats", "brats", patches(64, 64, 64), 2, whole),
         "wmh-dense": Job(packaged["wmh-dense"], "wmh", "wmh", slices(1, [192, 224]), batch=2),
-        # In float32: oneDNN's bfloat16 gradient of a kernel is wrong where the image is smaller than it.
-        "vnet": Job(packaged["vnet"], "hippocampus", "hippocampus", patches(48, 64, 48), 1, ("--precision", "fp32")),
+        "vnet": Job(packaged["vnet"], "hippocampus", "hippocampus", patches(48, 64, 48), batch=1),
         "recurrent-unet": Job(packaged["recurrent-unet"], "hippocampus", "hippocampus", slices(0, [48, 64]), batch=8),
         "unet, deeply supervised": Job(
             {"kind": "unet", "dimensions": 3, "widths": [16, 32, 64, 128], "deep_supervision": 2},
@@ -87,7 +86,7 @@ def jobs() -> dict[str, Job]:
             neighbours = {"liver-unet-v1": 1, "liver-unet-v4": 4}.get(name, 0)
             found[name] = Job(network, "livers", "demo", slices(neighbours, [112, 96]), batch=4)
         if name.startswith("liver-tumour"):
-            options = ("--targets", "organ=1+2") if name.endswith("1") else ()
+            options = ("--targets", "liver=1+2") if name.endswith("1") else ()
             found[name] = Job(network, "livers", "demo", slices(0, [112, 96]), 4, options)
     return {name: found[name] for name in (*CONFIGURATIONS, *found)}
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from delineate.compute import plan_compute, torch_threads
 from delineate.errors import RecipeError
@@ -18,6 +19,9 @@ def test_a_short_run_is_not_compiled_and_says_why() -> None:
     assert not short.compile
     assert "short" in {c.what: c.why for c in short.choices}["compile"]
     assert not long.compile
+    deep = plan_compute(device="cpu", expected_seconds=300, convolutions=150)
+    assert not deep.compile
+    assert "150 convolutions" in {c.what: c.why for c in deep.choices}["compile"]
 
 
 def test_without_a_compiler_it_falls_back_and_says_so(monkeypatch) -> None:
@@ -41,3 +45,21 @@ def test_threads_are_given_back() -> None:
     with torch_threads(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("dimensions", "kernel", "size"), [(3, 5, (4, 4, 4)), (3, 3, (2, 3, 2)), (2, 3, (1, 1))])
+def test_gradients_of_images_smaller_than_their_kernel_are_right(dimensions, kernel, size) -> None:
+    torch.manual_seed(0)
+    layer = (nn.Conv3d if dimensions == 3 else nn.Conv2d)(16, 16, kernel, stride=2, padding=kernel // 2)
+    up = (nn.ConvTranspose3d if dimensions == 3 else nn.ConvTranspose2d)(16, 16, 2, stride=2)
+    image = torch.randn(2, 16, *size)
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        plan = plan_compute(device="cpu", precision=precision, compile="off")
+        network = plan.place(nn.Sequential(layer, up), dimensions)
+        network.zero_grad()
+        with plan.autocast():
+            (plan.compiled(network)(image).float() ** 2).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
+    for exact, rounded in zip(*gradients, strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))

@@ -127,7 +127,7 @@ def test_a_split_file_is_made_once(balls, tmp_path) -> None:
 
 def test_a_run_folder_holds_what_it_should(run) -> None:
     assert {p.name for p in run.iterdir()} >= {"bundle", "last", "logs", "report.html"}
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text(encoding="utf-8")
     assert "<h1" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
 
@@ -182,7 +182,7 @@ def test_patterns_and_targets_of_the_command_line_stand_in_the_recipe(balls, tmp
     delineate("train", tmp_path / "one/recipe.yaml", *options, "--out", tmp_path / "two")
     one, two = ((tmp_path / name / "last/weights.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
-    assert "blob" in (tmp_path / "two/bundle/bundle.json").read_text()
+    assert "blob" in (tmp_path / "two/bundle/bundle.json").read_text(encoding="utf-8")
 
 
 def test_the_same_command_again_says_that_all_is_done(run, balls) -> None:
@@ -197,7 +197,7 @@ def test_auto_writes_a_recipe_that_reproduces_itself(balls, tmp_path) -> None:
     options = ["--data", balls, "--cache", tmp_path / "cache", "--device", "cpu", "--threads", 1, "--no-evaluate"]
     delineate("train", "auto", *options, "--out", tmp_path / "auto", "--steps", 2)
     written = tmp_path / "auto/recipe.yaml"
-    assert "# " in written.read_text()
+    assert "# " in written.read_text(encoding="utf-8")
     delineate("train", written, *options, "--out", tmp_path / "again")
     one, two = ((tmp_path / name / "last/weights.safetensors").read_bytes() for name in ("auto", "again"))
     assert one == two
@@ -226,7 +226,7 @@ def test_mistakes_are_answered_in_words(arguments, message, tmp_path, monkeypatc
 
 def test_the_demo_ends_with_a_report(tmp_path) -> None:
     done = delineate("demo", "--out", tmp_path / "demo", "--subjects", 10, "--minutes", 0.1, "--device", "cpu")
-    page = (tmp_path / "demo/run/report.html").read_text()
+    page = (tmp_path / "demo/run/report.html").read_text(encoding="utf-8")
     assert "imulated" in page
     assert "Simulated scans, no patients" in done.stdout
     assert str(tmp_path / "demo/run/report.html") in done.stdout

@@ -198,6 +198,37 @@ def make_consensus(
     typer.echo(f"{len(subjects)} labels in {out}")
 
 
+@app.command("phantom")
+def phantom(
+    kind: Annotated[
+        str,
+        typer.Argument(help="abdomen, liver, liver-ct, liver-fat, brain-tumour, white-matter or prostate."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the data set.")],
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many patients.")] = 20,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            "--layout", help="msd, nnunet, promise12, wmh2017, lits, brats or cases; default: the kind's own."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+) -> None:
+    """Simulate scans whose truth is known, in the layout of their challenge."""
+    from delineate.cli.terminal import Terminal
+    from delineate.datasets.phantoms.kinds import kind_named
+    from delineate.datasets.phantoms.writing import write_phantoms
+
+    with Terminal() as terminal:
+        dataset = write_phantoms(
+            out, n, kind, seed=seed, layout=layout, progress=lambda done, n: terminal.progress("simulating", done, n)
+        )
+    chosen = kind_named(kind)
+    typer.echo(f"{len(dataset.subjects)} simulated patients in {out}, layout {dataset.layout}: {chosen.description}")
+    if dataset.layout == "patterns":
+        typer.echo(f"open it with --images '*/{chosen.channels[0]}.nii' --labels '*/label.nii'")
+
+
 def _print(inspection: Inspection) -> None:
     """The table of subjects, then the problems; many alike are shown by their first few."""
     from delineate.cli.terminal import print_table

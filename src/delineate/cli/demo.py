@@ -20,7 +20,7 @@ def demo(
     from delineate.cli.evaluate import print_evaluation
     from delineate.cli.terminal import Terminal
     from delineate.datasets.layouts import open_dataset
-    from delineate.datasets.phantoms.organ import write_phantoms
+    from delineate.datasets.phantoms.writing import write_phantoms
     from delineate.recipe import load_recipe
     from delineate.reporting.run import write_run_report
     from delineate.training.options import Reporter, RunOptions
@@ -29,7 +29,7 @@ def demo(
     scans = out / "simulated_scans"
     with Terminal() as terminal:
         if not (scans / "dataset.json").exists():
-            terminal.say(f"simulating {subjects} scans of an organ with lesions, from two scanners")
+            terminal.say(f"simulating {subjects} scans of livers with tumours, from two scanners")
             write_phantoms(scans, subjects)
         dataset = open_dataset(scans)
         recipe = load_recipe("demo", [] if minutes is None else [f"training.minutes={minutes}"])

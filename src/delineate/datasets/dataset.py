@@ -31,6 +31,7 @@ class Dataset:
     """Subjects in one folder. ``targets`` and ``modality`` ("MR", "CT" or "") are what the folder tells.
 
     ``notes`` name what lies in the folder but belongs to no subject; inspection reports them.
+    ``simulated``: no patient was imaged.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Dataset:
     targets: Targets | None = None
     modality: str = ""
     notes: tuple[str, ...] = ()
+    simulated: bool = False
 
     @property
     def channels(self) -> tuple[str, ...]:

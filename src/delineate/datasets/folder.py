@@ -17,6 +17,9 @@ from delineate.datasets.dataset import Dataset
 from delineate.errors import DuplicateSubject, MissingFile, UnknownLayout
 from delineate.io.formats import PICTURE_SUFFIXES, suffix_of
 
+SIMULATED = "simulated.json"
+"""Lies at the root of simulated scans, and says how they were made."""
+
 _DEPTH = 6  # folders below the root; challenges nest up to four
 
 Key = TypeVar("Key", bound=Hashable)

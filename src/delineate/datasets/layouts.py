@@ -14,6 +14,7 @@ from delineate.core.targets import Targets
 from delineate.datasets.challenges import CHALLENGES
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.folder import (
+    SIMULATED,
     Folder,
     Layout,
     by_key,
@@ -61,14 +62,15 @@ def open_dataset(
     else:
         folder = Folder.walk(root)
         # DICOM has no suffix to be known by: it is looked for where nothing else is.
-        studies = None if folder.scans or layout not in ("auto", "dicom") else read_studies(root, images, labels)
+        wanted = layout == "dicom" or (layout == "auto" and not folder.scans)
+        studies = read_studies(root, images, labels) if wanted else None
         if studies is not None:
             dataset = studies
         elif images is not None:
             dataset = _read_patterns(folder, images, labels)
         else:
             dataset = _read(folder, list(LAYOUTS.values()) if layout == "auto" else [LAYOUTS[layout]])
-        dataset = with_sites(dataset)
+        dataset = replace(with_sites(dataset), simulated=(root / SIMULATED).is_file())
     return dataset if targets is None else replace(dataset, targets=targets)
 
 

@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -28,6 +29,7 @@ from delineate.errors import (
     BadGeometry,
     BadPath,
     BadShape,
+    DelineateError,
     DuplicateSlice,
     MissingFile,
     MissingSlice,
@@ -44,7 +46,6 @@ from delineate.io.voxels import LPS_TO_RAS, check_grid, check_spacing
 
 try:
     from pydicom import Dataset, dcmread
-    from pydicom.errors import InvalidDicomError
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 except ModuleNotFoundError as error:
     raise BadFormat("DICOM needs more libraries; pip install 'delineate[dicom]'") from error
@@ -55,10 +56,12 @@ UNIFORMITY = 0.01
 _MOST_FILES = 100_000
 _PARALLEL = 1e-3  # difference of direction cosines that rounding in headers leaves
 _TAGS = [
-    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality", "SeriesDescription",
-    "SeriesNumber", "StudyDate", "SeriesDate", "PatientID", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
-    "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness",
-    "TemporalPositionIdentifier", "AcquisitionNumber", "EchoNumbers", "AcquisitionTime", "BitsAllocated",
+    "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "SeriesDescription", "SeriesNumber",
+    "StudyDate", "SeriesDate", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored",
+    "PixelRepresentation", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "SpacingBetweenSlices",
+    "SliceThickness", "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence", "TemporalPositionIdentifier", "AcquisitionNumber", "EchoNumbers",
+    "AcquisitionTime",
 ]  # fmt: skip
 
 
@@ -67,23 +70,22 @@ class Instance:
     """One DICOM file, or one member of a zip."""
 
     path: Path
-    member: str | None = None
+    member: str = ""
+    archive: zipfile.ZipFile | None = field(default=None, compare=False, repr=False)
 
     def open(self) -> BinaryIO:
-        if self.member is None:
-            return self.path.open("rb")
-        with zipfile.ZipFile(self.path) as archive:
-            return io.BytesIO(archive.read(self.member))
+        return self.path.open("rb") if self.archive is None else io.BytesIO(self.archive.read(self.member))
 
     def __str__(self) -> str:
-        return str(self.path) if self.member is None else f"{self.path}:{self.member}"
+        return f"{self.path}:{self.member}" if self.member else str(self.path)
 
 
 @dataclass(frozen=True)
 class Series:
     """What a series says of itself. ``patient`` is a digest of the patient's number, not the number.
 
-    ``files`` counts its files, ``slices`` its images; ``shape`` is (columns, rows).
+    ``slices`` counts its images; ``shape`` is (columns, rows). ``headers`` go with ``instances`` and
+    hold what tells where each image lies, nothing of a person.
     """
 
     uid: str
@@ -97,6 +99,7 @@ class Series:
     spacing_mm: tuple[float, float] | None
     slices: int
     instances: tuple[Instance, ...] = field(repr=False)
+    headers: tuple[Dataset, ...] = field(repr=False, compare=False)
 
     @property
     def folder(self) -> Path:
@@ -124,7 +127,10 @@ def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa:
         header = _header(instance, limits)
         if header is not None and "Rows" in header:
             found[str(header.get("SeriesInstanceUID", ""))].append((instance, header))
-    series = [_described(uid, members) for uid, members in found.items()]
+    series = []
+    for uid, members in found.items():
+        with _parsing(members[0][0]):
+            series.append(_described(uid, members))
     if path.is_file() and path.suffix.lower() != ".zip":
         series = [s for s in series if any(instance.path == path for instance in s.instances)]
     if not series:
@@ -157,7 +163,7 @@ def fits(series: Series, pattern: str) -> bool:
 
 def describe_series(series: Series, limits: Limits = Limits()) -> tuple[Grid, np.dtype]:  # noqa: B008
     """Grid and type of what :func:`read_series` returns, from the headers alone."""
-    frames = frames_of(series, limits)
+    frames = frames_of(series)
     return _grid(series, frames, limits), _dtype(frames)
 
 
@@ -166,7 +172,7 @@ def read_series(series: Series, limits: Limits = Limits()) -> tuple[NDArray, Gri
 
     Integers stay integers where every slice has slope 1 and one whole intercept; else float32.
     """
-    frames = frames_of(series, limits)
+    frames = frames_of(series)
     grid = _grid(series, frames, limits)
     first, dtype = frames[0], _dtype(frames)
     planes = np.empty((len(frames), first.rows, first.columns), dtype)
@@ -188,14 +194,14 @@ def _dtype(frames: Sequence[Frame]) -> np.dtype:
     """What the rescaled values are kept as."""
     scales = {(f.slope, f.inter) for f in frames}
     slope, inter = next(iter(scales))
-    if len(scales) > 1 or slope != 1 or not float(inter).is_integer() or frames[0].stored.kind == "f":
+    if len(scales) > 1 or slope != 1 or not float(inter).is_integer():
         return np.dtype(np.float32)
-    least, most = (int(v) + int(inter) for v in (frames[0].least, frames[0].most))
+    least, most = (value + int(inter) for value in frames[0].value_range)
     kinds = ("u1", "u2", "u4") if least >= 0 else ("i1", "i2", "i4")
     return next((np.dtype(t) for t in kinds if _fits(np.dtype(t), least, most)), np.dtype(np.int64))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """One image: where its pixels are, and where it lies in the patient (LPS millimetres)."""
 
@@ -203,42 +209,31 @@ class Frame:
     index: int
     rows: int
     columns: int
-    position: NDArray[np.float64] = field(compare=False)
-    across: NDArray[np.float64] = field(compare=False)  # direction of increasing column
-    down: NDArray[np.float64] = field(compare=False)  # direction of increasing row
+    position: NDArray[np.float64]
+    across: NDArray[np.float64]  # direction of increasing column
+    down: NDArray[np.float64]  # direction of increasing row
     spacing_mm: tuple[float, float]  # of columns, of rows
     thickness_mm: float
     slope: float
     inter: float
-    stored: np.dtype
-    bits: int
+    value_range: tuple[int, int]  # of the values that its bits can hold
     time: tuple[str, ...]
-
-    @property
-    def least(self) -> int:
-        """The smallest value that its bits can hold."""
-        return -(2 ** (self.bits - 1)) if self.stored.kind == "i" else 0
-
-    @property
-    def most(self) -> int:
-        """The largest value that its bits can hold."""
-        return int(2 ** (self.bits - (self.stored.kind == "i")) - 1)
 
     @property
     def normal(self) -> NDArray[np.float64]:
         return np.cross(self.across, self.down)
 
 
-def frames_of(series: Series, limits: Limits = Limits()) -> list[Frame]:  # noqa: B008
+def frames_of(series: Series) -> list[Frame]:
     """Every image of a series, in order along the slices' normal.
 
     Raises :class:`BadGeometry` where a position or spacing is missing, :class:`BadShape` where
-    sizes differ or pixels have colours, and what :func:`_grid` finds wrong with their places.
+    sizes differ or pixels have colours, and :class:`BadFormat` for a header that makes no sense.
     """
     frames: list[Frame] = []
-    for instance in series.instances:
-        with instance.open() as file:
-            frames += _frames(instance, dcmread(file, stop_before_pixels=True))
+    for instance, header in zip(series.instances, series.headers, strict=True):
+        with _parsing(instance):
+            frames += _frames(instance, header)
     if {(f.rows, f.columns) for f in frames} != {(frames[0].rows, frames[0].columns)}:
         sizes = sorted({f"{f.columns} × {f.rows}" for f in frames})
         raise BadShape(f"{_named(series)} has slices of different sizes ({', '.join(sizes)}); export one size")
@@ -249,7 +244,7 @@ def frames_of(series: Series, limits: Limits = Limits()) -> list[Frame]:  # noqa
 def _grid(series: Series, frames: Sequence[Frame], limits: Limits) -> Grid:
     """The frames' common grid, in RAS+ millimetres, once nothing is wrong with it."""
     first, name, n = frames[0], _named(series), len(frames)
-    _check_size(name, (first.columns, first.rows, n), limits)
+    check_size(name, (first.columns, first.rows, n), limits)
     for frame in frames:
         turned = max(abs(frame.across - first.across).max(), abs(frame.down - first.down).max())
         if turned > _PARALLEL:
@@ -343,6 +338,7 @@ def _frame(instance: Instance, index: int, header: Dataset, groups: Sequence[Dat
     thickness = of("SpacingBetweenSlices", "PixelMeasuresSequence") or of("SliceThickness", "PixelMeasuresSequence")
     slope, inter = (of(f"Rescale{what}", "PixelValueTransformationSequence") for what in ("Slope", "Intercept"))
     time = ("TemporalPositionIdentifier", "AcquisitionNumber", "EchoNumbers", "AcquisitionTime")
+    bits, signed = int(header.get("BitsStored") or header.BitsAllocated), bool(header.get("PixelRepresentation"))
     return Frame(
         instance=instance,
         index=index,
@@ -355,8 +351,7 @@ def _frame(instance: Instance, index: int, header: Dataset, groups: Sequence[Dat
         thickness_mm=abs(float(str(thickness))) if thickness else float("nan"),
         slope=1.0 if slope is None else float(str(slope)),
         inter=0.0 if inter is None else float(str(inter)),
-        stored=np.dtype(f"{'i' if header.get('PixelRepresentation') else 'u'}{max(1, header.BitsAllocated // 8)}"),
-        bits=int(header.get("BitsStored") or header.BitsAllocated),
+        value_range=(-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1),
         time=tuple(str(header.get(name, "")) for name in time),
     )
 
@@ -366,16 +361,17 @@ def _pixels(instance: Instance, shape: tuple[int, int], limits: Limits) -> NDArr
 
     Raises :class:`Truncated`, :class:`BadFormat`, :class:`BadShape`, :class:`TooLarge`.
     """
-    with instance.open() as file:
-        dataset = dcmread(file)
-    frames, rows, columns = int(dataset.get("NumberOfFrames", 1) or 1), int(dataset.Rows), int(dataset.Columns)
-    _check_size(f"'{instance}'", (columns, rows, frames), limits)
-    if "PixelData" not in dataset:
-        raise Truncated(f"'{instance}' holds no pixels; send it again")
-    if not dataset.file_meta.TransferSyntaxUID.is_compressed:
-        expected = frames * rows * columns * int(dataset.BitsAllocated) // 8
-        if len(dataset.PixelData) < expected:
-            raise Truncated(f"'{instance}' holds {len(dataset.PixelData)} of {expected} bytes of pixels; send it again")
+    with _parsing(instance):
+        with instance.open() as file:
+            dataset = dcmread(file)
+        frames, rows, columns = int(dataset.get("NumberOfFrames", 1) or 1), int(dataset.Rows), int(dataset.Columns)
+        check_size(f"'{instance}'", (columns, rows, frames), limits)
+        if "PixelData" not in dataset:
+            raise Truncated(f"'{instance}' holds no pixels; send it again")
+        if not dataset.file_meta.TransferSyntaxUID.is_compressed:
+            there, expected = len(dataset.PixelData), frames * rows * columns * int(dataset.BitsAllocated) // 8
+            if there < expected:
+                raise Truncated(f"'{instance}' holds {there} of {expected} bytes of pixels; send it again")
     try:
         pixels: NDArray = dataset.pixel_array
     except Exception as error:  # decoders of many libraries, each with its own errors
@@ -391,7 +387,8 @@ def _fits(dtype: np.dtype, least: int, most: int) -> bool:
     return bool(np.iinfo(dtype).min <= least and most <= np.iinfo(dtype).max)
 
 
-def _check_size(name: str, shape: tuple[int, int, int], limits: Limits) -> None:
+def check_size(name: str, shape: tuple[int, int, int], limits: Limits) -> None:
+    """Raise :class:`BadShape` and :class:`TooLarge` for what should not be allocated."""
     text = " × ".join(map(str, shape))
     if min(shape) < 1:
         raise BadShape(f"{name} has {text} voxels: an axis is empty; export it again")
@@ -400,12 +397,16 @@ def _check_size(name: str, shape: tuple[int, int, int], limits: Limits) -> None:
 
 
 def _described(uid: str, members: list[tuple[Instance, Dataset]]) -> Series:
+    members = sorted(members, key=lambda member: str(member[0]))
     header = members[0][1]
-    spacing = header.get("PixelSpacing")
-    patient = hashlib.blake2b(str(header.get("PatientID", "")).encode(), digest_size=6).hexdigest()
+    spacing, study = header.get("PixelSpacing"), str(header.get("StudyInstanceUID", ""))
+    # Without a number, as after some ways of removing names, all that is known is that studies differ.
+    patient = hashlib.blake2b(str(header.get("PatientID") or study).encode(), digest_size=6).hexdigest()
+    for _, other in members:
+        other.pop("PatientID", None)
     return Series(
         uid=uid,
-        study=str(header.get("StudyInstanceUID", "")),
+        study=study,
         patient=patient,
         modality=str(header.get("Modality", "")),
         description=str(header.get("SeriesDescription", "")),
@@ -414,13 +415,14 @@ def _described(uid: str, members: list[tuple[Instance, Dataset]]) -> Series:
         shape=(int(header.Columns), int(header.Rows)),
         spacing_mm=None if not spacing else (float(spacing[1]), float(spacing[0])),
         slices=sum(int(h.get("NumberOfFrames", 1) or 1) for _, h in members),
-        instances=tuple(sorted((i for i, _ in members), key=str)),
+        instances=tuple(instance for instance, _ in members),
+        headers=tuple(header for _, header in members),
     )
 
 
 def _header(instance: Instance, limits: Limits) -> Dataset | None:
     """The tags that describe an image, None for what is not DICOM."""
-    try:
+    with _parsing(instance):
         with instance.open() as file:
             if file.read(132)[128:] != b"DICM":
                 return None
@@ -432,8 +434,19 @@ def _header(instance: Instance, limits: Limits) -> Dataset | None:
             # Passed over, it would be a volume that lacks its last slice.
             raise EOFError("it ends before its header does")
         return header
-    except (InvalidDicomError, EOFError, zlib.error, OSError) as error:
+
+
+@contextmanager
+def _parsing(instance: Instance) -> Iterator[None]:
+    """Any failure to understand a file's bytes, as one of ours."""
+    try:
+        yield
+    except DelineateError:
+        raise
+    except (EOFError, zlib.error, zipfile.BadZipFile, OSError) as error:
         raise Truncated(f"'{instance}' is damaged: {error}; send it again") from error
+    except Exception as error:  # the parser lets through whatever strange bytes lead to
+        raise BadFormat(f"'{instance}' has a header that makes no sense: {error}; send it again") from error
 
 
 def _check_deflated(instance: Instance, file: BinaryIO, limits: Limits) -> None:
@@ -474,10 +487,10 @@ def _instances(path: Path, limits: Limits) -> Iterator[Instance]:
 def _members(path: Path, limits: Limits) -> Iterator[Instance]:
     """The files of a zip, once its names stay inside and its sizes within the limits."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        archive = zipfile.ZipFile(path)  # read from for as long as an instance refers to it
     except zipfile.BadZipFile as error:
         raise Truncated(f"'{path}' is no whole zip: {error}; copy it again") from error
+    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
     if len(entries) > _MOST_FILES or sum(entry.file_size for entry in entries) > 2 * limits.max_bytes:
         raise TooLarge(f"'{path}' unpacks to more than {limits.max_bytes // 2**29} GiB; pack one study")
     for entry in entries:
@@ -487,7 +500,7 @@ def _members(path: Path, limits: Limits) -> Iterator[Instance]:
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise BadPath(f"'{path}' holds a link, '{entry.filename}'; pack the files themselves")
         if not place.name.startswith(".") and place.name != "DICOMDIR":
-            yield Instance(path, entry.filename)
+            yield Instance(path, entry.filename, archive)
 
 
 def _named(series: Series) -> str:

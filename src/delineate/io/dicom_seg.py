@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import highdicom
 import numpy as np
@@ -18,12 +18,14 @@ from pydicom.uid import ExplicitVRLittleEndian
 from delineate import __version__
 from delineate.core.grid import Grid, permute_axes
 from delineate.core.volume import LabelVolume
-from delineate.errors import BadFormat, GridMismatch, RecipeError
-from delineate.io.dicom import Series, describe_series, frames_of
-from delineate.io.files import writing_beside
+from delineate.errors import BadFormat, DelineateError, GridMismatch, RecipeError
+from delineate.io.dicom import Instance, Series, check_size, describe_series, frames_of
+from delineate.io.files import Limits, writing_beside
 from delineate.io.voxels import LPS_TO_RAS, check_grid
 
-Kind = Literal["BINARY", "LABELMAP"]
+if TYPE_CHECKING:
+    from delineate.io.exports import SegmentationKind
+
 Coded = tuple[str, str, str]
 """Value, scheme and meaning of a code, such as ``("10200004", "SCT", "Liver")``."""
 
@@ -56,13 +58,12 @@ def write_segmentation(
     grid: Grid,
     source: Series,
     *,
-    kind: Kind = "BINARY",
-    coded: Mapping[str, tuple[Coded, Coded]] | None = None,
+    kind: SegmentationKind = "BINARY",
 ) -> None:
     """Write masks (X, Y, Z) by target name as segments 1, 2, … of the series they were found in.
 
-    Empty frames are kept, so that every reader finds as many slices as the source has. ``coded``
-    adds to :data:`CODES`. A ``LABELMAP`` holds one value a voxel, so that its targets may not overlap.
+    Empty frames are kept, so that every reader finds as many slices as the source has. A ``LABELMAP``
+    holds one value a voxel, so that its targets may not overlap.
 
     Patient, study and frame of reference are the source's; nothing else about a person is written.
     Raises :class:`GridMismatch` where the masks are not on the series' grid, :class:`RecipeError`
@@ -101,9 +102,7 @@ def write_segmentation(
             source_images=headers,
             pixel_array=pixels,
             segmentation_type=kind,
-            segment_descriptions=[
-                _description(number, name, {**CODES, **(coded or {})}) for number, name in enumerate(masks, start=1)
-            ],
+            segment_descriptions=[_description(number, name) for number, name in enumerate(masks, start=1)],
             series_instance_uid=highdicom.UID(),
             series_number=source.number + 1000,
             sop_instance_uid=highdicom.UID(),
@@ -123,37 +122,36 @@ def write_segmentation(
         segmentation.save_as(beside, enforce_file_format=True)
 
 
-def read_segmentation(path: Path) -> LabelVolume:
+def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVolume:  # noqa: B008 - frozen
     """A label of segment numbers (X, Y, Z) on the grid of its frames; the higher number where segments overlap.
 
-    Raises :class:`BadFormat` for what is no segmentation, and :class:`BadGeometry`.
+    Raises :class:`BadFormat` for what is no segmentation, :class:`TooLarge` and :class:`BadGeometry`.
     """
     try:
-        segmentation = highdicom.seg.segread(path)
-    except (ValueError, AttributeError, TypeError, OSError) as error:
-        raise BadFormat(f"'{path}' is no DICOM-SEG that can be read: {error}; export it again") from error
-    volume = segmentation.get_volume(combine_segments=True, relabel=False, skip_overlap_checks=True)
+        with instance.open() as file:
+            segmentation = highdicom.seg.segread(file)
+        segments = max(1, segmentation.number_of_segments)
+        slices = -(-segmentation.number_of_frames // segments)  # a label map has one frame a slice, and fits too
+        check_size(f"'{instance}'", (segmentation.Columns, segmentation.Rows, slices), limits)
+        volume = segmentation.get_volume(combine_segments=True, relabel=False, skip_overlap_checks=True)
+    except DelineateError:
+        raise
+    except Exception as error:  # whatever strange bytes lead the library to
+        raise BadFormat(f"'{instance}' is no DICOM-SEG that can be read: {error}; export it again") from error
     # highdicom indexes (slice, row, column) in LPS millimetres.
     affine = np.eye(4)
     affine[:3] = LPS_TO_RAS[:, None] * volume.affine[:3][:, [2, 1, 0, 3]]
     voxels = volume.array.transpose(2, 1, 0)
     x, y, z = voxels.shape
-    grid = check_grid(path, (x, y, z), affine + 0.0)
+    grid = check_grid(instance.path, (x, y, z), affine + 0.0)
     # Slices in the order in which a series is read: along the normal of their rows and columns.
     backwards = np.linalg.det(affine[:3, :3]) < 0
     order, flip = (0, 1, 2), (False, False, bool(backwards))
     return LabelVolume(np.asfortranarray(permute_axes(voxels, order, flip)), grid.permute(order, flip))
 
 
-def segment_names(path: Path) -> dict[str, int]:
-    """Labels of the segments and their numbers."""
-    segments = highdicom.seg.segread(path).SegmentSequence
-    # A label map describes its background, too.
-    return {str(s.SegmentLabel): int(s.SegmentNumber) for s in segments if int(s.SegmentNumber) > 0}
-
-
-def _description(number: int, name: str, coded: Mapping[str, tuple[Coded, Coded]]) -> highdicom.seg.SegmentDescription:
-    category, kind = coded.get(name, coded.get(name.lower(), (TISSUE, TISSUE)))
+def _description(number: int, name: str) -> highdicom.seg.SegmentDescription:
+    category, kind = CODES.get(name.lower(), (TISSUE, TISSUE))
     return highdicom.seg.SegmentDescription(
         segment_number=number,
         segment_label=name,

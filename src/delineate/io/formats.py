@@ -154,11 +154,17 @@ def read_label(
     :class:`BadLabelValue`. For the rest as :func:`read_volume`.
     """
     with _reading(path):
-        if is_series(path) and (segmentation := _segmentation(path, limits)):
-            from delineate.io import dicom_seg
+        if is_series(path):
+            from delineate.io import dicom
 
-            return dicom_seg.read_segmentation(segmentation)
-        voxels, grid = _read(path, limits, orientation)
+            series = dicom.the_series(path, limits=limits)
+            if series.modality == "SEG":
+                from delineate.io import dicom_seg
+
+                return dicom_seg.read_segmentation(series.instances[0], limits)
+            voxels, grid = dicom.read_series(series, limits)
+        else:
+            voxels, grid = _read(path, limits, orientation)
         if len(voxels) != 1:
             raise BadShape(f"label '{path}' has {len(voxels)} channels; save one label of values as (x, y, z)")
     return LabelVolume(_smallest(path, _rounded(path, voxels[0])), grid)
@@ -229,14 +235,6 @@ def _read(path: Path, limits: Limits, orientation: Orientation) -> tuple[NDArray
         return pictures.read_picture(path, limits)
     stored = _describe(path, limits, orientation)
     return read_voxels(stored), stored.grid
-
-
-def _segmentation(path: Path, limits: Limits) -> Path | None:
-    """The one file of a DICOM-SEG, or None if the path is another series."""
-    from delineate.io import dicom
-
-    series = dicom.the_series(path, limits=limits)
-    return series.instances[0].path if series.modality == "SEG" else None
 
 
 def _write(path: Path, voxels: NDArray, grid: Grid) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from delineate.networks.base import Architecture
+from delineate.networks.blocks import CONVOLUTIONS
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,13 @@ def count_parameters(network: nn.Module) -> tuple[int, int]:
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     moving = sum(b.numel() for name, b in network.named_buffers() if "running_" in name)
     return trainable, trainable + moving
+
+
+def count_convolutions(spec: Architecture, inputs: int, outputs: int) -> int:
+    """Layers that are convolutions, transposed ones among them."""
+    with torch.device("meta"):
+        network = spec.build(inputs, outputs)
+    return sum(isinstance(module, CONVOLUTIONS) for module in network.modules())
 
 
 def step_cost(spec: Architecture, inputs: int, outputs: int, sides: Sequence[int], batch: int) -> Cost:

@@ -34,6 +34,7 @@ def write_evaluation_report(
         evaluation=evaluation,
         overlays=_overlays(evaluation, predictions, known, targets) if isinstance(known, Dataset) else [],
         band_percent=band_percent,
+        simulated=isinstance(known, Dataset) and known.simulated,
     )
     write_report(path, report)
 

@@ -174,7 +174,7 @@ def prepared_bundle(
         provenance={
             "data_set": dataset.name,
             "layout": dataset.layout,
-            "simulated": "simulated" in dataset.name.lower(),
+            "simulated": dataset.simulated,
             "fold": options.fold,
             "seed": recipe.training.seed,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

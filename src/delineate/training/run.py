@@ -39,6 +39,7 @@ from delineate.inference.batch import predict_subjects, with_channels
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
 from delineate.losses.content import has_random_features
+from delineate.networks.cost import count_convolutions
 from delineate.recipe import Recipe, recipe_from, to_yaml
 from delineate.sampling.batches import BatchSource
 from delineate.sampling.samplers import Sampler
@@ -106,6 +107,7 @@ def train(
         compile=options.compile,
         threads=options.threads,
         expected_seconds=expected_seconds(recipe),
+        convolutions=count_convolutions(recipe.network, len(dataset.channels), targets.outputs),
     )
     for choice in plan.choices:
         report(f"{choice.what}: {choice.choice} ({choice.why})")

@@ -1,18 +1,23 @@
-"""Bodies made of smooth shapes in world millimetres, deformed smoothly, as fractions and signals on any grid."""
+"""Bodies made of smooth shapes in world millimetres, deformed smoothly, as signals and shares on any grid."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
+from delineate.datasets.phantoms.tissues import TISSUES, Tissue
 
 Field = NDArray[np.float32]
 Point = tuple[float, float, float]
+Box = tuple[slice, slice, slice]
+
+BEYOND_MM = 500.0
+"""Half the height of what leaves the field of view above and below."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,30 +58,38 @@ class SmoothField:
         return np.ascontiguousarray(values.transpose(2, 0, 1, 3))
 
 
+class Shape(Protocol):
+    """A region of the world."""
+
+    def distance_mm(self, world: Field, grid: Grid) -> Field:
+        """About the distance (X, Y, Z) from the surface, negative inside, of the grid's voxels at ``world``."""
+
+    def box(self, grid: Grid, reach_mm: float) -> Box:
+        """The voxels that lie in the shape or within a distance of it."""
+
+
 @dataclass(frozen=True)
 class Ellipsoid:
-    """A shape of one tissue; ``power`` 2 is an ellipsoid, more is boxier; ``turn_degrees`` is about z, then x."""
+    """``power`` 2 is an ellipsoid, more is boxier; ``turn_degrees`` is about z, then x."""
 
-    tissue: str
     centre_mm: Point
     radii_mm: Point
     power: float = 2.0
     turn_degrees: tuple[float, float] = (0.0, 0.0)
 
-    def distance_mm(self, world: Field) -> Field:
-        """About the distance (X, Y, Z) of points (3, X, Y, Z) from the surface, negative inside."""
+    def distance_mm(self, world: Field, grid: Grid) -> Field:
         offset = world - np.array(self.centre_mm, dtype=np.float32)[:, None, None, None]
         if any(self.turn_degrees):
             offset = np.tensordot(self._turn(), offset, axes=1)
         offset /= np.array(self.radii_mm, dtype=np.float32)[:, None, None, None]
+        square = offset * offset
         if self.power == 2:
-            radius = np.sqrt(np.einsum("cxyz,cxyz->xyz", offset, offset))
+            radius = np.sqrt(square.sum(axis=0))
         else:
-            radius = (abs(offset) ** self.power).sum(axis=0) ** (1 / self.power)
+            radius = (square ** np.float32(self.power / 2)).sum(axis=0) ** np.float32(1 / self.power)
         return (radius - 1) * np.float32(min(self.radii_mm))
 
-    def box(self, grid: Grid, reach_mm: float) -> tuple[slice, slice, slice]:
-        """The voxels that lie in the shape or within a distance of it: elsewhere it paints nothing."""
+    def box(self, grid: Grid, reach_mm: float) -> Box:
         radii = np.full(3, max(self.radii_mm)) if any(self.turn_degrees) else np.array(self.radii_mm)
         to_index = np.linalg.inv(grid.affine)
         middle = to_index[:3, :3] @ self.centre_mm + to_index[:3, 3]
@@ -93,61 +106,144 @@ class Ellipsoid:
         return (about_x @ about_z).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class Anatomy:
-    """A body with one organ and its lesions, independent of any scanner.
+@dataclass(frozen=True, eq=False)
+class Rough:
+    """A shape whose surface a random field moves in and out, by ``deviation_mm``."""
 
-    ``surroundings`` are painted one over the other; then the organ, which is the ``lobes`` merged,
-    as far as they lie ``margin_mm`` inside ``cavity``; then ``inclusions`` of the organ (vessels),
-    ``lesions`` within it, and ``covering`` structures that cut into it.
+    shape: Shape
+    field: SmoothField
+    deviation_mm: float
+
+    def distance_mm(self, world: Field, grid: Grid) -> Field:
+        return self.shape.distance_mm(world, grid) + np.float32(self.deviation_mm) * self.field.on(grid)[0]
+
+    def box(self, grid: Grid, reach_mm: float) -> Box:
+        return self.shape.box(grid, reach_mm + 3 * self.deviation_mm)
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """Sheets that reach from a shape's surface inwards, as sulci do: where a random field is near zero.
+
+    ``width_mm`` wide at the surface, they end ``depth_mm`` below it. ``steepness_mm`` is how far
+    apart places lie where the field differs by one.
     """
 
-    surroundings: tuple[Ellipsoid, ...]
-    cavity: Ellipsoid
-    lobes: tuple[Ellipsoid, ...]
-    inclusions: tuple[Ellipsoid, ...]
-    lesions: tuple[Ellipsoid, ...]
-    covering: tuple[Ellipsoid, ...]
+    shape: Shape
+    field: SmoothField
+    width_mm: float
+    depth_mm: float
+    steepness_mm: float
+
+    def distance_mm(self, world: Field, grid: Grid) -> Field:
+        outer = self.shape.distance_mm(world, grid)
+        half_width = np.float32(self.width_mm / 2) * (1 + outer / np.float32(self.depth_mm))
+        return np.maximum(abs(self.field.on(grid)[0]) * np.float32(self.steepness_mm) - half_width, outer)
+
+    def box(self, grid: Grid, reach_mm: float) -> Box:
+        return self.shape.box(grid, reach_mm)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the body, of one tissue: its shapes, merged without a crease.
+
+    It lies ``(shape, margin in mm)`` inside of each of ``inside`` and as far outside of each of
+    ``outside``. ``within`` names an earlier part that it belongs to: it is drawn where that one is,
+    and counts as it. What is not within another part takes its place. Only parts with a ``name``
+    are told apart in the truth; parts of one name are one.
+    """
+
+    tissue: str
+    shapes: tuple[Shape, ...]
+    name: str = ""
+    within: str = ""
+    inside: tuple[tuple[Shape, float], ...] = ()
+    outside: tuple[tuple[Shape, float], ...] = ()
+
+    def box(self, grid: Grid, reach_mm: float) -> Box:
+        boxes = [shape.box(grid, reach_mm) for shape in self.shapes]
+        x, y, z = (slice(min(s.start for s in along), max(s.stop for s in along)) for along in zip(*boxes, strict=True))
+        return x, y, z
+
+    def distance_mm(self, world: Field, grid: Grid) -> Field:
+        distance = self.shapes[0].distance_mm(world, grid)
+        for shape in self.shapes[1:]:
+            distance = _merged(distance, shape.distance_mm(world, grid))
+        for shape, margin_mm in self.inside:
+            distance = np.maximum(distance, shape.distance_mm(world, grid) + np.float32(margin_mm))
+        for shape, margin_mm in self.outside:
+            distance = np.maximum(distance, np.float32(margin_mm) - shape.distance_mm(world, grid))
+        return distance
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """A body, independent of any scanner: its parts, painted one over the other on air.
+
+    ``tissues`` are this patient's own where they are not :data:`TISSUES`.
+    """
+
+    parts: tuple[Part, ...]
     deformation: SmoothField
     deformation_mm: float
-    margin_mm: float = 5.0
+    tissues: Mapping[str, Tissue] = field(default_factory=dict)
 
-    def render(self, grid: Grid, signals: Mapping[str, float]) -> tuple[Field, Field, Field]:
-        """Signal, organ fraction and lesion fraction, each (X, Y, Z), of the tissues' ``signals``.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parts that the truth tells apart, in the order in which they are painted."""
+        return tuple(dict.fromkeys(part.name for part in self.parts if part.name))
 
-        A border is as wide as a voxel in the plane; lesions lie within the organ's fraction.
+    def tissue(self, name: str) -> Tissue:
+        return self.tissues.get(name, TISSUES[name])
+
+    def render(self, grid: Grid, signals: Mapping[str, NDArray[np.float32]]) -> tuple[Field, dict[str, Field]]:
+        """Signals (C, X, Y, Z) of the tissues' ``signals`` (C,), and each named part's share (X, Y, Z) of a voxel.
+
+        A border is as wide as a voxel in the plane.
         """
-        moved = self.deformation_mm * self.deformation.on(grid)
-        reach = float(abs(moved).max()) + max(grid.spacing_mm)
+        moved = np.float32(self.deformation_mm) * self.deformation.on(grid)
+        reach_mm = float(abs(moved).max()) + max(grid.spacing_mm)
         world = moved + _world(grid)
-        width = float(np.sort(grid.spacing_mm)[1])
+        width_mm = np.float32(np.sort(grid.spacing_mm)[1])
+        image = np.empty((len(signals["air"]), *grid.shape), np.float32)
+        image[...] = signals["air"][:, None, None, None]
+        shares = {name: np.zeros(grid.shape, np.float32) for name in self.names}
+        belongs = self._belonging()
+        for part in self.parts:
+            box = part.box(grid, reach_mm)
+            if any(s.start >= s.stop for s in box):
+                continue
+            start, shape = tuple(s.start for s in box), tuple(s.stop - s.start for s in box)
+            share = np.clip(0.5 - part.distance_mm(world[:, *box], grid.crop(start, shape)) / width_mm, 0, 1)
+            if part.within:
+                np.minimum(share, shares[part.within][box], out=share)
+            for channel, value in zip(image, signals[part.tissue], strict=True):
+                channel[box] += share * (value - channel[box])
+            for name, whole in shares.items():
+                if name == part.name:
+                    np.maximum(whole[box], share, out=whole[box])
+                elif name not in belongs[part.within]:
+                    whole[box] *= 1 - share
+        return image, shares
 
-        signal = np.full(grid.shape, signals["air"], dtype=np.float32)
-        organ, lesion = np.zeros_like(signal), np.zeros_like(signal)
-        for shape in self.surroundings:
-            box = shape.box(grid, reach)
-            _paint(signal[box], _fraction(shape.distance_mm(world[:, *box]), width), signals[shape.tissue])
-        organ[...] = _fraction(self._organ_distance(world), width)
-        _paint(signal, organ, signals[self.lobes[0].tissue])
-        for shape in (*self.inclusions, *self.lesions):
-            box = shape.box(grid, reach)
-            inside = np.minimum(_fraction(shape.distance_mm(world[:, *box]), width), organ[box])
-            _paint(signal[box], inside, signals[shape.tissue])
-            if shape in self.lesions:
-                np.maximum(lesion[box], inside, out=lesion[box])
-        for shape in self.covering:
-            box = shape.box(grid, reach)
-            covered = _fraction(shape.distance_mm(world[:, *box]), width)
-            _paint(signal[box], covered, signals[shape.tissue])
-            for within in (organ, lesion):
-                within[box] *= 1 - covered
-        return signal, organ, lesion
+    def _belonging(self) -> dict[str, set[str]]:
+        """Each name with those that it lies within, itself among them."""
+        belongs: dict[str, set[str]] = {"": set()}
+        for part in self.parts:
+            if part.name:
+                belongs.setdefault(part.name, {part.name}).update(belongs[part.within])
+        return belongs
 
-    def _organ_distance(self, world: Field) -> Field:
-        distance = self.lobes[0].distance_mm(world)
-        for lobe in self.lobes[1:]:
-            distance = _merged(distance, lobe.distance_mm(world))
-        return np.maximum(distance, self.cavity.distance_mm(world) + self.margin_mm)
+
+def moved(point: Point, by: Sequence[float] | NDArray[np.float64]) -> Point:
+    x, y, z = (float(a + b) for a, b in zip(point, by, strict=True))
+    return x, y, z
+
+
+def sized(radii: Point, factor: float) -> Point:
+    x, y, z = (float(radius * factor) for radius in radii)
+    return x, y, z
 
 
 def _world(grid: Grid) -> Field:
@@ -155,15 +251,6 @@ def _world(grid: Grid) -> Field:
     x, y, z = np.ogrid[tuple(slice(n) for n in grid.shape)]
     rows = grid.affine[:3].astype(np.float32)
     return np.stack([row[0] * x + row[1] * y + (row[2] * z + row[3]) for row in rows]).astype(np.float32)
-
-
-def _fraction(distance_mm: Field, width_mm: float) -> Field:
-    """How much of a voxel lies inside a surface at this distance."""
-    return np.clip(0.5 - distance_mm / np.float32(width_mm), 0, 1)
-
-
-def _paint(signal: Field, fraction: Field, value: float) -> None:
-    signal += fraction * (np.float32(value) - signal)
 
 
 def _merged(a: Field, b: Field, blend_mm: float = 12.0) -> Field:

@@ -1,0 +1,205 @@
+"""Simulated patients on disk, in the layout of a challenge or a framework."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import Dataset
+from delineate.datasets.folder import SIMULATED
+from delineate.datasets.layouts import open_dataset
+from delineate.datasets.phantoms.abdomen import LIVER
+from delineate.datasets.phantoms.anatomy import Anatomy
+from delineate.datasets.phantoms.brain import EDEMA, ENHANCING, NON_ENHANCING
+from delineate.datasets.phantoms.kinds import Kind, kind_named
+from delineate.errors import RecipeError
+from delineate.io.files import writing_beside
+from delineate.io.formats import write_label, write_volume
+
+
+def write_phantoms(
+    out: Path,
+    n: int,
+    kind: str = "abdomen",
+    *,
+    seed: int = 0,
+    layout: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Dataset:
+    """Write ``n`` simulated patients of a kind, in its own ``layout`` or another that can hold it.
+
+    Patient i is a function of kind, seed and i, so that more can be added. ``truth.csv`` has what is
+    true of each: millilitres, and the fat fraction of a liver. Raises :class:`RecipeError` for an
+    unknown kind and a layout that cannot hold it, :class:`OutputError`.
+    """
+    chosen = kind_named(kind)
+    name = layout or chosen.layout
+    holding = [other for other, arrangement in ARRANGEMENTS.items() if arrangement.holds(chosen)]
+    if name not in holding:
+        raise RecipeError(f"'{name}' cannot hold simulated scans of kind '{kind}'; {', '.join(holding)} can")
+    arrangement, rows = ARRANGEMENTS[name], []
+    # First, so that no folder of simulated scans is ever taken for patients.
+    about = {"simulated": True, "kind": kind, "description": chosen.description, "seed": seed, "patients": n}
+    _write_json(out / SIMULATED, about)
+    for i in range(n):
+        scan, label, anatomy = chosen.simulate(seed, i)
+        subject, site = arrangement.subject(chosen, i), chosen.scanner_of(i).name
+        arrangement.write(out, chosen, i, scan, label)
+        rows.append({"subject": subject, "site": site, **_truth(chosen, label, anatomy)})
+        progress(i + 1, n)
+    _write_rows(out / "truth.csv", rows)
+    if name != "wmh2017":  # which has sites as folders
+        _write_rows(out / "sites.csv", [{key: row[key] for key in ("subject", "site")} for row in rows])
+    if arrangement.describe is not None:
+        # Last: a folder without it is no data set, so that one that was stopped half-way is not taken for whole.
+        _write_json(out / "dataset.json", arrangement.describe(chosen, n))
+    patterns = {"images": f"*/{chosen.channels[0]}.nii", "labels": "*/label.nii"} if name == "cases" else {}
+    return open_dataset(out, **patterns)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """A layout as something to write: which kinds it ``holds``, and a patient's files in it.
+
+    ``describe`` makes its dataset.json where it has one.
+    """
+
+    holds: Callable[[Kind], bool]
+    subject: Callable[[Kind, int], str]
+    write: Callable[[Path, Kind, int, Volume, LabelVolume], None]
+    describe: Callable[[Kind, int], Mapping[str, object]] | None = None
+
+
+def _name(kind: Kind, i: int) -> str:
+    return f"{kind.name.replace('-', '_')}_{i:03}"
+
+
+def _channel(scan: Volume, k: int) -> Volume:
+    return Volume(scan.voxels[k : k + 1], scan.grid)
+
+
+def _write_msd(out: Path, kind: Kind, i: int, scan: Volume, label: LabelVolume) -> None:
+    write_volume(out / "imagesTr" / f"{_name(kind, i)}.nii.gz", scan)
+    write_label(out / "labelsTr" / f"{_name(kind, i)}.nii.gz", label)
+
+
+def _describe_msd(kind: Kind, n: int) -> Mapping[str, object]:
+    names = [_name(kind, i) for i in range(n)]
+    return {
+        "name": f"simulated {kind.name}",
+        "description": kind.description,
+        "modality": {str(k): _modality(kind, channel) for k, channel in enumerate(kind.channels)},
+        "labels": {"0": "background", **{str(value): part for part, value in _by_value(kind)}},
+        "numTraining": n,
+        "training": [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names],
+        "test": [],
+    }
+
+
+def _write_nnunet(out: Path, kind: Kind, i: int, scan: Volume, label: LabelVolume) -> None:
+    for k in range(scan.channels):
+        write_volume(out / "imagesTr" / f"{_name(kind, i)}_{k:04}.nii.gz", _channel(scan, k))
+    write_label(out / "labelsTr" / f"{_name(kind, i)}.nii.gz", label)
+
+
+def _describe_nnunet(kind: Kind, n: int) -> Mapping[str, object]:
+    return {
+        "channel_names": {str(k): channel for k, channel in enumerate(kind.channels)},
+        "labels": {
+            "background": 0,
+            **{"ignore" if part in kind.ignored else part: value for part, value in _by_value(kind)},
+        },
+        "numTraining": n,
+        "file_ending": ".nii.gz",
+    }
+
+
+def _write_promise12(out: Path, kind: Kind, i: int, scan: Volume, label: LabelVolume) -> None:
+    write_volume(out / f"Case{i:02}.mhd", scan)
+    write_label(out / f"Case{i:02}_segmentation.mhd", label)
+
+
+def _write_wmh(out: Path, kind: Kind, i: int, scan: Volume, label: LabelVolume) -> None:
+    folder = out / kind.scanner_of(i).name / f"{i:03}"
+    for k, channel in enumerate(kind.channels):
+        write_volume(folder / "pre" / f"{channel}.nii.gz", _channel(scan, k))
+    write_label(folder / "wmh.nii.gz", label)
+
+
+def _write_lits(out: Path, kind: Kind, i: int, scan: Volume, label: LabelVolume) -> None:
+    write_volume(out / f"volume-{i}.nii", scan)
+    write_label(out / f"segmentation-{i}.nii", label)
+
+
+_BRATS_CHANNELS = {"FLAIR": "flair", "T1": "t1", "T1c": "t1ce", "T2": "t2"}
+_BRATS_VALUES = {NON_ENHANCING: 1, EDEMA: 2, ENHANCING: 4}
+
+
+def _write_brats(out: Path, kind: Kind, i: int, scan: Volume, label: LabelVolume) -> None:
+    name = _name(kind, i)
+    for k, channel in enumerate(kind.channels):
+        write_volume(out / name / f"{name}_{_BRATS_CHANNELS[channel]}.nii.gz", _channel(scan, k))
+    values = np.zeros(max(kind.values.values()) + 1, np.uint8)
+    for part, value in kind.values.items():
+        values[value] = _BRATS_VALUES[part]
+    write_label(out / name / f"{name}_seg.nii.gz", LabelVolume(values[label.voxels], label.grid))
+
+
+def _write_cases(out: Path, kind: Kind, i: int, scan: Volume, label: LabelVolume) -> None:
+    write_volume(out / _name(kind, i) / f"{kind.channels[0]}.nii", scan)
+    write_label(out / _name(kind, i) / "label.nii", label)
+
+
+ARRANGEMENTS: dict[str, Arrangement] = {
+    "msd": Arrangement(lambda kind: not kind.ignored, _name, _write_msd, _describe_msd),
+    "nnunet": Arrangement(lambda kind: True, _name, _write_nnunet, _describe_nnunet),
+    "promise12": Arrangement(
+        lambda kind: kind.channels == ("T2",) and len(kind.values) == 1, lambda _, i: f"Case{i:02}", _write_promise12
+    ),
+    "wmh2017": Arrangement(
+        lambda kind: kind.channels == ("FLAIR",), lambda kind, i: f"{kind.scanner_of(i).name}_{i:03}", _write_wmh
+    ),
+    "lits": Arrangement(
+        lambda kind: len(kind.channels) == 1 and LIVER in kind.values, lambda _, i: f"volume-{i}", _write_lits
+    ),
+    "brats": Arrangement(lambda kind: set(kind.values) == set(_BRATS_VALUES), _name, _write_brats),
+    "cases": Arrangement(lambda kind: len(kind.channels) == 1 and not kind.ignored, _name, _write_cases),
+}
+"""``cases`` is a folder for each patient with the scan and ``label.nii``, opened by patterns."""
+
+
+def _by_value(kind: Kind) -> list[tuple[str, int]]:
+    return sorted(kind.values.items(), key=lambda item: item[1])
+
+
+def _modality(kind: Kind, channel: str) -> str:
+    return channel if len(kind.channels) > 1 else {"MR": "MRI", "CT": "CT"}[kind.modality]
+
+
+def _truth(kind: Kind, label: LabelVolume, anatomy: Anatomy) -> dict[str, str]:
+    """What is true of a patient, as columns."""
+    truth = {
+        f"{part}_ml": f"{np.count_nonzero(label.voxels == value) * label.grid.voxel_ml:.3f}"
+        for part, value in kind.values.items()
+    }
+    if "fat_fraction" in kind.channels:
+        truth["fat_fraction_percent"] = f"{100 * anatomy.tissue('liver').fat:.2f}"
+    return truth
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    with writing_beside(path) as beside:
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    with writing_beside(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
