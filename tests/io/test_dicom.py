@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import permutations, product
 from pathlib import Path
 
@@ -240,6 +241,55 @@ def test_files_cut_short_are_refused(dicom) -> None:
         file.write_bytes(data[:length])
         with pytest.raises(DelineateError):
             read_volume(folder)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_mutated_headers_meet_only_our_errors(dicom) -> None:
+    rng = np.random.default_rng(3)
+    folder = dicom.write("a", VOXELS, STRAIGHT)
+    file = folder / "IM0001.dcm"
+    content = file.read_bytes()
+    for _ in range(400):
+        mutated = bytearray(content)
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(128, 900))
+            if rng.random() < 0.2:
+                del mutated[at : at + int(rng.integers(1, 20))]
+            else:
+                mutated[at] = rng.integers(256)
+        file.write_bytes(mutated)
+        for read in (read_header, read_volume, read_label):
+            with suppress(DelineateError):
+                read(folder)
+
+
+@pytest.mark.parametrize(
+    "tags", [{"BitsAllocated": 24}, {"BitsStored": 0}, {"NumberOfFrames": 10**9}, {"RescaleSlope": "0"}]
+)
+def test_fields_that_make_no_sense_are_refused(dicom, tags: dict[str, object]) -> None:
+    with pytest.raises(DelineateError):
+        read_volume(every(dicom.write("a", VOXELS, STRAIGHT), **tags))
+
+
+def test_without_a_patients_number_studies_are_patients(dicom, tmp_path: Path) -> None:
+    patients = set()
+    for name in ("a", "b"):
+        dicom.study = generate_uid()
+        patients.add(the_series(every(dicom.write(name, VOXELS, STRAIGHT), PatientID="")).patient)
+    assert len(patients) == 2
+
+
+def test_a_damaged_member_of_a_zip_is_refused(dicom, tmp_path: Path) -> None:
+    folder = dicom.write("a", VOXELS, STRAIGHT)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, file.name)
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    at = content.index(b"DICM")
+    content[at + 40] ^= 255  # its checksum does not fit any more
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(Truncated, match="CRC"):
+        read_volume(tmp_path / "a.zip")
 
 
 def test_a_deflate_bomb_is_refused_before_it_unpacks(dicom) -> None:

@@ -124,9 +124,10 @@ def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa:
         raise MissingFile(f"'{path}' is not there; check the name")
     found: dict[str, list[tuple[Instance, Dataset]]] = defaultdict(list)
     for instance in _instances(path, limits):
-        header = _header(instance, limits)
-        if header is not None and "Rows" in header:
-            found[str(header.get("SeriesInstanceUID", ""))].append((instance, header))
+        with _parsing(instance):
+            header = _header(instance, limits)
+            if header is not None and "Rows" in header:
+                found[str(header.get("SeriesInstanceUID", ""))].append((instance, header))
     series = []
     for uid, members in found.items():
         with _parsing(members[0][0]):
@@ -337,6 +338,9 @@ def _frame(instance: Instance, index: int, header: Dataset, groups: Sequence[Dat
     row_mm, column_mm = numbers("PixelSpacing", "PixelMeasuresSequence", 2)
     thickness = of("SpacingBetweenSlices", "PixelMeasuresSequence") or of("SliceThickness", "PixelMeasuresSequence")
     slope, inter = (of(f"Rescale{what}", "PixelValueTransformationSequence") for what in ("Slope", "Intercept"))
+    scale = [1.0 if slope is None else float(str(slope)), 0.0 if inter is None else float(str(inter))]
+    if scale[0] == 0 or not np.isfinite(scale).all():
+        raise BadFormat(f"'{instance}' has values scaled by {scale[0]:g} plus {scale[1]:g}; export it again")
     time = ("TemporalPositionIdentifier", "AcquisitionNumber", "EchoNumbers", "AcquisitionTime")
     bits, signed = int(header.get("BitsStored") or header.BitsAllocated), bool(header.get("PixelRepresentation"))
     return Frame(
@@ -349,8 +353,8 @@ def _frame(instance: Instance, index: int, header: Dataset, groups: Sequence[Dat
         down=down / np.linalg.norm(down),
         spacing_mm=(float(column_mm), float(row_mm)),
         thickness_mm=abs(float(str(thickness))) if thickness else float("nan"),
-        slope=1.0 if slope is None else float(str(slope)),
-        inter=0.0 if inter is None else float(str(inter)),
+        slope=scale[0],
+        inter=scale[1],
         value_range=(-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1),
         time=tuple(str(header.get(name, "")) for name in time),
     )
@@ -422,18 +426,17 @@ def _described(uid: str, members: list[tuple[Instance, Dataset]]) -> Series:
 
 def _header(instance: Instance, limits: Limits) -> Dataset | None:
     """The tags that describe an image, None for what is not DICOM."""
-    with _parsing(instance):
-        with instance.open() as file:
-            if file.read(132)[128:] != b"DICM":
-                return None
-            _check_deflated(instance, file, limits)
-            file.seek(0)
-            header = dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
-        kind = header.file_meta.get("MediaStorageSOPClassUID")
-        if kind is None or ("Rows" not in header and "Image Storage" in kind.name):
-            # Passed over, it would be a volume that lacks its last slice.
-            raise EOFError("it ends before its header does")
-        return header
+    with instance.open() as file:
+        if file.read(132)[128:] != b"DICM":
+            return None
+        _check_deflated(instance, file, limits)
+        file.seek(0)
+        header = dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
+    kind = header.file_meta.get("MediaStorageSOPClassUID")
+    if kind is None or ("Rows" not in header and "Image Storage" in kind.name):
+        # Passed over, it would be a volume that lacks its last slice.
+        raise EOFError("it ends before its header does")
+    return header
 
 
 @contextmanager
