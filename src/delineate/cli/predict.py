@@ -47,8 +47,6 @@ def predict(
     json: Json = False,
 ) -> None:
     """Segment scans, each on its own grid. Not for diagnosis."""
-    from dataclasses import replace
-
     from delineate.bundle import Bundle
     from delineate.cli.parsing import parse_patterns
     from delineate.cli.terminal import Terminal, print_json, print_table
@@ -58,8 +56,6 @@ def predict(
 
     bundles = [Bundle.load(folder) for folder in [bundle, *(also or [])]]
     subjects = find_subjects(inputs, bundles[0].channels, parse_patterns(images))
-    if bundles[0].recipe.data.resample_channels:
-        subjects = [replace(subject, resample=True) for subject in subjects]
     if unseen:
         subjects = unseen_by(bundles, subjects)
     plan = plan_compute(

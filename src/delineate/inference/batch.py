@@ -91,7 +91,8 @@ def predict_subjects(
     ``.dcm`` is a DICOM-SEG that refers to the subject's first channel, which must be a DICOM series.
     """
     targets, models = predictor.targets, [bundle.weights_sha256 for bundle in predictor.bundles]
-    queue = iter(subjects)
+    resample = predictor.bundles[0].recipe.data.resample_channels
+    queue = (replace(subject, resample=resample) for subject in subjects)
     with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
         upcoming = _submit_next(reader, queue)
         writing: tuple[Subject, Prediction, Future[list[Path]]] | None = None

@@ -33,7 +33,7 @@ class RunReport:
 
     ``data_rows`` are inspection's rows as plain values, ``learning`` has columns step, loss,
     ``validation`` step, dice, dice_<target>; ``plan`` rows what, choice, why; ``notes`` what a reader
-    should know before the numbers.
+    should know before the numbers; ``crop`` a WebP of what a crop on the composite image keeps.
     """
 
     title: str
@@ -48,6 +48,7 @@ class RunReport:
     plan: Sequence[Mapping[str, str]]
     provenance: Mapping[str, str]
     notes: Sequence[str] = field(default=())
+    crop: bytes | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,11 @@ def write_report(path: Path, report: RunReport | EvaluationReport) -> None:
     name = "evaluation.html.j2"
     if isinstance(report, RunReport):
         name = "run.html.j2"
-        content |= {"training": _training_charts(report), "data": _data_summary(report.data_rows)}
+        content |= {
+            "training": _training_charts(report),
+            "data": _data_summary(report.data_rows),
+            "crop": None if report.crop is None else _embedded(report.crop),
+        }
     page = _environment().get_template(name).render(report=report, **content)
     with writing_beside(path) as beside:
         beside.write_text(page, encoding="utf-8")
@@ -178,10 +183,13 @@ def _legend(overlays: Sequence[Overlay]) -> list[tuple[str, str]]:
     return [names for mark, names in LEGEND.items() if mark in shown]
 
 
+def _embedded(webp: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode('ascii')}"
+
+
 def _picture(overlay: Overlay, view: View) -> dict[str, str]:
-    encoded = base64.b64encode(picture(view)).decode("ascii")
     return {
-        "source": f"data:image/webp;base64,{encoded}",
+        "source": _embedded(picture(view)),
         "plane": view.plane,
         "text": f"{view.plane} slice of {overlay.subject} with its prediction compared to the reference",
     }

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from delineate.bundle import Bundle
+from delineate.core.subject import Subject
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, load_scan
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
+from delineate.inference.batch import with_channels
+from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
 from delineate.reporting.overlays import overlays_of
 
@@ -38,6 +42,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         plan=json.loads((folder / "plan.json").read_text(encoding="utf-8")),
         provenance=_provenance(bundle),
         notes=_notes(folder, bundle, data["problems"]),
+        crop=composite_picture(bundle.pipeline, _trained_on(bundle, dataset), bundle.channels),
     )
     path = folder / "report.html"
     write_report(path, content)
@@ -59,6 +64,16 @@ def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evalua
         return load_scan(subject, [first])
 
     return overlays_of(evaluation, scan, pairs, bundle.targets)
+
+
+def _trained_on(bundle: Bundle, dataset: Dataset) -> list[Subject]:
+    trained = set(bundle.provenance["training"])
+    resample = bundle.recipe.data.resample_channels
+    return [
+        replace(with_channels(subject, bundle.channels), resample=resample)
+        for subject in dataset.subjects
+        if subject.id in trained
+    ]
 
 
 def _curve(path: Path) -> pd.DataFrame | None:
