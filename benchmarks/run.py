@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from data_side import bench_cohort, bench_files, bench_phantoms, bench_prepare
+from measuring import Row, interleaved, peak_bytes, peak_of, process_of
 from torch import Tensor, nn
 
 from delineate.bundle import Bundle
 from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
-from delineate.core.volume import LabelVolume, Volume
-from delineate.io.formats import read_volume, write_label, write_volume
+from delineate.core.volume import Volume
+from delineate.io.formats import write_volume
 from delineate.losses.pixelwise import CrossEntropySpec
 from delineate.losses.spec import DICE_AND_CROSS_ENTROPY
 from delineate.networks import blocks
@@ -34,21 +34,7 @@ from delineate.networks.unet import UNetSpec
 from delineate.recipe import load_recipe, recipe_from
 from delineate.sampling.tiles import TileGeometry
 
-Row = dict[str, Any]
 WIDTHS, BATCH, SIDES = (32, 64, 128, 256), 9, (40, 56, 40)
-
-
-def interleaved(cases: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each case, taken in turns so that all meet the same machine."""
-    for run in cases.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(repetitions):
-        for name, run in cases.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 # ---- a training step -------------------------------------------------------------------------------------------
@@ -272,32 +258,6 @@ def bench_predict(quick: bool) -> list[Row]:
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 
-def process_of(work: str) -> tuple[str, float]:
-    """What a new process that does ``work`` prints, and its peak memory in GB."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import run; {work}; print(run.peak_bytes())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{work} failed:\n{done.stderr}")
-    *printed, peak = done.stdout.splitlines()
-    return "\n".join(printed), int(peak) / 1e9
-
-
-def peak_bytes() -> int:
-    """Peak memory of this process. What getrusage says on Linux may be what its parent had taken."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_of(work: str) -> float:
-    return process_of(work)[1]
-
-
 def train_two_steps(quick: bool) -> None:
     step = training_step(plan_compute(compile="off" if quick else "on"), quick=quick)
     step()
@@ -328,9 +288,9 @@ def predict_large_scan(quick: bool) -> None:
 def bench_memory(quick: bool) -> list[Row]:
     works = {
         "starting up (imports alone)": "pass",
-        "training steps, 32-64-128-256, batch 9 of 40×56×40": f"run.train_two_steps({quick})",
-        "training steps, hippocampus recipe": f"run.train_hippocampus_steps({quick})",
-        "predicting 4 × 240×240×155 in tiles of 80³": f"run.predict_large_scan({quick})",
+        "training steps, 32-64-128-256, batch 9 of 40×56×40": f"import run; run.train_two_steps({quick})",
+        "training steps, hippocampus recipe": f"import run; run.train_hippocampus_steps({quick})",
+        "predicting 4 × 240×240×155 in tiles of 80³": f"import run; run.predict_large_scan({quick})",
     }
     return [{"case": name, "peak GB": peak_of(work)} for name, work in works.items()]
 
@@ -382,7 +342,7 @@ def bench_networks(quick: bool) -> list[Row]:
     for name in list(CONFIGURATIONS)[:1] if quick else CONFIGURATIONS:
         row: Row = {"case": name}
         for label, planned in (("defaults", False), ("plan", True)):
-            printed, peak = process_of(f"run.network_steps({name!r}, {planned}, {quick})")
+            printed, peak = process_of(f"import run; run.network_steps({name!r}, {planned}, {quick})")
             measured = json.loads(printed.splitlines()[-1])
             row |= {"batch": measured["batch"], f"{label}, ms": measured["ms"], f"{label}, peak GB": peak}
         row["times faster"] = row["defaults, ms"] / row["plan, ms"]
@@ -392,32 +352,6 @@ def bench_networks(quick: bool) -> list[Row]:
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
-
-
-def bench_files(quick: bool) -> list[Row]:
-    import nibabel
-    import SimpleITK
-
-    shape = (64, 64, 10) if quick else (512, 512, 100)
-    index = np.stack(np.meshgrid(*[np.linspace(-3, 3, n) for n in shape], indexing="ij"))
-    noise = np.random.default_rng(0).normal(0, 12, shape)
-    voxels = (900 * np.exp(-(index**2).sum(0) / 4) + noise).astype(np.int16)
-    volume = Volume(voxels[None], Grid.of_spacing(shape, (0.8, 0.8, 2.5)))
-    label = LabelVolume((voxels > 400).astype(np.uint8), volume.grid)
-    with tempfile.TemporaryDirectory() as folder:
-        scan, out = Path(folder) / "scan.nii.gz", Path(folder) / "out.nii.gz"
-        write_volume(scan, volume)
-        image = nibabel.Nifti1Image(voxels, volume.grid.affine)
-        cases: dict[str, Callable[[], object]] = {
-            "read: Delineate": lambda: read_volume(scan),
-            "read: nibabel": lambda: np.asanyarray(nibabel.load(scan).dataobj),
-            "read: SimpleITK": lambda: SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(scan))),
-            "write: Delineate": lambda: write_volume(out, volume),
-            "write: nibabel": lambda: nibabel.save(image, out),
-            "write a label: Delineate": lambda: write_label(out, label),
-        }
-        seconds = interleaved(cases, 1 if quick else 5)
-    return [{"case": name, "ms": 1000 * s} for name, s in seconds.items()]
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------
@@ -484,47 +418,6 @@ def bench_metrics(quick: bool) -> list[Row]:
     ]
 
 
-def bench_prepare(quick: bool) -> list[Row]:
-    """Reading, checking and preparing a 512×512×100 int16 .nii.gz: to RAS, 1 mm in the plane, 0 to 1."""
-    from monai import transforms as monai
-
-    from delineate.preprocessing.pipeline import Pipeline
-
-    shape = (48, 48, 10) if quick else (512, 512, 100)
-    affine = np.diag([-0.7, -0.7, 3.0, 1.0])
-    rng = np.random.default_rng(0)
-    voxels = (rng.standard_normal((1, *shape)) * 30 + np.linspace(0, 400, shape[0])[:, None, None]).astype(np.int16)
-    steps = [
-        {"kind": "reorient", "to": "RAS"},
-        {"kind": "resample", "spacing_mm": [1.0, 1.0, None]},
-        {"kind": "normalise", "method": "minmax"},
-    ]
-    pipelines = [Pipeline.model_validate({"steps": steps[:n]}) for n in range(len(steps) + 1)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "scan.nii.gz")
-        write_volume(path, Volume(voxels, Grid(shape, affine)))
-        chain = monai.Compose(
-            [
-                monai.LoadImage(image_only=True, ensure_channel_first=True),
-                monai.Orientation(axcodes="RAS", labels=None),
-                monai.Spacing(pixdim=(1.0, 1.0, 3.0), mode="bilinear"),
-                monai.ScaleIntensity(),
-            ]
-        )
-        volume = read_volume(path)
-        cases: dict[str, Callable[[], object]] = {
-            "Delineate": lambda: pipelines[-1].apply(read_volume(path)),
-            "MONAI: LoadImage, Orientation, Spacing, ScaleIntensity": lambda: chain(str(path)),
-            "stage: read and check": lambda: read_volume(path),
-            "stage: reorient": lambda: pipelines[1].apply(volume),
-            "stage: and resample": lambda: pipelines[2].apply(volume),
-            "stage: and normalise": lambda: pipelines[3].apply(volume),
-        }
-        seconds = interleaved(cases, 1 if quick else 5)
-    slowest = seconds["MONAI: LoadImage, Orientation, Spacing, ScaleIntensity"]
-    return [{"case": name, "ms": 1000 * s, "times faster": slowest / s} for name, s in seconds.items()]
-
-
 BENCHMARKS = {
     "metrics": bench_metrics,
     "prepare": bench_prepare,
@@ -534,6 +427,8 @@ BENCHMARKS = {
     "memory": bench_memory,
     "networks": bench_networks,
     "files": bench_files,
+    "cohort": bench_cohort,
+    "phantoms": bench_phantoms,
 }
 
 

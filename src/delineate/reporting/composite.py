@@ -55,9 +55,7 @@ def _laid_over(planes: Sequence[NDArray]) -> NDArray[np.float64]:
     return total / len(planes)
 
 
-def _drawn(
-    composite: NDArray, box: Sequence[tuple[int, int]], spacing_mm: tuple[float, float], towards: str
-) -> bytes:
+def _drawn(composite: NDArray, box: Sequence[tuple[int, int]], spacing_mm: tuple[float, float], towards: str) -> bytes:
     """``towards`` has the directions in which both axes run; shown as radiologists look at patients."""
     (left, right), (front, back) = (
         (n // 2 + first, n // 2 + last) for n, (first, last) in zip(composite.shape, box, strict=True)

@@ -122,7 +122,7 @@ class Scanner:
         # Water and fat share a scale: their ratio is what is measured.
         of = replace(sequence, kind="water") if sequence.kind == "fat" else sequence
         muscle = of.signal(TISSUES["muscle"], self.field_tesla)
-        received = signal / np.float32(muscle) * (1 + 0.03 * grain) * np.exp(np.float32(self.bias) * coils)
+        received = signal / np.float32(muscle) * (1 + 0.045 * grain) * np.exp(np.float32(self.bias) * coils)
         return np.minimum(self.gain * rician(received, self.noise, rng), 32767)
 
     def _placed(self, rng: np.random.Generator) -> Grid:
