@@ -19,14 +19,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from delineate.core.targets import Targets
-from delineate.datasets.inspection import SubjectRow
 from delineate.errors import BundleError
 from delineate.io.files import writing_beside
 from delineate.preprocessing.pipeline import Pipeline
@@ -193,24 +191,6 @@ def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:
         )
     save_tensors(path, chosen, {})
     return len(chosen)
-
-
-def fingerprint_of(rows: Sequence[SubjectRow]) -> dict[str, Any]:
-    """What the training scans look like: least, median and largest of what inspection measured."""
-    measured = {
-        "shape": [row.shape for row in rows],
-        "spacing_mm": [row.spacing_mm for row in rows],
-        "volume_ml": [list(row.volume_ml.values()) for row in rows],
-    }
-    found: dict[str, Any] = {"subjects": len(rows)}
-    for name, values in measured.items():
-        numbers = np.array(values, dtype=float)
-        found[name] = {
-            "min": numbers.min(0).tolist(),
-            "median": np.median(numbers, 0).tolist(),
-            "max": numbers.max(0).tolist(),
-        }
-    return found
 
 
 def versions() -> dict[str, str]:

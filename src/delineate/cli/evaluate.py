@@ -29,6 +29,20 @@ def evaluate(
     lesion_overlap: Annotated[
         float, typer.Option("--lesion-overlap", min=0, max=0.99, help="Share of a lesion that must be covered.")
     ] = 0.0,
+    quantity: Annotated[
+        str | None,
+        typer.Option("--quantity", help="Channel of the data set, such as fat_fraction: its mean within each target."),
+    ] = None,
+    margin_mm: Annotated[
+        float, typer.Option("--margin-mm", min=0, help="How far inside a target's surface the quantity is read.")
+    ] = 0.0,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="Of the quantity, such as 5.56: who changes sides.")
+    ] = None,
+    probabilities: Annotated[
+        Path | None,
+        typer.Option("--probabilities", help="Their folder; default: PREDICTIONS/probabilities where it is there."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the tables: CSV and JSON.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Page to write, such as page.html.")] = None,
     band_percent: Annotated[
@@ -42,7 +56,9 @@ def evaluate(
     from delineate.evaluation.measure import Measuring, evaluate_folders, named_targets
     from delineate.evaluation.pairs import open_references
 
-    measuring = Measuring(metrics, lesion_overlap)
+    beside = predictions / "probabilities"
+    kept = probabilities or (beside if beside.is_dir() else None)
+    measuring = Measuring(metrics, lesion_overlap, quantity, margin_mm, kept)
     asked = parse_targets(targets)
     evaluation = evaluate_folders(predictions, references, asked, measuring)
     if out is not None:
@@ -54,8 +70,32 @@ def evaluate(
         write_evaluation_report(report, evaluation, predictions, references, marked, band_percent=band_percent)
     if json:
         print_json(evaluation.as_dict())
-    else:
-        print_evaluation(evaluation, subjects=True)
+        return
+    print_evaluation(evaluation, subjects=True)
+    for target, reliability in evaluation.reliabilities().items():
+        typer.echo(f"probabilities of {target}: expected calibration error {reliability.expected_error:.4f}")
+    if quantity is not None and threshold is not None:
+        for line in crossings(evaluation, threshold):
+            typer.echo(line)
+
+
+def crossings(evaluation: Evaluation, threshold: float) -> list[str]:
+    """For each target, who lies on the other side of a quantity's threshold by the prediction than by the reference."""
+    from delineate.metrics.agreement import crossing
+
+    lines = []
+    for target in evaluation.targets:
+        rows = evaluation.table[evaluation.table["target"] == target]
+        found = crossing(rows["quantity_mean"].to_numpy(), rows["reference_quantity_mean"].to_numpy(), threshold)
+        names = rows["subject"].to_numpy()
+        sides = [
+            f"{what} {', '.join(names[list(which)])}"
+            for what, which in (("over it only by the prediction:", found.over), ("under it:", found.under))
+            if which
+        ]
+        wrong = f"; {'; '.join(sides)}" if sides else ""
+        lines.append(f"{target}: {found.right} of {found.n} on the right side of {threshold:g}{wrong}")
+    return lines
 
 
 def print_evaluation(evaluation: Evaluation, *, subjects: bool = False) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from delineate.cli.options import Compile, Device, Json, Precision, Threads
+
+if TYPE_CHECKING:
+    from delineate.inference.review import Review
 
 Flips = Annotated[
     str | None, typer.Option("--flips", help="Axes mirrored at test time, such as x or xyz; '' for none.")
@@ -36,6 +39,13 @@ def predict(
         ),
     ] = None,
     flips: Flips = None,
+    mirrored: Annotated[
+        bool,
+        typer.Option("--mirrored", help="Predict mirrored too, where training did: how well both agree is told."),
+    ] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write them too, to OUT/probabilities, a channel for each target.")
+    ] = False,
     overlap: Annotated[float | None, typer.Option("--overlap", min=0, max=0.9, help="Overlap of tiles.")] = None,
     memory_gb: Annotated[
         float, typer.Option("--memory-gb", min=0.01, help="Memory that one scan's probabilities may take.")
@@ -53,6 +63,7 @@ def predict(
     from delineate.compute import plan_compute, torch_threads
     from delineate.inference.batch import find_subjects, predict_subjects, unseen_by
     from delineate.inference.predictor import Predictor
+    from delineate.inference.review import write_queue
 
     bundles = [Bundle.load(folder) for folder in [bundle, *(also or [])]]
     subjects = find_subjects(inputs, bundles[0].channels, parse_patterns(images))
@@ -67,20 +78,51 @@ def predict(
     )
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
+    reviews: list[Review] = []
     with Terminal() as terminal, torch_threads(plan.threads):
         for choice in plan.choices:
             terminal.say(f"{choice.what}: {choice.choice} ({choice.why})")
-        predictor = Predictor(bundles, plan, overlap=overlap, flips=flips, budget_bytes=int(memory_gb * 1e9))
-        for done, outcome in enumerate(predict_subjects(predictor, subjects, out, suffix=f".{format}"), start=1):
+        predictor = Predictor(
+            bundles,
+            plan,
+            overlap=overlap,
+            flips=flips,
+            budget_bytes=int(memory_gb * 1e9),
+            mirrored=mirrored,
+            probabilities=probabilities,
+        )
+        outcomes = predict_subjects(
+            predictor,
+            subjects,
+            out,
+            suffix=f".{format}",
+            probabilities=out / "probabilities" if probabilities else None,
+        )
+        for done, outcome in enumerate(outcomes, start=1):
             terminal.progress("predicting", done, len(subjects))
             if outcome.error is not None:
                 failed.append({"subject": outcome.subject.id, "error": str(outcome.error)})
                 terminal.say(f"{outcome.subject.id}: {outcome.error}")
             else:
-                rows.append({"subject": outcome.subject.id, "file": str(outcome.path), "seconds": outcome.seconds})
+                assert outcome.review is not None
+                reviews.append(outcome.review)
+                rows.append(
+                    {
+                        "subject": outcome.subject.id,
+                        "file": str(outcome.path),
+                        "seconds": outcome.seconds,
+                        "targets": outcome.review.targets,
+                        "unusual": list(outcome.review.oddities),
+                        "need": outcome.review.need,
+                    }
+                )
+                for text in outcome.review.oddities:
+                    terminal.say(f"{outcome.subject.id}: unusual {text}")
+    write_queue(out / "review.csv", reviews)
     if json:
         print_json({"predictions": rows, "failed": failed})
     else:
+        _print_queue(reviews)
         stages = ["preprocess", "network", "undo", "postprocess"]
         total = {stage: sum(row["seconds"][stage] for row in rows) for stage in stages}
         seconds = sum(total.values()) or 1.0
@@ -88,3 +130,38 @@ def predict(
         typer.echo(f"{len(rows)} predictions in {out}" + (f", {len(failed)} failed" if failed else ""))
     if failed:
         raise typer.Exit(1)
+
+
+_SHOWN = 10
+
+
+def _print_queue(reviews: list[Review]) -> None:
+    """What to look at first, the neediest on top."""
+    from delineate.cli.terminal import print_table
+    from delineate.inference.confidence import LEVEL
+    from delineate.inference.review import queue
+
+    rows = [
+        [
+            row["subject"],
+            row["target"],
+            _with_range(row["volume_ml"], row["volume_low_ml"], row["volume_high_ml"], ".2f"),
+            _with_range(row["expected_dice"], row["dice_low"], row["dice_high"], ".3f"),
+            "" if row["agreement"] != row["agreement"] else f"{row['agreement']:.3f}",
+            "yes" if row["unusual"] else "",
+        ]
+        for one in queue(reviews)[:_SHOWN]
+        for row in one.rows()
+    ]
+    if rows:
+        interval = f"({LEVEL:.0%})"
+        columns = ["subject", "target", f"volume, ml {interval}", f"expected Dice {interval}", "agreement", "unusual"]
+        print_table("to look at first", columns, rows)
+        if len(reviews) > _SHOWN:
+            typer.echo(f"and {len(reviews) - _SHOWN} more, in review.csv")
+
+
+def _with_range(value: float, low: float, high: float, spec: str) -> str:
+    if value != value:
+        return "–"
+    return f"{value:{spec}}" if low != low else f"{value:{spec}} ({low:{spec}} – {high:{spec}})"

@@ -11,15 +11,19 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
-from delineate.datasets.dataset import Dataset, check_grids
+from delineate.datasets.dataset import Dataset, check_grids, load_scan
+from delineate.errors import BadShape, MissingFile
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
-from delineate.evaluation.table import LESION_COLUMNS, Evaluation
-from delineate.io.formats import read_label
+from delineate.evaluation.table import LESION_COLUMNS, Evaluation, reliability_table
+from delineate.io.formats import read_label, read_volume
 from delineate.io.voxels import Orientation
-from delineate.metrics.catalogue import METRICS, metric_names, targets_of
+from delineate.metrics.calibration import Reliability
+from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, QUANTITIES, metric_names, targets_of
 from delineate.metrics.comparison import Comparison
+from delineate.metrics.quantities import within
 
 BACKGROUND = "background"
 
@@ -29,18 +33,24 @@ class Measuring:
     """What is measured: sets and single metrics by name, joined by commas (``metrics.catalogue``).
 
     A lesion is matched where more than ``lesion_overlap`` of its voxels are covered; 0: any
-    overlap. Raises :class:`RecipeError` for an unknown name.
+    overlap. ``quantity`` is a channel of the data set whose mean and median in each target are
+    measured, ``margin_mm`` or more inside its surface. ``probabilities`` is a folder of them, as
+    ``predict --probabilities`` writes it. Raises :class:`RecipeError` for an unknown name.
     """
 
     wanted: str = "standard"
     lesion_overlap: float = 0.0
+    quantity: str | None = None
+    margin_mm: float = 0.0
+    probabilities: Path | None = None
 
     def __post_init__(self) -> None:
         metric_names(self.wanted)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return metric_names(self.wanted)
+        more = (QUANTITIES if self.quantity else ()) + ((PROBABILITY_MAE,) if self.probabilities else ())
+        return tuple(dict.fromkeys((*metric_names(self.wanted), *more)))
 
     @property
     def lesions(self) -> bool:
@@ -52,11 +62,12 @@ STANDARD = Measuring()
 
 @dataclass(frozen=True)
 class Measured:
-    """One subject's rows: of targets, of lesions where they are counted, of pairs of classes."""
+    """One subject's rows: of targets, of lesions where they are counted, of pairs of classes, of probabilities."""
 
     targets: list[dict[str, object]] = field(default_factory=list)
     lesions: list[dict[str, object]] = field(default_factory=list)
     confusion: list[dict[str, object]] = field(default_factory=list)
+    reliability: list[dict[str, object]] = field(default_factory=list)
 
 
 def evaluate(
@@ -78,7 +89,18 @@ def evaluate(
 
     def measure(pair: Pair) -> Measured:
         prediction, reference = (read_label(p, orientation=orientation) for p in (pair.prediction, pair.reference))
-        return compare(prediction, reference, targets, measuring, subject=pair.subject, site=pair.site)
+        return compare(
+            prediction,
+            reference,
+            targets,
+            measuring,
+            subject=pair.subject,
+            site=pair.site,
+            quantity=None if measuring.quantity is None else _map_of(pair, measuring.quantity, reference.grid),
+            probabilities=None
+            if measuring.probabilities is None
+            else _probabilities_of(pair, measuring.probabilities, targets, reference.grid),
+        )
 
     found = Measured()
     # Volumes are read and measured in turn: a thousand take no more memory than one for each thread.
@@ -92,6 +114,7 @@ def evaluate(
         unpaired or {},
         pd.DataFrame(found.lesions, columns=list(LESION_COLUMNS)),
         pd.DataFrame(found.confusion, columns=["subject", "reference", "prediction", "voxels"]),
+        reliability_table(found.reliability),
     )
 
 
@@ -123,8 +146,13 @@ def compare(
     *,
     subject: str = "",
     site: str = "",
+    quantity: NDArray | None = None,
+    probabilities: NDArray | None = None,
 ) -> Measured:
-    """Measure one prediction; raises :class:`GridMismatch` and :class:`BadLabelValue`."""
+    """Measure one prediction; raises :class:`GridMismatch` and :class:`BadLabelValue`.
+
+    ``quantity`` (X, Y, Z) is a map of it, ``probabilities`` (T, X, Y, Z) are the targets'.
+    """
     check_grids(subject, "prediction", prediction.grid, "reference", reference.grid)
     for label in (prediction, reference):
         targets.check(label.voxels, subject)
@@ -132,9 +160,24 @@ def compare(
     references, predictions = targets.masks(reference.voxels), targets.masks(prediction.voxels)
     named = {"subject": subject, "site": site}
     measured = Measured()
-    for target in targets.names:
+    for t, target in enumerate(targets.names):
+        more: dict[str, float] = {}
+        if quantity is not None:
+            for prefix, mask in (("", predictions[target]), ("reference_", references[target])):
+                inside = mask if known is None else mask & known
+                mean, median = within(quantity, inside, reference.grid.spacing_mm, measuring.margin_mm)
+                more |= {f"{prefix}quantity_mean": mean, f"{prefix}quantity_median": median}
+        if probabilities is not None:
+            reliability = Reliability.of(probabilities[t], references[target], known)
+            more[PROBABILITY_MAE] = reliability.mean_absolute_error
+            measured.reliability.extend({"target": target, **row} for row in reliability.rows())
         comparison = Comparison.of(
-            references[target], predictions[target], reference.grid, known, minimum_overlap=measuring.lesion_overlap
+            references[target],
+            predictions[target],
+            reference.grid,
+            known,
+            minimum_overlap=measuring.lesion_overlap,
+            more=more,
         )
         values = {name: METRICS[name].of(comparison) for name in measuring.metrics}
         case = _CASES[comparison.volume_ml > 0, comparison.reference_volume_ml > 0]
@@ -153,6 +196,29 @@ _CASES = {
     (False, True): "prediction empty",
     (False, False): "both empty",
 }
+
+
+def _map_of(pair: Pair, channel: str, grid: Grid) -> NDArray:
+    """The channel (X, Y, Z) of the pair's subject."""
+    if pair.source is None:
+        raise MissingFile(f"'{channel}' of '{pair.subject}' is looked for in a data set; give one as the references")
+    scan = load_scan(pair.source, [channel])
+    check_grids(pair.subject, channel, scan.grid, "reference", grid)
+    values: NDArray = scan.voxels[0]
+    return values
+
+
+def _probabilities_of(pair: Pair, folder: Path, targets: Targets, grid: Grid) -> NDArray:
+    """Probabilities (T, X, Y, Z) of the pair's prediction."""
+    file = folder / f"{pair.subject}.nii.gz"
+    found = read_volume(file)
+    check_grids(pair.subject, "probabilities", found.grid, "reference", grid)
+    if found.channels != len(targets.names):
+        raise BadShape(
+            f"'{file}' holds {found.channels} probabilities, the targets are {', '.join(targets.names)}; "
+            "give the targets that were predicted (--targets)"
+        )
+    return found.voxels
 
 
 def _lesions(comparison: Comparison) -> list[dict[str, object]]:

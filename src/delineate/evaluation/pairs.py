@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.layouts import open_dataset
@@ -22,12 +23,13 @@ _LABEL_ENDING = re.compile(r"_(segmentation|seg|label|mask|gt)$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Pair:
-    """A prediction and the reference it is measured against."""
+    """A prediction and the reference it is measured against; ``source`` is the subject, where a data set knows it."""
 
     subject: str
     prediction: Path
     reference: Path
     site: str = ""
+    source: Subject | None = None
 
 
 class Pairing(NamedTuple):
@@ -73,7 +75,7 @@ def pair_files(predictions: Path, references: Path | Dataset) -> Pairing:
 
 def labels_in(folder: Path) -> dict[str, Path]:
     """Labels of a folder by subject: a name may end in _seg and the like. Raises :class:`DuplicateSubject`."""
-    return {name: file for name, (file, _) in _references_in(folder, ()).items()}
+    return {name: file for name, (file, *_) in _references_in(folder, ()).items()}
 
 
 def targets_in(pairs: Iterable[Pair], *, orientation: Orientation = "refuse") -> Targets:
@@ -83,8 +85,10 @@ def targets_in(pairs: Iterable[Pair], *, orientation: Orientation = "refuse") ->
     return Targets({f"label {v}": (v,) for v in sorted(values - {0})})
 
 
-def _references_in(references: Path | Dataset, predicted: Container[str]) -> dict[str, tuple[Path, str]]:
-    """File and site of each subject that has a reference."""
+def _references_in(
+    references: Path | Dataset, predicted: Container[str]
+) -> dict[str, tuple[Path, str, Subject | None]]:
+    """File and site of each subject that has a reference, and the subject."""
     if isinstance(references, Path):
         files = _scans_in(references)
         if files and not (references / "dataset.json").is_file():
@@ -92,9 +96,9 @@ def _references_in(references: Path | Dataset, predicted: Container[str]) -> dic
             labels = [file for file in files if _LABEL_ENDING.search(name_of(file))] or files
             named = ((name_of(file), file) for file in labels)
             bare = _unique((n if n in predicted else _LABEL_ENDING.sub("", n), file) for n, file in named)
-            return {name: (file, "") for name, file in bare.items()}
+            return {name: (file, "", None) for name, file in bare.items()}
         references = open_dataset(references)
-    return {s.id: (s.label, s.site) for s in references.subjects if s.label is not None}
+    return {s.id: (s.label, s.site, s) for s in references.subjects if s.label is not None}
 
 
 def _scans_in(folder: Path) -> list[Path]:

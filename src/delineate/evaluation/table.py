@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from delineate.io.files import writing_beside
+from delineate.metrics.calibration import Reliability
 from delineate.metrics.catalogue import METRICS
 from delineate.metrics.statistics import Estimate, estimate_means
 
@@ -19,6 +20,8 @@ MEAN_OF_TARGETS = "mean of targets"
 
 Summary = dict[str, dict[str, Estimate]]
 """Target, then metric."""
+
+_MORE = ("lesions", "confusion", "reliability")
 
 LESION_COLUMNS = ("subject", "site", "target", "of", "volume_ml", "covered", "matched")
 
@@ -33,7 +36,8 @@ class Evaluation:
     ``lesions`` has a row for each lesion, where lesions were counted: whether it is ``of`` the
     reference or the prediction, its volume, the share of it that the other covers, whether that
     makes a match. ``confusion`` counts voxels by subject, reference class and predicted class,
-    where targets are exclusive.
+    where targets are exclusive. ``reliability`` adds up probabilities in bins by target, where
+    there were any.
     """
 
     table: pd.DataFrame
@@ -42,6 +46,7 @@ class Evaluation:
     confusion: pd.DataFrame = field(
         default_factory=lambda: pd.DataFrame(columns=["subject", "reference", "prediction", "voxels"])
     )
+    reliability: pd.DataFrame = field(default_factory=lambda: reliability_table([]))
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -91,9 +96,10 @@ class Evaluation:
     def write(self, folder: Path) -> None:
         """Write ``metrics.csv``, the table, ``summary.json``, what was made of it, and what else there is.
 
-        That is ``lesions.csv`` and ``confusion.csv``.
+        That is ``lesions.csv``, ``confusion.csv`` and ``reliability.csv``.
         """
-        for name, table in (("metrics", self.table), ("lesions", self.lesions), ("confusion", self.confusion)):
+        for name in ("metrics", *_MORE):
+            table = self.table if name == "metrics" else getattr(self, name)
             if len(table):
                 with writing_beside(folder / f"{name}.csv") as path:
                     table.to_csv(path, index=False)
@@ -103,7 +109,7 @@ class Evaluation:
     @classmethod
     def read(cls, folder: Path) -> Evaluation:
         """What :meth:`write` wrote."""
-        more = {name: _read(folder / f"{name}.csv") for name in ("lesions", "confusion")}
+        more = {name: _read(folder / f"{name}.csv") for name in _MORE}
         return cls(
             _read(folder / "metrics.csv"),
             json.loads((folder / "summary.json").read_text())["unpaired"],
@@ -115,7 +121,26 @@ class Evaluation:
         if len(self.sites) > 1:
             content["sites"] = {site: self.summary(site) for site in self.sites}
         definitions = {name: f"{METRICS[name].title}: {METRICS[name].definition}" for name in self.metrics}
+        if len(self.reliability):
+            content["calibration"] = {
+                target: {"expected_calibration_error": r.expected_error, "mean_absolute_error": r.mean_absolute_error}
+                for target, r in self.reliabilities().items()
+            }
         return content | {"definitions": definitions, "unpaired": dict(self.unpaired)}
+
+    def reliabilities(self) -> dict[str, Reliability]:
+        """By target, all subjects' voxels together."""
+        return {
+            str(target): Reliability.of_columns({name: rows[name].to_numpy() for name in rows})
+            for target, rows in self.reliability.groupby("target", sort=False)
+        }
+
+
+def reliability_table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    """Rows of subjects' bins, added up by target and bin."""
+    columns = ["target", "bin", "voxels", "sum_predicted", "sum_true", "sum_error"]
+    table = pd.DataFrame(list(rows), columns=columns)
+    return table.groupby(["target", "bin"], sort=False, as_index=False).sum() if len(table) else table
 
 
 def _read(path: Path) -> pd.DataFrame | None:

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from delineate.bundle import Bundle
 from delineate.core.subject import Subject
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import load_scan
 from delineate.errors import DatasetError, DelineateError, MissingFile
+from delineate.inference.confidence import Calibration, Confidence
 from delineate.inference.predictor import Prediction, Predictor
+from delineate.inference.review import Review, review
 from delineate.io.exports import export_label
-from delineate.io.formats import is_series, name_of, suffix_of
+from delineate.io.formats import is_series, name_of, suffix_of, write_volume
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one subject: the file written and the seconds by stage, or the error."""
+    """What became of one subject: the file written, the seconds by stage and how sure it is, or the error."""
 
     subject: Subject
     path: Path | None
     seconds: dict[str, float]
     error: DelineateError | None = None
+    review: Review | None = None
+    confidence: Mapping[str, Confidence] = field(default_factory=dict)
 
 
 def find_subjects(
@@ -85,13 +90,25 @@ def predict_subjects(
     *,
     suffix: str = ".nii.gz",
     on_tile: Callable[[int, int], None] | None = None,
+    probabilities: Path | None = None,
 ) -> Iterator[Outcome]:
     """Predict each subject into ``folder/<id><suffix>``; one that cannot be read does not stop the rest.
 
     ``.dcm`` is a DICOM-SEG that refers to the subject's first channel, which must be a DICOM series.
+    ``probabilities`` is a folder for those, as ``<id>.nii.gz`` with a channel for each target, of a
+    predictor that keeps them.
     """
     targets, models = predictor.targets, [bundle.weights_sha256 for bundle in predictor.bundles]
     resample = predictor.bundles[0].recipe.data.resample_channels
+    # Errors of one bundle do not say how far off an ensemble is.
+    calibration = predictor.calibration if len(predictor.bundles) == 1 else None
+
+    def write(subject: Subject, prediction: Prediction) -> list[Path]:
+        if probabilities is not None:
+            _write_probabilities(probabilities / f"{subject.id}.nii.gz", prediction)
+        path, source = folder / f"{subject.id}{suffix}", next(iter(subject.scans.values()))
+        return export_label(path, prediction.label, targets, source=source, about={"weights_sha256": models})
+
     queue = (replace(subject, resample=resample) for subject in subjects)
     with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
         upcoming = _submit_next(reader, queue)
@@ -105,12 +122,17 @@ def predict_subjects(
                 yield Outcome(subject, None, {}, error)
                 continue
             if writing is not None:
-                yield _written(*writing)
-            path = folder / f"{subject.id}{suffix}"
-            export = partial(export_label, source=next(iter(subject.scans.values())), about={"weights_sha256": models})
-            writing = subject, prediction, writer.submit(export, path, prediction.label, targets)
+                yield _written(*writing, calibration)
+            writing = subject, prediction, writer.submit(write, subject, prediction)
         if writing is not None:
-            yield _written(*writing)
+            yield _written(*writing, calibration)
+
+
+def _write_probabilities(path: Path, prediction: Prediction) -> None:
+    assert prediction.probabilities is not None
+    # Three decimals are all that half precision has near 1, and pack well.
+    rounded = np.round(prediction.probabilities.astype(np.float32), 3)
+    write_volume(path, Volume(rounded, prediction.label.grid))
 
 
 def _submit_next(pool: ThreadPoolExecutor, queue: Iterator[Subject]) -> tuple[Subject, Future[Volume]] | None:
@@ -118,6 +140,10 @@ def _submit_next(pool: ThreadPoolExecutor, queue: Iterator[Subject]) -> tuple[Su
     return None if subject is None else (subject, pool.submit(load_scan, subject))
 
 
-def _written(subject: Subject, prediction: Prediction, writing: Future[list[Path]]) -> Outcome:
+def _written(
+    subject: Subject, prediction: Prediction, writing: Future[list[Path]], calibration: Calibration | None
+) -> Outcome:
     # A result that cannot be written is no fault of one scan: the error goes to the caller.
-    return Outcome(subject, writing.result()[0], prediction.seconds)
+    path = writing.result()[0]
+    reviewed = review(subject.id, prediction.confidence, prediction.oddities, calibration)
+    return Outcome(subject, path, prediction.seconds, review=reviewed, confidence=prediction.confidence)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,34 +16,56 @@ from delineate.compute import ComputePlan
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import BundleError
+from delineate.inference.confidence import Calibration, Confidence, expected_dice, mutual_dice
+from delineate.inference.fingerprint import Oddity, oddities
 from delineate.inference.postprocess import postprocess
 from delineate.inference.sliding import Sliding
 from delineate.preprocessing.step import Undo
+from delineate.sampling.tiles import AXES
 
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
-    """A label on the scan's own grid, and the seconds that each stage took."""
+    """A label on the scan's own grid, what can be said of each target, and the seconds that each stage took.
+
+    ``probabilities`` (T, X, Y, Z) of the targets are kept where they were asked for. ``oddities``
+    are what is unusual of the scan.
+    """
 
     label: LabelVolume
     seconds: dict[str, float] = field(default_factory=dict)
+    confidence: Mapping[str, Confidence] = field(default_factory=dict)
+    oddities: tuple[Oddity, ...] = ()
+    probabilities: NDArray[np.float16] | None = None
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """One bundle's probabilities (K, X, Y, Z) on its prepared grid, and the way back."""
+    """One variant's probabilities (K, X, Y, Z) on its prepared grid, and the way back."""
 
     probabilities: NDArray[np.float16]
     undo: Undo
+
+
+@dataclass(frozen=True, eq=False)
+class _Decision:
+    """What the variants decide together, before it is postprocessed: masks (T, X, Y, Z) and what they are sure of."""
+
+    masks: NDArray[np.bool_]
+    expected_dice: tuple[float, ...]
+    agreement: tuple[float, ...]
+    probabilities: NDArray[np.float16] | None
 
 
 class Predictor:
     """Applies bundles to scans. Several bundles form an ensemble: the mean of their probabilities.
 
     ``overlap`` and ``flips`` override the recipe's. ``budget_bytes`` bounds what the probabilities
-    of one scan may hold in memory.
+    of one scan may hold in memory. With ``mirrored`` each bundle that was trained on mirrored scans
+    sees the scan and its mirror image, and how well both agree is measured; ``probabilities`` keeps
+    those of the targets.
     """
 
     def __init__(
@@ -54,8 +77,11 @@ class Predictor:
         overlap: float | None = None,
         flips: Sequence[str] | None = None,
         budget_bytes: int = 2**30,
+        mirrored: bool = False,
+        probabilities: bool = False,
     ) -> None:
         first = bundles[0]
+        self._mirrored, self._keep = mirrored, probabilities
         for other in bundles[1:]:
             if other.targets != first.targets or other.channels != first.channels:
                 raise BundleError(
@@ -83,6 +109,12 @@ class Predictor:
                 )
             )
 
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """The first bundle's, where it has one."""
+        folder = self.bundles[0].folder
+        return None if folder is None else Calibration.load(folder)
+
     def predict(self, volume: Volume, progress: Progress | None = None) -> Prediction:
         """The label of a scan, on its own grid: shape and affine are the scan's."""
         if volume.channels != len(self.channels):
@@ -96,36 +128,99 @@ class Predictor:
             prepared, undo = bundle.pipeline.apply(volume)
             clock.lap("preprocess")
             geometry = bundle.geometry_of(prepared.grid.shape)
-            probabilities = sliding.probabilities(network, prepared.voxels, geometry, progress)
-            scores.append(_Scores(probabilities, undo))
+            scores.append(_Scores(sliding.probabilities(network, prepared.voxels, geometry, progress), undo))
+            if self._mirrored and (axes := tuple(AXES.index(axis) + 1 for axis in _mirrors(bundle))):
+                flipped = np.ascontiguousarray(np.flip(prepared.voxels, axes))
+                mirror = sliding.probabilities(network, flipped, geometry, progress)
+                scores.append(_Scores(np.flip(mirror, axes), undo))
             clock.lap("network")
-        masks = self._masks(scores, volume.grid)
+        decision = self._decide(scores, volume.grid)
         clock.lap("undo")
-        masks = postprocess(masks, self.targets, volume.grid, self.bundles[0].recipe.postprocessing)
+        masks = postprocess(decision.masks, self.targets, volume.grid, self.bundles[0].recipe.postprocessing)
         label = LabelVolume(self.targets.decode(masks), volume.grid)
+        confidence = {
+            name: Confidence(int(np.count_nonzero(mask)) * volume.grid.voxel_ml, expected, agreement)
+            for name, mask, expected, agreement in zip(
+                self.targets.names, masks, decision.expected_dice, decision.agreement, strict=True
+            )
+        }
         clock.lap("postprocess")
-        return Prediction(label, clock.seconds)
+        odd = tuple(oddities(self.bundles[0].fingerprint, volume, self.channels))
+        return Prediction(label, clock.seconds, confidence, odd, decision.probabilities)
 
-    def _masks(self, scores: Sequence[_Scores], grid: Grid) -> NDArray[np.bool_]:
-        """Target masks (T, X, Y, Z) on the scan's grid, one class at a time so that memory stays small."""
-        names = self.targets.names
-        if not self.targets.exclusive:
-            return np.stack([self._plane(scores, k, 0.0) > 0.5 for k in range(len(names))])
-        best = self._plane(scores, 0, 1.0)
-        winner = np.zeros(grid.shape, dtype=np.uint8)
-        for k in range(1, len(names) + 1):
-            plane = self._plane(scores, k, 0.0)
-            better = plane > best
-            winner[better] = k
-            np.maximum(best, plane, out=best)
-        return np.stack([winner == k for k in range(1, len(names) + 1)])
+    def _decide(self, scores: Sequence[_Scores], grid: Grid) -> _Decision:
+        """Masks on the scan's grid, one class at a time so that memory stays small."""
+        exclusive, names = self.targets.exclusive, self.targets.names
+        first = 1 if exclusive else 0  # the targets' first class
+        everyone = _Winners(exclusive, len(names), grid.shape)
+        each = [_Winners(exclusive, len(names), grid.shape) for _ in scores] if len(scores) > 1 else []
+        kept = np.empty((len(names), *grid.shape), np.float16) if self._keep else None
+        for k in range(first + len(names)):
+            outside = 1.0 if exclusive and k == 0 else 0.0
+            total = np.zeros(grid.shape, np.float32)
+            for i, score in enumerate(scores):
+                plane = score.undo.scores(score.probabilities[k].astype(np.float32), outside)
+                total += plane
+                if each:
+                    each[i].add(plane)
+            total /= np.float32(len(scores))
+            everyone.add(total)
+            if kept is not None and k >= first:
+                kept[k - first] = total
+        masks = everyone.masks
+        return _Decision(
+            masks,
+            tuple(everyone.expected_dice()),
+            tuple(mutual_dice([one.masks[t] for one in each]) for t in range(len(names))),
+            kept,
+        )
 
-    def _plane(self, scores: Sequence[_Scores], k: int, outside: float) -> NDArray[np.float32]:
-        """Probability (X, Y, Z) of one class on the scan's grid, mean over the bundles."""
-        total = scores[0].undo.scores(scores[0].probabilities[k].astype(np.float32), outside)
-        for other in scores[1:]:
-            total = total + other.undo.scores(other.probabilities[k].astype(np.float32), outside)
-        return np.array(total / np.float32(len(scores)))
+
+class _Winners:
+    """Which target each voxel belongs to, found class by class."""
+
+    def __init__(self, exclusive: bool, targets: int, shape: tuple[int, int, int]) -> None:
+        self.exclusive, self.targets = exclusive, targets
+        self._best: NDArray[np.float32] | None = None
+        self._winner = np.zeros(shape, np.uint8) if exclusive else np.zeros((targets, *shape), np.bool_)
+        self._sums: list[float] = []
+        self._within: list[float] = []
+
+    def add(self, probability: NDArray[np.float32]) -> None:
+        """The next class' probability (X, Y, Z): background first where targets are exclusive."""
+        k = len(self._sums)
+        self._sums.append(float(probability.sum(dtype=np.float64)))
+        if not self.exclusive:
+            self._winner[k] = probability > 0.5
+            self._within.append(float(probability[self._winner[k]].sum(dtype=np.float64)))
+        elif self._best is None:
+            self._best = np.array(probability)
+        else:
+            self._winner[probability > self._best] = k
+            np.maximum(self._best, probability, out=self._best)
+
+    @property
+    def masks(self) -> NDArray[np.bool_]:
+        """(T, X, Y, Z)."""
+        if self.exclusive:
+            return np.stack([self._winner == k for k in range(1, self.targets + 1)])
+        return self._winner.astype(np.bool_, copy=False)
+
+    def expected_dice(self) -> Iterator[float]:
+        """Of each target."""
+        for t, mask in enumerate(self.masks):
+            if self.exclusive:
+                assert self._best is not None
+                within, total = float(self._best[mask].sum(dtype=np.float64)), self._sums[t + 1]
+            else:
+                within, total = self._within[t], self._sums[t]
+            yield expected_dice(total, within, int(np.count_nonzero(mask)))
+
+
+def _mirrors(bundle: Bundle) -> tuple[str, ...]:
+    """Axes along which the bundle has seen scans mirrored."""
+    spatial = bundle.recipe.augmentation.spatial if bundle.recipe.augmentation else None
+    return tuple(spatial.mirror) if spatial is not None else ()
 
 
 class _Clock:

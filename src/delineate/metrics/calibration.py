@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
 
@@ -15,14 +15,13 @@ class Reliability:
     """Voxels by predicted probability, in bins of equal width from 0 to 1; parts of a whole add up.
 
     ``voxels``, ``sum_predicted`` and ``sum_true`` count each bin's voxels, add up their
-    probabilities, and count those that are truly the target. ``sum_error`` adds up absolute errors
-    over all voxels.
+    probabilities, and count those that are truly the target. ``sum_error`` adds up absolute errors.
     """
 
     voxels: NDArray[np.int64]
     sum_predicted: NDArray[np.float64]
     sum_true: NDArray[np.float64]
-    sum_error: float
+    sum_error: NDArray[np.float64]
 
     @classmethod
     def of(
@@ -37,14 +36,14 @@ class Reliability:
         p, truth = (probability, reference) if known is None else (probability[known], reference[known])
         p, truth = p.ravel(order="K").astype(np.float64), truth.ravel(order="K")
         place = np.minimum((p * bins).astype(np.int64), bins - 1)
-        voxels, predicted, true = (
-            np.bincount(place, weights=w, minlength=bins) for w in (None, p, truth.astype(float))
+        voxels, predicted, true, error = (
+            np.bincount(place, weights=w, minlength=bins) for w in (None, p, truth.astype(float), np.abs(p - truth))
         )
         return cls(
             voxels.astype(np.int64),
             predicted.astype(np.float64),
             true.astype(np.float64),
-            float(np.abs(p - truth).sum()),
+            error.astype(np.float64),
         )
 
     def __add__(self, other: Reliability) -> Reliability:
@@ -54,6 +53,21 @@ class Reliability:
             self.sum_true + other.sum_true,
             self.sum_error + other.sum_error,
         )
+
+    def rows(self) -> list[dict[str, float]]:
+        """A row for each bin, as a table holds them; :meth:`of_columns` takes them back."""
+        return [
+            {"bin": i, "voxels": int(n), "sum_predicted": p, "sum_true": t, "sum_error": e}
+            for i, (n, p, t, e) in enumerate(
+                zip(self.voxels, self.sum_predicted, self.sum_true, self.sum_error, strict=True)
+            )
+        ]
+
+    @classmethod
+    def of_columns(cls, columns: Mapping[str, NDArray]) -> Reliability:
+        """From the columns of :meth:`rows`, in the order of bins."""
+        voxels, *sums = (np.asarray(columns[name]) for name in ("voxels", "sum_predicted", "sum_true", "sum_error"))
+        return cls(voxels.astype(np.int64), *(s.astype(np.float64) for s in sums))
 
     @property
     def curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -71,7 +85,7 @@ class Reliability:
     def mean_absolute_error(self) -> float:
         """Mean of \\|probability − truth\\| over all voxels. No voxels: undefined."""
         total = int(self.voxels.sum())
-        return self.sum_error / total if total else nan
+        return float(self.sum_error.sum()) / total if total else nan
 
 
 def seam_score(values: NDArray, borders: Sequence[Sequence[int]]) -> float:

@@ -52,6 +52,15 @@ class MetricSet:
         return tuple(self.names.split())
 
 
+PROBABILITY_MAE = "probability_mae"
+QUANTITIES = (
+    "quantity_mean",
+    "reference_quantity_mean",
+    "quantity_error",
+    "quantity_median",
+    "reference_quantity_median",
+)
+
 _SURFACE = "between centres of surface voxels (6-neighbourhood), both directions"
 _LESION = "lesions are 26-connected; matched by any overlap, or by more than the asked share of their voxels"
 
@@ -131,6 +140,37 @@ def _lesions() -> Iterator[Metric]:
         yield Metric(name, label, "26-connected", count, "", None, 0)
 
 
+def _of_more() -> Iterator[Metric]:
+    """Of what lies beside the masks: probabilities, and a map of a quantity such as the fat fraction."""
+    yield Metric(
+        PROBABILITY_MAE,
+        "Mean error of probabilities",
+        "mean of |probability − reference| over all voxels",
+        _more(PROBABILITY_MAE),
+        better="lower",
+        decimals=4,
+    )
+    where = "of the map's values in the {}, the margin left out"
+    for statistic in ("mean", "median"):
+        for of, prefix in (("prediction", ""), ("reference", "reference_")):
+            name = f"{prefix}quantity_{statistic}"
+            label = f"{prefix.replace('_', ' ')}quantity, {statistic}".capitalize()
+            yield Metric(name, label, f"{statistic} {where.format(of)}", _more(name), "", None, 2)
+    yield Metric(
+        "quantity_error",
+        "Quantity error",
+        "mean in the prediction − mean in the reference",
+        lambda c: c.more.get("quantity_mean", nan) - c.more.get("reference_quantity_mean", nan),
+        "",
+        None,
+        2,
+    )
+
+
+def _more(name: str) -> Callable[[Comparison], float]:
+    return lambda c: c.more.get(name, nan)
+
+
 def _of_part(metric: Metric, part: Part) -> Metric:
     third = {"apex": "third of the slices nearest to the feet", "base": "third of the slices nearest to the head"}
     return replace(
@@ -155,7 +195,9 @@ def _tumour_regions(named: Targets) -> Targets | None:
 _PROMISE12 = ("dice", "assd_mm", "hd95_mm", "volume_error_percent")
 _PARTS: tuple[Part, ...] = ("apex", "base")
 
-METRICS: dict[str, Metric] = {m.name: m for group in (_overlaps, _distances, _volumes, _lesions) for m in group()}
+METRICS: dict[str, Metric] = {
+    m.name: m for group in (_overlaps, _distances, _volumes, _lesions, _of_more) for m in group()
+}
 METRICS |= {m.name: m for part in _PARTS for m in (_of_part(METRICS[name], part) for name in _PROMISE12)}
 
 SETS: dict[str, MetricSet] = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -24,6 +24,7 @@ class Comparison:
     """Two masks (X, Y, Z), cropped to the box around both, of a volume with ``voxels`` known voxels.
 
     ``head_axis`` is the array's axis along the body, ``head_last`` whether its last slice is nearest to the head.
+    ``more`` has what masks alone do not tell, by the metric's name.
     """
 
     reference: Mask
@@ -34,6 +35,7 @@ class Comparison:
     head_axis: int = 2
     head_last: bool = True
     minimum_overlap: float = 0.0
+    more: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -44,6 +46,7 @@ class Comparison:
         known: Mask | None = None,
         *,
         minimum_overlap: float = 0.0,
+        more: Mapping[str, float] | None = None,
     ) -> Comparison:
         """Two masks on a grid; voxels outside ``known`` are left out of both.
 
@@ -57,8 +60,9 @@ class Comparison:
         box = tuple(slice(max(0, b.start - 1), b.stop + 1) for b in box)
         (axis, *_), (reverse, *_) = grid.axes_to("SAR")
         return cls(
-            reference[box], prediction[box], grid.spacing_mm, grid.voxel_ml, voxels, axis, not reverse, minimum_overlap
-        )
+            reference[box], prediction[box], grid.spacing_mm, grid.voxel_ml, voxels, axis, not reverse,
+            minimum_overlap, more or {},
+        )  # fmt: skip
 
     @cached_property
     def overlap(self) -> Overlap:

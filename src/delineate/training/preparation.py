@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from delineate.auto import derive_recipe, summarise
-from delineate.bundle import Bundle, fingerprint_of, versions
+from delineate.bundle import Bundle, versions
 from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
@@ -23,6 +23,7 @@ from delineate.datasets.inspection import Inspection, inspect
 from delineate.datasets.splits import Split, load_or_make_split
 from delineate.errors import BrokenSubjects, RecipeError
 from delineate.inference.batch import with_channels
+from delineate.inference.fingerprint import fingerprint_of
 from delineate.io.files import writing_beside
 from delineate.preprocessing.cache import PreparedDataset, prepare
 from delineate.recipe import Recipe, apply_changes, recipe_from, to_yaml

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pandas as pd
 import torch
 import yaml
 from torch.utils.data import DataLoader
@@ -35,7 +36,8 @@ from delineate.errors import RecipeError, TrainingError
 from delineate.evaluation.measure import Measuring, evaluate
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
-from delineate.inference.batch import predict_subjects, with_channels
+from delineate.inference.batch import Outcome, predict_subjects, with_channels
+from delineate.inference.confidence import LEVEL, Calibration
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
 from delineate.losses.content import has_random_features
@@ -276,15 +278,36 @@ def _has_more_budget(spec: Any, state: Path) -> bool:
 def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputePlan, report: Reporter) -> Evaluation:
     """Predict the held-out subjects with the kept weights, on their own grids, and measure."""
     bundle = Bundle.load(folder / "bundle")
-    predictor = Predictor([bundle], replace(plan, compile=False))
+    predictor = Predictor([bundle], replace(plan, compile=False), probabilities=True)
     chosen = [with_channels(subject, bundle.channels) for subject in subjects]
-    pairs = []
-    for done, outcome in enumerate(predict_subjects(predictor, chosen, folder / "predictions"), start=1):
+    pairs, outcomes = [], []
+    probabilities = folder / "predictions" / "probabilities"
+    predicting = predict_subjects(predictor, chosen, folder / "predictions", probabilities=probabilities)
+    for done, outcome in enumerate(predicting, start=1):
         if outcome.error is not None or outcome.path is None:
             raise TrainingError(f"held-out subject '{outcome.subject.id}' could not be predicted: {outcome.error}")
         assert outcome.subject.label is not None  # inspection refuses subjects without one
         pairs.append(Pair(outcome.subject.id, outcome.path, outcome.subject.label, outcome.subject.site))
+        outcomes.append(outcome)
         report.progress("predicting held-out subjects", done, len(chosen))
-    evaluation = evaluate(pairs, bundle.targets, Measuring(",".join(bundle.recipe.metrics)))
+    measuring = Measuring(",".join(bundle.recipe.metrics), probabilities=probabilities)
+    evaluation = evaluate(pairs, bundle.targets, measuring)
     evaluation.write(folder / "evaluation")
+    needed = ["dice", "reference_volume_ml"]
+    has_them = set(needed) <= set(evaluation.metrics)
+    known = evaluation if has_them else evaluate(pairs, bundle.targets, Measuring(",".join(needed)))
+    calibration = _calibration(outcomes, known.table.set_index(["subject", "target"])[needed])
+    calibration.save(folder / "bundle")
+    with writing_beside(folder / "evaluation" / "coverage.json") as path:
+        path.write_text(json.dumps({"level": LEVEL, "targets": calibration.coverage()}, indent=1), encoding="utf-8")
     return evaluation
+
+
+def _calibration(outcomes: Sequence[Outcome], measured: pd.DataFrame) -> Calibration:
+    """How far off what predictions say of themselves was on the held-out subjects."""
+    rows = []
+    for outcome in outcomes:
+        for target, confidence in outcome.confidence.items():
+            dice, reference_ml = map(float, measured.loc[(outcome.subject.id, target)])
+            rows.append((target, confidence, dice, reference_ml))
+    return Calibration.of(rows)
