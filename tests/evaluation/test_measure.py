@@ -13,13 +13,13 @@ import pytest
 from delineate.core.grid import Grid
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
-from delineate.core.volume import LabelVolume
+from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import Dataset
-from delineate.errors import BadLabelValue, DuplicateSubject, GridMismatch, MissingFile
+from delineate.errors import BadLabelValue, BadShape, DuplicateSubject, GridMismatch, MissingFile
 from delineate.evaluation.measure import Measuring, compare, evaluate, evaluate_folders
 from delineate.evaluation.pairs import Pair, pair_files, targets_in
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation
-from delineate.io.formats import write_label
+from delineate.io.formats import write_label, write_volume
 from delineate.metrics.catalogue import METRICS
 
 TARGETS = Targets({"liver": (1, 2), "tumour": (2,)}, mode="overlapping", ignore=(9,))
@@ -267,3 +267,53 @@ class TestLesionsAndConfusion:
         assert evaluate_folders(*folders, measuring=Measuring("lits")).targets == ("liver", "tumour")
         assert evaluate_folders(*folders, TARGETS, Measuring("lits,dice")).targets == TARGETS.names
         assert evaluate_folders(*folders).targets == ("label 1", "label 2")
+
+
+def test_a_quantity_is_read_inside_its_margin_and_who_changes_sides_is_named(tmp_path: Path) -> None:
+    fat = np.full((1, *GRID.shape), 3.0, np.float32)
+    fat[0][LIVER] = 8.0
+    fat[0][3:9, 3:7, 2:6] = 6.0  # a rim of 1 × 2 × 5 mm around the middle
+    write_volume(tmp_path / "scans/imagesTr/a.nii.gz", Volume(fat, GRID))
+    write_label(tmp_path / "scans/labelsTr/a.nii.gz", label(v1=LIVER))
+    about = {"modality": {"0": "fat"}, "labels": {"0": "background", "1": "liver"}, "training": []}
+    about["training"] = [{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}]
+    (tmp_path / "scans/dataset.json").write_text(json.dumps(about))
+    smaller = np.s_[4:8, 4:6, 3:5]
+    write_label(tmp_path / "predictions/a.nii.gz", label(v1=smaller))
+    found = {}
+    for margin_mm in (0.0, 0.99, 1.0):
+        measuring = Measuring("dice", quantity="fat", margin_mm=margin_mm)
+        [row] = evaluate_folders(tmp_path / "predictions", tmp_path / "scans", measuring=measuring).table.to_dict(
+            "records"
+        )
+        found[margin_mm] = row["reference_quantity_mean"], row["quantity_mean"], row["quantity_error"]
+    whole, inner = 8 * 6 * 6, 6 * 4 * 4
+    mean = (6 * inner + 8 * (whole - inner)) / whole
+    assert found[0.0] == pytest.approx((mean, 6.0, 6.0 - mean))
+    assert found[0.99] == found[0.0], "the outermost voxels lie a voxel from what is outside"
+    assert found[1.0][0] < mean
+    with pytest.raises(MissingFile, match="lacks water"):
+        evaluate_folders(tmp_path / "predictions", tmp_path / "scans", measuring=Measuring("dice", quantity="water"))
+
+
+def test_probabilities_are_measured_where_they_lie(tmp_path: Path) -> None:
+    write_label(tmp_path / "references/a.nii.gz", label(v1=LIVER))
+    write_label(tmp_path / "predictions/a.nii.gz", label(v1=LIVER))
+    inside = label(v1=LIVER).voxels > 0
+    write_volume(
+        tmp_path / "probabilities/a.nii.gz", Volume(np.where(inside, 0.9, 0.2)[None].astype(np.float32), GRID)
+    )
+    measuring = Measuring("dice", probabilities=tmp_path / "probabilities")
+    liver = Targets({"liver": (1,)})
+    evaluation = evaluate_folders(tmp_path / "predictions", tmp_path / "references", liver, measuring)
+    share = inside.mean()
+    expected = share * 0.1 + (1 - share) * 0.2
+    assert evaluation.table["probability_mae"][0] == pytest.approx(expected, rel=1e-5)
+    assert evaluation.reliabilities()["liver"].expected_error == pytest.approx(expected, rel=1e-5)
+    evaluation.write(tmp_path / "out")
+    back = Evaluation.read(tmp_path / "out").reliabilities()["liver"]
+    assert back.expected_error == pytest.approx(expected, rel=1e-5)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["calibration"]["liver"]["expected_calibration_error"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(BadShape, match="holds 1 probabilities"):
+        evaluate_folders(tmp_path / "predictions", tmp_path / "references", TARGETS, measuring)

@@ -55,3 +55,10 @@ def test_seams_show_where_tiles_meet_and_nowhere_else(rng: np.random.Generator) 
 def test_without_borders_or_changes_there_is_no_score() -> None:
     assert isnan(seam_score(np.zeros((8, 8, 8)), [[0], [0], [0]]))
     assert isnan(seam_score(np.zeros((8, 8, 8)), [[0, 4], [0], [0]]))
+
+
+def test_arrays_of_other_memory_order_are_the_same_voxels(rng: np.random.Generator) -> None:
+    p = rng.random((5, 6, 7))
+    truth = p > 0.5
+    here, there = Reliability.of(p, truth), Reliability.of(np.asfortranarray(p), truth)
+    assert here.mean_absolute_error == pytest.approx(there.mean_absolute_error)

@@ -140,8 +140,9 @@ class Predictor:
         label = LabelVolume(self.targets.decode(masks), volume.grid)
         confidence = {
             name: Confidence(int(np.count_nonzero(mask)) * volume.grid.voxel_ml, expected, agreement)
-            for name, mask, expected, agreement in zip(
-                self.targets.names, masks, decision.expected_dice, decision.agreement, strict=True
+            # Of the label as it is written: what is tumour is liver, too.
+            for (name, mask), expected, agreement in zip(
+                self.targets.masks(label.voxels).items(), decision.expected_dice, decision.agreement, strict=True
             )
         }
         clock.lap("postprocess")

@@ -34,7 +34,7 @@ class Reliability:
     ) -> Reliability:
         """Of probabilities and a mask of one shape; voxels outside ``known`` are left out."""
         p, truth = (probability, reference) if known is None else (probability[known], reference[known])
-        p, truth = p.ravel(order="K").astype(np.float64), truth.ravel(order="K")
+        p, truth = p.ravel(order="F").astype(np.float64), truth.ravel(order="F")
         place = np.minimum((p * bins).astype(np.int64), bins - 1)
         voxels, predicted, true, error = (
             np.bincount(place, weights=w, minlength=bins) for w in (None, p, truth.astype(float), np.abs(p - truth))

@@ -1,0 +1,196 @@
+"""What a prediction says of itself without a truth."""
+
+from __future__ import annotations
+
+import csv
+from math import isnan, log, nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from delineate.bundle import Bundle
+from delineate.compute import plan_compute
+from delineate.core.grid import Grid, permute_axes
+from delineate.core.targets import Targets
+from delineate.core.volume import Volume
+from delineate.datasets.inspection import inspect
+from delineate.datasets.phantoms.writing import write_phantoms
+from delineate.errors import BundleError
+from delineate.inference.confidence import Calibration, Confidence, expected_dice, mutual_dice
+from delineate.inference.fingerprint import Oddity, fingerprint_of, oddities
+from delineate.inference.predictor import Predictor
+from delineate.inference.review import queue, review, write_queue
+from delineate.recipe import recipe_from
+from delineate.sampling.tiles import TileGeometry
+
+
+def test_probabilities_that_mean_what_they_say_promise_the_dice_that_comes(rng: np.random.Generator) -> None:
+    p = rng.beta(0.4, 1.2, size=200_000)
+    mask, truth = p > 0.5, rng.random(p.size) < p
+    dice = 2 * (mask & truth).sum() / (mask.sum() + truth.sum())
+    assert expected_dice(p.sum(), p[mask].sum(), mask.sum()) == pytest.approx(dice, abs=0.01)
+    assert expected_dice(5.0, 5.0, 5) == 1
+    assert isnan(expected_dice(0.3, 0.0, 0))
+
+
+def test_agreement_is_the_mean_dice_of_every_two() -> None:
+    a, b, c = (np.array(m, bool) for m in ([1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]))
+    assert mutual_dice([a, b, c]) == pytest.approx((1 + 0.5 + 0.5) / 3)
+    assert isnan(mutual_dice([a]))
+
+
+def calibration(n: int = 40) -> Calibration:
+    """True Dice .05 to .15 below what is expected; true volumes 10 % off on either side."""
+    steps = np.linspace(0, 1, n)
+    return Calibration.of(
+        [("liver", Confidence(100.0, 0.9), 0.85 - 0.1 * s, 100 * 1.1 ** (2 * s - 1)) for s in steps]
+        + [("cyst", Confidence(0.0, nan), 0.0, 3.0)]
+    )
+
+
+def test_intervals_are_where_the_errors_were() -> None:
+    made = calibration()
+    low, high = made.dice_interval("liver", Confidence(50.0, 0.8))
+    assert 0.64 < low < 0.66
+    assert 0.74 < high < 0.76
+    small, large = made.volume_interval("liver", Confidence(50.0, 0.8))
+    assert (small / 50, large / 50) == (pytest.approx(1 / 1.1, rel=0.01), pytest.approx(1.1, rel=0.01))
+    assert made.dice_interval("liver", Confidence(50.0, 0.05))[0] == 0, "no Dice is below 0"
+    assert made.coverage()["liver"]["dice"] == pytest.approx(0.9, abs=0.06)
+
+
+@pytest.mark.parametrize("target", ["cyst", "spleen"])
+def test_too_few_known_subjects_give_no_interval(target: str) -> None:
+    for interval in (calibration().dice_interval, calibration().volume_interval):
+        assert all(isnan(end) for end in interval(target, Confidence(5.0, 0.9)))
+
+
+def test_nothing_found_has_no_interval() -> None:
+    made = calibration()
+    assert all(isnan(v) for v in made.dice_interval("liver", Confidence(0.0, nan)))
+    assert all(isnan(v) for v in made.volume_interval("liver", Confidence(0.0, nan)))
+
+
+def test_a_calibration_lies_in_its_bundle(tmp_path: Path) -> None:
+    assert Calibration.load(tmp_path) is None
+    calibration().save(tmp_path)
+    assert Calibration.load(tmp_path) == calibration()
+    (tmp_path / "calibration.json").write_text("{")
+    with pytest.raises(BundleError, match="copy the bundle again"):
+        Calibration.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained_on(tmp_path_factory: pytest.TempPathFactory):
+    dataset = write_phantoms(tmp_path_factory.mktemp("scans"), 4)
+    return dataset, fingerprint_of(inspect(dataset).rows)
+
+
+def test_scans_like_those_trained_on_are_not_unusual_however_they_are_stored(trained_on) -> None:
+    from delineate.datasets.dataset import load_scan
+
+    dataset, fingerprint = trained_on
+    for subject in dataset.subjects:
+        scan = load_scan(subject)
+        assert oddities(fingerprint, scan, ["MRI"]) == []
+        how = scan.grid.axes_to("SAR")
+        turned = np.stack([permute_axes(channel, *how) for channel in scan.voxels])
+        assert oddities(fingerprint, Volume(turned * 7.0 + 100, scan.grid.permute(*how)), ["MRI"]) == []
+
+
+def test_what_is_unusual_is_named_with_what_was_usual(trained_on) -> None:
+    from delineate.datasets.dataset import load_scan
+
+    dataset, fingerprint = trained_on
+    scan = load_scan(dataset.subjects[0])
+    thick = Volume(scan.voxels[..., :6], Grid.of_spacing((*scan.grid.shape[:2], 6), (3.6, 3.6, 28.0)))
+    first, *_ = oddities(fingerprint, thick, ["MRI"])
+    assert first.text == "spacing from feet to head 28 mm (trained on 7 to 8.5 mm)"
+    assert first.distance == pytest.approx(log(28 / 8.5))
+    bright = scan.voxels.astype(float)
+    bright[:, 50:54] *= 40
+    assert any("contrast of MRI" in o.text for o in oddities(fingerprint, Volume(bright, scan.grid), ["MRI"]))
+
+
+def test_the_queue_begins_with_what_needs_a_look(tmp_path: Path) -> None:
+    reviews = [
+        review("good", {"liver": Confidence(100, 0.95)}, [], calibration()),
+        review("doubtful", {"liver": Confidence(100, 0.6)}, [], calibration()),
+        review("odd", {"liver": Confidence(100, 0.95)}, [Oddity("spacing 9 mm", 1.2)], calibration()),
+        review("nothing", {"liver": Confidence(0, nan)}, [], calibration()),
+    ]
+    assert [one.subject for one in queue(reviews)] == ["odd", "nothing", "doubtful", "good"]
+    write_queue(tmp_path / "review.csv", reviews)
+    with (tmp_path / "review.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["unusual"] == "spacing 9 mm"
+    assert rows[1]["expected_dice"] == ""
+    assert float(rows[2]["dice_low"]) < 0.6 < float(rows[2]["expected_dice"]) + 0.01
+
+
+def saved(folder: Path, mirror: list[str], targets: Targets) -> Bundle:
+    recipe = recipe_from(
+        {
+            "name": "small",
+            "preprocessing": [{"kind": "normalise"}],
+            "tiles": {"kind": "patches", "shape": [8, 8, 4]},
+            "network": {"kind": "unet", "dimensions": 3, "widths": [4, 8]},
+            "augmentation": {"spatial": {"mirror": mirror}},
+        }
+    )
+    bundle = Bundle(recipe, recipe.pipeline, targets, ("MR",), TileGeometry((8, 8, 4)), (1.0, 1.0, 3.0))
+    torch.manual_seed(len(mirror))
+    bundle.save(folder, bundle.network().state_dict(), {})
+    return Bundle.load(folder)
+
+
+PLAN = plan_compute(device="cpu", precision="fp32", compile="off")
+SCAN = Volume(
+    np.random.default_rng(4).random((1, 12, 10, 8), dtype=np.float32), Grid.of_spacing((12, 10, 8), (1, 1, 3))
+)
+EXCLUSIVE = Targets({"a": (1,), "b": (2,)})
+OVERLAPPING = Targets({"a": (1, 2), "b": (2,)}, "overlapping")
+
+
+@pytest.mark.parametrize("targets", [EXCLUSIVE, OVERLAPPING], ids=["exclusive", "overlapping"])
+def test_probabilities_decide_the_label(targets: Targets, tmp_path: Path) -> None:
+    predictor = Predictor([saved(tmp_path, ["x"], targets)], PLAN, probabilities=True)
+    found = predictor.predict(SCAN)
+    assert found.probabilities is not None
+    p, masks = found.probabilities.astype(float), targets.masks(found.label.voxels)
+    for t, name in enumerate(targets.names):
+        rival = np.maximum(1 - p.sum(axis=0), p[1 - t]) if targets.exclusive else 0.5
+        clear = abs(p[t] - rival) > 0.01
+        if targets.exclusive or name == "b":  # what is b is a, too
+            np.testing.assert_array_equal(masks[name][clear], (p[t] > rival)[clear])
+        confidence = found.confidence[name]
+        assert confidence.volume_ml == pytest.approx(masks[name].sum() * 0.003)
+        assert isnan(confidence.agreement)
+    if targets.exclusive:
+        inside = masks["a"]
+        promised = 2 * p[0][inside].sum() / (p[0].sum() + inside.sum()) if inside.any() else nan
+        assert found.confidence["a"].expected_dice == pytest.approx(promised, abs=2e-3, nan_ok=True)
+
+
+def test_the_mirror_image_is_asked_only_where_training_had_mirrors(tmp_path: Path) -> None:
+    for mirror in ([], ["x"]):
+        bundle = saved(tmp_path / str(len(mirror)), mirror, EXCLUSIVE)
+        found = Predictor([bundle], PLAN, mirrored=True).predict(SCAN)
+        assert all(isnan(c.agreement) == (not mirror) for c in found.confidence.values())
+
+
+def test_mirroring_a_scan_mirrors_its_prediction_where_both_are_asked(tmp_path: Path) -> None:
+    predictor = Predictor([saved(tmp_path, ["x"], EXCLUSIVE)], PLAN, mirrored=True, probabilities=True)
+    flipped = Volume(np.ascontiguousarray(SCAN.voxels[:, ::-1]), SCAN.grid)
+    one, other = (predictor.predict(scan).probabilities for scan in (SCAN, flipped))
+    assert one is not None
+    assert other is not None
+    np.testing.assert_allclose(one, other[:, ::-1], atol=2e-3)
+
+
+def test_an_ensemble_of_equals_agrees(tmp_path: Path) -> None:
+    bundle = saved(tmp_path, [], EXCLUSIVE)
+    found = Predictor([bundle, bundle], PLAN).predict(SCAN)
+    assert all(c.agreement == 1 for c in found.confidence.values())

@@ -1,0 +1,39 @@
+"""Conformal intervals cover what they promise, and say when they cannot."""
+
+from __future__ import annotations
+
+from math import inf, isnan, nan
+
+import numpy as np
+import pytest
+
+from delineate.metrics.conformal import Conformal
+
+
+def test_by_hand() -> None:
+    errors = Conformal(tuple(range(1, 20)))  # 19 of them: 90 % leaves the outermost on either side
+    assert errors.interval(0.9) == (1, 19)
+    assert errors.interval(0.8) == (2, 18)
+    assert errors.interval(0.91) == (-inf, inf)
+    assert errors.best_level == pytest.approx(0.9)
+
+
+def test_undefined_errors_do_not_count() -> None:
+    assert Conformal((nan, 3.0, 1.0, inf)).errors == (1.0, 3.0)
+    assert Conformal(()).best_level == 0
+    assert isnan(Conformal(()).coverage(0.9))
+
+
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.9])
+def test_new_subjects_of_the_same_kind_are_covered(level: float, rng: np.random.Generator) -> None:
+    covered = []
+    for _ in range(2000):
+        *known, new = rng.exponential(size=40)
+        low, high = Conformal(tuple(known)).interval(level)
+        covered.append(low <= new <= high)
+    assert level - 0.03 < np.mean(covered) < level + 2 / 40 + 0.03
+
+
+def test_leaving_each_out_shows_the_coverage(rng: np.random.Generator) -> None:
+    errors = Conformal(tuple(rng.normal(size=99)))
+    assert errors.coverage(0.9) == pytest.approx(0.9, abs=0.021)
