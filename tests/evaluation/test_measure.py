@@ -300,9 +300,7 @@ def test_probabilities_are_measured_where_they_lie(tmp_path: Path) -> None:
     write_label(tmp_path / "references/a.nii.gz", label(v1=LIVER))
     write_label(tmp_path / "predictions/a.nii.gz", label(v1=LIVER))
     inside = label(v1=LIVER).voxels > 0
-    write_volume(
-        tmp_path / "probabilities/a.nii.gz", Volume(np.where(inside, 0.9, 0.2)[None].astype(np.float32), GRID)
-    )
+    write_volume(tmp_path / "probabilities/a.nii.gz", Volume(np.where(inside, 0.9, 0.2)[None].astype(np.float32), GRID))
     measuring = Measuring("dice", probabilities=tmp_path / "probabilities")
     liver = Targets({"liver": (1,)})
     evaluation = evaluate_folders(tmp_path / "predictions", tmp_path / "references", liver, measuring)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,8 +12,8 @@ import pytest
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
-from delineate.evaluation.measure import compare
-from delineate.evaluation.table import Evaluation
+from delineate.evaluation.measure import Measuring, compare
+from delineate.evaluation.table import Evaluation, reliability_table
 from delineate.reporting.figures import confusion_chart
 from delineate.reporting.html import EvaluationReport, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of
@@ -92,8 +95,6 @@ def test_what_must_be_said_is_said(report, tmp_path) -> None:
 
 
 def test_a_run_without_held_out_subjects_has_a_page_too(report, tmp_path) -> None:
-    from dataclasses import replace
-
     page = page_of(replace(report, evaluation=None, overlays=[], learning=None, validation=None, notes=[]), tmp_path)
     assert "How it was made" in page
     assert "Every held-out subject" not in page
@@ -117,3 +118,98 @@ def test_confusion_is_shown_by_rows_of_the_reference() -> None:
     organ = confusion[confusion["reference"] == "organ"].set_index("prediction")["voxels"]
     assert f"{organ['organ'] / organ.sum():.1%}" in chart
     assert "organ" in chart
+
+
+class Outline(HTMLParser):
+    """What a screen reader meets: headings, names, links, regions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.headings: list[int] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.regions: list[dict[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if "id" in found:
+            self.ids.append(found["id"] or "")
+        if tag == "a":
+            self.links.append(found["href"] or "")
+        if "scroll" in (found.get("class") or "").split():
+            self.regions.append(found)
+
+
+def test_headings_names_and_regions_are_in_order(report, tmp_path) -> None:
+    outline = Outline()
+    outline.feed(page_of(report, tmp_path))
+    assert outline.headings[0] == 1
+    assert all(after - before <= 1 for before, after in zip(outline.headings, outline.headings[1:], strict=False))
+    assert len(set(outline.ids)) == len(outline.ids)
+    assert all(region["tabindex"] == "0" and region["aria-label"] for region in outline.regions)
+    assert outline.links
+    assert {link.removeprefix("#") for link in outline.links} <= set(outline.ids)
+
+
+def luminance(colour: str) -> float:
+    """Relative, as WCAG 2.2 defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_stands_out_from_its_ground_in_light_and_dark(report, tmp_path) -> None:
+    page = page_of(report, tmp_path)
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in page.split("prefers-color-scheme")[:2])
+    for scheme in (light, light | dark):
+        for ground in ("paper", "soft", "warn"):
+            for text in ("ink", "muted", "accent"):
+                bright, dim = sorted((luminance(scheme[text]), luminance(scheme[ground])), reverse=True)
+                assert (bright + 0.05) / (dim + 0.05) >= 4.5, (text, ground)
+    assert dark != light
+
+
+def with_probabilities() -> Evaluation:
+    rows, bins = [], []
+    for i in range(9):
+        p = np.clip(np.stack([m.astype(float) for m in TARGETS.masks(label().voxels).values()]), 0.1 + 0.02 * i, 0.9)
+        measuring = Measuring("standard,avd_percent,density_percent", probabilities=Path("kept"))
+        measured = compare(label(i % 3), label(), TARGETS, measuring, subject=f"s{i}", probabilities=p)
+        rows += measured.targets
+        bins += measured.reliability
+    confusion = pd.DataFrame(compare(label(2), label(), TARGETS, subject="a").confusion)
+    return Evaluation(pd.DataFrame(rows), confusion=confusion, reliability=reliability_table(bins))
+
+
+def test_what_was_measured_besides_is_drawn(tmp_path) -> None:
+    evaluation = with_probabilities()
+    write_report(tmp_path / "page.html", EvaluationReport("a", "b", evaluation))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    error = evaluation.reliabilities()["organ"].expected_error
+    assert f"organ expected calibration error {error:.4f}" in page
+    assert "Classes by voxels: background" in page
+    assert "Absolute volume error of organ over its density, 9 subjects" in page
+    assert page.count("(n 3)") >= 3, "bins of as many subjects each"
+
+
+def test_every_row_leads_to_its_pictures(report, tmp_path) -> None:
+    overlay = report.overlays[0]
+    other = replace(overlay, subject="s 2", rank="")
+    page = page_of(replace(report, overlays=[overlay, other]), tmp_path)
+    assert '<a href="#subject-0">s1</a>' in page
+    assert page.count('id="subject-') == 2
+    assert "1 more subject," in page
+
+
+def test_colours_may_be_those_of_the_reports(report, tmp_path) -> None:
+    pages = []
+    for palette in ("distinct", "purple"):
+        write_report(
+            tmp_path / "p.html", EvaluationReport("a", "b", report.evaluation, report.overlays, palette=palette)
+        )
+        pages.append((tmp_path / "p.html").read_text(encoding="utf-8"))
+    assert "#56b4e9" in pages[0]
+    assert "#8a2be2" in pages[1]
+    assert "#56b4e9" not in pages[1]

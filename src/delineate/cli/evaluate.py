@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -48,6 +48,10 @@ def evaluate(
     band_percent: Annotated[
         float | None, typer.Option("--band", min=0, help="Band of volume errors to draw: operators' own is 1.7 %.")
     ] = None,
+    colours: Annotated[
+        Literal["distinct", "purple"],
+        typer.Option("--colours", help="Of overlays: told apart by everyone, or purple for agreement, red and blue."),
+    ] = "distinct",
     json: Json = False,
 ) -> None:
     """Measure predictions against references, by subject and target."""
@@ -67,7 +71,9 @@ def evaluate(
         from delineate.reporting.evaluation import write_evaluation_report
 
         marked = asked or named_targets(open_references(references), measuring)
-        write_evaluation_report(report, evaluation, predictions, references, marked, band_percent=band_percent)
+        write_evaluation_report(
+            report, evaluation, predictions, references, marked, band_percent=band_percent, palette=colours
+        )
     if json:
         print_json(evaluation.as_dict())
         return

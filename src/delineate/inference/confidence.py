@@ -89,14 +89,14 @@ class Calibration:
         return conformal[target].interval(level) if target in conformal else (-inf, inf)
 
     def coverage(self, level: float = LEVEL) -> dict[str, dict[str, float]]:
-        """By target, the share of subjects whose Dice and volume the others' intervals cover, and n."""
+        """By target, the share of subjects whose Dice and volume the others' intervals cover, and n.
+
+        Only of targets that were found, and are there, in more subjects than the level needs.
+        """
         return {
-            target: {
-                "dice": self.dice[target].coverage(level),
-                "volume": self.log_volume[target].coverage(level),
-                "n": len(self.dice[target].errors),
-            }
-            for target in self.dice
+            target: {"dice": dice.coverage(level), "volume": volume.coverage(level), "n": len(dice.errors)}
+            for (target, dice), volume in zip(self.dice.items(), self.log_volume.values(), strict=True)
+            if all(Conformal(c.errors[1:]).best_level >= level for c in (dice, volume))
         }
 
     def save(self, folder: Path) -> None:

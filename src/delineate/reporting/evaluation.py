@@ -10,7 +10,7 @@ from delineate.datasets.dataset import Dataset, load_scan
 from delineate.evaluation.pairs import open_references, pair_files
 from delineate.evaluation.table import Evaluation
 from delineate.reporting.html import EvaluationReport, write_report
-from delineate.reporting.overlays import Overlay, overlays_of
+from delineate.reporting.overlays import Overlay, Palette, overlays_of
 
 
 def write_evaluation_report(
@@ -21,6 +21,7 @@ def write_evaluation_report(
     targets: Targets | None = None,
     *,
     band_percent: float | None = None,
+    palette: Palette = "distinct",
 ) -> None:
     """Write ``path``, a page of what was measured of two folders.
 
@@ -34,6 +35,7 @@ def write_evaluation_report(
         evaluation=evaluation,
         overlays=_overlays(evaluation, predictions, known, targets) if isinstance(known, Dataset) else [],
         band_percent=band_percent,
+        palette=palette,
         simulated=isinstance(known, Dataset) and known.simulated,
     )
     write_report(path, report)

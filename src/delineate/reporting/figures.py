@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 from io import StringIO
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -147,10 +148,6 @@ def _site_legend(axes: Axes, colours: dict[str, str]) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colours), fontsize=9, handletextpad=0)
 
 
-OPERATORS_PERCENT = 1.7
-"""How far trained operators' liver volumes lie from their own mean: the band that a program should beat."""
-
-
 def agreement_chart(evaluation: Evaluation, target: str, *, band_percent: float | None = None) -> str:
     """Bland–Altman: each subject's volume error in percent over its reference volume, bias and limits of agreement.
 
@@ -238,6 +235,81 @@ def confusion_chart(evaluation: Evaluation) -> str:
 
     said = "; ".join(f"{name} {shares[i, i]:.1%} right" for i, name in enumerate(counts.index))
     return _chart(draw, f"Confusion of classes by voxels: {said}", height=0.9 + 0.45 * len(names))
+
+
+def class_chart(evaluation: Evaluation) -> str:
+    """Voxels of each class in the references of all subjects together, on a logarithmic scale."""
+    voxels = evaluation.confusion.groupby("reference", sort=False)["voxels"].sum()
+    names, counts = [str(name) for name in voxels.index], voxels.to_numpy(float)
+    shares = counts / max(counts.sum(), 1)
+
+    def draw(axes: Axes) -> None:
+        axes.barh(range(len(names)), np.maximum(counts, 0.5), 0.6, color=SERIES[0], alpha=0.75)
+        for i, (count, share) in enumerate(zip(counts, shares, strict=True)):
+            axes.annotate(
+                f"{share:.3%}", (max(count, 0.5), i), (4, 0), textcoords="offset points", va="center", fontsize=8.5
+            )
+        axes.set_xscale("log")
+        axes.set_xlim(0.5, 12 * max(counts.max(), 1))
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("voxels of the references, logarithmic")
+
+    said = ", ".join(f"{name} {share:.3%}" for name, share in zip(names, shares, strict=True))
+    return _chart(draw, f"Classes by voxels: {said}", height=0.8 + 0.35 * len(names))
+
+
+def reliability_chart(evaluation: Evaluation) -> str:
+    """How often a voxel of a probability is truly the target's, over that probability; honest is the diagonal."""
+    found = evaluation.reliabilities()
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1)
+        for colour, (target, reliability) in zip(cycle(SERIES), found.items(), strict=False):
+            predicted, true = reliability.curve
+            label = f"{target}: calibration error {reliability.expected_error:.4f}"
+            axes.plot(predicted, true, marker="o", markersize=3.5, color=colour, linewidth=1.2, label=label)
+        axes.set(xlabel="predicted probability", ylabel="share truly the target", xlim=(0, 1), ylim=(0, 1))
+        axes.legend(loc="upper left", fontsize=8.5)
+
+    said = "; ".join(f"{target} expected calibration error {r.expected_error:.4f}" for target, r in found.items())
+    return _chart(draw, f"Reliability of probabilities, {len(evaluation.subjects)} subjects: {said}", height=2.9)
+
+
+def density_chart(evaluation: Evaluation, target: str) -> str:
+    """Absolute volume error over how dense the target is, in up to five bins of as many subjects each.
+
+    Needs ``density_percent`` and ``avd_percent``. Boxes as in :func:`metric_chart`; subjects beyond
+    the whiskers are named.
+    """
+    table = evaluation.table[evaluation.table["target"] == target]
+    table = table[np.isfinite(table["avd_percent"].astype(float))].sort_values("density_percent")
+    bins = np.array_split(np.arange(len(table)), max(1, min(5, len(table) // 3)))
+
+    def draw(axes: Axes) -> None:
+        for row, places in enumerate(bins):
+            part = table.iloc[places]
+            values = part["avd_percent"].to_numpy(float)
+            _row(axes, row, values, [SERIES[0]] * len(values))
+            low, high = np.percentile(values, [25, 75])
+            for value, name in zip(values, part["subject"], strict=True):
+                if value > high + 1.5 * (high - low):
+                    axes.annotate(
+                        name, (value, row), (0, 8), textcoords="offset points", ha="center", fontsize=8, color=MUTED
+                    )
+        density = table["density_percent"].to_numpy(float)
+        labels = [f"{density[p[0]]:.3g}–{density[p[-1]]:.3g} % (n {len(p)})" for p in bins]
+        axes.set_yticks(range(len(bins)), labels)
+        axes.set_ylim(len(bins) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.grid(visible=False, axis="y")
+        axes.set(xlabel=f"{target}, absolute volume error, %", ylabel="share of all voxels")
+
+    return _chart(
+        draw, f"Absolute volume error of {target} over its density, {len(table)} subjects", height=0.9 + 0.5 * len(bins)
+    )
 
 
 def _chart(draw: Callable[[Axes], None], description: str, height: float) -> str:

@@ -9,22 +9,26 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation
+from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary
 from delineate.io.files import writing_beside
 from delineate.metrics.catalogue import METRICS, Metric, formatted
 from delineate.metrics.statistics import Estimate
 from delineate.reporting.figures import (
     agreement_chart,
+    class_chart,
     confusion_chart,
+    density_chart,
     identity_chart,
     loss_chart,
     metric_chart,
+    reliability_chart,
     validation_chart,
 )
-from delineate.reporting.overlays import LEGEND, Overlay, View, picture
+from delineate.reporting.overlays import COLOURS, MARKS, Overlay, Palette, View, picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +37,8 @@ class RunReport:
 
     ``data_rows`` are inspection's rows as plain values, ``learning`` has columns step, loss,
     ``validation`` step, dice, dice_<target>; ``plan`` rows what, choice, why; ``notes`` what a reader
-    should know before the numbers; ``crop`` a WebP of what a crop on the composite image keeps.
+    should know before the numbers; ``crop`` a WebP of what a crop on the composite image keeps;
+    ``coverage`` the level of calibrated intervals, and by target the shares of subjects that they cover.
     """
 
     title: str
@@ -49,6 +54,7 @@ class RunReport:
     provenance: Mapping[str, str]
     notes: Sequence[str] = field(default=())
     crop: bytes | None = None
+    coverage: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +68,16 @@ class EvaluationReport:
     notes: Sequence[str] = field(default=())
     simulated: bool = False
     band_percent: float | None = None
+    palette: Palette = "distinct"
 
 
 def write_report(path: Path, report: RunReport | EvaluationReport) -> None:
     """Write the page of a run or of a measurement, all or nothing. Raises :class:`OutputError`."""
-    content = _measured(report.evaluation, report.overlays, getattr(report, "band_percent", None))
     name = "evaluation.html.j2"
-    if isinstance(report, RunReport):
+    if isinstance(report, EvaluationReport):
+        content = _measured(report.evaluation, report.overlays, report.band_percent, report.palette)
+    else:
+        content = _measured(report.evaluation, report.overlays)
         name = "run.html.j2"
         content |= {
             "training": _training_charts(report),
@@ -93,22 +102,33 @@ def _environment() -> Environment:
     return environment
 
 
-def _measured(evaluation: Evaluation | None, overlays: Sequence[Overlay], band_percent: float | None) -> dict[str, Any]:
+def _measured(
+    evaluation: Evaluation | None,
+    overlays: Sequence[Overlay],
+    band_percent: float | None = None,
+    palette: Palette = "distinct",
+) -> dict[str, Any]:
     """What the templates show of a measurement; nothing where there is none."""
     if evaluation is None:
         return {"measured": None}
-    dice = _whole(evaluation).get("dice")
+    summary = evaluation.summary()
+    dice = _whole(evaluation, summary).get("dice")
+    shown = [(overlay, [_picture(overlay, view, palette) for view in overlay.views]) for overlay in overlays]
+    # An element's name may not hold spaces; a subject's may.
+    anchors = {overlay.subject: f"subject-{i}" for i, overlay in enumerate(overlays)}
     return {
         "measured": {
             "headline": None if dice is None else _estimate(METRICS["dice"], dice),
             "charts": _charts(evaluation, band_percent),
-            "summary": _summary_rows(evaluation),
+            "summary": _summary_rows(evaluation, summary),
             "sites": _site_rows(evaluation) if len(evaluation.sites) > 1 else [],
             "rows": evaluation.table.to_dict("records"),
             "unpaired": evaluation.unpaired,
             "columns": [METRICS[name] for name in evaluation.metrics],
-            "legend": _legend(overlays),
-            "pictures": [(overlay, [_picture(overlay, view) for view in overlay.views]) for overlay in overlays],
+            "legend": _legend(overlays, palette),
+            "pictures": [one for one in shown if one[0].rank],
+            "others": [one for one in shown if not one[0].rank],
+            "anchors": anchors,
         }
     }
 
@@ -129,7 +149,12 @@ def _charts(evaluation: Evaluation, band_percent: float | None) -> list[str]:
                     identity_chart(evaluation, target),
                     agreement_chart(evaluation, target, band_percent=band_percent),
                 ]
-    return charts + ([confusion_chart(evaluation)] if len(evaluation.confusion) else [])
+    if {"avd_percent", "density_percent"} <= set(evaluation.metrics):
+        tables = {target: evaluation.table[evaluation.table["target"] == target] for target in evaluation.targets}
+        charts += [density_chart(evaluation, t) for t, rows in tables.items() if rows["avd_percent"].notna().sum() >= 3]
+    if len(evaluation.confusion):
+        charts += [confusion_chart(evaluation), class_chart(evaluation)]
+    return charts + ([reliability_chart(evaluation)] if len(evaluation.reliability) else [])
 
 
 def _training_charts(report: RunReport) -> list[str]:
@@ -141,16 +166,15 @@ def _training_charts(report: RunReport) -> list[str]:
     return charts
 
 
-def _whole(evaluation: Evaluation, site: str | None = None) -> dict[str, Estimate]:
+def _whole(evaluation: Evaluation, summary: Summary) -> dict[str, Estimate]:
     """Estimates of the mean over targets; with one target, of that one."""
-    summary = evaluation.summary(site)
     return summary[MEAN_OF_TARGETS if len(evaluation.targets) > 1 else evaluation.targets[0]]
 
 
-def _summary_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+def _summary_rows(evaluation: Evaluation, summary: Summary) -> list[dict[str, Any]]:
     return [
         {"target": target, **_estimate(METRICS[name], estimate)}
-        for target, estimates in evaluation.summary().items()
+        for target, estimates in summary.items()
         if target != MEAN_OF_TARGETS or len(evaluation.targets) > 1
         for name, estimate in estimates.items()
     ]
@@ -160,7 +184,7 @@ def _site_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [
         {"site": site or "no site", **_estimate(METRICS[name], estimate)}
         for site in evaluation.sites
-        for name, estimate in _whole(evaluation, site).items()
+        for name, estimate in _whole(evaluation, evaluation.summary(site)).items()
         if METRICS[name].better
     ]
 
@@ -177,19 +201,19 @@ def _estimate(metric: Metric, estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def _legend(overlays: Sequence[Overlay]) -> list[tuple[str, str]]:
+def _legend(overlays: Sequence[Overlay], palette: Palette) -> list[tuple[str, str]]:
     """Names and colours of the marks that some picture shows."""
-    shown = {int(mark) for overlay in overlays for view in overlay.views for mark in set(view.agreement.ravel())}
-    return [names for mark, names in LEGEND.items() if mark in shown]
+    shown = {int(mark) for overlay in overlays for view in overlay.views for mark in np.unique(view.agreement)}
+    return [(name, COLOURS[palette][mark]) for mark, name in MARKS.items() if mark in shown]
 
 
 def _embedded(webp: bytes) -> str:
     return f"data:image/webp;base64,{base64.b64encode(webp).decode('ascii')}"
 
 
-def _picture(overlay: Overlay, view: View) -> dict[str, str]:
+def _picture(overlay: Overlay, view: View, palette: Palette) -> dict[str, str]:
     return {
-        "source": _embedded(picture(view)),
+        "source": _embedded(picture(view, palette)),
         "plane": view.plane,
         "text": f"{view.plane} slice of {overlay.subject} with its prediction compared to the reference",
     }

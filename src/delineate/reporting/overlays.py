@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,8 +25,19 @@ from delineate.io.files import writing_beside
 from delineate.io.formats import read_label
 from delineate.io.voxels import Orientation
 
-LEGEND = {1: ("agree", "#56b4e9"), 2: ("missed", "#e8590c"), 3: ("excess", "#f0e442"), 4: ("other target", "#e377c2")}
-"""What each value of :func:`agreement` means, and its colour (after Okabe & Ito 2008)."""
+MARKS = {1: "agree", 2: "missed", 3: "excess", 4: "other target"}
+"""What each value of :func:`agreement` means."""
+
+Palette = Literal["distinct", "purple"]
+
+COLOURS: dict[Palette, dict[int, str]] = {
+    "distinct": {1: "#56b4e9", 2: "#e8590c", 3: "#f0e442", 4: "#e377c2"},
+    "purple": {1: "#8a2be2", 2: "#ff2020", 3: "#2040ff", 4: "#ffffff"},
+}
+"""Of each mark: told apart by everyone (after Okabe & Ito 2008), or purple where both agree, red and blue where not."""
+
+MOST_PICTURES = 40
+"""Subjects that a page shows in pictures; of more, the best, the median and the worst ones."""
 
 # Axes of the view in which patients are looked at: x to the left (so the patient's right is on the
 # image's left, the radiological convention), y to the back, z to the feet.
@@ -51,7 +63,7 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Overlay:
-    """Three orthogonal views of one subject; ``rank`` is its place in the evaluation."""
+    """Three orthogonal views of one subject; ``rank`` says if it is the best, median or worst, else it is empty."""
 
     subject: str
     rank: str
@@ -67,7 +79,8 @@ def overlays_of(
     *,
     orientation: Orientation = "refuse",
 ) -> list[Overlay]:
-    """The subjects with the best, median and worst Dice (mean of targets); reads only those.
+    """Every subject, or of more than :data:`MOST_PICTURES` those whose Dice (mean of targets) is lowest, the best
+    first; best, median and worst are always there and are ranked so. Reads only those.
 
     ``scans`` gives a subject's scan, whose first channel is shown. Raises :class:`GridMismatch`
     where a scan and its labels are not on one grid, and what reading raises.
@@ -78,8 +91,8 @@ def overlays_of(
         places = dict(zip(range(len(dice)), ("best", "worst") if len(dice) > 1 else ("only",), strict=True))
     files = {pair.subject: pair for pair in pairs}
     overlays = []
-    for place, rank in sorted(places.items()):
-        subject = str(dice.index[place])
+    for place in sorted({*places, *range(max(0, len(dice) - MOST_PICTURES), len(dice))}):
+        rank, subject = places.get(place, ""), str(dice.index[place])
         pair = files[subject]
         prediction = read_label(pair.prediction, orientation=orientation)
         reference = read_label(pair.reference, orientation=orientation)
@@ -119,7 +132,7 @@ def views_of(
 
 
 def agreement(prediction: NDArray, reference: NDArray, targets: Targets) -> NDArray[np.uint8]:
-    """For each voxel 0 where neither has a target, else a key of :data:`LEGEND`.
+    """For each voxel 0 where neither has a target, else a key of :data:`MARKS`.
 
     A voxel agrees where prediction and reference have the same targets. It is missed where the
     prediction lacks one, in excess where it has one more, and both are ``other target``. Ignored
@@ -141,11 +154,11 @@ def save_overlay(path: Path, overlay: Overlay) -> None:
     scale = 3 / max(*heights, *widths)  # inches of a millimetre
     figure = Figure((scale * sum(widths), scale * max(heights) + 0.35), facecolor="black", layout="constrained")
     for axes, view in zip(figure.subplots(1, 3, width_ratios=widths), overlay.views, strict=True):
-        _draw(axes, view)
+        _draw(axes, view, "distinct")
     shown = np.unique(np.concatenate([view.agreement.ravel() for view in overlay.views]))
     names = [
-        axes.scatter([], [], marker="s", color=colour, label=name)
-        for mark, (name, colour) in LEGEND.items()
+        axes.scatter([], [], marker="s", color=COLOURS["distinct"][mark], label=name)
+        for mark, name in MARKS.items()
         if mark in shown
     ]
     if names:
@@ -154,23 +167,23 @@ def save_overlay(path: Path, overlay: Overlay) -> None:
         figure.savefig(beside, dpi=130)
 
 
-def picture(view: View) -> bytes:
+def picture(view: View, palette: Palette = "distinct") -> bytes:
     """One view as a WebP image, its longer side 380 pixels."""
     height, width = view.size_mm
     scale = 3.8 / max(height, width)
     figure = Figure((scale * width, scale * height), facecolor="black")
-    _draw(figure.add_axes((0, 0, 1, 1)), view)
+    _draw(figure.add_axes((0, 0, 1, 1)), view, palette)
     written = BytesIO()
     figure.savefig(written, format="webp", dpi=100, pil_kwargs={"quality": 82})
     return written.getvalue()
 
 
-def _draw(axes: Axes, view: View) -> None:
+def _draw(axes: Axes, view: View, palette: Palette) -> None:
     height, width = view.size_mm
     extent = (0, width, height, 0)
     axes.imshow(view.image, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="bilinear")
-    colours = np.zeros((len(LEGEND) + 1, 4))
-    for mark, (_, colour) in LEGEND.items():
+    colours = np.zeros((len(MARKS) + 1, 4))
+    for mark, colour in COLOURS[palette].items():
         colours[mark] = to_rgba(colour, 0.55)
     axes.imshow(colours[view.agreement], extent=extent, interpolation="nearest")
     axes.set_axis_off()

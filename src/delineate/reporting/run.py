@@ -42,6 +42,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         plan=json.loads((folder / "plan.json").read_text(encoding="utf-8")),
         provenance=_provenance(bundle),
         notes=_notes(folder, bundle, data["problems"]),
+        coverage=_coverage(folder / "evaluation" / "coverage.json"),
         crop=composite_picture(bundle.pipeline, _trained_on(bundle, dataset), bundle.channels),
     )
     path = folder / "report.html"
@@ -74,6 +75,14 @@ def _trained_on(bundle: Bundle, dataset: Dataset) -> list[Subject]:
         for subject in dataset.subjects
         if subject.id in trained
     ]
+
+
+def _coverage(path: Path) -> dict[str, Any] | None:
+    """What calibrated intervals cover; None where there are too few subjects for their level."""
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found if found["targets"] else None
 
 
 def _curve(path: Path) -> pd.DataFrame | None:
