@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from delineate.cli import compare, data, demo, evaluate, metrics, networks, predict, recipes, train, weights
+from delineate.cli import compare, data, demo, evaluate, forgetting, metrics, networks, predict, recipes, train, weights
 
 app = typer.Typer(
     name="delineate",
@@ -34,6 +34,7 @@ app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
+app.command("forgetting")(forgetting.forgetting)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(networks.app, name="networks")
 app.add_typer(metrics.app, name="metrics")

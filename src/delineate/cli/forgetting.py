@@ -1,0 +1,66 @@
+"""``delineate forgetting``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from delineate.cli.options import Compile, Data, Device, Json, Precision, Threads
+
+
+def forgetting(
+    before: Annotated[Path, typer.Argument(help="Bundle before fine-tuning.")],
+    after: Annotated[Path, typer.Argument(help="Bundle after it.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for predictions and evaluations.")],
+    metrics: Annotated[str, typer.Option("--metrics", help="Sets and single metrics, joined by commas.")] = "standard",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    compile: Compile = "auto",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Measure what fine-tuning cost on the source data: both bundles on scans that neither saw, compared in pairs."""
+    from dataclasses import asdict
+
+    from delineate.bundle import Bundle
+    from delineate.cli.terminal import Terminal, print_json
+    from delineate.compute import plan_compute, torch_threads
+    from delineate.datasets.layouts import open_dataset
+    from delineate.evaluation.forgetting import measure_forgetting
+    from delineate.evaluation.measure import Measuring
+    from delineate.evaluation.methods import compare_methods
+    from delineate.metrics.catalogue import METRICS, formatted
+
+    bundles = Bundle.load(before), Bundle.load(after)
+    subjects = open_dataset(data).subjects
+    plan = plan_compute(
+        device=device,
+        precision=precision,
+        compile=compile,
+        threads=threads,
+        expected_seconds=2.0 * len(subjects),
+    )
+    with Terminal() as terminal, torch_threads(plan.threads):
+        found = measure_forgetting(
+            *bundles,
+            subjects,
+            out,
+            plan,
+            Measuring(metrics),
+            lambda done, total: terminal.progress("predicting", done, total),
+        )
+    differences = compare_methods(found)
+    if json:
+        print_json([asdict(d) for d in differences])
+        return
+    for target in next(iter(found.values())).targets:
+        for metric in next(iter(found.values())).metrics:
+            if METRICS[metric].better:
+                values = [evaluation.summary()[target][metric].mean for evaluation in found.values()]
+                shown = " before, ".join(formatted(metric, value) for value in values)
+                typer.echo(f"{target}: {METRICS[metric].title} {shown} after")
+    for difference in differences:
+        typer.echo(str(difference))

@@ -1,0 +1,61 @@
+"""What fine-tuning cost on the source data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from delineate.bundle import Bundle
+from delineate.compute import plan_compute
+from delineate.core.targets import Targets
+from delineate.datasets.phantoms.writing import write_phantoms
+from delineate.errors import BundleError, DatasetError
+from delineate.evaluation.forgetting import measure_forgetting
+from delineate.evaluation.measure import Measuring
+from delineate.recipe import recipe_from
+from delineate.sampling.tiles import TileGeometry
+
+PLAN = plan_compute(device="cpu", precision="fp32", compile="off")
+
+
+def saved(folder: Path, targets: Targets, seed: int, training: list[str]) -> Bundle:
+    recipe = recipe_from(
+        {
+            "name": "small",
+            "preprocessing": [{"kind": "resample", "spacing_mm": [12, 12, None]}, {"kind": "normalise"}],
+            "tiles": {"kind": "slices", "shape": [32, 32]},
+            "network": {"kind": "unet", "dimensions": 2, "widths": [4, 8]},
+        }
+    )
+    geometry = TileGeometry((32, 32, 1), slice_axis=2)
+    bundle = Bundle(recipe, recipe.pipeline, targets, ("MRI",), geometry, (12.0, 12.0, 7.0))
+    torch.manual_seed(seed)
+    replace(bundle, provenance={"training": training}).save(folder, bundle.network().state_dict(), {})
+    return Bundle.load(folder)
+
+
+def test_both_are_measured_on_what_neither_saw_in_what_both_name(tmp_path: Path) -> None:
+    subjects = write_phantoms(tmp_path / "scans", 4).subjects
+    both = saved(tmp_path / "a", Targets({"liver": (1,), "tumour": (2,)}), 0, [subjects[0].id])
+    tumour = saved(tmp_path / "b", Targets({"tumour": (1,)}), 1, [subjects[1].id])
+    found = measure_forgetting(both, tumour, subjects, tmp_path / "out", PLAN, Measuring("dice,volume_ml"))
+    for evaluation in found.values():
+        assert evaluation.targets == ("tumour",)
+        assert evaluation.subjects == tuple(s.id for s in subjects[2:])
+    same = measure_forgetting(both, both, subjects, tmp_path / "same", PLAN, Measuring("dice,volume_ml"))
+    assert same["before"].table.equals(same["after"].table)
+    assert same["before"].targets == ("liver", "tumour")
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    subjects = write_phantoms(tmp_path / "scans", 1).subjects
+    liver = saved(tmp_path / "a", Targets({"liver": (1,), "tumour": (2,)}), 0, [])
+    brain = saved(tmp_path / "b", Targets({"lesion": (1,)}), 1, [subjects[0].id])
+    with pytest.raises(BundleError, match="nothing in common can be forgotten"):
+        measure_forgetting(liver, brain, subjects, tmp_path / "out", PLAN, Measuring("dice"))
+    seen = saved(tmp_path / "c", Targets({"liver": (1,), "tumour": (2,)}), 1, [subjects[0].id])
+    with pytest.raises(DatasetError, match="seen in training"):
+        measure_forgetting(liver, seen, subjects, tmp_path / "out", PLAN, Measuring("dice"))
