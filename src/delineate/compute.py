@@ -64,12 +64,10 @@ class ComputePlan:
         return network.to(self.device, memory_format=self.memory_format(dimensions))  # type: ignore[call-overload]
 
     def compiled(self, function: Callable) -> Callable:
-        """``function`` compiled for fixed shapes where the plan says so, else as it is, with right gradients."""
-        if self.compile:
-            return torch.compile(function, dynamic=False)
+        """``function``, compiled for fixed shapes where the plan says so; its gradients are right either way."""
         if self.device.type == "cpu" and self.precision == "bf16":
-            return _with_right_gradients(function)
-        return function
+            function = _with_right_gradients(function)
+        return torch.compile(function, dynamic=False) if self.compile else function
 
     def rows(self) -> list[dict[str, str]]:
         """The plan as a table for logs and reports."""

@@ -58,10 +58,11 @@ def measure_forgetting(
             predicted, true = bundle.targets.masks(prediction.voxels), before.targets.masks(reference.voxels)
             for target in common:
                 # One by one: the same name may have other values in the two.
-                alone = Targets({target: (1,)})
-                masks = (LabelVolume(m[target].astype(np.uint8), prediction.grid) for m in (predicted, true))
-                measured = compare(*masks, alone, measuring, subject=outcome.subject.id, site=outcome.subject.site)
-                rows += measured.targets
+                said, wanted = (
+                    LabelVolume(masks[target].astype(np.uint8), prediction.grid) for masks in (predicted, true)
+                )
+                subject, alone = outcome.subject, Targets({target: (1,)})
+                rows += compare(said, wanted, alone, measuring, subject=subject.id, site=subject.site).targets
             on_subject(k * len(chosen) + done, 2 * len(chosen))
         evaluations[name] = Evaluation(pd.DataFrame(rows))
         evaluations[name].write(out / f"{name}_evaluation")
