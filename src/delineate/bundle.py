@@ -74,7 +74,7 @@ class Bundle:
         with safe_open(self._weights_file, framework="pt") as file:
             return dict(file.metadata() or {})
 
-    @property
+    @cached_property
     def weights_sha256(self) -> str:
         """Digest of the weights' file, by which a result names the model that it is of."""
         with self._weights_file.open("rb") as file:

@@ -258,3 +258,37 @@ def test_methods_are_compared_in_words(tmp_path) -> None:
     assert "Dice: new is better than old (difference 0.200" in done.stdout
     delineate("compare", tmp_path / "old", code=2)
     assert "E_MISSING" in delineate("compare", tmp_path / "old", tmp_path / "none", code=1).stderr
+
+
+def test_patients_are_simulated_in_the_layout_of_their_challenge(tmp_path) -> None:
+    done = delineate("data", "phantom", "abdomen", "-n", 2, "--out", tmp_path / "scans", "--layout", "nnunet")
+    assert "2 simulated patients" in done.stdout
+    inspected = json.loads(delineate("data", "inspect", tmp_path / "scans", "--json").stdout)
+    assert [row["subject"] for row in inspected["subjects"]] == ["abdomen_000", "abdomen_001"]
+    assert inspected["problems"] == []
+    refused = delineate("data", "phantom", "prostate", "-n", 1, "--out", tmp_path / "no", "--layout", "brats", code=2)
+    assert "msd, nnunet, promise12, cases can" in refused.stderr
+
+
+def test_what_needs_a_look_is_said_and_probabilities_are_measured(run, balls, tmp_path) -> None:
+    out = tmp_path / "predictions"
+    shown = delineate("predict", run / "bundle", balls, "--unseen", "-o", out, "--probabilities", "--mirrored").stdout
+    assert "to look at first" in shown
+    review = pd.read_csv(out / "review.csv")
+    assert list(review["need"]) == sorted(review["need"], reverse=True)
+    assert set(review["target"]) == {"ball"}
+    assert {p.stem for p in (out / "probabilities").iterdir()} == {p.stem for p in out.glob("*.nii.gz")}
+    done = delineate("evaluate", out, balls, "--quantity", "T1", "--margin-mm", 1.5, "--threshold", 1.5)
+    assert "probabilities of ball: expected calibration error" in done.stdout
+    assert f"ball: {len(review)} of {len(review)} on the right side of 1.5" in done.stdout
+    odd = Volume(read_volume(balls / "imagesTr/c1_0000.nii.gz").voxels, Grid.of_spacing(GRID.shape, (1, 1, 9)))
+    write_volume(tmp_path / "odd.nii.gz", odd)
+    answer = json.loads(delineate("predict", run / "bundle", tmp_path / "odd.nii.gz", "-o", out, "--json").stdout)
+    assert answer["predictions"][0]["unusual"][0].startswith("spacing from feet to head 9 mm")
+
+
+def test_nothing_is_forgotten_by_a_bundle_that_stayed_the_same(run, balls, tmp_path) -> None:
+    bundle = run / "bundle"
+    done = delineate("forgetting", bundle, bundle, "--data", balls, "-o", tmp_path / "out", "--metrics", "dice")
+    assert "Dice" in done.stdout
+    assert "is better than" not in done.stdout

@@ -191,8 +191,9 @@ def make_consensus(
     for (a, first), (b, second) in combinations(zip(annotators, files, strict=True), 2):
         pairs = [pair for s in subjects for pair in pair_files(first[s], second[s]).pairs]
         evaluation = evaluate(pairs, targets_in(pairs))
+        summary = evaluation.summary()
         for target in evaluation.targets:
-            dice = evaluation.summary()[target]["dice"]
+            dice = summary[target]["dice"]
             rows.append([f"{a} – {b}", target, f"{dice.mean:.3f} ± {dice.sd:.3f}", str(dice.n)])
     print_table("", ["annotators", "target", "Dice ± SD", "n"], rows)
     typer.echo(f"{len(subjects)} labels in {out}")

@@ -56,11 +56,11 @@ def forgetting(
     if json:
         print_json([asdict(d) for d in differences])
         return
-    for target in next(iter(found.values())).targets:
-        for metric in next(iter(found.values())).metrics:
+    first, then = (evaluation.summary() for evaluation in found.values())
+    for target, estimates in first.items():
+        for metric, estimate in estimates.items():
             if METRICS[metric].better:
-                values = [evaluation.summary()[target][metric].mean for evaluation in found.values()]
-                shown = " before, ".join(formatted(metric, value) for value in values)
-                typer.echo(f"{target}: {METRICS[metric].title} {shown} after")
+                was, became = (formatted(metric, e.mean) for e in (estimate, then[target][metric]))
+                typer.echo(f"{target}: {METRICS[metric].title} {was} before, {became} after")
     for difference in differences:
         typer.echo(str(difference))

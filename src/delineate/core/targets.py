@@ -95,6 +95,10 @@ class Targets:
         """Boolean mask (X, Y, Z) of each target in a label with the data set's own values."""
         return {name: np.isin(label, numbers) for name, numbers in self.values.items()}
 
+    def foreground(self, label: NDArray) -> NDArray[np.bool_]:
+        """Voxels of a label that belong to any target."""
+        return np.isin(label, [value for numbers in self.values.values() for value in numbers])
+
     def known(self, label: NDArray) -> NDArray[np.bool_]:
         """Voxels of a label that are not ignored."""
         return ~np.isin(label, self.ignore)

@@ -198,8 +198,7 @@ class Examination:
     def check_mirrored(self, label: LabelVolume) -> None:
         """Note evidence that the label's voxels and its header do not belong together."""
         targets = self.rules.targets
-        wanted = [v for values in targets.values.values() for v in values] if targets else []
-        mask = np.isin(label.voxels, wanted) if wanted else label.voxels > 0
+        mask = label.voxels > 0 if targets is None else targets.foreground(label.voxels)
         assert self.grid is not None
         found = suspicion(self.grey, self.grid, mask, label.grid)
         self.grey.clear()

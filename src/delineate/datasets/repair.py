@@ -132,8 +132,7 @@ def _label_onto(
     label: LabelVolume, grid: Grid, shown: list[NDArray], targets: Targets | None
 ) -> tuple[LabelVolume, str]:
     """A label on the grid of the scan, and what that took."""
-    wanted = [v for values in targets.values.values() for v in values] if targets else []
-    mask = np.isin(label.voxels, wanted) if wanted else label.voxels > 0
+    mask = label.voxels > 0 if targets is None else targets.foreground(label.voxels)
     mirrored = suspicion(shown, grid, mask, label.grid)
     if mirrored is not None:
         turned = permute_axes(label.voxels, (0, 1, 2), mirrored.flip)

@@ -115,7 +115,7 @@ def views_of(
     image = permute_axes(scan.voxels[0], order, flip)
     found, known = (permute_axes(label.voxels, order, flip) for label in (prediction, reference))
     marks = agreement(found, known, targets)
-    segmented = np.isin(known, [v for values in targets.values.values() for v in values])
+    segmented = targets.foreground(known)
     segmented = segmented if segmented.any() else marks > 0
     box = _cube(marks > 0, spacing_mm)
     black, white = np.percentile(image, [0.5, 99.5])
