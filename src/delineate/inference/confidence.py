@@ -75,7 +75,8 @@ class Calibration:
         low, high = self._errors(self.dice, target, level)
         if not isfinite(confidence.expected_dice) or not isfinite(low + high):
             return nan, nan
-        return tuple(float(np.clip(confidence.expected_dice + error, 0, 1)) for error in (low, high))  # type: ignore[return-value]
+        low, high = (min(max(confidence.expected_dice + error, 0.0), 1.0) for error in (low, high))
+        return low, high
 
     def volume_interval(self, target: str, confidence: Confidence, level: float = LEVEL) -> tuple[float, float]:
         """What the true volume in ml is; undefined where nothing was found or too few are known."""

@@ -94,6 +94,14 @@ class Comparison:
         return (self.overlap.tp + self.overlap.fn) * self.voxel_ml
 
     def part(self, part: Part) -> Comparison:
+        """One of :attr:`_parts`."""
+        return self._parts[part]
+
+    @cached_property
+    def _parts(self) -> dict[Part, Comparison]:
+        return {"apex": self._third("apex"), "base": self._third("base")}
+
+    def _third(self, part: Part) -> Comparison:
         """The third of the reference's slices nearest to the feet (apex) or the head (base), and what lies beyond it.
 
         As PROMISE12 (Litjens et al. 2014) divides the prostate; the middle third takes what does not divide.

@@ -117,22 +117,34 @@ def outlines(mask: Mask, slice_axis: int) -> Mask:
 
     What lies outside the array belongs to every mask.
     """
-    size = [1 if axis == slice_axis else 3 for axis in range(mask.ndim)]
-    return mask & ~ndimage.minimum_filter(mask, size=size, mode="nearest")
+    inner = mask
+    for axis in range(mask.ndim):
+        if axis != slice_axis:
+            # One axis after the other: the neighbours of neighbours are the eight.
+            whole, inner = np.moveaxis(inner, axis, 0), inner.copy(order="K")
+            core = np.moveaxis(inner, axis, 0)
+            core[1:] &= whole[:-1]
+            core[:-1] &= whole[1:]
+    return mask & ~inner
 
 
 def _nearest(sources: Mask, targets: Mask, spacing_mm: Sequence[float]) -> NDArray[np.float64]:
     """Distance from each source voxel to the nearest target voxel, in the sources' index order."""
-    index = np.argwhere(sources)
+    index, there = np.argwhere(sources), np.argwhere(targets)
     distances = np.full(len(index), inf)
-    if not targets.any():
+    if not len(there):
         return distances
+    # Where the surfaces are one, nothing needs to be looked for.
+    distances[targets[sources]] = 0
     # A tree over the targets answers in microseconds where surfaces are thin and near each other; the
     # rest (noise, or one surface deep inside the other) is bounded by one distance transform of the box.
-    if len(index) + np.count_nonzero(targets) < sources.size / 8:
+    if len(index) + len(there) < sources.size / 8:
         # Sliding-midpoint splits: medians of lattice points, many of them equal, are slow to build.
-        tree = cKDTree(np.argwhere(targets) * spacing_mm, balanced_tree=False)
-        distances = tree.query(index * spacing_mm, distance_upper_bound=10 * min(spacing_mm))[0]
+        tree = cKDTree(there * spacing_mm, balanced_tree=False)
+        for limit_mm, most in ((10 * min(spacing_mm), len(index)), (inf, sources.size // 500)):
+            left = np.flatnonzero(np.isinf(distances))
+            if 0 < len(left) <= most:
+                distances[left] = tree.query(index[left] * spacing_mm, distance_upper_bound=limit_mm)[0]
     far = np.isinf(distances)
     if far.any():
         nearest = ndimage.distance_transform_edt(

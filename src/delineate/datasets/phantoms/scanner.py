@@ -26,10 +26,12 @@ class Scanner:
     """A simulated scanner and its protocol; each of its ``sequences`` is a channel.
 
     ``shape`` and ``spacing_mm`` are along right, front and up; files are stored in ``orientation``.
-    ``slices`` are how many slices a scan may have, where that differs from scan to scan. ``noise`` is
-    the deviation in each quadrature channel relative to muscle's signal, or in Hounsfield units;
-    ``bias`` the deviation of the coils' log sensitivity; ``blur`` the share of a voxel's signal that
-    its neighbours in the plane get; ``gain`` the number that muscle's signal is stored as.
+    ``centre_mm`` is where the middle of the field of view lies, about; an ``oblique`` one is tilted by
+    some degrees. ``slices`` are how many slices a scan may have, where that differs from scan to scan.
+    ``noise`` is the deviation in each quadrature channel relative to muscle's signal, or in
+    Hounsfield units; ``bias`` the deviation of the coils' log sensitivity; ``blur`` the share of a
+    voxel's signal that its neighbours in the plane get; ``gain`` the number that muscle's signal is
+    stored as.
     ``stripped`` names the part outside of which all is set to zero, as after skull stripping.
     """
 
