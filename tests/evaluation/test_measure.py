@@ -17,7 +17,7 @@ from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import Dataset
 from delineate.errors import BadLabelValue, BadShape, DuplicateSubject, GridMismatch, MissingFile
 from delineate.evaluation.measure import Measuring, compare, evaluate, evaluate_folders
-from delineate.evaluation.pairs import Pair, pair_files, targets_in
+from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation
 from delineate.io.formats import write_label, write_volume
 from delineate.metrics.catalogue import METRICS
@@ -315,3 +315,15 @@ def test_probabilities_are_measured_where_they_lie(tmp_path: Path) -> None:
     assert summary["calibration"]["liver"]["expected_calibration_error"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(BadShape, match="holds 1 probabilities"):
         evaluate_folders(tmp_path / "predictions", tmp_path / "references", TARGETS, measuring)
+
+
+def test_references_are_the_data_set_that_they_are(tmp_path: Path) -> None:
+    for case in ("Case00", "Case01"):
+        write_volume(tmp_path / f"{case}.mhd", Volume(np.ones((1, *GRID.shape), np.uint8), GRID))
+        write_label(tmp_path / f"{case}_segmentation.mhd", label(v1=LIVER))
+    found = open_references(tmp_path)
+    assert isinstance(found, Dataset)
+    assert found.layout == "promise12"
+    for scan in tmp_path.glob("Case0?.*"):
+        scan.unlink()
+    assert open_references(tmp_path) == tmp_path, "labels alone are a folder"

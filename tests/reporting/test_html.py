@@ -32,7 +32,7 @@ def label(shift: int = 0) -> LabelVolume:
 @pytest.fixture
 def report(rng) -> RunReport:
     rows = []
-    for i in range(4):
+    for i in range(6):
         rows += compare(label(i), label(), TARGETS, subject=f"s{i}", site="AB"[i % 2]).targets
     rows[-1]["hd95_mm"] = float("inf")
     scan = Volume(rng.random((1, *GRID.shape)), GRID)
@@ -102,10 +102,10 @@ def test_a_run_without_held_out_subjects_has_a_page_too(report, tmp_path) -> Non
 
 def test_a_measurement_has_a_page_of_its_own(report, tmp_path) -> None:
     write_report(
-        tmp_path / "page.html", EvaluationReport("a against b", "4 subjects", report.evaluation, band_percent=1.7)
+        tmp_path / "page.html", EvaluationReport("a against b", "6 subjects", report.evaluation, band_percent=1.7)
     )
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "Bland-Altman of organ volumes, 4 subjects" in page
+    assert "Bland-Altman of organ volumes, 6 subjects" in page
     assert "Every subject" in page
     assert "How it was made" not in page
     assert page.count("<h1") == 1

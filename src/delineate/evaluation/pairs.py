@@ -14,7 +14,7 @@ from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.layouts import open_dataset
-from delineate.errors import DuplicateSubject, MissingFile
+from delineate.errors import DuplicateSubject, MissingFile, UnknownLayout
 from delineate.io.formats import name_of, read_label, suffix_of
 from delineate.io.voxels import Orientation
 
@@ -40,10 +40,16 @@ class Pairing(NamedTuple):
 
 
 def open_references(folder: Path) -> Path | Dataset:
-    """A folder of references as the data set that it is, or else as it stands."""
-    if folder.is_dir() and ((folder / "dataset.json").is_file() or not _scans_in(folder)):
-        return open_dataset(folder)
-    return folder
+    """A folder of references as the data set that it is, or else as it stands: labels, or scans beside them."""
+    if not folder.is_dir():
+        return folder
+    try:
+        dataset = open_dataset(folder)
+    except UnknownLayout:
+        if _scans_in(folder):
+            return folder
+        raise
+    return dataset if any(subject.label is not None for subject in dataset.subjects) else folder
 
 
 def pair_files(predictions: Path, references: Path | Dataset) -> Pairing:

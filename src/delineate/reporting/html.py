@@ -133,6 +133,10 @@ def _measured(
     }
 
 
+LEAST_SUBJECTS = 5
+"""With fewer, limits of agreement say nothing but how few they are."""
+
+
 def _charts(evaluation: Evaluation, band_percent: float | None) -> list[str]:
     """The distribution of the metrics that are averaged, at most four; volumes; confusion."""
     averaged = [name for name in evaluation.metrics if METRICS[name].better]
@@ -144,14 +148,14 @@ def _charts(evaluation: Evaluation, band_percent: float | None) -> list[str]:
     if {"volume_ml", "reference_volume_ml"} <= set(evaluation.metrics):
         for target in evaluation.targets:
             rows = evaluation.table[evaluation.table["target"] == target]
-            if (rows["reference_volume_ml"] > 0).sum() >= 3:
+            if (rows["reference_volume_ml"] > 0).sum() >= LEAST_SUBJECTS:
                 charts += [
                     identity_chart(evaluation, target),
                     agreement_chart(evaluation, target, band_percent=band_percent),
                 ]
     if {"avd_percent", "density_percent"} <= set(evaluation.metrics):
         tables = {target: evaluation.table[evaluation.table["target"] == target] for target in evaluation.targets}
-        charts += [density_chart(evaluation, t) for t, rows in tables.items() if rows["avd_percent"].notna().sum() >= 3]
+        charts += [density_chart(evaluation, t) for t, rows in tables.items() if rows["avd_percent"].notna().sum() >= 6]
     if len(evaluation.confusion):
         charts += [confusion_chart(evaluation), class_chart(evaluation)]
     return charts + ([reliability_chart(evaluation)] if len(evaluation.reliability) else [])
