@@ -158,21 +158,22 @@ class Predictor:
         kept = np.empty((len(names), *grid.shape), np.float16) if self._keep else None
         for k in range(first + len(names)):
             outside = 1.0 if exclusive and k == 0 else 0.0
-            total = np.zeros(grid.shape, np.float32)
+            mean: NDArray[np.float32] | None = None
             for i, score in enumerate(scores):
                 plane = score.undo.scores(score.probabilities[k].astype(np.float32), outside)
-                total += plane
+                mean = plane if mean is None else mean + plane
                 if each:
                     each[i].add(plane)
-            total /= np.float32(len(scores))
-            everyone.add(total)
+            assert mean is not None  # there is a bundle
+            mean = mean if len(scores) == 1 else mean / np.float32(len(scores))
+            everyone.add(mean)
             if kept is not None and k >= first:
-                kept[k - first] = total
-        masks = everyone.masks
+                kept[k - first] = mean
+        masks, variants = everyone.masks, [one.masks for one in each]
         return _Decision(
             masks,
             tuple(everyone.expected_dice()),
-            tuple(mutual_dice([one.masks[t] for one in each]) for t in range(len(names))),
+            tuple(mutual_dice([variant[t] for variant in variants]) for t in range(len(names))),
             kept,
         )
 
