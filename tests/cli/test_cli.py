@@ -256,6 +256,10 @@ def test_methods_are_compared_in_words(tmp_path) -> None:
         Evaluation(values).write(tmp_path / name / "evaluation")
     done = delineate("compare", f"new={tmp_path / 'new'}", tmp_path / "old")
     assert "Dice: new is better than old (difference 0.200" in done.stdout
+    delineate("compare", f"new={tmp_path / 'new'}", tmp_path / "old", "--report", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Dice: new is better than old" in page
+    assert 'aria-label="Dice of each subject, by method"' in page
     delineate("compare", tmp_path / "old", code=2)
     assert "E_MISSING" in delineate("compare", tmp_path / "old", tmp_path / "none", code=1).stderr
 

@@ -17,6 +17,7 @@ def compare(
     metrics: Annotated[
         str | None, typer.Option("--metrics", help="Sets and single metrics, joined by commas; default: all in common.")
     ] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Page to write, such as page.html.")] = None,
     json: Json = False,
 ) -> None:
     """Compare methods measured on the same subjects: paired, corrected for many comparisons, in words."""
@@ -39,6 +40,11 @@ def compare(
     if len(named) < 2:
         raise typer.BadParameter("give two or more evaluations of different names, such as a=RUN1 b=RUN2")
     found = compare_methods(named, None if metrics is None else metric_names(metrics))
+    if report is not None:
+        from delineate.reporting.html import MethodsReport, write_report
+
+        subjects = {subject for evaluation in named.values() for subject in evaluation.subjects}
+        write_report(report, MethodsReport(" against ".join(named), f"{len(subjects)} subjects.", named, found))
     if json:
         print_json([asdict(d) for d in found])
         return

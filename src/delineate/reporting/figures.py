@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from io import StringIO
 from itertools import cycle
@@ -125,6 +125,24 @@ def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
 
     height = 0.75 + 0.5 * len(targets) + (0.25 if colours else 0)
     return _chart(draw, f"{label} of each of {len(evaluation.subjects)} subjects, by target", height)
+
+
+def methods_chart(evaluations: Mapping[str, Evaluation], metric: str, label: str) -> str:
+    """Every subject's mean over targets of a metric, a row for each method; drawn as :func:`metric_chart`."""
+
+    def draw(axes: Axes) -> None:
+        for row, (evaluation, colour) in enumerate(zip(evaluations.values(), cycle(SERIES), strict=False)):
+            values = evaluation.mean_of_targets(metric).to_numpy(float)
+            values = values[np.isfinite(values)]
+            _row(axes, row, values, [colour] * len(values))
+        axes.set_yticks(range(len(evaluations)), list(evaluations))
+        axes.set_ylim(len(evaluations) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(label)
+
+    return _chart(draw, f"{label} of each subject, by method", height=0.75 + 0.5 * len(evaluations))
 
 
 def _row(axes: Axes, row: int, values: NDArray[np.float64], colours: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from delineate.evaluation.methods import MethodDifference
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary
 from delineate.io.files import writing_beside
 from delineate.metrics.catalogue import METRICS, Metric, formatted
@@ -24,6 +25,7 @@ from delineate.reporting.figures import (
     density_chart,
     identity_chart,
     loss_chart,
+    methods_chart,
     metric_chart,
     reliability_chart,
     validation_chart,
@@ -71,11 +73,25 @@ class EvaluationReport:
     palette: Palette = "distinct"
 
 
-def write_report(path: Path, report: RunReport | EvaluationReport) -> None:
-    """Write the page of a run or of a measurement, all or nothing. Raises :class:`OutputError`."""
+@dataclass(frozen=True, eq=False)
+class MethodsReport:
+    """What the page of a comparison tells: methods measured on the same subjects, and how they differ."""
+
+    title: str
+    description: str
+    evaluations: Mapping[str, Evaluation]
+    differences: Sequence[MethodDifference]
+    notes: Sequence[str] = field(default=())
+    simulated: bool = False
+
+
+def write_report(path: Path, report: RunReport | EvaluationReport | MethodsReport) -> None:
+    """Write the page of a run, a measurement or a comparison, all or nothing. Raises :class:`OutputError`."""
     name = "evaluation.html.j2"
     if isinstance(report, EvaluationReport):
         content = _measured(report.evaluation, report.overlays, report.band_percent, report.palette)
+    elif isinstance(report, MethodsReport):
+        name, content = "methods.html.j2", _measured(None, []) | {"methods": _methods(report)}
     else:
         content = _measured(report.evaluation, report.overlays)
         name = "run.html.j2"
@@ -159,6 +175,19 @@ def _charts(evaluation: Evaluation, band_percent: float | None) -> list[str]:
     if len(evaluation.confusion):
         charts += [confusion_chart(evaluation), class_chart(evaluation)]
     return charts + ([reliability_chart(evaluation)] if len(evaluation.reliability) else [])
+
+
+def _methods(report: MethodsReport) -> dict[str, Any]:
+    metrics = list(dict.fromkeys(difference.metric for difference in report.differences))
+    rows = []
+    for name, evaluation in report.evaluations.items():
+        whole = _whole(evaluation, evaluation.summary())
+        rows += [{"method": name, **_estimate(METRICS[metric], whole[metric])} for metric in metrics]
+    return {
+        "charts": [methods_chart(report.evaluations, metric, METRICS[metric].title) for metric in metrics],
+        "differences": [str(difference) for difference in report.differences],
+        "rows": rows,
+    }
 
 
 def _training_charts(report: RunReport) -> list[str]:
