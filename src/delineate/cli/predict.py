@@ -10,6 +10,10 @@ import typer
 from delineate.cli.options import Compile, Device, Json, Precision, Threads
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from delineate.core.subject import Subject
+    from delineate.inference.fingerprint import Oddity
     from delineate.inference.review import Review
 
 Flips = Annotated[
@@ -91,11 +95,16 @@ def predict(
             mirrored=mirrored,
             probabilities=probabilities,
         )
+
+        def warn(subject: Subject, odd: Sequence[Oddity]) -> None:
+            terminal.say(f"{subject.id}: unlike the training scans: {'; '.join(oddity.text for oddity in odd)}")
+
         outcomes = predict_subjects(
             predictor,
             subjects,
             out,
             suffix=f".{format}",
+            on_oddities=warn,
             probabilities=out / "probabilities" if probabilities else None,
         )
         for done, outcome in enumerate(outcomes, start=1):
@@ -116,8 +125,6 @@ def predict(
                         "need": outcome.review.need,
                     }
                 )
-                for text in outcome.review.oddities:
-                    terminal.say(f"{outcome.subject.id}: unusual {text}")
     write_queue(out / "review.csv", reviews)
     if json:
         print_json({"predictions": rows, "failed": failed})

@@ -15,6 +15,7 @@ from delineate.core.volume import Volume
 from delineate.datasets.dataset import load_scan
 from delineate.errors import DatasetError, DelineateError, MissingFile
 from delineate.inference.confidence import Calibration, Confidence
+from delineate.inference.fingerprint import Oddity
 from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review
 from delineate.io.exports import export_label
@@ -90,13 +91,14 @@ def predict_subjects(
     *,
     suffix: str = ".nii.gz",
     on_tile: Callable[[int, int], None] | None = None,
+    on_oddities: Callable[[Subject, Sequence[Oddity]], None] = lambda subject, oddities: None,
     probabilities: Path | None = None,
 ) -> Iterator[Outcome]:
     """Predict each subject into ``folder/<id><suffix>``; one that cannot be read does not stop the rest.
 
     ``.dcm`` is a DICOM-SEG that refers to the subject's first channel, which must be a DICOM series.
-    ``probabilities`` is a folder for those, as ``<id>.nii.gz`` with a channel for each target, of a
-    predictor that keeps them.
+    ``on_oddities`` is told what is unusual of a scan before it is segmented. ``probabilities`` is a
+    folder for those, as ``<id>.nii.gz`` with a channel for each target, of a predictor that keeps them.
     """
     targets, models = predictor.targets, [bundle.weights_sha256 for bundle in predictor.bundles]
     resample = predictor.bundles[0].recipe.data.resample_channels
@@ -112,18 +114,22 @@ def predict_subjects(
     queue = (replace(subject, resample=resample) for subject in subjects)
     with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
         upcoming = _submit_next(reader, queue)
-        writing: tuple[Subject, Prediction, Future[list[Path]]] | None = None
+        writing: tuple[Subject, Prediction, list[Oddity], Future[list[Path]]] | None = None
         while upcoming is not None:
             subject, reading = upcoming
             upcoming = _submit_next(reader, queue)
             try:
-                prediction = predictor.predict(reading.result(), on_tile)
+                volume = reading.result()
+                odd = predictor.oddities(volume)
+                if odd:
+                    on_oddities(subject, odd)
+                prediction = predictor.predict(volume, on_tile)
             except DelineateError as error:
                 yield Outcome(subject, None, {}, error)
                 continue
             if writing is not None:
                 yield _written(*writing, calibration)
-            writing = subject, prediction, writer.submit(write, subject, prediction)
+            writing = subject, prediction, odd, writer.submit(write, subject, prediction)
         if writing is not None:
             yield _written(*writing, calibration)
 
@@ -141,9 +147,13 @@ def _submit_next(pool: ThreadPoolExecutor, queue: Iterator[Subject]) -> tuple[Su
 
 
 def _written(
-    subject: Subject, prediction: Prediction, writing: Future[list[Path]], calibration: Calibration | None
+    subject: Subject,
+    prediction: Prediction,
+    odd: Sequence[Oddity],
+    writing: Future[list[Path]],
+    calibration: Calibration | None,
 ) -> Outcome:
     # A result that cannot be written is no fault of one scan: the error goes to the caller.
     path = writing.result()[0]
-    reviewed = review(subject.id, prediction.confidence, prediction.oddities, calibration)
+    reviewed = review(subject.id, prediction.confidence, odd, calibration)
     return Outcome(subject, path, prediction.seconds, review=reviewed, confidence=prediction.confidence)

@@ -30,14 +30,12 @@ Progress = Callable[[int, int], None]
 class Prediction:
     """A label on the scan's own grid, what can be said of each target, and the seconds that each stage took.
 
-    ``probabilities`` (T, X, Y, Z) of the targets are kept where they were asked for. ``oddities``
-    are what is unusual of the scan.
+    ``probabilities`` (T, X, Y, Z) of the targets are kept where they were asked for.
     """
 
     label: LabelVolume
     seconds: dict[str, float] = field(default_factory=dict)
     confidence: Mapping[str, Confidence] = field(default_factory=dict)
-    oddities: tuple[Oddity, ...] = ()
     probabilities: NDArray[np.float16] | None = None
 
 
@@ -115,6 +113,10 @@ class Predictor:
         folder = self.bundles[0].folder
         return None if folder is None else Calibration.load(folder)
 
+    def oddities(self, volume: Volume) -> list[Oddity]:
+        """What is unusual of a scan, told before it is segmented."""
+        return oddities(self.bundles[0].fingerprint, volume, self.channels)
+
     def predict(self, volume: Volume, progress: Progress | None = None) -> Prediction:
         """The label of a scan, on its own grid: shape and affine are the scan's."""
         if volume.channels != len(self.channels):
@@ -146,8 +148,7 @@ class Predictor:
             )
         }
         clock.lap("postprocess")
-        odd = tuple(oddities(self.bundles[0].fingerprint, volume, self.channels))
-        return Prediction(label, clock.seconds, confidence, odd, decision.probabilities)
+        return Prediction(label, clock.seconds, confidence, decision.probabilities)
 
     def _decide(self, scores: Sequence[_Scores], grid: Grid) -> _Decision:
         """Masks on the scan's grid, one class at a time so that memory stays small."""
