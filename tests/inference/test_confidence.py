@@ -18,7 +18,7 @@ from delineate.core.volume import Volume
 from delineate.datasets.inspection import inspect
 from delineate.datasets.phantoms.writing import write_phantoms
 from delineate.errors import BundleError
-from delineate.inference.confidence import Calibration, Confidence, expected_dice, mutual_dice
+from delineate.inference.confidence import Calibration, Case, Confidence, check_intervals, expected_dice, mutual_dice
 from delineate.inference.fingerprint import Oddity, fingerprint_of, oddities
 from delineate.inference.predictor import Predictor
 from delineate.inference.review import queue, review, write_queue
@@ -44,10 +44,13 @@ def test_agreement_is_the_mean_dice_of_every_two() -> None:
 def calibration(n: int = 40) -> Calibration:
     """True Dice .05 to .15 below what is expected; true volumes 10 % off on either side."""
     steps = np.linspace(0, 1, n)
-    return Calibration.of(
-        [("liver", Confidence(100.0, 0.9), 0.85 - 0.1 * s, 100 * 1.1 ** (2 * s - 1)) for s in steps]
-        + [("cyst", Confidence(0.0, nan), 0.0, 3.0)]
-    )
+    return Calibration.of([*cases(steps), Case("cyst", "A", Confidence(0.0, nan), 0.0, 3.0)])
+
+
+def cases(steps: np.ndarray, site: str = "A", worse: float = 0.0) -> list[Case]:
+    return [
+        Case("liver", site, Confidence(100.0, 0.9), 0.85 - worse - 0.1 * s, 100 * 1.1 ** (2 * s - 1)) for s in steps
+    ]
 
 
 def test_intervals_are_where_the_errors_were() -> None:
@@ -58,7 +61,18 @@ def test_intervals_are_where_the_errors_were() -> None:
     small, large = made.volume_interval("liver", Confidence(50.0, 0.8))
     assert (small / 50, large / 50) == (pytest.approx(1 / 1.1, rel=0.01), pytest.approx(1.1, rel=0.01))
     assert made.dice_interval("liver", Confidence(50.0, 0.05))[0] == 0, "no Dice is below 0"
-    assert made.coverage()["liver"]["dice"] == pytest.approx(0.9, abs=0.06)
+
+
+def test_intervals_are_checked_on_the_sites_that_they_were_not_made_of() -> None:
+    steps = np.linspace(0, 1, 40)
+    alike = check_intervals(cases(steps) + cases(steps, "B"))
+    assert [(row["site"], row["n"]) for row in alike] == [("", 80), ("A", 40), ("B", 40)]
+    assert all(float(row["dice_held"]) > 0.85 and float(row["volume_held"]) > 0.85 for row in alike[1:])
+    assert "dice_held" not in alike[0], "of one kind it is the level by construction"
+    other = check_intervals(cases(steps) + cases(steps, "B", worse=0.3))
+    assert [row["dice_held"] for row in other[1:]] == [0, 0]
+    assert float(other[0]["dice_width"]) > float(alike[0]["dice_width"])
+    assert check_intervals(cases(steps[:10])) == [], "too few for the level"
 
 
 @pytest.mark.parametrize("target", ["cyst", "spleen"])

@@ -50,6 +50,28 @@ def mutual_dice(masks: Sequence[NDArray[np.bool_]]) -> float:
 
 
 @dataclass(frozen=True)
+class Case:
+    """One target of one subject whose truth is known."""
+
+    target: str
+    site: str
+    confidence: Confidence
+    dice: float
+    reference_ml: float
+
+    @property
+    def dice_error(self) -> float:
+        """True less expected Dice; undefined where nothing was found."""
+        return self.dice - self.confidence.expected_dice
+
+    @property
+    def log_volume_error(self) -> float:
+        """Logarithm of true over predicted volume; undefined where either is nothing."""
+        found = self.confidence.volume_ml > 0 and self.reference_ml > 0
+        return log(self.reference_ml / self.confidence.volume_ml) if found else nan
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Errors on subjects that the bundle never saw: of expected Dice, and of volume as a logarithm of the ratio."""
 
@@ -57,14 +79,13 @@ class Calibration:
     log_volume: Mapping[str, Conformal]
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[str, Confidence, float, float]]) -> Calibration:
-        """From target, confidence, true Dice and reference volume of every subject and target."""
+    def of(cls, cases: Sequence[Case]) -> Calibration:
+        """From cases whose truth is known."""
         dice: dict[str, list[float]] = {}
         volume: dict[str, list[float]] = {}
-        for target, confidence, true_dice, reference_ml in rows:
-            dice.setdefault(target, []).append(true_dice - confidence.expected_dice)
-            found = confidence.volume_ml > 0 and reference_ml > 0
-            volume.setdefault(target, []).append(log(reference_ml / confidence.volume_ml) if found else nan)
+        for case in cases:
+            dice.setdefault(case.target, []).append(case.dice_error)
+            volume.setdefault(case.target, []).append(case.log_volume_error)
         return cls(
             {name: Conformal(tuple(errors)) for name, errors in dice.items()},
             {name: Conformal(tuple(errors)) for name, errors in volume.items()},
@@ -88,17 +109,6 @@ class Calibration:
     @staticmethod
     def _errors(conformal: Mapping[str, Conformal], target: str, level: float) -> tuple[float, float]:
         return conformal[target].interval(level) if target in conformal else (-inf, inf)
-
-    def coverage(self, level: float = LEVEL) -> dict[str, dict[str, float]]:
-        """By target, the share of subjects whose Dice and volume the others' intervals cover, and n.
-
-        Only of targets that were found, and are there, in more subjects than the level needs.
-        """
-        return {
-            target: {"dice": dice.coverage(level), "volume": volume.coverage(level), "n": len(dice.errors)}
-            for (target, dice), volume in zip(self.dice.items(), self.log_volume.values(), strict=True)
-            if all(Conformal(c.errors[1:]).best_level >= level for c in (dice, volume))
-        }
 
     def save(self, folder: Path) -> None:
         """Write it into a bundle."""
@@ -124,3 +134,41 @@ class Calibration:
             return cls(*groups)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise BundleError(f"{path} is damaged ({error}); copy the bundle again") from error
+
+
+def check_intervals(cases: Sequence[Case], level: float = LEVEL) -> list[dict[str, str | float]]:
+    """How wide intervals are, and whether those made without a site's subjects hold that site's truth.
+
+    A row for each target and site: the median width of the Dice interval, that of the volume interval
+    as a share of the volume, the shares of the site's subjects that both hold, and n; the site ``""``
+    has all subjects and no shares, which would be the level by construction. Sites and targets
+    without subjects enough for the level are left out.
+    """
+    rows: list[dict[str, str | float]] = []
+    sites = sorted({case.site for case in cases})
+    for target in dict.fromkeys(case.target for case in cases):
+        of_target = [case for case in cases if case.target == target]
+        for site in ["", *(sites if len(sites) > 1 else [])]:
+            known = [case for case in of_target if not site or case.site != site]
+            judged = [case for case in of_target if not site or case.site == site]
+            made = Calibration.of(known)
+            if not known or min(made.dice[target].best_level, made.log_volume[target].best_level) < level:
+                continue
+            dice = [made.dice_interval(target, case.confidence, level) for case in judged]
+            volume = [made.volume_interval(target, case.confidence, level) for case in judged]
+            shares = [
+                (high - low) / (case.confidence.volume_ml or nan)
+                for (low, high), case in zip(volume, judged, strict=True)
+            ]
+            row: dict[str, str | float] = {
+                "target": target,
+                "site": site,
+                "dice_width": float(np.nanmedian([high - low for low, high in dice])),
+                "volume_width": float(np.nanmedian(shares)),
+                "n": len(judged),
+            }
+            if site:
+                row["dice_held"] = made.dice[target].coverage([case.dice_error for case in judged], level)
+                row["volume_held"] = made.log_volume[target].coverage([c.log_volume_error for c in judged], level)
+            rows.append(row)
+    return rows

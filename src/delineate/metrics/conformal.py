@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf, isfinite, nan
 
@@ -31,10 +32,11 @@ class Conformal:
         low, high = floor(round((n + 1) * tail, 9)), ceil(round((n + 1) * (1 - tail), 9))
         return (self.errors[low - 1] if low >= 1 else -inf, self.errors[high - 1] if high <= n else inf)
 
-    def coverage(self, level: float) -> float:
-        """Share of the subjects that the interval made from all others covers. None: undefined."""
-        covered = []
-        for i, error in enumerate(self.errors):
-            low, high = Conformal(self.errors[:i] + self.errors[i + 1 :]).interval(level)
-            covered.append(low <= error <= high)
+    def coverage(self, errors: Sequence[float], level: float) -> float:
+        """Share of other subjects' ``errors`` that the interval holds. None: undefined.
+
+        Of subjects of another kind: among those of one kind it is the level by construction.
+        """
+        low, high = self.interval(level)
+        covered = [low <= error <= high for error in errors if isfinite(error)]
         return sum(covered) / len(covered) if covered else nan

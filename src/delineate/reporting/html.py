@@ -40,7 +40,7 @@ class RunReport:
     ``data_rows`` are inspection's rows as plain values, ``learning`` has columns step, loss,
     ``validation`` step, dice, dice_<target>; ``plan`` rows what, choice, why; ``notes`` what a reader
     should know before the numbers; ``crop`` a WebP of what a crop on the composite image keeps;
-    ``coverage`` the level of calibrated intervals, and by target the shares of subjects that they cover.
+    ``intervals`` the level of calibrated intervals, how wide they are and what they hold.
     """
 
     title: str
@@ -56,7 +56,7 @@ class RunReport:
     provenance: Mapping[str, str]
     notes: Sequence[str] = field(default=())
     crop: bytes | None = None
-    coverage: Mapping[str, Any] | None = None
+    intervals: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)

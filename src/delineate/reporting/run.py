@@ -42,7 +42,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         plan=json.loads((folder / "plan.json").read_text(encoding="utf-8")),
         provenance=_provenance(bundle),
         notes=_notes(folder, bundle, data["problems"]),
-        coverage=_coverage(folder / "evaluation" / "coverage.json"),
+        intervals=_intervals(folder / "evaluation" / "intervals.json"),
         crop=composite_picture(bundle.pipeline, _trained_on(bundle, dataset), bundle.channels),
     )
     path = folder / "report.html"
@@ -77,12 +77,12 @@ def _trained_on(bundle: Bundle, dataset: Dataset) -> list[Subject]:
     ]
 
 
-def _coverage(path: Path) -> dict[str, Any] | None:
-    """What calibrated intervals cover; None where there are too few subjects for their level."""
+def _intervals(path: Path) -> dict[str, Any] | None:
+    """How wide calibrated intervals are and what they hold; None where there are too few subjects for their level."""
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["targets"] else None
+    return found if found["rows"] else None
 
 
 def _curve(path: Path) -> pd.DataFrame | None:

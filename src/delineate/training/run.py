@@ -37,7 +37,7 @@ from delineate.evaluation.measure import Measuring, evaluate
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
 from delineate.inference.batch import Outcome, predict_subjects, with_channels
-from delineate.inference.confidence import LEVEL, Calibration
+from delineate.inference.confidence import LEVEL, Calibration, Case, check_intervals
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
 from delineate.losses.content import has_random_features
@@ -296,18 +296,17 @@ def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputeP
     needed = ["dice", "reference_volume_ml"]
     has_them = set(needed) <= set(evaluation.metrics)
     known = evaluation if has_them else evaluate(pairs, bundle.targets, Measuring(",".join(needed)))
-    calibration = _calibration(outcomes, known.table.set_index(["subject", "target"])[needed])
-    calibration.save(folder / "bundle")
-    with writing_beside(folder / "evaluation" / "coverage.json") as path:
-        path.write_text(json.dumps({"level": LEVEL, "targets": calibration.coverage()}, indent=1), encoding="utf-8")
+    cases = _cases(outcomes, known.table.set_index(["subject", "target"])[needed])
+    Calibration.of(cases).save(folder / "bundle")
+    with writing_beside(folder / "evaluation" / "intervals.json") as path:
+        path.write_text(json.dumps({"level": LEVEL, "rows": check_intervals(cases)}, indent=1), encoding="utf-8")
     return evaluation
 
 
-def _calibration(outcomes: Sequence[Outcome], measured: pd.DataFrame) -> Calibration:
-    """How far off what predictions say of themselves was on the held-out subjects."""
-    rows = []
-    for outcome in outcomes:
-        for target, confidence in outcome.confidence.items():
-            dice, reference_ml = map(float, measured.loc[(outcome.subject.id, target)])
-            rows.append((target, confidence, dice, reference_ml))
-    return Calibration.of(rows)
+def _cases(outcomes: Sequence[Outcome], measured: pd.DataFrame) -> list[Case]:
+    """What predictions of the held-out subjects say of themselves, and what is true."""
+    return [
+        Case(target, outcome.subject.site, confidence, *map(float, measured.loc[(outcome.subject.id, target)]))
+        for outcome in outcomes
+        for target, confidence in outcome.confidence.items()
+    ]
