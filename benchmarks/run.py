@@ -474,7 +474,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
     results = {}
-    # The reports' networks take half an hour: only when they are asked for.
+    # The reports' networks take most of an hour: only when they are asked for.
     for name in options.names or [name for name in BENCHMARKS if name != "networks"]:
         # What another benchmark compiled counts against this one's limit of recompilations.
         torch._dynamo.reset()

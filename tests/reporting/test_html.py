@@ -14,6 +14,7 @@ from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.evaluation.measure import Measuring, compare
 from delineate.evaluation.table import Evaluation, reliability_table
+from delineate.inference.confidence import Case, Confidence, check_intervals
 from delineate.reporting.figures import confusion_chart
 from delineate.reporting.html import EvaluationReport, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of
@@ -213,3 +214,15 @@ def test_colours_may_be_those_of_the_reports(report, tmp_path) -> None:
     assert "#56b4e9" in pages[0]
     assert "#8a2be2" in pages[1]
     assert "#56b4e9" not in pages[1]
+
+
+def test_intervals_and_the_crop_have_their_place(report, tmp_path) -> None:
+    steps = np.linspace(0, 1, 30)
+    cases = [Case("organ", site, Confidence(100.0, 0.9), 0.85 - 0.1 * s, 100 + s) for s in steps for site in "AB"]
+    intervals = {"level": 0.9, "rows": check_intervals(cases)}
+    page = page_of(replace(report, intervals=intervals, crop=b"picture"), tmp_path)
+    rows = re.search(r'aria-label="Intervals for new scans".*?</table>', page, re.DOTALL)
+    assert rows is not None
+    assert re.findall(r"<td>(all|A|B)</td>", rows[0]) == ["all", "A", "B"]
+    assert "90 % of scans of the same kind" in page
+    assert "data:image/webp;base64,cGljdHVyZQ==" in page

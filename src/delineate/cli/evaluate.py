@@ -63,16 +63,16 @@ def evaluate(
     beside = predictions / "probabilities"
     kept = probabilities or (beside if beside.is_dir() else None)
     measuring = Measuring(metrics, lesion_overlap, quantity, margin_mm, kept)
-    asked = parse_targets(targets)
-    evaluation = evaluate_folders(predictions, references, asked, measuring)
+    asked, known = parse_targets(targets), open_references(references)
+    evaluation = evaluate_folders(predictions, known, asked, measuring)
     if out is not None:
         evaluation.write(out)
     if report is not None:
         from delineate.reporting.evaluation import write_evaluation_report
 
-        marked = asked or named_targets(open_references(references), measuring)
+        marked = asked or named_targets(known, measuring)
         write_evaluation_report(
-            report, evaluation, predictions, references, marked, band_percent=band_percent, palette=colours
+            report, evaluation, predictions, known, marked, band_percent=band_percent, palette=colours
         )
     if json:
         print_json(evaluation.as_dict())

@@ -119,15 +119,15 @@ def evaluate(
 
 
 def evaluate_folders(
-    predictions: Path, references: Path, targets: Targets | None = None, measuring: Measuring = STANDARD
+    predictions: Path, references: Path | Dataset, targets: Targets | None = None, measuring: Measuring = STANDARD
 ) -> Evaluation:
-    """Measure a folder of predictions against a folder of labels or a data set, paired by name.
+    """Measure a folder of predictions against a folder of labels or a data set (or its folder), paired by name.
 
     Without ``targets``, those that the data set names count (as the regions of the challenge that is
     measured, if it has any), else the challenge's, else one for each value found. Raises what
     :func:`pair_files` and :func:`evaluate` raise.
     """
-    known = open_references(references)
+    known = open_references(references) if isinstance(references, Path) else references
     pairing = pair_files(predictions, known)
     chosen = targets or named_targets(known, measuring) or targets_in(pairing.pairs)
     return evaluate(pairing.pairs, chosen, measuring, unpaired=pairing.unpaired)

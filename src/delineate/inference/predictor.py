@@ -140,11 +140,12 @@ class Predictor:
         clock.lap("undo")
         masks = postprocess(decision.masks, self.targets, volume.grid, self.bundles[0].recipe.postprocessing)
         label = LabelVolume(self.targets.decode(masks), volume.grid)
+        # Of the label as it is written: where targets overlap, what is tumour is liver, too.
+        written = masks if self.targets.exclusive else self.targets.masks(label.voxels).values()
         confidence = {
             name: Confidence(int(np.count_nonzero(mask)) * volume.grid.voxel_ml, expected, agreement)
-            # Of the label as it is written: what is tumour is liver, too.
-            for (name, mask), expected, agreement in zip(
-                self.targets.masks(label.voxels).items(), decision.expected_dice, decision.agreement, strict=True
+            for name, mask, expected, agreement in zip(
+                self.targets.names, written, decision.expected_dice, decision.agreement, strict=True
             )
         }
         clock.lap("postprocess")
@@ -173,7 +174,7 @@ class Predictor:
         masks, variants = everyone.masks, [one.masks for one in each]
         return _Decision(
             masks,
-            tuple(everyone.expected_dice()),
+            tuple(everyone.expected_dice(masks)),
             tuple(mutual_dice([variant[t] for variant in variants]) for t in range(len(names))),
             kept,
         )
@@ -209,9 +210,9 @@ class _Winners:
             return np.stack([self._winner == k for k in range(1, self.targets + 1)])
         return self._winner.astype(np.bool_, copy=False)
 
-    def expected_dice(self) -> Iterator[float]:
-        """Of each target."""
-        for t, mask in enumerate(self.masks):
+    def expected_dice(self, masks: NDArray[np.bool_]) -> Iterator[float]:
+        """Of each target, whose ``masks`` are these."""
+        for t, mask in enumerate(masks):
             if self.exclusive:
                 assert self._best is not None
                 within, total = float(self._best[mask].sum(dtype=np.float64)), self._sums[t + 1]

@@ -130,8 +130,9 @@ def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVol
     try:
         with instance.open() as file:
             segmentation = highdicom.seg.segread(file)
-        segments = max(1, segmentation.number_of_segments)
-        slices = -(-segmentation.number_of_frames // segments)  # a label map has one frame a slice, and fits too
+        # A label map has a frame for each slice, other kinds one for each segment in it.
+        segments = 1 if segmentation.SegmentationType == "LABELMAP" else max(1, segmentation.number_of_segments)
+        slices = -(-segmentation.number_of_frames // segments)
         check_size(f"'{instance}'", (segmentation.Columns, segmentation.Rows, slices), limits)
         volume = segmentation.get_volume(combine_segments=True, relabel=False, skip_overlap_checks=True)
     except DelineateError:

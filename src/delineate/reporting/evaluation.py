@@ -7,7 +7,7 @@ from pathlib import Path
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, load_scan
-from delineate.evaluation.pairs import open_references, pair_files
+from delineate.evaluation.pairs import pair_files
 from delineate.evaluation.table import Evaluation
 from delineate.reporting.html import EvaluationReport, write_report
 from delineate.reporting.overlays import Overlay, Palette, overlays_of
@@ -17,7 +17,7 @@ def write_evaluation_report(
     path: Path,
     evaluation: Evaluation,
     predictions: Path,
-    references: Path,
+    references: Path | Dataset,
     targets: Targets | None = None,
     *,
     band_percent: float | None = None,
@@ -28,15 +28,15 @@ def write_evaluation_report(
     Pictures are drawn where ``references`` is a data set, which also knows the scans, and ``targets``
     are given or named by it. ``band_percent`` is drawn around zero where volumes are compared.
     """
-    known = open_references(references)
+    place = references.root if isinstance(references, Dataset) else references
     report = EvaluationReport(
-        title=f"{predictions.resolve().name} against {references.resolve().name}",
+        title=f"{predictions.resolve().name} against {place.resolve().name}",
         description=f"{len(evaluation.subjects)} subjects, {', '.join(evaluation.targets)}.",
         evaluation=evaluation,
-        overlays=_overlays(evaluation, predictions, known, targets) if isinstance(known, Dataset) else [],
+        overlays=_overlays(evaluation, predictions, references, targets) if isinstance(references, Dataset) else [],
         band_percent=band_percent,
         palette=palette,
-        simulated=isinstance(known, Dataset) and known.simulated,
+        simulated=isinstance(references, Dataset) and references.simulated,
     )
     write_report(path, report)
 

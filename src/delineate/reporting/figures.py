@@ -114,10 +114,7 @@ def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
                     f"{undefined} undefined", (1, row), (0, 14), ("axes fraction", "data"), "offset points",
                     ha="right", va="center", fontsize=8, color=MUTED,
                 )  # fmt: skip
-        axes.set_yticks(range(len(targets)), targets)
-        axes.set_ylim(len(targets) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.grid(visible=False, axis="y")
+        _name_rows(axes, targets)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
         if colours:
@@ -135,14 +132,19 @@ def methods_chart(evaluations: Mapping[str, Evaluation], metric: str, label: str
             values = evaluation.mean_of_targets(metric).to_numpy(float)
             values = values[np.isfinite(values)]
             _row(axes, row, values, [colour] * len(values))
-        axes.set_yticks(range(len(evaluations)), list(evaluations))
-        axes.set_ylim(len(evaluations) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.grid(visible=False, axis="y")
+        _name_rows(axes, list(evaluations))
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
 
     return _chart(draw, f"{label} of each subject, by method", height=0.75 + 0.5 * len(evaluations))
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """A name for each row, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.grid(visible=False, axis="y")
 
 
 def _row(axes: Axes, row: int, values: NDArray[np.float64], colours: Sequence[str]) -> None:
@@ -269,10 +271,7 @@ def class_chart(evaluation: Evaluation) -> str:
             )
         axes.set_xscale("log")
         axes.set_xlim(0.5, 12 * max(counts.max(), 1))
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.grid(visible=False, axis="y")
+        _name_rows(axes, names)
         axes.set_xlabel("voxels of the references, logarithmic")
 
     said = ", ".join(f"{name} {share:.3%}" for name, share in zip(names, shares, strict=True))
@@ -319,10 +318,7 @@ def density_chart(evaluation: Evaluation, target: str) -> str:
                     )
         density = table["density_percent"].to_numpy(float)
         labels = [f"{density[p[0]]:.3g}–{density[p[-1]]:.3g} % (n {len(p)})" for p in bins]
-        axes.set_yticks(range(len(bins)), labels)
-        axes.set_ylim(len(bins) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.grid(visible=False, axis="y")
+        _name_rows(axes, labels)
         axes.set(xlabel=f"{target}, absolute volume error, %", ylabel="share of all voxels")
 
     return _chart(

@@ -63,7 +63,9 @@ class Scanner:
 
         Of parts within each other the later one in ``values`` counts.
         """
-        drawn = self if self.slices is None else self._with_slices(int(rng.integers(*self.slices, endpoint=True)))
+        drawn = self
+        if self.slices is not None:
+            drawn = replace(self, shape=(*self.shape[:2], int(rng.integers(*self.slices, endpoint=True))))
         grid = drawn._placed(rng)
         image, shares = drawn._seen(anatomy, grid)
         (grain,) = SmoothField.draw(rng, (6.0, 25.0)).on(grid)
@@ -86,9 +88,6 @@ class Scanner:
         stored = grid.permute(*how)
         turned = np.stack([permute_axes(channel, *how) for channel in voxels])
         return Volume(turned, stored), LabelVolume(permute_axes(label, *how), stored)
-
-    def _with_slices(self, slices: int) -> Scanner:
-        return replace(self, shape=(*self.shape[:2], slices))
 
     def _seen(self, anatomy: Anatomy, grid: Grid) -> tuple[Field, dict[str, Field]]:
         """Noiseless signals (C, X, Y, Z) and shares of the parts, averaged over each slice's thickness."""

@@ -54,26 +54,30 @@ def write_phantoms(
         rows.append({"subject": subject, "site": site, **_truth(chosen, label, anatomy)})
         progress(i + 1, n)
     _write_rows(out / "truth.csv", rows)
-    if name != "wmh2017":  # which has sites as folders
+    if not arrangement.sites_are_folders:
         _write_rows(out / "sites.csv", [{key: row[key] for key in ("subject", "site")} for row in rows])
     if arrangement.describe is not None:
         # Last: a folder without it is no data set, so that one that was stopped half-way is not taken for whole.
         _write_json(out / "dataset.json", arrangement.describe(chosen, n))
-    patterns = {"images": f"*/{chosen.channels[0]}.nii", "labels": "*/label.nii"} if name == "cases" else {}
-    return open_dataset(out, **patterns)  # type: ignore[arg-type]
+    if arrangement.by_patterns:
+        return open_dataset(out, images=f"*/{chosen.channels[0]}.nii", labels="*/label.nii")
+    return open_dataset(out)
 
 
 @dataclass(frozen=True)
 class Arrangement:
     """A layout as something to write: which kinds it ``holds``, and a patient's files in it.
 
-    ``describe`` makes its dataset.json where it has one.
+    ``describe`` makes its dataset.json where it has one. Sites may be told by folders instead of
+    sites.csv, and files by patterns where no layout knows them.
     """
 
     holds: Callable[[Kind], bool]
     subject: Callable[[Kind, int], str]
     write: Callable[[Path, Kind, int, Volume, LabelVolume], None]
     describe: Callable[[Kind, int], Mapping[str, object]] | None = None
+    sites_are_folders: bool = False
+    by_patterns: bool = False
 
 
 def _name(kind: Kind, i: int) -> str:
@@ -163,13 +167,18 @@ ARRANGEMENTS: dict[str, Arrangement] = {
         lambda kind: kind.channels == ("T2",) and len(kind.values) == 1, lambda _, i: f"Case{i:02}", _write_promise12
     ),
     "wmh2017": Arrangement(
-        lambda kind: kind.channels == ("FLAIR",), lambda kind, i: f"{kind.scanner_of(i).name}_{i:03}", _write_wmh
+        lambda kind: kind.channels == ("FLAIR",),
+        lambda kind, i: f"{kind.scanner_of(i).name}_{i:03}",
+        _write_wmh,
+        sites_are_folders=True,
     ),
     "lits": Arrangement(
         lambda kind: len(kind.channels) == 1 and LIVER in kind.values, lambda _, i: f"volume-{i}", _write_lits
     ),
     "brats": Arrangement(lambda kind: set(kind.values) == set(_BRATS_VALUES), _name, _write_brats),
-    "cases": Arrangement(lambda kind: len(kind.channels) == 1 and not kind.ignored, _name, _write_cases),
+    "cases": Arrangement(
+        lambda kind: len(kind.channels) == 1 and not kind.ignored, _name, _write_cases, by_patterns=True
+    ),
 }
 """``cases`` is a folder for each patient with the scan and ``label.nii``, opened by patterns."""
 
