@@ -98,13 +98,15 @@ class ValidationSpec(_Spec):
 
     ``times`` over the budget (less often where that would take more than a tenth of the
     minutes); the bundle keeps the weights of the best ``metric``. ``patience``
-    validations without a better one end the training early; ``null``: never.
+    validations without a better one end the training early; ``null``: never. ``loss_every`` so many
+    steps the loss is measured on a batch of their tiles, not augmented; ``null``: never.
     """
 
     subjects: Annotated[int, Field(ge=0)] = 8
     times: Annotated[int, Field(ge=1)] = 10
     metric: Literal["dice", "worst_dice"] = "dice"
     patience: Annotated[int, Field(ge=1)] | None = None
+    loss_every: Annotated[int, Field(ge=1)] | None = 50
 
 
 class TrainingSpec(_Spec):

@@ -48,7 +48,7 @@ def recipe() -> Recipe:
             "training": {
                 "steps": 12,
                 "optimiser": {"learning_rate": 0.01},
-                "validation": {"times": 3},
+                "validation": {"times": 3, "loss_every": 5},
                 "folds": 3,
             },
         }

@@ -18,7 +18,7 @@ import torch
 from delineate.bundle import Bundle
 from delineate.datasets.dataset import load_scan
 from delineate.datasets.splits import make_split
-from delineate.errors import BrokenSubjects, RecipeError, TrainingError
+from delineate.errors import BadSplit, BrokenSubjects, RecipeError, TrainingError
 from delineate.io.formats import read_header
 from delineate.networks import unet
 from delineate.recipe import recipe_from, to_yaml
@@ -47,7 +47,8 @@ def test_a_run_leaves_what_it_promises(recipe, balls, tmp_path) -> None:
     names = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert names >= {
         "bundle/weights.safetensors", "last/weights.safetensors", "last/state.safetensors", "recipe.yaml",
-        "split.json", "plan.json", "data.json", "logs/training.csv", "logs/validation.csv", "evaluation/metrics.csv",
+        "split.json", "plan.json", "data.json", "logs/training.csv", "logs/validation.csv", "logs/validation_loss.csv",
+        "evaluation/metrics.csv",
     }  # fmt: skip
     curve = pd.read_csv(tmp_path / "run/logs/training.csv")
     assert curve["step"].tolist() == list(range(12))
@@ -92,7 +93,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(recipe, balls, tmp
     assert second.finished
     whole, parts = weights_of(tmp_path / "whole/last"), weights_of(tmp_path / "parts/last")
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
-    for curve in ("training.csv", "validation.csv"):
+    for curve in ("training.csv", "validation.csv", "validation_loss.csv"):
         a, b = (pd.read_csv(tmp_path / name / "logs" / curve) for name in ("whole", "parts"))
         pd.testing.assert_frame_equal(
             a.drop(columns="minutes", errors="ignore"), b.drop(columns="minutes", errors="ignore")
@@ -285,6 +286,38 @@ def test_batch_norms_know_the_weights_that_are_kept(recipe, balls, tmp_path) -> 
     assert torch.corrcoef(torch.stack([by_statistics.flatten(), by_batch.flatten()]))[0, 1] > 0.95
 
 
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_looking_at_the_validation_loss_changes_nothing(recipe, balls, tmp_path, norm) -> None:
+    values = recipe.as_dict()
+    values["network"] |= {"norm": norm, "dropout": 0.2}
+    values["training"] |= {"steps": 9}
+    for every in (None, 4):
+        values["training"]["validation"] = {"subjects": 2, "times": 1, "loss_every": every}
+        run(recipe_from(values), balls, tmp_path / str(every), evaluate=False)
+    blind, looking = weights_of(tmp_path / "None/last"), weights_of(tmp_path / "4/last")
+    assert all(np.array_equal(blind[name], looking[name]) for name in blind)
+    assert not (tmp_path / "None/logs/validation_loss.csv").exists()
+    curve = pd.read_csv(tmp_path / "4/logs/validation_loss.csv")
+    assert curve["step"].tolist() == [0, 4, 8]
+    assert np.isfinite(curve["validation_loss"]).all()
+
+
+def test_on_the_same_tiles_the_validation_loss_is_the_training_loss(recipe, balls, tmp_path) -> None:
+    """Even of BatchNorms whose moving statistics know nothing yet."""
+    one = balls.subjects[0]
+    twins = replace(balls, subjects=tuple(replace(one, id=name, patient=name) for name in "abcdef"))
+    values = recipe.as_dict()
+    values["network"] |= {"norm": "batch", "dropout": 0.0}
+    values["augmentation"] = {"spatial": None, "intensity": None}
+    values["tiles"], values["sampler"] = {"kind": "whole"}, {"kind": "all"}
+    values["training"] |= {"steps": 2, "validation": {"subjects": 1, "times": 1, "loss_every": 1}}
+    run(recipe_from(values), twins, tmp_path / "run", evaluate=False)
+    logs = tmp_path / "run/logs"
+    of_training = pd.read_csv(logs / "training.csv")["loss"]
+    of_validation = pd.read_csv(logs / "validation_loss.csv")["validation_loss"]
+    assert of_validation.to_numpy() == pytest.approx(of_training, rel=1e-4)
+
+
 def test_roles_are_disjoint_and_leave_the_locked_test_set_alone(recipe, balls) -> None:
     split = make_split(balls.subjects, folds=2, test_fraction=0.34, seed=0)
     roles = assign_roles(balls.subjects, split, 0, recipe)
@@ -294,3 +327,9 @@ def test_roles_are_disjoint_and_leave_the_locked_test_set_alone(recipe, balls) -
     assert not set().union(*names) & set(split.test)
     everyone = assign_roles(balls.subjects, split, None, recipe)
     assert len(everyone.training) + len(everyone.validation) == len(balls.subjects) - len(split.test)
+
+
+def test_one_patient_alone_cannot_be_split(recipe, balls, tmp_path) -> None:
+    alone = replace(balls, subjects=tuple(replace(subject, patient="one") for subject in balls.subjects))
+    with pytest.raises(BadSplit, match="has one patient"):
+        run(recipe, alone, tmp_path / "run")

@@ -130,8 +130,14 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> list[str]:
     return frozen
 
 
+def free_norms(network: nn.Module) -> list[nn.BatchNorm2d | nn.BatchNorm3d]:
+    """BatchNorms that are trained."""
+    return [m for m in network.modules() if isinstance(m, NORMS) and any(p.requires_grad for p in m.parameters())]
+
+
 def hold_frozen_norms(network: nn.Module) -> None:
     """Put BatchNorms whose parameters are all fixed into evaluation: their moving statistics stay, too."""
+    free = set(free_norms(network))
     for module in network.modules():
-        if isinstance(module, NORMS) and not any(p.requires_grad for p in module.parameters()):
+        if isinstance(module, NORMS) and module not in free:
             module.eval()

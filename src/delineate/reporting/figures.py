@@ -49,22 +49,34 @@ _WIDTH = 5.2  # inches: the text is as large as the page's at half of its width
 _MOST_POINTS = 400
 
 
-def loss_chart(learning: pd.DataFrame) -> str:
-    """The training loss over steps: its mean, and the band that holds 80 % of the steps around it.
+def loss_chart(learning: pd.DataFrame, validation_loss: pd.DataFrame | None = None) -> str:
+    """The loss over steps: its mean, and the band that holds 80 % of the steps around it.
 
-    ``learning`` has a row for each logged step: columns ``step`` and ``loss``.
+    ``learning`` has a row for each logged step, columns ``step`` and ``loss``; ``validation_loss`` the
+    columns ``step`` and ``validation_loss``.
     """
-    table = learning[["step", "loss"]].dropna()
-    parts = np.array_split(table.to_numpy(float), max(1, min(120, len(table) // 4)))
-    step = [part[:, 0].mean() for part in parts]
-    low, high = np.array([np.percentile(part[:, 1], [10, 90]) for part in parts]).T
+    last = int(learning["step"].max())
 
     def draw(axes: Axes) -> None:
-        axes.fill_between(step, low, high, color=SERIES[0], alpha=0.18, linewidth=0)
-        axes.plot(step, [part[:, 1].mean() for part in parts], color=SERIES[0])
+        _smoothed(axes, learning["step"], learning["loss"], SERIES[0], "training, augmented")
         axes.set(xlabel="training step", ylabel="loss")
+        if validation_loss is not None:
+            values = validation_loss["validation_loss"]
+            _smoothed(axes, validation_loss["step"], values, SERIES[1], "validation subjects")
+            axes.legend(loc="upper right", fontsize=9)
 
-    return _chart(draw, f"Training loss over {int(table['step'].max())} steps", height=2.7)
+    beside = " and of validation subjects" if validation_loss is not None else ""
+    return _chart(draw, f"Loss of training{beside} over {last} steps", height=2.7)
+
+
+def _smoothed(axes: Axes, steps: pd.Series, values: pd.Series, colour: str, label: str) -> None:
+    """Means of up to 120 stretches of steps, and the band that holds 80 % of each."""
+    table = np.column_stack([steps, values])
+    parts = np.array_split(table, max(1, min(120, len(table) // 4)))
+    middle = [part[:, 0].mean() for part in parts]
+    low, high = np.array([np.percentile(part[:, 1], [10, 90]) for part in parts]).T
+    axes.fill_between(middle, low, high, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(middle, [part[:, 1].mean() for part in parts], color=colour, label=label)
 
 
 def validation_chart(validation: pd.DataFrame) -> str:

@@ -38,9 +38,10 @@ class RunReport:
     """What the page of a run tells.
 
     ``data_rows`` are inspection's rows as plain values, ``learning`` has columns step, loss,
-    ``validation`` step, dice, dice_<target>; ``plan`` rows what, choice, why; ``notes`` what a reader
-    should know before the numbers; ``crop`` a WebP of what a crop on the composite image keeps;
-    ``intervals`` the level of calibrated intervals, how wide they are and what they hold.
+    ``validation_loss`` step, validation_loss, ``validation`` step, dice, dice_<target>; ``plan`` rows
+    what, choice, why; ``notes`` what a reader should know before the numbers; ``crop`` a WebP of what a
+    crop on the composite image keeps; ``intervals`` the level of calibrated intervals, how wide they
+    are and what they hold.
     """
 
     title: str
@@ -57,6 +58,7 @@ class RunReport:
     notes: Sequence[str] = field(default=())
     crop: bytes | None = None
     intervals: Mapping[str, Any] | None = None
+    validation_loss: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +195,7 @@ def _methods(report: MethodsReport) -> dict[str, Any]:
 def _training_charts(report: RunReport) -> list[str]:
     charts = []
     if report.learning is not None and len(report.learning):
-        charts.append(loss_chart(report.learning))
+        charts.append(loss_chart(report.learning, report.validation_loss))
     if report.validation is not None and len(report.validation):
         charts.append(validation_chart(report.validation))
     return charts

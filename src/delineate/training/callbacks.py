@@ -14,6 +14,7 @@ import lightning
 
 from delineate.bundle import save_weights
 from delineate.preprocessing.cache import PreparedSubject
+from delineate.sampling.batches import BatchSource
 from delineate.training.module import Delineator
 from delineate.training.validation import summary, validate
 
@@ -114,6 +115,21 @@ class Validator(lightning.Callback):
         gathered: list[Any] = [None] * trainer.world_size
         all_gather_object(gathered, own)
         return [score for part in gathered for score in part]
+
+
+class ValidationLoss(lightning.Callback):
+    """Measures the loss on the validation subjects' tiles every so many steps, before the step is taken."""
+
+    def __init__(self, source: BatchSource, every: int) -> None:
+        self.source, self.every = source, every
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
+        step = trainer.global_step
+        if step % self.every or not trainer.is_global_zero:
+            return
+        loss = module.loss_on(self.source, step // self.every)
+        for logger in trainer.loggers:
+            logger.log_metrics({"validation_loss": loss}, step)
 
 
 class CollapseWatch(lightning.Callback):

@@ -1,4 +1,4 @@
-"""Curves of a training: two CSV files that a resumed run continues."""
+"""Curves of a training: CSV files that a resumed run continues."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-TRAINING_CURVE, VALIDATION_CURVE = "training.csv", "validation.csv"
+TRAINING_CURVE, VALIDATION_LOSS_CURVE, VALIDATION_CURVE = "training.csv", "validation_loss.csv", "validation.csv"
 
 
 class CurveLogger(Logger):
-    """Appends each step's numbers to ``training.csv`` and each validation's to ``validation.csv``.
+    """Appends each step's numbers to ``training.csv``, each validation's to ``validation.csv``.
+
+    ``validation_loss.csv`` has the loss on tiles of the validation subjects, every so many steps.
 
     Lightning's own CSV logger empties the folder when a run is resumed; this one drops only the
     rows after the step that training goes on from.
@@ -25,6 +27,7 @@ class CurveLogger(Logger):
         folder.mkdir(parents=True, exist_ok=True)
         # Losses are numbered by the steps before them, validations by the steps behind them.
         _keep_until(folder / TRAINING_CURVE, resumed_from - 1)
+        _keep_until(folder / VALIDATION_LOSS_CURVE, resumed_from - 1)
         _keep_until(folder / VALIDATION_CURVE, resumed_from)
 
     @property
@@ -41,7 +44,8 @@ class CurveLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        path = self.folder / (TRAINING_CURVE if "loss" in metrics else VALIDATION_CURVE)
+        curve = {"loss": TRAINING_CURVE, "validation_loss": VALIDATION_LOSS_CURVE}
+        path = self.folder / curve.get(next(iter(metrics)), VALIDATION_CURVE)
         row = {"step": step, **{name: f"{value:.6g}" for name, value in metrics.items()}}
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:

@@ -21,7 +21,7 @@ from delineate.compute import ComputePlan
 from delineate.errors import RecipeError, TrainingError
 from delineate.losses.content import adversaries
 from delineate.losses.spec import build_loss
-from delineate.networks.transfer import NORMS, hold_frozen_norms, matching
+from delineate.networks.transfer import NORMS, free_norms, hold_frozen_norms, matching
 from delineate.recipe import OptimiserSpec
 from delineate.sampling.batches import Batch, BatchSource
 
@@ -142,6 +142,31 @@ class Delineator(lightning.LightningModule):
             norm.momentum = momentum
         for module, training in zip(kept.modules(), was_training, strict=True):
             module.training = training
+
+    def loss_on(self, source: BatchSource, i: int) -> float:
+        """The loss of the current weights on batch ``i`` of ``source``, to be set beside the training loss.
+
+        Without dropout, and with BatchNorms that see the batch as in training: their moving statistics
+        lag behind, and would make the loss of a network that is well look bad.
+        """
+        batch = source.batch(i)
+        image, target = source.augmented(
+            Batch(batch.image.to(self.device), batch.target.to(self.device), i), self.spec.seed
+        )
+        norms = free_norms(self.network)
+        self.network.eval()
+        for norm in norms:
+            norm.train()
+            norm.track_running_stats = False
+        with torch.no_grad(), self.plan.autocast():
+            # Not the compiled graph, which would be compiled anew for a network that does not train.
+            logits = self.network(image.contiguous(memory_format=self.plan.memory_format(self.dimensions)))
+            loss = float(self.loss(logits, target, image))
+        for norm in norms:
+            norm.track_running_stats = True
+        self.network.train()
+        hold_frozen_norms(self.network)
+        return loss
 
     @property
     def progress(self) -> float:

@@ -21,7 +21,7 @@ from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset, load_scan
 from delineate.datasets.inspection import Inspection, inspect
 from delineate.datasets.splits import Split, load_or_make_split
-from delineate.errors import BrokenSubjects, RecipeError
+from delineate.errors import BadSplit, BrokenSubjects, RecipeError
 from delineate.inference.batch import with_channels
 from delineate.inference.fingerprint import fingerprint_of
 from delineate.io.files import writing_beside
@@ -225,6 +225,8 @@ def split_for(recipe: Recipe, dataset: Dataset, folder: Path, options: RunOption
     if path.exists():
         return load_or_make_split(path, dataset)
     patients = len({subject.patient for subject in dataset.subjects})
+    if patients < 2:
+        raise BadSplit(f"data set '{dataset.name}' has one patient; training and judging it need two or more")
     return load_or_make_split(path, dataset, folds=min(recipe.training.folds, patients), seed=recipe.training.seed)
 
 

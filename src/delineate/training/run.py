@@ -4,7 +4,7 @@
 
     RUN/
         recipe.yaml  plan.json  split.json  data.json   what was decided, and on what data
-        logs/        training.csv, validation.csv, TensorBoard events, messages.txt
+        logs/        training.csv, validation.csv, validation_loss.csv, TensorBoard events, messages.txt
         last/        the state that a stopped run goes on from; at the end, the last weights as a bundle
         bundle/      the best weights
         predictions/ evaluation/                        of the held-out subjects
@@ -43,9 +43,10 @@ from delineate.io.files import writing_beside
 from delineate.losses.content import has_random_features
 from delineate.networks.cost import count_convolutions
 from delineate.recipe import Recipe, recipe_from, to_yaml
+from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.batches import BatchSource
 from delineate.sampling.samplers import Sampler
-from delineate.training.callbacks import CollapseWatch, Keeper, StepProgress, Stopper, Validator
+from delineate.training.callbacks import CollapseWatch, Keeper, StepProgress, Stopper, ValidationLoss, Validator
 from delineate.training.checkpoint import SafeCheckpointIO, steps_done
 from delineate.training.logs import CurveLogger
 from delineate.training.module import BatchStream, Budget, Delineator
@@ -189,13 +190,18 @@ def _fit(
         report(f"going on from step {resumed_from}")
     validator = Validator(prepared.validation, folder / "bundle", report)
     stopper = Stopper(folder / "stop", report)
-    callbacks = [
+    callbacks: list[lightning.Callback] = [
         validator,
         CollapseWatch(spec.collapse_after, report),
         stopper,
         StepProgress(report.progress, validator),
         Keeper(state),
     ]
+    hold_a_target = any(len(points) for subject in prepared.validation for points in subject.points.values())
+    if hold_a_target and spec.validation.loss_every is not None:
+        of_validation = Sampler(bundle.recipe.sampler, prepared.validation, bundle.geometry, spec.seed)
+        plain = BatchSource(of_validation, AugmentationSpec(spatial=None, intensity=None), spec.batch_size)
+        callbacks.append(ValidationLoss(plain, spec.validation.loss_every))
     trainer = _trainer(spec, plan, folder, options, callbacks, resumed_from)
     with warnings.catch_warnings():
         # Said of every endless stream of batches, and of reading in the main process: both are on purpose.
