@@ -208,3 +208,24 @@ def test_an_ensemble_of_equals_agrees(tmp_path: Path) -> None:
     bundle = saved(tmp_path, [], EXCLUSIVE)
     found = Predictor([bundle, bundle], PLAN).predict(SCAN)
     assert all(c.agreement == 1 for c in found.confidence.values())
+
+
+class OfItsTile(torch.nn.Module):
+    """Brighter than its tile is target: neighbouring tiles disagree where they meet."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bright = 4 * (x - x.mean((1, 2, 3, 4), keepdim=True))
+        return torch.cat([-bright, bright, bright], dim=1)
+
+
+def test_seams_are_told_where_tiles_meet_and_overlap_lessens_them(tmp_path: Path) -> None:
+    bundle = saved(tmp_path, [], EXCLUSIVE)
+    ramp = np.add.outer(np.add.outer(np.linspace(0, 3, 32), np.linspace(0, 2, 24)), np.linspace(0, 1, 12))
+    scan = Volume(ramp[None].astype(np.float32), Grid.of_spacing(ramp.shape, (1, 1, 3)))
+    seams = {
+        overlap: Predictor([bundle], PLAN, networks=[OfItsTile()], overlap=overlap).predict(scan).confidence["a"].seam
+        for overlap in (0.0, 0.5)
+    }
+    assert seams[0.5] < 1.5 < 2 < seams[0.0]
+    one_tile = Volume(scan.voxels[:, :8, :8, :4], Grid.of_spacing((8, 8, 4), (1, 1, 3)))
+    assert isnan(Predictor([bundle], PLAN, networks=[OfItsTile()]).predict(one_tile).confidence["a"].seam)

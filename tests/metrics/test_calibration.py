@@ -50,6 +50,9 @@ def test_seams_show_where_tiles_meet_and_nowhere_else(rng: np.random.Generator) 
     tiled[16:] += 0.3
     assert seam_score(tiled, borders) > 2
     assert seam_score(tiled, [[0, 10], [], []]) == pytest.approx(1)
+    # Slices, each of which is a tile, say nothing of seams in the other directions.
+    assert isnan(seam_score(tiled, [[], [], list(range(16))]))
+    assert seam_score(tiled, [[16], [], list(range(16))]) == seam_score(tiled, [[16], [], []])
 
 
 def test_without_borders_or_changes_there_is_no_score() -> None:

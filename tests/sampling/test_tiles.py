@@ -35,6 +35,18 @@ def test_tiles_cover_every_voxel(volume, tile, overlap) -> None:
     assert covered.min() >= 1
 
 
+@given(volume=SHAPES, tile=st.tuples(*[st.integers(1, 9)] * 3), overlap=st.sampled_from([0.0, 0.25, 0.5]))
+def test_borders_are_where_the_tiles_that_cover_change(volume, tile, overlap) -> None:
+    geometry = TileGeometry(tile)
+    tiles = geometry.tiles(volume, overlap)
+    for axis, borders in enumerate(geometry.borders(volume, overlap)):
+        covering = [
+            {t.start[axis] for t in tiles if t.start[axis] <= p < t.start[axis] + tile[axis]}
+            for p in range(volume[axis])
+        ]
+        assert borders == [p for p in range(1, volume[axis]) if covering[p] != covering[p - 1]]
+
+
 @given(volume=SHAPES, start=st.tuples(*[st.integers(-30, 30)] * 3), shape=st.tuples(*[st.integers(1, 20)] * 3))
 def test_reading_beyond_the_volume_repeats_its_border(volume, start, shape) -> None:
     voxels = np.random.default_rng(0).random((2, *volume))

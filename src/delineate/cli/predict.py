@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -134,6 +135,9 @@ def predict(
         total = {stage: sum(row["seconds"][stage] for row in rows) for stage in stages}
         seconds = sum(total.values()) or 1.0
         print_table("", ["stage", "s", "%"], [[s, f"{t:.2f}", f"{100 * t / seconds:.0f}"] for s, t in total.items()])
+        seams = [t["seam"] for row in rows for t in row["targets"].values() if t["seam"] == t["seam"]]
+        if seams:
+            typer.echo(f"probabilities change {median(seams):.2f} times as much across tiles' borders as beside them")
         typer.echo(f"{len(rows)} predictions in {out}" + (f", {len(failed)} failed" if failed else ""))
     if failed:
         raise typer.Exit(1)

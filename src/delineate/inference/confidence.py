@@ -30,12 +30,14 @@ class Confidence:
     ``expected_dice`` is the Dice that the probabilities promise if they mean what they say, 2 Σpm /
     (Σp + Σm) of probabilities p and mask m; undefined where nothing is found. ``agreement`` is the
     mean Dice of the variants that were averaged (bundles, or the scan and its mirror image) with
-    each other; undefined of a single one.
+    each other; undefined of a single one. ``seam`` is how much more the probabilities change across
+    tiles' borders than beside them; undefined of a single tile.
     """
 
     volume_ml: float
     expected_dice: float
     agreement: float = nan
+    seam: float = nan
 
 
 def expected_dice(sum_probability: float, sum_within: float, voxels: int) -> float:

@@ -20,6 +20,7 @@ from delineate.inference.confidence import Calibration, Confidence, expected_dic
 from delineate.inference.fingerprint import Oddity, oddities
 from delineate.inference.postprocess import postprocess
 from delineate.inference.sliding import Sliding
+from delineate.metrics.calibration import seam_score
 from delineate.preprocessing.step import Undo
 from delineate.sampling.tiles import AXES
 
@@ -41,10 +42,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Scores:
-    """One variant's probabilities (K, X, Y, Z) on its prepared grid, and the way back."""
+    """One variant's probabilities (K, X, Y, Z) on its prepared grid, the way back, and where tiles met."""
 
     probabilities: NDArray[np.float16]
     undo: Undo
+    borders: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,7 @@ class _Decision:
     masks: NDArray[np.bool_]
     expected_dice: tuple[float, ...]
     agreement: tuple[float, ...]
+    seams: tuple[float, ...]
     probabilities: NDArray[np.float16] | None
 
 
@@ -130,11 +133,13 @@ class Predictor:
             prepared, undo = bundle.pipeline.apply(volume)
             clock.lap("preprocess")
             geometry = bundle.geometry_of(prepared.grid.shape)
-            scores.append(_Scores(sliding.probabilities(network, prepared.voxels, geometry, progress), undo))
+            borders = geometry.borders(prepared.grid.shape, sliding.overlap)
+            scores.append(_Scores(sliding.probabilities(network, prepared.voxels, geometry, progress), undo, borders))
             if self._mirrored and (axes := tuple(AXES.index(axis) + 1 for axis in _mirrors(bundle))):
                 flipped = np.ascontiguousarray(np.flip(prepared.voxels, axes))
                 mirror = sliding.probabilities(network, flipped, geometry, progress)
-                scores.append(_Scores(np.flip(mirror, axes), undo))
+                # Its tiles met at the mirrored places, and say no more of seams than the first's.
+                scores.append(_Scores(np.flip(mirror, axes), undo, ()))
             clock.lap("network")
         decision = self._decide(scores, volume.grid)
         clock.lap("undo")
@@ -143,9 +148,9 @@ class Predictor:
         # Of the label as it is written: where targets overlap, what is tumour is liver, too.
         written = masks if self.targets.exclusive else self.targets.masks(label.voxels).values()
         confidence = {
-            name: Confidence(int(np.count_nonzero(mask)) * volume.grid.voxel_ml, expected, agreement)
-            for name, mask, expected, agreement in zip(
-                self.targets.names, written, decision.expected_dice, decision.agreement, strict=True
+            name: Confidence(int(np.count_nonzero(mask)) * volume.grid.voxel_ml, expected, agreement, seam)
+            for name, mask, expected, agreement, seam in zip(
+                self.targets.names, written, decision.expected_dice, decision.agreement, decision.seams, strict=True
             )
         }
         clock.lap("postprocess")
@@ -158,6 +163,10 @@ class Predictor:
         everyone = _Winners(exclusive, len(names), grid.shape)
         each = [_Winners(exclusive, len(names), grid.shape) for _ in scores] if len(scores) > 1 else []
         kept = np.empty((len(names), *grid.shape), np.float16) if self._keep else None
+        seams = tuple(
+            float(np.mean([seam_score(score.probabilities[k], score.borders) for score in scores if score.borders]))
+            for k in range(first, first + len(names))
+        )
         for k in range(first + len(names)):
             outside = 1.0 if exclusive and k == 0 else 0.0
             mean: NDArray[np.float32] | None = None
@@ -176,6 +185,7 @@ class Predictor:
             masks,
             tuple(everyone.expected_dice(masks)),
             tuple(mutual_dice([variant[t] for variant in variants]) for t in range(len(names))),
+            seams,
             kept,
         )
 

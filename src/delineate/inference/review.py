@@ -61,6 +61,7 @@ def review(
             "dice_low": dice[0],
             "dice_high": dice[1],
             "agreement": confidence.agreement,
+            "seam": confidence.seam,
         }
         known = [v for v in (dice[0], confidence.agreement) if isfinite(v)] or [confidence.expected_dice]
         doubts.append(1 - min(v if isfinite(v) else 0.0 for v in known))

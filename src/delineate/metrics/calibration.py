@@ -91,18 +91,24 @@ class Reliability:
 def seam_score(values: NDArray, borders: Sequence[Sequence[int]]) -> float:
     """How much more ``values`` (X, Y, Z) jump across tiles' borders than elsewhere: 1 is no seam.
 
-    ``borders`` are, for each axis, the first planes of tiles. The ratio of the mean absolute
-    difference of neighbouring planes across borders to that of planes one and two steps beside them,
-    where the image itself changes alike. No border, or values that change nowhere: undefined.
+    ``borders`` are, for each axis, the first planes of tiles, and those after their last. The ratio of
+    the mean absolute difference of neighbouring planes across borders to that of planes one and two
+    steps beside them, where the image itself changes alike. An axis all of whose planes are borders
+    does not count. No border, or values that change nowhere: undefined.
     """
     across, beside = [], []
     for axis, planes in enumerate(borders):
         moved = np.moveaxis(values, axis, 0)
-        step = np.abs(np.diff(moved.astype(np.float64), axis=0)).mean(axis=(1, 2))  # step[i]: from plane i to i + 1
-        seams = {p - 1 for p in planes if 0 < p < len(moved)}
-        near = {s + d for s in seams for d in (-2, -1, 1, 2)} - seams
-        across += [step[s] for s in seams]
-        beside += [step[n] for n in near if 0 <= n < len(step)]
-    if not across or not beside or np.mean(beside) == 0:
+        seams = {p - 1 for p in planes if 0 < p < len(moved)}  # the step from plane i to i + 1 is called i
+        near = {n for s in seams for d in (-2, -1, 1, 2) if 0 <= (n := s + d) < len(moved) - 1} - seams
+        if near:
+            across += [_step(moved, i) for i in seams]
+            beside += [_step(moved, i) for i in near]
+    if not across or np.mean(beside) == 0:
         return nan
     return float(np.mean(across) / np.mean(beside))
+
+
+def _step(planes: NDArray, i: int) -> float:
+    """Mean absolute difference of planes i and i + 1."""
+    return float(np.abs(np.subtract(planes[i + 1], planes[i], dtype=np.float32)).mean(dtype=np.float64))

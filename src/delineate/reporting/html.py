@@ -41,7 +41,7 @@ class RunReport:
     ``validation_loss`` step, validation_loss, ``validation`` step, dice, dice_<target>; ``plan`` rows
     what, choice, why; ``notes`` what a reader should know before the numbers; ``crop`` a WebP of what a
     crop on the composite image keeps; ``intervals`` the level of calibrated intervals, how wide they
-    are and what they hold.
+    are and what they hold; ``seams`` each target's median seam score and of how many subjects.
     """
 
     title: str
@@ -59,6 +59,7 @@ class RunReport:
     crop: bytes | None = None
     intervals: Mapping[str, Any] | None = None
     validation_loss: pd.DataFrame | None = None
+    seams: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,6 +45,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         provenance=_provenance(bundle),
         notes=_notes(folder, bundle, data["problems"]),
         intervals=_intervals(folder / "evaluation" / "intervals.json"),
+        seams=_seams(folder / "evaluation" / "confidence.csv"),
         crop=composite_picture(bundle.pipeline, _trained_on(bundle, dataset), bundle.channels),
     )
     path = folder / "report.html"
@@ -85,6 +86,14 @@ def _intervals(path: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found if found["rows"] else None
+
+
+def _seams(path: Path) -> dict[str, tuple[float, int]]:
+    """Median over subjects of each target's seam score, and of how many; only of volumes of several tiles."""
+    if not path.exists():
+        return {}
+    seams = pd.read_csv(path).dropna(subset="seam").groupby("target", sort=False)["seam"]
+    return {str(target): (float(values.median()), len(values)) for target, values in seams}
 
 
 def _curve(path: Path) -> pd.DataFrame | None:

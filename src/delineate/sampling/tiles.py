@@ -115,6 +115,14 @@ class TileGeometry:
         starts = [_starts(n, tile, overlap) for n, tile in zip(shape, self.shape, strict=True)]
         return [Tile((x, y, z), self.shape) for z, y, x in product(*reversed(starts))]
 
+    def borders(self, shape: Sequence[int], overlap: float = 0.5) -> list[list[int]]:
+        """For each axis of a volume the planes before which a tile begins or ends."""
+        starts = [_starts(n, tile, overlap) for n, tile in zip(shape, self.shape, strict=True)]
+        return [
+            sorted({plane for s in first for plane in (s, s + tile) if 0 < plane < n})
+            for first, tile, n in zip(starts, self.shape, shape, strict=True)
+        ]
+
     def read(self, volume: NDArray, tile: Tile, extra: Sequence[int] = (0, 0, 0)) -> NDArray:
         """Copy of what the network reads for a tile of ``volume`` (C, X, Y, Z), and ``extra`` voxels around.
 

@@ -17,7 +17,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +306,13 @@ def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputeP
     Calibration.of(cases).save(folder / "bundle")
     with writing_beside(folder / "evaluation" / "intervals.json") as path:
         path.write_text(json.dumps({"level": LEVEL, "rows": check_intervals(cases)}, indent=1), encoding="utf-8")
+    said = [
+        {"subject": outcome.subject.id, "target": target, **asdict(confidence)}
+        for outcome in outcomes
+        for target, confidence in outcome.confidence.items()
+    ]
+    with writing_beside(folder / "evaluation" / "confidence.csv") as path:
+        pd.DataFrame(said).to_csv(path, index=False)
     return evaluation
 
 
