@@ -51,10 +51,17 @@ def test_one_pair_has_no_limits() -> None:
 def test_concordance_by_hand() -> None:
     # Means 2 and 3, variances 2/3 each, covariance 2/3: 2 · 2/3 / (2/3 + 2/3 + 1).
     assert concordance([1, 2, 3], [2, 3, 4]).value == pytest.approx((4 / 3) / (7 / 3))
-    assert concordance([1, 2, 3], [1, 2, 3]).value == 1
-    assert concordance([1, 2, 3], [3, 2, 1]).value == -1
+    assert concordance([1, 2, 3], [1, 2, 3]).value == pytest.approx(1)
+    assert concordance([1, 2, 3], [3, 2, 1]).value == pytest.approx(-1)
     assert isnan(concordance([1, 1, 1], [1, 1, 1]).value)
     assert isnan(concordance([1, 2], [1, 2]).value)
+
+
+def test_concordance_without_correlation_is_none() -> None:
+    assert concordance([2.088, 1.848, 1.608], [2.088] * 3).ci95 == (0, 0), "one of both does not vary"
+    found = concordance([1, 2, 1, 2], [1, 1, 2, 2])
+    assert found.value == 0
+    assert found.ci95[0] == -found.ci95[1] < 0
 
 
 def test_concordance_is_at_most_correlation_and_symmetric(rng: np.random.Generator) -> None:

@@ -55,9 +55,3 @@ def test_empty_cases() -> None:
     assert isnan(missed.precision)
     assert (invented.precision, invented.f1) == (0, 0)
     assert isnan(invented.recall)
-
-
-def test_lesions_by_size() -> None:
-    lesions = Lesions.of(TWO, boxes(np.s_[0:4, 0:2, 0:1]))  # 8 voxels found, 4 voxels missed
-    assert lesions.recall_by_size([5]) == [(0, 1), (1, 1)]
-    assert lesions.recall_by_size([4, 8]) == [(0, 0), (0, 1), (1, 1)]

@@ -15,7 +15,7 @@ from delineate.core.volume import LabelVolume, Volume
 from delineate.evaluation.measure import Measuring, compare
 from delineate.evaluation.table import Evaluation, reliability_table
 from delineate.inference.confidence import Case, Confidence, check_intervals
-from delineate.reporting.figures import confusion_chart
+from delineate.reporting.figures import confusion_chart, methods_chart
 from delineate.reporting.html import EvaluationReport, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of
 
@@ -106,7 +106,7 @@ def test_a_measurement_has_a_page_of_its_own(report, tmp_path) -> None:
         tmp_path / "page.html", EvaluationReport("a against b", "6 subjects", report.evaluation, band_percent=1.7)
     )
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "Bland-Altman of organ volumes, 6 subjects" in page
+    assert "Bland-Altman of organ, volume, 6 subjects" in page
     assert "Every subject" in page
     assert "How it was made" not in page
     assert page.count("<h1") == 1
@@ -193,6 +193,46 @@ def test_what_was_measured_besides_is_drawn(tmp_path) -> None:
     assert "Classes by voxels: background" in page
     assert "Absolute volume error of organ over its density, 9 subjects" in page
     assert page.count("(n 3)") >= 3, "bins of as many subjects each"
+
+
+def test_agreement_lesions_and_sides_are_drawn_and_written(tmp_path) -> None:
+    rows, lesions = [], []
+    for i in range(6):
+        measuring = Measuring("wmh2017,volume_ml,reference_volume_ml", quantity="fat", threshold=5.0)
+        fat = np.full(GRID.shape, 4.0 + 0.4 * i, np.float32)
+        fat[:9] += 1
+        measured = compare(label(i % 3), label(), TARGETS, measuring, subject=f"s{i}", quantity=fat)
+        rows += measured.targets
+        lesions += measured.lesions
+    evaluation = Evaluation(pd.DataFrame(rows), lesions=pd.DataFrame(lesions), threshold=5.0)
+    write_report(tmp_path / "page.html", EvaluationReport("a", "b", evaluation))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for chart in (
+        "Bland-Altman of organ, volume, 6 subjects: bias",
+        "Bland-Altman of organ, mean quantity, 6 subjects: bias",
+        "Predicted over true organ, median quantity, 6 subjects",
+        "Lesions of organ by size:",
+    ):
+        assert f'aria-label="{chart}' in page
+    assert 'aria-label="Agreement with the reference"' in page
+    assert 'aria-label="Lesions by size"' in page
+    assert "on the right side of 5" in page
+
+
+def test_validation_loss_and_seams_have_their_place(report, tmp_path) -> None:
+    beside = pd.DataFrame({"step": [0, 20, 40], "validation_loss": [1.0, 0.7, 0.6]})
+    page = page_of(replace(report, validation_loss=beside, seams={"organ": (1.234, 6)}), tmp_path)
+    assert "Loss of training and of validation subjects over 49 steps" in page
+    assert "1.23 times (organ, median of 6)" in page
+
+
+@pytest.mark.parametrize(("sites", "rows"), [("AB", ["A: one", "A: two", "B: one", "B: two"]), ("A", ["one", "two"])])
+def test_methods_are_drawn_by_site_where_there_are_some(sites: str, rows: list[str]) -> None:
+    table = pd.DataFrame({"subject": list("abcdef"), "site": [*sites * 3][:6] if len(sites) > 1 else "A"})
+    table = table.assign(target="organ", dice=np.linspace(0.5, 0.9, 6))
+    chart = methods_chart({"one": Evaluation(table), "two": Evaluation(table)}, "dice", "Dice")
+    named = [name for name in re.findall(r"<text[^>]*>([^<]*)</text>", chart) if "one" in name or "two" in name]
+    assert named == rows
 
 
 def test_every_row_leads_to_its_pictures(report, tmp_path) -> None:

@@ -62,7 +62,7 @@ def evaluate(
 
     beside = predictions / "probabilities"
     kept = probabilities or (beside if beside.is_dir() else None)
-    measuring = Measuring(metrics, lesion_overlap, quantity, margin_mm, kept)
+    measuring = Measuring(metrics, lesion_overlap, quantity, margin_mm, kept, threshold)
     asked, known = parse_targets(targets), open_references(references)
     evaluation = evaluate_folders(predictions, known, asked, measuring)
     if out is not None:
@@ -78,30 +78,25 @@ def evaluate(
         print_json(evaluation.as_dict())
         return
     print_evaluation(evaluation, subjects=True)
+    _print_details(evaluation)
+
+
+def _print_details(evaluation: Evaluation) -> None:
+    """What there is beside means: limits of agreement, lesions by size, calibration, sides of a threshold."""
+    from delineate.cli.terminal import print_table
+    from delineate.evaluation.agreement import agreements, crossing_sentences
+
+    rows = [list(row.values()) for agreeing in agreements(evaluation.table) for row in agreeing.described()]
+    if rows:
+        columns = ["target", "of", "bias (95 %)", "limits of agreement", "concordance", "n", "beyond them"]
+        print_table("agreement with the reference", columns, rows)
+    if sizes := [list(row.values()) for row in evaluation.described_lesions()]:
+        print_table("lesions by size", ["target", "ml", "found of the reference's", "real of the predicted"], sizes)
     for target, reliability in evaluation.reliabilities().items():
         typer.echo(f"probabilities of {target}: expected calibration error {reliability.expected_error:.4f}")
-    if quantity is not None and threshold is not None:
-        for line in crossings(evaluation, threshold):
+    if evaluation.threshold is not None:
+        for line in crossing_sentences(evaluation.table, evaluation.threshold):
             typer.echo(line)
-
-
-def crossings(evaluation: Evaluation, threshold: float) -> list[str]:
-    """For each target, who lies on the other side of a quantity's threshold by the prediction than by the reference."""
-    from delineate.metrics.agreement import crossing
-
-    lines = []
-    for target in evaluation.targets:
-        rows = evaluation.table[evaluation.table["target"] == target]
-        found = crossing(rows["quantity_mean"].to_numpy(), rows["reference_quantity_mean"].to_numpy(), threshold)
-        names = rows["subject"].to_numpy()
-        sides = [
-            f"{what} {', '.join(names[list(which)])}"
-            for what, which in (("over it only by the prediction:", found.over), ("under it:", found.under))
-            if which
-        ]
-        wrong = f"; {'; '.join(sides)}" if sides else ""
-        lines.append(f"{target}: {found.right} of {found.n} on the right side of {threshold:g}{wrong}")
-    return lines
 
 
 def print_evaluation(evaluation: Evaluation, *, subjects: bool = False) -> None:

@@ -15,7 +15,7 @@ from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset, check_grids, load_scan
-from delineate.errors import BadShape, MissingFile
+from delineate.errors import BadShape, MissingFile, RecipeError
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import LESION_COLUMNS, Evaluation, reliability_table
 from delineate.io.formats import read_label, read_volume
@@ -34,8 +34,10 @@ class Measuring:
 
     A lesion is matched where more than ``lesion_overlap`` of its voxels are covered; 0: any
     overlap. ``quantity`` is a channel of the data set whose mean and median in each target are
-    measured, ``margin_mm`` or more inside its surface. ``probabilities`` is a folder of them, as
-    ``predict --probabilities`` writes it. Raises :class:`RecipeError` for an unknown name.
+    measured, ``margin_mm`` or more inside its surface, and for whose mean it is told who lies on another
+    side of ``threshold`` than by the reference. ``probabilities`` is a folder of them, as
+    ``predict --probabilities`` writes it. Raises :class:`RecipeError` for an unknown name, and for a
+    threshold without a quantity.
     """
 
     wanted: str = "standard"
@@ -43,9 +45,12 @@ class Measuring:
     quantity: str | None = None
     margin_mm: float = 0.0
     probabilities: Path | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         metric_names(self.wanted)
+        if self.threshold is not None and self.quantity is None:
+            raise RecipeError("a threshold is of a quantity: name its channel, such as --quantity fat_fraction")
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -115,6 +120,7 @@ def evaluate(
         pd.DataFrame(found.lesions, columns=list(LESION_COLUMNS)),
         pd.DataFrame(found.confusion, columns=["subject", "reference", "prediction", "voxels"]),
         reliability_table(found.reliability),
+        measuring.threshold,
     )
 
 

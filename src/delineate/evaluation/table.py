@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from delineate.evaluation.agreement import agreements, crossings
 from delineate.io.files import writing_beside
 from delineate.metrics.calibration import Reliability
 from delineate.metrics.catalogue import METRICS
@@ -22,6 +23,9 @@ Summary = dict[str, dict[str, Estimate]]
 """Target, then metric."""
 
 _MORE = ("lesions", "confusion", "reliability")
+
+LESION_SIZES_ML = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+"""Where one class of size ends and the next begins."""
 
 LESION_COLUMNS = ("subject", "site", "target", "of", "volume_ml", "covered", "matched")
 
@@ -37,7 +41,7 @@ class Evaluation:
     reference or the prediction, its volume, the share of it that the other covers, whether that
     makes a match. ``confusion`` counts voxels by subject, reference class and predicted class,
     where targets are exclusive. ``reliability`` adds up probabilities in bins by target, where
-    there were any.
+    there were any. ``threshold`` is the quantity's for which sides are told.
     """
 
     table: pd.DataFrame
@@ -47,6 +51,7 @@ class Evaluation:
         default_factory=lambda: pd.DataFrame(columns=["subject", "reference", "prediction", "voxels"])
     )
     reliability: pd.DataFrame = field(default_factory=lambda: reliability_table([]))
+    threshold: float | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -104,15 +109,18 @@ class Evaluation:
                 with writing_beside(folder / f"{name}.csv") as path:
                     table.to_csv(path, index=False)
         with writing_beside(folder / "summary.json") as path:
-            path.write_text(json.dumps(_plain(self._summaries()), indent=2, allow_nan=False) + "\n")
+            text = json.dumps(_plain(self._summaries()), indent=2, allow_nan=False) + "\n"
+            path.write_text(text, encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Evaluation:
         """What :meth:`write` wrote."""
         more = {name: _read(folder / f"{name}.csv") for name in _MORE}
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return cls(
             _read(folder / "metrics.csv"),
-            json.loads((folder / "summary.json").read_text())["unpaired"],
+            summary["unpaired"],
+            threshold=summary.get("threshold"),
             **{name: table for name, table in more.items() if table is not None},
         )
 
@@ -120,6 +128,12 @@ class Evaluation:
         content: dict[str, object] = {"summary": self.summary()}
         if len(self.sites) > 1:
             content["sites"] = {site: self.summary(site) for site in self.sites}
+        if rows := [row for agreeing in agreements(self.table) for row in agreeing.rows()]:
+            content["agreement"] = rows
+        if len(self.lesions):
+            content["lesions_by_size"] = self.lesions_by_size().to_dict("records")
+        if self.threshold is not None:
+            content |= {"threshold": self.threshold, "crossings": crossings(self.table, self.threshold)}
         definitions = {name: f"{METRICS[name].title}: {METRICS[name].definition}" for name in self.metrics}
         if len(self.reliability):
             content["calibration"] = {
@@ -127,6 +141,40 @@ class Evaluation:
                 for target, r in self.reliabilities().items()
             }
         return content | {"definitions": definitions, "unpaired": dict(self.unpaired)}
+
+    def lesions_by_size(self) -> pd.DataFrame:
+        """How many lesions there are of a volume from ``from_ml`` up to below ``to_ml``, by target.
+
+        Columns beside these: ``reference`` and how many of those were ``found``, ``predicted`` and how
+        many of those are ``real``.
+        """
+        ends = np.array([0.0, *LESION_SIZES_ML, np.inf])
+        place = np.searchsorted(ends, self.lesions["volume_ml"].to_numpy(float), side="right") - 1
+        of, matched = self.lesions["of"], self.lesions["matched"].astype(bool)
+        counts = pd.DataFrame(
+            {
+                "target": self.lesions["target"],
+                "from_ml": ends[place],
+                "to_ml": ends[place + 1],
+                "reference": of == "reference",
+                "found": (of == "reference") & matched,
+                "predicted": of == "prediction",
+                "real": (of == "prediction") & matched,
+            }
+        )
+        return counts.groupby(["target", "from_ml", "to_ml"], sort=True, as_index=False).sum()
+
+    def described_lesions(self) -> list[dict[str, str]]:
+        """:meth:`lesions_by_size` as a reader sees it."""
+        return [
+            {
+                "target": str(row["target"]),
+                "ml": _between(row["from_ml"], row["to_ml"]),
+                "found": _share(row["found"], row["reference"]),
+                "real": _share(row["real"], row["predicted"]),
+            }
+            for row in self.lesions_by_size().to_dict("records")
+        ]
 
     def reliabilities(self) -> dict[str, Reliability]:
         """By target, all subjects' voxels together."""
@@ -141,6 +189,14 @@ def reliability_table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
     columns = ["target", "bin", "voxels", "sum_predicted", "sum_true", "sum_error"]
     table = pd.DataFrame(list(rows), columns=columns)
     return table.groupby(["target", "bin"], sort=False, as_index=False).sum() if len(table) else table
+
+
+def _between(low: float, high: float) -> str:
+    return f"below {high:g}" if low == 0 else f"{low:g} or more" if high == np.inf else f"{low:g} to {high:g}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({100 * part / whole:.0f} %)" if whole else "–"
 
 
 def _read(path: Path) -> pd.DataFrame | None:

@@ -72,7 +72,10 @@ def agreement(
 
 @dataclass(frozen=True)
 class Concordance:
-    """Lin's concordance correlation (1989): 1 where every pair is equal. NaN where nothing varies or n < 3."""
+    """Lin's concordance correlation (1989): 1 where every pair is equal.
+
+    0 where one of both does not vary; NaN where nothing does, or n < 3.
+    """
 
     value: float
     ci95: Interval
@@ -84,23 +87,30 @@ def concordance(predicted: Sequence[float] | NDArray, true: Sequence[float] | ND
     a, b = np.asarray(predicted, float), np.asarray(true, float)
     use = np.isfinite(a) & np.isfinite(b)
     a, b, n = a[use], b[use], int(use.sum())
-    spread = a.var() + b.var() + (a.mean() - b.mean()) ** 2 if n else 0.0
-    if n < 3 or not spread:
+    if n < 3 or not _varies(np.concatenate([a, b])):
         return Concordance(nan, (nan, nan), n)
-    value = float(2 * np.mean((a - a.mean()) * (b - b.mean())) / spread)
-    if abs(value) >= 1 - 1e-12 or not a.var() or not b.var():
-        return Concordance(value, (value, value), n)
-    r = float(np.corrcoef(a, b)[0, 1])
+    if not _varies(a) or not _varies(b):
+        return Concordance(0.0, (0.0, 0.0), n)
     shift = float((a.mean() - b.mean()) ** 2 / (a.std() * b.std()))
-    c2 = value**2
-    # Lin 1989 with the correction of 2000: variance of the z-transformed estimate.
+    accuracy = float(2 / (a.std() / b.std() + b.std() / a.std() + shift))
+    r = float(np.corrcoef(a, b)[0, 1])
+    value = r * accuracy
+    if abs(value) >= 1 - 1e-12:
+        return Concordance(value, (value, value), n)
+    # Lin 1989 with the correction of 2000, in terms that stay finite where r is 0: the variance of Fisher's z.
+    rest = 1 - value**2
     variance = (
-        (1 - r**2) * c2 / ((1 - c2) * r**2)
-        + 2 * value**3 * (1 - value) * shift / (r * (1 - c2) ** 2)
-        - value**4 * shift**2 / (2 * r**2 * (1 - c2) ** 2)
+        (1 - r**2) * accuracy**2 / rest
+        + 2 * r**2 * accuracy**3 * (1 - value) * shift / rest**2
+        - r**2 * accuracy**4 * shift**2 / (2 * rest**2)
     ) / (n - 2)
     half = 1.96 * sqrt(max(variance, 0.0))
     return Concordance(value, (tanh(atanh(value) - half), tanh(atanh(value) + half)), n)
+
+
+def _varies(values: NDArray[np.float64]) -> bool:
+    """By more than rounding."""
+    return bool(np.ptp(values) > 1e-12 * np.abs(values).max())
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
 
@@ -70,11 +69,6 @@ class Lesions:
         if not self.found.any() or not self.right.any():
             return 0.0
         return 2 * self.recall * self.precision / (self.recall + self.precision)
-
-    def recall_by_size(self, bounds: Sequence[float]) -> list[tuple[int, int]]:
-        """Lesions found and lesions there, by size in voxels: below the first bound, …, from the last on."""
-        group = np.searchsorted(np.asarray(bounds), self.reference_sizes, side="right")
-        return [(int(self.found[group == g].sum()), int((group == g).sum())) for g in range(len(bounds) + 1)]
 
 
 def _components(mask: Mask, other: Mask) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

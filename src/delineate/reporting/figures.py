@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from delineate.evaluation.agreement import Agreeing
 from delineate.evaluation.table import Evaluation
-from delineate.metrics.agreement import agreement, concordance
 
 # Drawn in these colours, written as CSS variables that fall back on them outside the page.
 INK, MUTED, LINE = "#1b2024", "#5a656e", "#d9dee2"
@@ -137,18 +137,34 @@ def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
 
 
 def methods_chart(evaluations: Mapping[str, Evaluation], metric: str, label: str) -> str:
-    """Every subject's mean over targets of a metric, a row for each method; drawn as :func:`metric_chart`."""
+    """Every subject's mean over targets of a metric, a row for each method and site; drawn as :func:`metric_chart`.
+
+    Sites have rows where there are two to six of them, the methods side by side in each.
+    """
+    sites = sorted({site for evaluation in evaluations.values() for site in evaluation.sites})
+    shown: list[str | None] = [*sites] if 1 < len(sites) <= len(SERIES) else [None]
+    rows: list[tuple[str, NDArray[np.float64], str]] = []
+    for site in shown:
+        for (name, evaluation), colour in zip(evaluations.items(), cycle(SERIES), strict=False):
+            means = evaluation.mean_of_targets(metric)
+            if site is not None:
+                table = evaluation.table
+                means = means[means.index.isin(table.loc[table["site"] == site, "subject"])]
+            values = means.to_numpy(float)
+            called = name if site is None else f"{site or 'no site'}: {name}"
+            rows.append((called, values[np.isfinite(values)], colour))
 
     def draw(axes: Axes) -> None:
-        for row, (evaluation, colour) in enumerate(zip(evaluations.values(), cycle(SERIES), strict=False)):
-            values = evaluation.mean_of_targets(metric).to_numpy(float)
-            values = values[np.isfinite(values)]
+        for row, (_, values, colour) in enumerate(rows):
             _row(axes, row, values, [colour] * len(values))
-        _name_rows(axes, list(evaluations))
+        _name_rows(axes, [name for name, _, _ in rows])
+        for end in range(len(evaluations), len(rows), len(evaluations)):
+            axes.axhline(end - 0.5, color=LINE, linewidth=0.8)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
 
-    return _chart(draw, f"{label} of each subject, by method", height=0.75 + 0.5 * len(evaluations))
+    by = "by site and method" if len(shown) > 1 else "by method"
+    return _chart(draw, f"{label} of each subject, {by}", height=0.75 + 0.5 * len(rows))
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -180,70 +196,107 @@ def _site_legend(axes: Axes, colours: dict[str, str]) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colours), fontsize=9, handletextpad=0)
 
 
-def agreement_chart(evaluation: Evaluation, target: str, *, band_percent: float | None = None) -> str:
-    """Bland–Altman: each subject's volume error in percent over its reference volume, bias and limits of agreement.
+def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) -> str:
+    """Bland–Altman: each subject's error over its reference, bias and limits of agreement.
 
-    Shaded are the limits' 95 % intervals; subjects beyond the limits are named. ``band_percent``
-    shades ± that much around zero. Needs ``volume_ml`` and ``reference_volume_ml``.
+    Volumes' errors are in percent. Shaded are the limits' 95 % intervals; subjects beyond the limits
+    are named. ``band_percent`` shades ± that much around zero, where errors are in percent.
     """
-    table = _volumes(evaluation, target)
-    said, true = table["volume_ml"].to_numpy(float), table["reference_volume_ml"].to_numpy(float)
-    found = agreement(said, true, relative=True)
-    difference = 100 * (said - true) / true
+    compared, found, true = agreeing.compared, agreeing.shown, agreeing.reference
+    difference = agreeing.predicted - true
+    unit = compared.unit
+    if compared.relative:
+        difference, unit = 100 * difference / true, "%"
     low, high = found.limits
 
     def draw(axes: Axes) -> None:
-        if band_percent is not None:
+        if band_percent is not None and compared.relative:
             axes.axhspan(-band_percent, band_percent, color=SERIES[2], alpha=0.15, linewidth=0)
         for interval in (found.low_ci95, found.high_ci95, found.bias_ci95):
             axes.axhspan(*interval, color=SERIES[0], alpha=0.12, linewidth=0)
         for value, name in ((found.bias, "bias"), (low, "−1.96 SD"), (high, "+1.96 SD")):
             axes.axhline(value, color=SERIES[0], linewidth=1.6 if name == "bias" else 1, linestyle="-")
             axes.annotate(
-                f"{name}\n{value:+.1f} %".replace("-", "−"), (1, value), (4, 0), ("axes fraction", "data"),
-                "offset points", va="center", fontsize=8, color=MUTED, annotation_clip=False,
+                f"{name}\n{value:+.{_DECIMALS[unit]}f} {unit}".replace("-", "−").rstrip(), (1, value), (4, 0),
+                ("axes fraction", "data"), "offset points", va="center", fontsize=8, color=MUTED, annotation_clip=False,
             )  # fmt: skip
         axes.scatter(true, difference, s=14, color=INK, alpha=0.6, linewidths=0)
         middle = (true.min() + true.max()) / 2
         for i in found.outliers[:6]:
             left = true[i] < middle  # names stay inside
             axes.annotate(
-                table["subject"].iloc[i], (true[i], difference[i]), (5 if left else -5, 0), textcoords="offset points",
+                agreeing.subjects[i], (true[i], difference[i]), (5 if left else -5, 0), textcoords="offset points",
                 ha="left" if left else "right", va="center", fontsize=8,
             )  # fmt: skip
         axes.margins(y=0.12)
-        axes.set(xlabel=f"{target}, reference volume, ml", ylabel="volume error, %")
+        axes.set(
+            xlabel=_with_unit(f"{agreeing.target}, {compared.name} by the reference", compared.unit),
+            ylabel=_with_unit("error", unit),
+        )
 
+    said = f" {unit} " if unit else " "
     text = (
-        f"Bland-Altman of {target} volumes, {found.n} subjects: bias {found.bias:.1f} %, "
-        f"limits {low:.1f} to {high:.1f} %, {len(found.outliers)} beyond them"
+        f"Bland-Altman of {agreeing.target}, {compared.name}, {found.n} subjects: bias {found.bias:.2f}{said}"
+        f"limits {low:.2f} to {high:.2f}{said}{len(found.outliers)} beyond them"
     )
     return _chart(draw, text, height=2.9)
 
 
-def identity_chart(evaluation: Evaluation, target: str) -> str:
-    """Predicted over true volume of each subject, the line of identity, and the concordance correlation."""
-    table = _volumes(evaluation, target)
-    said, true = table["volume_ml"].to_numpy(float), table["reference_volume_ml"].to_numpy(float)
-    found = concordance(said, true)
+_DECIMALS = {"%": 1, "ml": 2, "": 2}
+
+
+def identity_chart(agreeing: Agreeing) -> str:
+    """Predicted over true value of each subject, the line of identity, and the concordance correlation."""
+    compared, found = agreeing.compared, agreeing.concordance
+    said, true = agreeing.predicted, agreeing.reference
 
     def draw(axes: Axes) -> None:
-        ends = [0, 1.05 * float(max(said.max(), true.max()))]
+        least, most = min(0.0, said.min(), true.min()), max(said.max(), true.max())
+        ends = [least, most + 0.05 * (most - least)]
         axes.plot(ends, ends, color=MUTED, linewidth=1)
         axes.scatter(true, said, s=14, color=SERIES[0], alpha=0.7, linewidths=0)
-        axes.set(xlabel=f"{target}, reference, ml", ylabel="predicted, ml", xlim=ends, ylim=(0, None))
+        axes.set(
+            xlabel=_with_unit(f"{agreeing.target}, {compared.name} by the reference", compared.unit),
+            ylabel=_with_unit("predicted", compared.unit),
+            xlim=ends,
+            ylim=ends,
+        )
         axes.annotate(
             f"concordance {found.value:.3f} ({found.ci95[0]:.3f} to {found.ci95[1]:.3f})", (0.03, 0.93),
             xycoords="axes fraction", fontsize=9, color=MUTED,
         )  # fmt: skip
 
-    return _chart(draw, f"Predicted over true {target} volume, {found.n} subjects, concordance {found.value:.3f}", 2.9)
+    what = f"{agreeing.target}, {compared.name}"
+    return _chart(draw, f"Predicted over true {what}, {found.n} subjects, concordance {found.value:.3f}", 2.9)
 
 
-def _volumes(evaluation: Evaluation, target: str) -> pd.DataFrame:
-    """Rows of a target that has a volume to compare with."""
-    table = evaluation.table[evaluation.table["target"] == target]
-    return table[table["reference_volume_ml"] > 0]
+def _with_unit(name: str, unit: str) -> str:
+    return f"{name}, {unit}" if unit else name
+
+
+def lesion_chart(evaluation: Evaluation, target: str) -> str:
+    """Share of the reference's lesions that are found, and of the predicted that are real, by their volume."""
+    sizes = evaluation.lesions_by_size()
+    sizes = sizes[sizes["target"] == target]
+    described = [row for row in evaluation.described_lesions() if row["target"] == target]
+    places = np.arange(len(sizes))
+
+    def draw(axes: Axes) -> None:
+        series = (("found", "reference", "of the reference, found"), ("real", "predicted", "predicted, real"))
+        for colour, (part, whole, label), shift in zip(SERIES, series, (-0.2, 0.2), strict=False):
+            there, share = sizes[whole].to_numpy(float), sizes[part] / sizes[whole].where(sizes[whole] > 0)
+            axes.bar(places + shift, share.fillna(0), 0.36, color=colour, alpha=0.75, label=label)
+            for place, value, n in zip(places + shift, share.fillna(0), there, strict=True):
+                axes.annotate(
+                    f"{n:.0f}", (place, value), (0, 3), textcoords="offset points", ha="center", fontsize=8, color=MUTED
+                )
+        axes.set_xticks(places, [row["ml"] for row in described])
+        axes.grid(visible=False, axis="x")
+        axes.set(xlabel=f"{target}, volume of the lesion, ml; above the bars how many", ylabel="share", ylim=(0, 1.15))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)
+
+    said = "; ".join(f"{row['ml']} ml: found {row['found']}, real {row['real']}" for row in described)
+    return _chart(draw, f"Lesions of {target} by size: {said}", height=3.0)
 
 
 def confusion_chart(evaluation: Evaluation) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from delineate.evaluation.agreement import agreements, crossing_sentences
 from delineate.evaluation.methods import MethodDifference
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary
 from delineate.io.files import writing_beside
@@ -24,6 +25,7 @@ from delineate.reporting.figures import (
     confusion_chart,
     density_chart,
     identity_chart,
+    lesion_chart,
     loss_chart,
     methods_chart,
     metric_chart,
@@ -141,6 +143,11 @@ def _measured(
             "charts": _charts(evaluation, band_percent),
             "summary": _summary_rows(evaluation, summary),
             "sites": _site_rows(evaluation) if len(evaluation.sites) > 1 else [],
+            "agreement": [row for agreeing in agreements(evaluation.table) for row in agreeing.described()],
+            "lesions": evaluation.described_lesions(),
+            "crossings": None
+            if evaluation.threshold is None
+            else crossing_sentences(evaluation.table, evaluation.threshold),
             "rows": evaluation.table.to_dict("records"),
             "unpaired": evaluation.unpaired,
             "columns": [METRICS[name] for name in evaluation.metrics],
@@ -152,26 +159,17 @@ def _measured(
     }
 
 
-LEAST_SUBJECTS = 5
-"""With fewer, limits of agreement say nothing but how few they are."""
-
-
 def _charts(evaluation: Evaluation, band_percent: float | None) -> list[str]:
-    """The distribution of the metrics that are averaged, at most four; volumes; confusion."""
+    """The distribution of the metrics that are averaged, at most four; agreement; lesions; confusion."""
     averaged = [name for name in evaluation.metrics if METRICS[name].better]
     chosen = [name for name in ("dice", "hd95_mm") if name in averaged] or averaged[:2]
     chosen += [name for name in averaged if name not in chosen and name not in ("precision", "recall")][
         : 4 - len(chosen)
     ]
     charts = [metric_chart(evaluation, name, METRICS[name].title) for name in chosen]
-    if {"volume_ml", "reference_volume_ml"} <= set(evaluation.metrics):
-        for target in evaluation.targets:
-            rows = evaluation.table[evaluation.table["target"] == target]
-            if (rows["reference_volume_ml"] > 0).sum() >= LEAST_SUBJECTS:
-                charts += [
-                    identity_chart(evaluation, target),
-                    agreement_chart(evaluation, target, band_percent=band_percent),
-                ]
+    for agreeing in agreements(evaluation.table):
+        charts += [identity_chart(agreeing), agreement_chart(agreeing, band_percent=band_percent)]
+    charts += [lesion_chart(evaluation, target) for target in evaluation.lesions["target"].unique()]
     if {"avd_percent", "density_percent"} <= set(evaluation.metrics):
         tables = {target: evaluation.table[evaluation.table["target"] == target] for target in evaluation.targets}
         charts += [density_chart(evaluation, t) for t, rows in tables.items() if rows["avd_percent"].notna().sum() >= 6]

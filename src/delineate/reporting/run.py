@@ -19,7 +19,6 @@ from delineate.inference.batch import with_channels
 from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
 from delineate.reporting.overlays import overlays_of
-from delineate.training.logs import TRAINING_CURVE, VALIDATION_CURVE, VALIDATION_LOSS_CURVE
 
 
 def write_run_report(folder: Path, dataset: Dataset) -> Path:
@@ -35,9 +34,9 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         description=bundle.recipe.description,
         simulated=bool(bundle.provenance["simulated"]),
         data_rows=data["subjects"],
-        learning=_curve(folder / "logs" / TRAINING_CURVE),
-        validation=_curve(folder / "logs" / VALIDATION_CURVE),
-        validation_loss=_curve(folder / "logs" / VALIDATION_LOSS_CURVE),
+        learning=_curve(folder / "logs" / "training.csv"),
+        validation=_curve(folder / "logs" / "validation.csv"),
+        validation_loss=_curve(folder / "logs" / "validation_loss.csv"),
         evaluation=evaluation,
         overlays=[] if evaluation is None else _overlays(folder, bundle, dataset, evaluation),
         recipe_yaml=(folder / "recipe.yaml").read_text(encoding="utf-8"),

@@ -1,0 +1,151 @@
+"""How well volumes and quantities of predictions agree with those of the references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from delineate.metrics.agreement import Agreement, Concordance, agreement, concordance, crossing
+
+LEAST_SUBJECTS = 5
+"""With fewer, limits of agreement say nothing but how few they are."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two columns of an evaluation's table that are to be equal. Errors that grow with the value are ``relative``."""
+
+    name: str
+    predicted: str
+    reference: str
+    unit: str
+    relative: bool
+
+
+COMPARED = (
+    Compared("volume", "volume_ml", "reference_volume_ml", "ml", relative=True),
+    Compared("mean quantity", "quantity_mean", "reference_quantity_mean", "", relative=False),
+    Compared("median quantity", "quantity_median", "reference_quantity_median", "", relative=False),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Agreeing:
+    """What was ``compared`` of a target: the subjects that have it in both, and their values."""
+
+    target: str
+    compared: Compared
+    subjects: tuple[str, ...]
+    predicted: NDArray[np.float64]
+    reference: NDArray[np.float64]
+
+    @cached_property
+    def absolute(self) -> Agreement:
+        """Differences in the unit of what is compared."""
+        return agreement(self.predicted, self.reference)
+
+    @cached_property
+    def relative(self) -> Agreement:
+        """Differences in percent of the reference."""
+        return agreement(self.predicted, self.reference, relative=True)
+
+    @cached_property
+    def concordance(self) -> Concordance:
+        """Lin's."""
+        return concordance(self.predicted, self.reference)
+
+    @property
+    def shown(self) -> Agreement:
+        """The one whose errors do not grow with the value."""
+        return self.relative if self.compared.relative else self.absolute
+
+    def rows(self) -> list[dict[str, object]]:
+        """Plain values: in the unit, and in percent where errors are relative."""
+        return [
+            {
+                "target": self.target,
+                "of": self.compared.name,
+                "unit": unit,
+                "n": found.n,
+                "bias": found.bias,
+                "bias_ci95": found.bias_ci95,
+                "limits": found.limits,
+                "low_limit_ci95": found.low_ci95,
+                "high_limit_ci95": found.high_ci95,
+                "beyond": [self.subjects[i] for i in found.outliers],
+                "concordance": self.concordance.value,
+                "concordance_ci95": self.concordance.ci95,
+            }
+            for found, unit in self._kinds
+        ]
+
+    def described(self) -> list[dict[str, str]]:
+        """:meth:`rows` as a reader sees them."""
+        return [
+            {
+                "target": self.target,
+                "of": f"{self.compared.name}{', ' * bool(unit)}{unit}",
+                "bias": f"{_signed(found.bias)} ({_signed(found.bias_ci95[0])} to {_signed(found.bias_ci95[1])})",
+                "limits": f"{_signed(found.limits[0])} to {_signed(found.limits[1])}",
+                "concordance": "{:.3f} ({:.3f} to {:.3f})".format(self.concordance.value, *self.concordance.ci95),
+                "n": str(found.n),
+                "beyond": ", ".join(self.subjects[i] for i in found.outliers),
+            }
+            for found, unit in self._kinds
+        ]
+
+    @property
+    def _kinds(self) -> list[tuple[Agreement, str]]:
+        return [(self.absolute, self.compared.unit), (self.relative, "%")][: 1 + self.compared.relative]
+
+
+def agreements(table: pd.DataFrame) -> Iterator[Agreeing]:
+    """Of an evaluation's table: all that can be compared, of the targets that enough subjects have."""
+    for compared in COMPARED:
+        if not {compared.predicted, compared.reference} <= set(table.columns):
+            continue
+        for target, rows in table.groupby("target", sort=False):
+            predicted, reference = (rows[c].to_numpy(float) for c in (compared.predicted, compared.reference))
+            use = np.isfinite(predicted) & np.isfinite(reference)
+            if compared.relative:
+                use &= reference > 0
+            if use.sum() >= LEAST_SUBJECTS:
+                subjects = tuple(rows["subject"].to_numpy()[use])
+                yield Agreeing(str(target), compared, subjects, predicted[use], reference[use])
+
+
+def crossings(table: pd.DataFrame, threshold: float) -> dict[str, dict[str, Any]]:
+    """For each target, who lies on another side of a quantity's threshold by the prediction than by the reference."""
+    sides: dict[str, dict[str, Any]] = {}
+    for target, rows in table.groupby("target", sort=False):
+        found = crossing(rows["quantity_mean"].to_numpy(), rows["reference_quantity_mean"].to_numpy(), threshold)
+        names = rows["subject"].to_numpy()
+        over, under = ([str(names[i]) for i in which] for which in (found.over, found.under))
+        sides[str(target)] = {"n": found.n, "right": found.right, "over": over, "under": under}
+    return sides
+
+
+def crossing_sentences(table: pd.DataFrame, threshold: float) -> list[str]:
+    """:func:`crossings` in words, one for each target."""
+    sentences = []
+    for target, found in crossings(table, threshold).items():
+        wrong = [
+            f"{what} {', '.join(found[side])}"
+            for side, what in (("over", "over it only by the prediction:"), ("under", "under it:"))
+            if found[side]
+        ]
+        sentences.append(
+            f"{target}: {found['right']} of {found['n']} on the right side of {threshold:g}"
+            + (f"; {'; '.join(wrong)}" if wrong else "")
+        )
+    return sentences
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")

@@ -1,0 +1,103 @@
+"""Agreement of an evaluation's volumes and quantities with the references', and what is written of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from delineate.errors import RecipeError
+from delineate.evaluation.agreement import agreements, crossing_sentences, crossings
+from delineate.evaluation.measure import Measuring
+from delineate.evaluation.table import LESION_COLUMNS, Evaluation
+
+SUBJECTS = list("abcdef")
+TRUE = np.array([10.0, 20.0, 30.0, 40.0, 50.0, 0.0])
+SAID = np.array([11.0, 21.0, 31.0, 41.0, 51.0, 7.0])
+
+
+def table(**columns: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame({"subject": SUBJECTS, "site": "", "target": "liver", **columns})
+
+
+def test_volumes_agree_in_millilitres_and_in_percent_of_those_that_have_the_target() -> None:
+    volumes = table(volume_ml=SAID, reference_volume_ml=TRUE)
+    [agreeing] = agreements(volumes)
+    assert agreeing.subjects == ("a", "b", "c", "d", "e"), "no share of nothing"
+    assert agreeing.absolute.limits == pytest.approx((1, 1))
+    assert agreeing.relative.bias == pytest.approx(100 * np.mean(1 / TRUE[:5]))
+    assert [(row["unit"], row["n"]) for row in agreeing.rows()] == [("ml", 5), ("%", 5)]
+    assert list(agreements(volumes[1:])) == [], "limits of four subjects say nothing"
+
+
+def test_quantities_agree_in_their_unit_and_undefined_ones_are_left_out() -> None:
+    said = np.array([5.0, 6.0, np.nan, 4.0, 5.5, 7.0])
+    mean, median = agreements(
+        table(quantity_mean=said, reference_quantity_mean=said - 0.5,
+              quantity_median=said, reference_quantity_median=said)
+    )  # fmt: skip
+    assert mean.subjects == ("a", "b", "d", "e", "f")
+    [row] = mean.rows()
+    assert row["bias"] == pytest.approx(0.5)
+    assert median.concordance.value == pytest.approx(1)
+
+
+def test_who_lies_beyond_the_limits_is_named() -> None:
+    subjects = [f"s{i}" for i in range(20)]
+    said = np.full(20, 100.0) + np.tile([1, -1], 10)
+    said[3] = 150
+    rows = pd.DataFrame(
+        {"subject": subjects, "target": "liver", "volume_ml": said, "reference_volume_ml": np.full(20, 100.0)}
+    )
+    [agreeing] = agreements(rows)
+    assert [row["beyond"] for row in agreeing.rows()] == [["s3"], ["s3"]]
+    assert {row["beyond"] for row in agreeing.described()} == {"s3"}
+
+
+def test_sides_of_a_threshold() -> None:
+    fat = table(quantity_mean=np.array([5, 6, 5, 6, 9, 1.0]), reference_quantity_mean=np.array([6, 5, 5, 6, np.nan, 1]))
+    assert crossings(fat, 5.56) == {"liver": {"n": 5, "right": 3, "over": ["b"], "under": ["a"]}}
+    assert crossing_sentences(fat, 5.56) == [
+        "liver: 3 of 5 on the right side of 5.56; over it only by the prediction: b; under it: a"
+    ]
+    with pytest.raises(RecipeError, match="a threshold is of a quantity"):
+        Measuring(threshold=5.56)
+
+
+def lesion(of: str, volume_ml: float, matched: bool) -> dict[str, object]:
+    row = ("a", "", "lesion", of, volume_ml, 0.0, matched)
+    return dict(zip(LESION_COLUMNS, row, strict=True))
+
+
+def test_lesions_are_counted_by_size() -> None:
+    lesions = [
+        lesion("reference", 0.02, False), lesion("reference", 0.03, True), lesion("reference", 0.05, False),
+        lesion("prediction", 0.03, True), lesion("prediction", 0.004, False), lesion("reference", 250.0, True),
+    ]  # fmt: skip
+    sizes = Evaluation(table(dice=SAID), lesions=pd.DataFrame(lesions)).lesions_by_size().to_dict("list")
+    assert sizes["from_ml"] == [0, 0.01, 0.03, 100]
+    assert sizes["to_ml"] == [0.01, 0.03, 0.1, np.inf]
+    assert sizes["reference"] == [0, 1, 2, 1]
+    assert sizes["found"] == [0, 0, 1, 1]
+    assert sizes["predicted"] == [1, 0, 1, 0]
+    assert sizes["real"] == [0, 0, 1, 0]
+
+
+def test_all_of_it_is_written_and_read(tmp_path: Path) -> None:
+    columns = {"volume_ml": SAID, "reference_volume_ml": TRUE, "quantity_mean": SAID, "reference_quantity_mean": TRUE}
+    lesions = pd.DataFrame([lesion("reference", 0.02, False), lesion("prediction", 200.0, True)])
+    evaluation = Evaluation(table(**columns), lesions=lesions, threshold=30.5)
+    evaluation.write(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert [(row["of"], row["unit"]) for row in summary["agreement"]] == [
+        ("volume", "ml"), ("volume", "%"), ("mean quantity", ""),
+    ]  # fmt: skip
+    assert summary["agreement"][0]["limits"] == pytest.approx([1, 1])
+    assert summary["lesions_by_size"][1]["to_ml"] == "inf"
+    assert summary["crossings"] == {"liver": {"n": 6, "right": 5, "over": ["c"], "under": []}}
+    back = Evaluation.read(tmp_path)
+    assert back.threshold == 30.5
+    pd.testing.assert_frame_equal(back.lesions_by_size(), evaluation.lesions_by_size())
