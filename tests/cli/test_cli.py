@@ -285,6 +285,8 @@ def test_what_needs_a_look_is_said_and_probabilities_are_measured(run, balls, tm
     done = delineate("evaluate", out, balls, "--quantity", "T1", "--margin-mm", 1.5, "--threshold", 1.5)
     assert "probabilities of ball: expected calibration error" in done.stdout
     assert f"ball: {len(review)} of {len(review)} on the right side of 1.5" in done.stdout
+    refused = delineate("evaluate", out, balls, "--threshold", 1.5, code=2)
+    assert "name its channel with --quantity" in refused.stderr
     odd = Volume(read_volume(balls / "imagesTr/c1_0000.nii.gz").voxels, Grid.of_spacing(GRID.shape, (1, 1, 9)))
     write_volume(tmp_path / "odd.nii.gz", odd)
     answer = json.loads(delineate("predict", run / "bundle", tmp_path / "odd.nii.gz", "-o", out, "--json").stdout)

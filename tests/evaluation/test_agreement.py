@@ -9,9 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from delineate.errors import RecipeError
-from delineate.evaluation.agreement import agreements, crossing_sentences, crossings
-from delineate.evaluation.measure import Measuring
+from delineate.evaluation.agreement import QuantityMap, agreements, crossing_sentences, crossings
 from delineate.evaluation.table import LESION_COLUMNS, Evaluation
 
 SUBJECTS = list("abcdef")
@@ -50,7 +48,13 @@ def test_who_lies_beyond_the_limits_is_named() -> None:
     said = np.full(20, 100.0) + np.tile([1, -1], 10)
     said[3] = 150
     rows = pd.DataFrame(
-        {"subject": subjects, "target": "liver", "volume_ml": said, "reference_volume_ml": np.full(20, 100.0)}
+        {
+            "subject": subjects,
+            "site": "",
+            "target": "liver",
+            "volume_ml": said,
+            "reference_volume_ml": np.full(20, 100.0),
+        }
     )
     [agreeing] = agreements(rows)
     assert [row["beyond"] for row in agreeing.rows()] == [["s3"], ["s3"]]
@@ -63,8 +67,6 @@ def test_sides_of_a_threshold() -> None:
     assert crossing_sentences(fat, 5.56) == [
         "liver: 3 of 5 on the right side of 5.56; over it only by the prediction: b; under it: a"
     ]
-    with pytest.raises(RecipeError, match="a threshold is of a quantity"):
-        Measuring(threshold=5.56)
 
 
 def lesion(of: str, volume_ml: float, matched: bool) -> dict[str, object]:
@@ -89,15 +91,15 @@ def test_lesions_are_counted_by_size() -> None:
 def test_all_of_it_is_written_and_read(tmp_path: Path) -> None:
     columns = {"volume_ml": SAID, "reference_volume_ml": TRUE, "quantity_mean": SAID, "reference_quantity_mean": TRUE}
     lesions = pd.DataFrame([lesion("reference", 0.02, False), lesion("prediction", 200.0, True)])
-    evaluation = Evaluation(table(**columns), lesions=lesions, threshold=30.5)
+    evaluation = Evaluation(table(**columns), lesions=lesions, quantity=QuantityMap("fat", 5, 30.5))
     evaluation.write(tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert [(row["of"], row["unit"]) for row in summary["agreement"]] == [
-        ("volume", "ml"), ("volume", "%"), ("mean quantity", ""),
+        ("volume", "ml"), ("volume", "%"), ("mean fat", ""),
     ]  # fmt: skip
     assert summary["agreement"][0]["limits"] == pytest.approx([1, 1])
     assert summary["lesions_by_size"][1]["to_ml"] == "inf"
     assert summary["crossings"] == {"liver": {"n": 6, "right": 5, "over": ["c"], "under": []}}
     back = Evaluation.read(tmp_path)
-    assert back.threshold == 30.5
+    assert back.quantity == evaluation.quantity
     pd.testing.assert_frame_equal(back.lesions_by_size(), evaluation.lesions_by_size())

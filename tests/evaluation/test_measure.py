@@ -16,6 +16,7 @@ from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import Dataset
 from delineate.errors import BadLabelValue, BadShape, DuplicateSubject, GridMismatch, MissingFile
+from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.measure import Measuring, compare, evaluate, evaluate_folders
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation
@@ -282,7 +283,7 @@ def test_a_quantity_is_read_inside_its_margin_and_who_changes_sides_is_named(tmp
     write_label(tmp_path / "predictions/a.nii.gz", label(v1=smaller))
     found = {}
     for margin_mm in (0.0, 0.99, 1.0):
-        measuring = Measuring("dice", quantity="fat", margin_mm=margin_mm)
+        measuring = Measuring("dice", quantity=QuantityMap("fat", margin_mm))
         [row] = evaluate_folders(tmp_path / "predictions", tmp_path / "scans", measuring=measuring).table.to_dict(
             "records"
         )
@@ -293,7 +294,9 @@ def test_a_quantity_is_read_inside_its_margin_and_who_changes_sides_is_named(tmp
     assert found[0.99] == found[0.0], "the outermost voxels lie a voxel from what is outside"
     assert found[1.0][0] < mean
     with pytest.raises(MissingFile, match="lacks water"):
-        evaluate_folders(tmp_path / "predictions", tmp_path / "scans", measuring=Measuring("dice", quantity="water"))
+        evaluate_folders(
+            tmp_path / "predictions", tmp_path / "scans", measuring=Measuring("dice", quantity=QuantityMap("water"))
+        )
 
 
 def test_probabilities_are_measured_where_they_lie(tmp_path: Path) -> None:

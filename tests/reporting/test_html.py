@@ -12,6 +12,7 @@ import pytest
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
+from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.measure import Measuring, compare
 from delineate.evaluation.table import Evaluation, reliability_table
 from delineate.inference.confidence import Case, Confidence, check_intervals
@@ -198,19 +199,19 @@ def test_what_was_measured_besides_is_drawn(tmp_path) -> None:
 def test_agreement_lesions_and_sides_are_drawn_and_written(tmp_path) -> None:
     rows, lesions = [], []
     for i in range(6):
-        measuring = Measuring("wmh2017,volume_ml,reference_volume_ml", quantity="fat", threshold=5.0)
+        measuring = Measuring("wmh2017,volume_ml,reference_volume_ml", quantity=QuantityMap("fat", 0, 5))
         fat = np.full(GRID.shape, 4.0 + 0.4 * i, np.float32)
         fat[:9] += 1
         measured = compare(label(i % 3), label(), TARGETS, measuring, subject=f"s{i}", quantity=fat)
         rows += measured.targets
         lesions += measured.lesions
-    evaluation = Evaluation(pd.DataFrame(rows), lesions=pd.DataFrame(lesions), threshold=5.0)
+    evaluation = Evaluation(pd.DataFrame(rows), lesions=pd.DataFrame(lesions), quantity=measuring.quantity)
     write_report(tmp_path / "page.html", EvaluationReport("a", "b", evaluation))
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     for chart in (
         "Bland-Altman of organ, volume, 6 subjects: bias",
-        "Bland-Altman of organ, mean quantity, 6 subjects: bias",
-        "Predicted over true organ, median quantity, 6 subjects",
+        "Bland-Altman of organ, mean fat, 6 subjects: bias",
+        "Predicted over true organ, median fat, 6 subjects",
         "Lesions of organ by size:",
     ):
         assert f'aria-label="{chart}' in page

@@ -44,7 +44,7 @@ def compare(
         from delineate.reporting.html import MethodsReport, write_report
 
         subjects = {subject for evaluation in named.values() for subject in evaluation.subjects}
-        write_report(report, MethodsReport(" against ".join(named), f"{len(subjects)} subjects.", named, found))
+        write_report(report, MethodsReport(", ".join(named) + " compared", f"{len(subjects)} subjects.", named, found))
     if json:
         print_json([asdict(d) for d in found])
         return

@@ -57,12 +57,16 @@ def evaluate(
     """Measure predictions against references, by subject and target."""
     from delineate.cli.parsing import parse_targets
     from delineate.cli.terminal import print_json
+    from delineate.evaluation.agreement import QuantityMap
     from delineate.evaluation.measure import Measuring, evaluate_folders, named_targets
     from delineate.evaluation.pairs import open_references
 
     beside = predictions / "probabilities"
     kept = probabilities or (beside if beside.is_dir() else None)
-    measuring = Measuring(metrics, lesion_overlap, quantity, margin_mm, kept, threshold)
+    if quantity is None and (threshold is not None or margin_mm):
+        raise typer.BadParameter("--margin-mm and --threshold are of a quantity: name its channel with --quantity")
+    read_within = None if quantity is None else QuantityMap(quantity, margin_mm, threshold)
+    measuring = Measuring(metrics, lesion_overlap, read_within, kept)
     asked, known = parse_targets(targets), open_references(references)
     evaluation = evaluate_folders(predictions, known, asked, measuring)
     if out is not None:
@@ -84,9 +88,8 @@ def evaluate(
 def _print_details(evaluation: Evaluation) -> None:
     """What there is beside means: limits of agreement, lesions by size, calibration, sides of a threshold."""
     from delineate.cli.terminal import print_table
-    from delineate.evaluation.agreement import agreements, crossing_sentences
 
-    rows = [list(row.values()) for agreeing in agreements(evaluation.table) for row in agreeing.described()]
+    rows = [list(row.values()) for agreeing in evaluation.agreements() for row in agreeing.described()]
     if rows:
         columns = ["target", "of", "bias (95 %)", "limits of agreement", "concordance", "n", "beyond them"]
         print_table("agreement with the reference", columns, rows)
@@ -94,9 +97,8 @@ def _print_details(evaluation: Evaluation) -> None:
         print_table("lesions by size", ["target", "ml", "found of the reference's", "real of the predicted"], sizes)
     for target, reliability in evaluation.reliabilities().items():
         typer.echo(f"probabilities of {target}: expected calibration error {reliability.expected_error:.4f}")
-    if evaluation.threshold is not None:
-        for line in crossing_sentences(evaluation.table, evaluation.threshold):
-            typer.echo(line)
+    for line in evaluation.crossings():
+        typer.echo(line)
 
 
 def print_evaluation(evaluation: Evaluation, *, subjects: bool = False) -> None:

@@ -18,6 +18,23 @@ LEAST_SUBJECTS = 5
 
 
 @dataclass(frozen=True)
+class QuantityMap:
+    """A channel of the data set, such as a fat fraction, that is read within each target.
+
+    ``margin_mm`` or more inside the target's surface. Who lies on another side of ``threshold`` by the
+    prediction's mean than by the reference's is told.
+    """
+
+    channel: str
+    margin_mm: float = 0.0
+    threshold: float | None = None
+
+    def __str__(self) -> str:
+        inside = f" {self.margin_mm:g} mm or more inside the surface" if self.margin_mm else " within the target"
+        return f"quantity: {self.channel}{inside}"
+
+
+@dataclass(frozen=True)
 class Compared:
     """Two columns of an evaluation's table that are to be equal. Errors that grow with the value are ``relative``."""
 
@@ -28,20 +45,22 @@ class Compared:
     relative: bool
 
 
-COMPARED = (
-    Compared("volume", "volume_ml", "reference_volume_ml", "ml", relative=True),
-    Compared("mean quantity", "quantity_mean", "reference_quantity_mean", "", relative=False),
-    Compared("median quantity", "quantity_median", "reference_quantity_median", "", relative=False),
-)
+def _comparable(quantity: str) -> list[Compared]:
+    return [
+        Compared("volume", "volume_ml", "reference_volume_ml", "ml", relative=True),
+        Compared(f"mean {quantity}", "quantity_mean", "reference_quantity_mean", "", relative=False),
+        Compared(f"median {quantity}", "quantity_median", "reference_quantity_median", "", relative=False),
+    ]
 
 
 @dataclass(frozen=True, eq=False)
 class Agreeing:
-    """What was ``compared`` of a target: the subjects that have it in both, and their values."""
+    """What was ``compared`` of a target: the subjects that have it in both, their sites, and their values."""
 
     target: str
     compared: Compared
     subjects: tuple[str, ...]
+    sites: tuple[str, ...]
     predicted: NDArray[np.float64]
     reference: NDArray[np.float64]
 
@@ -93,7 +112,9 @@ class Agreeing:
                 "of": f"{self.compared.name}{', ' * bool(unit)}{unit}",
                 "bias": f"{_signed(found.bias)} ({_signed(found.bias_ci95[0])} to {_signed(found.bias_ci95[1])})",
                 "limits": f"{_signed(found.limits[0])} to {_signed(found.limits[1])}",
-                "concordance": "{:.3f} ({:.3f} to {:.3f})".format(self.concordance.value, *self.concordance.ci95),
+                "concordance": "{:.3f} ({:.3f} to {:.3f})".format(
+                    self.concordance.value, *self.concordance.ci95
+                ).replace("-", "−"),
                 "n": str(found.n),
                 "beyond": ", ".join(self.subjects[i] for i in found.outliers),
             }
@@ -105,9 +126,9 @@ class Agreeing:
         return [(self.absolute, self.compared.unit), (self.relative, "%")][: 1 + self.compared.relative]
 
 
-def agreements(table: pd.DataFrame) -> Iterator[Agreeing]:
+def agreements(table: pd.DataFrame, quantity: QuantityMap | None = None) -> Iterator[Agreeing]:
     """Of an evaluation's table: all that can be compared, of the targets that enough subjects have."""
-    for compared in COMPARED:
+    for compared in _comparable("quantity" if quantity is None else quantity.channel):
         if not {compared.predicted, compared.reference} <= set(table.columns):
             continue
         for target, rows in table.groupby("target", sort=False):
@@ -116,8 +137,8 @@ def agreements(table: pd.DataFrame) -> Iterator[Agreeing]:
             if compared.relative:
                 use &= reference > 0
             if use.sum() >= LEAST_SUBJECTS:
-                subjects = tuple(rows["subject"].to_numpy()[use])
-                yield Agreeing(str(target), compared, subjects, predicted[use], reference[use])
+                subjects, sites = (tuple(rows[column].to_numpy()[use]) for column in ("subject", "site"))
+                yield Agreeing(str(target), compared, subjects, sites, predicted[use], reference[use])
 
 
 def crossings(table: pd.DataFrame, threshold: float) -> dict[str, dict[str, Any]]:

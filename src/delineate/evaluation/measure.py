@@ -15,7 +15,8 @@ from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset, check_grids, load_scan
-from delineate.errors import BadShape, MissingFile, RecipeError
+from delineate.errors import BadShape, MissingFile
+from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import LESION_COLUMNS, Evaluation, reliability_table
 from delineate.io.formats import read_label, read_volume
@@ -33,24 +34,18 @@ class Measuring:
     """What is measured: sets and single metrics by name, joined by commas (``metrics.catalogue``).
 
     A lesion is matched where more than ``lesion_overlap`` of its voxels are covered; 0: any
-    overlap. ``quantity`` is a channel of the data set whose mean and median in each target are
-    measured, ``margin_mm`` or more inside its surface, and for whose mean it is told who lies on another
-    side of ``threshold`` than by the reference. ``probabilities`` is a folder of them, as
-    ``predict --probabilities`` writes it. Raises :class:`RecipeError` for an unknown name, and for a
-    threshold without a quantity.
+    overlap. The mean and median of ``quantity`` in each target are measured. ``probabilities`` is a
+    folder of them, as ``predict --probabilities`` writes it. Raises :class:`RecipeError` for an
+    unknown name.
     """
 
     wanted: str = "standard"
     lesion_overlap: float = 0.0
-    quantity: str | None = None
-    margin_mm: float = 0.0
+    quantity: QuantityMap | None = None
     probabilities: Path | None = None
-    threshold: float | None = None
 
     def __post_init__(self) -> None:
         metric_names(self.wanted)
-        if self.threshold is not None and self.quantity is None:
-            raise RecipeError("a threshold is of a quantity: name its channel, such as --quantity fat_fraction")
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -101,7 +96,7 @@ def evaluate(
             measuring,
             subject=pair.subject,
             site=pair.site,
-            quantity=None if measuring.quantity is None else _map_of(pair, measuring.quantity, reference.grid),
+            quantity=None if measuring.quantity is None else _map_of(pair, measuring.quantity.channel, reference.grid),
             probabilities=None
             if measuring.probabilities is None
             else _probabilities_of(pair, measuring.probabilities, targets, reference.grid),
@@ -120,7 +115,7 @@ def evaluate(
         pd.DataFrame(found.lesions, columns=list(LESION_COLUMNS)),
         pd.DataFrame(found.confusion, columns=["subject", "reference", "prediction", "voxels"]),
         reliability_table(found.reliability),
-        measuring.threshold,
+        measuring.quantity,
     )
 
 
@@ -166,12 +161,13 @@ def compare(
     references, predictions = targets.masks(reference.voxels), targets.masks(prediction.voxels)
     named = {"subject": subject, "site": site}
     measured = Measured()
+    margin_mm = 0.0 if measuring.quantity is None else measuring.quantity.margin_mm
     for t, target in enumerate(targets.names):
         more: dict[str, float] = {}
         if quantity is not None:
             for prefix, mask in (("", predictions[target]), ("reference_", references[target])):
                 inside = mask if known is None else mask & known
-                mean, median = within(quantity, inside, reference.grid.spacing_mm, measuring.margin_mm)
+                mean, median = within(quantity, inside, reference.grid.spacing_mm, margin_mm)
                 more |= {f"{prefix}quantity_mean": mean, f"{prefix}quantity_median": median}
         if probabilities is not None:
             reliability = Reliability.of(probabilities[t], references[target], known)

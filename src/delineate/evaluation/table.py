@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite, isnan
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from delineate.evaluation.agreement import agreements, crossings
+from delineate.evaluation.agreement import Agreeing, QuantityMap, agreements, crossing_sentences, crossings
 from delineate.io.files import writing_beside
 from delineate.metrics.calibration import Reliability
 from delineate.metrics.catalogue import METRICS
@@ -41,7 +41,7 @@ class Evaluation:
     reference or the prediction, its volume, the share of it that the other covers, whether that
     makes a match. ``confusion`` counts voxels by subject, reference class and predicted class,
     where targets are exclusive. ``reliability`` adds up probabilities in bins by target, where
-    there were any. ``threshold`` is the quantity's for which sides are told.
+    there were any. ``quantity`` is what was read within targets.
     """
 
     table: pd.DataFrame
@@ -51,7 +51,7 @@ class Evaluation:
         default_factory=lambda: pd.DataFrame(columns=["subject", "reference", "prediction", "voxels"])
     )
     reliability: pd.DataFrame = field(default_factory=lambda: reliability_table([]))
-    threshold: float | None = None
+    quantity: QuantityMap | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ class Evaluation:
         return cls(
             _read(folder / "metrics.csv"),
             summary["unpaired"],
-            threshold=summary.get("threshold"),
+            quantity=QuantityMap(**summary["quantity"]) if "quantity" in summary else None,
             **{name: table for name, table in more.items() if table is not None},
         )
 
@@ -128,12 +128,14 @@ class Evaluation:
         content: dict[str, object] = {"summary": self.summary()}
         if len(self.sites) > 1:
             content["sites"] = {site: self.summary(site) for site in self.sites}
-        if rows := [row for agreeing in agreements(self.table) for row in agreeing.rows()]:
+        if rows := [row for agreeing in self.agreements() for row in agreeing.rows()]:
             content["agreement"] = rows
         if len(self.lesions):
             content["lesions_by_size"] = self.lesions_by_size().to_dict("records")
-        if self.threshold is not None:
-            content |= {"threshold": self.threshold, "crossings": crossings(self.table, self.threshold)}
+        if self.quantity is not None:
+            content["quantity"] = asdict(self.quantity)
+            if self.quantity.threshold is not None:
+                content["crossings"] = crossings(self.table, self.quantity.threshold)
         definitions = {name: f"{METRICS[name].title}: {METRICS[name].definition}" for name in self.metrics}
         if len(self.reliability):
             content["calibration"] = {
@@ -175,6 +177,15 @@ class Evaluation:
             }
             for row in self.lesions_by_size().to_dict("records")
         ]
+
+    def agreements(self) -> Iterator[Agreeing]:
+        """Volumes and quantities beside the references', of each target."""
+        return agreements(self.table, self.quantity)
+
+    def crossings(self) -> list[str]:
+        """Who lies on which side of the quantity's threshold, in words; nothing where there is none."""
+        threshold = None if self.quantity is None else self.quantity.threshold
+        return [] if threshold is None else crossing_sentences(self.table, threshold)
 
     def reliabilities(self) -> dict[str, Reliability]:
         """By target, all subjects' voxels together."""

@@ -29,9 +29,10 @@ def write_evaluation_report(
     are given or named by it. ``band_percent`` is drawn around zero where volumes are compared.
     """
     place = references.root if isinstance(references, Dataset) else references
+    read_within = "" if evaluation.quantity is None else f"; {evaluation.quantity}"
     report = EvaluationReport(
         title=f"{predictions.resolve().name} against {place.resolve().name}",
-        description=f"{len(evaluation.subjects)} subjects, {', '.join(evaluation.targets)}.",
+        description=f"{len(evaluation.subjects)} subjects, {', '.join(evaluation.targets)}{read_within}.",
         evaluation=evaluation,
         overlays=_overlays(evaluation, predictions, references, targets) if isinstance(references, Dataset) else [],
         band_percent=band_percent,

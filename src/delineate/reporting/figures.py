@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from html import escape
 from io import StringIO
 from itertools import cycle
@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from delineate.evaluation.agreement import Agreeing
-from delineate.evaluation.table import Evaluation
+from delineate.evaluation.table import LESION_SIZES_ML, Evaluation
 
 # Drawn in these colours, written as CSS variables that fall back on them outside the page.
 INK, MUTED, LINE = "#1b2024", "#5a656e", "#d9dee2"
@@ -111,8 +111,8 @@ def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
     Whiskers end at the furthest value within 1.5 quartile ranges of the box (Tukey 1977). Undefined
     values are counted beside their row. Colours are sites, where there are two to six of them.
     """
-    table, targets, sites = evaluation.table, evaluation.targets, evaluation.sites
-    colours = dict(zip(sites, SERIES, strict=False)) if 1 < len(sites) <= len(SERIES) else {}
+    table, targets = evaluation.table, evaluation.targets
+    colours = _site_colours(evaluation.sites)
 
     def draw(axes: Axes) -> None:
         for row, target in enumerate(targets):
@@ -190,6 +190,11 @@ def _row(axes: Axes, row: int, values: NDArray[np.float64], colours: Sequence[st
     axes.vlines(median, row - 0.25, row + 0.25, color=INK, linewidth=2.2)
 
 
+def _site_colours(sites: Collection[str]) -> dict[str, str]:
+    """A colour for each site, where there are two to six."""
+    return dict(zip(sorted(set(sites)), SERIES, strict=False)) if 1 < len(set(sites)) <= len(SERIES) else {}
+
+
 def _site_legend(axes: Axes, colours: dict[str, str]) -> None:
     for site, colour in colours.items():
         axes.scatter([], [], s=16, color=colour, linewidths=0, label=site or "no site")
@@ -200,7 +205,8 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
     """Bland–Altman: each subject's error over its reference, bias and limits of agreement.
 
     Volumes' errors are in percent. Shaded are the limits' 95 % intervals; subjects beyond the limits
-    are named. ``band_percent`` shades ± that much around zero, where errors are in percent.
+    are named. ``band_percent`` shades ± that much around zero, where errors are in percent. Colours
+    are sites, where there are two to six of them.
     """
     compared, found, true = agreeing.compared, agreeing.shown, agreeing.reference
     difference = agreeing.predicted - true
@@ -208,6 +214,7 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
     if compared.relative:
         difference, unit = 100 * difference / true, "%"
     low, high = found.limits
+    colours = _site_colours(agreeing.sites)
 
     def draw(axes: Axes) -> None:
         if band_percent is not None and compared.relative:
@@ -220,7 +227,7 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
                 f"{name}\n{value:+.{_DECIMALS[unit]}f} {unit}".replace("-", "−").rstrip(), (1, value), (4, 0),
                 ("axes fraction", "data"), "offset points", va="center", fontsize=8, color=MUTED, annotation_clip=False,
             )  # fmt: skip
-        axes.scatter(true, difference, s=14, color=INK, alpha=0.6, linewidths=0)
+        axes.scatter(true, difference, s=14, c=[colours.get(s, INK) for s in agreeing.sites], alpha=0.7, linewidths=0)
         middle = (true.min() + true.max()) / 2
         for i in found.outliers[:6]:
             left = true[i] < middle  # names stay inside
@@ -249,22 +256,25 @@ def identity_chart(agreeing: Agreeing) -> str:
     """Predicted over true value of each subject, the line of identity, and the concordance correlation."""
     compared, found = agreeing.compared, agreeing.concordance
     said, true = agreeing.predicted, agreeing.reference
+    colours = _site_colours(agreeing.sites)
 
     def draw(axes: Axes) -> None:
         least, most = min(0.0, said.min(), true.min()), max(said.max(), true.max())
         ends = [least, most + 0.05 * (most - least)]
         axes.plot(ends, ends, color=MUTED, linewidth=1)
-        axes.scatter(true, said, s=14, color=SERIES[0], alpha=0.7, linewidths=0)
+        axes.scatter(true, said, s=14, c=[colours.get(s, SERIES[0]) for s in agreeing.sites], alpha=0.7, linewidths=0)
+        for site, colour in colours.items():
+            axes.scatter([], [], s=16, color=colour, linewidths=0, label=site or "no site")
+        if colours:
+            axes.legend(loc="lower right", fontsize=8.5, handletextpad=0)
         axes.set(
             xlabel=_with_unit(f"{agreeing.target}, {compared.name} by the reference", compared.unit),
             ylabel=_with_unit("predicted", compared.unit),
             xlim=ends,
             ylim=ends,
         )
-        axes.annotate(
-            f"concordance {found.value:.3f} ({found.ci95[0]:.3f} to {found.ci95[1]:.3f})", (0.03, 0.93),
-            xycoords="axes fraction", fontsize=9, color=MUTED,
-        )  # fmt: skip
+        interval = f"concordance {found.value:.3f} ({found.ci95[0]:.3f} to {found.ci95[1]:.3f})"
+        axes.set_title(interval.replace("-", "−"), loc="left", fontsize=9, color=MUTED)
 
     what = f"{agreeing.target}, {compared.name}"
     return _chart(draw, f"Predicted over true {what}, {found.n} subjects, concordance {found.value:.3f}", 2.9)
@@ -278,24 +288,31 @@ def lesion_chart(evaluation: Evaluation, target: str) -> str:
     """Share of the reference's lesions that are found, and of the predicted that are real, by their volume."""
     sizes = evaluation.lesions_by_size()
     sizes = sizes[sizes["target"] == target]
-    described = [row for row in evaluation.described_lesions() if row["target"] == target]
-    places = np.arange(len(sizes))
+    ends = [0.0, *LESION_SIZES_ML, np.inf]
+    first, last = ends.index(sizes["from_ml"].min()), ends.index(sizes["to_ml"].max())
+    # Classes without lesions keep their place, so that neighbours are neighbours.
+    counts = sizes.set_index("from_ml")[["reference", "found", "predicted", "real"]].reindex(ends[first:last]).fillna(0)
+    places = np.arange(len(counts))
 
     def draw(axes: Axes) -> None:
         series = (("found", "reference", "of the reference, found"), ("real", "predicted", "predicted, real"))
         for colour, (part, whole, label), shift in zip(SERIES, series, (-0.2, 0.2), strict=False):
-            there, share = sizes[whole].to_numpy(float), sizes[part] / sizes[whole].where(sizes[whole] > 0)
-            axes.bar(places + shift, share.fillna(0), 0.36, color=colour, alpha=0.75, label=label)
-            for place, value, n in zip(places + shift, share.fillna(0), there, strict=True):
+            n = counts[whole].to_numpy(float)
+            share = counts[part].to_numpy(float) / np.maximum(n, 1)
+            axes.bar(places + shift, share, 0.36, color=colour, alpha=0.75, label=label)
+            for place, value, many in zip(places + shift, share, n, strict=True):
                 axes.annotate(
-                    f"{n:.0f}", (place, value), (0, 3), textcoords="offset points", ha="center", fontsize=8, color=MUTED
-                )
-        axes.set_xticks(places, [row["ml"] for row in described])
+                    f"{many:.0f}", (place, value), (0, 3), textcoords="offset points", ha="center", fontsize=8,
+                    color=MUTED,
+                )  # fmt: skip
+        bounds = ["any" if end == np.inf else f"{end:g}" for end in ends[first : last + 1]]
+        axes.set_xticks(np.arange(len(bounds)) - 0.5, bounds)
         axes.grid(visible=False, axis="x")
         axes.set(xlabel=f"{target}, volume of the lesion, ml; above the bars how many", ylabel="share", ylim=(0, 1.15))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)
 
-    said = "; ".join(f"{row['ml']} ml: found {row['found']}, real {row['real']}" for row in described)
+    rows = [row for row in evaluation.described_lesions() if row["target"] == target]
+    said = "; ".join(f"{row['ml']} ml: found {row['found']}, real {row['real']}" for row in rows)
     return _chart(draw, f"Lesions of {target} by size: {said}", height=3.0)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from delineate.evaluation.agreement import agreements, crossing_sentences
 from delineate.evaluation.methods import MethodDifference
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary
 from delineate.io.files import writing_beside
@@ -143,11 +142,9 @@ def _measured(
             "charts": _charts(evaluation, band_percent),
             "summary": _summary_rows(evaluation, summary),
             "sites": _site_rows(evaluation) if len(evaluation.sites) > 1 else [],
-            "agreement": [row for agreeing in agreements(evaluation.table) for row in agreeing.described()],
+            "agreement": [row for agreeing in evaluation.agreements() for row in agreeing.described()],
             "lesions": evaluation.described_lesions(),
-            "crossings": None
-            if evaluation.threshold is None
-            else crossing_sentences(evaluation.table, evaluation.threshold),
+            "crossings": evaluation.crossings(),
             "rows": evaluation.table.to_dict("records"),
             "unpaired": evaluation.unpaired,
             "columns": [METRICS[name] for name in evaluation.metrics],
@@ -159,23 +156,27 @@ def _measured(
     }
 
 
-def _charts(evaluation: Evaluation, band_percent: float | None) -> list[str]:
-    """The distribution of the metrics that are averaged, at most four; agreement; lesions; confusion."""
+def _charts(evaluation: Evaluation, band_percent: float | None) -> list[list[str]]:
+    """Groups of charts: distributions of at most four metrics that are averaged; agreement; voxels and lesions."""
     averaged = [name for name in evaluation.metrics if METRICS[name].better]
     chosen = [name for name in ("dice", "hd95_mm") if name in averaged] or averaged[:2]
     chosen += [name for name in averaged if name not in chosen and name not in ("precision", "recall")][
         : 4 - len(chosen)
     ]
-    charts = [metric_chart(evaluation, name, METRICS[name].title) for name in chosen]
-    for agreeing in agreements(evaluation.table):
-        charts += [identity_chart(agreeing), agreement_chart(agreeing, band_percent=band_percent)]
-    charts += [lesion_chart(evaluation, target) for target in evaluation.lesions["target"].unique()]
+    distributions = [metric_chart(evaluation, name, METRICS[name].title) for name in chosen]
+    pairs = [
+        [identity_chart(agreeing), agreement_chart(agreeing, band_percent=band_percent)]
+        for agreeing in evaluation.agreements()
+    ]
+    charts = [lesion_chart(evaluation, target) for target in evaluation.lesions["target"].unique()]
     if {"avd_percent", "density_percent"} <= set(evaluation.metrics):
         tables = {target: evaluation.table[evaluation.table["target"] == target] for target in evaluation.targets}
         charts += [density_chart(evaluation, t) for t, rows in tables.items() if rows["avd_percent"].notna().sum() >= 6]
     if len(evaluation.confusion):
         charts += [confusion_chart(evaluation), class_chart(evaluation)]
-    return charts + ([reliability_chart(evaluation)] if len(evaluation.reliability) else [])
+    if len(evaluation.reliability):
+        charts.append(reliability_chart(evaluation))
+    return [group for group in (distributions, *pairs, charts) if group]
 
 
 def _methods(report: MethodsReport) -> dict[str, Any]:
