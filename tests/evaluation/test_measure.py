@@ -257,7 +257,8 @@ class TestLesionsAndConfusion:
 
     def test_what_is_written_of_them_reads_back(self, folders: tuple[Path, Path], tmp_path: Path) -> None:
         targets = Targets({"organ": (1,), "lesion": (2,)})
-        measured = evaluate(pair_files(*folders).pairs, targets, Measuring("standard,wmh2017", 0.5))
+        measuring = Measuring("standard,wmh2017,surface_dice_2.5mm", 0.5)
+        measured = evaluate(pair_files(*folders).pairs, targets, measuring)
         measured.write(tmp_path / "out")
         back = Evaluation.read(tmp_path / "out")
         pd.testing.assert_frame_equal(back.lesions, measured.lesions)

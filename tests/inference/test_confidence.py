@@ -18,7 +18,15 @@ from delineate.core.volume import Volume
 from delineate.datasets.inspection import inspect
 from delineate.datasets.phantoms.writing import write_phantoms
 from delineate.errors import BundleError
-from delineate.inference.confidence import Calibration, Case, Confidence, check_intervals, expected_dice, mutual_dice
+from delineate.inference.confidence import (
+    Calibration,
+    Case,
+    Confidence,
+    check_intervals,
+    expected_dice,
+    mutual_dice,
+    rank_correlation,
+)
 from delineate.inference.fingerprint import Oddity, fingerprint_of, oddities
 from delineate.inference.predictor import Predictor
 from delineate.inference.review import queue, review, write_queue
@@ -73,6 +81,14 @@ def test_intervals_are_checked_on_the_sites_that_they_were_not_made_of() -> None
     assert [row["dice_held"] for row in other[1:]] == [0, 0]
     assert float(other[0]["dice_width"]) > float(alike[0]["dice_width"])
     assert check_intervals(cases(steps[:10])) == [], "too few for the level"
+
+
+def test_the_order_of_expected_dice_is_judged_by_ranks() -> None:
+    expected, true = [0.9, 0.8, 0.7, nan], [0.5, 0.4, 0.1, 0.9]
+    assert rank_correlation(expected, true) == pytest.approx(1)
+    assert rank_correlation(expected, [-t for t in true]) == pytest.approx(-1)
+    assert isnan(rank_correlation([0.9, 0.9, 0.9], [0.1, 0.2, 0.3]))
+    assert isnan(rank_correlation(expected[:2], true[:2]))
 
 
 @pytest.mark.parametrize("target", ["cyst", "spleen"])

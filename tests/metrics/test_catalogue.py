@@ -56,7 +56,7 @@ def test_one_voxel_shifted_by_each_axis() -> None:
         reference = box(shape, *(slice(i, i + 1) for i in index))
         index[axis] += 3
         found = measured(reference, box(shape, *(slice(i, i + 1) for i in index)), spacing)
-        for name in ("hd_mm", "hd95_mm", "assd_mm", "rms_mm", "hd95_outline_mm"):
+        for name in ("hd_mm", "hd95_mm", "assd_mm", "msd_mm", "rms_mm", "hd95_outline_mm"):
             assert found[name] == 3 * step
         assert found["surface_dice_1mm"] == (1.0 if 3 * step <= 1 else 0.0)
 
@@ -66,8 +66,20 @@ def test_mean_and_rms_distance_by_hand() -> None:
     # A line of voxels is all surface: 0 from the reference, 0, 1, 2, 3, 4 from the prediction.
     found = measured(reference, prediction, (2.0, 1.0, 1.0))
     assert found["assd_mm"] == pytest.approx(2 * 10 / 6)
+    assert found["msd_mm"] == pytest.approx((0 + 2 * 10 / 5) / 2)
     assert found["rms_mm"] == pytest.approx(2 * np.sqrt(30 / 6))
     assert found["surface_dice_1mm"] == pytest.approx(2 / 6)
+
+
+def test_surface_dice_is_known_at_any_tolerance() -> None:
+    reference, prediction = box((12, 1, 1), np.s_[0:1]), box((12, 1, 1), np.s_[0:5])
+    comparison = Comparison.of(reference, prediction, Grid.of_spacing(reference.shape, (2.0, 1.0, 1.0)))
+    for tolerance, within in (("0", 2), ("2", 3), ("3.9", 3), ("4.0", 4), ("100", 6)):
+        [name] = metric_names(f"surface_dice_{tolerance}mm")
+        assert METRICS[name].of(comparison) == pytest.approx(within / 6)
+    assert metric_names("surface_dice_4.0mm,surface_dice_4mm") == ("surface_dice_4mm",)
+    with pytest.raises(RecipeError, match="no metric 'surface_dice_mm'"):
+        metric_names("surface_dice_mm")
 
 
 @pytest.mark.parametrize("seed", range(3))

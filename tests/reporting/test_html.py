@@ -14,7 +14,7 @@ from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.measure import Measuring, compare
-from delineate.evaluation.table import Evaluation, reliability_table
+from delineate.evaluation.table import Evaluation, plain, reliability_table
 from delineate.inference.confidence import Case, Confidence, check_intervals
 from delineate.reporting.figures import confusion_chart, methods_chart
 from delineate.reporting.html import EvaluationReport, RunReport, write_report
@@ -260,7 +260,7 @@ def test_colours_may_be_those_of_the_reports(report, tmp_path) -> None:
 def test_intervals_and_the_crop_have_their_place(report, tmp_path) -> None:
     steps = np.linspace(0, 1, 30)
     cases = [Case("organ", site, Confidence(100.0, 0.9), 0.85 - 0.1 * s, 100 + s) for s in steps for site in "AB"]
-    intervals = {"level": 0.9, "rows": check_intervals(cases)}
+    intervals = plain({"level": 0.9, "rows": check_intervals(cases)})
     page = page_of(replace(report, intervals=intervals, crop=b"picture"), tmp_path)
     rows = re.search(r'aria-label="Intervals for new scans".*?</table>', page, re.DOTALL)
     assert rows is not None

@@ -96,7 +96,7 @@ class Evaluation:
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON: undefined is None, infinite ``"inf"``. ``sites`` only if there are several."""
         content = {"subjects": self.table.to_dict("records"), **self._summaries()}
-        return {key: _plain(value) for key, value in content.items()}
+        return {key: plain(value) for key, value in content.items()}
 
     def write(self, folder: Path) -> None:
         """Write ``metrics.csv``, the table, ``summary.json``, what was made of it, and what else there is.
@@ -109,7 +109,7 @@ class Evaluation:
                 with writing_beside(folder / f"{name}.csv") as path:
                     table.to_csv(path, index=False)
         with writing_beside(folder / "summary.json") as path:
-            text = json.dumps(_plain(self._summaries()), indent=2, allow_nan=False) + "\n"
+            text = json.dumps(plain(self._summaries()), indent=2, allow_nan=False) + "\n"
             path.write_text(text, encoding="utf-8")
 
     @classmethod
@@ -218,19 +218,19 @@ def _read(path: Path) -> pd.DataFrame | None:
         dtype=dict.fromkeys(("subject", "site", "target", "of", "reference", "prediction"), str),
         # A subject may be called "NA"; only a metric may be missing.
         keep_default_na=False,
-        na_values={metric: [""] for metric in METRICS},
+        na_values={column: [""] for column in pd.read_csv(path, nrows=0) if column in METRICS},
     )
 
 
-def _plain(value: object) -> object:
-    """JSON has no NaN and no infinity."""
+def plain(value: object) -> object:
+    """A value as JSON has it, which knows no NaN and no infinity: undefined is None, infinite ``"inf"``."""
     match value:
         case Estimate():
-            return _plain(asdict(value))
+            return plain(asdict(value))
         case dict():
-            return {str(key): _plain(item) for key, item in value.items()}
+            return {str(key): plain(item) for key, item in value.items()}
         case list() | tuple():
-            return [_plain(item) for item in value]
+            return [plain(item) for item in value]
         case float() if isnan(value):
             return None
         case float() if not isfinite(value):

@@ -138,13 +138,25 @@ class Calibration:
             raise BundleError(f"{path} is damaged ({error}); copy the bundle again") from error
 
 
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's, of pairs that are defined; undefined of fewer than three, or where either is all the same."""
+    from scipy.stats import rankdata  # slow to import, and no prediction needs it
+
+    a, b = np.asarray(one, float), np.asarray(other, float)
+    use = np.isfinite(a) & np.isfinite(b)
+    if use.sum() < 3 or not np.ptp(a[use]) or not np.ptp(b[use]):
+        return nan
+    return float(np.corrcoef(rankdata(a[use]), rankdata(b[use]))[0, 1])
+
+
 def check_intervals(cases: Sequence[Case], level: float = LEVEL) -> list[dict[str, str | float]]:
     """How wide intervals are, and whether those made without a site's subjects hold that site's truth.
 
     A row for each target and site: the median width of the Dice interval, that of the volume interval
-    as a share of the volume, the shares of the site's subjects that both hold, and n; the site ``""``
-    has all subjects and no shares, which would be the level by construction. Sites and targets
-    without subjects enough for the level are left out.
+    as a share of the volume, the rank correlation (Spearman's) of expected and true Dice, the shares of
+    the site's subjects that both intervals hold, and n; the site ``""`` has all subjects and no shares,
+    which would be the level by construction. Sites and targets without subjects enough for the level
+    are left out.
     """
     rows: list[dict[str, str | float]] = []
     sites = sorted({case.site for case in cases})
@@ -167,6 +179,7 @@ def check_intervals(cases: Sequence[Case], level: float = LEVEL) -> list[dict[st
                 "site": site,
                 "dice_width": float(np.nanmedian([high - low for low, high in dice])),
                 "volume_width": float(np.nanmedian(shares)),
+                "rank": rank_correlation([c.confidence.expected_dice for c in judged], [c.dice for c in judged]),
                 "n": len(judged),
             }
             if site:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import isfinite, nan
@@ -94,12 +95,22 @@ def _distances() -> Iterator[Metric]:
     yield mm("hd95_mm", "HD95", f"{larger} {_SURFACE}", lambda c: c.surfaces.hausdorff95_mm)
     yield mm("hd95_outline_mm", "HD95 of outlines", f"{larger} {outlines}", lambda c: c.outlines.hausdorff95_mm)
     yield mm("assd_mm", "ASSD", f"mean distance {_SURFACE}", lambda c: c.surfaces.mean_mm)
+    yield mm(
+        "msd_mm",
+        "Mean surface distance",
+        "mean of both directions' mean distances between centres of surface voxels (6-neighbourhood)",
+        lambda c: sum(c.surfaces.directed_means_mm) / 2,
+    )
     yield mm("rms_mm", "RMS distance", f"root mean square distance {_SURFACE}", lambda c: c.surfaces.rms_mm)
-    yield Metric(
-        "surface_dice_1mm",
-        "Surface Dice at 1 mm",
-        "share of both surfaces' voxels at most 1 mm from the other surface",
-        lambda c: c.surfaces.surface_dice(1.0),
+    yield _surface_dice(1.0)
+
+
+def _surface_dice(tolerance_mm: float) -> Metric:
+    return Metric(
+        f"surface_dice_{tolerance_mm:g}mm",
+        f"Surface Dice at {tolerance_mm:g} mm",
+        f"share of both surfaces' voxels at most {tolerance_mm:g} mm from the other; any tolerance may be named",
+        lambda c: c.surfaces.surface_dice(tolerance_mm),
     )
 
 
@@ -195,10 +206,24 @@ def _tumour_regions(named: Targets) -> Targets | None:
 _PROMISE12 = ("dice", "assd_mm", "hd95_mm", "volume_error_percent")
 _PARTS: tuple[Part, ...] = ("apex", "base")
 
-METRICS: dict[str, Metric] = {
-    m.name: m for group in (_overlaps, _distances, _volumes, _lesions, _of_more) for m in group()
-}
-METRICS |= {m.name: m for part in _PARTS for m in (_of_part(METRICS[name], part) for name in _PROMISE12)}
+
+class Catalogue(dict[str, Metric]):
+    """Metrics by name. Surface Dice is listed at one tolerance and known at all: ``surface_dice_2.5mm``."""
+
+    def __missing__(self, name: str) -> Metric:
+        tolerance = _TOLERANCE.fullmatch(name)
+        if tolerance is None:
+            raise KeyError(name)
+        return _surface_dice(float(tolerance[1]))
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and _TOLERANCE.fullmatch(name) is not None)
+
+
+_TOLERANCE = re.compile(r"surface_dice_(\d+(?:\.\d+)?)mm")
+
+METRICS = Catalogue({m.name: m for group in (_overlaps, _distances, _volumes, _lesions, _of_more) for m in group()})
+METRICS.update((m.name, m) for part in _PARTS for m in (_of_part(METRICS[name], part) for name in _PROMISE12))
 
 SETS: dict[str, MetricSet] = {
     "standard": MetricSet(
@@ -236,7 +261,7 @@ def metric_names(wanted: str) -> tuple[str, ...]:
         if name in SETS:
             names |= dict.fromkeys(SETS[name].metrics)
         elif name in METRICS:
-            names[name] = None
+            names[METRICS[name].name] = None
         else:
             raise RecipeError(f"no metric '{name}'; sets are {', '.join(SETS)}, metrics {', '.join(METRICS)}")
     return tuple(names)

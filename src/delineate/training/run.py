@@ -35,7 +35,7 @@ from delineate.datasets.inspection import Inspection
 from delineate.errors import RecipeError, TrainingError
 from delineate.evaluation.measure import Measuring, evaluate
 from delineate.evaluation.pairs import Pair
-from delineate.evaluation.table import Evaluation
+from delineate.evaluation.table import Evaluation, plain
 from delineate.inference.batch import Outcome, predict_subjects, with_channels
 from delineate.inference.confidence import LEVEL, Calibration, Case, check_intervals
 from delineate.inference.predictor import Predictor
@@ -305,7 +305,8 @@ def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputeP
     cases = _cases(outcomes, known.table.set_index(["subject", "target"])[needed])
     Calibration.of(cases).save(folder / "bundle")
     with writing_beside(folder / "evaluation" / "intervals.json") as path:
-        path.write_text(json.dumps({"level": LEVEL, "rows": check_intervals(cases)}, indent=1), encoding="utf-8")
+        intervals = plain({"level": LEVEL, "rows": check_intervals(cases)})
+        path.write_text(json.dumps(intervals, indent=1, allow_nan=False), encoding="utf-8")
     said = [
         {"subject": outcome.subject.id, "target": target, **asdict(confidence)}
         for outcome in outcomes
