@@ -38,6 +38,19 @@ def test_an_estimate_is_the_same_each_time(rng: np.random.Generator) -> None:
     assert estimate_means(values) == estimate_means(values)
 
 
+def test_a_scan_that_is_there_twice_tells_nothing_new(rng: np.random.Generator) -> None:
+    values, patients = rng.random((12, 2)), [f"p{i}" for i in range(12)]
+    values[3, 0] = nan
+    once, twice = estimate_means(values, patients), estimate_means(np.repeat(values, 2, axis=0), np.repeat(patients, 2))
+    assert [e.ci95 for e in once] == [e.ci95 for e in twice] == [e.ci95 for e in estimate_means(values)]
+    assert [(e.n, e.patients, e.count) for e in twice] == [(22, 11, "22 of 11 patients"), (24, 12, "24 of 12 patients")]
+    [alone] = estimate_means(np.array([[1.0], [2.0]]), ["p", "p"])
+    assert isnan(alone.ci95[0]), "one patient has no interval"
+    first, second = values.T
+    doubled = paired_difference(np.repeat(first, 2), np.repeat(second, 2), np.repeat(patients, 2))
+    assert doubled == paired_difference(first, second)
+
+
 def test_a_difference_by_hand() -> None:
     found = paired_difference([8, 7, 9, 6], [7, 5, 6, 7])  # +1, +2, +3, −1
     assert found.mean == 1.25

@@ -129,6 +129,6 @@ def _estimate_cells(metric: str, estimate: Estimate) -> list[str]:
     return [
         f"{mean} ± {sd}" if several else mean,
         f"{low} – {high}" if several else "",
-        str(estimate.n),
+        estimate.count,
         str(estimate.undefined or ""),
     ]

@@ -62,7 +62,9 @@ def measure_forgetting(
                     LabelVolume(masks[target].astype(np.uint8), prediction.grid) for masks in (predicted, true)
                 )
                 subject, alone = outcome.subject, Targets({target: (1,)})
-                rows += compare(said, wanted, alone, measuring, subject=subject.id, site=subject.site).targets
+                rows += compare(
+                    said, wanted, alone, measuring, subject=subject.id, site=subject.site, patient=subject.patient
+                ).targets
             on_subject(k * len(chosen) + done, 2 * len(chosen))
         evaluations[name] = Evaluation(pd.DataFrame(rows))
         evaluations[name].write(out / f"{name}_evaluation")

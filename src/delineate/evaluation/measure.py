@@ -96,6 +96,7 @@ def evaluate(
             measuring,
             subject=pair.subject,
             site=pair.site,
+            patient=pair.patient,
             quantity=None if measuring.quantity is None else _map_of(pair, measuring.quantity.channel, reference.grid),
             probabilities=None
             if measuring.probabilities is None
@@ -147,11 +148,13 @@ def compare(
     *,
     subject: str = "",
     site: str = "",
+    patient: str = "",
     quantity: NDArray | None = None,
     probabilities: NDArray | None = None,
 ) -> Measured:
     """Measure one prediction; raises :class:`GridMismatch` and :class:`BadLabelValue`.
 
+    Without a ``patient``, the subject is its own.
     ``quantity`` (X, Y, Z) is a map of it, ``probabilities`` (T, X, Y, Z) are the targets'.
     """
     check_grids(subject, "prediction", prediction.grid, "reference", reference.grid)
@@ -183,7 +186,7 @@ def compare(
         )
         values = {name: METRICS[name].of(comparison) for name in measuring.metrics}
         case = _CASES[comparison.volume_ml > 0, comparison.reference_volume_ml > 0]
-        measured.targets.append({**named, "target": target, **values, "case": case})
+        measured.targets.append({**named, "patient": patient or subject, "target": target, **values, "case": case})
         if measuring.lesions:
             measured.lesions.extend({**named, "target": target, **row} for row in _lesions(comparison))
     if targets.exclusive:

@@ -66,7 +66,8 @@ def compare_methods(
             raise DatasetError(f"the evaluations have {len(subjects)} subjects in common; two are the least")
         table = table.loc[[subject for subject in table.index if subject in subjects]]
         pairs = list(combinations(evaluations, 2))
-        raw = [paired_difference(table[a].to_numpy(), table[b].to_numpy()) for a, b in pairs]
+        whose = [first.patients[subject] for subject in table.index]
+        raw = [paired_difference(table[a].to_numpy(), table[b].to_numpy(), whose) for a, b in pairs]
         corrected = holm([d.p for d in raw])
         found += [
             MethodDifference(metric, a, b, replace(d, p=p)) for (a, b), d, p in zip(pairs, raw, corrected, strict=True)

@@ -28,8 +28,17 @@ class Pair:
     subject: str
     prediction: Path
     reference: Path
-    site: str = ""
     source: Subject | None = None
+
+    @property
+    def site(self) -> str:
+        """The subject's, where it is known."""
+        return "" if self.source is None else self.source.site
+
+    @property
+    def patient(self) -> str:
+        """Whose scan it is; one's own where that is not known."""
+        return self.subject if self.source is None else self.source.patient
 
 
 class Pairing(NamedTuple):
@@ -91,10 +100,8 @@ def targets_in(pairs: Iterable[Pair], *, orientation: Orientation = "refuse") ->
     return Targets({f"label {v}": (v,) for v in sorted(values - {0})})
 
 
-def _references_in(
-    references: Path | Dataset, predicted: Container[str]
-) -> dict[str, tuple[Path, str, Subject | None]]:
-    """File and site of each subject that has a reference, and the subject."""
+def _references_in(references: Path | Dataset, predicted: Container[str]) -> dict[str, tuple[Path, Subject | None]]:
+    """File of each subject that has a reference, and the subject."""
     if isinstance(references, Path):
         files = _scans_in(references)
         if files and not (references / "dataset.json").is_file():
@@ -102,9 +109,9 @@ def _references_in(
             labels = [file for file in files if _LABEL_ENDING.search(name_of(file))] or files
             named = ((name_of(file), file) for file in labels)
             bare = _unique((n if n in predicted else _LABEL_ENDING.sub("", n), file) for n, file in named)
-            return {name: (file, "", None) for name, file in bare.items()}
+            return {name: (file, None) for name, file in bare.items()}
         references = open_dataset(references)
-    return {s.id: (s.label, s.site, s) for s in references.subjects if s.label is not None}
+    return {s.id: (s.label, s) for s in references.subjects if s.label is not None}
 
 
 def _scans_in(folder: Path) -> list[Path]:

@@ -34,8 +34,9 @@ LESION_COLUMNS = ("subject", "site", "target", "of", "volume_ml", "covered", "ma
 class Evaluation:
     """The ``table`` has a row for each subject and target.
 
-    Its columns are subject, site, target, metrics by their names, and case: ``both``, ``reference
-    empty``, ``prediction empty`` or ``both empty``. Ignored voxels are left out of everything.
+    Its columns are subject, site, patient, target, metrics by their names, and case: ``both``,
+    ``reference empty``, ``prediction empty`` or ``both empty``. Without the column, each subject is
+    its own patient. Ignored voxels are left out of everything.
 
     ``lesions`` has a row for each lesion, where lesions were counted: whether it is ``of`` the
     reference or the prediction, its volume, the share of it that the other covers, whether that
@@ -66,6 +67,12 @@ class Evaluation:
         return tuple(self.table["subject"].unique())
 
     @property
+    def patients(self) -> dict[str, str]:
+        """Whose scan each subject is."""
+        whose = self.table["patient" if "patient" in self.table.columns else "subject"]
+        return dict(zip(self.table["subject"], whose, strict=True))
+
+    @property
     def sites(self) -> tuple[str, ...]:
         return tuple(sorted(self.table["site"].unique()))
 
@@ -89,7 +96,9 @@ class Evaluation:
         columns += [(MEAN_OF_TARGETS, names[i]) for i in quality]
         values = np.concatenate([cube.reshape(len(cube), -1), cube[..., quality].mean(axis=1)], axis=1)
         summary: Summary = {}
-        for (target, metric), estimate in zip(columns, estimate_means(values), strict=True):
+        subjects = table.loc[table["target"] == self.targets[0], "subject"]
+        estimates = estimate_means(values, subjects.map(self.patients).tolist())
+        for (target, metric), estimate in zip(columns, estimates, strict=True):
             summary.setdefault(target, {})[metric] = estimate
         return summary
 
@@ -215,7 +224,7 @@ def _read(path: Path) -> pd.DataFrame | None:
         return None
     return pd.read_csv(
         path,
-        dtype=dict.fromkeys(("subject", "site", "target", "of", "reference", "prediction"), str),
+        dtype=dict.fromkeys(("subject", "site", "patient", "target", "of", "reference", "prediction"), str),
         # A subject may be called "NA"; only a metric may be missing.
         keep_default_na=False,
         na_values={column: [""] for column in pd.read_csv(path, nrows=0) if column in METRICS},

@@ -1,4 +1,7 @@
-"""What a sample of subjects says of all: means with intervals, and whether two methods differ."""
+"""What a sample of subjects says of all: means with intervals, and whether two methods differ.
+
+Several scans of one patient tell less than as many patients: whole patients are resampled.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ class Estimate:
     """A metric over subjects, without the ``undefined`` (NaN or infinite) values.
 
     ``sd`` has ``n - 1`` in its denominator. ``ci95`` is the percentile interval of the mean under
-    10 000 bootstrap resamples of the subjects (Efron 1979), seeded. Both are NaN for fewer than two.
+    10 000 bootstrap resamples of the ``patients`` (Efron 1979), seeded. They are NaN for fewer than
+    two subjects or patients.
     """
 
     mean: float
@@ -26,37 +30,63 @@ class Estimate:
     ci95: tuple[float, float]
     n: int
     undefined: int
+    patients: int
+
+    @property
+    def count(self) -> str:
+        """``n``, and of how many patients where those are fewer."""
+        return str(self.n) if self.patients == self.n else f"{self.n} of {self.patients} patients"
 
 
-def estimate_means(values: NDArray[np.float64], *, seed: int = 0) -> list[Estimate]:
-    """An estimate of each column's mean; rows are subjects, resampled for all columns together."""
+def estimate_means(
+    values: NDArray[np.float64], patients: Sequence[str] | None = None, *, seed: int = 0
+) -> list[Estimate]:
+    """An estimate of each column's mean; rows are subjects, resampled for all columns together.
+
+    ``patients`` says whose each row is; by default each is one's own.
+    """
+    whose = np.arange(len(values)) if patients is None else _numbered(patients)
     defined = np.isfinite(values)
-    filled = np.where(defined, values, 0.0)
-    n, rng = len(values), np.random.default_rng(seed)
+    sums, counts = _added_up(np.where(defined, values, 0.0), whose), _added_up(defined.astype(float), whose)
+    n, rng = len(sums), np.random.default_rng(seed)
     with np.errstate(invalid="ignore"):  # a resample without a defined value has no mean
-        # How often each subject is drawn makes a resample's means one matrix product; in parts, to bound memory.
+        # How often each patient is drawn makes a resample's means one matrix product; in parts, to bound memory.
         draws = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES // 10).astype(float) for _ in range(10))
-        means = np.concatenate([draw @ filled / (draw @ defined) for draw in draws])
+        means = np.concatenate([draw @ sums / (draw @ counts) for draw in draws])
     return [
-        _estimate(column[use], resampled[np.isfinite(resampled)], undefined=int(n - use.sum()))
-        for column, use, resampled in zip(values.T, defined.T, means.T, strict=True)
+        _estimate(column[use], resampled[np.isfinite(resampled)], int((~use).sum()), int(np.count_nonzero(of_patients)))
+        for column, use, resampled, of_patients in zip(values.T, defined.T, means.T, counts.T, strict=True)
     ]
 
 
-def _estimate(defined: NDArray[np.float64], resampled: NDArray[np.float64], undefined: int) -> Estimate:
+def _numbered(patients: Sequence[str]) -> NDArray[np.int64]:
+    """Patients as numbers in the order of their first rows."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(patient, len(numbers)) for patient in patients], dtype=np.int64)
+
+
+def _added_up(rows: NDArray[np.float64], whose: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Rows of a patient as one."""
+    sums = np.zeros((int(whose.max(initial=-1)) + 1, rows.shape[1]))
+    np.add.at(sums, whose, rows)
+    return sums
+
+
+def _estimate(defined: NDArray[np.float64], resampled: NDArray[np.float64], undefined: int, patients: int) -> Estimate:
     n = len(defined)
     mean = float(defined.mean()) if n else nan
-    if n < 2:
-        return Estimate(mean, nan, (nan, nan), n, undefined)
+    sd = float(defined.std(ddof=1)) if n > 1 else nan
+    if patients < 2:
+        return Estimate(mean, sd, (nan, nan), n, undefined, patients)
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return Estimate(mean, float(defined.std(ddof=1)), (float(low), float(high)), n, undefined)
+    return Estimate(mean, sd, (float(low), float(high)), n, undefined, patients)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference over ``n`` subjects, first minus second.
+    """A paired difference over ``n`` patients, first minus second.
 
-    ``ci95`` is the percentile interval of the mean under 10 000 resamples of the subjects; ``p`` is
+    ``ci95`` is the percentile interval of the mean under 10 000 resamples of the patients; ``p`` is
     Wilcoxon's signed-rank test (two-sided; 1 where no pair differs), Holm-corrected within its
     family; ``effect`` is the matched-pairs rank-biserial correlation (−1 … 1; Kerby 2014).
     """
@@ -74,13 +104,20 @@ class Difference:
         return self.p < 0.05 and (low > 0 or high < 0)
 
 
-def paired_difference(first: Sequence[float] | NDArray, second: Sequence[float] | NDArray) -> Difference:
+def paired_difference(
+    first: Sequence[float] | NDArray, second: Sequence[float] | NDArray, patients: Sequence[str] | None = None
+) -> Difference:
     """The difference of two columns of the same subjects; pairs with an undefined value are left out.
 
+    Differences of one patient's subjects are averaged first; by default each subject is a patient.
     Fewer than two pairs have no interval and no test: both are NaN.
     """
     difference = np.asarray(first, float) - np.asarray(second, float)
-    difference = difference[np.isfinite(difference)]
+    use = np.isfinite(difference)
+    difference = difference[use]
+    if patients is not None:
+        whose = _numbered([patient for patient, defined in zip(patients, use, strict=True) if defined])
+        difference = np.bincount(whose, weights=difference) / np.bincount(whose)
     [estimate] = estimate_means(difference[:, None])
     if estimate.n < 2:
         return Difference(estimate.mean, estimate.ci95, nan, nan, estimate.n)

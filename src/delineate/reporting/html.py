@@ -232,6 +232,7 @@ def _estimate(metric: Metric, estimate: Estimate) -> dict[str, Any]:
         "sd": formatted(metric.name, estimate.sd),
         "ci": f"{formatted(metric.name, low)} to {formatted(metric.name, high)}" if isfinite(low) else "–",
         "n": estimate.n,
+        "count": estimate.count,
         "undefined": estimate.undefined,
     }
 

@@ -55,7 +55,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
 def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evaluation) -> list[Any]:
     subjects = {subject.id: subject for subject in dataset.subjects}
     pairs = [
-        Pair(name, folder / "predictions" / f"{name}.nii.gz", label, subjects[name].site)
+        Pair(name, folder / "predictions" / f"{name}.nii.gz", label, subjects[name])
         for name in evaluation.subjects
         if (label := subjects[name].label) is not None
     ]

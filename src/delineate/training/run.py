@@ -293,7 +293,7 @@ def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputeP
         if outcome.error is not None or outcome.path is None:
             raise TrainingError(f"held-out subject '{outcome.subject.id}' could not be predicted: {outcome.error}")
         assert outcome.subject.label is not None  # inspection refuses subjects without one
-        pairs.append(Pair(outcome.subject.id, outcome.path, outcome.subject.label, outcome.subject.site))
+        pairs.append(Pair(outcome.subject.id, outcome.path, outcome.subject.label, outcome.subject))
         outcomes.append(outcome)
         report.progress("predicting held-out subjects", done, len(chosen))
     measuring = Measuring(",".join(bundle.recipe.metrics), probabilities=probabilities)
