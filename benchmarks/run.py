@@ -184,13 +184,22 @@ def bench_data(quick: bool) -> list[Row]:
         optimiser.step()
         optimiser.zero_grad()
 
-    batch = source.batch(0)
+    def validation_loss() -> None:
+        network.eval()
+        with torch.no_grad(), plan.autocast():
+            loss(network(image), target, image)
+        network.train()
+
+    batch, every = source.batch(0), recipe.training.validation.loss_every or 1
+    seldom = f"validation loss, a step in {every}"
     cases: dict[str, Callable[[], object]] = {
         "network, loss, optimiser": step,
+        seldom: validation_loss,
         "cropping": lambda: source.batch(next(numbers)),
         "augmentation": lambda: source.augmented(batch, seed=0),
     }
     seconds = interleaved(cases, 2 if quick else 15)
+    seconds[seldom] /= every
     total = sum(seconds.values())
     return [{"case": name, "ms": 1000 * s, "% of a step": 100 * s / total} for name, s in seconds.items()]
 

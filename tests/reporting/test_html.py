@@ -192,7 +192,7 @@ def test_what_was_measured_besides_is_drawn(tmp_path) -> None:
     error = evaluation.reliabilities()["organ"].expected_error
     assert f"organ expected calibration error {error:.4f}" in page
     assert "Classes by voxels: background" in page
-    assert "Absolute volume error of organ over its density, 9 subjects" in page
+    assert "Absolute volume error, % of organ over its density, 9 subjects" in page
     assert page.count("(n 3)") >= 3, "bins of as many subjects each"
 
 

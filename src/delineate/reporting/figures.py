@@ -377,35 +377,33 @@ def reliability_chart(evaluation: Evaluation) -> str:
     return _chart(draw, f"Reliability of probabilities, {len(evaluation.subjects)} subjects: {said}", height=2.9)
 
 
-def density_chart(evaluation: Evaluation, target: str) -> str:
-    """Absolute volume error over how dense the target is, in up to five bins of as many subjects each.
+def density_chart(evaluation: Evaluation, target: str, metric: str, label: str) -> str:
+    """A metric over how dense the target is, in up to five bins of as many subjects each.
 
-    Needs ``density_percent`` and ``avd_percent``. Boxes as in :func:`metric_chart`; subjects beyond
-    the whiskers are named.
+    Needs ``density_percent``. Boxes as in :func:`metric_chart`; subjects beyond the whiskers are named.
     """
     table = evaluation.table[evaluation.table["target"] == target]
-    table = table[np.isfinite(table["avd_percent"].astype(float))].sort_values("density_percent")
+    table = table[np.isfinite(table[metric].astype(float))].sort_values("density_percent")
     bins = np.array_split(np.arange(len(table)), max(1, min(5, len(table) // 3)))
 
     def draw(axes: Axes) -> None:
         for row, places in enumerate(bins):
             part = table.iloc[places]
-            values = part["avd_percent"].to_numpy(float)
+            values = part[metric].to_numpy(float)
             _row(axes, row, values, [SERIES[0]] * len(values))
             low, high = np.percentile(values, [25, 75])
+            reach = 1.5 * (high - low)
             for value, name in zip(values, part["subject"], strict=True):
-                if value > high + 1.5 * (high - low):
+                if not low - reach <= value <= high + reach:
                     axes.annotate(
                         name, (value, row), (0, 8), textcoords="offset points", ha="center", fontsize=8, color=MUTED
                     )
         density = table["density_percent"].to_numpy(float)
         labels = [f"{density[p[0]]:.3g}–{density[p[-1]]:.3g} % (n {len(p)})" for p in bins]
         _name_rows(axes, labels)
-        axes.set(xlabel=f"{target}, absolute volume error, %", ylabel="share of all voxels")
+        axes.set(xlabel=f"{target}, {label}", ylabel="share of all voxels")
 
-    return _chart(
-        draw, f"Absolute volume error of {target} over its density, {len(table)} subjects", height=0.9 + 0.5 * len(bins)
-    )
+    return _chart(draw, f"{label} of {target} over its density, {len(table)} subjects", height=0.9 + 0.5 * len(bins))
 
 
 def _chart(draw: Callable[[Axes], None], description: str, height: float) -> str:

@@ -156,8 +156,11 @@ def _measured(
     }
 
 
+_LEAST_FOR_BINS = 6
+
+
 def _charts(evaluation: Evaluation, band_percent: float | None) -> list[list[str]]:
-    """Groups of charts: distributions of at most four metrics that are averaged; agreement; voxels and lesions."""
+    """Groups of charts: distributions of at most four averaged metrics; agreement; these over density; the rest."""
     averaged = [name for name in evaluation.metrics if METRICS[name].better]
     chosen = [name for name in ("dice", "hd95_mm") if name in averaged] or averaged[:2]
     chosen += [name for name in averaged if name not in chosen and name not in ("precision", "recall")][
@@ -169,14 +172,20 @@ def _charts(evaluation: Evaluation, band_percent: float | None) -> list[list[str
         for agreeing in evaluation.agreements()
     ]
     charts = [lesion_chart(evaluation, target) for target in evaluation.lesions["target"].unique()]
-    if {"avd_percent", "density_percent"} <= set(evaluation.metrics):
-        tables = {target: evaluation.table[evaluation.table["target"] == target] for target in evaluation.targets}
-        charts += [density_chart(evaluation, t) for t, rows in tables.items() if rows["avd_percent"].notna().sum() >= 6]
+    over_density = []
+    if "density_percent" in evaluation.metrics:
+        rows = {target: evaluation.table[evaluation.table["target"] == target] for target in evaluation.targets}
+        over_density = [
+            density_chart(evaluation, target, name, METRICS[name].title)
+            for target in evaluation.targets
+            for name in chosen
+            if np.isfinite(rows[target][name].astype(float)).sum() >= _LEAST_FOR_BINS
+        ]
     if len(evaluation.confusion):
         charts += [confusion_chart(evaluation), class_chart(evaluation)]
     if len(evaluation.reliability):
         charts.append(reliability_chart(evaluation))
-    return [group for group in (distributions, *pairs, charts) if group]
+    return [group for group in (distributions, *pairs, over_density, charts) if group]
 
 
 def _methods(report: MethodsReport) -> dict[str, Any]:
