@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from delineate.evaluation.agreement import Agreeing
@@ -64,15 +65,22 @@ def loss_chart(learning: pd.DataFrame, validation_loss: pd.DataFrame | None = No
             values = validation_loss["validation_loss"]
             _smoothed(axes, validation_loss["step"], values, SERIES[1], "validation subjects")
             axes.legend(loc="upper right", fontsize=9)
+        low, high = axes.dataLim.intervaly
+        if low > 0 and high > 5 * low:
+            # The first steps would press all others onto the axis.
+            axes.set(yscale="log", ylabel="loss, logarithmic")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter("{x:g}")
 
     beside = " and of validation subjects" if validation_loss is not None else ""
     return _chart(draw, f"Loss of training{beside} over {last} steps", height=2.7)
 
 
 def _smoothed(axes: Axes, steps: pd.Series, values: pd.Series, colour: str, label: str) -> None:
-    """Means of up to 120 stretches of steps, and the band that holds 80 % of each."""
+    """Means of 30 to 120 stretches of steps (where there are as many), and the band that holds 80 % of each."""
     table = np.column_stack([steps, values])
-    parts = np.array_split(table, max(1, min(120, len(table) // 4)))
+    parts = np.array_split(table, min(120, max(len(table) // 4, min(len(table), 30))))
     middle = [part[:, 0].mean() for part in parts]
     low, high = np.array([np.percentile(part[:, 1], [10, 90]) for part in parts]).T
     axes.fill_between(middle, low, high, color=colour, alpha=0.18, linewidth=0)
