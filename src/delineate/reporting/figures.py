@@ -313,7 +313,7 @@ def lesion_chart(evaluation: Evaluation, target: str) -> str:
                     f"{many:.0f}", (place, value), (0, 3), textcoords="offset points", ha="center", fontsize=8,
                     color=MUTED,
                 )  # fmt: skip
-        bounds = ["any" if end == np.inf else f"{end:g}" for end in ends[first : last + 1]]
+        bounds = ["∞" if end == np.inf else f"{end:g}" for end in ends[first : last + 1]]
         axes.set_xticks(np.arange(len(bounds)) - 0.5, bounds)
         axes.grid(visible=False, axis="x")
         axes.set(xlabel=f"{target}, volume of the lesion, ml; above the bars how many", ylabel="share", ylim=(0, 1.15))
