@@ -40,7 +40,7 @@ from delineate.errors import (
     Truncated,
     UnevenSlices,
 )
-from delineate.io.dicom import find_series, the_series
+from delineate.io.dicom_series import find_series, the_series
 from delineate.io.files import Limits
 from delineate.io.formats import read_header, read_label, read_volume
 

@@ -119,6 +119,7 @@ def test_confusion_is_shown_by_rows_of_the_reference() -> None:
     chart = confusion_chart(evaluation)
     organ = confusion[confusion["reference"] == "organ"].set_index("prediction")["voxels"]
     assert f"{organ['organ'] / organ.sum():.1%}" in chart
+    assert f">{organ['organ']}<" in chart
     assert "organ" in chart
 
 

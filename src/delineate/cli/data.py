@@ -104,7 +104,7 @@ def series(
 ) -> None:
     """List the DICOM series of a place, with what tells them apart."""
     from delineate.cli.terminal import print_json, print_table
-    from delineate.io.dicom import find_series
+    from delineate.io.dicom_series import find_series
 
     found = find_series(path)
     if json:
@@ -147,7 +147,7 @@ def convert(
     """Convert one scan or label; voxels keep their place in the patient."""
     from delineate.cli.parsing import parse_targets
     from delineate.core.targets import Targets
-    from delineate.io.dicom import the_series
+    from delineate.io.dicom_series import the_series
     from delineate.io.exports import export_label
     from delineate.io.formats import DICOM_SUFFIXES, read_label, read_volume, write_volume
 

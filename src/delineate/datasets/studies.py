@@ -29,7 +29,7 @@ def read_studies(
     """
     if not any(is_dicom(Path(place, name)) for place, _, files in os.walk(root) for name in files):
         return None
-    from delineate.io.dicom import Series, find_series, fits  # pydicom takes a while to import
+    from delineate.io.dicom_series import Series, find_series, fits  # pydicom takes a while to import
 
     found = find_series(root)
     studies: dict[str, list[Series]] = defaultdict(list)

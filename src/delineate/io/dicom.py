@@ -1,24 +1,15 @@
-"""DICOM: the series in a folder or a zip, and one series as a volume.
+"""A DICOM series as a volume.
 
-Order, spacing and direction come from each slice's own position, never from names or numbers of
-files. Nothing that identifies a patient is read, but for a digest that keeps one patient together.
+Order, spacing and direction come from each slice's own position, never from names or numbers of files.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-import re
-import stat
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,139 +18,27 @@ from delineate.core.grid import Grid
 from delineate.errors import (
     BadFormat,
     BadGeometry,
-    BadPath,
     BadShape,
-    DelineateError,
     DuplicateSlice,
-    MissingFile,
     MissingSlice,
     MixedOrientations,
-    SeveralSeries,
     SeveralTimes,
     TiltedGantry,
     TooLarge,
     Truncated,
     UnevenSlices,
 )
+from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits
 from delineate.io.voxels import LPS_TO_RAS, check_grid, check_spacing
 
-try:
-    from pydicom import Dataset, dcmread
-    from pydicom.uid import DeflatedExplicitVRLittleEndian
-except ModuleNotFoundError as error:
-    raise BadFormat("DICOM needs more libraries; pip install 'delineate[dicom]'") from error
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 UNIFORMITY = 0.01
 """How far a distance between slices may differ from the usual one, as a share of it."""
 
-_MOST_FILES = 100_000
 _PARALLEL = 1e-3  # difference of direction cosines that rounding in headers leaves
-_TAGS = [
-    "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "SeriesDescription", "SeriesNumber",
-    "StudyDate", "SeriesDate", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored",
-    "PixelRepresentation", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "SpacingBetweenSlices",
-    "SliceThickness", "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence", "TemporalPositionIdentifier", "AcquisitionNumber", "EchoNumbers",
-    "AcquisitionTime",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One DICOM file, or one member of a zip."""
-
-    path: Path
-    member: str = ""
-    archive: zipfile.ZipFile | None = field(default=None, compare=False, repr=False)
-
-    def open(self) -> BinaryIO:
-        return self.path.open("rb") if self.archive is None else io.BytesIO(self.archive.read(self.member))
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.member}" if self.member else str(self.path)
-
-
-@dataclass(frozen=True)
-class Series:
-    """What a series says of itself. ``patient`` is a digest of the patient's number, not the number.
-
-    ``slices`` counts its images; ``shape`` is (columns, rows). ``headers`` go with ``instances`` and
-    hold what tells where each image lies, nothing of a person.
-    """
-
-    uid: str
-    study: str
-    patient: str
-    modality: str
-    description: str
-    number: int
-    date: str
-    shape: tuple[int, int]
-    spacing_mm: tuple[float, float] | None
-    slices: int
-    instances: tuple[Instance, ...] = field(repr=False)
-    headers: tuple[Dataset, ...] = field(repr=False, compare=False)
-
-    @property
-    def folder(self) -> Path:
-        """The innermost folder (or zip) that holds all of it."""
-        first = self.instances[0].path
-        if first.suffix.lower() == ".zip":
-            return first
-        return Path(os.path.commonpath([instance.path.parent for instance in self.instances]))
-
-    def __str__(self) -> str:
-        return f"'{self.description or self.uid}' ({self.modality}, {self.slices} slices)"
-
-
-def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa: B008 - frozen
-    """Every series of images in a folder and those below it, in a zip, or beside one of its files.
-
-    Sorted by study and number; files that are not DICOM, and objects without images, are passed
-    over. Raises :class:`BadPath` and :class:`TooLarge` for a zip that would leave its folder or
-    unpack to too much, and :class:`MissingFile` where nothing is found.
-    """
-    if not path.exists():
-        raise MissingFile(f"'{path}' is not there; check the name")
-    found: dict[str, list[tuple[Instance, Dataset]]] = defaultdict(list)
-    for instance in _instances(path, limits):
-        with _parsing(instance):
-            header = _header(instance, limits)
-            if header is not None and "Rows" in header:
-                found[str(header.get("SeriesInstanceUID", ""))].append((instance, header))
-    series = []
-    for uid, members in found.items():
-        with _parsing(members[0][0]):
-            series.append(_described(uid, members))
-    if path.is_file() and path.suffix.lower() != ".zip":
-        series = [s for s in series if any(instance.path == path for instance in s.instances)]
-    if not series:
-        raise MissingFile(f"'{path}' holds no DICOM images; give the folder, or the zip, of a series")
-    return sorted(series, key=lambda s: (s.date, s.study, s.number, s.description, s.uid))
-
-
-def the_series(path: Path, pattern: str | None = None, limits: Limits = Limits()) -> Series:  # noqa: B008
-    """The one series of a place, or the one whose description or UID fits a pattern.
-
-    Patterns are as in a shell, letters large or small. Raises :class:`SeveralSeries`, listing them,
-    and :class:`MissingFile`.
-    """
-    series = find_series(path, limits)
-    fitting = series if pattern is None else [s for s in series if fits(s, pattern)]
-    if len(fitting) == 1:
-        return fitting[0]
-    listed = ", ".join(map(str, (fitting or series)[:8]))
-    if not fitting:
-        raise MissingFile(f"no series of '{path}' fits '{pattern}'; there are {listed}")
-    raise SeveralSeries(f"'{path}' holds {len(fitting)} series: {listed}; name one by a pattern of its description")
-
-
-def fits(series: Series, pattern: str) -> bool:
-    """Whether a series' description or UID fits a shell pattern, whatever the case of letters."""
-    from fnmatch import fnmatch
-
-    return series.uid == pattern or fnmatch(series.description.lower(), pattern.lower())
 
 
 def describe_series(series: Series, limits: Limits = Limits()) -> tuple[Grid, np.dtype]:  # noqa: B008
@@ -233,18 +112,18 @@ def frames_of(series: Series) -> list[Frame]:
     """
     frames: list[Frame] = []
     for instance, header in zip(series.instances, series.headers, strict=True):
-        with _parsing(instance):
+        with parsing(instance):
             frames += _frames(instance, header)
     if {(f.rows, f.columns) for f in frames} != {(frames[0].rows, frames[0].columns)}:
         sizes = sorted({f"{f.columns} × {f.rows}" for f in frames})
-        raise BadShape(f"{_named(series)} has slices of different sizes ({', '.join(sizes)}); export one size")
+        raise BadShape(f"{series.name} has slices of different sizes ({', '.join(sizes)}); export one size")
     along = frames[0].normal
     return sorted(frames, key=lambda f: float(f.position @ along))
 
 
 def _grid(series: Series, frames: Sequence[Frame], limits: Limits) -> Grid:
     """The frames' common grid, in RAS+ millimetres, once nothing is wrong with it."""
-    first, name, n = frames[0], _named(series), len(frames)
+    first, name, n = frames[0], series.name, len(frames)
     check_size(name, (first.columns, first.rows, n), limits)
     for frame in frames:
         turned = max(abs(frame.across - first.across).max(), abs(frame.down - first.down).max())
@@ -302,12 +181,12 @@ def _frames(instance: Instance, header: Dataset) -> Iterator[Frame]:
     if int(header.get("SamplesPerPixel", 1)) != 1:
         raise BadShape(f"'{instance}' has colours; give the scan itself, not a picture of it")
     per_frame = header.get("PerFrameFunctionalGroupsSequence")
-    shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    shared = header.get("SharedFunctionalGroupsSequence") or []
     count = int(header.get("NumberOfFrames", 1) or 1)
     if count > 1 and (per_frame is None or len(per_frame) != count):
         raise BadGeometry(f"'{instance}' has {count} frames without a place each; export it with its geometry")
     for index in range(count):
-        groups = (per_frame[index], shared, header) if per_frame is not None else (header,)
+        groups = (per_frame[index], *shared[:1], header) if per_frame is not None else (header,)
         yield _frame(instance, index, header, groups)
 
 
@@ -365,9 +244,8 @@ def _pixels(instance: Instance, shape: tuple[int, int], limits: Limits) -> NDArr
 
     Raises :class:`Truncated`, :class:`BadFormat`, :class:`BadShape`, :class:`TooLarge`.
     """
-    with _parsing(instance):
-        with instance.open() as file:
-            dataset = dcmread(file)
+    with parsing(instance):
+        dataset = instance.read()
         frames, rows, columns = int(dataset.get("NumberOfFrames", 1) or 1), int(dataset.Rows), int(dataset.Columns)
         check_size(f"'{instance}'", (columns, rows, frames), limits)
         if "PixelData" not in dataset:
@@ -398,113 +276,3 @@ def check_size(name: str, shape: tuple[int, int, int], limits: Limits) -> None:
         raise BadShape(f"{name} has {text} voxels: an axis is empty; export it again")
     if max(shape) > limits.max_axis or int(np.prod(shape, dtype=np.int64)) * 2 > limits.max_bytes:
         raise TooLarge(f"{name} claims {text} voxels; the limits are {limits.max_axis} along an axis; crop the scan")
-
-
-def _described(uid: str, members: list[tuple[Instance, Dataset]]) -> Series:
-    members = sorted(members, key=lambda member: str(member[0]))
-    header = members[0][1]
-    spacing, study = header.get("PixelSpacing"), str(header.get("StudyInstanceUID", ""))
-    # Without a number, as after some ways of removing names, all that is known is that studies differ.
-    patient = hashlib.blake2b(str(header.get("PatientID") or study).encode(), digest_size=6).hexdigest()
-    for _, other in members:
-        other.pop("PatientID", None)
-    return Series(
-        uid=uid,
-        study=study,
-        patient=patient,
-        modality=str(header.get("Modality", "")),
-        description=str(header.get("SeriesDescription", "")),
-        number=int(header.get("SeriesNumber") or 0),
-        date=str(header.get("SeriesDate") or header.get("StudyDate") or ""),
-        shape=(int(header.Columns), int(header.Rows)),
-        spacing_mm=None if not spacing else (float(spacing[1]), float(spacing[0])),
-        slices=sum(int(h.get("NumberOfFrames", 1) or 1) for _, h in members),
-        instances=tuple(instance for instance, _ in members),
-        headers=tuple(header for _, header in members),
-    )
-
-
-def _header(instance: Instance, limits: Limits) -> Dataset | None:
-    """The tags that describe an image, None for what is not DICOM."""
-    with instance.open() as file:
-        if file.read(132)[128:] != b"DICM":
-            return None
-        _check_deflated(instance, file, limits)
-        file.seek(0)
-        header = dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
-    kind = header.file_meta.get("MediaStorageSOPClassUID")
-    if kind is None or ("Rows" not in header and "Image Storage" in kind.name):
-        # Passed over, it would be a volume that lacks its last slice.
-        raise EOFError("it ends before its header does")
-    return header
-
-
-@contextmanager
-def _parsing(instance: Instance) -> Iterator[None]:
-    """Any failure to understand a file's bytes, as one of ours."""
-    try:
-        yield
-    except DelineateError:
-        raise
-    except (EOFError, zlib.error, zipfile.BadZipFile, OSError) as error:
-        raise Truncated(f"'{instance}' is damaged: {error}; send it again") from error
-    except Exception as error:  # the parser lets through whatever strange bytes lead to
-        raise BadFormat(f"'{instance}' has a header that makes no sense: {error}; send it again") from error
-
-
-def _check_deflated(instance: Instance, file: BinaryIO, limits: Limits) -> None:
-    """Raise :class:`TooLarge` before a compressed data set is unpacked to more than a scan can be."""
-    file.seek(132)
-    head = file.read(2**16)
-    # The group's first element is its length: tag, VR, length of the value, value.
-    end = 12 + int.from_bytes(head[8:12], "little")
-    if DeflatedExplicitVRLittleEndian.encode() not in head[:end]:
-        return
-    file.seek(132 + end)
-    inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    rest = file.read(2**16)
-    while rest and not inflate.eof:
-        size += len(inflate.decompress(rest, 2**20))
-        rest = inflate.unconsumed_tail or file.read(2**16)
-        if size > limits.max_bytes // 4:
-            raise TooLarge(f"'{instance}' unpacks to more than {limits.max_bytes // 2**22} MiB; send it uncompressed")
-
-
-def _instances(path: Path, limits: Limits) -> Iterator[Instance]:
-    if path.is_dir():
-        count = 0
-        for place, folders, files in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
-                if not name.startswith(".") and name != "DICOMDIR":
-                    count += 1
-                    if count > _MOST_FILES:
-                        raise TooLarge(f"'{path}' holds more than {_MOST_FILES} files; give the folder of one study")
-                    yield Instance(Path(place, name))
-    elif path.suffix.lower() == ".zip":
-        yield from _members(path, limits)
-    else:
-        yield from (Instance(file) for file in sorted(path.parent.iterdir()) if file.is_file())
-
-
-def _members(path: Path, limits: Limits) -> Iterator[Instance]:
-    """The files of a zip, once its names stay inside and its sizes within the limits."""
-    try:
-        archive = zipfile.ZipFile(path)  # read from for as long as an instance refers to it
-    except zipfile.BadZipFile as error:
-        raise Truncated(f"'{path}' is no whole zip: {error}; copy it again") from error
-    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-    if len(entries) > _MOST_FILES or sum(entry.file_size for entry in entries) > 2 * limits.max_bytes:
-        raise TooLarge(f"'{path}' unpacks to more than {limits.max_bytes // 2**29} GiB; pack one study")
-    for entry in entries:
-        place = PurePosixPath(entry.filename.replace("\\", "/"))
-        if place.is_absolute() or ".." in place.parts or re.match("[A-Za-z]:", entry.filename):
-            raise BadPath(f"'{path}' holds '{entry.filename}', outside of itself; pack it again")
-        if stat.S_ISLNK(entry.external_attr >> 16):
-            raise BadPath(f"'{path}' holds a link, '{entry.filename}'; pack the files themselves")
-        if not place.name.startswith(".") and place.name != "DICOMDIR":
-            yield Instance(path, entry.filename, archive)
-
-
-def _named(series: Series) -> str:
-    return f"series {series.description or series.uid}"

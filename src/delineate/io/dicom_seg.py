@@ -19,7 +19,8 @@ from delineate import __version__
 from delineate.core.grid import Grid, permute_axes
 from delineate.core.volume import LabelVolume
 from delineate.errors import BadFormat, DelineateError, GridMismatch, RecipeError
-from delineate.io.dicom import Instance, Series, check_size, describe_series, frames_of
+from delineate.io.dicom import check_size, describe_series, frames_of
+from delineate.io.dicom_series import Instance, Series
 from delineate.io.files import Limits, writing_beside
 from delineate.io.voxels import LPS_TO_RAS, check_grid
 

@@ -38,10 +38,11 @@ def export_label(
     if suffix in DICOM_SUFFIXES:
         if source is None or not is_series(source):
             raise BadFormat(f"'{path}' would be a DICOM-SEG, which refers to a series; give the DICOM series it is of")
-        from delineate.io import dicom, dicom_seg
+        from delineate.io.dicom_seg import write_segmentation
+        from delineate.io.dicom_series import the_series
 
         masks = targets.masks(label.voxels)
-        dicom_seg.write_segmentation(path, masks, label.grid, dicom.the_series(source), kind=kind)
+        write_segmentation(path, masks, label.grid, the_series(source), kind=kind)
         return [path]
     write_label(path, label)
     written = [path]

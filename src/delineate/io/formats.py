@@ -67,7 +67,7 @@ def suffix_of(path: Path) -> str:
 def parts_of(path: Path) -> list[Path]:
     """The file itself and, of a header apart from its voxels, the files beside it that it names; a series' files."""
     if is_series(path):
-        from delineate.io.dicom import the_series
+        from delineate.io.dicom_series import the_series
 
         return sorted({instance.path for instance in the_series(path).instances})
     if suffix_of(path) not in (".mhd", ".nhdr") or not path.exists():
@@ -108,9 +108,10 @@ def read_header(path: Path, limits: Limits = _LIMITS, *, orientation: Orientatio
     """
     with _reading(path):
         if is_series(path):
-            from delineate.io import dicom
+            from delineate.io.dicom import describe_series
+            from delineate.io.dicom_series import the_series
 
-            grid, dtype = dicom.describe_series(dicom.the_series(path, limits=limits), limits)
+            grid, dtype = describe_series(the_series(path, limits=limits), limits)
             return Header(grid, 1, dtype)
         if suffix_of(path) in PICTURE_SUFFIXES:
             voxels, grid = _read(path, limits, orientation)  # small, and compressed: only reading tells
@@ -155,14 +156,15 @@ def read_label(
     """
     with _reading(path):
         if is_series(path):
-            from delineate.io import dicom
+            from delineate.io.dicom import read_series
+            from delineate.io.dicom_series import the_series
 
-            series = dicom.the_series(path, limits=limits)
+            series = the_series(path, limits=limits)
             if series.modality == "SEG":
-                from delineate.io import dicom_seg
+                from delineate.io.dicom_seg import read_segmentation
 
-                return dicom_seg.read_segmentation(series.instances[0], limits)
-            voxels, grid = dicom.read_series(series, limits)
+                return read_segmentation(series.instances[0], limits)
+            voxels, grid = read_series(series, limits)
         else:
             voxels, grid = _read(path, limits, orientation)
         if len(voxels) != 1:
@@ -224,9 +226,10 @@ def _describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
 def _read(path: Path, limits: Limits, orientation: Orientation) -> tuple[NDArray, Grid]:
     """Voxels (C, X, Y, Z) and their grid, whatever the format."""
     if is_series(path):
-        from delineate.io import dicom
+        from delineate.io.dicom import read_series
+        from delineate.io.dicom_series import the_series
 
-        return dicom.read_series(dicom.the_series(path, limits=limits), limits)
+        return read_series(the_series(path, limits=limits), limits)
     if suffix_of(path) in PICTURE_SUFFIXES:
         from delineate.io import pictures
 

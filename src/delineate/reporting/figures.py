@@ -325,16 +325,25 @@ def lesion_chart(evaluation: Evaluation, target: str) -> str:
 
 
 def confusion_chart(evaluation: Evaluation) -> str:
-    """Where the voxels of each class went: shares of the reference's rows, voxels of all subjects together."""
+    """Where the voxels of each class went: shares of the reference's rows, voxels of all subjects together.
+
+    Their numbers stand below the shares where there is room, up to five classes.
+    """
     counts = evaluation.confusion.pivot_table("voxels", "reference", "prediction", aggfunc="sum", sort=False)
     names = [str(name) for name in counts.columns]
     shares = counts.to_numpy(float) / np.maximum(counts.to_numpy(float).sum(axis=1, keepdims=True), 1)
+    counted = len(names) <= 5
 
     def draw(axes: Axes) -> None:
         for (i, j), share in np.ndenumerate(shares):
             axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, color=SERIES[0], alpha=0.6 * share, linewidth=0))
             empty = counts.iloc[i].sum() == 0
-            axes.text(j, i, "–" if empty else f"{share:.1%}", ha="center", va="center", fontsize=9)
+            axes.text(
+                j, i, "–" if empty else f"{share:.1%}", ha="center", va="bottom" if counted else "center", fontsize=9
+            )
+            if counted:
+                voxels = f"{counts.iloc[i, j]:,.0f}".replace(",", "\N{THIN SPACE}")
+                axes.text(j, i + 0.06, voxels, ha="center", va="top", fontsize=7.5)
         axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xticks(range(len(names)), names)

@@ -1,0 +1,260 @@
+"""DICOM: the series in a folder or a zip, without their pixels.
+
+Nothing that identifies a patient is read, but for a digest that keeps one patient together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import stat
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from delineate.errors import (
+    BadFormat,
+    BadPath,
+    DelineateError,
+    MissingFile,
+    SeveralSeries,
+    TooLarge,
+    Truncated,
+)
+from delineate.io.files import Limits
+
+try:
+    from pydicom import Dataset, dcmread
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+except ModuleNotFoundError as error:
+    raise BadFormat("DICOM needs more libraries; pip install 'delineate[dicom]'") from error
+
+_MOST_FILES = 100_000
+_TAGS = [
+    "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "SeriesDescription", "SeriesNumber",
+    "StudyDate", "SeriesDate", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored",
+    "PixelRepresentation", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "SpacingBetweenSlices",
+    "SliceThickness", "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence", "TemporalPositionIdentifier", "AcquisitionNumber", "EchoNumbers",
+    "AcquisitionTime",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One DICOM file, or one member of a zip."""
+
+    path: Path
+    member: str = ""
+    archive: zipfile.ZipFile | None = field(default=None, compare=False, repr=False)
+
+    def open(self) -> BinaryIO:
+        return self.path.open("rb") if self.archive is None else io.BytesIO(self.archive.read(self.member))
+
+    def read(self) -> Dataset:
+        """All of it, the pixels as they are packed."""
+        with self.open() as file:
+            return dcmread(file)
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.member}" if self.member else str(self.path)
+
+
+@dataclass(frozen=True)
+class Series:
+    """What a series says of itself. ``patient`` is a digest of the patient's number, not the number.
+
+    ``slices`` counts its images; ``shape`` is (columns, rows). ``headers`` go with ``instances`` and
+    hold what tells where each image lies, nothing of a person.
+    """
+
+    uid: str
+    study: str
+    patient: str
+    modality: str
+    description: str
+    number: int
+    date: str
+    shape: tuple[int, int]
+    spacing_mm: tuple[float, float] | None
+    slices: int
+    instances: tuple[Instance, ...] = field(repr=False)
+    headers: tuple[Dataset, ...] = field(repr=False, compare=False)
+
+    @property
+    def folder(self) -> Path:
+        """The innermost folder (or zip) that holds all of it."""
+        first = self.instances[0].path
+        if first.suffix.lower() == ".zip":
+            return first
+        return Path(os.path.commonpath([instance.path.parent for instance in self.instances]))
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"series {self.description or self.uid}"
+
+    def __str__(self) -> str:
+        return f"'{self.description or self.uid}' ({self.modality}, {self.slices} slices)"
+
+
+def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa: B008 - frozen
+    """Every series of images in a folder and those below it, in a zip, or beside one of its files.
+
+    Sorted by study and number; files that are not DICOM, and objects without images, are passed
+    over. Raises :class:`BadPath` and :class:`TooLarge` for a zip that would leave its folder or
+    unpack to too much, and :class:`MissingFile` where nothing is found.
+    """
+    if not path.exists():
+        raise MissingFile(f"'{path}' is not there; check the name")
+    found: dict[str, list[tuple[Instance, Dataset]]] = defaultdict(list)
+    for instance in _instances(path, limits):
+        with parsing(instance):
+            header = _header(instance, limits)
+            if header is not None and "Rows" in header:
+                found[str(header.get("SeriesInstanceUID", ""))].append((instance, header))
+    series = []
+    for uid, members in found.items():
+        with parsing(members[0][0]):
+            series.append(_described(uid, members))
+    if path.is_file() and path.suffix.lower() != ".zip":
+        series = [s for s in series if any(instance.path == path for instance in s.instances)]
+    if not series:
+        raise MissingFile(f"'{path}' holds no DICOM images; give the folder, or the zip, of a series")
+    return sorted(series, key=lambda s: (s.date, s.study, s.number, s.description, s.uid))
+
+
+def the_series(path: Path, pattern: str | None = None, limits: Limits = Limits()) -> Series:  # noqa: B008
+    """The one series of a place, or the one whose description or UID fits a pattern.
+
+    Patterns are as in a shell, letters large or small. Raises :class:`SeveralSeries`, listing them,
+    and :class:`MissingFile`.
+    """
+    series = find_series(path, limits)
+    fitting = series if pattern is None else [s for s in series if fits(s, pattern)]
+    if len(fitting) == 1:
+        return fitting[0]
+    listed = ", ".join(map(str, (fitting or series)[:8]))
+    if not fitting:
+        raise MissingFile(f"no series of '{path}' fits '{pattern}'; there are {listed}")
+    raise SeveralSeries(f"'{path}' holds {len(fitting)} series: {listed}; name one by a pattern of its description")
+
+
+def fits(series: Series, pattern: str) -> bool:
+    """Whether a series' description or UID fits a shell pattern, whatever the case of letters."""
+    from fnmatch import fnmatch
+
+    return series.uid == pattern or fnmatch(series.description.lower(), pattern.lower())
+
+
+def _described(uid: str, members: list[tuple[Instance, Dataset]]) -> Series:
+    members = sorted(members, key=lambda member: str(member[0]))
+    header = members[0][1]
+    spacing, study = header.get("PixelSpacing"), str(header.get("StudyInstanceUID", ""))
+    # Without a number, as after some ways of removing names, all that is known is that studies differ.
+    patient = hashlib.blake2b(str(header.get("PatientID") or study).encode(), digest_size=6).hexdigest()
+    for _, other in members:
+        other.pop("PatientID", None)
+    return Series(
+        uid=uid,
+        study=study,
+        patient=patient,
+        modality=str(header.get("Modality", "")),
+        description=str(header.get("SeriesDescription", "")),
+        number=int(header.get("SeriesNumber") or 0),
+        date=str(header.get("SeriesDate") or header.get("StudyDate") or ""),
+        shape=(int(header.Columns), int(header.Rows)),
+        spacing_mm=None if not spacing else (float(spacing[1]), float(spacing[0])),
+        slices=sum(int(h.get("NumberOfFrames", 1) or 1) for _, h in members),
+        instances=tuple(instance for instance, _ in members),
+        headers=tuple(header for _, header in members),
+    )
+
+
+def _header(instance: Instance, limits: Limits) -> Dataset | None:
+    """The tags that describe an image, None for what is not DICOM."""
+    with instance.open() as file:
+        if file.read(132)[128:] != b"DICM":
+            return None
+        _check_deflated(instance, file, limits)
+        file.seek(0)
+        header = dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
+    kind = header.file_meta.get("MediaStorageSOPClassUID")
+    if kind is None or ("Rows" not in header and "Image Storage" in kind.name):
+        # Passed over, it would be a volume that lacks its last slice.
+        raise EOFError("it ends before its header does")
+    return header
+
+
+@contextmanager
+def parsing(instance: Instance) -> Iterator[None]:
+    """Any failure to understand a file's bytes, as one of ours."""
+    try:
+        yield
+    except DelineateError:
+        raise
+    except (EOFError, zlib.error, zipfile.BadZipFile, OSError) as error:
+        raise Truncated(f"'{instance}' is damaged: {error}; send it again") from error
+    except Exception as error:  # the parser lets through whatever strange bytes lead to
+        raise BadFormat(f"'{instance}' has a header that makes no sense: {error}; send it again") from error
+
+
+def _check_deflated(instance: Instance, file: BinaryIO, limits: Limits) -> None:
+    """Raise :class:`TooLarge` before a compressed data set is unpacked to more than a scan can be."""
+    file.seek(132)
+    head = file.read(2**16)
+    # The group's first element is its length: tag, VR, length of the value, value.
+    end = 12 + int.from_bytes(head[8:12], "little")
+    if DeflatedExplicitVRLittleEndian.encode() not in head[:end]:
+        return
+    file.seek(132 + end)
+    inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    rest = file.read(2**16)
+    while rest and not inflate.eof:
+        size += len(inflate.decompress(rest, 2**20))
+        rest = inflate.unconsumed_tail or file.read(2**16)
+        if size > limits.max_bytes // 4:
+            raise TooLarge(f"'{instance}' unpacks to more than {limits.max_bytes // 2**22} MiB; send it uncompressed")
+
+
+def _instances(path: Path, limits: Limits) -> Iterator[Instance]:
+    if path.is_dir():
+        count = 0
+        for place, folders, files in os.walk(path):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                if not name.startswith(".") and name != "DICOMDIR":
+                    count += 1
+                    if count > _MOST_FILES:
+                        raise TooLarge(f"'{path}' holds more than {_MOST_FILES} files; give the folder of one study")
+                    yield Instance(Path(place, name))
+    elif path.suffix.lower() == ".zip":
+        yield from _members(path, limits)
+    else:
+        yield from (Instance(file) for file in sorted(path.parent.iterdir()) if file.is_file())
+
+
+def _members(path: Path, limits: Limits) -> Iterator[Instance]:
+    """The files of a zip, once its names stay inside and its sizes within the limits."""
+    try:
+        archive = zipfile.ZipFile(path)  # read from for as long as an instance refers to it
+    except zipfile.BadZipFile as error:
+        raise Truncated(f"'{path}' is no whole zip: {error}; copy it again") from error
+    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+    if len(entries) > _MOST_FILES or sum(entry.file_size for entry in entries) > 2 * limits.max_bytes:
+        raise TooLarge(f"'{path}' unpacks to more than {limits.max_bytes // 2**29} GiB; pack one study")
+    for entry in entries:
+        place = PurePosixPath(entry.filename.replace("\\", "/"))
+        if place.is_absolute() or ".." in place.parts or re.match("[A-Za-z]:", entry.filename):
+            raise BadPath(f"'{path}' holds '{entry.filename}', outside of itself; pack it again")
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            raise BadPath(f"'{path}' holds a link, '{entry.filename}'; pack the files themselves")
+        if not place.name.startswith(".") and place.name != "DICOMDIR":
+            yield Instance(path, entry.filename, archive)
