@@ -63,3 +63,16 @@ def test_gradients_of_images_smaller_than_their_kernel_are_right(dimensions, ker
         gradients.append([parameter.grad.clone() for parameter in network.parameters()])
     for exact, rounded in zip(*gradients, strict=True):
         torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("groups", "dilation", "kept"), [(8, 2, torch.float32), (8, 1, torch.bfloat16), (1, 2, torch.bfloat16)]
+)
+def test_dilated_kernels_of_single_channels_stay_in_float32_where_they_train(groups, dilation, kept) -> None:
+    """PyTorch's bfloat16 gradients of these take several times as long."""
+    plan = plan_compute(device="cpu", precision="bf16", compile="off")
+    layer = plan.place(nn.Conv2d(8, 8, 3, padding=dilation, dilation=dilation, groups=groups), 2)
+    with plan.autocast():
+        assert plan.compiled(layer)(torch.randn(2, 8, 9, 9)).dtype == kept
+        with torch.no_grad():
+            assert plan.compiled(layer)(torch.randn(2, 8, 9, 9)).dtype == torch.bfloat16
