@@ -111,7 +111,7 @@ class _SomeConvolutionsInFloat32(TorchFunctionMode):
     """Convolutions that PyTorch 2.13 on CPUs does badly in bfloat16, out of autocast.
 
     Of images smaller than their kernel: the kernels' gradient is wrong, or NaN. Of each channel by
-    itself with a dilated kernel: going back takes two to six times as long as in float32.
+    itself with a dilated kernel: going back takes two to seven times as long as in float32.
     """
 
     def __torch_function__(

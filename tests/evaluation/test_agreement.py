@@ -79,7 +79,7 @@ def test_lesions_are_counted_by_size() -> None:
         lesion("reference", 0.02, False), lesion("reference", 0.03, True), lesion("reference", 0.05, False),
         lesion("prediction", 0.03, True), lesion("prediction", 0.004, False), lesion("reference", 250.0, True),
     ]  # fmt: skip
-    sizes = Evaluation(table(dice=SAID), lesions=pd.DataFrame(lesions)).lesions_by_size().to_dict("list")
+    sizes = Evaluation(table(dice=SAID), lesions=pd.DataFrame(lesions)).lesions_by_size.to_dict("list")
     assert sizes["from_ml"] == [0, 0.01, 0.03, 100]
     assert sizes["to_ml"] == [0.01, 0.03, 0.1, np.inf]
     assert sizes["reference"] == [0, 1, 2, 1]
@@ -102,4 +102,4 @@ def test_all_of_it_is_written_and_read(tmp_path: Path) -> None:
     assert summary["crossings"] == {"liver": {"n": 6, "right": 5, "over": ["c"], "under": []}}
     back = Evaluation.read(tmp_path)
     assert back.quantity == evaluation.quantity
-    pd.testing.assert_frame_equal(back.lesions_by_size(), evaluation.lesions_by_size())
+    pd.testing.assert_frame_equal(back.lesions_by_size, evaluation.lesions_by_size)

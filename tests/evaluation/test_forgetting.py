@@ -15,6 +15,7 @@ from delineate.datasets.phantoms.writing import write_phantoms
 from delineate.errors import BundleError, DatasetError
 from delineate.evaluation.forgetting import measure_forgetting
 from delineate.evaluation.measure import Measuring
+from delineate.evaluation.table import Evaluation
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
 
@@ -38,24 +39,28 @@ def saved(folder: Path, targets: Targets, seed: int, training: list[str]) -> Bun
 
 
 def test_both_are_measured_on_what_neither_saw_in_what_both_name(tmp_path: Path) -> None:
-    subjects = write_phantoms(tmp_path / "scans", 4).subjects
+    source = write_phantoms(tmp_path / "scans", 4)
+    subjects = source.subjects
     both = saved(tmp_path / "a", Targets({"liver": (1,), "tumour": (2,)}), 0, [subjects[0].id])
     tumour = saved(tmp_path / "b", Targets({"tumour": (1,)}), 1, [subjects[1].id])
-    found = measure_forgetting(both, tumour, subjects, tmp_path / "out", PLAN, Measuring("dice,volume_ml"))
+    found = measure_forgetting(both, tumour, source, tmp_path / "out", PLAN, Measuring("dice,volume_ml"))
     for evaluation in found.values():
         assert evaluation.targets == ("tumour",)
         assert evaluation.subjects == tuple(s.id for s in subjects[2:])
-    same = measure_forgetting(both, both, subjects, tmp_path / "same", PLAN, Measuring("dice,volume_ml"))
+        assert evaluation.simulated
+    assert Evaluation.read(tmp_path / "out/before_evaluation").simulated
+    same = measure_forgetting(both, both, source, tmp_path / "same", PLAN, Measuring("dice,volume_ml"))
     assert same["before"].table.equals(same["after"].table)
     assert same["before"].targets == ("liver", "tumour")
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
-    subjects = write_phantoms(tmp_path / "scans", 1).subjects
+    source = write_phantoms(tmp_path / "scans", 1)
+    subjects = source.subjects
     liver = saved(tmp_path / "a", Targets({"liver": (1,), "tumour": (2,)}), 0, [])
     brain = saved(tmp_path / "b", Targets({"lesion": (1,)}), 1, [subjects[0].id])
     with pytest.raises(BundleError, match="nothing in common can be forgotten"):
-        measure_forgetting(liver, brain, subjects, tmp_path / "out", PLAN, Measuring("dice"))
+        measure_forgetting(liver, brain, source, tmp_path / "out", PLAN, Measuring("dice"))
     seen = saved(tmp_path / "c", Targets({"liver": (1,), "tumour": (2,)}), 1, [subjects[0].id])
     with pytest.raises(DatasetError, match="seen in training"):
-        measure_forgetting(liver, seen, subjects, tmp_path / "out", PLAN, Measuring("dice"))
+        measure_forgetting(liver, seen, source, tmp_path / "out", PLAN, Measuring("dice"))

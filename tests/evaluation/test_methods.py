@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from delineate.errors import DatasetError
-from delineate.evaluation.methods import compare_methods
+from delineate.evaluation.methods import compare_methods, on_common_subjects
 from delineate.evaluation.table import Evaluation
 
 
@@ -52,7 +52,9 @@ def test_three_methods_are_three_pairs_and_corrected_together(rng: np.random.Gen
 
 def test_only_subjects_that_all_have_count() -> None:
     short = evaluation(np.array([0.5, 0.6, 0.7]))
-    assert compare_methods({"a": evaluation(np.linspace(0.5, 0.9, 9)), "b": short})[0].difference.n == 3
+    methods = {"a": evaluation(np.linspace(0.5, 0.9, 9)), "b": short}
+    assert compare_methods(methods)[0].difference.n == 3
+    assert {e.summary()["organ"]["dice"].n for e in on_common_subjects(methods).values()} == {3}
 
 
 def test_like_is_compared_with_like() -> None:

@@ -17,7 +17,7 @@ from delineate.evaluation.measure import Measuring, compare
 from delineate.evaluation.table import Evaluation, plain, reliability_table
 from delineate.inference.confidence import Case, Confidence, check_intervals
 from delineate.reporting.figures import confusion_chart, methods_chart
-from delineate.reporting.html import EvaluationReport, RunReport, write_report
+from delineate.reporting.html import EvaluationReport, MethodsReport, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of
 
 TARGETS = Targets({"organ": (1,), "<lesion>": (2,)})
@@ -111,6 +111,16 @@ def test_a_measurement_has_a_page_of_its_own(report, tmp_path) -> None:
     assert "Every subject" in page
     assert "How it was made" not in page
     assert page.count("<h1") == 1
+
+
+def test_pages_of_simulated_scans_say_so(report, tmp_path) -> None:
+    real, simulated = report.evaluation, replace(report.evaluation, simulated=True)
+    for pages, marked in (
+        ([EvaluationReport("a", "b", real), MethodsReport("a", "b", {"one": real, "two": real}, [])], False),
+        ([EvaluationReport("a", "b", simulated), MethodsReport("a", "b", {"one": real, "two": simulated}, [])], True),
+    ):
+        for page in pages:
+            assert ("Simulated scans" in page_of(page, tmp_path)) == marked
 
 
 def test_confusion_is_shown_by_rows_of_the_reference() -> None:

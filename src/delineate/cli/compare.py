@@ -25,7 +25,7 @@ def compare(
 
     from delineate.cli.terminal import print_json
     from delineate.errors import MissingFile
-    from delineate.evaluation.methods import compare_methods
+    from delineate.evaluation.methods import compare_methods, on_common_subjects
     from delineate.evaluation.table import Evaluation
     from delineate.metrics.catalogue import metric_names
 
@@ -43,8 +43,9 @@ def compare(
     if report is not None:
         from delineate.reporting.html import MethodsReport, write_report
 
-        subjects = {subject for evaluation in named.values() for subject in evaluation.subjects}
-        write_report(report, MethodsReport(", ".join(named) + " compared", f"{len(subjects)} subjects.", named, found))
+        common = on_common_subjects(named)
+        about = f"{len(next(iter(common.values())).subjects)} subjects that all have."
+        write_report(report, MethodsReport(", ".join(named) + " compared", about, common, found))
     if json:
         print_json([asdict(d) for d in found])
         return

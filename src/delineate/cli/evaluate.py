@@ -89,7 +89,7 @@ def _print_details(evaluation: Evaluation) -> None:
     """What there is beside means: limits of agreement, lesions by size, calibration, sides of a threshold."""
     from delineate.cli.terminal import print_table
 
-    rows = [list(row.values()) for agreeing in evaluation.agreements() for row in agreeing.described()]
+    rows = [list(row.values()) for agreeing in evaluation.agreements for row in agreeing.described()]
     if rows:
         columns = ["target", "of", "bias (95 %)", "limits of agreement", "concordance", "n", "beyond them"]
         print_table("agreement with the reference", columns, rows)
@@ -117,6 +117,8 @@ def print_evaluation(evaluation: Evaluation, *, subjects: bool = False) -> None:
         for metric, estimate in estimates.items()
     ]
     print_table("", ["target", "metric", "mean ± SD", "95 % interval of the mean", "n", "undefined"], summary)
+    if evaluation.simulated:
+        typer.echo("of simulated scans")
     for what, names in evaluation.unpaired.items():
         typer.echo(f"{what}: {len(names)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})")
 

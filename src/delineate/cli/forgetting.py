@@ -35,18 +35,18 @@ def forgetting(
     from delineate.metrics.catalogue import METRICS, formatted
 
     bundles = Bundle.load(before), Bundle.load(after)
-    subjects = open_dataset(data).subjects
+    source = open_dataset(data)
     plan = plan_compute(
         device=device,
         precision=precision,
         compile=compile,
         threads=threads,
-        expected_seconds=2.0 * len(subjects),
+        expected_seconds=2.0 * len(source.subjects),
     )
     with Terminal() as terminal, torch_threads(plan.threads):
         found = measure_forgetting(
             *bundles,
-            subjects,
+            source,
             out,
             plan,
             Measuring(metrics),

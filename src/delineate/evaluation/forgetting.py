@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,9 @@ import pandas as pd
 
 from delineate.bundle import Bundle
 from delineate.compute import ComputePlan
-from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
-from delineate.datasets.dataset import load_label
+from delineate.datasets.dataset import Dataset, load_label
 from delineate.errors import BundleError
 from delineate.evaluation.measure import Measuring, compare
 from delineate.evaluation.table import Evaluation
@@ -27,13 +26,13 @@ BEFORE, AFTER = "before", "after"
 def measure_forgetting(
     before: Bundle,
     after: Bundle,
-    subjects: Sequence[Subject],
+    dataset: Dataset,
     out: Path,
     plan: ComputePlan,
     measuring: Measuring,
     on_subject: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Evaluation]:
-    """Both bundles on the source's ``subjects`` that neither saw, in the targets that both have by name.
+    """Both bundles on the source's subjects that neither saw, in the targets that both have by name.
 
     Predictions are written to ``out/before`` and ``out/after``, the evaluations beside them. Raises
     :class:`BundleError` where the bundles have no target in common, :class:`DatasetError` where all
@@ -45,7 +44,7 @@ def measure_forgetting(
             f"{before.folder} segments {list(before.targets.names)}, {after.folder} {list(after.targets.names)}: "
             "nothing in common can be forgotten; give bundles that share a target"
         )
-    unseen = [s for s in unseen_by([before, after], subjects) if s.label is not None]
+    unseen = [s for s in unseen_by([before, after], dataset.subjects) if s.label is not None]
     evaluations = {}
     for k, (name, bundle) in enumerate(((BEFORE, before), (AFTER, after))):
         rows = []
@@ -66,6 +65,6 @@ def measure_forgetting(
                     said, wanted, alone, measuring, subject=subject.id, site=subject.site, patient=subject.patient
                 ).targets
             on_subject(k * len(chosen) + done, 2 * len(chosen))
-        evaluations[name] = Evaluation(pd.DataFrame(rows))
+        evaluations[name] = Evaluation(pd.DataFrame(rows), simulated=dataset.simulated)
         evaluations[name].write(out / f"{name}_evaluation")
     return evaluations

@@ -76,12 +76,14 @@ def evaluate(
     measuring: Measuring = STANDARD,
     *,
     unpaired: Mapping[str, Sequence[str]] | None = None,
+    simulated: bool = False,
     orientation: Orientation = "refuse",
     threads: int = 2,
     on_subject: Callable[[str], None] = lambda subject: None,
 ) -> Evaluation:
     """Measure every pair; ``on_subject`` is told of each that is done, in order.
 
+    ``simulated`` scans are called so wherever the result is shown.
     ``orientation`` is how a file with two orientations is read. Raises :class:`GridMismatch` where a
     prediction is not on its reference's grid, :class:`BadLabelValue` where
     either has a value the targets do not know, and what reading raises.
@@ -117,6 +119,7 @@ def evaluate(
         pd.DataFrame(found.confusion, columns=["subject", "reference", "prediction", "voxels"]),
         reliability_table(found.reliability),
         measuring.quantity,
+        simulated,
     )
 
 
@@ -132,7 +135,8 @@ def evaluate_folders(
     known = open_references(references) if isinstance(references, Path) else references
     pairing = pair_files(predictions, known)
     chosen = targets or named_targets(known, measuring) or targets_in(pairing.pairs)
-    return evaluate(pairing.pairs, chosen, measuring, unpaired=pairing.unpaired)
+    simulated = isinstance(known, Dataset) and known.simulated
+    return evaluate(pairing.pairs, chosen, measuring, unpaired=pairing.unpaired, simulated=simulated)
 
 
 def named_targets(references: Path | Dataset, measuring: Measuring = STANDARD) -> Targets | None:

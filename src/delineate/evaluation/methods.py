@@ -42,6 +42,14 @@ class MethodDifference:
         return f"{metric.label}: {better} is better than {worse} ({measured})"
 
 
+def on_common_subjects(evaluations: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
+    """What was measured of the subjects that all methods have. Raises :class:`DatasetError` for fewer than two."""
+    subjects = set.intersection(*(set(evaluation.subjects) for evaluation in evaluations.values()))
+    if len(subjects) < 2:
+        raise DatasetError(f"the evaluations have {len(subjects)} subjects in common; two are the least")
+    return {name: evaluation.of_subjects(subjects) for name, evaluation in evaluations.items()}
+
+
 def compare_methods(
     evaluations: Mapping[str, Evaluation], metrics: Sequence[str] | None = None
 ) -> list[MethodDifference]:
@@ -50,6 +58,7 @@ def compare_methods(
     Only subjects that all methods have count. Raises :class:`DatasetError` where methods have other
     targets, or fewer than two subjects in common.
     """
+    evaluations = on_common_subjects(evaluations)
     first = next(iter(evaluations.values()))
     for name, other in evaluations.items():
         if set(other.targets) != set(first.targets):
@@ -61,10 +70,6 @@ def compare_methods(
     found: list[MethodDifference] = []
     for metric in chosen:
         table = pd.DataFrame({name: e.mean_of_targets(metric) for name, e in evaluations.items()})
-        subjects = set.intersection(*(set(e.subjects) for e in evaluations.values()))
-        if len(subjects) < 2:
-            raise DatasetError(f"the evaluations have {len(subjects)} subjects in common; two are the least")
-        table = table.loc[[subject for subject in table.index if subject in subjects]]
         pairs = list(combinations(evaluations, 2))
         whose = [first.patients[subject] for subject in table.index]
         raw = [paired_difference(table[a].to_numpy(), table[b].to_numpy(), whose) for a, b in pairs]

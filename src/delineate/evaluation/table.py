@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from math import isfinite, isnan
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from math import inf, isfinite, isnan
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ Summary = dict[str, dict[str, Estimate]]
 
 _MORE = ("lesions", "confusion", "reliability")
 
-LESION_SIZES_ML = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+LESION_SIZES_ML = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, inf)
 """Where one class of size ends and the next begins."""
 
 LESION_COLUMNS = ("subject", "site", "target", "of", "volume_ml", "covered", "matched")
@@ -42,7 +43,8 @@ class Evaluation:
     reference or the prediction, its volume, the share of it that the other covers, whether that
     makes a match. ``confusion`` counts voxels by subject, reference class and predicted class,
     where targets are exclusive. ``reliability`` adds up probabilities in bins by target, where
-    there were any. ``quantity`` is what was read within targets.
+    there were any. ``quantity`` is what was read within targets; ``simulated`` says that the
+    scans are.
     """
 
     table: pd.DataFrame
@@ -53,6 +55,7 @@ class Evaluation:
     )
     reliability: pd.DataFrame = field(default_factory=lambda: reliability_table([]))
     quantity: QuantityMap | None = None
+    simulated: bool = False
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -75,6 +78,12 @@ class Evaluation:
     @property
     def sites(self) -> tuple[str, ...]:
         return tuple(sorted(self.table["site"].unique()))
+
+    def of_subjects(self, subjects: Collection[str]) -> Evaluation:
+        """The same of some subjects; without probabilities' bins, which are added up over all."""
+        tables = {name: getattr(self, name) for name in ("table", "lesions", "confusion")}
+        some = {name: table[table["subject"].isin(subjects)] for name, table in tables.items()}
+        return replace(self, **some, reliability=reliability_table([]))
 
     def mean_of_targets(self, metric: str) -> pd.Series[float]:
         """Each subject's value of a metric, averaged over targets; undefined where any is undefined."""
@@ -130,17 +139,18 @@ class Evaluation:
             _read(folder / "metrics.csv"),
             summary["unpaired"],
             quantity=QuantityMap(**summary["quantity"]) if "quantity" in summary else None,
+            simulated=summary.get("simulated", False),
             **{name: table for name, table in more.items() if table is not None},
         )
 
     def _summaries(self) -> dict[str, object]:
-        content: dict[str, object] = {"summary": self.summary()}
+        content: dict[str, object] = {"simulated": self.simulated, "summary": self.summary()}
         if len(self.sites) > 1:
             content["sites"] = {site: self.summary(site) for site in self.sites}
-        if rows := [row for agreeing in self.agreements() for row in agreeing.rows()]:
+        if rows := [row for agreeing in self.agreements for row in agreeing.rows()]:
             content["agreement"] = rows
         if len(self.lesions):
-            content["lesions_by_size"] = self.lesions_by_size().to_dict("records")
+            content["lesions_by_size"] = self.lesions_by_size.to_dict("records")
         if self.quantity is not None:
             content["quantity"] = asdict(self.quantity)
             if self.quantity.threshold is not None:
@@ -153,13 +163,14 @@ class Evaluation:
             }
         return content | {"definitions": definitions, "unpaired": dict(self.unpaired)}
 
+    @cached_property
     def lesions_by_size(self) -> pd.DataFrame:
         """How many lesions there are of a volume from ``from_ml`` up to below ``to_ml``, by target.
 
         Columns beside these: ``reference`` and how many of those were ``found``, ``predicted`` and how
         many of those are ``real``.
         """
-        ends = np.array([0.0, *LESION_SIZES_ML, np.inf])
+        ends = np.array(LESION_SIZES_ML)
         place = np.searchsorted(ends, self.lesions["volume_ml"].to_numpy(float), side="right") - 1
         of, matched = self.lesions["of"], self.lesions["matched"].astype(bool)
         counts = pd.DataFrame(
@@ -184,12 +195,13 @@ class Evaluation:
                 "found": _share(row["found"], row["reference"]),
                 "real": _share(row["real"], row["predicted"]),
             }
-            for row in self.lesions_by_size().to_dict("records")
+            for row in self.lesions_by_size.to_dict("records")
         ]
 
-    def agreements(self) -> Iterator[Agreeing]:
+    @cached_property
+    def agreements(self) -> tuple[Agreeing, ...]:
         """Volumes and quantities beside the references', of each target."""
-        return agreements(self.table, self.quantity)
+        return tuple(agreements(self.table, self.quantity))
 
     def crossings(self) -> list[str]:
         """Who lies on which side of the quantity's threshold, in words; nothing where there is none."""
@@ -212,7 +224,7 @@ def reliability_table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
 
 
 def _between(low: float, high: float) -> str:
-    return f"below {high:g}" if low == 0 else f"{low:g} or more" if high == np.inf else f"{low:g} to {high:g}"
+    return f"below {high:g}" if low == 0 else f"{low:g} or more" if high == inf else f"{low:g} to {high:g}"
 
 
 def _share(part: int, whole: int) -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import nan
 
 import numpy as np
 import torch
@@ -42,11 +43,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Scores:
-    """One variant's probabilities (K, X, Y, Z) on its prepared grid, the way back, and where tiles met."""
+    """One variant's probabilities (K, X, Y, Z) on its prepared grid, and the way back."""
 
     probabilities: NDArray[np.float16]
     undo: Undo
-    borders: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,6 @@ class _Decision:
     masks: NDArray[np.bool_]
     expected_dice: tuple[float, ...]
     agreement: tuple[float, ...]
-    seams: tuple[float, ...]
     probabilities: NDArray[np.float16] | None
 
 
@@ -128,19 +127,20 @@ class Predictor:
                 f"{', '.join(self.channels)}; give one file for each, or a 4D file"
             )
         clock = _Clock()
-        scores = []
+        scores, seams = [], []
         for bundle, network, sliding in zip(self.bundles, self._networks, self._sliding, strict=True):
             prepared, undo = bundle.pipeline.apply(volume)
             clock.lap("preprocess")
             geometry = bundle.geometry_of(prepared.grid.shape)
-            borders = geometry.borders(prepared.grid.shape, sliding.overlap)
-            scores.append(_Scores(sliding.probabilities(network, prepared.voxels, geometry, progress), undo, borders))
+            found = sliding.probabilities(network, prepared.voxels, geometry, progress)
+            scores.append(_Scores(found, undo))
             if self._mirrored and (axes := tuple(AXES.index(axis) + 1 for axis in _mirrors(bundle))):
                 flipped = np.ascontiguousarray(np.flip(prepared.voxels, axes))
                 mirror = sliding.probabilities(network, flipped, geometry, progress)
-                # Its tiles met at the mirrored places, and say no more of seams than the first's.
-                scores.append(_Scores(np.flip(mirror, axes), undo, ()))
+                scores.append(_Scores(np.flip(mirror, axes), undo))
             clock.lap("network")
+            borders = geometry.borders(prepared.grid.shape, sliding.overlap)
+            seams.append([seam_score(p, borders) for p in found[-len(self.targets.names) :]])
         decision = self._decide(scores, volume.grid)
         clock.lap("undo")
         masks = postprocess(decision.masks, self.targets, volume.grid, self.bundles[0].recipe.postprocessing)
@@ -150,7 +150,12 @@ class Predictor:
         confidence = {
             name: Confidence(int(np.count_nonzero(mask)) * volume.grid.voxel_ml, expected, agreement, seam)
             for name, mask, expected, agreement, seam in zip(
-                self.targets.names, written, decision.expected_dice, decision.agreement, decision.seams, strict=True
+                self.targets.names,
+                written,
+                decision.expected_dice,
+                decision.agreement,
+                map(_mean_of_defined, zip(*seams, strict=True)),
+                strict=True,
             )
         }
         clock.lap("postprocess")
@@ -163,10 +168,6 @@ class Predictor:
         everyone = _Winners(exclusive, len(names), grid.shape)
         each = [_Winners(exclusive, len(names), grid.shape) for _ in scores] if len(scores) > 1 else []
         kept = np.empty((len(names), *grid.shape), np.float16) if self._keep else None
-        seams = tuple(
-            float(np.mean([seam_score(score.probabilities[k], score.borders) for score in scores if score.borders]))
-            for k in range(first, first + len(names))
-        )
         for k in range(first + len(names)):
             outside = 1.0 if exclusive and k == 0 else 0.0
             mean: NDArray[np.float32] | None = None
@@ -185,7 +186,6 @@ class Predictor:
             masks,
             tuple(everyone.expected_dice(masks)),
             tuple(mutual_dice([variant[t] for variant in variants]) for t in range(len(names))),
-            seams,
             kept,
         )
 
@@ -229,6 +229,11 @@ class _Winners:
             else:
                 within, total = self._within[t], self._sums[t]
             yield expected_dice(total, within, int(np.count_nonzero(mask)))
+
+
+def _mean_of_defined(values: Sequence[float]) -> float:
+    defined = [value for value in values if value == value]
+    return sum(defined) / len(defined) if defined else nan
 
 
 def _mirrors(bundle: Bundle) -> tuple[str, ...]:

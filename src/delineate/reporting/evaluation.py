@@ -37,7 +37,6 @@ def write_evaluation_report(
         overlays=_overlays(evaluation, predictions, references, targets) if isinstance(references, Dataset) else [],
         band_percent=band_percent,
         palette=palette,
-        simulated=isinstance(references, Dataset) and references.simulated,
     )
     write_report(path, report)
 

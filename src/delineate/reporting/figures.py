@@ -138,7 +138,7 @@ def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
         if colours:
-            _site_legend(axes, colours)
+            _site_legend(axes, colours, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colours))
 
     height = 0.75 + 0.5 * len(targets) + (0.25 if colours else 0)
     return _chart(draw, f"{label} of each of {len(evaluation.subjects)} subjects, by target", height)
@@ -203,10 +203,10 @@ def _site_colours(sites: Collection[str]) -> dict[str, str]:
     return dict(zip(sorted(set(sites)), SERIES, strict=False)) if 1 < len(set(sites)) <= len(SERIES) else {}
 
 
-def _site_legend(axes: Axes, colours: dict[str, str]) -> None:
+def _site_legend(axes: Axes, colours: dict[str, str], **place: Any) -> None:
     for site, colour in colours.items():
         axes.scatter([], [], s=16, color=colour, linewidths=0, label=site or "no site")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colours), fontsize=9, handletextpad=0)
+    axes.legend(fontsize=9, handletextpad=0, **place)
 
 
 def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) -> str:
@@ -271,10 +271,8 @@ def identity_chart(agreeing: Agreeing) -> str:
         ends = [least, most + 0.05 * (most - least)]
         axes.plot(ends, ends, color=MUTED, linewidth=1)
         axes.scatter(true, said, s=14, c=[colours.get(s, SERIES[0]) for s in agreeing.sites], alpha=0.7, linewidths=0)
-        for site, colour in colours.items():
-            axes.scatter([], [], s=16, color=colour, linewidths=0, label=site or "no site")
         if colours:
-            axes.legend(loc="lower right", fontsize=8.5, handletextpad=0)
+            _site_legend(axes, colours, loc="lower right")
         axes.set(
             xlabel=_with_unit(f"{agreeing.target}, {compared.name} by the reference", compared.unit),
             ylabel=_with_unit("predicted", compared.unit),
@@ -294,9 +292,8 @@ def _with_unit(name: str, unit: str) -> str:
 
 def lesion_chart(evaluation: Evaluation, target: str) -> str:
     """Share of the reference's lesions that are found, and of the predicted that are real, by their volume."""
-    sizes = evaluation.lesions_by_size()
+    sizes, ends = evaluation.lesions_by_size, LESION_SIZES_ML
     sizes = sizes[sizes["target"] == target]
-    ends = [0.0, *LESION_SIZES_ML, np.inf]
     first, last = ends.index(sizes["from_ml"].min()), ends.index(sizes["to_ml"].max())
     # Classes without lesions keep their place, so that neighbours are neighbours.
     counts = sizes.set_index("from_ml")[["reference", "found", "predicted", "real"]].reindex(ends[first:last]).fillna(0)

@@ -65,16 +65,19 @@ class RunReport:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationReport:
-    """What the page of a measurement tells; ``notes`` as in a run's."""
+    """What the page of a measurement tells."""
 
     title: str
     description: str
     evaluation: Evaluation
     overlays: Sequence[Overlay] = ()
-    notes: Sequence[str] = field(default=())
-    simulated: bool = False
     band_percent: float | None = None
     palette: Palette = "distinct"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the scans are."""
+        return self.evaluation.simulated
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +88,11 @@ class MethodsReport:
     description: str
     evaluations: Mapping[str, Evaluation]
     differences: Sequence[MethodDifference]
-    notes: Sequence[str] = field(default=())
-    simulated: bool = False
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the scans of any method are."""
+        return any(evaluation.simulated for evaluation in self.evaluations.values())
 
 
 def write_report(path: Path, report: RunReport | EvaluationReport | MethodsReport) -> None:
@@ -142,7 +148,7 @@ def _measured(
             "charts": _charts(evaluation, band_percent),
             "summary": _summary_rows(evaluation, summary),
             "sites": _site_rows(evaluation) if len(evaluation.sites) > 1 else [],
-            "agreement": [row for agreeing in evaluation.agreements() for row in agreeing.described()],
+            "agreement": [row for agreeing in evaluation.agreements for row in agreeing.described()],
             "lesions": evaluation.described_lesions(),
             "crossings": evaluation.crossings(),
             "rows": evaluation.table.to_dict("records"),
@@ -169,7 +175,7 @@ def _charts(evaluation: Evaluation, band_percent: float | None) -> list[list[str
     distributions = [metric_chart(evaluation, name, METRICS[name].title) for name in chosen]
     pairs = [
         [identity_chart(agreeing), agreement_chart(agreeing, band_percent=band_percent)]
-        for agreeing in evaluation.agreements()
+        for agreeing in evaluation.agreements
     ]
     charts = [lesion_chart(evaluation, target) for target in evaluation.lesions["target"].unique()]
     over_density = []

@@ -134,14 +134,17 @@ class Delineator(lightning.LightningModule):
         source = self.source.for_process(0, 1)
         with torch.no_grad(), self.plan.autocast():
             for i in range(min(32, max(4, -(-64 // source.batch_size)))):
-                batch = source.batch(i)
-                on_device = Batch(batch.image.to(self.device), batch.target.to(self.device), i)
-                image, _ = source.augmented(on_device, self.spec.seed)
-                kept(image.contiguous(memory_format=self.plan.memory_format(self.dimensions)))
+                kept(self._seen(source, source.batch(i))[0])
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for module, training in zip(kept.modules(), was_training, strict=True):
             module.training = training
+
+    def _seen(self, source: BatchSource, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Image and target of a batch as the network sees them: on its device, varied, laid out as the plan says."""
+        on_device = Batch(batch.image.to(self.device), batch.target.to(self.device), batch.number)
+        image, target = source.augmented(on_device, self.spec.seed)
+        return image.contiguous(memory_format=self.plan.memory_format(self.dimensions)), target
 
     def loss_on(self, source: BatchSource, i: int) -> float:
         """The loss of the current weights on batch ``i`` of ``source``, to be set beside the training loss.
@@ -149,10 +152,7 @@ class Delineator(lightning.LightningModule):
         Without dropout, and with BatchNorms that see the batch as in training: their moving statistics
         lag behind, and would make the loss of a network that is well look bad.
         """
-        batch = source.batch(i)
-        image, target = source.augmented(
-            Batch(batch.image.to(self.device), batch.target.to(self.device), i), self.spec.seed
-        )
+        image, target = self._seen(source, source.batch(i))
         norms = free_norms(self.network)
         self.network.eval()
         for norm in norms:
@@ -160,7 +160,7 @@ class Delineator(lightning.LightningModule):
             norm.track_running_stats = False
         with torch.no_grad(), self.plan.autocast():
             # Not the compiled graph, which would be compiled anew for a network that does not train.
-            logits = self.network(image.contiguous(memory_format=self.plan.memory_format(self.dimensions)))
+            logits = self.network(image)
             loss = float(self.loss(logits, target, image))
         for norm in norms:
             norm.track_running_stats = True
@@ -181,8 +181,7 @@ class Delineator(lightning.LightningModule):
         step = self.global_step
         # Dropout draws from the global generator: seeded by step, a resumed run draws the same.
         torch.manual_seed(int(np.random.SeedSequence((self.spec.seed, 3, self.global_rank, step)).generate_state(1)[0]))
-        image, target = self.source.augmented(batch, self.spec.seed)
-        image = image.contiguous(memory_format=self.plan.memory_format(self.dimensions))
+        image, target = self._seen(self.source, batch)
         loss, logits = self._predict_and_judge(image, target)
         if step % 25 == 0:
             self._count_foreground(logits, target)

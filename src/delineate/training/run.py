@@ -200,8 +200,9 @@ def _fit(
     hold_a_target = any(len(points) for subject in prepared.validation for points in subject.points.values())
     if hold_a_target and spec.validation.loss_every is not None:
         of_validation = Sampler(bundle.recipe.sampler, prepared.validation, bundle.geometry, spec.seed)
-        plain = BatchSource(of_validation, AugmentationSpec(spatial=None, intensity=None), spec.batch_size)
-        callbacks.append(ValidationLoss(plain, spec.validation.loss_every))
+        unchanged = AugmentationSpec(spatial=None, intensity=None)
+        source = BatchSource(of_validation, unchanged, spec.batch_size)
+        callbacks.append(ValidationLoss(source, spec.validation.loss_every))
     trainer = _trainer(spec, plan, folder, options, callbacks, resumed_from)
     with warnings.catch_warnings():
         # Said of every endless stream of batches, and of reading in the main process: both are on purpose.
@@ -297,7 +298,8 @@ def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputeP
         outcomes.append(outcome)
         report.progress("predicting held-out subjects", done, len(chosen))
     measuring = Measuring(",".join(bundle.recipe.metrics), probabilities=probabilities)
-    evaluation = evaluate(pairs, bundle.targets, measuring)
+    simulated = bool(bundle.provenance["simulated"])
+    evaluation = evaluate(pairs, bundle.targets, measuring, simulated=simulated)
     evaluation.write(folder / "evaluation")
     needed = ["dice", "reference_volume_ml"]
     has_them = set(needed) <= set(evaluation.metrics)
