@@ -1,0 +1,34 @@
+"""Text that came from outside, such as a file's name, on its way to a terminal or a spreadsheet."""
+
+from __future__ import annotations
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+"""First characters that make a spreadsheet take a cell for a formula, and the mark that prevents it."""
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters, lone surrogates and other invisible ones spelled out, such as ``\\x1b``.
+
+    A terminal runs escape sequences that are printed, and a name may hold them. Line breaks are
+    spelled out, too: a name has none.
+    """
+    return "".join(c if c.isprintable() else _spelled(c) for c in text)
+
+
+def cell(text: str) -> str:
+    """``text`` as a spreadsheet's cell: printable, and no formula whatever it begins with.
+
+    What begins like a formula gets an apostrophe before it, which spreadsheets take for "this is
+    text". :func:`from_cell` takes it off again.
+    """
+    text = printable(text)
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def from_cell(text: str) -> str:
+    """The printable text that :func:`cell` was given."""
+    return text.removeprefix("'")
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
