@@ -24,7 +24,7 @@ demo: .venv/installed
 	$(BIN)/delineate demo --out $(DEMO)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One process a core: more threads would only get in each other's way. Before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture
 def rng() -> np.random.Generator:
