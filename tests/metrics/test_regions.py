@@ -89,8 +89,7 @@ def test_the_challenges_regions_are_measured_or_it_is_refused(case: tuple[str, d
     defined = [{values[part] for part in parts} & named.known_values for parts in REGIONS[challenge].values()]
     try:
         measured = targets_of(challenge, named)
-    except RecipeError as error:
-        assert "--targets" in str(error)
+    except RecipeError:
         return
     assert measured is not None
     assert sorted((set(v) for v in measured.values.values()), key=len, reverse=True) == defined
@@ -130,7 +129,9 @@ def test_parts_with_known_names_are_never_refused(challenge: str, shift: int) ->
 def test_what_does_not_tell_the_regions_is_refused(challenge: str, values: dict[str, tuple[int, ...]]) -> None:
     used = [v for numbers in values.values() for v in numbers]
     mode = "overlapping" if len(set(used)) < len(used) else "exclusive"
-    with pytest.raises(RecipeError, match=f"'{challenge}' measures .* take the metrics without the set: dice"):
+    with pytest.raises(
+        RecipeError, match=f"'{challenge}' measures .* --targets '.*take the metrics without the set: dice"
+    ):
         targets_of(challenge, Targets(values, mode))
 
 

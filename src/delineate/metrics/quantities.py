@@ -7,7 +7,7 @@ from math import nan
 import numpy as np
 from numpy.typing import NDArray
 
-from delineate.metrics.surface import Spacing, steps_of
+from delineate.metrics.surface import ROUNDING, Spacing, steps_of
 
 
 def volume_ml(mask: NDArray[np.bool_], voxel_ml: float, known: NDArray[np.bool_] | None = None) -> float:
@@ -44,6 +44,7 @@ def _inside(mask: NDArray[np.bool_], steps_mm: NDArray[np.float64], margin_mm: f
     """The voxels of a mask that are farther than a margin from every voxel outside it, or outside the array."""
     from scipy import ndimage  # slow to import
 
+    margin_mm *= ROUNDING
     if np.count_nonzero(steps_mm) == 3:
         # A frame of background: what leaves the scan ends there.
         depth_mm = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=np.diag(steps_mm))

@@ -24,6 +24,9 @@ Mask = NDArray[np.bool_]
 Spacing = Sequence[float] | NDArray[np.float64]
 Edge = Literal["surface", "outlines"]
 
+ROUNDING = 1 + 1e-6
+"""By how much a limit in millimetres is widened: a header's last digit must not decide whether 1 mm is within 1 mm."""
+
 
 @dataclass(frozen=True, eq=False)
 class SurfaceDistances:
@@ -67,7 +70,7 @@ class SurfaceDistances:
 
         Both empty: 1; one empty: 0.
         """
-        return float(np.mean(self._both <= tolerance_mm)) if self._both.size else 1.0
+        return float(np.mean(self._both <= tolerance_mm * ROUNDING)) if self._both.size else 1.0
 
     @property
     def _both(self) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from delineate.metrics.surface import Mask, Spacing, box_around, nearest_mm, steps_of
+from delineate.metrics.surface import ROUNDING, Mask, Spacing, box_around, nearest_mm, steps_of
 
 _CORNERS = tuple(product((0, 1), repeat=3))
 
@@ -42,7 +42,7 @@ class SurfelDistances:
     def surface_dice(self, tolerance_mm: float) -> float:
         """Share of both surfaces' area within ``tolerance_mm`` of the other. Both empty: 1; one empty: 0."""
         areas = np.concatenate([self.reference_areas, self.prediction_areas])
-        near = np.concatenate([self.from_reference, self.from_prediction]) <= tolerance_mm
+        near = np.concatenate([self.from_reference, self.from_prediction]) <= tolerance_mm * ROUNDING
         return float(areas[near].sum() / areas.sum()) if areas.size else 1.0
 
 
@@ -79,16 +79,16 @@ def _codes(mask: Mask) -> NDArray[np.uint8]:
 
 @cache
 def _normals() -> NDArray[np.float64]:
-    """Normals (256, 4, 3) of the triangles in a cell by its code, as long as their areas in units of voxels; else 0."""
-    normals = np.zeros((256, 4, 3))
+    """Normals (256, 8, 3) of the triangles in a cell by its code, as long as their areas in units of voxels; else 0."""
+    normals = np.zeros((256, 8, 3))
     for code in range(1, 255):
         inside = [bool(code >> bit & 1) for bit in range(8)]
         # A surface has one area, seen from either side: the fewer voxels are what it encloses.
         if sum(inside) > 4:
             inside = [not corner for corner in inside]
-        triangles = [t for polygon in _polygons(dict(zip(_CORNERS, inside, strict=True))) for t in _triangles(polygon)]
-        for t, (a, b, c) in enumerate(triangles):
-            normals[code, t] = np.cross(b - a, c - a) / 2
+        polygons = _polygons(dict(zip(_CORNERS, inside, strict=True)))
+        found = [normal for polygon in polygons for normal in _triangles(polygon)]
+        normals[code, : len(found)] = found
     return normals
 
 
@@ -118,11 +118,21 @@ def _polygons(inside: dict[tuple[int, ...], bool]) -> list[NDArray[np.float64]]:
 
 
 def _triangles(polygon: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """A polygon in triangles that share a point: one whose opposite in the cell belongs to the polygon, if any does."""
-    points = {tuple(point) for point in polygon.tolist()}
-    first = next((i for i, point in enumerate(polygon) if tuple((1 - point).tolist()) in points), 0)
-    fan = np.roll(polygon, -first, axis=0)
-    return [fan[[0, i, i + 1]] for i in range(1, len(fan) - 1)]
+    """Normals of a polygon's triangles, fanned out from a point whose opposite in the cell belongs to the polygon too.
+
+    Where there is one: half from either of the two, so that neither is preferred. Axes at right angles give both the
+    same area.
+    """
+    points = [tuple(point) for point in polygon.tolist()]
+    first = [i for i, point in enumerate(points) if tuple(1 - n for n in point) in points][:1] or [0]
+    opposite = tuple(1 - n for n in points[first[0]])
+    starts = [*first, *([points.index(opposite)] if opposite in points else [])]
+    fans = [np.roll(polygon, -start, axis=0) for start in starts]
+    return [
+        np.cross(fan[i] - fan[0], fan[i + 1] - fan[0]) / 2 / len(fans)
+        for fan in fans
+        for i in range(1, len(polygon) - 1)
+    ]
 
 
 def _percentile(distances: NDArray[np.float64], areas: NDArray[np.float64], percentile: float) -> float:

@@ -116,8 +116,9 @@ class CropComposite(Step):
     """Crop every scan to one box in the plane: where any training scan shows foreground, plus ``margin`` voxels.
 
     The plane is that of the slices (``Grid.slice_axis``). A scan shows foreground where a channel
-    exceeds the ``threshold`` share of its own 99.5th percentile. ``box`` is what was fitted, for both axes in the plane the first and last voxel counted from the middle
-    one, so that it holds for scans of other sizes too; what lies beyond a scan is its channels' minimum.
+    exceeds the ``threshold`` share of its own 99.5th percentile. ``box`` is what was fitted, for both
+    axes in the plane the first and last voxel counted from the middle one, so that it holds for scans
+    of other sizes too; what lies beyond a scan is its channels' minimum.
     """
 
     kind: Literal["crop_composite"] = "crop_composite"

@@ -181,6 +181,13 @@ def geometry_for(
     return TileGeometry((shape[0], shape[1], shape[2]), (margins[0], margins[1], margins[2]), slice_axis, standardise)
 
 
+def with_slice_axis(spec: Patches | Slices | Whole, grid: Grid) -> Patches | Slices | Whole:
+    """``spec`` with the axis of ``grid`` that ``thickest`` means."""
+    if not isinstance(spec, Slices) or spec.axis != "thickest":
+        return spec
+    return spec.model_copy(update={"axis": AXES[grid.slice_axis]})
+
+
 def standardised(image: Tensor) -> Tensor:
     """Each sample and channel (N, C, …) with mean 0 and deviation 1; a constant one becomes 0."""
     space = tuple(range(2, image.ndim))

@@ -28,7 +28,7 @@ from delineate.inference.fingerprint import fingerprint_of
 from delineate.io.files import writing_beside
 from delineate.preprocessing.cache import PreparedDataset, prepare
 from delineate.recipe import Recipe, apply_changes, recipe_from, to_yaml
-from delineate.sampling.tiles import AXES, Slices, geometry_for
+from delineate.sampling.tiles import geometry_for, with_slice_axis
 from delineate.training.options import Reporter, RunOptions
 
 
@@ -163,11 +163,10 @@ def prepared_bundle(
     spacing = np.median([grid.spacing_mm for grid in training.grids], axis=0)
     spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     largest = np.max([grid.shape for grid in training.grids], axis=0)
-    tiles = recipe.tiles
-    if isinstance(tiles, Slices) and tiles.axis == "thickest":
-        first = training.grids[0].affine.copy()
-        first[:3, :3] *= spacing / np.linalg.norm(first[:3, :3], axis=0)
-        tiles = tiles.model_copy(update={"axis": AXES[Grid(training.grids[0].shape, first).slice_axis]})
+    # Of scans that were not reoriented, the first tells how axes of equal spacing lie.
+    typical = training.grids[0].affine.copy()
+    typical[:3, :3] *= spacing / training.grids[0].spacing_mm
+    tiles = with_slice_axis(recipe.tiles, Grid(training.grids[0].shape, typical))
     geometry = geometry_for(tiles, largest, spacing_mm, recipe.network)
     rows = {row.subject: row for row in inspection.rows}
     bundle = Bundle(
