@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.datasets.inspection import SubjectRow
 from delineate.recipe import Recipe, TargetsSpec, recipe_from
@@ -146,7 +147,7 @@ def _ras_order(orientation: str) -> list[int]:
 def _spacing(summary: DataSummary) -> tuple[NDArray[np.float64], int, float]:
     """Median spacing, the axis across slices, and by how much slices are farther apart than voxels in them."""
     spacing = np.round(np.median(summary.spacings_mm, axis=0), 3)
-    thick = max(range(3), key=lambda axis: (spacing[axis], axis))
+    thick = Grid.of_spacing((1, 1, 1), spacing.tolist()).slice_axis
     in_plane = [spacing[axis] for axis in range(3) if axis != thick]
     return spacing, thick, float(spacing[thick] / max(in_plane))
 

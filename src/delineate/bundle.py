@@ -159,6 +159,8 @@ class Bundle:
         free = isinstance(spec, Whole) or (isinstance(spec, Slices) and spec.shape == (None, None))
         if not free:
             return self.geometry
+        if isinstance(spec, Slices) and self.geometry.slice_axis is not None:
+            spec = spec.model_copy(update={"axis": "xyz"[self.geometry.slice_axis]})  # as trained
         return geometry_for(spec, shape, self.spacing_mm, self.recipe.network)
 
 

@@ -4,8 +4,10 @@ from itertools import permutations, product
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from delineate.core.grid import Grid, permute_axes, permute_axes_back
+from delineate.core.grid import Grid, orthogonal, permute_axes, permute_axes_back
 
 ORIENTATIONS = ["".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)]
 
@@ -63,3 +65,65 @@ def test_grids_are_compared_in_millimetres(oblique: Grid) -> None:
     assert oblique.matches(shifted, tolerance_mm=0.1)
     assert not oblique.matches(shifted, tolerance_mm=0.01)
     assert oblique.corner_distance_mm(oblique.crop((0, 0, 0), (5, 6, 6))) == float("inf")
+
+
+def rotation(axis: int, degrees: float) -> np.ndarray:
+    a, b = (i for i in range(3) if i != axis)
+    turn, angle = np.eye(3), np.deg2rad(degrees)
+    turn[a, a] = turn[b, b] = np.cos(angle)
+    turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
+    return turn
+
+
+SPACINGS = [
+    (1.0, 1.0, 1.0),
+    (1.0, 1.0, 5.0),
+    (0.9375, 0.9375, 1.2),
+    (3.0, 1.0, 3.0),
+    (1.0, 1.004, 1.0),
+    (2.0, 1.0, 1.5),
+]
+
+
+@given(
+    st.sampled_from(SPACINGS),
+    st.sampled_from(ORIENTATIONS),
+    st.sampled_from([0, 1, 2]),
+    st.sampled_from([0.0, 20.0, 45.0]),
+    st.integers(0, 2**32 - 1),
+)
+def test_rounding_and_the_order_of_axes_do_not_choose_the_slice_axis(
+    spacing_mm: tuple[float, float, float], orientation: str, about: int, degrees: float, seed: int
+) -> None:
+    affine = np.eye(4)
+    affine[:3, :3] = rotation(about, degrees) @ np.diag(spacing_mm)
+    grid = Grid((5, 6, 7), affine)
+    order, flip = grid.axes_to(orientation)
+    turned = grid.permute(order, flip)
+    if degrees != 45:  # two axes as near to the body's: then the array's last
+        assert order[turned.slice_axis] == grid.slice_axis
+    noise = 1 + 1e-6 * np.random.default_rng(seed).uniform(-1, 1, (4, 4))
+    shaken = Grid(turned.shape, turned.affine * noise)
+    assert shaken.slice_axis == turned.slice_axis
+    assert shaken.orientation == turned.orientation
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "axis"), [((1, 1, 5), 2), ((5, 1, 1), 0), ((1, 1, 1), 2), ((1.009, 1, 1), 2), ((1.02, 1, 1), 0)]
+)
+def test_slices_lie_across_the_largest_spacing_or_the_body(spacing_mm: tuple[float, ...], axis: int) -> None:
+    assert Grid.of_spacing((4, 4, 4), spacing_mm).slice_axis == axis
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_slices_of_cubic_voxels_are_axial(orientation: str) -> None:
+    grid = Grid.of_spacing((4, 5, 6))
+    turned = grid.permute(*grid.axes_to(orientation))
+    assert turned.orientation[turned.slice_axis] in "SI"
+
+
+def test_right_angles(oblique: Grid) -> None:
+    steps = oblique.affine[:3, :3].copy()
+    assert orthogonal(steps * (-1, 1, 1))
+    steps[0, 2] += 0.01
+    assert not orthogonal(steps)

@@ -257,7 +257,7 @@ class TestLesionsAndConfusion:
 
     def test_what_is_written_of_them_reads_back(self, folders: tuple[Path, Path], tmp_path: Path) -> None:
         targets = Targets({"organ": (1,), "lesion": (2,)})
-        measuring = Measuring("standard,wmh2017,surface_dice_2.5mm", 0.5)
+        measuring = Measuring("standard,lesion_recall,lesion_f1,surface_dice_2.5mm,surface_dice_area_2.5mm", 0.5)
         measured = evaluate(pair_files(*folders).pairs, targets, measuring)
         measured.write(tmp_path / "out")
         back = Evaluation.read(tmp_path / "out")

@@ -10,13 +10,13 @@ import pytest
 import SimpleITK
 from scipy import ndimage
 
-from delineate.core.grid import Grid
-from delineate.core.targets import Targets
+from delineate.core.grid import Grid, permute_axes
 from delineate.errors import RecipeError
-from delineate.metrics.catalogue import METRICS, SETS, formatted, metric_names, targets_of
+from delineate.metrics.catalogue import METRICS, SETS, formatted, metric_names
 from delineate.metrics.comparison import Comparison
 
 SPACING = (0.9, 1.1, 5.0)
+PROMISE12_METRICS = ("dice", "assd_mm", "hd95_mm", "volume_error_percent")
 
 
 def blobs(rng: np.random.Generator, shape: tuple[int, int, int] = (40, 36, 10), share: float = 0.04) -> np.ndarray:
@@ -158,8 +158,6 @@ def test_apex_is_at_the_feet_and_base_at_the_head_in_any_orientation(orientation
     grid = Grid.of_spacing((10, 10, 12))
     reference, prediction = box(grid.shape, *np.s_[2:8, 2:8, 0:9]), box(grid.shape, *np.s_[2:8, 2:8, 3:11])
     order, flip = grid.axes_to(orientation)
-    from delineate.core.grid import permute_axes
-
     comparison = Comparison.of(
         permute_axes(reference, order, flip), permute_axes(prediction, order, flip), grid.permute(order, flip)
     )
@@ -168,12 +166,34 @@ def test_apex_is_at_the_feet_and_base_at_the_head_in_any_orientation(orientation
     assert METRICS["base_volume_error_percent"].of(comparison) == pytest.approx(100 * 2 / 3)
 
 
+@pytest.mark.parametrize("extent", range(12))
+@pytest.mark.parametrize("orientation", ["RAS", "IRA"])
+def test_thirds_divide_the_reference_and_none_is_empty(extent: int, orientation: str) -> None:
+    grid = Grid.of_spacing((6, 6, 14))
+    reference = box(grid.shape, *np.s_[1:5, 1:5, 2 : 2 + extent])
+    order, flip = grid.axes_to(orientation)
+    turned = permute_axes(reference, order, flip)
+    comparison = Comparison.of(turned, turned, grid.permute(order, flip))
+    apex, base = (comparison.part(part) for part in ("apex", "base"))
+    if extent < 3:
+        assert apex is base is None
+        values = [METRICS[f"{part}_{name}"].of(comparison) for part in ("apex", "base") for name in PROMISE12_METRICS]
+        assert all(isnan(value) for value in values), "counted as undefined: neither right nor infinitely wrong"
+        return
+    assert apex is not None
+    assert base is not None
+    slices = [part.reference.sum() // 16 for part in (apex, base)]
+    assert slices[0] == slices[1] == extent // 3
+    assert extent - sum(slices) >= 1
+    assert METRICS["apex_dice"].of(comparison) == 1
+
+
 def test_every_metric_defines_the_empty_cases() -> None:
     some, none = box((6, 6, 6), *np.s_[1:3, 1:3, 1:4]), np.zeros((6, 6, 6), bool)
     both, missed, invented = measured(none, none), measured(some, none), measured(none, some)
-    for name in ("dice", "jaccard", "surface_dice_1mm", "lesion_f1"):
+    for name in ("dice", "jaccard", "surface_dice_1mm", "surface_dice_area_1mm", "lesion_f1"):
         assert (both[name], missed[name], invented[name]) == (1, 0, 0)
-    for name in ("hd_mm", "hd95_mm", "assd_mm", "rms_mm", "hd95_outline_mm"):
+    for name in ("hd_mm", "hd95_mm", "hd95_area_mm", "assd_mm", "rms_mm", "hd95_outline_mm"):
         assert (both[name], missed[name], invented[name]) == (0, inf, inf)
     assert isnan(both["volume_error_percent"])
     assert isnan(invented["avd_percent"])
@@ -185,20 +205,6 @@ def test_names_and_sets_join_each_once() -> None:
     with pytest.raises(RecipeError, match="no metric 'dicee'; sets are standard"):
         metric_names("dicee")
     assert all(name in METRICS for chosen in SETS.values() for name in chosen.metrics)
-
-
-def test_tumour_regions_are_made_by_name_whatever_the_year() -> None:
-    named = Targets({"necrotic_core": (1,), "edema": (2,), "enhancing": (3,)})
-    regions = targets_of("standard,brats", named)
-    assert regions is not None
-    assert {name: sorted(v) for name, v in regions.values.items()} == {
-        "whole": [1, 2, 3],
-        "core": [1, 3],
-        "enhancing": [3],
-    }
-    assert targets_of("standard", named) == named
-    assert targets_of("wmh2017", None) == SETS["wmh2017"].targets
-    assert targets_of("wmh2017,lits", None) is None
 
 
 def test_numbers_as_tables_show_them() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from delineate.core.grid import Grid
-from delineate.metrics.quantities import error_percent, volume_ml
+from delineate.metrics.quantities import error_percent, volume_ml, within
 
 MASK = np.zeros((20, 20, 20), bool)
 MASK[:10, :10, :10] = True
@@ -34,3 +34,25 @@ def test_error_has_the_sign_of_the_difference() -> None:
 def test_error_against_nothing_is_undefined() -> None:
     assert isnan(error_percent(3.0, 0.0))
     assert isnan(error_percent(0.0, 0.0))
+
+
+@pytest.mark.parametrize("margin_mm", [0.5, 1.0, 2.2, 4.0, 1e6])
+@pytest.mark.parametrize("lean", [0.0, 0.6, -1.4])
+def test_a_margin_is_measured_in_the_world_under_any_affine(
+    rng: np.random.Generator, lean: float, margin_mm: float
+) -> None:
+    steps_mm = np.linalg.qr(rng.standard_normal((3, 3)))[0] @ np.array([[1, 0, lean], [0, -1.2, 0], [0, 0.5 * lean, 2]])
+    mask = rng.random((9, 8, 6)) < 0.97
+    values = rng.random(mask.shape)
+    padded = np.pad(mask, 6)  # what leaves the scan ends there
+    outside = np.argwhere(~padded) @ steps_mm.T
+    inside = np.argwhere(padded)
+    deep = np.array(
+        [np.linalg.norm(outside - point, axis=1).min() > margin_mm * (1 + 1e-6) for point in inside @ steps_mm.T]
+    )
+    expected = values[tuple((inside - 6)[deep].T)]
+    mean, median = within(values, mask, steps_mm, margin_mm)
+    if expected.size:
+        assert (mean, median) == (pytest.approx(expected.mean()), pytest.approx(np.median(expected)))
+    else:
+        assert isnan(mean)

@@ -6,12 +6,13 @@ from math import inf
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
-from delineate.metrics.surface import surface, surface_distances
+from delineate.metrics.surface import outlines, surface, surface_distances
+from delineate.metrics.surfels import surfel_distances
 
 masks = arrays(bool, (6, 5, 7))
 spacings = st.tuples(*[st.sampled_from([0.47, 1.0, 3.3, 8.0])] * 3)
@@ -43,6 +44,52 @@ def test_each_axis_has_its_own_spacing() -> None:
         # The poles move by the whole shift, and nothing further.
         assert surface_distances(reference, shifted, (0.5, 2.0, 7.0)).hausdorff_mm() <= 3 * spacing_mm
         assert surface_distances(reference, shifted, (9.0, 9.0, 9.0)).hausdorff_mm() == 27
+
+
+@st.composite
+def affines(draw: st.DrawFn) -> np.ndarray:
+    """Steps of axes (3, 3) that are turned, mirrored and permuted, of unlike length, and lean or not."""
+    spacing_mm = [draw(st.sampled_from([0.47, 1.0, 3.3])) * draw(st.sampled_from([-1, 1])) for _ in range(3)]
+    lean = st.sampled_from([0.0, 0.0, 1e-5, 0.3, -1.2])
+    shear = np.array([[1, draw(lean), draw(lean)], [0, 1, draw(lean)], [0, 0, 1]])
+    turn = np.linalg.qr(np.random.default_rng(draw(st.integers(0, 99))).standard_normal((3, 3)))[0]
+    return turn @ shear @ np.diag(spacing_mm)[:, draw(st.permutations(range(3)))]
+
+
+@settings(deadline=None)
+@given(masks, masks, affines(), st.sampled_from(["surface", "outlines"]))
+def test_distances_are_those_of_the_world_under_any_affine(
+    reference: np.ndarray, prediction: np.ndarray, steps_mm: np.ndarray, edge: str
+) -> None:
+    found = surface_distances(reference, prediction, steps_mm, edge=edge, slice_axis=1)
+    if not (reference.any() and prediction.any()):
+        assert found.hausdorff_mm() in (0, inf)
+        return
+    edges = surface if edge == "surface" else lambda mask: outlines(mask, 1)
+    a, b = (np.argwhere(edges(mask)) @ steps_mm.T for mask in (reference, prediction))
+    between = np.linalg.norm(a[:, None] - b[None], axis=2) if len(a) and len(b) else np.full((len(a), len(b)), inf)
+    for distances, axis in ((found.from_reference, 1), (found.from_prediction, 0)):
+        np.testing.assert_allclose(distances, between.min(axis=axis, initial=inf), rtol=3e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_does_not_decide_what_is_within_a_tolerance(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    reference = ball((14, 14, 14), (6, 6, 6), 4)
+    prediction = np.roll(reference, 1, 0)
+    steps_mm = np.linalg.qr(rng.standard_normal((3, 3)))[0] * (1 + 1e-7 * rng.uniform(-1, 1, (3, 3)))
+    plain, shaken = (surface_distances(reference, prediction, steps) for steps in ((1, 1, 1), steps_mm))
+    assert shaken.surface_dice(1) == plain.surface_dice(1) > plain.surface_dice(0.99)
+    plain, shaken = (surfel_distances(reference, prediction, steps) for steps in ((1, 1, 1), steps_mm))
+    assert shaken.surface_dice(1) == pytest.approx(plain.surface_dice(1), rel=1e-6)
+
+
+def test_leaning_slices_by_hand() -> None:
+    # Each slice lies 4 mm above the last and 3 mm beside it: three up and nine back is straight above.
+    steps_mm = np.array([[1.0, 0, 3], [0, 1, 0], [0, 0, 4]])
+    reference, prediction = (np.zeros((12, 1, 4), bool) for _ in range(2))
+    reference[9, 0, 0] = prediction[0, 0, 3] = True
+    assert surface_distances(reference, prediction, steps_mm).hausdorff_mm() == pytest.approx(12)
 
 
 def test_the_larger_direction_counts() -> None:

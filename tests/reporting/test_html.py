@@ -210,7 +210,9 @@ def test_what_was_measured_besides_is_drawn(tmp_path) -> None:
 def test_agreement_lesions_and_sides_are_drawn_and_written(tmp_path) -> None:
     rows, lesions = [], []
     for i in range(6):
-        measuring = Measuring("wmh2017,volume_ml,reference_volume_ml", quantity=QuantityMap("fat", 0, 5))
+        measuring = Measuring(
+            "dice,lesion_recall,lesion_f1,volume_ml,reference_volume_ml", quantity=QuantityMap("fat", 0, 5)
+        )
         fat = np.full(GRID.shape, 4.0 + 0.4 * i, np.float32)
         fat[:9] += 1
         measured = compare(label(i % 3), label(), TARGETS, measuring, subject=f"s{i}", quantity=fat)

@@ -16,12 +16,15 @@ import pytest
 import torch
 
 from delineate.bundle import Bundle
+from delineate.core.targets import Targets
 from delineate.datasets.dataset import load_scan
+from delineate.datasets.layouts import open_dataset
 from delineate.datasets.splits import make_split
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError, TrainingError
-from delineate.io.formats import read_header
+from delineate.io.formats import read_header, read_label, write_label
 from delineate.networks import unet
 from delineate.recipe import recipe_from, to_yaml
+from delineate.reporting.run import write_run_report
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.preparation import assign_roles
 from delineate.training.run import train
@@ -62,6 +65,30 @@ def test_a_run_leaves_what_it_promises(recipe, balls, tmp_path) -> None:
         )
         assert predicted.shape == scan.shape
         np.testing.assert_array_equal(predicted.affine, scan.affine)
+
+
+def test_a_challenges_regions_are_measured_of_the_held_out_or_nothing_is_trained(recipe, balls, tmp_path) -> None:
+    short = recipe.training.model_copy(update={"steps": 2})
+    measured = recipe.model_copy(update={"metrics": ("lits",), "training": short})
+    with pytest.raises(RecipeError, match="'lits' measures liver, tumour; got ball"):
+        run(measured, balls, tmp_path / "refused")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    for subject in balls.subjects:  # the lower half of each ball is its tumour
+        label = read_label(subject.label)
+        label.voxels[:, :, :6] *= 2
+        write_label(tmp_path / "scans" / subject.label.name, label)
+        (tmp_path / "scans" / next(iter(subject.scans.values())).name).symlink_to(next(iter(subject.scans.values())))
+    parts = Targets({"liver": (1,), "tumour": (2,)})
+    halves = open_dataset(tmp_path / "scans", images="*_image.nii.gz", labels="*_label.nii.gz", targets=parts)
+    result = run(measured, halves, tmp_path / "run", fold=0)
+    for subject in result.evaluation.subjects:
+        pair = tmp_path / "run/predictions" / f"{subject}.nii.gz", tmp_path / "scans" / f"{subject}_label.nii.gz"
+        predicted, known = (read_label(path).voxels > 0 for path in pair)
+        row = result.evaluation.table.query("subject == @subject and target == 'liver'").iloc[0]
+        assert row["dice"] == pytest.approx(2 * (predicted & known).sum() / (predicted.sum() + known.sum()))
+    calibrated = pd.read_csv(tmp_path / "run/evaluation/confidence.csv")
+    assert set(calibrated["target"]) == {"liver", "tumour"}
+    assert write_run_report(tmp_path / "run", halves).is_file()
 
 
 def test_it_learns(recipe, balls, tmp_path) -> None:

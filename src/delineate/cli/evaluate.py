@@ -74,7 +74,7 @@ def evaluate(
     if report is not None:
         from delineate.reporting.evaluation import write_evaluation_report
 
-        marked = asked or named_targets(known, measuring)
+        marked = named_targets(known, measuring, asked)
         write_evaluation_report(
             report, evaluation, predictions, known, marked, band_percent=band_percent, palette=colours
         )

@@ -14,6 +14,12 @@ Affine = NDArray[np.float64]
 
 _NEGATIVE, _POSITIVE = "LPI", "RAS"
 
+SAME_SPACING = 0.01
+"""Spacings that differ by no more than this share are the same: headers round them."""
+
+_SAME_COSINE = 1e-3
+"""Directions are rounded by up to some millionths, and by far less than this."""
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
@@ -49,6 +55,20 @@ class Grid:
     def voxel_ml(self) -> float:
         """Volume of one voxel in millilitres; right for sheared grids too."""
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+    @property
+    def slice_axis(self) -> int:
+        """The axis across the slices: that of the largest spacing.
+
+        Where spacings are the same within :data:`SAME_SPACING`, it is the one of these that runs nearest to
+        the body's feet–head axis (then front–back, then the array's last). Rounding in a header changes nothing.
+        """
+        spacing, cosines = np.array(self.spacing_mm), np.abs(self._cosines)
+        axes = [axis for axis in range(3) if spacing[axis] >= (1 - SAME_SPACING) * spacing.max()]
+        for world in (2, 1):
+            nearest = max(cosines[world, axis] for axis in axes)
+            axes = [axis for axis in axes if cosines[world, axis] >= nearest - _SAME_COSINE]
+        return axes[-1]
 
     @property
     def orientation(self) -> str:
@@ -125,9 +145,26 @@ class Grid:
 
     def _world_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """For each voxel axis, the world axis it runs along, and its sign."""
-        cosines = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
-        world = max(permutations(range(3)), key=lambda p: sum(abs(cosines[p[i], i]) for i in range(3)))
+        cosines = self._cosines
+        orders = {order: sum(abs(cosines[order[i], i]) for i in range(3)) for order in permutations(range(3))}
+        # Turned by 45° several are as near; rounding must not choose among them.
+        world = next(order for order, near in orders.items() if near >= max(orders.values()) - _SAME_COSINE)
         return world, tuple(1 if cosines[world[i], i] >= 0 else -1 for i in range(3))
+
+    @property
+    def _cosines(self) -> NDArray[np.float64]:
+        """Direction of each voxel axis in the world, a column each."""
+        cosines: NDArray[np.float64] = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
+        return cosines
+
+
+def orthogonal(steps_mm: NDArray[np.float64]) -> bool:
+    """Whether axes, whose steps from voxel to voxel are the columns (d, d), stand at right angles.
+
+    Distances from spacings alone are then right to a millionth.
+    """
+    cosines = steps_mm / np.linalg.norm(steps_mm, axis=0)
+    return bool(np.abs(cosines.T @ cosines - np.eye(len(cosines))).max() <= 1e-6)
 
 
 def permute_axes(array: NDArray, order: Sequence[int], flip: Sequence[bool]) -> NDArray:

@@ -15,7 +15,7 @@ from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset, check_grids, load_scan
-from delineate.errors import BadShape, MissingFile
+from delineate.errors import BadShape, MissingFile, RecipeError
 from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import LESION_COLUMNS, Evaluation, reliability_table
@@ -83,11 +83,14 @@ def evaluate(
 ) -> Evaluation:
     """Measure every pair; ``on_subject`` is told of each that is done, in order.
 
+    ``targets`` say what the labels hold. Where a challenge's set is measured, its regions are.
     ``simulated`` scans are called so wherever the result is shown.
     ``orientation`` is how a file with two orientations is read. Raises :class:`GridMismatch` where a
     prediction is not on its reference's grid, :class:`BadLabelValue` where
-    either has a value the targets do not know, and what reading raises.
+    either has a value the targets do not know, :class:`RecipeError` where a challenge's regions
+    cannot be told from the targets, and what reading raises.
     """
+    targets_of(measuring.wanted, targets)
 
     def measure(pair: Pair) -> Measured:
         prediction, reference = (read_label(p, orientation=orientation) for p in (pair.prediction, pair.reference))
@@ -128,20 +131,23 @@ def evaluate_folders(
 ) -> Evaluation:
     """Measure a folder of predictions against a folder of labels or a data set (or its folder), paired by name.
 
-    Without ``targets``, those that the data set names count (as the regions of the challenge that is
-    measured, if it has any), else the challenge's, else one for each value found. Raises what
-    :func:`pair_files` and :func:`evaluate` raise.
+    Without ``targets``, those that the data set names count, else the challenge's that is measured, else
+    one for each value found. Of a challenge's set, the regions are measured that these targets make up.
+    Raises what :func:`pair_files` and :func:`evaluate` raise.
     """
     known = open_references(references) if isinstance(references, Path) else references
     pairing = pair_files(predictions, known)
-    chosen = targets or named_targets(known, measuring) or targets_in(pairing.pairs)
+    labelled = targets or (known.targets if isinstance(known, Dataset) else None)
+    chosen = labelled or targets_of(measuring.wanted, None) or targets_in(pairing.pairs)
     simulated = isinstance(known, Dataset) and known.simulated
     return evaluate(pairing.pairs, chosen, measuring, unpaired=pairing.unpaired, simulated=simulated)
 
 
-def named_targets(references: Path | Dataset, measuring: Measuring = STANDARD) -> Targets | None:
-    """What the data set or the challenge that is measured calls its targets; None where neither does."""
-    return targets_of(measuring.wanted, references.targets if isinstance(references, Dataset) else None)
+def named_targets(
+    references: Path | Dataset, measuring: Measuring = STANDARD, targets: Targets | None = None
+) -> Targets | None:
+    """What is measured: the challenge's regions, the given ``targets`` or the data set's; None where none is named."""
+    return targets_of(measuring.wanted, targets or (references.targets if isinstance(references, Dataset) else None))
 
 
 def compare(
@@ -156,11 +162,15 @@ def compare(
     quantity: NDArray | None = None,
     probabilities: NDArray | None = None,
 ) -> Measured:
-    """Measure one prediction; raises :class:`GridMismatch` and :class:`BadLabelValue`.
+    """Measure one prediction; raises :class:`GridMismatch`, :class:`BadLabelValue` and :class:`RecipeError`.
 
+    ``targets`` say what the labels hold. Where a challenge's set is measured, its regions are.
     Without a ``patient``, the subject is its own.
     ``quantity`` (X, Y, Z) is a map of it, ``probabilities`` (T, X, Y, Z) are the targets'.
     """
+    labelled, targets = targets, targets_of(measuring.wanted, targets) or targets
+    if probabilities is not None:
+        probabilities = _of_regions(probabilities, labelled, targets)
     check_grids(subject, "prediction", prediction.grid, "reference", reference.grid)
     for label in (prediction, reference):
         targets.check(label.voxels, subject)
@@ -174,7 +184,7 @@ def compare(
         if quantity is not None:
             for prefix, mask in (("", predictions[target]), ("reference_", references[target])):
                 inside = mask if known is None else mask & known
-                mean, median = within(quantity, inside, reference.grid.spacing_mm, margin_mm)
+                mean, median = within(quantity, inside, reference.grid.affine[:3, :3], margin_mm)
                 more |= {f"{prefix}quantity_mean": mean, f"{prefix}quantity_median": median}
         if probabilities is not None:
             reliability = Reliability.of(probabilities[t], references[target], known)
@@ -228,6 +238,23 @@ def _probabilities_of(pair: Pair, folder: Path, targets: Targets, grid: Grid) ->
             "give the targets that were predicted (--targets)"
         )
     return found.voxels
+
+
+def _of_regions(probabilities: NDArray, labelled: Targets, regions: Targets) -> NDArray:
+    """Probabilities (R, X, Y, Z) of regions from those (T, X, Y, Z) of the targets they are made of."""
+    if regions.values == labelled.values:
+        return probabilities
+    planes = []
+    for region, values in regions.values.items():
+        within = [t for t, name in enumerate(labelled.names) if set(labelled.values[name]) <= set(values)]
+        same = [t for t in within if set(labelled.values[labelled.names[t]]) == set(values)]
+        if not same and not labelled.exclusive:
+            raise RecipeError(
+                f"the probability of {region} does not follow from those of {', '.join(labelled.names)}, which "
+                "overlap; leave the probabilities out, or ask for the set's metrics by name"
+            )
+        planes.append(probabilities[same[0]] if same else np.minimum(probabilities[within].sum(axis=0), 1))
+    return np.stack(planes)
 
 
 def _lesions(comparison: Comparison) -> list[dict[str, object]]:

@@ -12,6 +12,7 @@ from delineate.core.targets import Targets
 from delineate.errors import RecipeError
 from delineate.metrics.comparison import Comparison, Part
 from delineate.metrics.quantities import error_percent
+from delineate.metrics.regions import BRATS, LITS, PROMISE12, WMH2017, Regions
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,11 @@ class Metric:
 
 @dataclass(frozen=True)
 class MetricSet:
-    """Names of metrics, in the order of a challenge's table.
-
-    ``targets`` are what the challenge measures, where it says so; ``regions`` makes them from a data
-    set's own, by name, since label values differ from year to year.
-    """
+    """Names of metrics, in the order of a challenge's table, and the ``regions`` that the challenge measures."""
 
     about: str
     names: str
-    targets: Targets | None = None
-    regions: Callable[[Targets], Targets | None] = lambda named: None
+    regions: Regions | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -102,10 +98,21 @@ def _distances() -> Iterator[Metric]:
         lambda c: sum(c.surfaces.directed_means_mm) / 2,
     )
     yield mm("rms_mm", "RMS distance", f"root mean square distance {_SURFACE}", lambda c: c.surfaces.rms_mm)
+    area = "between surface elements weighted by area, as surface-distance (Nikolov et al. 2018)"
+    yield mm("hd95_area_mm", "HD95 by area", f"{larger} {area}", lambda c: c.surfels.hausdorff95_mm)
     yield _surface_dice(1.0)
+    yield _surface_dice(1.0, by_area=True)
 
 
-def _surface_dice(tolerance_mm: float) -> Metric:
+def _surface_dice(tolerance_mm: float, *, by_area: bool = False) -> Metric:
+    if by_area:
+        return Metric(
+            f"surface_dice_area_{tolerance_mm:g}mm",
+            f"Surface Dice by area at {tolerance_mm:g} mm",
+            f"share of both surfaces' area at most {tolerance_mm:g} mm from the other, as surface-distance "
+            "(Nikolov et al. 2018); any tolerance may be named",
+            lambda c: c.surfels.surface_dice(tolerance_mm),
+        )
     return Metric(
         f"surface_dice_{tolerance_mm:g}mm",
         f"Surface Dice at {tolerance_mm:g} mm",
@@ -183,24 +190,15 @@ def _more(name: str) -> Callable[[Comparison], float]:
 
 
 def _of_part(metric: Metric, part: Part) -> Metric:
-    third = {"apex": "third of the slices nearest to the feet", "base": "third of the slices nearest to the head"}
+    end = {"apex": "feet", "base": "head"}[part]
+    where = f"in the third of the reference's slices nearest to the {end}; undefined below three slices"
     return replace(
         metric,
         name=f"{part}_{metric.name}",
         label=f"{part.capitalize()} {metric.label}",
-        definition=f"{metric.definition}; in the {third[part]}",
-        of=lambda c: metric.of(c.part(part)),
+        definition=f"{metric.definition}; {where}",
+        of=lambda c: nan if (third := c.part(part)) is None else metric.of(third),
     )
-
-
-def _tumour_regions(named: Targets) -> Targets | None:
-    """Whole tumour, core (all but edema) and enhancing part."""
-    values = named.values
-    if not named.exclusive or not {"edema", "enhancing"} <= set(values):
-        return None
-    core = tuple(v for name, numbers in values.items() if name != "edema" for v in numbers)
-    regions = {"whole": (*core, *values["edema"]), "core": core, "enhancing": values["enhancing"]}
-    return Targets(regions, "overlapping", named.ignore)
 
 
 _PROMISE12 = ("dice", "assd_mm", "hd95_mm", "volume_error_percent")
@@ -208,19 +206,19 @@ _PARTS: tuple[Part, ...] = ("apex", "base")
 
 
 class Catalogue(dict[str, Metric]):
-    """Metrics by name. Surface Dice is listed at one tolerance and known at all: ``surface_dice_2.5mm``."""
+    """Metrics by name. Surface Dice is listed at one tolerance and known at all: ``surface_dice_area_2.5mm``."""
 
     def __missing__(self, name: str) -> Metric:
         tolerance = _TOLERANCE.fullmatch(name)
         if tolerance is None:
             raise KeyError(name)
-        return _surface_dice(float(tolerance[1]))
+        return _surface_dice(float(tolerance[2]), by_area=bool(tolerance[1]))
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or (isinstance(name, str) and _TOLERANCE.fullmatch(name) is not None)
 
 
-_TOLERANCE = re.compile(r"surface_dice_(\d+(?:\.\d+)?)mm")
+_TOLERANCE = re.compile(r"surface_dice_(area_)?(\d+(?:\.\d+)?)mm")
 
 METRICS = Catalogue({m.name: m for group in (_overlaps, _distances, _volumes, _lesions, _of_more) for m in group()})
 METRICS.update((m.name, m) for part in _PARTS for m in (_of_part(METRICS[name], part) for name in _PROMISE12))
@@ -233,23 +231,22 @@ SETS: dict[str, MetricSet] = {
     "wmh2017": MetricSet(
         "WMH segmentation challenge (Kuijf et al. 2019)",
         "dice hd95_outline_mm avd_percent lesion_recall lesion_f1",
-        Targets({"lesion": (1,)}, ignore=(2,)),
+        WMH2017,
     ),
     "promise12": MetricSet(
         "PROMISE12 (Litjens et al. 2014): whole prostate, apex and base",
         " ".join((*_PROMISE12, *(f"{part}_{name}" for part in _PARTS for name in _PROMISE12))),
-        Targets({"prostate": (1,)}),
+        PROMISE12,
     ),
     "lits": MetricSet(
         "liver tumour challenge (Bilic et al. 2023)",
         "dice voe_percent volume_error_percent assd_mm rms_mm hd_mm lesion_recall lesion_precision",
-        Targets({"liver": (1, 2), "tumour": (2,)}, "overlapping"),
+        LITS,
     ),
     "brats": MetricSet(
         "brain tumour challenge (Menze et al. 2015)",
         "dice recall specificity hd95_mm",
-        Targets({"whole": (1, 2, 3, 4), "core": (1, 3, 4), "enhancing": (4,)}, "overlapping"),
-        _tumour_regions,
+        BRATS,
     ),
 }
 
@@ -268,14 +265,41 @@ def metric_names(wanted: str) -> tuple[str, ...]:
 
 
 def targets_of(wanted: str, named: Targets | None) -> Targets | None:
-    """What is measured of a data set that has ``named`` targets: the challenge's regions, else those, else its targets.
+    """What is measured of labels with ``named`` targets: these, or the regions of the challenge whose set is asked for.
 
-    None where nothing names any, or several challenges name different ones.
+    None where neither names any. Raises :class:`RecipeError` where the challenge's regions cannot be
+    told from the targets, and where two challenges' regions differ.
     """
-    sets = [SETS[name] for name in (part.strip() for part in wanted.split(",")) if name in SETS]
-    regions = [made for s in sets if named is not None and (made := s.regions(named)) is not None]
-    found = regions or ([named] if named is not None else [s.targets for s in sets if s.targets is not None])
-    return found[0] if found and all(other == found[0] for other in found) else None
+    chosen = dict.fromkeys(name for name in (part.strip() for part in wanted.split(",")) if name in SETS)
+    found = {name: _regions_of(name, regions, named) for name in chosen if (regions := SETS[name].regions)}
+    if not found:
+        return named
+    first, *others = found.values()
+    if any(other != first for other in others):
+        raise RecipeError(f"{' and '.join(found)} measure different regions; evaluate with one of them at a time")
+    return first
+
+
+def _regions_of(name: str, regions: Regions, named: Targets | None) -> Targets:
+    made = regions.unnamed if named is None else regions.among(named)
+    if made is not None:
+        return made
+    given = "no targets are named"
+    if named is not None:
+        targets = ", ".join(f"{target} {list(values)}" for target, values in named.values.items())
+        given = f"got {targets}, and only targets named as {', '.join(regions.parts)} would tell which these are"
+    raise RecipeError(
+        f"'{name}' measures {', '.join(regions.made_of)}; {given}; give these with their label values, such as "
+        f"--targets '{_EXAMPLES[name]}', or take the metrics without the set: {','.join(SETS[name].metrics)}"
+    )
+
+
+_EXAMPLES = {
+    "wmh2017": "lesion=1",
+    "promise12": "prostate=1+2",
+    "lits": "liver=1+2,tumour=2",
+    "brats": "whole=1+2+4,core=1+4,enhancing=4",
+}
 
 
 def formatted(name: str, value: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -14,6 +14,7 @@ from delineate.core.grid import Grid
 from delineate.metrics.lesions import Lesions
 from delineate.metrics.overlap import Overlap
 from delineate.metrics.surface import SurfaceDistances, box_around, surface_distances
+from delineate.metrics.surfels import SurfelDistances, surfel_distances
 
 Mask = NDArray[np.bool_]
 Part = Literal["apex", "base"]
@@ -21,19 +22,15 @@ Part = Literal["apex", "base"]
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Two masks (X, Y, Z), cropped to the box around both, of a volume with ``voxels`` known voxels.
+    """Two masks (X, Y, Z) cropped to the box around both, and its grid, of a volume with ``voxels`` known voxels.
 
-    ``head_axis`` is the array's axis along the body, ``head_last`` whether its last slice is nearest to the head.
     ``more`` has what masks alone do not tell, by the metric's name.
     """
 
     reference: Mask
     prediction: Mask
-    spacing_mm: tuple[float, float, float]
-    voxel_ml: float
+    grid: Grid
     voxels: int
-    head_axis: int = 2
-    head_last: bool = True
     minimum_overlap: float = 0.0
     more: Mapping[str, float] = field(default_factory=dict)
 
@@ -58,11 +55,8 @@ class Comparison:
         # A voxel more than the box: outlines see what lies beyond them.
         box = box_around(reference | prediction) or (slice(0, 1),) * 3
         box = tuple(slice(max(0, b.start - 1), b.stop + 1) for b in box)
-        (axis, *_), (reverse, *_) = grid.axes_to("SAR")
-        return cls(
-            reference[box], prediction[box], grid.spacing_mm, grid.voxel_ml, voxels, axis, not reverse,
-            minimum_overlap, more or {},
-        )  # fmt: skip
+        cropped = grid.crop([b.start for b in box], reference[box].shape)
+        return cls(reference[box], prediction[box], cropped, voxels, minimum_overlap, more or {})
 
     @cached_property
     def overlap(self) -> Overlap:
@@ -71,19 +65,32 @@ class Comparison:
 
     @cached_property
     def surfaces(self) -> SurfaceDistances:
-        return surface_distances(self.reference, self.prediction, self.spacing_mm)
+        return surface_distances(self.reference, self.prediction, self._steps_mm)
+
+    @cached_property
+    def surfels(self) -> SurfelDistances:
+        """Between surface elements, weighted by area."""
+        return surfel_distances(self.reference, self.prediction, self._steps_mm)
 
     @cached_property
     def outlines(self) -> SurfaceDistances:
-        """Between outlines in the slices that are furthest apart."""
-        across = int(np.argmax(self.spacing_mm[::-1]))
+        """Between outlines in the slices."""
         return surface_distances(
-            self.reference, self.prediction, self.spacing_mm, edge="outlines", slice_axis=2 - across
+            self.reference, self.prediction, self._steps_mm, edge="outlines", slice_axis=self.grid.slice_axis
         )
 
     @cached_property
     def lesions(self) -> Lesions:
         return Lesions.of(self.reference, self.prediction, minimum_overlap=self.minimum_overlap)
+
+    @property
+    def _steps_mm(self) -> NDArray[np.float64]:
+        steps: NDArray[np.float64] = self.grid.affine[:3, :3]
+        return steps
+
+    @property
+    def voxel_ml(self) -> float:
+        return self.grid.voxel_ml
 
     @property
     def volume_ml(self) -> float:
@@ -93,27 +100,32 @@ class Comparison:
     def reference_volume_ml(self) -> float:
         return (self.overlap.tp + self.overlap.fn) * self.voxel_ml
 
-    def part(self, part: Part) -> Comparison:
-        """One of :attr:`_parts`."""
+    def part(self, part: Part) -> Comparison | None:
+        """The third of the reference's slices nearest to the feet (apex) or the head (base), and what lies beyond it.
+
+        None where the reference has fewer than three slices: it has no thirds.
+        """
         return self._parts[part]
 
     @cached_property
-    def _parts(self) -> dict[Part, Comparison]:
+    def _parts(self) -> dict[Part, Comparison | None]:
         return {"apex": self._third("apex"), "base": self._third("base")}
 
-    def _third(self, part: Part) -> Comparison:
-        """The third of the reference's slices nearest to the feet (apex) or the head (base), and what lies beyond it.
+    def _third(self, part: Part) -> Comparison | None:
+        """As PROMISE12 (Litjens et al. 2014) divides the prostate; the middle third takes what does not divide.
 
-        As PROMISE12 (Litjens et al. 2014) divides the prostate; the middle third takes what does not divide.
+        Slices are those across the array's axis that runs nearest to the body's, from the reference's first to its
+        last, gaps included.
         """
-        slices = np.flatnonzero(self.reference.any(axis=tuple(a for a in range(3) if a != self.head_axis)))
-        if not slices.size:
-            return self
-        third = (int(slices[-1]) - int(slices[0]) + 1) // 3
-        at_the_end = (part == "base") == self.head_last
-        chosen = slice(int(slices[-1]) + 1 - third, None) if at_the_end else slice(None, int(slices[0]) + third)
-        index: Sequence[slice] = [chosen if axis == self.head_axis else slice(None) for axis in range(3)]
-        return Comparison(
-            self.reference[tuple(index)], self.prediction[tuple(index)], self.spacing_mm, self.voxel_ml, self.voxels,
-            self.head_axis, self.head_last, self.minimum_overlap,
-        )  # fmt: skip
+        (axis, *_), (head_first, *_) = self.grid.axes_to("SAR")
+        slices = np.flatnonzero(self.reference.any(axis=tuple(a for a in range(3) if a != axis)))
+        extent = int(slices[-1]) - int(slices[0]) + 1 if slices.size else 0
+        if extent < 3:
+            return None
+        third, all_slices = extent // 3, self.reference.shape[axis]
+        at_the_start = (part == "base") == head_first
+        chosen = slice(0, int(slices[0]) + third) if at_the_start else slice(int(slices[-1]) + 1 - third, all_slices)
+        index = tuple(chosen if a == axis else slice(0, n) for a, n in enumerate(self.reference.shape))
+        reference, prediction = self.reference[index], self.prediction[index]
+        grid = self.grid.crop([s.start for s in index], reference.shape)
+        return Comparison(reference, prediction, grid, self.voxels, self.minimum_overlap)

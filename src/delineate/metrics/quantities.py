@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import nan
 
 import numpy as np
 from numpy.typing import NDArray
+
+from delineate.metrics.surface import ROUNDING, Spacing, steps_of
 
 
 def volume_ml(mask: NDArray[np.bool_], voxel_ml: float, known: NDArray[np.bool_] | None = None) -> float:
@@ -18,11 +19,12 @@ def volume_ml(mask: NDArray[np.bool_], voxel_ml: float, known: NDArray[np.bool_]
 
 
 def within(
-    values: NDArray, mask: NDArray[np.bool_], spacing_mm: Sequence[float], margin_mm: float = 0.0
+    values: NDArray, mask: NDArray[np.bool_], spacing_mm: Spacing, margin_mm: float = 0.0
 ) -> tuple[float, float]:
     """Mean and median of a map of a quantity (X, Y, Z) in a mask, ``margin_mm`` or more inside its surface.
 
     The margin keeps out voxels that hold part of what lies around. Nothing left: undefined (NaN).
+    ``spacing_mm`` as for :func:`delineate.metrics.surface.surface_distances`.
     """
     if not mask.any():
         return nan, nan
@@ -33,12 +35,27 @@ def within(
     )
     inner = mask[box]
     if margin_mm > 0:
-        from scipy.ndimage import distance_transform_edt  # slow to import
-
-        # A frame of background: what leaves the scan ends there.
-        inner = distance_transform_edt(np.pad(inner, 1), sampling=spacing_mm)[1:-1, 1:-1, 1:-1] > margin_mm
+        inner = _inside(inner, steps_of(spacing_mm, 3), margin_mm)
     chosen = values[box][inner].astype(np.float64)
     return (float(chosen.mean()), float(np.median(chosen))) if chosen.size else (nan, nan)
+
+
+def _inside(mask: NDArray[np.bool_], steps_mm: NDArray[np.float64], margin_mm: float) -> NDArray[np.bool_]:
+    """The voxels of a mask that are farther than a margin from every voxel outside it, or outside the array."""
+    from scipy import ndimage  # slow to import
+
+    margin_mm *= ROUNDING
+    if np.count_nonzero(steps_mm) == 3:
+        # A frame of background: what leaves the scan ends there.
+        depth_mm = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=np.diag(steps_mm))
+        return np.asarray(depth_mm[1:-1, 1:-1, 1:-1] > margin_mm)
+    # Sheared: transforms know spacings only, so everything within the margin has to be of the mask.
+    if margin_mm >= (mask.shape * np.linalg.norm(steps_mm, axis=0)).min():
+        return np.zeros_like(mask)  # along the axis nothing lies as deep
+    reach = [int(n) for n in margin_mm * np.linalg.norm(np.linalg.inv(steps_mm), axis=1)]
+    offsets = np.indices([2 * n + 1 for n in reach]) - np.array(reach)[:, None, None, None]
+    within_margin = np.linalg.norm(np.tensordot(steps_mm, offsets, 1), axis=0) <= margin_mm
+    return np.asarray(ndimage.binary_erosion(mask, within_margin))
 
 
 def error_percent(value: float, reference: float) -> float:

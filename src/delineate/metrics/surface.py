@@ -2,8 +2,8 @@
 
 Definition: a surface voxel belongs to its mask and has a face neighbour (6-connectivity) that does
 not; what lies outside the array does not. Distances run between centres of surface voxels,
-unweighted, as in MONAI and MedPy; surfel-weighted tools (DeepMind's surface-distance) differ by a
-fraction of a voxel. Outlines, slice by slice, are what the WMH 2017 challenge measures between.
+unweighted, as in MONAI and MedPy; :mod:`delineate.metrics.surfels` weighs surfaces by their area.
+Outlines, slice by slice, are what the WMH 2017 challenge measures between.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from delineate.core.grid import orthogonal
+
 Mask = NDArray[np.bool_]
+Spacing = Sequence[float] | NDArray[np.float64]
 Edge = Literal["surface", "outlines"]
+
+ROUNDING = 1 + 1e-6
+"""By how much a limit in millimetres is widened: a header's last digit must not decide whether 1 mm is within 1 mm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +70,7 @@ class SurfaceDistances:
 
         Both empty: 1; one empty: 0.
         """
-        return float(np.mean(self._both <= tolerance_mm)) if self._both.size else 1.0
+        return float(np.mean(self._both <= tolerance_mm * ROUNDING)) if self._both.size else 1.0
 
     @property
     def _both(self) -> NDArray[np.float64]:
@@ -74,7 +80,7 @@ class SurfaceDistances:
 def surface_distances(
     reference: Mask,
     prediction: Mask,
-    spacing_mm: Sequence[float],
+    spacing_mm: Spacing,
     known: Mask | None = None,
     *,
     edge: Edge = "surface",
@@ -82,10 +88,12 @@ def surface_distances(
 ) -> SurfaceDistances:
     """Distances between the surfaces of two boolean masks (X, Y, Z), or (X, Y), of one shape.
 
-    ``spacing_mm`` has one entry per axis; axes are taken as orthogonal. Voxels outside ``known``
-    count as background in both masks. ``edge``: the masks' ``surface``, or their ``outlines`` in
-    the slices across ``slice_axis``.
+    ``spacing_mm`` has one entry for each of orthogonal axes; or it is a matrix whose columns are the axes' steps
+    from voxel to voxel in world millimetres (``Grid.affine[:3, :3]``), which may be turned, mirrored and
+    sheared. Voxels outside ``known`` count as background in both masks. ``edge``: the masks'
+    ``surface``, or their ``outlines`` in the slices across ``slice_axis``.
     """
+    steps_mm = steps_of(spacing_mm, reference.ndim)
     if known is not None:
         reference, prediction = reference & known, prediction & known
     box = box_around(reference | prediction)
@@ -98,7 +106,7 @@ def surface_distances(
         # The array's border is no outline: what touches it may go on. So the crop keeps a voxel around the box.
         box = tuple(slice(max(0, b.start - 1), b.stop + 1) for b in box)
         surfaces = outlines(reference[box], slice_axis), outlines(prediction[box], slice_axis)
-    return SurfaceDistances(_nearest(*surfaces, spacing_mm), _nearest(*surfaces[::-1], spacing_mm))
+    return SurfaceDistances(nearest_mm(*surfaces, steps_mm), nearest_mm(*surfaces[::-1], steps_mm))
 
 
 def surface(mask: Mask) -> Mask:
@@ -128,14 +136,35 @@ def outlines(mask: Mask, slice_axis: int) -> Mask:
     return mask & ~inner
 
 
-def _nearest(sources: Mask, targets: Mask, spacing_mm: Sequence[float]) -> NDArray[np.float64]:
-    """Distance from each source voxel to the nearest target voxel, in the sources' index order."""
+def steps_of(spacing_mm: Spacing, axes: int) -> NDArray[np.float64]:
+    """The matrix of steps that a spacing stands for: a diagonal one, unless it is one already.
+
+    Turned and mirrored orthogonal axes become a diagonal too, for distances do not change with them.
+    """
+    given = np.asarray(spacing_mm, dtype=np.float64)
+    steps = given if given.ndim == 2 else np.diag(given)
+    if steps.shape != (axes, axes):
+        raise ValueError(f"a mask of {axes} axes needs as many spacings, or a matrix of them; got {given.shape}")
+    return np.diag(np.linalg.norm(steps, axis=0)) if orthogonal(steps) else steps
+
+
+def nearest_mm(sources: Mask, targets: Mask, steps_mm: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distance from each source voxel to the nearest target voxel, in the sources' index order.
+
+    ``steps_mm`` is what :func:`steps_of` gives.
+    """
     index, there = np.argwhere(sources), np.argwhere(targets)
     distances = np.full(len(index), inf)
     if not len(there):
         return distances
     # Where the surfaces are one, nothing needs to be looked for.
     distances[targets[sources]] = 0
+    spacing_mm = np.linalg.norm(steps_mm, axis=0)
+    if np.count_nonzero(steps_mm) > len(spacing_mm):
+        # Sheared: transforms know spacings only, so everything is asked of the tree.
+        left = np.isinf(distances)
+        distances[left] = cKDTree(there @ steps_mm.T, balanced_tree=False).query(index[left] @ steps_mm.T)[0]
+        return distances
     # A tree over the targets answers in microseconds where surfaces are thin and near each other; the
     # rest (noise, or one surface deep inside the other) is bounded by one distance transform of the box.
     if len(index) + len(there) < sources.size / 8:

@@ -16,7 +16,6 @@ from scipy import ndimage
 from delineate.core.grid import Grid
 from delineate.core.volume import Volume
 from delineate.errors import RecipeError
-from delineate.preprocessing.spatial import thickest_axis
 from delineate.preprocessing.step import Step, Undo, Unmoved, as_float
 
 PerChannel = tuple[FiniteFloat, ...]
@@ -100,7 +99,7 @@ class Denoise(Step):
     sigma: float | None = Field(default=None, gt=0)
 
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
-        across = thickest_axis(volume.grid)
+        across = volume.grid.slice_axis
         size = tuple(1 if axis == across else self.width for axis in range(3))
         voxels = as_float(volume)
         result = np.empty_like(voxels)
@@ -191,7 +190,7 @@ class Normalise(Step):
         """The arrays that are normalised by themselves: channels, or each one's slices."""
         if self.scope != "slice":
             return voxels
-        axis = thickest_axis(grid) if self.across == "thickest" else "xyz".index(self.across)
+        axis = grid.slice_axis if self.across == "thickest" else "xyz".index(self.across)
         return (plane for channel in voxels for plane in np.moveaxis(channel, axis, 0))
 
     def _rescale(self, values: NDArray, shift: float, scale: float, out: NDArray[np.float32]) -> None:

@@ -55,10 +55,9 @@ class Resample(Step):
     """Linear resampling to a spacing, over the same extent: the outer voxel borders stay.
 
     ``spacing_mm`` is one number or (x, y, z), None keeping an axis. Voxel counts are rounded, so the
-    spacing reached (the grid's) may differ slightly. ``axes="in_plane"`` keeps the axis of the
-    largest spacing, across the slices (the last, where spacings agree within 1 %), and resamples the
-    other two. There is no smoothing before down-sampling: clinical slices are already blurred over
-    their thickness, and a label is treated alike.
+    spacing reached (the grid's) may differ slightly. ``axes="in_plane"`` keeps the axis across the
+    slices (``Grid.slice_axis``) and resamples the other two. There is no smoothing before
+    down-sampling: clinical slices are already blurred over their thickness, and a label is treated alike.
 
     Labels: each class is resampled linearly and the largest share wins, a tie going to the target
     (a binary mask is thus kept where ≥ 0.5); ignored voxels are a class of their own.
@@ -75,7 +74,7 @@ class Resample(Step):
 
     def shape_for(self, grid: Grid) -> Shape3:
         """Voxel counts (x, y, z) that this step gives a grid; at least 1."""
-        across = thickest_axis(grid) if self.axes == "in_plane" else None
+        across = grid.slice_axis if self.axes == "in_plane" else None
         x, y, z = (
             size if target is None or axis == across else max(1, round(size * spacing / target))
             for axis, (size, spacing, target) in enumerate(
@@ -116,10 +115,10 @@ class CropBackground(Step):
 class CropComposite(Step):
     """Crop every scan to one box in the plane: where any training scan shows foreground, plus ``margin`` voxels.
 
-    The plane lies across the axis of the largest spacing (z where spacings agree within 1 %). A scan
-    shows foreground where a channel exceeds the ``threshold`` share of its own 99.5th percentile.
-    ``box`` is what was fitted, for both axes in the plane the first and last voxel counted from the middle
-    one, so that it holds for scans of other sizes too; what lies beyond a scan is its channels' minimum.
+    The plane is that of the slices (``Grid.slice_axis``). A scan shows foreground where a channel
+    exceeds the ``threshold`` share of its own 99.5th percentile. ``box`` is what was fitted, for both
+    axes in the plane the first and last voxel counted from the middle one, so that it holds for scans
+    of other sizes too; what lies beyond a scan is its channels' minimum.
     """
 
     kind: Literal["crop_composite"] = "crop_composite"
@@ -143,7 +142,7 @@ class CropComposite(Step):
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
         if self.box is None:
             raise RecipeError("crop_composite is not fitted yet; fit the pipeline on training scans first")
-        across = thickest_axis(volume.grid)
+        across = volume.grid.slice_axis
         start, size = [0, 0, 0], list(volume.grid.shape)
         for axis, (first, last) in zip((axis for axis in range(3) if axis != across), self.box, strict=True):
             start[axis], size[axis] = volume.grid.shape[axis] // 2 + first, last + 1 - first
@@ -155,7 +154,7 @@ class CropComposite(Step):
 
     def _box_of(self, scan: Volume) -> list[tuple[int, int]]:
         """First and last voxel of a scan's foreground along both axes of the plane, from the middle one."""
-        across = thickest_axis(scan.grid)
+        across = scan.grid.slice_axis
         found = np.zeros([n for axis, n in enumerate(scan.grid.shape) if axis != across], bool)
         for channel in as_float(scan):
             least = channel.min()
@@ -247,12 +246,6 @@ class Resampled(Undo):
 
     def _forward(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return resample_label(encoded, self.after.shape) if self.interpolates else encoded
-
-
-def thickest_axis(grid: Grid) -> int:
-    """The axis across the slices: of the largest spacing, the last of those within 1 % of it."""
-    spacing = grid.spacing_mm
-    return max(axis for axis in range(3) if spacing[axis] >= 0.99 * max(spacing))
 
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, slice, slice]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import load_scan
 from delineate.preprocessing.pipeline import Pipeline
-from delineate.preprocessing.spatial import CropComposite, thickest_axis
+from delineate.preprocessing.spatial import CropComposite
 
 MOST_SCANS = 24
 """Of how many training scans the picture is made."""
@@ -35,7 +35,7 @@ def composite_picture(pipeline: Pipeline, subjects: Sequence[Subject], channels:
     planes, spacing_mm, towards = [], (1.0, 1.0), "LP"
     for subject in chosen:
         scan, _ = before.apply(load_scan(subject, channels))
-        across = thickest_axis(scan.grid)
+        across = scan.grid.slice_axis
         first, second = (axis for axis in range(3) if axis != across)
         spacing_mm = scan.grid.spacing_mm[first], scan.grid.spacing_mm[second]
         towards = scan.grid.orientation[first] + scan.grid.orientation[second]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from delineate.core.grid import Shape3
+from delineate.core.grid import Grid, Shape3
 from delineate.errors import RecipeError
 
 AXES = "xyz"
@@ -46,7 +46,7 @@ class Slices(BaseModel):
     """Slices across one axis, for 2D networks; ``neighbours`` slices on each side join as channels (2.5D).
 
     ``axis``: x (sagittal), y (coronal), z (axial) of the prepared volume, or ``thickest``: the axis
-    of the largest spacing. ``shape``: in-plane size along the two other axes; ``null`` means all.
+    across the slices (``Grid.slice_axis``). ``shape``: in-plane size along the two other axes; ``null`` means all.
     ``standardise`` as for patches.
     """
 
@@ -181,6 +181,13 @@ def geometry_for(
     return TileGeometry((shape[0], shape[1], shape[2]), (margins[0], margins[1], margins[2]), slice_axis, standardise)
 
 
+def with_slice_axis(spec: Patches | Slices | Whole, grid: Grid) -> Patches | Slices | Whole:
+    """``spec`` with the axis of ``grid`` that ``thickest`` means."""
+    if not isinstance(spec, Slices) or spec.axis != "thickest":
+        return spec
+    return spec.model_copy(update={"axis": AXES[grid.slice_axis]})
+
+
 def standardised(image: Tensor) -> Tensor:
     """Each sample and channel (N, C, …) with mean 0 and deviation 1; a constant one becomes 0."""
     space = tuple(range(2, image.ndim))
@@ -208,8 +215,7 @@ def _slice_axis(spec: Patches | Slices | Whole, spacing_mm: Sequence[float]) -> 
     if not isinstance(spec, Slices):
         return None
     if spec.axis == "thickest":
-        # Equal spacings: the last, axial, since that is how most scans are read.
-        return max(range(3), key=lambda axis: (round(spacing_mm[axis], 3), axis))
+        return Grid.of_spacing((1, 1, 1), spacing_mm).slice_axis
     return AXES.index(spec.axis)
 
 

@@ -16,6 +16,7 @@ import yaml
 from delineate.auto import derive_recipe, summarise
 from delineate.bundle import Bundle, versions
 from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
+from delineate.core.grid import Grid
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset, load_scan
@@ -27,7 +28,7 @@ from delineate.inference.fingerprint import fingerprint_of
 from delineate.io.files import writing_beside
 from delineate.preprocessing.cache import PreparedDataset, prepare
 from delineate.recipe import Recipe, apply_changes, recipe_from, to_yaml
-from delineate.sampling.tiles import geometry_for
+from delineate.sampling.tiles import geometry_for, with_slice_axis
 from delineate.training.options import Reporter, RunOptions
 
 
@@ -162,7 +163,11 @@ def prepared_bundle(
     spacing = np.median([grid.spacing_mm for grid in training.grids], axis=0)
     spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     largest = np.max([grid.shape for grid in training.grids], axis=0)
-    geometry = geometry_for(recipe.tiles, largest, spacing_mm, recipe.network)
+    # Of scans that were not reoriented, the first tells how axes of equal spacing lie.
+    typical = training.grids[0].affine.copy()
+    typical[:3, :3] *= spacing / training.grids[0].spacing_mm
+    tiles = with_slice_axis(recipe.tiles, Grid(training.grids[0].shape, typical))
+    geometry = geometry_for(tiles, largest, spacing_mm, recipe.network)
     rows = {row.subject: row for row in inspection.rows}
     bundle = Bundle(
         recipe=recipe,

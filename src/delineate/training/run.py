@@ -41,6 +41,7 @@ from delineate.inference.confidence import LEVEL, Calibration, Case, check_inter
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
 from delineate.losses.content import has_random_features
+from delineate.metrics.catalogue import targets_of
 from delineate.networks.cost import count_convolutions
 from delineate.recipe import Recipe, recipe_from, to_yaml
 from delineate.sampling.augmentation import AugmentationSpec
@@ -97,6 +98,8 @@ def train(
     _check_same_recipe(recipe, folder)
     whole = dataset
     dataset, targets, inspection = inspected(recipe, dataset, inspection, options, report)
+    # What cannot be measured at the end is refused before anything is trained.
+    targets_of(",".join(recipe.metrics), targets)
     # Folds are of all subjects: they stay the same when a broken one is mended later.
     split = split_for(recipe, whole, folder, options)
     roles = assign_roles(dataset.subjects, split, options.fold, recipe)
@@ -302,7 +305,7 @@ def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputeP
     evaluation = evaluate(pairs, bundle.targets, measuring, simulated=simulated)
     evaluation.write(folder / "evaluation")
     needed = ["dice", "reference_volume_ml"]
-    has_them = set(needed) <= set(evaluation.metrics)
+    has_them = set(needed) <= set(evaluation.metrics) and targets_of(measuring.wanted, bundle.targets) == bundle.targets
     known = evaluation if has_them else evaluate(pairs, bundle.targets, Measuring(",".join(needed)))
     cases = _cases(outcomes, known.table.set_index(["subject", "target"])[needed])
     Calibration.of(cases).save(folder / "bundle")
