@@ -240,6 +240,7 @@ def _print(inspection: Inspection) -> None:
         volumes = " ".join(f"{name} {ml:.3g}" for name, ml in row.volume_ml.items())
         rows.append([row.subject, row.site, _by(row.shape), _by(row.spacing_mm), row.orientation, ranges, volumes])
     columns = ["subject", "site", "voxels", "spacing, mm", "axes", "intensities", "targets, ml"]
+    typer.echo(f"layout {inspection.layout}: {inspection.reason}")
     print_table(inspection.dataset, columns, rows)
     if inspection.class_fractions:
         shares = ", ".join(f"{name} {share:.3%}" for name, share in inspection.class_fractions.items())

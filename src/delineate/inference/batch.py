@@ -45,9 +45,14 @@ def find_subjects(
     from delineate.datasets.layouts import open_dataset
 
     found: list[Subject] = []
+    for path in (labels := _labels_of_others(inputs))[:1]:
+        raise DatasetError(
+            f"'{path}' looks like the label of another input ({len(labels)} such); give it alone, or not"
+        )
     for path in inputs:
         if path.is_dir():
-            found += open_dataset(path, images=images).subjects
+            # A label without its scan is nothing to predict.
+            found += [subject for subject in open_dataset(path, images=images).subjects if subject.scans]
         elif path.exists() and (suffix_of(path) or is_series(path)):
             # One file: all channels in it (4D), or the only channel there is.
             found.append(Subject(name_of(path), dict.fromkeys(channels, path)))
@@ -57,6 +62,14 @@ def find_subjects(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DatasetError(f"several inputs are called {', '.join(twice)}; predict them into separate folders")
     return [with_channels(subject, channels) for subject in found]
+
+
+def _labels_of_others(inputs: Sequence[Path]) -> list[Path]:
+    """Files that are called labels of other files given: a shell's ``*.nii.gz`` names both."""
+    from delineate.datasets.folder import bare_name
+
+    names = {(path.parent, name_of(path)) for path in inputs}
+    return [path for path in inputs if bare_name(path) != name_of(path) and (path.parent, bare_name(path)) in names]
 
 
 def with_channels(subject: Subject, channels: Sequence[str]) -> Subject:

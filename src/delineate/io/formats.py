@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
-from delineate.errors import BadFormat, BadLabelValue, BadShape, BadVoxels, MissingFile
+from delineate.errors import BadFormat, BadLabelValue, BadShape, BadVoxels, DelineateError, MissingFile
 from delineate.io.files import Limits, writing_beside
 from delineate.io.voxels import Orientation, Stored, check_complete, read_voxels
 
@@ -23,6 +23,7 @@ __all__ = [
     "SUFFIXES",
     "VTK_SUFFIXES",
     "Header",
+    "holds_label",
     "is_series",
     "name_of",
     "read_header",
@@ -42,6 +43,9 @@ VTK_SUFFIXES = (".vtk", ".vti")
 
 _LIMITS = Limits()
 _LABEL_TOLERANCE = 1e-3
+_LABEL_VALUES = 32
+_LOOKED_AT = 10_000
+"""Voxels that tell most scans from labels."""
 _LABEL_DTYPES = (np.uint8, np.uint16, np.uint32, np.int8, np.int16, np.int32)
 
 
@@ -170,6 +174,23 @@ def read_label(
         if len(voxels) != 1:
             raise BadShape(f"label '{path}' has {len(voxels)} channels; save one label of values as (x, y, z)")
     return LabelVolume(_smallest(path, _rounded(path, voxels[0])), grid)
+
+
+def holds_label(path: Path) -> bool:
+    """Whether a file's voxels are what labels hold and scans do not: one channel of two or a few whole numbers.
+
+    A file that cannot be read is none.
+    """
+    try:
+        voxels = read_volume(path).voxels
+    except DelineateError:
+        return False
+    few = np.unique(voxels.ravel(order="K")[:: max(1, voxels.size // _LOOKED_AT)])  # most scans end here
+    if len(voxels) > 1 or len(few) > _LABEL_VALUES:
+        return False
+    values = np.unique(voxels)
+    whole = bool(values[0] >= 0) and np.array_equal(values, np.rint(values))
+    return whole and 2 <= len(values) <= _LABEL_VALUES
 
 
 def write_volume(path: Path, volume: Volume) -> None:
