@@ -130,7 +130,7 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
 
 
 def _without_labels_as_scans(folder: Folder, dataset: Dataset) -> Dataset:
-    """The data set; raises :class:`UnknownLayout` where a scan of it looks like a label. No layout may get past this."""
+    """The data set, of whatever layout; raises :class:`UnknownLayout` where a scan of it looks like a label."""
     files = {path for subject in dataset.subjects for path in subject.scans.values()}
     scans = {path.relative_to(folder.root) if path.is_relative_to(folder.root) else path for path in files}
     if suspects := sorted(path.as_posix() for path in scans if folder.like_label(path)):
@@ -324,7 +324,7 @@ def read_scans(folder: Folder) -> Dataset | None:
 
 
 def _label_of_a_sibling(root: Path, path: Path) -> Path | None:
-    """The scan in a folder beside ``root`` of which the file is the label: of the same name, and only it holds few values."""
+    """The scan of the same name in a folder beside ``root``, where the file holds what only labels hold."""
     name, suffix = name_of(path), path.name[len(name_of(path)) :]
     for folder in sorted(folder for folder in root.resolve().parent.iterdir() if folder.is_dir()):
         for other in (folder / path.name, folder / f"{name}_0000{suffix}"):
@@ -498,7 +498,7 @@ labelsTr/SUBJECT.nii.gz""",
         Layout(
             "scans",
             """\
-SUBJECT.nii.gz                        loose scans without labels, for prediction
+SUBJECT.nii.gz                        loose scans, with SUBJECT_seg.nii.gz or without, for prediction
 SUBJECT_0000.nii.gz SUBJECT_0001…     or a file for each channel""",
             read_scans,
         ),
