@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+
 import pytest
 import yaml
+from pydicom.sr._concepts_dict import concepts
+from pydicom.sr.codedict import codes
 
+from delineate.core.targets import Code, Coding
 from delineate.errors import RecipeError
 from delineate.recipe import ScheduleSpec, apply_changes, load_recipe, packaged_recipes, recipe_from, to_yaml
 
@@ -115,3 +122,33 @@ def test_a_network_says_how_many_tiles_a_step_takes_at_least() -> None:
 def test_an_unknown_metric_is_refused_with_the_known_ones() -> None:
     with pytest.raises(RecipeError, match="no metric 'dicee'; sets are standard"):
         load_recipe("demo", ["metrics=[dicee]"])
+
+
+def codings() -> Iterator[tuple[str, Coding]]:
+    for name in packaged_recipes():
+        for target, coding in load_recipe(name).data.codings().items():
+            yield f"{name}: {target}", coding
+
+
+def test_packaged_recipes_codes_are_the_dictionarys() -> None:
+    """Value and meaning by pydicom's copy of the standard, and categories from its list of categories."""
+    known: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for scheme, keywords in concepts.items():
+        for entry in keywords.values():
+            for value, (meaning, _) in entry.items():
+                known[scheme, value].add(meaning)
+    found = dict(codings())
+    assert len(found) >= 10
+    categories = {code.value for code in map(partial(getattr, codes.cid7150), codes.cid7150.dir())}
+    for where, coding in found.items():
+        assert coding.category.value in categories, where
+        for code in (coding.category, coding.type):
+            assert code.meaning in known[code.scheme, code.value], where
+
+
+def test_codes_travel_in_the_recipe() -> None:
+    recipe = load_recipe("prostate")
+    assert recipe_from(yaml.safe_load(to_yaml(recipe.as_dict()))).data.codings() == recipe.data.codings()
+    assert recipe.data.codings()["prostate"].type == Code("41216001", "SCT", "Prostate")
+    with pytest.raises(RecipeError, match="codes"):
+        load_recipe("prostate", ["data.codes={prostate: {category: {value: 1}, type: {meaning: x}}}"])

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from delineate.core.targets import Targets
+from delineate.core.targets import Code, Coding, Targets
 from delineate.errors import RecipeError
 from delineate.losses.spec import DICE_AND_CROSS_ENTROPY, LossSpec
 from delineate.metrics.catalogue import metric_names
@@ -42,11 +42,34 @@ class TargetsSpec(_Spec):
         return cls.model_validate(targets.as_dict())
 
 
+class CodeSpec(_Spec):
+    """A concept of a coding scheme: SNOMED CT's (``SCT``) where no other is named. Lengths are DICOM's."""
+
+    value: str = Field(min_length=1, max_length=16)
+    scheme: str = Field(default="SCT", min_length=1, max_length=16)
+    meaning: str = Field(min_length=1, max_length=64)
+
+    def code(self) -> Code:
+        return Code(self.value, self.scheme, self.meaning)
+
+
+class CodingSpec(_Spec):
+    """What a target is, for DICOM-SEG; see :class:`delineate.core.targets.Coding`."""
+
+    category: CodeSpec
+    type: CodeSpec
+
+    def coding(self) -> Coding:
+        return Coding(self.category.code(), self.type.code())
+
+
 class DataSpec(_Spec):
     """How a data set is read. ``null`` targets are those that the data set itself names.
 
     ``images`` and ``labels`` are patterns below its folder, several channels have a pattern each.
     ``resample_channels``: channels on other grids are brought onto the first one's, instead of being an error.
+    ``codes`` say what targets are, by name, in segmentations that carry codes; those without are coded as
+    regions, of what is left open.
     """
 
     layout: str = "auto"
@@ -55,6 +78,10 @@ class DataSpec(_Spec):
     channels: tuple[str, ...] | None = None
     resample_channels: bool = False
     targets: TargetsSpec | None = None
+    codes: dict[str, CodingSpec] = {}
+
+    def codings(self) -> dict[str, Coding]:
+        return {name: spec.coding() for name, spec in self.codes.items()}
 
 
 class OptimiserSpec(_Spec):

@@ -13,14 +13,17 @@ import pydicom
 import pytest
 import SimpleITK
 import vtk
+from pydicom.sr.codedict import codes
+from typer.testing import CliRunner
 from vtk.util.numpy_support import vtk_to_numpy
 
+from delineate.cli.app import app
 from delineate.core.grid import Grid
-from delineate.core.targets import Targets
+from delineate.core.targets import Code, Coding, Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import BadFormat, BadShape, GridMismatch, RecipeError
 from delineate.io.exports import export_label
-from delineate.io.formats import read_label, read_volume, write_volume
+from delineate.io.formats import read_label, read_volume, write_label, write_volume
 
 SHAPE = (7, 6, 5)
 SPACING_MM = (0.7, 0.9, 2.5)
@@ -144,10 +147,11 @@ def test_another_library_reads_the_same_voxels_and_names(dicom, tmp_path: Path, 
     folder = write("a", np.zeros(SHAPE, np.int16), grid)
     targets = Targets({"liver": (1,), "something else": (2,)})
     path = tmp_path / "seg.dcm"
-    export_label(path, LabelVolume(marked(), grid), targets, source=folder, kind=kind)
+    coded = Coding(Code("91723000", "SCT", "Anatomical Structure"), Code("10200004", "SCT", "Liver"))
+    export_label(path, LabelVolume(marked(), grid), targets, source=folder, kind=kind, codes={"liver": coded})
     seg = highdicom.seg.segread(path)
     names = {s.SegmentLabel: s.SegmentedPropertyTypeCodeSequence[0].CodeMeaning for s in seg.SegmentSequence[-2:]}
-    assert names == {"liver": "Liver", "something else": "Tissue"}
+    assert names == {"liver": "Liver", "something else": "Selected region"}
     # Empty frames are kept: as many as slices, for each target in BINARY.
     assert seg.NumberOfFrames == (2 if kind == "BINARY" else 1) * SHAPE[2]
     volume = seg.get_volume(combine_segments=True)
@@ -190,6 +194,92 @@ def test_a_segmentation_wants_its_series_and_its_grid(dicom, tmp_path: Path) -> 
     with pytest.raises(BadFormat, match="give the DICOM series"):
         export_label(tmp_path / "seg.dcm", LabelVolume(marked(), grid), TARGETS)
     assert not (tmp_path / "seg.dcm").exists()
+
+
+@pytest.mark.parametrize("name", ["anterior", "Liver", "prostate", "tumour", "cyst", "brain"])
+def test_no_code_is_guessed_from_a_name(name: str, dicom, tmp_path: Path) -> None:
+    grid = next(right_handed())
+    folder = dicom.write("a", np.zeros(SHAPE, np.int16), grid)
+    export_label(tmp_path / "seg.dcm", LabelVolume(marked(), grid), Targets({name: (1, 2)}), source=folder)
+    (segment,) = highdicom.seg.segread(tmp_path / "seg.dcm").SegmentSequence
+    assert segment.SegmentLabel == name
+    # Both are the dictionary's, and claim nothing of anatomy.
+    assert segment.SegmentedPropertyCategoryCodeSequence[0] == codes.cid7150.SpatialAndRelationalConcept
+    assert segment.SegmentedPropertyTypeCodeSequence[0] == codes.DCM.SelectedRegion
+
+
+SEGMENTS = Targets({"left horn": (3,), "tumour, größer": (1, 2), "nowhere": (7,)})
+
+
+@pytest.mark.parametrize("oblique", [False, True])
+def test_a_slicer_segmentation_has_voxels_grid_and_segments(oblique: bool, tmp_path: Path) -> None:
+    """By ITK's reader, and by the keys that 3D Slicer's reader looks for."""
+    for grid in list(grids(oblique=oblique))[::5]:
+        voxels = marked()
+        voxels[5, 4, 3] = 3
+        (path,) = export_label(tmp_path / "a.seg.nrrd", LabelVolume(voxels, grid), SEGMENTS)
+        image = SimpleITK.ReadImage(str(path))
+        wanted = np.where(voxels == 2, 1, voxels)
+        assert image_points(image) == points(wanted, grid.world(np.argwhere(wanted).astype(float)))
+        told = {key: image.GetMetaData(key) for key in image.GetMetaDataKeys()}
+        assert told["Segmentation_ContainedRepresentationNames"] == "Binary labelmap|"
+        assert told["Segmentation_MasterRepresentation"] == told["Segmentation_SourceRepresentation"]
+        assert told["Segmentation_ReferenceImageExtentOffset"] == "0 0 0"
+        read = SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0)
+        for i, (name, value) in enumerate({"left horn": 3, "tumour, größer": 1, "nowhere": 7}.items()):
+            assert told[f"Segment{i}_Name"] == name
+            assert (told[f"Segment{i}_LabelValue"], told[f"Segment{i}_Layer"]) == (str(value), "0")
+            first_x, last_x, first_y, last_y, first_z, last_z = map(int, told[f"Segment{i}_Extent"].split())
+            box = np.zeros(SHAPE, bool)
+            box[first_x : last_x + 1, first_y : last_y + 1, first_z : last_z + 1] = True
+            assert not (read == value)[~box].any()
+            assert all(0 <= float(part) <= 1 for part in told[f"Segment{i}_Color"].split())
+        assert len({told[f"Segment{i}_ID"] for i in range(3)}) == 3
+        back = read_label(path)
+        assert np.array_equal(back.voxels, wanted)
+        assert back.grid.matches(grid, 1e-4)
+
+
+def test_a_slicer_segmentation_of_overlapping_targets_is_refused(tmp_path: Path) -> None:
+    label = LabelVolume(marked(), next(grids(oblique=False)))
+    with pytest.raises(BadFormat, match="overlap"):
+        export_label(tmp_path / "a.seg.nrrd", label, TARGETS)
+    with pytest.raises(BadFormat, match="names its segments"):
+        write_label(tmp_path / "a.seg.nrrd", label)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "ending", [".nii.gz", ".nii", ".dseg.nii.gz", ".label.nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr"]
+)
+def test_every_written_suffix_is_read_alike_by_itk(ending: str, tmp_path: Path) -> None:
+    for grid in list(grids(oblique=False))[::7]:
+        (path,) = export_label(tmp_path / f"a{ending}", LabelVolume(marked(), grid), TARGETS)
+        image = SimpleITK.ReadImage(str(path))
+        assert np.array_equal(SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0), marked())
+        index = np.argwhere(marked())
+        world = np.array([image.TransformIndexToPhysicalPoint(i.tolist()) for i in index]) * TO_LPS
+        assert np.allclose(world, grid.world(index.astype(float)), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        *(".nii.zip", ".zip", ".img", ".hdr", ".mgz", ".mgh.gz", ".nii.bz2", ".mha.gz", ".nrrd.gz", ".gii", ""),
+        *(".seg.nhdr", ".seq.nrrd", ".seg.vtm", ".ome.tif", ".OME.tiff", ".dlabel.nii", ".dscalar.nii"),
+    ],
+)
+def test_every_other_suffix_is_refused_before_anything_is_read(ending: str, tmp_path: Path) -> None:
+    label = LabelVolume(marked(), next(grids(oblique=False)))
+    with pytest.raises(BadFormat):
+        export_label(tmp_path / f"a{ending}", label, TARGETS)
+    with pytest.raises(BadFormat):
+        write_volume(tmp_path / f"a{ending}", Volume(marked()[None], label.grid))
+    # The scan to be converted is not there, which is not what is said.
+    done = CliRunner().invoke(app, ["data", "convert", str(tmp_path / "no.nii"), str(tmp_path / f"a{ending}")])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, BadFormat)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_real_mask_goes_there_and_back(real_data: Path, tmp_path: Path) -> None:

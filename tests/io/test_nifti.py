@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 
+from delineate.core.grid import Grid
+from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
 from delineate.errors import AmbiguousOrientation, BadFormat, BadGeometry, BadShape, TooLarge, Truncated
-from delineate.io.formats import read_header, read_label, read_volume, write_label
+from delineate.io.exports import export_label
+from delineate.io.formats import read_header, read_label, read_volume, write_label, write_volume
 
 VOXELS = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
 AFFINE = np.array([[-0.75, 0, 0, 90], [0, 0, 1.5, -126], [0, 2.0, 0, -72], [0, 0, 0, 1]])
@@ -298,3 +301,84 @@ def test_other_readers_find_qform_and_sform_where_both_can_be(tmp_path: Path) ->
     assert np.allclose(header.get_qform(), AFFINE, atol=1e-5)
     assert header.get_zooms() == (0.75, 2.0, 1.5)
     assert header.get_xyzt_units()[0] == "mm"
+
+
+GEOMETRY = [
+    "dim", "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
+    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
+]  # fmt: skip
+OBLIQUE = np.array([[-0.7, 0.1, 0.3, 90.1], [0.1, 1.4, -0.1, -126.7], [0.2, 0.1, 2.9, -72.3], [0, 0, 0, 1]])
+SHAPES = [(4, 5), (4, 5, 1), (4, 5, 6), (4, 5, 6, 1), (4, 1, 6), (4, 5, 6, 1, 1), (4, 5, 1, 1)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from([Nifti1Header, Nifti2Header]),
+    endianness=st.sampled_from("<>"),
+    shape=st.sampled_from(SHAPES),
+    codes=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    units=st.sampled_from([0, 2, 10, 18]),
+    unused=st.floats(0, 4, width=32),
+    ending=st.sampled_from([".nii", ".nii.gz"]),
+)
+@example(Nifti1Header, "<", (4, 5), (2, 2), 10, 2.5, ".nii.gz")
+def test_a_label_keeps_its_scans_geometry_to_the_letter(kind, endianness, shape, codes, units, unused, ending) -> None:
+    header = kind()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape(shape)
+    affine = rigid() if all(codes) else OBLIQUE  # a quaternion holds no shear, and both must agree
+    header.set_sform(affine, codes[0])
+    header.set_qform(affine, codes[1])
+    header["pixdim"][4:] = unused
+    header["xyzt_units"] = units
+    header["vox_offset"] = header.single_vox_offset
+    header["descrip"], header["aux_file"], header["intent_name"] = b"DOE JOHN", b"DOE", b"JOHN"
+    voxels = np.arange(np.prod(shape)).astype(f"{endianness}i2")
+    with tempfile.TemporaryDirectory() as folder:
+        path, copy = Path(folder) / f"scan{ending}", Path(folder) / "label.nii.gz"
+        save(path, header.as_byteswapped(endianness), voxels.tobytes())
+        scan = read_volume(path)
+        label = LabelVolume((scan.voxels[0] % 3).astype(np.uint8), scan.grid)
+        export_label(copy, label, Targets({"organ": (1, 2)}), source=path)
+        source, written = nib.load(path), nib.load(copy)
+        for field in GEOMETRY:
+            assert np.array_equal(written.header[field], source.header[field]), field
+        assert type(written.header) is type(source.header)
+        assert written.shape == shape
+        assert np.array_equal(written.affine, source.affine)
+        back = read_label(copy)
+        assert np.array_equal(back.voxels, label.voxels)
+        assert np.array_equal(back.grid.affine, scan.grid.affine)
+        assert b"DOE" not in written.header.binaryblock
+
+
+def rigid() -> np.ndarray:
+    """A rotation with spacing, of which quaternion and rows tell the same."""
+    turn = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn * (0.7, 1.4, 2.9)
+    affine[:3, 3] = (90.1, -126.7, -72.3)
+    return affine
+
+
+def test_geometry_is_kept_only_of_a_scan_on_the_same_grid(tmp_path: Path) -> None:
+    scan = read_volume(save(tmp_path / "scan.nii", header_of()))
+    other = LabelVolume(np.zeros(scan.grid.shape, np.uint8), Grid(scan.grid.shape, OBLIQUE))
+    write_label(tmp_path / "label.nii", other, like=tmp_path / "scan.nii")
+    assert read_label(tmp_path / "label.nii").grid.matches(other.grid, 1e-4)
+    for like in ("nowhere.nii", "scan.mha"):
+        (tmp_path / "scan.mha").write_bytes(b"")
+        write_label(tmp_path / "label.nii", other, like=tmp_path / like)
+        assert read_label(tmp_path / "label.nii").grid.matches(other.grid, 1e-4)
+
+
+def test_channels_of_a_scan_with_channels_keep_its_geometry(tmp_path: Path) -> None:
+    header = header_of(shape=(4, 5, 3, 2))
+    header.set_sform(AFFINE, 2)
+    path = save(tmp_path / "scan.nii", header)
+    scan = read_volume(path)
+    write_volume(tmp_path / "probabilities.nii.gz", scan, like=path)
+    write_label(tmp_path / "label.nii.gz", LabelVolume(np.zeros((4, 5, 3), np.uint8), scan.grid), like=path)
+    for name, shape in (("probabilities", (4, 5, 3, 2)), ("label", (4, 5, 3))):
+        written = nib.load(tmp_path / f"{name}.nii.gz")
+        assert (written.shape, int(written.header["sform_code"])) == (shape, 2)

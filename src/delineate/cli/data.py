@@ -130,7 +130,7 @@ def series(
 def convert(
     path: Annotated[Path, typer.Argument(help="A scan or label: a file, or a DICOM folder or zip.")],
     out: Annotated[
-        Path, typer.Argument(help="The new file: .nii.gz .mha .nrrd .vtk .vti .png .tif, or .dcm for a DICOM-SEG.")
+        Path, typer.Argument(help="The new file: .nii.gz .mha .nrrd .vtk .vti .png .tif, of labels .seg.nrrd and .dcm.")
     ],
     label: Annotated[bool, typer.Option("--label", help="It is a label: whole numbers, smallest type.")] = False,
     pick: Annotated[
@@ -149,17 +149,20 @@ def convert(
     from delineate.core.targets import Targets
     from delineate.io.dicom_series import the_series
     from delineate.io.exports import export_label
-    from delineate.io.formats import DICOM_SUFFIXES, read_label, read_volume, write_volume
+    from delineate.io.formats import DICOM_SUFFIXES, check_writable, read_label, read_volume, write_volume
 
+    named_label = label or out.suffix.lower() in DICOM_SUFFIXES
+    check_writable(out, segments=named_label)
     place = path if pick is None else the_series(path, pick).instances[0].path
-    if label or out.suffix.lower() in DICOM_SUFFIXES:
+    if named_label:
         import numpy as np
 
         read = read_label(place)
         named = parse_targets(targets) or Targets({f"label {v}": (int(v),) for v in np.unique(read.voxels) if v})
-        written = export_label(out, read, named, source=source, kind=kind)
+        of = source if source is not None or out.suffix.lower() in DICOM_SUFFIXES else place
+        written = export_label(out, read, named, source=of, kind=kind)
     else:
-        write_volume(out, read_volume(place))
+        write_volume(out, read_volume(place), like=place)
         written = [out]
     typer.echo("\n".join(map(str, written)))
 
@@ -186,7 +189,8 @@ def make_consensus(
         raise MissingFile("no subject has labels of two annotators; give folders whose files have the same names")
     for subject in subjects:
         labels = [read_label(found[subject]) for found in files]
-        write_label(out / f"{subject}.nii.gz", consensus(labels, method, subject=subject))
+        agreed = consensus(labels, method, subject=subject)
+        write_label(out / f"{subject}.nii.gz", agreed, like=files[0][subject])
     rows = []
     for (a, first), (b, second) in combinations(zip(annotators, files, strict=True), 2):
         pairs = [pair for s in subjects for pair in pair_files(first[s], second[s]).pairs]
@@ -240,6 +244,7 @@ def _print(inspection: Inspection) -> None:
         volumes = " ".join(f"{name} {ml:.3g}" for name, ml in row.volume_ml.items())
         rows.append([row.subject, row.site, _by(row.shape), _by(row.spacing_mm), row.orientation, ranges, volumes])
     columns = ["subject", "site", "voxels", "spacing, mm", "axes", "intensities", "targets, ml"]
+    typer.echo(f"layout {inspection.layout}: {inspection.reason}")
     print_table(inspection.dataset, columns, rows)
     if inspection.class_fractions:
         shares = ", ".join(f"{name} {share:.3%}" for name, share in inspection.class_fractions.items())

@@ -16,6 +16,23 @@ IGNORED = 255
 
 
 @dataclass(frozen=True)
+class Code:
+    """A concept of a coding scheme, as DICOM writes it: ``Code("10200004", "SCT", "Liver")`` of SNOMED CT."""
+
+    value: str
+    scheme: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What a target is, in codes: a category of the standard's (CID 7150) and what it is of that category."""
+
+    category: Code
+    type: Code
+
+
+@dataclass(frozen=True)
 class Targets:
     """Named sets of label values.
 

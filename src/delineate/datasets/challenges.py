@@ -9,8 +9,8 @@ from pathlib import Path
 
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset
-from delineate.datasets.folder import Folder, Layout, by_key, for_training, subjects_of
-from delineate.io.formats import name_of
+from delineate.datasets.folder import Folder, Layout, by_key, for_training, labelled, subjects_of
+from delineate.io.formats import name_of, suffix_of
 
 
 def read_promise12(folder: Folder) -> Dataset | None:
@@ -18,18 +18,24 @@ def read_promise12(folder: Folder) -> Dataset | None:
     scans: list[tuple[str, Path]] = []
     labels: list[tuple[str, Path]] = []
     for path in for_training(folder.scans):
-        if match := re.fullmatch(r"(Case\d+)(_segmentation)?", name_of(path), re.IGNORECASE):
+        match = re.fullmatch(r"(Case\d+)(_segmentation)?", name_of(path), re.IGNORECASE)
+        if match and (match[2] or not folder.like_label(path)):
             (labels if match[2] else scans).append((match[1], path))
-    if not scans:
+    # A name such as case01 is anybody's: a pair tells, or that every scan is a case's .mhd, as in the test set.
+    whole = len(scans) == len(for_training(folder.scans)) and all(suffix_of(path) == ".mhd" for _, path in scans)
+    if not ({case for case, _ in scans} & {case for case, _ in labels} or (scans and whole)):
         return None
     images = by_key(((case, "T2"), path) for case, path in scans)
     subjects = subjects_of(folder.root, images, by_key(labels), ("T2",))
-    return Dataset(folder.name, folder.root, "promise12", subjects, Targets({"prostate": (1,)}), "MR")
+    reason = f"{len(labelled(subjects))} of {len(subjects)} cases are pairs of CaseNN with CaseNN_segmentation"
+    targets = Targets({"prostate": (1,)})
+    return Dataset(folder.name, folder.root, "promise12", subjects, targets, "MR", reason=reason)
 
 
 def read_wmh(folder: Folder) -> Dataset | None:
     """Kuijf et al. 2019, Standardized assessment of automatic segmentation of white matter hyperintensities."""
     channels = {"flair": "FLAIR", "t1": "T1"}
+    found: list[tuple[list[str], str, Path]] = []
     scans, labels, places = [], [], {}
     for path in for_training(folder.scans):
         *above, name = *path.parts[:-1], name_of(path).lower()
@@ -39,21 +45,33 @@ def read_wmh(folder: Folder) -> Dataset | None:
             kind = "label"
         else:
             continue
+        above = [part for part in above[:-1] if part.lower() not in ("training", "test")] + above[-1:]
+        found.append((above, kind, path))
+    if not any(kind == "FLAIR" for _, kind, _ in found):
+        return None
+    # Folders around the sites are no part of a name: which of them was given makes no difference.
+    around = 0
+    while (
+        len({tuple(above[: around + 1]) for above, _, _ in found}) == 1
+        and min(len(a) for a, _, _ in found) > around + 2
+    ):
+        around += 1
+    for above, kind, path in found:
         # A site's own folder may be opened too: then the site is its name.
-        place = above if len(above) > 1 else [folder.name, *above]
-        place = [part for part in place[:-1] if part.lower() not in ("training", "test")][:2] + place[-1:]
+        place = above[around:] if len(above) > 1 else [folder.name, *above]
+        place = place[:-1][:2] + place[-1:]
         subject = "_".join(place)
         places[subject] = place
         if kind == "label":
             labels.append((subject, path))
         else:
             scans.append(((subject, kind), path))
-    if not any(channel == "FLAIR" for (_, channel), _ in scans):
-        return None
     sites = {subject: place[0] for subject, place in places.items() if len(place) > 1}
     subjects = subjects_of(folder.root, by_key(scans), by_key(labels), ("FLAIR", "T1"), sites)
     # 2 is other pathology: the challenge takes no notice of what is found there.
-    return Dataset(folder.name, folder.root, "wmh2017", subjects, Targets({"lesion": (1,)}, ignore=(2,)), "MR")
+    targets = Targets({"lesion": (1,)}, ignore=(2,))
+    reason = f"{len(labelled(subjects))} of {len(subjects)} folders are pairs of pre/FLAIR with wmh"
+    return Dataset(folder.name, folder.root, "wmh2017", subjects, targets, "MR", reason=reason)
 
 
 def read_lits(folder: Folder) -> Dataset | None:
@@ -61,14 +79,16 @@ def read_lits(folder: Folder) -> Dataset | None:
     scans: list[tuple[str, Path]] = []
     labels: list[tuple[str, Path]] = []
     for path in folder.scans:
-        if match := re.fullmatch(r"(volume|segmentation)-(\d+)", name_of(path)):
+        match = re.fullmatch(r"(volume|segmentation)-(\d+)", name_of(path))
+        if match and (match[1] == "segmentation" or not folder.like_label(path)):
             (scans if match[1] == "volume" else labels).append((f"volume-{match[2]}", path))
-    if not scans:
+    if not ({case for case, _ in scans} & {case for case, _ in labels} or (scans and len(scans) == len(folder.scans))):
         return None
     images = by_key(((case, "CT"), path) for case, path in scans)
     subjects = subjects_of(folder.root, images, by_key(labels), ("CT",))
     targets = Targets({"liver": (1, 2), "tumour": (2,)}, "overlapping")
-    return Dataset(folder.name, folder.root, "lits", subjects, targets, "CT")
+    reason = f"{len(labelled(subjects))} of {len(subjects)} cases are pairs of volume-N with segmentation-N"
+    return Dataset(folder.name, folder.root, "lits", subjects, targets, "CT", reason=reason)
 
 
 _BRATS_CHANNELS: Mapping[str, tuple[str, ...]] = {
@@ -98,6 +118,8 @@ def read_brats(folder: Folder) -> Dataset | None:
         if len(found) != 1:
             continue
         ((kind, word),) = found.items()
+        if kind != "label" and folder.like_label(path):
+            continue  # such as T1_brainmask
         words.add(word)
         case = place.name or folder.name
         if kind == "label":
@@ -110,12 +132,16 @@ def read_brats(folder: Folder) -> Dataset | None:
         return None
     subjects = subjects_of(folder.root, by_key(scans), by_key(labels), tuple(_BRATS_CHANNELS))
     year = "ot" if words & {"ot", "otmulticlass"} else "seg 2023" if words & {"t2f", "t1n"} else "seg"
-    return Dataset(folder.name, folder.root, "brats", subjects, _BRATS_TARGETS[year], "MR")
+    reason = f"{len(labelled(subjects))} of {len(subjects)} folders are pairs of channels with a label, by words"
+    return Dataset(folder.name, folder.root, "brats", subjects, _BRATS_TARGETS[year], "MR", reason=reason)
 
 
 def _words(path: Path) -> list[str]:
     return re.findall(r"[a-z0-9]+", name_of(path).lower())
 
+
+FOLDERS_OF_CASES = ("wmh2017", "brats")
+"""Layouts in which a subject has a folder of its own, with files in it that nobody asks for."""
 
 CHALLENGES = (
     Layout(

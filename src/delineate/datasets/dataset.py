@@ -31,7 +31,7 @@ class Dataset:
     """Subjects in one folder. ``targets`` and ``modality`` ("MR", "CT" or "") are what the folder tells.
 
     ``notes`` name what lies in the folder but belongs to no subject; inspection reports them.
-    ``simulated``: no patient was imaged.
+    ``simulated``: no patient was imaged. ``reason``: why it was taken for this layout.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Dataset:
     modality: str = ""
     notes: tuple[str, ...] = ()
     simulated: bool = False
+    reason: str = ""
 
     @property
     def channels(self) -> tuple[str, ...]:

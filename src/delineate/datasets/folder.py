@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,12 +16,26 @@ from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset
 from delineate.errors import DuplicateSubject, MissingFile, UnknownLayout
-from delineate.io.formats import PICTURE_SUFFIXES, suffix_of
+from delineate.io.formats import PICTURE_SUFFIXES, name_of, suffix_of
 
 SIMULATED = "simulated.json"
 """Lies at the root of simulated scans, and says how they were made."""
 
 _DEPTH = 6  # folders below the root; challenges nest up to four
+
+_LABEL_FOLDER = re.compile(
+    r"label|labels(?:tr|ts|va|val|train|test)?(?:[^a-z].*)?|masks?|segs|segmentations|gt|ground.?truths?|annotations",
+    re.IGNORECASE,
+)
+_ENDING = (
+    r"(?:seg|dseg|segs|segmentations?|labels?|labelmap|[a-z]*mask|masks|gt|ground_?truth|annotations?|otmulticlass)"
+)
+_BEGINNING = r"(?:seg|segmentation|label|mask|gt)"
+_LABEL_NAME = re.compile(
+    rf"(?:(?P<before>.+?)[^a-z0-9]+)?{_ENDING}|{_BEGINNING}[^a-z0-9]+(?P<after>.+)|wmh", re.IGNORECASE
+)
+NUMBERED = re.compile(r"(.+)_(\d{4})")
+"""nnU-Net's names of files, SUBJECT_0000: subject and number of the channel."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -50,6 +65,10 @@ class Folder:
         volumes = [path for path in scans if suffix_of(path) not in PICTURE_SUFFIXES]
         return cls(root, tuple(sorted(volumes or scans)), description(root))
 
+    def like_label(self, path: Path) -> bool:
+        """Whether one of ``scans`` looks like a label; those directly in the root, by the root's name too."""
+        return looks_like_label(Path(self.name, path) if len(path.parts) == 1 else path)
+
     def within(self, *parts: str) -> list[Path]:
         """Scans directly in the folder of this name (the root itself without one)."""
         return [path for path in self.scans if path.parent.parts == parts]
@@ -70,6 +89,38 @@ class Layout:
     name: str
     tree: str
     read: Callable[[Folder], Dataset | None]
+
+
+def own_folder(root: Path) -> Path:
+    """The folder that a data set fills: ``root``, or the one folder in it that holds every scan and says what they are.
+
+    So that a data set unpacked one level deeper keeps its subjects, its sites and that it is simulated.
+    """
+    while True:
+        scans = Folder.walk(root).scans
+        first = {path.parts[0] for path in scans if len(path.parts) > 1}
+        if len(first) != 1 or any(len(path.parts) == 1 for path in scans):
+            return root
+        below = root / first.pop()
+        told = ("dataset.json", "sites.csv", SIMULATED, "imagesTr", "imagesTs")
+        if any((root / name).exists() for name in told) or not any((below / name).exists() for name in told):
+            return root
+        root = below
+
+
+def bare_name(path: Path) -> str:
+    """The name of a file without the word that says it is a label: ``case`` of ``case_seg.nii.gz``; ``""`` for
+    nothing but that word. Of a file that is not called a label, its name."""
+    name = name_of(path)
+    match = _LABEL_NAME.fullmatch(name)
+    return name if match is None else match["before"] or match["after"] or ""
+
+
+def looks_like_label(path: Path) -> bool:
+    """Whether a file below a data set's root, by its name or a folder's, is a label: ``case_seg.nii.gz``,
+    ``labelsTr/case.nii.gz``. What does is nowhere taken for a scan."""
+    name = numbered[1] if (numbered := NUMBERED.fullmatch(name_of(path))) else name_of(path)
+    return _LABEL_NAME.fullmatch(name) is not None or any(map(_LABEL_FOLDER.fullmatch, path.parts[:-1]))
 
 
 def description(root: Path) -> dict[str, Any]:
@@ -122,6 +173,11 @@ def subjects_of(
         )
         for subject in ids
     )
+
+
+def labelled(subjects: Iterable[Subject]) -> list[Subject]:
+    """Subjects that are a pair: of scan and label."""
+    return [subject for subject in subjects if subject.scans and subject.label is not None]
 
 
 def channel_names(names: Mapping[str, str] | Sequence[str]) -> tuple[str, ...]:

@@ -50,6 +50,9 @@ class Inspection:
     rows: tuple[SubjectRow, ...]
     problems: tuple[Problem, ...]
     targets: Targets | None = None
+    layout: str = ""
+    reason: str = ""
+    """Why the folder was taken for that layout."""
 
     @property
     def errors(self) -> tuple[Problem, ...]:
@@ -93,6 +96,8 @@ class Inspection:
         """Plain values for JSON."""
         return {
             "data_set": self.dataset,
+            "layout": self.layout,
+            "reason": self.reason,
             "targets": self.targets.as_dict() if self.targets else None,
             "label_voxels": {str(value): n for value, n in self.label_voxels.items()},
             "class_fractions": self.class_fractions,
@@ -135,7 +140,9 @@ def inspect(
             pool.shutdown(wait=True, cancel_futures=True)
     rows = tuple(row for examination in examinations if (row := examination.row()) is not None)
     problems = [problem for examination in examinations for problem in examination.problems]
-    return Inspection(dataset.name, rows, (*problems, *_compare(dataset, rows)), targets)
+    return Inspection(
+        dataset.name, rows, (*problems, *_compare(dataset, rows)), targets, dataset.layout, dataset.reason
+    )
 
 
 def _compare(dataset: Dataset, rows: Sequence[SubjectRow]) -> Iterator[Problem]:

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
-from delineate.datasets.challenges import CHALLENGES
+from delineate.datasets.challenges import CHALLENGES, FOLDERS_OF_CASES
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.folder import (
+    NUMBERED,
     SIMULATED,
     Folder,
     Layout,
+    bare_name,
     by_key,
     channel_names,
     description,
+    for_training,
+    labelled,
+    looks_like_label,
     modality_of,
+    own_folder,
     subjects_of,
     targets_of,
     with_sites,
 )
-from delineate.datasets.studies import read_studies
-from delineate.errors import UnknownLayout
-from delineate.io.formats import name_of, suffix_of
+from delineate.datasets.studies import first_dicom, read_studies
+from delineate.errors import DatasetError, DuplicateSubject, UnknownLayout
+from delineate.io.formats import holds_label, name_of, suffix_of
 
 
 def open_dataset(
@@ -44,11 +51,14 @@ def open_dataset(
     ``path``: files belong together where their wildcards match the same text. Several channels
     have a pattern each, ``{"T1": "*/t1.nii", "T2": "*/t2.nii"}``. Of DICOM, patterns are matched with
     the series' descriptions. ``targets`` replace those that the data set names. Nothing but names
-    (and DICOM's headers) is read: what is wrong with a subject, a missing label included, is found by
-    :func:`delineate.datasets.inspection.inspect`.
+    (and DICOM's headers) is read, except where only voxels tell a scan from its label: what is wrong
+    with a subject, a missing label included, is found by :func:`delineate.datasets.inspection.inspect`.
+
+    A layout is recognised by its pairs of scans and labels, and ``reason`` says by which. What looks
+    like a label is never a scan, unless ``images`` asks for it or it is the one file given.
 
     Raises :class:`MissingFile` where there is no folder, :class:`UnknownLayout` where it is in no
-    known layout, :class:`DuplicateSubject` where subjects share a name.
+    known layout, or in several, :class:`DuplicateSubject` where subjects share a name.
     """
     root = Path(path)
     if layout not in ("auto", *LAYOUTS):
@@ -60,6 +70,8 @@ def open_dataset(
     if root.is_file() and suffix_of(root):
         dataset = _read_file(root)
     else:
+        # Patterns are relative to the folder that was given.
+        root = root if images is not None else own_folder(root)
         folder = Folder.walk(root)
         # DICOM has no suffix to be known by: it is looked for where nothing else is.
         wanted = layout == "dicom" or (layout == "auto" and not folder.scans)
@@ -69,16 +81,47 @@ def open_dataset(
         elif images is not None:
             dataset = _read_patterns(folder, images, labels)
         else:
-            dataset = _read(folder, list(LAYOUTS.values()) if layout == "auto" else [LAYOUTS[layout]])
+            automatic = [known for known in LAYOUTS.values() if known.name != "dicom" or not folder.scans]
+            dataset = _read(folder, automatic if layout == "auto" else [LAYOUTS[layout]])
         dataset = replace(with_sites(dataset), simulated=(root / SIMULATED).is_file())
     return dataset if targets is None else replace(dataset, targets=targets)
 
 
 def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
+    """The folder in the one layout that all of its pairs are of; without any pair, in the first that fits."""
+    found: list[Dataset] = []
+    refusal: DatasetError | None = None
     for layout in layouts:
-        if (dataset := layout.read(folder)) is not None:
-            return dataset
-    trees = "\n\n".join(f"{layout.name}:\n{_indented(layout.tree)}" for layout in layouts)
+        try:
+            dataset = layout.read(folder)
+        except (DuplicateSubject, UnknownLayout) as error:
+            if isinstance(error, UnknownLayout) and layout.name != "scans":
+                raise  # what its own files say of themselves is wrong
+            refusal = refusal or error
+            continue
+        if dataset is not None:
+            found.append(dataset)
+    paired = [dataset for dataset in found if labelled(dataset.subjects)]
+    if paired:
+        pairs = {subject.files for dataset in paired for subject in labelled(dataset.subjects)}
+        whole = [dataset for dataset in paired if pairs <= {subject.files for subject in labelled(dataset.subjects)}]
+        if not whole:
+            what = " and ".join(f"{dataset.layout} ({dataset.reason})" for dataset in paired)
+            raise UnknownLayout(
+                f"'{folder.root}' mixes layouts: {what}; put them into folders of their own, or name one with --layout"
+            )
+        found = whole
+    elif refusal is not None:
+        raise refusal
+    if found:
+        return _with_strays(folder, _without_labels_as_scans(folder, found[0]))
+    if folder.scans and all(map(folder.like_label, folder.scans)):
+        raise UnknownLayout(
+            f"every scan in '{folder.root}' looks like a label ({_summary(folder)}); give the folder that the scans "
+            "are in, or name a single file to take it for a scan"
+        )
+    shown = layouts if len(layouts) == 1 else LAYOUTS.values()
+    trees = "\n\n".join(f"{layout.name}:\n{_indented(layout.tree)}" for layout in shown)
     raise UnknownLayout(
         f"'{folder.root}' is in no known layout: found {_summary(folder)}. "
         "Arrange it as one of these, or give patterns such as "
@@ -86,9 +129,49 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
     )
 
 
+def _without_labels_as_scans(folder: Folder, dataset: Dataset) -> Dataset:
+    """The data set, of whatever layout; raises :class:`UnknownLayout` where a scan of it looks like a label."""
+    files = {path for subject in dataset.subjects for path in subject.scans.values()}
+    scans = {path.relative_to(folder.root) if path.is_relative_to(folder.root) else path for path in files}
+    if suspects := sorted(path.as_posix() for path in scans if folder.like_label(path)):
+        raise UnknownLayout(
+            f"'{folder.root}' as {dataset.layout} would take for scans what looks like labels: {_some(suspects)}; "
+            "rename the files or their folder, or name each by patterns such as "
+            f"--images '{Path(suspects[0]).parent.joinpath('*').as_posix()}'"
+        )
+    return dataset
+
+
+def _with_strays(folder: Folder, dataset: Dataset) -> Dataset:
+    """The data set with a note of the scans that are none of its subjects'.
+
+    Test sets are left out, and so is what else lies in a subject's own folder.
+    """
+    if dataset.layout == "scans":  # tells of them itself
+        return dataset
+    taken = {path for subject in dataset.subjects for path in subject.files}
+    own = set()
+    if dataset.layout in FOLDERS_OF_CASES:
+        own = {path.parent.parent if path.parent.name == "pre" else path.parent for path in taken}
+    test = [path for path in folder.scans if path.parts[0] in ("imagesTs", "labelsTs")]
+    strays = [
+        path.as_posix()
+        for path in for_training(folder.scans)
+        if folder.root / path not in taken and path not in test and not own & {*(folder.root / path).parents}
+    ]
+    if not strays:
+        return dataset
+    return replace(dataset, notes=(*dataset.notes, f"{len(strays)} scans belong to no subject: {_some(strays)}"))
+
+
 def read_msd(folder: Folder) -> Dataset | None:
-    """Antonelli et al. 2022, The Medical Segmentation Decathlon. dataset.json decides which files count."""
+    """Antonelli et al. 2022, The Medical Segmentation Decathlon. dataset.json decides which files count.
+
+    Without one, scans and labels of the same name are subjects, whose one channel and targets have no names.
+    """
     about = folder.about
+    if not about:
+        return _pairs_by_name(folder)
     if not isinstance(about.get("training"), list) or "modality" not in about:
         return None
     if any("_0000" in path.name for path in folder.within("imagesTr")):
@@ -108,9 +191,37 @@ def read_msd(folder: Folder) -> Dataset | None:
         for subject, image in images.items()
     )
     listed = set(images.values())
-    notes = _unlisted([path for path in folder.within("imagesTr") if path not in listed])
+    if listed and not any((folder.root / image).is_file() for image in listed):
+        raise UnknownLayout(
+            f"'{folder.root / 'dataset.json'}' lists {len(listed)} scans such as {_some(sorted(map(str, listed)), 2)}, "
+            f"none of which is there; found {_summary(folder)}: rename the folder, or correct the list"
+        )
+    expected = {Path(label).name for label in labels.values()}
+    moved = [path.as_posix() for path in folder.scans if path.name in expected and path not in listed]
+    if moved and not any((folder.root / label).is_file() for label in labels.values()):
+        raise UnknownLayout(
+            f"'{folder.root / 'dataset.json'}' lists {len(labels)} labels, none of which is there; found "
+            f"{_some(moved, 2)}: rename the folder, or correct the list"
+        )
+    reason = f"dataset.json lists {len(labels)} pairs of scan and label, {len(subjects)} scans"
     name, targets = str(about.get("name") or folder.name), targets_of(about.get("labels"))
-    return Dataset(name, folder.root, "msd", subjects, targets, modality_of(channels), notes)
+    return Dataset(name, folder.root, "msd", subjects, targets, modality_of(channels), reason=reason)
+
+
+def _pairs_by_name(folder: Folder) -> Dataset | None:
+    """imagesTr/SUBJECT with labelsTr/SUBJECT, for want of a dataset.json."""
+    scans = by_key((name_of(path), path) for path in folder.within("imagesTr"))
+    labels = by_key((name_of(path), path) for path in folder.within("labelsTr"))
+    if not set(scans) & set(labels):
+        return None
+    subjects = subjects_of(folder.root, {(name, "image"): path for name, path in scans.items()}, labels, ("image",))
+    reason = f"{_paired(subjects)} of imagesTr/SUBJECT with labelsTr/SUBJECT; no dataset.json names targets"
+    return Dataset(folder.name, folder.root, "msd", subjects, reason=reason)
+
+
+def _paired(subjects: Sequence[Subject]) -> str:
+    count = len(labelled(subjects))
+    return f"{count} pair{'s' if count != 1 else ''}"
 
 
 def _entry(entry: Any) -> tuple[str, str | None]:
@@ -123,61 +234,158 @@ def _entry(entry: Any) -> tuple[str, str | None]:
         raise UnknownLayout(f'dataset.json lists {entry!r} for training; give {{"image": …, "label": …}}') from error
 
 
-def _unlisted(paths: list[Path]) -> tuple[str, ...]:
-    if not paths:
-        return ()
-    return (f"{len(paths)} scans are not listed in dataset.json: {_some([p.name for p in paths])}",)
-
-
-_NUMBERED = re.compile(r"(.+)_(\d{4})")
-
-
 def read_nnunet(folder: Folder) -> Dataset | None:
-    """Isensee et al. 2021, nnU-Net: its raw format, of either version."""
+    """Isensee et al. 2021, nnU-Net: its raw format, of either version.
+
+    Without a dataset.json that names them, channels are known by their numbers.
+    """
     names = folder.about.get("channel_names", folder.about.get("modality"))
-    images = folder.within("imagesTr") or folder.within("imagesTs")
-    if names is None or not any(_NUMBERED.fullmatch(name_of(path)) for path in images):
+    training = folder.within("imagesTr")
+    images = training or folder.within("imagesTs")
+    numbers = [int(match[2]) for path in images if (match := NUMBERED.fullmatch(name_of(path)))]
+    if not numbers or (names is None and folder.about):
         return None
-    channels = channel_names(names)
-    labels = by_key((name_of(path), path) for path in folder.within("labelsTr")) if folder.within("imagesTr") else {}
+    labels = by_key((name_of(path), path) for path in folder.within("labelsTr"))
+    if labels and not training:
+        raise UnknownLayout(f"'{folder.root}' has labelsTr and no imagesTr; name the scans' folder imagesTr")
+    if training and not labels and (other := _labels_elsewhere(folder, images)):
+        raise UnknownLayout(
+            f"'{folder.root}' has no labelsTr, but {_some(other, 3)} with the names of scans in imagesTr; "
+            "name that folder labelsTr if these are the labels, or move it away"
+        )
+    channels = channel_names(names) if names is not None else _unnamed(max(numbers) + 1)
     scans = by_key(_numbered(images, channels))
-    strays = [path for path in images if path not in set(scans.values())]
     subjects = subjects_of(folder.root, scans, labels, channels)
     name, targets = str(folder.about.get("name") or folder.name), targets_of(folder.about.get("labels"))
-    return Dataset(name, folder.root, "nnunet", subjects, targets, modality_of(channels), _unlisted(strays))
+    told = "" if names is not None else "; no dataset.json names channels and targets"
+    place = "imagesTr" if training else "imagesTs"
+    reason = f"{_paired(subjects)} of {place}/SUBJECT_0000 with labelsTr/SUBJECT, {len(subjects)} subjects{told}"
+    return Dataset(name, folder.root, "nnunet", subjects, targets, modality_of(channels), reason=reason)
+
+
+def _labels_elsewhere(folder: Folder, images: Sequence[Path]) -> list[str]:
+    """Files outside imagesTr and imagesTs that are called after its subjects."""
+    subjects = {match[1] for path in images if (match := NUMBERED.fullmatch(name_of(path)))}
+    others = [path for path in folder.scans if path.parts[0] not in ("imagesTr", "imagesTs") and len(path.parts) > 1]
+    return [path.as_posix() for path in others if bare_name(path) in subjects]
+
+
+def _unnamed(count: int) -> tuple[str, ...]:
+    """Names of channels that nobody named."""
+    return ("image",) if count == 1 else tuple(f"channel_{i}" for i in range(count))
 
 
 def _numbered(images: list[Path], channels: tuple[str, ...]) -> Iterator[tuple[tuple[str, str], Path]]:
     """((subject, channel), file) of files named SUBJECT_0000; those with other names or numbers are left aside."""
     for path in images:
-        match = _NUMBERED.fullmatch(name_of(path))
+        match = NUMBERED.fullmatch(name_of(path))
         if match and int(match[2]) < len(channels):
             yield (match[1], channels[int(match[2])]), path
 
 
 def read_scans(folder: Folder) -> Dataset | None:
-    """Loose scans without labels, for prediction; channels' names from a dataset.json here or one folder up."""
-    images = folder.within()
-    if not images:
+    """Loose scans, with their labels where those lie beside them; for prediction, mostly without.
+
+    Channels' names are from a dataset.json here or one folder up. What looks like a label is one, of the
+    scan that it is called after, or of none. So is a file that is called after a scan and holds few whole
+    numbers. Raises :class:`UnknownLayout` where there is more in folders below than copies of these names.
+    """
+    here = folder.within()
+    named = [path for path in here if folder.like_label(path)]
+    scans = [path for path in here if path not in named]
+    if scans and (other := _label_of_a_sibling(folder.root, scans[0])):
+        raise UnknownLayout(
+            f"'{folder.root / scans[0]}' is the label of '{other}'; give the folder that the scans are in, or name "
+            "the file itself to take it for a scan"
+        )
+    masks = _masks_among(folder.root, scans)
+    scans, named = [path for path in scans if path not in masks], [*named, *masks]
+    if not scans:
         return None
+    _refuse_more_below(folder, {name_of(path) for path in here})
     about = folder.about or description(folder.root.resolve().parent)
     names = about.get("channel_names", about.get("modality"))
     channels = channel_names(names) if names else ()
-    if split := _channels_by_number(images, channels):
-        subjects = subjects_of(folder.root, by_key(_numbered(images, split)), {}, split)
+    if split := _channels_by_number(scans, channels):
+        channels, files = split, by_key(_numbered(scans, split))
+        one_file = False
     else:
-        found = by_key((name_of(path), path) for path in images)
         channels = channels or ("image",)
-        subjects = tuple(
-            Subject(name, dict.fromkeys(channels, folder.root / path), file_channels=channels)
-            for name, path in found.items()
+        found = by_key((name_of(path), path) for path in scans)
+        files = {(name, channel): path for name, path in found.items() for channel in channels}
+        one_file = True
+    labels, notes = _labels_beside({subject for subject, _ in files}, named, masks)
+    subjects = subjects_of(folder.root, files, labels, channels)
+    if one_file:
+        subjects = tuple(replace(subject, file_channels=channels) for subject in subjects)
+    reason = f"{len(subjects)} loose scans, {len(labels)} with a label beside them, and no other layout's pairs"
+    targets, modality = targets_of(about.get("labels")), modality_of(channels)
+    return Dataset(folder.name, folder.root, "scans", subjects, targets, modality, notes, reason=reason)
+
+
+def _label_of_a_sibling(root: Path, path: Path) -> Path | None:
+    """The scan of the same name in a folder beside ``root``, where the file holds what only labels hold."""
+    name, suffix = name_of(path), path.name[len(name_of(path)) :]
+    for folder in sorted(folder for folder in root.resolve().parent.iterdir() if folder.is_dir()):
+        for other in (folder / path.name, folder / f"{name}_0000{suffix}"):
+            if folder.name != root.resolve().name and other.is_file():
+                return other if holds_label(root / path) and not holds_label(other) else None
+    return None
+
+
+def _masks_among(root: Path, scans: Sequence[Path]) -> dict[Path, str]:
+    """Files that are called after another one, or another one after them, and hold what only labels hold.
+
+    By file the name of the scan: ``case_tumour.nii.gz`` beside ``case.nii.gz``, or ``case.nii.gz`` beside
+    ``case_0000.nii.gz``.
+    """
+    names = {name_of(path): path for path in scans}
+    masks: dict[Path, str] = {}
+    for name, path in names.items():
+        others = [other for other in names if re.match(re.escape(other) + "[^A-Za-z0-9]", name)]
+        for other in others:
+            if holds_label(root / path):
+                masks[path] = other
+            elif holds_label(root / names[other]):
+                numbered = NUMBERED.fullmatch(name)
+                masks[names[other]] = numbered[1] if numbered else name
+    return masks
+
+
+def _labels_beside(
+    subjects: Set[str], named: Sequence[Path], masks: Mapping[Path, str]
+) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The label of each subject that has one, and notes of labels that belong to none or compete for one."""
+    candidates: dict[str, list[Path]] = defaultdict(list)
+    for path in named:
+        candidates[masks.get(path) or bare_name(path)].append(path)
+    labels = {subject: paths[0] for subject, paths in candidates.items() if subject in subjects and len(paths) == 1}
+    notes = []
+    if strangers := [path.name for subject, paths in candidates.items() if subject not in subjects for path in paths]:
+        notes.append(f"{len(strangers)} files look like labels of no scan: {_some(strangers)}")
+    for subject, paths in candidates.items():
+        if subject in subjects and len(paths) > 1:
+            notes.append(
+                f"'{subject}' has several labels beside it, of which none is taken: {_some([p.name for p in paths])}"
+            )
+    return labels, tuple(notes)
+
+
+def _refuse_more_below(folder: Folder, names: Set[str]) -> None:
+    """Loose scans are all there is, but for files of their names in folders below, as predictions are."""
+    below = [path.as_posix() for path in folder.scans if len(path.parts) > 1 and name_of(path) not in names]
+    if not below:
+        below = [str(found.relative_to(folder.root)) for found in first_dicom(folder.root)]
+    if below:
+        raise UnknownLayout(
+            f"'{folder.root}' holds loose scans and, in folders below, others such as {_some(below, 3)}; give the "
+            "folder that is meant, or patterns such as --images '*.nii.gz' for the loose ones"
         )
-    return Dataset(folder.name, folder.root, "scans", subjects, targets_of(about.get("labels")), modality_of(channels))
 
 
 def _channels_by_number(images: list[Path], channels: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the channels if every file is SUBJECT_0000 … and every subject has the same numbers, else none."""
-    matches = [_NUMBERED.fullmatch(name_of(path)) for path in images]
+    matches = [NUMBERED.fullmatch(name_of(path)) for path in images]
     numbers: dict[str, list[int]] = {}
     for match in matches:
         if match is None:
@@ -188,12 +396,12 @@ def _channels_by_number(images: list[Path], channels: tuple[str, ...]) -> tuple[
         return ()
     if len(channels) == len(first):
         return channels
-    return ("image",) if len(first) == 1 else tuple(f"channel_{i}" for i in first)
+    return _unnamed(len(first))
 
 
 def _read_file(path: Path) -> Dataset:
     name = name_of(path)
-    return Dataset(name, path.parent, "scans", (Subject(name, {"image": path}),))
+    return Dataset(name, path.parent, "scans", (Subject(name, {"image": path}),), reason="the one file that was given")
 
 
 def _read_patterns(folder: Folder, images: str | Mapping[str, str], labels: str | None) -> Dataset:
@@ -207,19 +415,29 @@ def _read_patterns(folder: Folder, images: str | Mapping[str, str], labels: str 
         )
     label_files = by_key(_matching(folder, wildcards[labels])) if labels else {}
     taken = set(label_files.values())
-    scans = by_key(
+    # What looks like a label is a scan only where the pattern itself says so: '*_mask.nii', 'labelsTr/*'.
+    asked = {pattern: looks_like_label(Path(re.sub(r"[*?]+", "x", pattern))) for pattern in patterns.values()}
+    matched = [
         ((key, channel), path)
         for channel, pattern in patterns.items()
         for key, path in _matching(folder, wildcards[pattern])
         if path not in taken
-    )
+    ]
+    suspects = [path for (_, channel), path in matched if looks_like_label(path) and not asked[patterns[channel]]]
+    scans = by_key((key, path) for key, path in matched if path not in suspects)
     if not scans:
         raise UnknownLayout(
             f"no scan in '{folder.root}' matches {', '.join(patterns.values())}: found {_summary(folder)}; "
             "give patterns relative to that folder, in quotes"
         )
     subjects = subjects_of(folder.root, scans, label_files, tuple(patterns))
-    return Dataset(folder.name, folder.root, "patterns", subjects, modality=modality_of(patterns))
+    shown = ", ".join(patterns.values()) + (f" with {labels}" if labels else "")
+    reason = f"{_paired(subjects)} by the patterns {shown}"
+    notes = (f"{len(suspects)} files look like labels and were no scans: {_some([p.name for p in suspects])}",)
+    modality = modality_of(patterns)
+    return Dataset(
+        folder.name, folder.root, "patterns", subjects, None, modality, notes if suspects else (), reason=reason
+    )
 
 
 _WILDCARD = {"**/": "((?:[^/]+/)*)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
@@ -280,7 +498,7 @@ labelsTr/SUBJECT.nii.gz""",
         Layout(
             "scans",
             """\
-SUBJECT.nii.gz                        loose scans without labels, for prediction
+SUBJECT.nii.gz                        loose scans, with SUBJECT_seg.nii.gz or without, for prediction
 SUBJECT_0000.nii.gz SUBJECT_0001…     or a file for each channel""",
             read_scans,
         ),

@@ -100,10 +100,11 @@ def _repair_subject(
             yield Repair(subject.id, name, "copied")
             continue
         place = out / (f"{name}.nii.gz" if is_series(path) else name)
+        on_its_grid = made[0][0]  # the first channel: all the others were brought onto its grid
         if isinstance(content, Volume):
-            write_volume(place, content)
+            write_volume(place, content, like=on_its_grid)
         else:
-            write_label(place, content)
+            write_label(place, content, like=on_its_grid)
         yield Repair(subject.id, str(place.relative_to(out)), "repaired", why or "a series became one file")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
+from delineate.datasets.folder import labelled
 from delineate.errors import SeveralSeries, UnknownLayout
 from delineate.io.formats import is_dicom
 
@@ -27,7 +29,7 @@ def read_studies(
     :class:`SeveralSeries` where a pattern fits several of one study, :class:`UnknownLayout` where
     it fits none of any.
     """
-    if not any(is_dicom(Path(place, name)) for place, _, files in os.walk(root) for name in files):
+    if not first_dicom(root):
         return None
     from delineate.io.dicom_series import Series, find_series, fits  # pydicom takes a while to import
 
@@ -43,16 +45,17 @@ def read_studies(
         alone = shared[series.folder] == 1 and not any(series.folder in other.parents for other in shared)
         return series.folder if alone else series.instances[0].path
 
-    def is_label(series: Series) -> bool:
-        if labels is not None:
-            return fits(series, labels)
+    def looks_like_label(series: Series) -> bool:
         return series.modality == "SEG" or any(fits(series, pattern) for pattern in LABELS)
+
+    def is_label(series: Series) -> bool:
+        return looks_like_label(series) if labels is None else fits(series, labels)
 
     patterns = {"image": images} if isinstance(images, str) else images
     subjects = []
     for uid, members in studies.items():
         label = [series for series in members if is_label(series)]
-        scans = [series for series in members if series not in label]
+        scans = [series for series in members if series not in label and not looks_like_label(series)]
         if patterns is None:
             channels = {name: [series] for name, series in zip(_channel_names(scans), scans, strict=True)}
         else:
@@ -75,7 +78,14 @@ def read_studies(
         raise UnknownLayout(f"no series of '{root}' fits {patterns}; descriptions there are {', '.join(there[:12])}")
     modality = found[0].modality if found[0].modality in ("CT", "MR") else ""
     ordered = tuple(sorted(subjects, key=lambda subject: subject.id))
-    return Dataset(root.resolve().name, root, "dicom", ordered, modality=modality)
+    reason = f"{len(ordered)} studies in DICOM files, {len(labelled(ordered))} with a series that is its label"
+    return Dataset(root.resolve().name, root, "dicom", ordered, modality=modality, reason=reason)
+
+
+def first_dicom(root: Path) -> list[Path]:
+    """The first DICOM file below ``root`` that is found, if there is one."""
+    files = (Path(place, name) for place, _, names in os.walk(root) for name in names)
+    return list(islice(filter(is_dicom, files), 1))
 
 
 def _names(root: Path, studies: Mapping[str, Sequence]) -> dict[str, str]:

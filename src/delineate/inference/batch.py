@@ -45,9 +45,12 @@ def find_subjects(
     from delineate.datasets.layouts import open_dataset
 
     found: list[Subject] = []
+    if labels := _labels_of_others(inputs):
+        raise DatasetError(f"'{labels[0]}' looks like the label of another input; leave it out, or give it alone")
     for path in inputs:
         if path.is_dir():
-            found += open_dataset(path, images=images).subjects
+            # A label without its scan is nothing to predict.
+            found += [subject for subject in open_dataset(path, images=images).subjects if subject.scans]
         elif path.exists() and (suffix_of(path) or is_series(path)):
             # One file: all channels in it (4D), or the only channel there is.
             found.append(Subject(name_of(path), dict.fromkeys(channels, path)))
@@ -57,6 +60,14 @@ def find_subjects(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DatasetError(f"several inputs are called {', '.join(twice)}; predict them into separate folders")
     return [with_channels(subject, channels) for subject in found]
+
+
+def _labels_of_others(inputs: Sequence[Path]) -> list[Path]:
+    """Files that are called labels of other files given: a shell's ``*.nii.gz`` names both."""
+    from delineate.datasets.folder import bare_name
+
+    names = {(path.parent, name_of(path)) for path in inputs}
+    return [path for path in inputs if bare_name(path) != name_of(path) and (path.parent, bare_name(path)) in names]
 
 
 def with_channels(subject: Subject, channels: Sequence[str]) -> Subject:
@@ -102,14 +113,18 @@ def predict_subjects(
     """
     targets, models = predictor.targets, [bundle.weights_sha256 for bundle in predictor.bundles]
     resample = predictor.bundles[0].recipe.data.resample_channels
+    codes = predictor.bundles[0].recipe.data.codings()
     # Errors of one bundle do not say how far off an ensemble is.
     calibration = predictor.calibration if len(predictor.bundles) == 1 else None
 
     def write(subject: Subject, prediction: Prediction) -> list[Path]:
+        source = next(iter(subject.scans.values()))
         if probabilities is not None:
-            _write_probabilities(probabilities / f"{subject.id}.nii.gz", prediction)
-        path, source = folder / f"{subject.id}{suffix}", next(iter(subject.scans.values()))
-        return export_label(path, prediction.label, targets, source=source, about={"weights_sha256": models})
+            _write_probabilities(probabilities / f"{subject.id}.nii.gz", prediction, source)
+        path = folder / f"{subject.id}{suffix}"
+        return export_label(
+            path, prediction.label, targets, source=source, about={"weights_sha256": models}, codes=codes
+        )
 
     queue = (replace(subject, resample=resample) for subject in subjects)
     with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
@@ -134,11 +149,11 @@ def predict_subjects(
             yield _written(*writing, calibration)
 
 
-def _write_probabilities(path: Path, prediction: Prediction) -> None:
+def _write_probabilities(path: Path, prediction: Prediction, source: Path) -> None:
     assert prediction.probabilities is not None
     # Three decimals are all that half precision has near 1, and pack well.
     rounded = np.round(prediction.probabilities.astype(np.float32), 3)
-    write_volume(path, Volume(rounded, prediction.label.grid))
+    write_volume(path, Volume(rounded, prediction.label.grid), like=source)
 
 
 def _submit_next(pool: ThreadPoolExecutor, queue: Iterator[Subject]) -> tuple[Subject, Future[Volume]] | None:

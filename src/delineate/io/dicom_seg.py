@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import highdicom
@@ -12,11 +14,12 @@ import numpy as np
 from highdicom.sr import CodedConcept
 from numpy.typing import NDArray
 from pydicom import dcmread
-from pydicom.sr.codedict import codes
+from pydicom.sr.codedict import codes as concepts
 from pydicom.uid import ExplicitVRLittleEndian
 
 from delineate import __version__
 from delineate.core.grid import Grid, permute_axes
+from delineate.core.targets import Code, Coding
 from delineate.core.volume import LabelVolume
 from delineate.errors import BadFormat, DelineateError, GridMismatch, RecipeError
 from delineate.io.dicom import check_size, describe_series, frames_of
@@ -27,30 +30,8 @@ from delineate.io.voxels import LPS_TO_RAS, check_grid
 if TYPE_CHECKING:
     from delineate.io.exports import SegmentationKind
 
-Coded = tuple[str, str, str]
-"""Value, scheme and meaning of a code, such as ``("10200004", "SCT", "Liver")``."""
-
-ORGAN: Coded = ("123037004", "SCT", "Anatomical Structure")
-ABNORMAL: Coded = ("49755003", "SCT", "Morphologically Abnormal Structure")
-TISSUE: Coded = ("85756007", "SCT", "Tissue")
-
-CODES: dict[str, tuple[Coded, Coded]] = {
-    "liver": (ORGAN, ("10200004", "SCT", "Liver")),
-    "prostate": (ORGAN, ("41216001", "SCT", "Prostate")),
-    "hippocampus": (ORGAN, ("5366008", "SCT", "Hippocampus")),
-    "anterior": (ORGAN, ("5366008", "SCT", "Hippocampus")),
-    "posterior": (ORGAN, ("5366008", "SCT", "Hippocampus")),
-    "brain": (ORGAN, ("12738006", "SCT", "Brain")),
-    "tumour": (ABNORMAL, ("108369006", "SCT", "Neoplasm")),
-    "tumor": (ABNORMAL, ("108369006", "SCT", "Neoplasm")),
-    "whole": (ABNORMAL, ("108369006", "SCT", "Neoplasm")),
-    "core": (ABNORMAL, ("108369006", "SCT", "Neoplasm")),
-    "enhancing": (ABNORMAL, ("108369006", "SCT", "Neoplasm")),
-    "lesion": (ABNORMAL, ("52988006", "SCT", "Lesion")),
-    "cyst": (ABNORMAL, ("441457006", "SCT", "Cyst")),
-    "edema": (ABNORMAL, ("79654002", "SCT", "Edema")),
-}
-"""Category and type of a segment by its target's name; others are coded as tissue and keep their label."""
+REGION = Coding(Code("309825002", "SCT", "Spatial and Relational Concept"), Code("111099", "DCM", "Selected region"))
+"""What is known of a target that nobody coded: that it is a region. Its name stays the segment's label."""
 
 
 def write_segmentation(
@@ -60,9 +41,11 @@ def write_segmentation(
     source: Series,
     *,
     kind: SegmentationKind = "BINARY",
+    codes: Mapping[str, Coding] = MappingProxyType({}),
 ) -> None:
     """Write masks (X, Y, Z) by target name as segments 1, 2, … of the series they were found in.
 
+    ``codes`` say what targets are; one without is a :data:`REGION`, whatever its name.
     Empty frames are kept, so that every reader finds as many slices as the source has. A ``LABELMAP``
     holds one value a voxel, so that its targets may not overlap.
 
@@ -103,7 +86,9 @@ def write_segmentation(
             source_images=headers,
             pixel_array=pixels,
             segmentation_type=kind,
-            segment_descriptions=[_description(number, name) for number, name in enumerate(masks, start=1)],
+            segment_descriptions=[
+                _description(number, name, codes.get(name, REGION)) for number, name in enumerate(masks, start=1)
+            ],
             series_instance_uid=highdicom.UID(),
             series_number=source.number + 1000,
             sop_instance_uid=highdicom.UID(),
@@ -152,15 +137,14 @@ def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVol
     return LabelVolume(np.asfortranarray(permute_axes(voxels, order, flip)), grid.permute(order, flip))
 
 
-def _description(number: int, name: str) -> highdicom.seg.SegmentDescription:
-    category, kind = CODES.get(name.lower(), (TISSUE, TISSUE))
+def _description(number: int, name: str, coding: Coding) -> highdicom.seg.SegmentDescription:
     return highdicom.seg.SegmentDescription(
         segment_number=number,
         segment_label=name,
-        segmented_property_category=CodedConcept(*category),
-        segmented_property_type=CodedConcept(*kind),
+        segmented_property_category=CodedConcept(*astuple(coding.category)),
+        segmented_property_type=CodedConcept(*astuple(coding.type)),
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name="Delineate", version=__version__, family=codes.cid7162.ArtificialIntelligence
+            name="Delineate", version=__version__, family=concepts.cid7162.ArtificialIntelligence
         ),
     )

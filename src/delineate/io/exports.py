@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
-from delineate.core.targets import Targets
+from delineate.core.targets import Coding, Targets
 from delineate.core.volume import LabelVolume
 from delineate.errors import BadFormat
 from delineate.io.files import writing_beside
-from delineate.io.formats import DICOM_SUFFIXES, is_series, write_label
+from delineate.io.formats import DICOM_SUFFIXES, SEGMENTATION_SUFFIX, check_writable, is_series, write_label
 
 SegmentationKind = Literal["BINARY", "LABELMAP"]
 
@@ -26,14 +27,20 @@ def export_label(
     source: Path | None = None,
     kind: SegmentationKind = "BINARY",
     about: Mapping[str, Any] | None = None,
+    codes: Mapping[str, Coding] = MappingProxyType({}),
 ) -> list[Path]:
     """Write a label by the suffix of ``path``; returns the files, that one first.
 
-    A ``.vtk`` comes with a ``.nii.gz`` of the same name, since legacy VTK knows no directions, and
-    ``.vtk`` and ``.vti`` with a ``.json``: affine, values and volumes of the targets, and ``about``. A
-    ``.dcm`` is a DICOM-SEG that refers to the series at ``source``. Raises :class:`BadFormat` where
-    that is missing, and what writing raises.
+    Where ``source`` is the NIfTI scan that the label is of, a NIfTI label has the geometry of its header
+    to the letter. A ``.vtk`` comes with a ``.nii.gz`` of the same name, since legacy VTK knows no
+    directions, and ``.vtk`` and ``.vti`` with a ``.json``: affine, values and volumes of the targets,
+    and ``about``. A ``.dcm`` is a DICOM-SEG that refers to the series at ``source`` and says by
+    ``codes`` what targets are. A ``.seg.nrrd`` names its segments, as 3D Slicer does.
+
+    Raises :class:`BadFormat` where a DICOM-SEG's series is missing, or a ``.seg.nrrd``'s targets share
+    values, and what writing raises.
     """
+    check_writable(path, segments=True)
     suffix = path.suffix.lower()
     if suffix in DICOM_SUFFIXES:
         if source is None or not is_series(source):
@@ -42,13 +49,26 @@ def export_label(
         from delineate.io.dicom_series import the_series
 
         masks = targets.masks(label.voxels)
-        write_segmentation(path, masks, label.grid, the_series(source), kind=kind)
+        write_segmentation(path, masks, label.grid, the_series(source), kind=kind, codes=codes)
         return [path]
-    write_label(path, label)
+    if path.name.lower().endswith(SEGMENTATION_SUFFIX):
+        from delineate.io.nrrd import write_segments
+
+        used = [value for numbers in targets.values.values() for value in numbers]
+        if len(set(used)) < len(used):
+            raise BadFormat(
+                f"'{path}' would hold targets that overlap ({', '.join(targets.names)}), which one layer cannot; "
+                "write .nii.gz, or .dcm for a DICOM series"
+            )
+        with writing_beside(path) as beside:
+            values = {name: targets.written_value(name) for name in targets.names}
+            write_segments(beside, targets.masks(label.voxels), values, label.grid)
+        return [path]
+    write_label(path, label, like=source)
     written = [path]
     if suffix == ".vtk":
         written.append(path.with_suffix(".nii.gz"))
-        write_label(written[-1], label)
+        write_label(written[-1], label, like=source)
     if suffix in (".vtk", ".vti"):
         written.append(path.with_suffix(".json"))
         with writing_beside(written[-1]) as beside:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -13,16 +14,19 @@ from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
-from delineate.errors import BadFormat, BadLabelValue, BadShape, BadVoxels, MissingFile
+from delineate.errors import BadFormat, BadLabelValue, BadShape, BadVoxels, DelineateError, MissingFile
 from delineate.io.files import Limits, writing_beside
 from delineate.io.voxels import Orientation, Stored, check_complete, read_voxels
 
 __all__ = [
     "DICOM_SUFFIXES",
     "PICTURE_SUFFIXES",
+    "SEGMENTATION_SUFFIX",
     "SUFFIXES",
     "VTK_SUFFIXES",
     "Header",
+    "check_writable",
+    "holds_label",
     "is_series",
     "name_of",
     "read_header",
@@ -40,8 +44,29 @@ PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
 VTK_SUFFIXES = (".vtk", ".vti")
 """Formats that are written, for viewers, and not read."""
 
+SEGMENTATION_SUFFIX = ".seg.nrrd"
+"""A label whose header names its segments: :func:`delineate.io.exports.export_label` writes it."""
+_FOREIGN = {
+    ".seg.nhdr": "a segmentation of 3D Slicer's in two files; write .seg.nrrd",
+    ".seq.nrrd": "a sequence of volumes; write each as .nrrd",
+    ".seq.nhdr": "a sequence of volumes; write each as .nrrd",
+    ".ome.tif": "OME-TIFF, which has a description inside; write .tif",
+    ".ome.tiff": "OME-TIFF, which has a description inside; write .tif",
+    **dict.fromkeys(
+        (
+            f".{kind}.nii"
+            for kind in ("dscalar", "dtseries", "dlabel", "dconn", "pscalar", "ptseries", "plabel", "pconn")
+        ),
+        "CIFTI-2, of surfaces and voxels; write .nii.gz",
+    ),
+}
+"""Endings that promise more than the last part of them says, and what they are."""
+
 _LIMITS = Limits()
 _LABEL_TOLERANCE = 1e-3
+_LABEL_VALUES = 32
+_LOOKED_AT = 10_000
+"""Voxels that tell most scans from labels."""
 _LABEL_DTYPES = (np.uint8, np.uint16, np.uint32, np.int8, np.int16, np.int32)
 
 
@@ -172,10 +197,28 @@ def read_label(
     return LabelVolume(_smallest(path, _rounded(path, voxels[0])), grid)
 
 
-def write_volume(path: Path, volume: Volume) -> None:
+def holds_label(path: Path) -> bool:
+    """Whether a file's voxels are what labels hold and scans do not: one channel of two or a few whole numbers.
+
+    A file that cannot be read is none.
+    """
+    try:
+        voxels = read_volume(path).voxels
+    except DelineateError:
+        return False
+    few = np.unique(voxels.ravel(order="K")[:: max(1, voxels.size // _LOOKED_AT)])  # most scans end here
+    if len(voxels) > 1 or len(few) > _LABEL_VALUES:
+        return False
+    values = np.unique(voxels)
+    whole = bool(values[0] >= 0) and np.array_equal(values, np.rint(values))
+    return whole and 2 <= len(values) <= _LABEL_VALUES
+
+
+def write_volume(path: Path, volume: Volume, *, like: Path | None = None) -> None:
     """Write a scan; integers keep their type, floats become float32. Reads back exactly, grid included.
 
-    NIfTI keeps an affine bit for bit if it came from NIfTI-1, and others to 32-bit precision.
+    NIfTI keeps an affine bit for bit if it came from NIfTI-1, and others to 32-bit precision. Where
+    ``like`` is a NIfTI file on the same grid, its header's geometry is kept to the letter.
     MetaImage and NRRD become one uncompressed file, even as ``.mhd`` or ``.nhdr``. ``.vtk`` and
     ``.vti`` are for viewers; PNG and TIFF hold one slice and no grid. All of the file appears, or
     nothing: :class:`OutputError`.
@@ -183,12 +226,12 @@ def write_volume(path: Path, volume: Volume) -> None:
     voxels = volume.voxels
     if voxels.dtype.kind not in "iu":
         voxels = voxels.astype(np.uint8 if voxels.dtype == bool else np.float32, copy=False)
-    _write(path, voxels, volume.grid)
+    _write(path, voxels, volume.grid, like)
 
 
-def write_label(path: Path, label: LabelVolume) -> None:
+def write_label(path: Path, label: LabelVolume, *, like: Path | None = None) -> None:
     """Write a label in the smallest integer type that holds its values; otherwise as :func:`write_volume`."""
-    _write(path, _smallest(path, label.voxels)[None], label.grid)
+    _write(path, _smallest(path, label.voxels)[None], label.grid, like)
 
 
 class _Format(Protocol):
@@ -240,10 +283,27 @@ def _read(path: Path, limits: Limits, orientation: Orientation) -> tuple[NDArray
     return read_voxels(stored), stored.grid
 
 
-def _write(path: Path, voxels: NDArray, grid: Grid) -> None:
+def _write(path: Path, voxels: NDArray, grid: Grid, like: Path | None) -> None:
+    check_writable(path)
     write = _writer_of(path)
+    if like is not None and {suffix_of(path), suffix_of(like)} <= {".nii", ".nii.gz"}:
+        from delineate.io import nifti
+
+        write = partial(nifti.write, like=like)
     with writing_beside(path) as beside:
         write(beside, voxels, grid)
+
+
+def check_writable(path: Path, *, segments: bool = False) -> None:
+    """Raise :class:`BadFormat` for a suffix that is not written; with ``segments`` those of labels with names are."""
+    name = path.name.lower()
+    for ending, what in _FOREIGN.items():
+        if name.endswith(ending):
+            raise BadFormat(f"'{path}' would be {what}")
+    if name.endswith(SEGMENTATION_SUFFIX) and not segments:
+        raise BadFormat(f"'{path}' names its segments: export it as a label with its targets, or write .nrrd")
+    if not (segments and name.endswith(DICOM_SUFFIXES)):
+        _writer_of(path)
 
 
 def _writer_of(path: Path) -> Callable[[Path, NDArray, Grid], None]:

@@ -15,7 +15,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from delineate.core.grid import Affine, Grid, Shape3
-from delineate.errors import AmbiguousOrientation, BadFormat, BadGeometry, BadShape, TooLarge, Truncated
+from delineate.errors import AmbiguousOrientation, BadFormat, BadGeometry, BadShape, ScanError, TooLarge, Truncated
 from delineate.io.files import Limits
 from delineate.io.voxels import (
     DAMAGED,
@@ -37,6 +37,11 @@ _NOT_MM = {1: "metres", 3: "micrometres"}
 _CODES = range(6)  # meanings of a qform or sform: 0 is none
 _LONGEST_EXTENSION = 2**26  # bytes
 _GZIP_LEVEL = 1
+_GEOMETRY = (
+    "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
+    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
+"""Fields that a label has from its scan. Not among them: whatever may hold text about a patient."""
 
 
 def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
@@ -55,18 +60,26 @@ def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
     return Stored(path, grid, channels, dtype, 0, int(offset), encoding, slope=slope, inter=inter)
 
 
-def write(path: Path, voxels: NDArray, grid: Grid) -> None:
+def write(path: Path, voxels: NDArray, grid: Grid, like: Path | None = None) -> None:
     """Write voxels (C, X, Y, Z), whose dtype NIfTI knows, gzipped if the name ends in ``.gz``.
 
     The affine reads back bit for bit if it is of 32-bit numbers, or came from another NIfTI-1
-    file; else to 32-bit precision. The same voxels and grid give the same bytes.
+    file; else to 32-bit precision. The same voxels and grid give the same bytes. Of ``like``, a
+    NIfTI file on this very grid, the header's geometry is kept to the letter, and nothing else.
     """
-    header = Nifti1Header()
+    geometry = None if like is None else _geometry_of(like, grid)
+    header = Nifti1Header() if geometry is None else type(geometry)()
     header.set_data_dtype(voxels.dtype)
     header.set_data_shape((*grid.shape, *voxels.shape[:1]) if len(voxels) > 1 else grid.shape)
     header.set_xyzt_units("mm")
     header["vox_offset"] = header.single_vox_offset
-    _store_affine(header, grid)
+    if geometry is None:
+        _store_affine(header, grid)
+    else:
+        for field in _GEOMETRY:
+            header[field] = geometry[field]
+        if len(voxels) == 1 and math.prod(_shape(path, geometry)) == math.prod(grid.shape):
+            header["dim"] = geometry["dim"]  # of two axes, or with trailing ones
     no_extensions = bytes(4)
     head = header.as_byteswapped("<").binaryblock + no_extensions
     with path.open("wb") as file:
@@ -75,6 +88,18 @@ def write(path: Path, voxels: NDArray, grid: Grid) -> None:
                 write_bytes(stream, head, np.moveaxis(voxels, 0, -1))
         else:
             write_bytes(file, head, np.moveaxis(voxels, 0, -1))
+
+
+def _geometry_of(path: Path, grid: Grid) -> Nifti1Header | None:
+    """The header of a NIfTI file if it puts voxels on this very grid, without a choice to be made."""
+    try:
+        header = _header(path, "gzip" if path.name.lower().endswith(".gz") else "raw")
+        x, y, z, *_ = _shape(path, header)
+        stored = _grid(path, header.copy(), (x, y, z), "refuse")
+    except (ScanError, OSError):  # it may have been moved since it was read
+        return None
+    same = stored.shape == grid.shape and np.array_equal(stored.affine, grid.affine)
+    return header.as_byteswapped("<") if same else None
 
 
 def _header(path: Path, encoding: Encoding) -> Nifti1Header:
