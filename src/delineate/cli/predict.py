@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from delineate.cli.options import Compile, Device, Json, Precision, Threads
+from delineate.cli.options import Compile, Device, Json, Overwrite, Precision, Threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,9 +60,7 @@ def predict(
     precision: Precision = "auto",
     compile: Compile = "auto",
     threads: Threads = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that exist; never a scan or a label that is an input.")
-    ] = False,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Segment scans, each on its own grid. Not for diagnosis.

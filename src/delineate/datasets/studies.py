@@ -78,19 +78,48 @@ def read_studies(
     return Dataset(root.resolve().name, root, "dicom", ordered, modality=modality)
 
 
-def _names(root: Path, studies: Mapping[str, Sequence]) -> dict[str, str]:
-    """A study's first folder below the root that no other study has, or all of its folders."""
-    folders = {uid: Path(os.path.commonpath([series.folder for series in members])) for uid, members in studies.items()}
-    parts = {
-        uid: folder.relative_to(root).parts if folder.is_relative_to(root) else () for uid, folder in folders.items()
-    }
-    depth = max((len(p) for p in parts.values()), default=0)
-    for length in range(1, depth + 1):
-        names = {uid: "_".join(p[:length]) for uid, p in parts.items()}
-        if len(set(names.values())) == len(names) and all(names.values()):
-            return names
-    numbered = {uid: f"{root.resolve().name}_{i}" for i, uid in enumerate(sorted(studies), start=1)}
-    return numbered if len(numbered) > 1 else dict.fromkeys(studies, root.resolve().name)
+_UNTELLING = re.compile(
+    r"""\d+([-._ ]\d+)*                       # numbers, dates, UIDs
+    | \d\d[-._]\d\d[-._]\d{4}\b.*           # a date first, as archives call studies
+    | \d+(\.\d+)?-.*-\d{5}                 # number, description and the end of a UID: a series
+    | (dicoms?|dcms?|images?|img|ims?|series|study|studies|scans?|exports?|data|input|mri?|ct|pa|pat|st|se|ser)
+      [-._ ]?\d*                            # what a disk's folders are called: DICOM, ST000, SE0
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""Names of folders that say what lies there, and not whose."""
+
+
+def name_of_study(path: Path) -> str:
+    """What results of one series are called, the same as if its study, or any folder above, had been given.
+
+    Raises what reading DICOM headers raises.
+    """
+    from delineate.io.dicom_series import the_series
+
+    series = the_series(path)
+    together = [file for file in path.parent.iterdir() if file.is_file() and is_dicom(file)]
+    if series.instances[0].archive is None and len(together) > len(series.instances):
+        return name_of(path)  # files of several series in one folder: only their own names tell them apart
+    return _telling([series])[-1]
+
+
+def _names(root: Path, studies: Mapping[str, Sequence[Series]]) -> dict[str, str]:
+    """What each study is called: the innermost folder around it whose name tells, whichever folder was given.
+
+    Where that is one for several, the folders below it are added until they differ.
+    """
+    folders = {uid: _telling(members) for uid, members in studies.items()}
+    names: dict[str, str] = {}
+    for uid, chain in folders.items():
+        alike = [other for other, theirs in folders.items() if other != uid and theirs[0] == chain[0]]
+        length = 1
+        while length < len(chain) and any(folders[other][:length] == chain[:length] for other in alike):
+            length += 1
+        names[uid] = "_".join(chain[:length])
+    count = Counter(names.values())
+    numbers = {name: iter(range(1, n + 1)) for name, n in count.items() if n > 1}
+    return {uid: f"{names[uid]}_{next(numbers[names[uid]])}" if names[uid] in numbers else names[uid] for uid in sorted(names)}
 
 
 def _channel_names(series: Sequence) -> list[str]:

@@ -136,12 +136,16 @@ def predict_subjects(
         reviewed = review(subject.id, prediction.confidence, odd, calibration, made_by)
         path, source = where.label(subject), next(iter(subject.scans.values()))
         with _nothing_left_of(where.files(subject)):
-            if outputs is not None:
-                # First: an entry without its label is predicted again, a label without its entry would be in the way.
+            # Whatever stops this half-way: an entry without its label is predicted again, a label without its
+            # entry would be in the way. But no old label may stand under a new entry.
+            first = not path.exists()
+            if outputs is not None and first:
                 write_queue(outputs.review, [reviewed])
             if where.probabilities is not None:
                 _write_probabilities(where.probabilities / f"{subject.id}.nii.gz", prediction)
             export_label(path, prediction.label, targets, source=source, about={"weights_sha256": models})
+            if outputs is not None and not first:
+                write_queue(outputs.review, [reviewed])
         return path, reviewed
 
     def failed(subject: Subject, error: DelineateError) -> Outcome:
