@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.errors import SeveralSeries, UnknownLayout
-from delineate.io.formats import is_dicom
+from delineate.io.formats import is_dicom, name_of
+
+if TYPE_CHECKING:
+    from delineate.io.dicom_series import Series
 
 LABELS = ("*mask*", "*segmentation*")
 """Descriptions of series that are labels where no pattern names them; DICOM-SEG is one by its modality."""
@@ -23,19 +28,19 @@ def read_studies(
 
     ``images`` has a pattern for each channel, such as ``{"T1": "*t1*pre*", "FLAIR": "*flair*"}``;
     without it every series is a channel called by its description. A subject is called after the
-    folders that tell its files from other studies', never after a person. Raises
+    folders its files lie in, whichever of them is the root, never after a person in a header. Raises
     :class:`SeveralSeries` where a pattern fits several of one study, :class:`UnknownLayout` where
     it fits none of any.
     """
     if not any(is_dicom(Path(place, name)) for place, _, files in os.walk(root) for name in files):
         return None
-    from delineate.io.dicom_series import Series, find_series, fits  # pydicom takes a while to import
+    from delineate.io.dicom_series import find_series, fits  # pydicom takes a while to import
 
     found = find_series(root)
     studies: dict[str, list[Series]] = defaultdict(list)
     for series in found:
         studies[series.study].append(series)
-    names = _names(root, studies)
+    names = _names(studies)
     shared = Counter(series.folder for series in found)
 
     def place(series: Series) -> Path:
@@ -79,47 +84,69 @@ def read_studies(
 
 
 _UNTELLING = re.compile(
-    r"""\d+([-._ ]\d+)*                       # numbers, dates, UIDs
-    | \d\d[-._]\d\d[-._]\d{4}\b.*           # a date first, as archives call studies
-    | \d+(\.\d+)?-.*-\d{5}                 # number, description and the end of a UID: a series
-    | (dicoms?|dcms?|images?|img|ims?|series|study|studies|scans?|exports?|data|input|mri?|ct|pa|pat|st|se|ser)
-      [-._ ]?\d*                            # what a disk's folders are called: DICOM, ST000, SE0
+    r"""\d+(\.\d+){3,}                              # a UID
+    | (19|20)\d{6} | (19|20)\d\d[-._]\d\d[-._]\d\d\b.* | \d\d[-._]\d\d[-._](19|20)\d\d\b.*    # a date
+    | \d+(\.\d+)?-.*-\d{5}                        # number, description and the end of a UID: a series
+    | dicom(dir)? | dcm | (pat?|stu?|ser?|img?)\d+  # what they are called on disks: DICOM/PA000/ST000/SE000
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-"""Names of folders that say what lies there, and not whose."""
+"""Names of folders that say what lies there, and not whose. A date is one, and no result is called after it."""
+
+_LEVELS = 4
+"""How far up a telling name is looked for: disk, patient, study, series."""
 
 
 def name_of_study(path: Path) -> str:
-    """What results of one series are called, the same as if its study, or any folder above, had been given.
+    """What a result of one series (a zip, or one of its files) is called: as if its folder had been given.
 
-    Raises what reading DICOM headers raises.
+    Raises what reading DICOM's headers raises.
     """
     from delineate.io.dicom_series import the_series
 
     series = the_series(path)
-    together = [file for file in path.parent.iterdir() if file.is_file() and is_dicom(file)]
-    if series.instances[0].archive is None and len(together) > len(series.instances):
-        return name_of(path)  # files of several series in one folder: only their own names tell them apart
-    return _telling([series])[-1]
+    if series.instances[0].archive is None:
+        together = [file for file in path.parent.iterdir() if file.is_file() and is_dicom(file)]
+        if len(together) > len(series.instances):
+            return name_of(path)  # several series in one folder: only their files' names tell them apart
+    return _folders([series])[0]
 
 
-def _names(root: Path, studies: Mapping[str, Sequence[Series]]) -> dict[str, str]:
+def _names(studies: Mapping[str, Sequence[Series]]) -> dict[str, str]:
     """What each study is called: the innermost folder around it whose name tells, whichever folder was given.
 
-    Where that is one for several, the folders below it are added until they differ.
+    Where several have the same, the folders below it are added until they differ, and numbers where they never do.
     """
-    folders = {uid: _telling(members) for uid, members in studies.items()}
-    names: dict[str, str] = {}
-    for uid, chain in folders.items():
-        alike = [other for other, theirs in folders.items() if other != uid and theirs[0] == chain[0]]
-        length = 1
-        while length < len(chain) and any(folders[other][:length] == chain[:length] for other in alike):
-            length += 1
-        names[uid] = "_".join(chain[:length])
-    count = Counter(names.values())
-    numbers = {name: iter(range(1, n + 1)) for name, n in count.items() if n > 1}
-    return {uid: f"{names[uid]}_{next(numbers[names[uid]])}" if names[uid] in numbers else names[uid] for uid in sorted(names)}
+    chains = {uid: _folders(members) for uid, members in studies.items()}
+    depth = max(map(len, chains.values()), default=0)
+    names = {uid: chain[0] for uid, chain in chains.items()}
+    for length in range(2, depth + 1):
+        count = Counter(names.values())
+        names |= {uid: "_".join(chains[uid][:length]) for uid, name in names.items() if count[name] > 1}
+    count, seen = Counter(names.values()), Counter[str]()
+    for uid in sorted(names):
+        name = names[uid]
+        seen[name] += 1
+        names[uid] = f"{name}_{seen[name]}" if count[name] > 1 else name
+    return names
+
+
+def _folders(members: Sequence[Series]) -> tuple[str, ...]:
+    """The names of the folders from the first that tells down to the one that holds all of a study."""
+    parts = Path(os.path.commonpath([_place(series) for series in members])).parts
+    descriptions = {series.description for series in members}
+    for k in range(1, min(_LEVELS, len(parts) - 1) + 1):
+        if not _UNTELLING.fullmatch(parts[-k]) and parts[-k] not in descriptions:
+            return parts[-k:]
+    return parts[-1:]
+
+
+def _place(series: Series) -> str:
+    """A series' folder; that within a zip as if it had been unpacked."""
+    if series.instances[0].archive is None:
+        return os.path.abspath(series.folder)
+    inside = [str(PurePosixPath(instance.member.replace("\\", "/")).parent) for instance in series.instances]
+    return os.path.join(os.path.abspath(series.folder.with_suffix("")), os.path.commonpath(inside))
 
 
 def _channel_names(series: Sequence) -> list[str]:

@@ -55,7 +55,7 @@ def find_subjects(
             found += open_dataset(path, images=images).subjects
         elif path.exists() and (suffix_of(path) or is_series(path)):
             # One file: all channels in it (4D), or the only channel there is.
-            found.append(Subject(name_of(path), dict.fromkeys(channels, path)))
+            found.append(Subject(_name_of(path), dict.fromkeys(channels, path)))
         else:
             raise MissingFile(f"no scan or folder at '{path}'; give NIfTI, MetaImage, NRRD or DICOM, or a data set")
     names = [printable(subject.id) for subject in found]
@@ -71,6 +71,18 @@ def find_subjects(
     if lacking and len(lacking) == len(found):
         raise lacking[0]
     return chosen
+
+
+def _name_of(path: Path) -> str:
+    """The same name as if the folder of a file had been given."""
+    if not is_series(path):
+        return name_of(path)
+    from delineate.datasets.studies import name_of_study
+
+    try:
+        return name_of_study(path)
+    except DelineateError:
+        return name_of(path)  # reading it will say what is wrong
 
 
 def with_channels(subject: Subject, channels: Sequence[str]) -> Subject:
