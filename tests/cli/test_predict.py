@@ -157,6 +157,13 @@ def test_labels_are_never_written_over(bundle: Path, tmp_path: Path, known: bool
         assert content(tmp_path) == before
 
 
+def test_scans_are_never_written_over_from_python_either(predictor: Predictor, scans: Path) -> None:
+    before = content(scans)
+    outcomes = list(predict_subjects(predictor, find_subjects([scans], ("MR",)), scans))
+    assert all(isinstance(outcome.error, OutputError) for outcome in outcomes)
+    assert content(scans) == before
+
+
 def test_a_file_of_the_bundle_is_never_written_over(bundle: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(bundle, tmp_path / "copy")
     named = scan(tmp_path / "bundle.nii.gz")  # its sidecar would be bundle.json

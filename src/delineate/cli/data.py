@@ -191,13 +191,12 @@ def make_consensus(
     from delineate.evaluation.measure import evaluate
     from delineate.evaluation.pairs import labels_in, pair_files, targets_in
     from delineate.io.formats import read_label, write_label
-    from delineate.io.overwriting import check_folder, check_outputs
+    from delineate.io.overwriting import check_outputs
 
     files = [labels_in(folder) for folder in annotators]
     subjects = sorted(set.intersection(*(set(found) for found in files)))
     if len(annotators) < 2 or not subjects:
         raise MissingFile("no subject has labels of two annotators; give folders whose files have the same names")
-    check_folder(out)
     inputs = [file for found in files for file in found.values()]
     check_outputs([out / f"{subject}.nii.gz" for subject in subjects], inputs, overwrite=overwrite)
     for subject in subjects:

@@ -96,7 +96,7 @@ def _check_outputs(
     """Labels and scans stay as they are, and other files unless they may be replaced."""
     from delineate.evaluation.table import FILES
     from delineate.io.formats import suffix_of
-    from delineate.io.overwriting import check_folder, check_outputs
+    from delineate.io.overwriting import check_outputs
 
     folders, inputs = [*predictions], []
     if isinstance(known, Path):
@@ -107,7 +107,6 @@ def _check_outputs(
         inputs += [file for file in path.iterdir() if suffix_of(file)] if path.is_dir() else [path]
     outputs = [report] if report is not None else []
     if out is not None:
-        check_folder(out)
         outputs += [out / name for name in FILES]
     check_outputs(outputs, inputs, overwrite=overwrite)
 

@@ -33,12 +33,11 @@ def forgetting(
     from delineate.evaluation.forgetting import measure_forgetting, outputs_of_forgetting
     from delineate.evaluation.measure import Measuring
     from delineate.evaluation.methods import compare_methods
-    from delineate.io.overwriting import check_folder, check_outputs
+    from delineate.io.overwriting import check_outputs
     from delineate.metrics.catalogue import METRICS, formatted
 
     bundles = Bundle.load(before), Bundle.load(after)
     source = open_dataset(data)
-    check_folder(out)
     inputs = [file for subject in source.subjects for file in subject.files]
     check_outputs(outputs_of_forgetting(out, source), inputs, overwrite=overwrite)
     plan = plan_compute(

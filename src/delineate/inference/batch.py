@@ -24,6 +24,7 @@ from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review, write_queue
 from delineate.io.exports import export_label
 from delineate.io.formats import is_series, name_of, suffix_of, write_volume
+from delineate.io.overwriting import check_outputs
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def predict_subjects(
     def read(subject: Subject) -> tuple[Subject, Volume]:
         chosen = replace(with_channels(subject, predictor.channels), resample=resample)
         where.check(chosen)
+        check_outputs(where.files(chosen), chosen.files, overwrite=True)
         scan = load_scan(chosen)
         check_shows_something(subject.id, scan)
         return chosen, scan

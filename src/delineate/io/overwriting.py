@@ -13,12 +13,16 @@ _LISTED = 5
 
 
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite: bool = False) -> None:
-    """Raise :class:`OutputError` where an output would replace what must stay; called before any work is done.
+    """Raise :class:`OutputError` where an output would replace what must stay, or its folder cannot be written to.
 
-    ``inputs`` are files, headers with voxels beside them, or folders of DICOM. They are recognised as
-    the file system knows them, whatever path leads there: links, ``..`` and letter case make no
-    difference. With ``overwrite`` other files may be replaced; what is not a plain file never is.
+    Called before any work is done. ``inputs`` are files, headers with voxels beside them, or folders of
+    DICOM. They are recognised as the file system knows them, whatever path leads there: links, ``..``
+    and letter case make no difference. With ``overwrite`` other files may be replaced; what is not a
+    plain file never is.
     """
+    outputs = list(outputs)
+    for folder in dict.fromkeys(path.parent for path in outputs):
+        check_folder(folder)
     there = [path for path in outputs if os.path.lexists(path)]
     if not there:
         return
