@@ -11,6 +11,7 @@
      │    ├── TooLarge                 E_TOO_LARGE
      │    ├── BadPath                  E_PATH
      │    ├── BadVoxels                E_NONFINITE
+     │    ├── ConstantScan             E_CONSTANT
      │    ├── BadFormat                E_FORMAT
      │    ├── GridMismatch             E_GRID_MISMATCH
      │    ├── BadLabelValue            E_LABEL_VALUE
@@ -101,6 +102,12 @@ class BadVoxels(ScanError):
     """Voxels are NaN or infinite."""
 
     code = "E_NONFINITE"
+
+
+class ConstantScan(ScanError):
+    """Every voxel of every channel has the channel's one value, zero or another: nothing is seen."""
+
+    code = "E_CONSTANT"
 
 
 class BadFormat(ScanError):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom import dcmread
+from pydicom.uid import generate_uid
 
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import load_label, load_scan
@@ -13,6 +16,7 @@ from delineate.datasets.inspection import inspect
 from delineate.datasets.layouts import open_dataset
 from delineate.errors import SeveralSeries, UnknownLayout
 from delineate.inference.batch import find_subjects
+from delineate.io.dicom_series import find_series, fits
 
 PATTERNS = {"T1": "*t1pre*", "T1c": "*t1post*", "T2": "t2*", "FLAIR": "*flair*"}
 
@@ -50,3 +54,34 @@ def test_a_series_can_be_predicted_by_folder_or_file(real_data: Path) -> None:
     for place in (series, series.parent, real_data / "dicom" / "ProstateX-0000"):
         [subject] = find_subjects([place], ["T2"])
         assert load_scan(subject).voxels.shape == (1, 384, 384, 19)
+
+
+@pytest.mark.parametrize(("patient", "pattern"), [("ProstateX-0000", "t2_tse*"), ("PGBM-001", "*t1post*")])
+def test_a_result_has_one_name_whichever_folder_is_given(
+    real_data: Path, tmp_path: Path, patient: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collection, the patient, the study, the series, one of its files, a zip of any of them, a relative path."""
+    top = real_data / "dicom"
+    series = next(s for s in find_series(top / patient) if fits(s, pattern))
+    study = series.folder.parent
+    given = [top, top / patient, study, study / ".." / study.name, series.folder, series.instances[0].path]
+    zips = [
+        Path(shutil.make_archive(str(tmp_path / "any"), "zip", top, series.folder.relative_to(top))),
+        Path(shutil.make_archive(str(tmp_path / patient), "zip", series.folder)),
+    ]
+    monkeypatch.chdir(top / patient)
+    for place in (*given, *zips, Path(".")):
+        subjects = find_subjects([place], ["T2"], {"T2": pattern}) if place.is_dir() else find_subjects([place], ["T2"])
+        assert patient in [subject.id for subject in subjects], place
+
+
+def test_studies_whose_folders_have_one_name_are_told_apart_by_those_around(real_data: Path, tmp_path: Path) -> None:
+    header = dcmread(min((real_data / "dicom" / "ProstateX-0000").rglob("*.dcm")))
+    for study in ("ann/DICOM/ST000", "ann/DICOM/ST001", "bob/20110707", "bob/x", "17"):
+        header.StudyInstanceUID = header.SeriesInstanceUID = generate_uid(entropy_srcs=[study])
+        (tmp_path / "all" / study / "SE000").mkdir(parents=True)
+        header.save_as(tmp_path / "all" / study / "SE000/IM0000")
+    names = {subject.id for subject in open_dataset(tmp_path / "all").subjects}
+    assert names == {"ann_DICOM_ST000", "ann_DICOM_ST001", "bob", "x", "17"}
+    for folder, name in (("bob/20110707", "bob"), ("bob/x/SE000", "x"), ("17", "17"), ("17/SE000", "17")):
+        assert [subject.id for subject in open_dataset(tmp_path / "all" / folder).subjects] == [name]

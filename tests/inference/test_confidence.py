@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from math import isnan, log, nan
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from delineate.inference.confidence import (
 )
 from delineate.inference.fingerprint import Oddity, fingerprint_of, oddities
 from delineate.inference.predictor import Predictor
-from delineate.inference.review import queue, review, write_queue
+from delineate.inference.review import Review, queue, review, write_queue
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
 
@@ -158,6 +159,48 @@ def test_the_queue_begins_with_what_needs_a_look(tmp_path: Path) -> None:
     assert rows[0]["unusual"] == "spacing 9 mm"
     assert rows[1]["expected_dice"] == ""
     assert float(rows[2]["dice_low"]) < 0.6 < float(rows[2]["expected_dice"]) + 0.01
+
+
+MADE = {
+    "usual": review("usual", {"liver": Confidence(100, 0.9)}, [], calibration()),
+    "unusual": review("unusual", {"liver": Confidence(100, 0.9)}, [Oddity("spacing 9 mm", 0.1)], calibration()),
+    "nothing found": review("nothing", {"liver": Confidence(0, nan)}, [], calibration()),
+    "too few known": review("few", {"cyst": Confidence(5.0, 0.9)}, [], calibration()),
+    "no calibration": review("none", {"liver": Confidence(100, 0.9)}, [], None),
+}
+
+
+@pytest.mark.parametrize("one", MADE.values(), ids=MADE)
+def test_an_interval_is_given_or_it_is_said_why_there_is_none(one: Review, tmp_path: Path) -> None:
+    write_queue(tmp_path / "review.csv", [one])
+    with (tmp_path / "review.csv").open() as file:
+        [row] = csv.DictReader(file)
+    intervals = [row[name] for name in ("dice_low", "dice_high", "volume_low_ml", "volume_high_ml")]
+    assert all(intervals) == (one is MADE["usual"])
+    assert any(intervals) == (one is MADE["usual"])
+    assert bool(row["no_interval"]) != all(intervals)
+    for name in ("volume_ml", "expected_dice"):
+        assert row[name] == "" or float(row[name]) >= 0, "what is measured stands alone"
+
+
+def test_an_unusual_scan_is_no_less_in_need_of_a_look_for_having_no_interval() -> None:
+    assert MADE["unusual"].need == pytest.approx(MADE["usual"].need + 0.1)
+
+
+def test_what_is_measured_and_what_is_calibrated_stand_in_columns_of_their_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from delineate.cli.predict import _print_queue
+
+    _print_queue([MADE["usual"], MADE["unusual"]])
+    title, head, unusual, usual = capsys.readouterr().out.splitlines()[:4]
+    assert title.strip() == "to look at first"
+    assert head.index("expected Dice") < head.index("volume, 90% interval")
+    cells = [[part.strip() for part in re.split(r"\s{2,}", line.strip())] for line in (unusual, usual)]
+    assert cells[0] == ["unusual", "liver", "100.00", "0.900", "–", "–", "–", "unlike the training scans", "yes"]
+    assert cells[1][:5] == ["usual", "liver", "100.00", "0.900", "–"]
+    assert re.fullmatch(r"\d+\.\d\d – \d+\.\d\d", cells[1][5])
+    assert re.fullmatch(r"0\.\d{3} – 0\.\d{3}", cells[1][6])
 
 
 def saved(folder: Path, mirror: list[str], targets: Targets) -> Bundle:

@@ -52,8 +52,12 @@ def test_a_study_becomes_a_label_on_its_own_grid(predictor, real_data: Path, tmp
     assert set(np.unique(label.voxels)) <= {0, 1, 2}
 
 
-def test_a_segmentation_of_no_series_is_refused(predictor, real_data: Path, tmp_path: Path) -> None:
+def test_a_segmentation_of_no_series_fails_alone(predictor, real_data: Path, tmp_path: Path) -> None:
     case = next((real_data / "brats").iterdir())
-    [subject] = find_subjects([case], predictor.channels)
-    with pytest.raises(BadFormat, match="give the DICOM series"):
-        list(predict_subjects(predictor, [subject], tmp_path / "out", suffix=".dcm"))
+    study = real_data / "dicom" / "PGBM-001"
+    subjects = [*find_subjects([case], predictor.channels), *find_subjects([study], predictor.channels, PATTERNS)]
+    file, series = predict_subjects(predictor, subjects, tmp_path / "out", suffix=".dcm")
+    assert isinstance(file.error, BadFormat)
+    assert "give the DICOM series" in str(file.error)
+    assert not file.seconds, "said before the network ran"
+    assert series.error is None

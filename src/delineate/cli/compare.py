@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from delineate.cli.options import Json
+from delineate.cli.options import Json, Overwrite
 
 
 def compare(
@@ -18,6 +18,7 @@ def compare(
         str | None, typer.Option("--metrics", help="Sets and single metrics, joined by commas; default: all in common.")
     ] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Page to write, such as page.html.")] = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Compare methods measured on the same subjects: paired, corrected for many comparisons, in words."""
@@ -26,19 +27,23 @@ def compare(
     from delineate.cli.terminal import print_json
     from delineate.errors import MissingFile
     from delineate.evaluation.methods import compare_methods, on_common_subjects
-    from delineate.evaluation.table import Evaluation
+    from delineate.evaluation.table import FILES, Evaluation
+    from delineate.io.overwriting import check_outputs
     from delineate.metrics.catalogue import metric_names
 
     named: dict[str, Evaluation] = {}
+    inputs: list[Path] = []
     for argument in evaluations:
         name, equals, place = str(argument).partition("=")
         folder = Path(place if equals else name)
         inside = folder / "evaluation" if (folder / "evaluation" / "metrics.csv").exists() else folder
         if not (inside / "metrics.csv").exists():
             raise MissingFile(f"'{folder}' holds no metrics.csv; give a run, or what `delineate evaluate -o` wrote")
+        inputs += [inside / file for file in FILES]
         named[name if equals else folder.name] = Evaluation.read(inside)
     if len(named) < 2:
         raise typer.BadParameter("give two or more evaluations of different names, such as a=RUN1 b=RUN2")
+    check_outputs([report] if report is not None else [], inputs, overwrite=overwrite)
     found = compare_methods(named, None if metrics is None else metric_names(metrics))
     if report is not None:
         from delineate.reporting.html import MethodsReport, write_report

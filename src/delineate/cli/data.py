@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from delineate.cli.options import Images, Json, Labels, Layout, TargetsOption
+from delineate.cli.options import Images, Json, Labels, Layout, Overwrite, TargetsOption
 
 if TYPE_CHECKING:
     from delineate.datasets.inspection import Inspection
@@ -41,6 +41,10 @@ def inspect(
     from delineate.datasets.layouts import open_dataset
 
     dataset = open_dataset(folder, layout=layout, images=images, labels=labels, targets=parse_targets(targets))
+    if repair is not None:
+        from delineate.datasets.repair import check_new
+
+        check_new(repair)
     with Terminal() as terminal:
         inspection = run(
             dataset,
@@ -143,18 +147,24 @@ def convert(
         Literal["BINARY", "LABELMAP"], typer.Option("--kind", help="Of a DICOM-SEG: a frame for each target, or one.")
     ] = "BINARY",
     targets: TargetsOption = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert one scan or label; voxels keep their place in the patient."""
     from delineate.cli.parsing import parse_targets
     from delineate.core.targets import Targets
     from delineate.io.dicom_series import the_series
-    from delineate.io.exports import export_label
+    from delineate.io.exports import check_format, export_label, exported_files
     from delineate.io.formats import DICOM_SUFFIXES, check_writable, read_label, read_volume, write_volume
+    from delineate.io.overwriting import check_outputs
 
-    named_label = label or out.suffix.lower() in DICOM_SUFFIXES
-    check_writable(out, segments=named_label)
+    check_format(out.suffix.lower())
+    segmentation = label or out.suffix.lower() in DICOM_SUFFIXES
+    check_writable(out, segments=segmentation)
+    check_outputs(
+        exported_files(out) if segmentation else [out], [path, *([source] if source else [])], overwrite=overwrite
+    )
     place = path if pick is None else the_series(path, pick).instances[0].path
-    if named_label:
+    if segmentation:
         import numpy as np
 
         read = read_label(place)
@@ -172,6 +182,7 @@ def make_consensus(
     annotators: Annotated[list[Path], typer.Argument(help="A folder of labels for each annotator, two or more.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the labels that they agree on.")],
     method: Annotated[Literal["majority", "staple"], typer.Option("--method")] = "majority",
+    overwrite: Overwrite = False,
 ) -> None:
     """Make one label of several annotators' for each subject; say how well each pair of them agrees."""
     from itertools import combinations
@@ -182,11 +193,14 @@ def make_consensus(
     from delineate.evaluation.measure import evaluate
     from delineate.evaluation.pairs import labels_in, pair_files, targets_in
     from delineate.io.formats import read_label, write_label
+    from delineate.io.overwriting import check_outputs
 
     files = [labels_in(folder) for folder in annotators]
     subjects = sorted(set.intersection(*(set(found) for found in files)))
     if len(annotators) < 2 or not subjects:
         raise MissingFile("no subject has labels of two annotators; give folders whose files have the same names")
+    inputs = [file for found in files for file in found.values()]
+    check_outputs([out / f"{subject}.nii.gz" for subject in subjects], inputs, overwrite=overwrite)
     for subject in subjects:
         labels = [read_label(found[subject]) for found in files]
         agreed = consensus(labels, method, subject=subject)

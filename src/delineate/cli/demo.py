@@ -23,6 +23,7 @@ def demo(
     from delineate.datasets.phantoms.writing import write_phantoms
     from delineate.recipe import load_recipe
     from delineate.reporting.run import write_run_report
+    from delineate.training.folder import check_run_folder
     from delineate.training.options import Reporter, RunOptions
     from delineate.training.run import train
 
@@ -32,6 +33,7 @@ def demo(
             terminal.say(f"simulating {subjects} scans of livers with tumours, from two scanners")
             write_phantoms(scans, subjects)
         dataset = open_dataset(scans)
+        check_run_folder(out / "run", dataset)
         recipe = load_recipe("demo", [] if minutes is None else [f"training.minutes={minutes}"])
         options = RunOptions(cache=out / "prepared", device=device)
         result = train(recipe, dataset, out / "run", options, Reporter(terminal.say, terminal.progress))

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from delineate.cli.options import Json, TargetsOption
+from delineate.cli.options import Json, Overwrite, TargetsOption
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from delineate.datasets.dataset import Dataset
     from delineate.evaluation.table import Evaluation
     from delineate.metrics.statistics import Estimate
 
@@ -52,6 +55,7 @@ def evaluate(
         Literal["distinct", "purple"],
         typer.Option("--colours", help="Of overlays: told apart by everyone, or purple for agreement, red and blue."),
     ] = "distinct",
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Measure predictions against references, by subject and target."""
@@ -68,6 +72,7 @@ def evaluate(
     read_within = None if quantity is None else QuantityMap(quantity, margin_mm, threshold)
     measuring = Measuring(metrics, lesion_overlap, read_within, kept)
     asked, known = parse_targets(targets), open_references(references)
+    _check_outputs(out, report, [predictions, *([kept] if kept else [])], known, overwrite)
     evaluation = evaluate_folders(predictions, known, asked, measuring)
     if out is not None:
         evaluation.write(out)
@@ -83,6 +88,27 @@ def evaluate(
         return
     print_evaluation(evaluation, subjects=True)
     _print_details(evaluation)
+
+
+def _check_outputs(
+    out: Path | None, report: Path | None, predictions: Sequence[Path], known: Path | Dataset, overwrite: bool
+) -> None:
+    """Labels and scans stay as they are, and other files unless they may be replaced."""
+    from delineate.evaluation.table import FILES
+    from delineate.io.formats import suffix_of
+    from delineate.io.overwriting import check_outputs
+
+    folders, inputs = [*predictions], []
+    if isinstance(known, Path):
+        folders.append(known)
+    else:
+        inputs += [file for subject in known.subjects for file in subject.files]
+    for path in folders:
+        inputs += [file for file in path.iterdir() if suffix_of(file)] if path.is_dir() else [path]
+    outputs = [report] if report is not None else []
+    if out is not None:
+        outputs += [out / name for name in FILES]
+    check_outputs(outputs, inputs, overwrite=overwrite)
 
 
 def _print_details(evaluation: Evaluation) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from delineate.cli.options import Compile, Data, Device, Json, Precision, Threads
+from delineate.cli.options import Compile, Data, Device, Json, Overwrite, Precision, Threads
 
 
 def forgetting(
@@ -20,6 +20,7 @@ def forgetting(
     precision: Precision = "auto",
     compile: Compile = "auto",
     threads: Threads = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Measure what fine-tuning cost on the source data: both bundles on scans that neither saw, compared in pairs."""
@@ -29,13 +30,16 @@ def forgetting(
     from delineate.cli.terminal import Terminal, print_json
     from delineate.compute import plan_compute, torch_threads
     from delineate.datasets.layouts import open_dataset
-    from delineate.evaluation.forgetting import measure_forgetting
+    from delineate.evaluation.forgetting import measure_forgetting, outputs_of_forgetting
     from delineate.evaluation.measure import Measuring
     from delineate.evaluation.methods import compare_methods
+    from delineate.io.overwriting import check_outputs
     from delineate.metrics.catalogue import METRICS, formatted
 
     bundles = Bundle.load(before), Bundle.load(after)
     source = open_dataset(data)
+    inputs = [file for subject in source.subjects for file in subject.files]
+    check_outputs(outputs_of_forgetting(out, source), inputs, overwrite=overwrite)
     plan = plan_compute(
         device=device,
         precision=precision,

@@ -22,3 +22,4 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 o
 Precision = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option("--precision", help="Of convolutions.")]
 Compile = Annotated[Literal["auto", "on", "off"], typer.Option("--compile", help="Whether to compile the network.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: every usable core.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist; inputs never.")]

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from delineate.cli.options import Compile, Device, Json, Precision, Threads
+from delineate.cli.options import Compile, Device, Json, Overwrite, Precision, Threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from delineate.core.subject import Subject
+    from delineate.errors import DelineateError
     from delineate.inference.fingerprint import Oddity
     from delineate.inference.review import Review
 
@@ -59,76 +60,105 @@ def predict(
     precision: Precision = "auto",
     compile: Compile = "auto",
     threads: Threads = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Segment scans, each on its own grid. Not for diagnosis."""
+    """Segment scans, each on its own grid. Not for diagnosis.
+
+    The same command again resumes: scans that the same bundle predicted into OUT are skipped.
+    """
     from delineate.bundle import Bundle
     from delineate.cli.parsing import parse_patterns
     from delineate.cli.terminal import Terminal, print_json, print_table
     from delineate.compute import plan_compute, torch_threads
+    from delineate.core.text import printable
+    from delineate.errors import OutputError
     from delineate.inference.batch import find_subjects, predict_subjects, unseen_by
+    from delineate.inference.outputs import Outputs
     from delineate.inference.predictor import Predictor
-    from delineate.inference.review import write_queue
+    from delineate.inference.review import Review, write_queue
+    from delineate.io.exports import check_format
 
+    # What cannot work is said before anything runs.
+    check_format(f".{format}")
     bundles = [Bundle.load(folder) for folder in [bundle, *(also or [])]]
-    subjects = find_subjects(inputs, bundles[0].channels, parse_patterns(images))
-    if unseen:
-        subjects = unseen_by(bundles, subjects)
-    plan = plan_compute(
-        device=device,
-        precision=precision,
-        compile=compile,
-        threads=threads,
-        expected_seconds=float(len(subjects)),  # about a second a scan
+    found = find_subjects(inputs, bundles[0].channels, parse_patterns(images))
+    outputs = Outputs(
+        out,
+        f".{format}",
+        out / "probabilities" if probabilities else None,
+        bundles,
+        {"overlap": overlap, "flips": flips, "mirrored": mirrored},
     )
+    kept = [path for subject in found for path in subject.files]
+    kept += [path for folder in [bundle, *(also or [])] for path in folder.iterdir()]
+    planned = outputs.plan(unseen_by(bundles, found) if unseen else found, kept, overwrite=overwrite)
+    if not planned.ahead and planned.failed and not planned.done:
+        raise planned.failed[0][1]
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     reviews: list[Review] = []
-    with Terminal() as terminal, torch_threads(plan.threads):
-        for choice in plan.choices:
-            terminal.say(f"{choice.what}: {choice.choice} ({choice.why})")
-        predictor = Predictor(
-            bundles,
-            plan,
-            overlap=overlap,
-            flips=flips,
-            budget_bytes=int(memory_gb * 1e9),
-            mirrored=mirrored,
-            probabilities=probabilities,
-        )
+    full: OutputError | None = None
+    with Terminal() as terminal:
+
+        def fail(subject: Subject, error: DelineateError) -> None:
+            failed.append({"subject": subject.id, "error": str(error)})
+            terminal.say(f"{printable(subject.id)}: {printable(str(error))}")
 
         def warn(subject: Subject, odd: Sequence[Oddity]) -> None:
-            terminal.say(f"{subject.id}: unlike the training scans: {'; '.join(oddity.text for oddity in odd)}")
+            texts = "; ".join(oddity.text for oddity in odd)
+            terminal.say(f"{printable(subject.id)}: unlike the training scans: {printable(texts)}")
 
-        outcomes = predict_subjects(
-            predictor,
-            subjects,
-            out,
-            suffix=f".{format}",
-            on_oddities=warn,
-            probabilities=out / "probabilities" if probabilities else None,
-        )
-        for done, outcome in enumerate(outcomes, start=1):
-            terminal.progress("predicting", done, len(subjects))
-            if outcome.error is not None:
-                failed.append({"subject": outcome.subject.id, "error": str(outcome.error)})
-                terminal.say(f"{outcome.subject.id}: {outcome.error}")
-            else:
-                assert outcome.review is not None
-                reviews.append(outcome.review)
-                rows.append(
-                    {
-                        "subject": outcome.subject.id,
-                        "file": str(outcome.path),
-                        "seconds": outcome.seconds,
-                        "targets": outcome.review.targets,
-                        "unusual": list(outcome.review.oddities),
-                        "need": outcome.review.need,
-                    }
+        for subject, error in planned.failed:
+            fail(subject, error)
+        write_queue(outputs.review, [Review.of_failure(subject.id, error) for subject, error in planned.failed])
+        if planned.done:
+            terminal.say(f"{len(planned.done)} scans are predicted already; --overwrite predicts them again")
+        if planned.ahead:
+            plan = plan_compute(
+                device=device,
+                precision=precision,
+                compile=compile,
+                threads=threads,
+                expected_seconds=float(len(planned.ahead)),  # about a second a scan
+            )
+            for choice in plan.choices:
+                terminal.say(f"{choice.what}: {choice.choice} ({choice.why})")
+            with torch_threads(plan.threads):
+                predictor = Predictor(
+                    bundles,
+                    plan,
+                    overlap=overlap,
+                    flips=flips,
+                    budget_bytes=int(memory_gb * 1e9),
+                    mirrored=mirrored,
+                    probabilities=probabilities,
                 )
-    write_queue(out / "review.csv", reviews)
+                outcomes = predict_subjects(predictor, planned.ahead, out, on_oddities=warn, outputs=outputs)
+                try:
+                    for done, outcome in enumerate(outcomes, start=1):
+                        terminal.progress("predicting", done, len(planned.ahead))
+                        if outcome.error is not None:
+                            fail(outcome.subject, outcome.error)
+                            continue
+                        assert outcome.review is not None
+                        reviews.append(outcome.review)
+                        rows.append(
+                            {
+                                "subject": outcome.subject.id,
+                                "file": str(outcome.path),
+                                "seconds": outcome.seconds,
+                                "targets": outcome.review.targets,
+                                "no_interval": outcome.review.no_interval,
+                                "unusual": list(outcome.review.oddities),
+                                "need": outcome.review.need,
+                            }
+                        )
+                except OutputError as error:
+                    full = error  # no more can be written; what was written stays
     if json:
-        print_json({"predictions": rows, "failed": failed})
+        skipped = [subject.id for subject in planned.done]
+        print_json({"predictions": rows, "skipped": skipped, "failed": failed})
     else:
         _print_queue(reviews)
         stages = ["preprocess", "network", "undo", "postprocess"]
@@ -138,8 +168,11 @@ def predict(
         seams = [t["seam"] for row in rows for t in row["targets"].values() if t["seam"] == t["seam"]]
         if seams:
             typer.echo(f"probabilities change {median(seams):.2f} times as much across tiles' borders as beside them")
-        typer.echo(f"{len(rows)} predictions in {out}" + (f", {len(failed)} failed" if failed else ""))
-    if failed:
+        counts = [f"{len(planned.done)} there before"] * bool(planned.done) + [f"{len(failed)} failed"] * bool(failed)
+        typer.echo(", ".join([f"{len(rows)} predictions in {printable(str(out))}", *counts]))
+    if full is not None:
+        typer.echo(f"error {full}; the same command resumes when it can", err=True)
+    if failed or full is not None:
         raise typer.Exit(1)
 
 
@@ -147,32 +180,39 @@ _SHOWN = 10
 
 
 def _print_queue(reviews: list[Review]) -> None:
-    """What to look at first, the neediest on top."""
+    """What to look at first, the neediest on top: what is measured, then what is calibrated."""
     from delineate.cli.terminal import print_table
+    from delineate.core.text import printable
     from delineate.inference.confidence import LEVEL
     from delineate.inference.review import queue
 
+    first = queue(reviews)[:_SHOWN]
     rows = [
         [
-            row["subject"],
-            row["target"],
-            _with_range(row["volume_ml"], row["volume_low_ml"], row["volume_high_ml"], ".2f"),
-            _with_range(row["expected_dice"], row["dice_low"], row["dice_high"], ".3f"),
-            "" if row["agreement"] != row["agreement"] else f"{row['agreement']:.3f}",
-            "yes" if row["unusual"] else "",
+            printable(one.subject),
+            printable(target),
+            _number(values["volume_ml"], ".2f"),
+            _number(values["expected_dice"], ".3f"),
+            _number(values["agreement"], ".3f"),
+            _range(values["volume_low_ml"], values["volume_high_ml"], ".2f"),
+            _range(values["dice_low"], values["dice_high"], ".3f"),
+            one.no_interval.get(target, ""),
+            "yes" if one.oddities else "",
         ]
-        for one in queue(reviews)[:_SHOWN]
-        for row in one.rows()
+        for one in first
+        for target, values in one.targets.items()
     ]
     if rows:
-        interval = f"({LEVEL:.0%})"
-        columns = ["subject", "target", f"volume, ml {interval}", f"expected Dice {interval}", "agreement", "unusual"]
+        calibrated = [f"volume, {LEVEL:.0%} interval", f"Dice, {LEVEL:.0%} interval", "no interval because"]
+        columns = ["subject", "target", "volume, ml", "expected Dice", "agreement", *calibrated, "unusual"]
         print_table("to look at first", columns, rows)
         if len(reviews) > _SHOWN:
             typer.echo(f"and {len(reviews) - _SHOWN} more, in review.csv")
 
 
-def _with_range(value: float, low: float, high: float, spec: str) -> str:
-    if value != value:
-        return "–"
-    return f"{value:{spec}}" if low != low else f"{value:{spec}} ({low:{spec}} – {high:{spec}})"
+def _number(value: float, spec: str) -> str:
+    return "–" if value != value else f"{value:{spec}}"
+
+
+def _range(low: float, high: float, spec: str) -> str:
+    return "–" if low != low or high != high else f"{low:{spec}} – {high:{spec}}"

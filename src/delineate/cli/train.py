@@ -55,6 +55,7 @@ def train(
     from delineate.cli.parsing import data_changes, data_spec, opened
     from delineate.cli.terminal import Terminal, print_json
     from delineate.recipe import load_recipe
+    from delineate.training.folder import check_run_folder
     from delineate.training.options import Reporter, RunOptions
     from delineate.training.preparation import auto_recipe
     from delineate.training.run import train as run
@@ -63,6 +64,7 @@ def train(
     # What is quick to find wrong comes first.
     named = None if recipe == "auto" else load_recipe(recipe, changes)
     dataset = opened(data, named.data if named else data_spec(changes))
+    check_run_folder(out, dataset)
     options = RunOptions(
         fold=None if fold == "all" else _fold(fold),
         split_file=split,

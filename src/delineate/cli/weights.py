@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from delineate.cli.options import Json
+from delineate.cli.options import Json, Overwrite
 
 app = typer.Typer(
     help="Weights: import published ones, list them, export a run's.", no_args_is_help=True, rich_markup_mode=None
@@ -34,10 +34,13 @@ def export(
     include: Annotated[
         list[str] | None, typer.Option("--include", help="Pattern of names, such as 'encoder.*'; may be repeated.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a trained network's weights, or its encoder's, as a file that `start.weights` takes."""
     from delineate.bundle import export_weights
+    from delineate.io.overwriting import check_outputs
 
+    check_outputs([out], bundle.iterdir() if bundle.is_dir() else [], overwrite=overwrite)
     typer.echo(f"{export_weights(bundle, out, include or ['*'])} tensors in {out}")
 
 

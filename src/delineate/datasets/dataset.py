@@ -14,7 +14,7 @@ from delineate.core.grid import Grid
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
-from delineate.errors import BadShape, GridMismatch, MissingFile
+from delineate.errors import BadShape, ConstantScan, GridMismatch, MissingFile
 from delineate.io.formats import read_label, read_volume
 
 SAME_GRID_MM = 0.1
@@ -136,6 +136,27 @@ def check_channels(subject: Subject, path: Path, found: int) -> None:
             f"'{path.name}' of '{subject.id}' holds {found} channels, the data set names {len(names)} "
             f"({', '.join(names)}); name each in dataset.json, or save the one that is meant"
         )
+
+
+def check_shows_something(name: str, volume: Volume) -> None:
+    """Raise :class:`ConstantScan` or :class:`BadShape` for a scan in which nothing can be seen.
+
+    That is one whose channels all have a single value, as a single voxel has, and one that is no more
+    than a line of voxels. Inspection warns of a channel that is constant beside others that are not.
+    """
+    if all(channel.min() == channel.max() for channel in volume.voxels):
+        value = f"{float(volume.voxels.flat[0]):g}"
+        raise ConstantScan(
+            f"'{name}' has the same value everywhere ({value}); export the scan again, or leave the subject out"
+        )
+    if is_line(volume.grid):
+        shape = " × ".join(map(str, volume.grid.shape))
+        raise BadShape(f"'{name}' is a line of {shape} voxels, which shows no picture; export the whole scan")
+
+
+def is_line(grid: Grid) -> bool:
+    """Whether voxels lie along one axis only."""
+    return sum(side > 1 for side in grid.shape) < 2
 
 
 def check_grids(subject: str, what: str, grid: Grid, other_what: str, other: Grid) -> None:

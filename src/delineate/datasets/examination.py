@@ -14,7 +14,15 @@ from delineate.core.grid import Grid, Shape3
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
-from delineate.datasets.dataset import SAME_GRID_MM, NonFinite, Orientation, channels_in, check_channels, check_grids
+from delineate.datasets.dataset import (
+    SAME_GRID_MM,
+    NonFinite,
+    Orientation,
+    channels_in,
+    check_channels,
+    check_grids,
+    is_line,
+)
 from delineate.datasets.measuring import (
     Foreground,
     Intensity,
@@ -162,6 +170,8 @@ class Examination:
 
     def check_constant(self) -> None:
         constant = [name for name, intensity in self.intensities.items() if intensity.constant]
+        if self.grid is not None and is_line(self.grid) and len(constant) < len(self.intensities):
+            self.note("E_SHAPE", "the scan is a line of voxels, which shows no picture", "export the whole scan")
         if not constant:
             return
         message = f"channel {', '.join(constant)} has the same value everywhere"

@@ -17,9 +17,10 @@ from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import SAME_GRID_MM, Dataset, Orientation, resample_onto
 from delineate.datasets.mirroring import suspicion
-from delineate.errors import DelineateError, OutputError
+from delineate.errors import BadPath, DelineateError, OutputError
 from delineate.io.files import writing_beside
 from delineate.io.formats import is_series, parts_of, read_label, read_volume, write_label, write_volume
+from delineate.io.overwriting import check_folder
 
 MANIFEST = "repairs.json"
 
@@ -50,8 +51,7 @@ def repair(
     ``orientation`` chooses one. What cannot be repaired leaves its subject out. Raises
     :class:`OutputError` where ``out`` is not empty.
     """
-    if out.exists() and any(out.iterdir()):
-        raise OutputError(f"'{out}' is not empty; give a new folder, so that nothing is lost")
+    check_new(out)
     found: list[Repair] = []
     for done, subject in enumerate(dataset.subjects, start=1):
         found += _repair_subject(subject, dataset.root, out, dataset.targets, orientation)
@@ -59,10 +59,17 @@ def repair(
             progress(done, len(dataset.subjects))
     for name in ("dataset.json", "sites.csv"):
         if (dataset.root / name).is_file():
-            shutil.copyfile(dataset.root / name, out / name)
+            _copy(dataset.root / name, out / name)
     with writing_beside(out / MANIFEST) as beside:
         beside.write_text(json.dumps([asdict(r) for r in found], indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def check_new(folder: Path) -> None:
+    """Raise :class:`OutputError` where ``folder`` is not empty or cannot be made."""
+    check_folder(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"'{folder}' is not empty; give a new folder, so that nothing is lost")
 
 
 def _repair_subject(
@@ -75,6 +82,8 @@ def _repair_subject(
     try:
         if not subject.scans:
             raise OutputError("it has a label and no scan; add the scan")
+        for path in subject.files:
+            _check_inside(root, path)
         for path in dict.fromkeys(subject.scans.values()):
             volume, why = _readable(path, orientation)
             if first is None:
@@ -95,8 +104,7 @@ def _repair_subject(
         name = _below(root, path)
         if not why and not is_series(path):
             for file in parts_of(path):
-                (out / _below(root, file)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, out / _below(root, file))
+                _copy(file, out / _below(root, file))
             yield Repair(subject.id, name, "copied")
             continue
         place = out / (f"{name}.nii.gz" if is_series(path) else name)
@@ -149,9 +157,20 @@ def _label_onto(
     return LabelVolume(moved.voxels[0], grid), why
 
 
+def _copy(file: Path, to: Path) -> None:
+    with writing_beside(to) as beside:
+        shutil.copyfile(file, beside)
+
+
 def _joined(*reasons: str) -> str:
     return "; ".join(reason for reason in reasons if reason)
 
 
 def _below(root: Path, path: Path) -> str:
-    return path.relative_to(root).as_posix()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _check_inside(root: Path, path: Path) -> None:
+    """A file that dataset.json names elsewhere would be written elsewhere, over itself for example."""
+    if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:
+        raise BadPath(f"'{path}' lies outside of '{root}'; move it into the data set")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.folder import labelled
 from delineate.errors import SeveralSeries, UnknownLayout
-from delineate.io.formats import is_dicom
+from delineate.io.formats import is_dicom, name_of
+
+if TYPE_CHECKING:
+    from delineate.io.dicom_series import Series
 
 LABELS = ("*mask*", "*segmentation*")
 """Descriptions of series that are labels where no pattern names them; DICOM-SEG is one by its modality."""
@@ -25,19 +30,19 @@ def read_studies(
 
     ``images`` has a pattern for each channel, such as ``{"T1": "*t1*pre*", "FLAIR": "*flair*"}``;
     without it every series is a channel called by its description. A subject is called after the
-    folders that tell its files from other studies', never after a person. Raises
+    folders its files lie in, whichever of them is the root, never after a person in a header. Raises
     :class:`SeveralSeries` where a pattern fits several of one study, :class:`UnknownLayout` where
     it fits none of any.
     """
     if not first_dicom(root):
         return None
-    from delineate.io.dicom_series import Series, find_series, fits  # pydicom takes a while to import
+    from delineate.io.dicom_series import find_series, fits  # pydicom takes a while to import
 
     found = find_series(root)
     studies: dict[str, list[Series]] = defaultdict(list)
     for series in found:
         studies[series.study].append(series)
-    names = _names(root, studies)
+    names = _names(studies)
     shared = Counter(series.folder for series in found)
 
     def place(series: Series) -> Path:
@@ -88,19 +93,70 @@ def first_dicom(root: Path) -> list[Path]:
     return list(islice(filter(is_dicom, files), 1))
 
 
-def _names(root: Path, studies: Mapping[str, Sequence]) -> dict[str, str]:
-    """A study's first folder below the root that no other study has, or all of its folders."""
-    folders = {uid: Path(os.path.commonpath([series.folder for series in members])) for uid, members in studies.items()}
-    parts = {
-        uid: folder.relative_to(root).parts if folder.is_relative_to(root) else () for uid, folder in folders.items()
-    }
-    depth = max((len(p) for p in parts.values()), default=0)
-    for length in range(1, depth + 1):
-        names = {uid: "_".join(p[:length]) for uid, p in parts.items()}
-        if len(set(names.values())) == len(names) and all(names.values()):
-            return names
-    numbered = {uid: f"{root.resolve().name}_{i}" for i, uid in enumerate(sorted(studies), start=1)}
-    return numbered if len(numbered) > 1 else dict.fromkeys(studies, root.resolve().name)
+_UNTELLING = re.compile(
+    r"""\d+(\.\d+){3,}                              # a UID
+    | (19|20)\d{6} | (19|20)\d\d[-._]\d\d[-._]\d\d\b.* | \d\d[-._]\d\d[-._](19|20)\d\d\b.*    # a date
+    | \d+(\.\d+)?-.*-\d{5}                        # number, description and the end of a UID: a series
+    | dicom(dir)? | dcm | (pat?|stu?|ser?|img?)\d+  # what they are called on disks: DICOM/PA000/ST000/SE000
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""Names of folders that say what lies there, and not whose. A date is one, and no result is called after it."""
+
+_LEVELS = 4
+"""How far up a telling name is looked for: disk, patient, study, series."""
+
+
+def name_of_study(path: Path) -> str:
+    """What a result of one series (a zip, or one of its files) is called: as if its folder had been given.
+
+    Raises what reading DICOM's headers raises.
+    """
+    from delineate.io.dicom_series import the_series
+
+    series = the_series(path)
+    if series.instances[0].archive is None:
+        together = [file for file in path.parent.iterdir() if file.is_file() and is_dicom(file)]
+        if len(together) > len(series.instances):
+            return name_of(path)  # several series in one folder: only their files' names tell them apart
+    return _folders([series])[0]
+
+
+def _names(studies: Mapping[str, Sequence[Series]]) -> dict[str, str]:
+    """What each study is called: the innermost folder around it whose name tells, whichever folder was given.
+
+    Where several have the same, the folders below it are added until they differ, and numbers where they never do.
+    """
+    chains = {uid: _folders(members) for uid, members in studies.items()}
+    depth = max(map(len, chains.values()), default=0)
+    names = {uid: chain[0] for uid, chain in chains.items()}
+    for length in range(2, depth + 1):
+        count = Counter(names.values())
+        names |= {uid: "_".join(chains[uid][:length]) for uid, name in names.items() if count[name] > 1}
+    count, seen = Counter(names.values()), Counter[str]()
+    for uid in sorted(names):
+        name = names[uid]
+        seen[name] += 1
+        names[uid] = f"{name}_{seen[name]}" if count[name] > 1 else name
+    return names
+
+
+def _folders(members: Sequence[Series]) -> tuple[str, ...]:
+    """The names of the folders from the first that tells down to the one that holds all of a study."""
+    parts = Path(os.path.commonpath([_place(series) for series in members])).parts
+    descriptions = {series.description for series in members}
+    for k in range(1, min(_LEVELS, len(parts) - 1) + 1):
+        if not _UNTELLING.fullmatch(parts[-k]) and parts[-k] not in descriptions:
+            return parts[-k:]
+    return parts[-1:]
+
+
+def _place(series: Series) -> str:
+    """A series' folder; that within a zip as if it had been unpacked."""
+    if series.instances[0].archive is None:
+        return os.path.abspath(series.folder)
+    inside = [str(PurePosixPath(instance.member.replace("\\", "/")).parent) for instance in series.instances]
+    return os.path.join(os.path.abspath(series.folder.with_suffix("")), os.path.commonpath(inside))
 
 
 def _channel_names(series: Sequence) -> list[str]:

@@ -15,12 +15,18 @@ from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset, load_label
 from delineate.errors import BundleError
 from delineate.evaluation.measure import Measuring, compare
-from delineate.evaluation.table import Evaluation
+from delineate.evaluation.table import FILES, Evaluation
 from delineate.inference.batch import predict_subjects, unseen_by, with_channels
 from delineate.inference.predictor import Predictor
 from delineate.io.formats import read_label
 
 BEFORE, AFTER = "before", "after"
+
+
+def outputs_of_forgetting(out: Path, dataset: Dataset) -> list[Path]:
+    """The files that :func:`measure_forgetting` may write."""
+    labels = [out / name / f"{subject.id}.nii.gz" for name in (BEFORE, AFTER) for subject in dataset.subjects]
+    return labels + [out / f"{name}_evaluation" / file for name in (BEFORE, AFTER) for file in FILES]
 
 
 def measure_forgetting(

@@ -25,6 +25,9 @@ Summary = dict[str, dict[str, Estimate]]
 
 _MORE = ("lesions", "confusion", "reliability")
 
+FILES = ("metrics.csv", "summary.json", *(f"{name}.csv" for name in _MORE))
+"""What :meth:`Evaluation.write` writes into a folder."""
+
 LESION_SIZES_ML = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, inf)
 """Where one class of size ends and the next begins."""
 

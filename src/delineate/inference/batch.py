@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
 import numpy as np
 
 from delineate.bundle import Bundle
 from delineate.core.subject import Subject
+from delineate.core.text import printable
 from delineate.core.volume import Volume
-from delineate.datasets.dataset import load_scan
-from delineate.errors import DatasetError, DelineateError, MissingFile
-from delineate.inference.confidence import Calibration, Confidence
+from delineate.datasets.dataset import check_shows_something, load_scan
+from delineate.errors import DatasetError, DelineateError, MissingFile, OutputError
+from delineate.inference.confidence import Confidence
 from delineate.inference.fingerprint import Oddity
+from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Prediction, Predictor
-from delineate.inference.review import Review, review
+from delineate.inference.review import Review, review, write_queue
 from delineate.io.exports import export_label
 from delineate.io.formats import is_series, name_of, suffix_of, write_volume
+from delineate.io.overwriting import check_outputs
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,9 @@ def find_subjects(
 ) -> list[Subject]:
     """Subjects in folders (any known layout, or loose scans) and files, with the channels in the bundle's order.
 
-    ``images`` are patterns as :func:`~delineate.datasets.layouts.open_dataset` takes them. Raises
-    :class:`MissingFile` for what is not there or lacks a channel.
+    ``images`` are patterns as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
+    lacks a channel stays as it is: :func:`predict_subjects` says so of it. Raises :class:`MissingFile`
+    for an input that is not there, and where every subject lacks a channel.
     """
     from delineate.datasets.layouts import open_dataset
 
@@ -53,13 +59,34 @@ def find_subjects(
             found += [subject for subject in open_dataset(path, images=images).subjects if subject.scans]
         elif path.exists() and (suffix_of(path) or is_series(path)):
             # One file: all channels in it (4D), or the only channel there is.
-            found.append(Subject(name_of(path), dict.fromkeys(channels, path)))
+            found.append(Subject(_name_of(path), dict.fromkeys(channels, path)))
         else:
             raise MissingFile(f"no scan or folder at '{path}'; give NIfTI, MetaImage, NRRD or DICOM, or a data set")
-    names = [subject.id for subject in found]
+    names = [printable(subject.id) for subject in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DatasetError(f"several inputs are called {', '.join(twice)}; predict them into separate folders")
-    return [with_channels(subject, channels) for subject in found]
+    chosen, lacking = [], []
+    for subject in found:
+        try:
+            chosen.append(with_channels(subject, channels))
+        except MissingFile as error:
+            chosen.append(subject)
+            lacking.append(error)
+    if lacking and len(lacking) == len(found):
+        raise lacking[0]
+    return chosen
+
+
+def _name_of(path: Path) -> str:
+    """The same name as if the folder of a file had been given."""
+    if not is_series(path):
+        return name_of(path)
+    from delineate.datasets.studies import name_of_study
+
+    try:
+        return name_of_study(path)
+    except DelineateError:
+        return name_of(path)  # reading it will say what is wrong
 
 
 def _labels_of_others(inputs: Sequence[Path]) -> list[Path]:
@@ -104,49 +131,109 @@ def predict_subjects(
     on_tile: Callable[[int, int], None] | None = None,
     on_oddities: Callable[[Subject, Sequence[Oddity]], None] = lambda subject, oddities: None,
     probabilities: Path | None = None,
+    outputs: Outputs | None = None,
 ) -> Iterator[Outcome]:
-    """Predict each subject into ``folder/<id><suffix>``; one that cannot be read does not stop the rest.
+    """Predict each subject into ``folder/<id><suffix>``; one that cannot be read or written does not stop the rest.
 
     ``.dcm`` is a DICOM-SEG that refers to the subject's first channel, which must be a DICOM series.
-    ``on_oddities`` is told what is unusual of a scan before it is segmented. ``probabilities`` is a
+    ``on_oddities`` is told what is unusual about a scan before it is segmented. ``probabilities`` is a
     folder for those, as ``<id>.nii.gz`` with a channel for each target, of a predictor that keeps them.
+    With ``outputs``, which then say where everything goes, each subject is entered in its review list
+    as it comes, before its label is there. Raises :class:`OutputError` where the disk is full, since
+    nothing more can be written.
     """
+    where = outputs or Outputs(folder, suffix, probabilities)
     targets, models = predictor.targets, [bundle.weights_sha256 for bundle in predictor.bundles]
     resample = predictor.bundles[0].recipe.data.resample_channels
     codes = predictor.bundles[0].recipe.data.codings()
     # Errors of one bundle do not say how far off an ensemble is.
     calibration = predictor.calibration if len(predictor.bundles) == 1 else None
 
-    def write(subject: Subject, prediction: Prediction) -> list[Path]:
-        source = next(iter(subject.scans.values()))
-        if probabilities is not None:
-            _write_probabilities(probabilities / f"{subject.id}.nii.gz", prediction, source)
-        path = folder / f"{subject.id}{suffix}"
-        return export_label(
-            path, prediction.label, targets, source=source, about={"weights_sha256": models}, codes=codes
-        )
+    def read(subject: Subject) -> tuple[Subject, Volume]:
+        chosen = replace(with_channels(subject, predictor.channels), resample=resample)
+        where.check(chosen)
+        check_outputs(where.files(chosen), chosen.files, overwrite=True)
+        scan = load_scan(chosen)
+        check_shows_something(subject.id, scan)
+        return chosen, scan
 
-    queue = (replace(subject, resample=resample) for subject in subjects)
+    def write(subject: Subject, prediction: Prediction, odd: Sequence[Oddity]) -> tuple[Path, Review]:
+        made_by = "" if outputs is None else outputs.made_by(subject)
+        reviewed = review(subject.id, prediction.confidence, odd, calibration, made_by)
+        path, source = where.label(subject), next(iter(subject.scans.values()))
+        with _nothing_left_of(where.files(subject)):
+            # Whatever stops this half-way: an entry without its label is predicted again, a label without its
+            # entry would be in the way. But no old label may stand under a new entry.
+            first = not path.exists()
+            if outputs is not None and first:
+                write_queue(outputs.review, [reviewed])
+            if where.probabilities is not None:
+                _write_probabilities(where.probabilities / f"{subject.id}.nii.gz", prediction, source)
+            about = {"weights_sha256": models}
+            export_label(path, prediction.label, targets, source=source, about=about, codes=codes)
+            if outputs is not None and not first:
+                write_queue(outputs.review, [reviewed])
+        return path, reviewed
+
+    def failed(subject: Subject, error: DelineateError) -> Outcome:
+        if _disk_is_full(error):
+            raise error
+        reviewed = Review.of_failure(subject.id, error)
+        if outputs is not None:
+            write_queue(outputs.review, [reviewed])
+        return Outcome(subject, None, {}, error, reviewed)
+
+    def written(subject: Subject, prediction: Prediction, writing: Future[tuple[Path, Review]]) -> Outcome:
+        try:
+            path, reviewed = writing.result()
+        except DelineateError as error:
+            return failed(subject, error)
+        return Outcome(subject, path, prediction.seconds, review=reviewed, confidence=prediction.confidence)
+
+    queue = iter(subjects)
     with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
-        upcoming = _submit_next(reader, queue)
-        writing: tuple[Subject, Prediction, list[Oddity], Future[list[Path]]] | None = None
+        upcoming = _submit_next(reader, read, queue)
+        writing: tuple[Subject, Prediction, Future[tuple[Path, Review]]] | None = None
         while upcoming is not None:
             subject, reading = upcoming
-            upcoming = _submit_next(reader, queue)
+            upcoming = _submit_next(reader, read, queue)
             try:
-                volume = reading.result()
+                subject, volume = reading.result()
                 odd = predictor.oddities(volume)
                 if odd:
                     on_oddities(subject, odd)
                 prediction = predictor.predict(volume, on_tile)
             except DelineateError as error:
-                yield Outcome(subject, None, {}, error)
+                yield failed(subject, error)
                 continue
             if writing is not None:
-                yield _written(*writing, calibration)
-            writing = subject, prediction, odd, writer.submit(write, subject, prediction)
+                yield written(*writing)
+            writing = subject, prediction, writer.submit(write, subject, prediction, odd)
         if writing is not None:
-            yield _written(*writing, calibration)
+            yield written(*writing)
+
+
+@contextmanager
+def _nothing_left_of(files: Sequence[Path]) -> Iterator[None]:
+    """Remove those of ``files`` that are new where not all of them can be written; any failure as one of ours."""
+    new = [file for file in files if not file.exists()]
+    try:
+        yield
+    except BaseException as error:
+        for file in new:
+            with suppress(OSError, ValueError):
+                file.unlink()
+        if isinstance(error, OSError | ValueError):
+            raise OutputError(
+                f"'{printable(str(files[0]))}' cannot be written: {error}; choose another place"
+            ) from error
+        raise
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    # numpy says only how many bytes were written, without the system's number.
+    full, cause = (ENOSPC, EDQUOT, None), error.__cause__
+    return isinstance(error, OutputError) and isinstance(cause, OSError) and cause.errno in full
 
 
 def _write_probabilities(path: Path, prediction: Prediction, source: Path) -> None:
@@ -156,19 +243,8 @@ def _write_probabilities(path: Path, prediction: Prediction, source: Path) -> No
     write_volume(path, Volume(rounded, prediction.label.grid), like=source)
 
 
-def _submit_next(pool: ThreadPoolExecutor, queue: Iterator[Subject]) -> tuple[Subject, Future[Volume]] | None:
+def _submit_next(
+    pool: ThreadPoolExecutor, read: Callable[[Subject], tuple[Subject, Volume]], queue: Iterator[Subject]
+) -> tuple[Subject, Future[tuple[Subject, Volume]]] | None:
     subject = next(queue, None)
-    return None if subject is None else (subject, pool.submit(load_scan, subject))
-
-
-def _written(
-    subject: Subject,
-    prediction: Prediction,
-    odd: Sequence[Oddity],
-    writing: Future[list[Path]],
-    calibration: Calibration | None,
-) -> Outcome:
-    # A result that cannot be written is no fault of one scan: the error goes to the caller.
-    path = writing.result()[0]
-    reviewed = review(subject.id, prediction.confidence, odd, calibration)
-    return Outcome(subject, path, prediction.seconds, review=reviewed, confidence=prediction.confidence)
+    return None if subject is None else (subject, pool.submit(read, subject))

@@ -64,6 +64,10 @@ def oddities(fingerprint: Mapping[str, Any], scan: Volume, channels: Sequence[st
             float(some.min()), float(some.mean()), float(np.percentile(some, 99.5))
         )
     found = [_oddity(name, value, fingerprint[name]) for name, value in measured.items() if name in fingerprint]
+    for channel, voxels in zip(channels, scan.voxels, strict=True):
+        least = fingerprint.get(f"contrast of {channel}", {}).get("min", inf)
+        if voxels.min() == voxels.max() and least > 1.0:  # a placeholder, where training had none
+            found.append(Oddity(f"{channel} has the same value everywhere", log(1e6)))
     return sorted((oddity for oddity in found if oddity is not None), key=lambda oddity: -oddity.distance)
 
 

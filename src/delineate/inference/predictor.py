@@ -16,6 +16,7 @@ from delineate.bundle import Bundle
 from delineate.compute import ComputePlan
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import check_shows_something
 from delineate.errors import BundleError
 from delineate.inference.confidence import Calibration, Confidence, expected_dice, mutual_dice
 from delineate.inference.fingerprint import Oddity, oddities
@@ -120,12 +121,17 @@ class Predictor:
         return oddities(self.bundles[0].fingerprint, volume, self.channels)
 
     def predict(self, volume: Volume, progress: Progress | None = None) -> Prediction:
-        """The label of a scan, on its own grid: shape and affine are the scan's."""
+        """The label of a scan, on its own grid: shape and affine are the scan's.
+
+        Raises :class:`BundleError` for another number of channels, :class:`ConstantScan` and
+        :class:`BadShape` for a scan in which nothing can be seen.
+        """
         if volume.channels != len(self.channels):
             raise BundleError(
                 f"the scan has {volume.channels} channels, the bundle wants {len(self.channels)}: "
                 f"{', '.join(self.channels)}; give one file for each, or a 4D file"
             )
+        check_shows_something("the scan", volume)
         clock = _Clock()
         scores, seams = [], []
         for bundle, network, sliding in zip(self.bundles, self._networks, self._sliding, strict=True):

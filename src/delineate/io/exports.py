@@ -19,6 +19,22 @@ from delineate.io.formats import DICOM_SUFFIXES, SEGMENTATION_SUFFIX, check_writ
 SegmentationKind = Literal["BINARY", "LABELMAP"]
 
 
+def check_format(suffix: str) -> None:
+    """Raise :class:`BadFormat` where the packages that write a format are not installed."""
+    if suffix not in DICOM_SUFFIXES:
+        return
+    try:
+        import delineate.io.dicom_seg  # noqa: F401 - whether it can be imported
+    except ModuleNotFoundError as error:
+        raise BadFormat(f"DICOM-SEG needs '{error.name}', which is missing; pip install 'delineate[dicom]'") from error
+
+
+def exported_files(path: Path) -> list[Path]:
+    """The files that :func:`export_label` writes for ``path``, that one first."""
+    beside = {".vtk": (".nii.gz", ".json"), ".vti": (".json",)}
+    return [path, *(path.with_suffix(ending) for ending in beside.get(path.suffix.lower(), ()))]
+
+
 def export_label(
     path: Path,
     label: LabelVolume,
@@ -45,6 +61,7 @@ def export_label(
     if suffix in DICOM_SUFFIXES:
         if source is None or not is_series(source):
             raise BadFormat(f"'{path}' would be a DICOM-SEG, which refers to a series; give the DICOM series it is of")
+        check_format(suffix)
         from delineate.io.dicom_seg import write_segmentation
         from delineate.io.dicom_series import the_series
 
@@ -64,15 +81,13 @@ def export_label(
             values = {name: targets.written_value(name) for name in targets.names}
             write_segments(beside, targets.masks(label.voxels), values, label.grid)
         return [path]
-    write_label(path, label, like=source)
-    written = [path]
-    if suffix == ".vtk":
-        written.append(path.with_suffix(".nii.gz"))
-        write_label(written[-1], label, like=source)
-    if suffix in (".vtk", ".vti"):
-        written.append(path.with_suffix(".json"))
-        with writing_beside(written[-1]) as beside:
-            beside.write_text(json.dumps(_sidecar(label, targets) | dict(about or {}), indent=2) + "\n")
+    written = exported_files(path)
+    for file in written:
+        if file.suffix == ".json":
+            with writing_beside(file) as beside:
+                beside.write_text(json.dumps(_sidecar(label, targets) | dict(about or {}), indent=2) + "\n")
+        else:
+            write_label(file, label, like=source)
     return written
 
 

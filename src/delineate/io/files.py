@@ -44,8 +44,9 @@ def writing_beside(path: Path) -> Iterator[Path]:
     power cuts included, ``path`` is the old file, or the new one, or absent. Whatever goes wrong,
     nothing of the new file stays. :class:`OutputError` says why a file cannot be written.
     """
-    # Hidden, so that no listing of scans takes it for one.
-    beside = path.with_name(f".{token_hex(4)}-{path.name}")
+    # Hidden, so that no listing of scans takes it for one; with the end of the name alone, since a
+    # name may be as long as the disk allows.
+    beside = path.with_name(f".{token_hex(4)}-{path.name[-32:]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside

@@ -16,6 +16,7 @@ from delineate.datasets.dataset import Dataset, load_scan
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
 from delineate.inference.batch import with_channels
+from delineate.reporting.cautions import Training, cautions
 from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
 from delineate.reporting.overlays import overlays_of
@@ -29,20 +30,22 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
     bundle = Bundle.load(folder / "bundle")
     data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     evaluation = Evaluation.read(folder / "evaluation") if (folder / "evaluation" / "metrics.csv").exists() else None
+    learning, validation = (_curve(folder / "logs" / f"{name}.csv") for name in ("training", "validation"))
+    warned = cautions(Training(bundle.recipe.training, learning, validation), evaluation)
     content = RunReport(
         title=bundle.recipe.name,
         description=bundle.recipe.description,
         simulated=bool(bundle.provenance["simulated"]),
         data_rows=data["subjects"],
-        learning=_curve(folder / "logs" / "training.csv"),
-        validation=_curve(folder / "logs" / "validation.csv"),
+        learning=learning,
+        validation=validation,
         validation_loss=_curve(folder / "logs" / "validation_loss.csv"),
         evaluation=evaluation,
         overlays=[] if evaluation is None else _overlays(folder, bundle, dataset, evaluation),
         recipe_yaml=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         plan=json.loads((folder / "plan.json").read_text(encoding="utf-8")),
         provenance=_provenance(bundle),
-        notes=_notes(folder, bundle, data["problems"]),
+        notes=[*warned, *_notes(folder, bundle, data["problems"])],
         intervals=_intervals(folder / "evaluation" / "intervals.json"),
         seams=_seams(folder / "evaluation" / "confidence.csv"),
         crop=composite_picture(bundle.pipeline, _trained_on(bundle, dataset), bundle.channels),

@@ -18,9 +18,10 @@ from delineate.datasets.phantoms.abdomen import LIVER
 from delineate.datasets.phantoms.anatomy import Anatomy
 from delineate.datasets.phantoms.brain import EDEMA, ENHANCING, NON_ENHANCING
 from delineate.datasets.phantoms.kinds import Kind, kind_named
-from delineate.errors import RecipeError
+from delineate.errors import OutputError, RecipeError
 from delineate.io.files import writing_beside
 from delineate.io.formats import write_label, write_volume
+from delineate.io.overwriting import check_folder
 
 
 def write_phantoms(
@@ -36,7 +37,8 @@ def write_phantoms(
 
     Patient i is a function of kind, seed and i, so that more can be added. ``truth.csv`` has what is
     true of each: millilitres, and the fat fraction of a liver. Raises :class:`RecipeError` for an
-    unknown kind and a layout that cannot hold it, :class:`OutputError`.
+    unknown kind and a layout that cannot hold it, :class:`OutputError` where ``out`` holds anything but
+    simulated patients of this kind and seed.
     """
     chosen = kind_named(kind)
     name = layout or chosen.layout
@@ -44,6 +46,7 @@ def write_phantoms(
     if name not in holding:
         raise RecipeError(f"'{name}' cannot hold simulated scans of kind '{kind}'; {', '.join(holding)} can")
     arrangement, rows = ARRANGEMENTS[name], []
+    _check_alike(out, kind, seed)
     # First, so that no folder of simulated scans is ever taken for patients.
     about = {"simulated": True, "kind": kind, "description": chosen.description, "seed": seed, "patients": n}
     _write_json(out / SIMULATED, about)
@@ -62,6 +65,22 @@ def write_phantoms(
     if arrangement.by_patterns:
         return open_dataset(out, images=f"*/{chosen.channels[0]}.nii", labels="*/label.nii")
     return open_dataset(out)
+
+
+def _check_alike(out: Path, kind: str, seed: int) -> None:
+    """Raise :class:`OutputError` where files of another origin would be written over, or mixed with simulated ones."""
+    check_folder(out)
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    try:
+        about = json.loads((out / SIMULATED).read_text(encoding="utf-8"))
+        alike = (about["kind"], about["seed"]) == (kind, seed)
+    except (OSError, ValueError, KeyError, TypeError):
+        alike = False
+    if not alike:
+        raise OutputError(
+            f"'{out}' holds something else than simulated scans of kind '{kind}', seed {seed}; name a new folder"
+        )
 
 
 @dataclass(frozen=True)

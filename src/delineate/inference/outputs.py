@@ -1,0 +1,149 @@
+"""Where predictions go: their files, what they may replace, and which of them are there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from delineate.bundle import Bundle
+from delineate.core.subject import Subject
+from delineate.core.text import from_cell, printable
+from delineate.errors import BadFormat, DelineateError, OutputError
+from delineate.inference.review import read_queue
+from delineate.io.exports import exported_files
+from delineate.io.formats import DICOM_SUFFIXES, is_series, parts_of
+from delineate.io.overwriting import check_folder, check_outputs
+
+REVIEW = "review.csv"
+
+_LABELS = re.compile(
+    r"(labels?|masks?|annotations?|references?|ground.?truths?|gts?)([-_. ]?(tr|ts|train|test|val))?", re.I
+)
+"""Names of folders that hold labels; what lies there and predict did not write is somebody's work."""
+
+
+class Planned(NamedTuple):
+    """Subjects to predict, those whose prediction is there already, and those that cannot be predicted, with why."""
+
+    ahead: list[Subject]
+    done: list[Subject]
+    failed: list[tuple[Subject, DelineateError]]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files of predictions in ``folder``, in the format of ``suffix``, and probabilities if they are kept.
+
+    ``settings`` are what a label depends on beside the bundles and the scan.
+    """
+
+    folder: Path
+    suffix: str = ".nii.gz"
+    probabilities: Path | None = None
+    bundles: Sequence[Bundle] = ()
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def review(self) -> Path:
+        """The list of what to look at first."""
+        return self.folder / REVIEW
+
+    def label(self, subject: Subject) -> Path:
+        """Where a subject's label goes. Raises :class:`OutputError` for a name that no file can have."""
+        name = f"{subject.id}{self.suffix}"
+        if not subject.id or "\0" in name or Path(name).name != name:
+            raise OutputError(f"'{printable(subject.id)}' cannot be the name of a file; rename the subject")
+        return self.folder / name
+
+    def files(self, subject: Subject) -> list[Path]:
+        """Every file that is written of a subject."""
+        kept = [] if self.probabilities is None else [self.probabilities / f"{subject.id}.nii.gz"]
+        return [*exported_files(self.label(subject)), *kept]
+
+    def check(self, subject: Subject) -> None:
+        """Raise what would keep a subject from being written, as far as is known without reading it."""
+        for path in self.files(subject):
+            _check_name(path)
+        source = next(iter(subject.scans.values()), None)
+        if self.suffix in DICOM_SUFFIXES and (source is None or not is_series(source)):
+            raise BadFormat(
+                f"a DICOM-SEG refers to a DICOM series, and '{source}' is none; "
+                "give the DICOM series it came from, or choose another --format"
+            )
+
+    def made_by(self, subject: Subject) -> str:
+        """A digest of the bundles, the settings and the scan's files, by which a prediction is known again."""
+        files = sorted(
+            (file.name, found.st_size, found.st_mtime_ns)
+            for path in dict.fromkeys(subject.scans.values())
+            for file in _scan_files(path)
+            if (found := file.stat())
+        )
+        text = json.dumps([self._bundles, self.suffix, self.probabilities is not None, dict(self.settings), files])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def _bundles(self) -> list[list[object]]:
+        return [[b.weights_sha256, b.recipe.as_dict(), b.pipeline.model_dump_json()] for b in self.bundles]
+
+    def plan(self, subjects: Sequence[Subject], kept: Sequence[Path], *, overwrite: bool = False) -> Planned:
+        """What is to be done, before anything is.
+
+        A subject whose prediction this very bundle made of this very scan is done, unless ``overwrite``.
+        Raises :class:`OutputError` where a prediction would replace one of the ``kept`` files (scans and
+        labels) or, without ``overwrite``, any other file.
+        """
+        check_folder(self.folder)
+        rows = {from_cell(row["subject"]): row for row in read_queue(self.review)}
+        planned = Planned([], [], [])
+        outputs: list[Path] = []
+        for subject in subjects:
+            try:
+                self.check(subject)
+                files = self.files(subject)
+            except DelineateError as error:
+                planned.failed.append((subject, error))
+                continue
+            row = rows.get(printable(subject.id), {})
+            if not overwrite and all(map(os.path.lexists, files)) and row.get("made_by") == self._known(subject):
+                planned.done.append(subject)
+                continue
+            planned.ahead.append(subject)
+            outputs += files
+            if _LABELS.fullmatch(self.folder.resolve().name) and not row:
+                kept = [*kept, *files]
+        check_outputs(outputs, kept, overwrite=overwrite)
+        return planned
+
+    def _known(self, subject: Subject) -> str | None:
+        try:
+            return self.made_by(subject)
+        except (DelineateError, OSError):
+            return None  # it cannot be read, as predicting it will say
+
+
+def _scan_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [Path(place, name) for place, _, names in os.walk(path) for name in names]
+    return parts_of(path)
+
+
+def _check_name(path: Path) -> None:
+    """Raise :class:`OutputError` for a name that the disk does not take: too long, or not to be encoded."""
+    place = path.parent
+    while not place.is_dir() and place != place.parent:
+        place = place.parent
+    try:
+        (place / path.name).lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or "its name cannot be encoded"
+        raise OutputError(f"'{printable(path.name)}' cannot be written: {why}; rename the scan") from error

@@ -1,0 +1,112 @@
+"""What a reader should know before the numbers: a training cut short, weights still improving, biased volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import nan
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from delineate.evaluation.table import Evaluation
+from delineate.recipe import TrainingSpec
+
+_SPENT = 0.99
+"""Share of a budget from which on it counts as spent."""
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """How far a training came: its curves, as they lie in ``logs/``, beside the budget."""
+
+    spec: TrainingSpec
+    learning: pd.DataFrame | None
+    validation: pd.DataFrame | None
+
+    @property
+    def steps(self) -> int:
+        """Steps done; losses are numbered by the steps before them."""
+        return 0 if self.learning is None or self.learning.empty else int(self.learning["step"].iloc[-1]) + 1
+
+    @property
+    def minutes(self) -> float:
+        """Minutes spent up to the last validation, which is at the end of a budget; undefined without one."""
+        if self.validation is None or self.validation.empty or "minutes" not in self.validation:
+            return nan
+        return float(self.validation["minutes"].iloc[-1])
+
+    @property
+    def scores(self) -> list[tuple[int, float]]:
+        """Step and score of each validation; the score is what chooses the weights."""
+        if self.validation is None:
+            return []
+        table, each = self.validation, [c for c in self.validation.columns if str(c).startswith("dice_")]
+        score = table["dice"] if self.spec.validation.metric == "dice" else table[each].min(axis=1)
+        return [(int(step), float(value)) for step, value in zip(table["step"], score, strict=True)]
+
+    @property
+    def best(self) -> int:
+        """Which validation was the best, the first among equals; -1 where there was none."""
+        values = [score for _, score in self.scores]
+        return int(np.argmax(values)) if values else -1
+
+    @property
+    def spent(self) -> float:
+        """The share of the budget that was used; undefined where it is not known."""
+        shares = [
+            done / budget
+            for done, budget in ((self.steps, self.spec.steps), (self.minutes, self.spec.minutes))
+            if budget is not None and done == done
+        ]
+        return max(shares, default=nan)
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether training ended because validation had stopped improving."""
+        patience = self.spec.validation.patience
+        return patience is not None and len(self.scores) - 1 - self.best >= patience
+
+
+def cautions(training: Training, evaluation: Evaluation | None) -> list[str]:
+    """The sentences, the gravest first; none for a training that ran its course and is not biased."""
+    found = [*_of_training(training)]
+    return found if evaluation is None else [*found, *_of_volumes(evaluation)]
+
+
+def _of_training(training: Training) -> Iterator[str]:
+    spec, scores, best = training.spec, training.scores, training.best
+    if training.spent < _SPENT and not training.gave_up:
+        parts = []
+        if spec.steps is not None:
+            parts.append(f"{training.steps} of {spec.steps} steps")
+        if spec.minutes is not None and training.minutes == training.minutes:
+            parts.append(f"{training.minutes:.1f} of {spec.minutes:g} minutes")
+        yield f"Unfinished: {', '.join(parts)} were trained. Run the same command again to resume."
+    if not scores:
+        yield f"No validation chose the weights: they are those of the last of {training.steps} steps."
+    elif len(scores) == 1:
+        yield f"The weights were validated only once, at step {scores[0][0]}: whether they still improve is not known."
+    elif best == len(scores) - 1:
+        before = max(score for _, score in scores[:-1])
+        step, score = scores[-1]
+        yield (
+            f"Undertrained: the best weights are those of the last validation (step {step}, Dice {score:.3f}, "
+            f"{before:.3f} at best before), so the network was still improving. Train longer for a fair result."
+        )
+
+
+def _of_volumes(evaluation: Evaluation) -> Iterator[str]:
+    for agreeing in evaluation.agreements:
+        rows: list[dict[str, Any]] = [row for row in agreeing.rows() if row["of"] == "volume"]
+        for row in rows:
+            low, high = row["bias_ci95"]
+            if low > 0 or high < 0:
+                size = f"{abs(row['bias']):.3g} {row['unit']} too {'large' if low > 0 else 'small'}"
+                ends = " to ".join(f"{end:+.3g}".replace("-", "−") for end in (low, high))
+                yield (
+                    f"Biased volumes of {row['target']}: predicted {size} on average "
+                    f"(95 % interval {ends} {row['unit']}, n = {row['n']})."
+                )
+                break
