@@ -171,11 +171,15 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors as safetensors, beside and renamed."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with writing_beside(path) as temporary:
-        save_file(plain, temporary, metadata={key: str(value) for key, value in metadata.items()})
+        try:
+            save_file(plain, temporary, metadata={key: str(value) for key, value in metadata.items()})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error  # the system's own, which safetensors wraps
 
 
 def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:

@@ -34,6 +34,7 @@
      ├── WeightsError                E_WEIGHTS     published weights are missing, damaged or of another network
      ├── CannotUndo                  E_UNDO        a preprocessing step has no way back
      ├── TrainingError               E_TRAINING    training cannot go on
+     ├── RunInUse                    E_IN_USE      another training is running in the folder
      └── OutputError                 E_OUTPUT      a result cannot be written
 
 A message says what is wrong, what was found, and what to do about it.
@@ -240,6 +241,12 @@ class TrainingError(DelineateError):
     """Training cannot go on."""
 
     code = "E_TRAINING"
+
+
+class RunInUse(DelineateError):
+    """Another training is running in this run folder."""
+
+    code = "E_IN_USE"
 
 
 class OutputError(DelineateError):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import resource
 from pathlib import Path
 
 import pytest
 
 from delineate.errors import OutputError
-from delineate.io.files import writing_beside
+from delineate.io.files import appending, reserve, writing_beside
 
 
 def test_a_file_appears_whole_in_a_new_folder(tmp_path: Path) -> None:
@@ -79,3 +80,26 @@ def test_a_really_full_device(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="free some space"):
         write()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_appended_whole_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path, other = tmp_path / "log", tmp_path / "new" / "log"
+    path.write_bytes(b"first\n")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12, limit[1]))  # Python ignores the signal that comes with it
+    try:
+        for file in (path, other):
+            with pytest.raises(OutputError, match="limit on file sizes"), appending(file) as log:
+                log.write(b"second, too long")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == b"first\n"
+    assert not other.exists()
+    with appending(path) as log:
+        log.write(b"second\n")
+    assert path.read_bytes() == b"first\nsecond\n"
+
+
+def test_what_the_disk_cannot_promise_is_said_before_it_is_mapped(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w+b") as file, pytest.raises(OutputError, match="cannot be written"):
+        reserve(file, 2**60)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -200,12 +202,47 @@ class TestInterruption:
         self, subjects: list[Subject], tmp_path: Path
     ) -> None:
         folder = prepare(subjects, PIPELINE, TARGETS, tmp_path / "cache").folders[0]
-        old, new = folder / ".1a2b-image.npy", folder / ".3c4d-image.npy"
+        old, new = folder / ".1a2b3c4d-image.npy", folder / ".5e6f7a8b-image.npy"
         old.touch()
         new.touch()
         os.utime(old, (0, 0))
         prepare(subjects, PIPELINE, TARGETS, tmp_path / "cache")
         assert hidden_files(tmp_path / "cache") == [new]
+
+    def test_what_else_lies_in_the_folder_is_the_user_s(self, subjects: list[Subject], tmp_path: Path) -> None:
+        """``--cache ~`` must not empty anybody's home of its hidden files."""
+        cache = tmp_path / "home"
+        folder = prepare(subjects, PIPELINE, TARGETS, cache).folders[0]
+        names = (".bashrc", ".ssh/id", "project/.env", "project/.1a2b3c4d-image.npy", f"{folder.name}/.notes")
+        for name in names:
+            (cache / name).parent.mkdir(exist_ok=True)
+            (cache / name).write_text("mine")
+            os.utime(cache / name, (0, 0))
+        prepare(subjects, PIPELINE, TARGETS, cache)
+        assert all((cache / name).read_text() == "mine" for name in names)
+
+    def test_two_processes_at_once_agree(self, subjects: list[Subject], tmp_path: Path) -> None:
+        expected = prepare(subjects, PIPELINE, TARGETS, tmp_path / "expected")
+        (tmp_path / "job").write_bytes(pickle.dumps((subjects, PIPELINE, TARGETS, tmp_path / "cache")))
+        code = (
+            "import pickle, sys; from delineate.preprocessing.cache import prepare\n"
+            f"job = pickle.load(open({str(tmp_path / 'job')!r}, 'rb')); print(flush=True); sys.stdin.read()\n"
+            "for subject in prepare(*job): subject.image.sum()"
+        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        processes = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+        for process in processes:
+            process.stdout.readline()  # both have loaded what they need
+        for process in processes:
+            process.stdin.close()
+        assert [process.wait() for process in processes] == [0, 0]
+        for process in processes:
+            process.stdout.close()
+        together = prepare(subjects, PIPELINE, TARGETS, tmp_path / "cache")
+        for subject, alone in zip(together, expected, strict=True):
+            assert_array_equal(subject.image, alone.image)
+            assert_array_equal(subject.points[1], alone.points[1])
+        assert hidden_files(tmp_path / "cache") == []
 
     def test_two_runs_at_once_agree(self, subjects: list[Subject], tmp_path: Path) -> None:
         expected = prepare(subjects, PIPELINE, TARGETS, tmp_path / "expected")

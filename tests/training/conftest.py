@@ -36,7 +36,7 @@ def write_balls(root: Path, n: int) -> None:
         write_label(root / f"case{i}_label.nii.gz", LabelVolume(ball.astype(np.uint8), grid))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe() -> Recipe:
     """Two minutes' worth of nothing: a tiny network for a few steps."""
     return recipe_from(

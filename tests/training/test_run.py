@@ -25,7 +25,7 @@ from delineate.io.formats import read_header, read_label, write_label
 from delineate.networks import unet
 from delineate.recipe import recipe_from, to_yaml
 from delineate.reporting.run import write_run_report
-from delineate.training.options import Reporter, RunOptions
+from delineate.training.options import Reporter, RunOptions, Stop
 from delineate.training.preparation import assign_roles
 from delineate.training.run import train
 
@@ -127,20 +127,97 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(recipe, balls, tmp
         )
 
 
-def test_ctrl_c_ends_after_the_step_and_the_run_goes_on(recipe, balls, tmp_path) -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("stop", [Stop.INTERRUPT, Stop.TERMINATE])
+def test_a_signal_ends_after_the_step_and_the_run_resumes(stop, recipe, balls, tmp_path) -> None:
+    number = stop - 128
+    before = signal.getsignal(number)
 
     def interrupt(text: str) -> None:
         if text.startswith("step 4"):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     report = Reporter(interrupt)
     first = run(recipe, balls, tmp_path / "run", report)
+    assert first.stopped is stop
     assert not first.finished
     assert 4 <= first.steps <= 5
-    assert any("Ctrl-C" in text and "goes on from here" in text for text in report.messages)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert any(stop.cause in text and "resumes from here" in text for text in report.messages)
+    assert signal.getsignal(number) is before
     assert run(recipe, balls, tmp_path / "run").finished
+
+
+def test_a_second_ctrl_c_does_not_wait(recipe, balls, tmp_path) -> None:
+    def interrupt(text: str) -> None:
+        if text.startswith("step 4"):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit) as end:
+        run(recipe, balls, tmp_path / "run", Reporter(interrupt))
+    assert end.value.code == 130
+    assert run(recipe, balls, tmp_path / "run").finished
+
+
+def test_a_run_stopped_at_its_last_step_resumes_to_the_weights_of_one_that_was_not(recipe, balls, tmp_path) -> None:
+    """All steps are taken, and what follows the last one is still to do."""
+    values = recipe.as_dict()
+    values["network"]["norm"] = "batch"
+    recipe = recipe_from(values)
+    run(recipe, balls, tmp_path / "whole", evaluate=False)
+
+    def interrupt(text: str) -> None:
+        if text.startswith("step 12"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert run(recipe, balls, tmp_path / "parts", Reporter(interrupt)).stopped is Stop.INTERRUPT
+    resumed = run(recipe, balls, tmp_path / "parts")
+    assert resumed.steps == 12
+    assert resumed.evaluation is not None
+    whole, parts = weights_of(tmp_path / "whole/last"), weights_of(tmp_path / "parts/last")
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_stop_file_is_seen_while_held_out_subjects_are_predicted(recipe, balls, tmp_path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("predicting"):
+            (tmp_path / "run/stop").touch()
+
+    first = run(recipe, balls, tmp_path / "run", Reporter(progress=stop))
+    assert first.stopped is Stop.FILE
+    assert first.evaluation is None
+    assert not (tmp_path / "run/evaluation").exists()
+    assert run(recipe, balls, tmp_path / "run").evaluation is not None
+
+
+def test_what_decides_the_last_bit_is_recorded_and_a_change_is_said(recipe, balls, tmp_path) -> None:
+    def stop(text: str) -> None:
+        if text.startswith("step 4"):
+            (tmp_path / "run/stop").touch()
+
+    run(recipe, balls, tmp_path / "run", Reporter(stop))
+    computed = Bundle.load(tmp_path / "run/bundle").provenance["computed"]
+    assert computed | {"device": "cpu", "devices": 1, "threads": 1, "precision": "fp32", "compile": "off"} == computed
+    assert computed["torch"] == torch.__version__
+    assert computed["cpu_capability"]
+    same, other = Reporter(stop), Reporter()
+    run(recipe, balls, tmp_path / "run", same, evaluate=False)
+    run(recipe, balls, tmp_path / "run", other, evaluate=False, threads=2)
+    assert not any("was begun with" in text for text in same.messages)
+    assert any("begun with threads 1, now 2: the weights will not be" in text for text in other.messages)
+
+
+def test_tensorboard_reads_the_numbers_of_the_curves(recipe, balls, tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(recipe, balls, tmp_path / "run", evaluate=False)
+    events = EventAccumulator(str(tmp_path / "run/logs/tensorboard"))
+    events.Reload()
+    for curve, names in (("training", ["loss", "learning_rate"]), ("validation", ["dice", "dice_ball"])):
+        table = pd.read_csv(tmp_path / f"run/logs/{curve}.csv")
+        for name in names:
+            scalars = events.Scalars(name)
+            assert [event.step for event in scalars] == table["step"].tolist()
+            np.testing.assert_allclose([event.value for event in scalars], table[name], rtol=1e-4)
 
 
 def test_patience_ends_a_run_that_gets_no_better(recipe, balls, tmp_path) -> None:

@@ -24,11 +24,12 @@ def demo(
     from delineate.recipe import load_recipe
     from delineate.reporting.run import write_run_report
     from delineate.training.folder import check_run_folder
+    from delineate.training.lock import holding
     from delineate.training.options import Reporter, RunOptions
     from delineate.training.run import train
 
     scans = out / "simulated_scans"
-    with Terminal() as terminal:
+    with Terminal() as terminal, holding(out / "run"):
         if not (scans / "dataset.json").exists():
             terminal.say(f"simulating {subjects} scans of livers with tumours, from two scanners")
             write_phantoms(scans, subjects)
@@ -37,8 +38,8 @@ def demo(
         recipe = load_recipe("demo", [] if minutes is None else [f"training.minutes={minutes}"])
         options = RunOptions(cache=out / "prepared", device=device)
         result = train(recipe, dataset, out / "run", options, Reporter(terminal.say, terminal.progress))
-        if not result.finished:
-            return
+        if result.stopped is not None:
+            raise typer.Exit(result.stopped)
         report = write_run_report(out / "run", dataset)
     if result.evaluation is not None:
         print_evaluation(result.evaluation)

@@ -21,5 +21,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print machine-readable resul
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option("--precision", help="Of convolutions.")]
 Compile = Annotated[Literal["auto", "on", "off"], typer.Option("--compile", help="Whether to compile the network.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: every usable core.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="CPU threads; default: every usable core. Another number changes the weights' last digits.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist; inputs never.")]

@@ -10,9 +10,7 @@ import typer
 from delineate.cli.options import Compile, Data, Device, Images, Json, Labels, Layout, Precision, TargetsOption, Threads
 
 Recipe = Annotated[str, typer.Argument(help="A packaged recipe, a YAML file, or auto: derived from the data.")]
-Out = Annotated[
-    Path, typer.Option("--out", "-o", help="Run folder; the same command again goes on from where it stopped.")
-]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder, for one training at a time.")]
 Fold = Annotated[str, typer.Option("--fold", help="The fold to hold out, 0 to 4; all: train on every subject.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", min=0.01, help="Budget: minutes of training.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Budget: optimiser steps.")]
@@ -40,7 +38,10 @@ def train(
     evaluate: Annotated[bool, typer.Option(help="Predict and measure the held-out subjects at the end.")] = True,
     device: Device = "auto",
     devices: Annotated[
-        int, typer.Option("--devices", min=1, help="How many devices (CPU: processes) train together.")
+        int,
+        typer.Option(
+            "--devices", min=1, help="How many devices (CPU: processes) train together; started by this one command."
+        ),
     ] = 1,
     precision: Precision = "auto",
     compile: Compile = "auto",
@@ -51,11 +52,16 @@ def train(
     mlflow: Annotated[str | None, typer.Option("--mlflow", help="Tracking address, to log to MLflow too.")] = None,
     json: Json = False,
 ) -> None:
-    """Train on a folder of scans; predict and measure the held-out fold; write a report."""
+    """Train on a folder of scans; predict and measure the held-out fold; write a report.
+
+    The same command again resumes a run that was stopped. Exit status: 0 complete (patience that ran out too),
+    1 the work failed, 2 wrong usage, 3 stopped by the file OUT/stop, 130 by Ctrl-C, 143 by SIGTERM.
+    """
     from delineate.cli.parsing import data_changes, data_spec, opened
     from delineate.cli.terminal import Terminal, print_json
     from delineate.recipe import load_recipe
     from delineate.training.folder import check_run_folder
+    from delineate.training.lock import holding
     from delineate.training.options import Reporter, RunOptions
     from delineate.training.preparation import auto_recipe
     from delineate.training.run import train as run
@@ -78,7 +84,7 @@ def train(
         threads=threads,
         mlflow=mlflow,
     )
-    with Terminal() as terminal:
+    with Terminal() as terminal, holding(out):
         report = Reporter(terminal.say, terminal.progress)
         chosen, inspection = (
             auto_recipe(dataset, out, options, report, minutes=minutes, steps=steps, changes=changes)
@@ -86,21 +92,22 @@ def train(
             else (named, None)
         )
         result = run(chosen, dataset, out, options, report, inspection)
-        if result.finished and not report.silent:
+        if result.finished and not result.helper:
             from delineate.reporting.run import write_run_report
 
             write_run_report(out, dataset)
-    if report.silent:
-        return
+    if result.helper:
+        return  # with status 0 even where it was stopped: another would be taken for a failure by the first
     if json:
         measured = None if result.evaluation is None else result.evaluation.as_dict()
         print_json({"run": str(out), "steps": result.steps, "finished": result.finished, "evaluation": measured})
-        return
-    if result.evaluation is not None:
+    elif result.evaluation is not None:
         from delineate.cli.evaluate import print_evaluation
 
         print_evaluation(result.evaluation)
-    if result.finished:
+    if result.stopped is not None:
+        raise typer.Exit(result.stopped)
+    if not json:
         typer.echo(f"bundle  {out / 'bundle'}\nreport  {out / 'report.html'}")
 
 

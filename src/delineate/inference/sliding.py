@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from delineate.compute import ComputePlan
+from delineate.io.files import reserve
 from delineate.sampling.tiles import AXES, Tile, TileGeometry, standardised
 
 Network = Callable[[Tensor], Tensor]
@@ -112,9 +113,11 @@ class Sliding:
         return mean if geometry.slice_axis is None else mean.unsqueeze(geometry.slice_axis + 2)
 
     def _allocate(self, shape: tuple[int, ...]) -> NDArray[np.float16]:
-        if int(np.prod(shape)) * 2 <= self.budget_bytes:
+        size = int(np.prod(shape)) * 2
+        if size <= self.budget_bytes:
             return np.empty(shape, dtype=np.float16)
         with tempfile.TemporaryFile(prefix="delineate-") as file:  # freed with the last reference to the array
+            reserve(file, size)
             return np.memmap(file, dtype=np.float16, mode="w+", shape=shape)
 
 

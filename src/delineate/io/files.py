@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
+from typing import IO, BinaryIO
 
 from delineate.errors import OutputError
 
@@ -55,11 +57,50 @@ def writing_beside(path: Path) -> Iterator[Path]:
         if os.name == "posix":  # elsewhere folders cannot be opened
             _to_disk(path.parent)
     except OSError as error:
-        mend = _MENDS.get(error.errno or 0, "choose another place")
-        raise OutputError(f"'{path}' cannot be written: {error.strerror or error}; {mend}") from error
+        raise _refused(path, error) from error
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[BinaryIO]:
+    """Open ``path`` to append to; what cannot be appended whole leaves the file as it was.
+
+    The folder is created. Raises :class:`OutputError`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.stat().st_size if path.exists() else None
+    except OSError as error:
+        raise _refused(path, error) from error
+    try:
+        with path.open("ab") as file:
+            yield file
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink() if before is None else os.truncate(path, before)
+        raise _refused(path, error) from error
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Have the disk promise ``size`` bytes of ``file``. Raises :class:`OutputError`.
+
+    Writing through a memory map to a file with holes ends the process where the disk is full.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems promise nothing
+            raise _refused(Path(tempfile.gettempdir()), error) from error
+
+
+def _refused(path: Path, reason: OSError) -> OutputError:
+    # numpy says only how many bytes were written, without the system's number.
+    mend = _MENDS.get(reason.errno or 0, "free some space, or choose another place")
+    return OutputError(f"'{path}' cannot be written: {reason.strerror or reason}; {mend}")
 
 
 def _to_disk(path: Path) -> None:

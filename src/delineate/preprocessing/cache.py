@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -39,6 +40,8 @@ FORMAT = 1
 
 POINTS_PER_TARGET = 20_000
 _ABANDONED_S = 3600
+_SUBJECT = re.compile(r"[0-9a-f]{32}")
+_HALF_WRITTEN = re.compile(r"\.[0-9a-f]{8}-(image\.npy|target\.npy|points\.npy|meta\.json)")
 _OPEN_SUBJECTS = 32
 
 
@@ -299,8 +302,14 @@ def _draw_points(
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed runs have left half-written: hidden files that nobody has touched for an hour."""
-    for leftover in folder.rglob(".*"):
+    """Remove what killed runs have left half-written: files that nobody has touched for an hour.
+
+    Only by the names that prepared subjects have: any folder may be given as the cache, and whatever
+    else lies in it is the user's.
+    """
+    for leftover in folder.glob("*/.*"):
+        if not (_SUBJECT.fullmatch(leftover.parent.name) and _HALF_WRITTEN.fullmatch(leftover.name)):
+            continue
         with suppress(FileNotFoundError):  # its run has just finished it
             if time.time() - leftover.stat().st_mtime > _ABANDONED_S:
                 leftover.unlink()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import lightning
+import torch
 
 from delineate.bundle import save_weights
 from delineate.preprocessing.cache import PreparedSubject
 from delineate.sampling.batches import BatchSource
 from delineate.training.module import Delineator
+from delineate.training.options import Stop
 from delineate.training.validation import summary, validate
 
 Say = Callable[[str], None]
@@ -187,42 +190,76 @@ def collapse_message(step: int, module: Delineator) -> str:
 
 
 class Stopper(lightning.Callback):
-    """Ends training when the budget is spent, a file ``stop`` appears, or Ctrl-C or SIGTERM arrives."""
+    """Ends training when the budget is spent, a file ``stop`` appears, or Ctrl-C or SIGTERM arrives.
+
+    Signals are waited for within ``with stopper:``, around the whole of fitting. ``asked`` is why the
+    run is to end, even where that came too late to cut the training short; ``cut_short`` whether it was.
+    """
 
     def __init__(self, stop_file: Path, say: Say) -> None:
         self.stop_file, self.say = stop_file, say
-        self.asked = ""
+        self.asked: Stop | None = None
+        self.cut_short = False
         self._before: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: lightning.Trainer, module: Delineator) -> None:  # type: ignore[override]
-        self.stop_file.unlink(missing_ok=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._on_signal)
+    def __enter__(self) -> Self:
+        self._listen()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Delineator) -> None:  # type: ignore[override]
+        # Lightning has put a handler of its own before this one, which ends training without saving.
+        self._listen()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
-        if not self.asked and self.stop_file.exists():
-            self.asked = "the stop file"
-        asked = bool(self.asked)
+        if self.asked is None and self.stop_file.exists():
+            self.asked = Stop.FILE
+        asked = self.asked or 0
         if trainer.world_size > 1:
             # Whoever was asked, all stop after the same step.
-            asked = bool(trainer.strategy.reduce_boolean_decision(asked, all=False))
+            wanted = torch.tensor(asked, device=module.device)
+            asked = int(trainer.strategy.reduce(wanted, reduce_op="max"))
         if asked:
-            self.asked = self.asked or "another process"
-            self.say(f"stopping on {self.asked} after step {trainer.global_step}; the same command goes on from here")
+            self.asked, self.cut_short = Stop(asked), True
+            self.say(
+                f"stopping on {self.asked.cause} after step {trainer.global_step}; the same command resumes from here"
+            )
             trainer.should_stop = True
         elif module.progress >= 1.0:
             trainer.should_stop = True
 
-    def teardown(self, trainer: lightning.Trainer, module: Delineator, stage: str) -> None:  # type: ignore[override]
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-        self.stop_file.unlink(missing_ok=True)
+    def on_exception(self, trainer: lightning.Trainer, module: Delineator, error: BaseException) -> None:  # type: ignore[override]
+        # Helpers would wait for this process, or fail of its absence with a traceback.
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+
+    def _listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # only there may Python listen to signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, self._on_signal)
+            self._before.setdefault(number, before)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
-        self.asked = "Ctrl-C" if number == signal.SIGINT else "a signal to end"
+            raise SystemExit(Stop.INTERRUPT)  # the second Ctrl-C does not wait for the step
+        self.asked = Stop.INTERRUPT if number == signal.SIGINT else Stop.TERMINATE
+
+
+class KeepThreads(lightning.Callback):
+    """Holds torch to the plan's number of threads, which Lightning replaces where it starts helpers."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Delineator) -> None:  # type: ignore[override]
+        torch.set_num_threads(self.count)
 
 
 class StepProgress(lightning.Callback):

@@ -14,8 +14,8 @@ from typing import Any
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
+from delineate.bundle import save_tensors
 from delineate.errors import TrainingError
-from delineate.io.files import writing_beside
 
 _TENSOR, _ITEMS, _TUPLE = "tensor:", "items:", "tuple:"
 
@@ -24,12 +24,9 @@ class SafeCheckpointIO(CheckpointIO):
     """Saves and loads nested dictionaries of tensors, numbers, strings, lists and tuples."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         text = json.dumps(_encode(checkpoint, tensors))
-        with writing_beside(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"state": text})
+        save_tensors(Path(path), tensors, {"state": text})
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
         from safetensors import SafetensorError, safe_open

@@ -1,13 +1,19 @@
-"""Curves of a training: CSV files that a resumed run continues."""
+"""Curves of a training: CSV files that a resumed run continues, and events for TensorBoard."""
 
 from __future__ import annotations
 
 import csv
+import io
+import platform
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from delineate.io.files import appending, writing_beside
 
 TRAINING_CURVE, VALIDATION_LOSS_CURVE, VALIDATION_CURVE = "training.csv", "validation_loss.csv", "validation.csv"
 
@@ -24,7 +30,6 @@ class CurveLogger(Logger):
     def __init__(self, folder: Path, resumed_from: int) -> None:
         super().__init__()
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         # Losses are numbered by the steps before them, validations by the steps behind them.
         _keep_until(folder / TRAINING_CURVE, resumed_from - 1)
         _keep_until(folder / VALIDATION_LOSS_CURVE, resumed_from - 1)
@@ -47,12 +52,59 @@ class CurveLogger(Logger):
         curve = {"loss": TRAINING_CURVE, "validation_loss": VALIDATION_LOSS_CURVE}
         path = self.folder / curve.get(next(iter(metrics)), VALIDATION_CURVE)
         row = {"step": step, **{name: f"{value:.6g}" for name, value in metrics.items()}}
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        header = [] if path.exists() else [list(row)]
+        with appending(path) as file:
+            file.write(_csv([*header, list(row.values())]))
+
+
+class EventLogger(Logger):
+    """The same numbers as events for TensorBoard; a resumed run begins a file of its own.
+
+    Written at once and by the training itself: TensorBoard's own writer does so in a thread, which
+    would die of a full disk with a traceback, and loses the last minutes of a run that is killed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        # TensorBoard reads files of such names, in the order of their seconds.
+        self._path = folder / f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{time.time_ns()}"
+
+    @property
+    def name(self) -> str:
+        return "tensorboard"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The recipe is written beside; nothing to do."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        events = [Event(wall_time=time.time(), step=step or 0, summary=Summary(value=values))]
+        if not self._path.exists():
+            events.insert(0, Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._append(event.SerializeToString() for event in events)
+
+    def _append(self, records: Iterable[bytes]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with appending(self._path) as file:
+            writer = RecordWriter(file)
+            for record in records:
+                writer.write(record)
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode()
 
 
 def _keep_until(path: Path, step: int) -> None:
@@ -65,5 +117,7 @@ def _keep_until(path: Path, step: int) -> None:
     if not kept:
         path.unlink()
         return
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *kept])
+    text = _csv([header, *kept])
+    if text != path.read_bytes():
+        with writing_beside(path) as beside:
+            beside.write_bytes(text)

@@ -5,12 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 
 from delineate.compute import Compile, Precision
+from delineate.io.files import appending
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
+
+
+class Stop(IntEnum):
+    """Why a run ended before it was complete; the value is the exit status of the command."""
+
+    FILE = 3
+    INTERRUPT = 130
+    TERMINATE = 143
+
+    @property
+    def cause(self) -> str:
+        return {Stop.FILE: "the stop file", Stop.INTERRUPT: "Ctrl-C", Stop.TERMINATE: "a signal to end"}[self]
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,5 @@ class Reporter:
         self.messages.append(text)
         self.say(text)
         if self.log is not None:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
+            with appending(self.log) as file:
+                file.write((time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n").encode())

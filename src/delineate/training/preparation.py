@@ -130,6 +130,27 @@ def expected_seconds(recipe: Recipe) -> float:
     return shortest
 
 
+def threads_of(plan: ComputePlan, options: RunOptions) -> int:
+    """Threads of one process of a training."""
+    return max(1, plan.threads // (options.devices if plan.device.type == "cpu" else 1))
+
+
+def conditions(plan: ComputePlan, options: RunOptions) -> dict[str, str | int]:
+    """What decides the weights to the last bit, beside the recipe, the data and the versions.
+
+    Sums are taken in another order by another number of threads, and by other instructions.
+    """
+    return {
+        "device": torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else plan.device.type,
+        "devices": options.devices,
+        "threads": threads_of(plan, options),
+        "precision": plan.precision,
+        "compile": "on" if plan.compile else "off",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Prepared subjects by what they are for."""
@@ -190,6 +211,7 @@ def prepared_bundle(
             "left_out": sorted(inspection.broken),
             "file_hashes": {name: dict(rows[name].hashes) for name in sorted(rows)},
             "versions": versions(),
+            "computed": conditions(plan, options),
         },
     )
     return bundle, Prepared(training.in_memory(), validation.in_memory())

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,9 @@ import lightning
 import pandas as pd
 import torch
 import yaml
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from delineate.bundle import Bundle, save_weights
@@ -32,7 +34,7 @@ from delineate.compute import ComputePlan, plan_compute
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.inspection import Inspection
-from delineate.errors import RecipeError, TrainingError
+from delineate.errors import OutputError, RecipeError, TrainingError
 from delineate.evaluation.measure import Measuring, evaluate
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation, plain
@@ -47,11 +49,20 @@ from delineate.recipe import Recipe, recipe_from, to_yaml
 from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.batches import BatchSource
 from delineate.sampling.samplers import Sampler
-from delineate.training.callbacks import CollapseWatch, Keeper, StepProgress, Stopper, ValidationLoss, Validator
+from delineate.training.callbacks import (
+    CollapseWatch,
+    Keeper,
+    KeepThreads,
+    StepProgress,
+    Stopper,
+    ValidationLoss,
+    Validator,
+)
 from delineate.training.checkpoint import SafeCheckpointIO, steps_done
-from delineate.training.logs import CurveLogger
+from delineate.training.lock import holding, launching, stop_file
+from delineate.training.logs import CurveLogger, EventLogger
 from delineate.training.module import BatchStream, Budget, Delineator
-from delineate.training.options import Reporter, RunOptions
+from delineate.training.options import Reporter, RunOptions, Stop
 from delineate.training.preparation import (
     Prepared,
     assign_roles,
@@ -59,19 +70,29 @@ from delineate.training.preparation import (
     inspected,
     prepared_bundle,
     split_for,
+    threads_of,
 )
 from delineate.training.start import starting_network
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run lies, how far it came, and what its held-out subjects gave."""
+    """Where a run lies, how far it came, and what its held-out subjects gave.
+
+    ``stopped`` is why it ended before it was complete; None where it is. ``helper`` is true in processes
+    that only trained along with the first, which alone writes and says.
+    """
 
     folder: Path
     steps: int
-    finished: bool
+    stopped: Stop | None = None
     evaluation: Evaluation | None = None
     messages: tuple[str, ...] = ()
+    helper: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped is None
 
 
 def train(
@@ -82,18 +103,31 @@ def train(
     report: Reporter,
     inspection: Inspection | None = None,
 ) -> RunResult:
-    """Run ``recipe`` on ``dataset`` into ``folder``; a run that was stopped goes on.
+    """Run ``recipe`` on ``dataset`` into ``folder``; a run that was stopped resumes.
 
     ``inspection`` of the data set is made where it is not given.
 
     Raises :class:`BrokenSubjects` where inspection found errors, :class:`RecipeError` where
-    ``folder`` holds another recipe's run.
+    ``folder`` holds another recipe's run, :class:`RunInUse` where another training runs in it,
+    :class:`OutputError` where something cannot be written, on a full disk for example.
     """
-    # Processes beside the first are started with the same command; they only train.
-    first = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0"
-    report.silent = not first
-    if not first:
-        report.progress = lambda what, done, total: None
+    with holding(folder) as first:
+        # Processes beside the first are started with the same command; they only train.
+        if not first:
+            report.silent, report.progress = True, lambda what, done, total: None
+        return _run(recipe, dataset, folder, options, report, inspection, first=first)
+
+
+def _run(
+    recipe: Recipe,
+    dataset: Dataset,
+    folder: Path,
+    options: RunOptions,
+    report: Reporter,
+    inspection: Inspection | None,
+    *,
+    first: bool,
+) -> RunResult:
     report.log = folder / "logs" / "messages.txt"
     _check_same_recipe(recipe, folder)
     whole = dataset
@@ -117,16 +151,19 @@ def train(
     )
     for choice in plan.choices:
         report(f"{choice.what}: {choice.choice} ({choice.why})")
-    torch.set_num_threads(max(1, plan.threads // (options.devices if plan.device.type == "cpu" else 1)))
+    torch.set_num_threads(threads_of(plan, options))
     bundle, prepared = prepared_bundle(recipe, dataset, targets, inspection, roles, options, plan, report)
     _check_same_subjects(bundle, folder)
+    _compare_conditions(bundle, folder, report)
     if first:
         _write_decisions(folder, recipe, bundle, plan, inspection)
-    steps, finished = _fit(bundle, prepared, plan, folder, options, report)
+    with launching(folder, options.devices):
+        steps, stopped = _fit(bundle, prepared, plan, folder, options, report, first=first)
     evaluation = None
-    if finished and first and options.evaluate and roles.held_out:
+    if stopped is None and first and options.evaluate and roles.held_out:
         evaluation = _evaluate_held_out(folder, roles.held_out, plan, report)
-    return RunResult(folder, steps, finished, evaluation, tuple(report.messages))
+        stopped = Stop.FILE if evaluation is None else None
+    return RunResult(folder, steps, stopped, evaluation, tuple(report.messages), helper=not first)
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
@@ -159,6 +196,20 @@ def _check_same_subjects(bundle: Bundle, folder: Path) -> None:
         )
 
 
+def _compare_conditions(bundle: Bundle, folder: Path, report: Reporter) -> None:
+    """Say how a run is resumed under other conditions than it was begun under."""
+    if not (folder / "bundle" / "bundle.json").exists():
+        return
+    before = Bundle.load(folder / "bundle").provenance.get("computed", {})
+    now = bundle.provenance["computed"]
+    differing = [f"{what} {before[what]}, now {now[what]}" for what in now if before.get(what, now[what]) != now[what]]
+    if differing:
+        report(
+            f"this run was begun with {'; '.join(differing)}: the weights will not be bit for bit "
+            "those of a run that was not stopped"
+        )
+
+
 def _write_decisions(folder: Path, recipe: Recipe, bundle: Bundle, plan: ComputePlan, inspection: Inspection) -> None:
     texts = {
         "plan.json": json.dumps(plan.rows(), indent=1),
@@ -174,14 +225,21 @@ def _write_decisions(folder: Path, recipe: Recipe, bundle: Bundle, plan: Compute
 
 
 def _fit(
-    bundle: Bundle, prepared: Prepared, plan: ComputePlan, folder: Path, options: RunOptions, report: Reporter
-) -> tuple[int, bool]:
-    """Train until the budget is spent; returns the steps done and whether the training is complete."""
+    bundle: Bundle,
+    prepared: Prepared,
+    plan: ComputePlan,
+    folder: Path,
+    options: RunOptions,
+    report: Reporter,
+    *,
+    first: bool,
+) -> tuple[int, Stop | None]:
+    """Train until the budget is spent; returns the steps done and why the run is to end here, if it is."""
     spec, state = bundle.recipe.training, folder / "last" / "state.safetensors"
     resumed_from = steps_done(state)
     if (folder / "last" / "weights.safetensors").exists() and not _has_more_budget(spec, state):
         report(f"training was complete after {resumed_from} steps")
-        return resumed_from, True
+        return resumed_from, None
     sampler = Sampler(bundle.recipe.sampler, prepared.training, bundle.geometry, spec.seed)
     source = BatchSource(sampler, bundle.recipe.augmentation, spec.batch_size)
     budget = Budget(spec.steps, None if spec.minutes is None else spec.minutes * 60)
@@ -190,13 +248,14 @@ def _fit(
     if has_random_features(module.loss):
         report("the content loss judges by random features, not by VGG19's")
     if resumed_from:
-        report(f"going on from step {resumed_from}")
+        report(f"resuming from step {resumed_from}")
     validator = Validator(prepared.validation, folder / "bundle", report)
-    stopper = Stopper(folder / "stop", report)
+    stopper = Stopper(stop_file(folder), report)
     callbacks: list[lightning.Callback] = [
         validator,
         CollapseWatch(spec.collapse_after, report),
         stopper,
+        KeepThreads(threads_of(plan, options)),
         StepProgress(report.progress, validator),
         Keeper(state),
     ]
@@ -207,22 +266,30 @@ def _fit(
         source = BatchSource(of_validation, unchanged, spec.batch_size)
         callbacks.append(ValidationLoss(source, spec.validation.loss_every))
     trainer = _trainer(spec, plan, folder, options, callbacks, resumed_from)
-    with warnings.catch_warnings():
+    if first:
+        # Lightning has read another from what a launcher left in the environment.
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
+    with warnings.catch_warnings(), stopper:
         # Said of every endless stream of batches, and of reading in the main process: both are on purpose.
         warnings.filterwarnings("ignore", module="lightning")
-        trainer.fit(
-            module,
-            DataLoader(BatchStream(module), batch_size=None),
-            ckpt_path=str(state) if resumed_from else None,
-        )
-    finished = not stopper.asked
-    if finished and trainer.is_global_zero:
+        try:
+            trainer.fit(
+                module,
+                DataLoader(BatchStream(module), batch_size=None),
+                ckpt_path=str(state) if resumed_from else None,
+            )
+        except SIGTERMException:  # Lightning's, where the signal came while training was being set up
+            stopper.asked, stopper.cut_short = stopper.asked or Stop.TERMINATE, True
+    if not stopper.cut_short and trainer.is_global_zero:
+        if resumed_from == trainer.global_step:
+            # Only these weights were missing, and what follows the last step did not happen again.
+            module.refresh_statistics()
         weights = module.kept_network.state_dict()
         if validator.best_step < 0:
             save_weights(folder / "bundle", weights, {"step": trainer.global_step})
         bundle.save(folder / "last", weights, {"step": trainer.global_step})
         report(f"trained {trainer.global_step} steps in {budget.elapsed() / 60:.1f} min")
-    return trainer.global_step, finished
+    return trainer.global_step, stopper.asked
 
 
 def _trainer(
@@ -233,15 +300,13 @@ def _trainer(
     callbacks: list[lightning.Callback],
     resumed_from: int,
 ) -> lightning.Trainer:
-    from lightning.pytorch.loggers import TensorBoardLogger
-
     # What Lightning finds of devices and precision is said by the plan already.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logs = folder / "logs"
     loggers: list[Any] = [
         CurveLogger(logs, resumed_from),
-        TensorBoardLogger(str(logs), name="", version="tensorboard"),
+        EventLogger(logs / "tensorboard"),
     ]
     if options.mlflow is not None:
         from lightning.pytorch.loggers import MLFlowLogger
@@ -266,7 +331,8 @@ def _trainer(
         gradient_clip_val=spec.clip_norm,
         logger=loggers,
         callbacks=callbacks,
-        plugins=[SafeCheckpointIO()],
+        # Helpers are started here, never found in what a scheduler says: the tasks of an array are runs of their own.
+        plugins=[SafeCheckpointIO(), LightningEnvironment()],
         log_every_n_steps=1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -285,8 +351,10 @@ def _has_more_budget(spec: Any, state: Path) -> bool:
     return budget.progress(int(saved["global_step"])) < 0.99
 
 
-def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputePlan, report: Reporter) -> Evaluation:
-    """Predict the held-out subjects with the kept weights, on their own grids, and measure."""
+def _evaluate_held_out(
+    folder: Path, subjects: Sequence[Subject], plan: ComputePlan, report: Reporter
+) -> Evaluation | None:
+    """Predict the held-out subjects with the kept weights, on their own grids, and measure; None where stopped."""
     bundle = Bundle.load(folder / "bundle")
     predictor = Predictor([bundle], replace(plan, compile=False), probabilities=True)
     chosen = [with_channels(subject, bundle.channels) for subject in subjects]
@@ -294,6 +362,11 @@ def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputeP
     probabilities = folder / "predictions" / "probabilities"
     predicting = predict_subjects(predictor, chosen, folder / "predictions", probabilities=probabilities)
     for done, outcome in enumerate(predicting, start=1):
+        if stop_file(folder).exists():
+            report(f"stopping on {Stop.FILE.cause}; the same command resumes from here")
+            return None
+        if isinstance(outcome.error, OutputError):
+            raise outcome.error
         if outcome.error is not None or outcome.path is None:
             raise TrainingError(f"held-out subject '{outcome.subject.id}' could not be predicted: {outcome.error}")
         assert outcome.subject.label is not None  # inspection refuses subjects without one

@@ -1,0 +1,159 @@
+"""One training at a time in a run folder, and which processes belong to it.
+
+The first process of a training holds ``RUN/.lock`` by a lock of the operating system, which ends
+with the process, however that ends. The processes that it starts for ``--devices`` know it by a
+word that stands in the file while it is held; variables that a scheduler or an earlier launch left
+in the environment mean nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+
+from delineate.errors import OutputError, RunInUse
+
+_GROUP = "DELINEATE_GROUP"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_LAUNCHERS = (
+    "LOCAL_RANK", "RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+)  # fmt: skip
+"""Variables by which launchers tell Lightning's processes apart."""
+
+_held: dict[tuple[Path, int], str] = {}
+"""The folders that this process holds, by thread, with the word of each."""
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[bool]:
+    """Hold a run folder for one training; yields whether this process is the first of that training.
+
+    False is for those that the first has started to help. Where a thread holds the folder already,
+    this is part of the same hold. Raises :class:`RunInUse`, :class:`OutputError`.
+    """
+    key = (folder.resolve(), threading.get_ident())
+    if key in _held:
+        yield True
+        return
+    path = folder / ".lock"
+    if (word := os.environ.get(_GROUP)) is not None and _holder(path).get("group") == word:
+        yield False
+        return
+    is_new = not folder.exists()
+    descriptor = _locked(path)
+    try:
+        _held[key] = _sign(descriptor, path)
+        stop_file(folder).unlink(missing_ok=True)  # it was meant for a run that is no more
+        yield True
+    finally:
+        _held.pop(key, None)
+        # While they are held: files removed later could be another's.
+        with suppress(OSError):
+            stop_file(folder).unlink(missing_ok=True)
+            path.unlink()
+        os.close(descriptor)
+        if is_new:
+            with suppress(OSError):  # a run that was refused at once leaves nothing
+                folder.rmdir()
+
+
+def stop_file(folder: Path) -> Path:
+    """The file that asks the training in ``folder`` to end; from the moment that it holds the folder."""
+    return folder / "stop"
+
+
+@contextmanager
+def launching(folder: Path, devices: int) -> Iterator[None]:
+    """Let the processes that are started within the block be of the group of this one, and of no other."""
+    word = _held.get((folder.resolve(), threading.get_ident()))
+    if word is None:  # a helper keeps what the first has told it
+        yield
+        return
+    before = {name: os.environ.get(name) for name in (*_LAUNCHERS, _GROUP)}
+    for name in _LAUNCHERS:
+        os.environ.pop(name, None)
+    if devices > 1:
+        os.environ[_GROUP] = word
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of the file that stands at ``path``, locked."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its last holder may have removed the file after it was opened here.
+                if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                raise RunInUse(_in_use(path)) from None
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    return descriptor
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+    except OSError as error:
+        raise OutputError(
+            f"the run folder '{path.parent}' cannot be used: {error.strerror}; choose another --out"
+        ) from error
+
+
+def _sign(descriptor: int, path: Path) -> str:
+    """Write into the lock who holds it; returns the word of its group."""
+    word = token_hex(16)
+    about = {
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "group": word,
+    }
+    text = json.dumps(about).encode()
+    try:
+        os.ftruncate(descriptor, 0)
+        # A disk may be too full for all of it.
+        if os.pwrite(descriptor, text, 0) < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise OutputError(f"'{path}' cannot be written: {error.strerror}; free some space") from error
+    return word
+
+
+def _in_use(path: Path) -> str:
+    holder = _holder(path)
+    who = "process {pid} on {host}, since {since}".format(**holder) if holder else "a process that has just started"
+    return (
+        f"another training is running in '{path.parent}' ({who}); wait until it ends, stop it "
+        f"(Ctrl-C there, or: touch '{stop_file(path.parent)}'), or use another --out, in a job array for example "
+        "--out run$SLURM_PROCID"
+    )
+
+
+def _holder(path: Path) -> dict[str, str]:
+    """What the lock says of its holder; nothing where it says nothing yet."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    known = isinstance(holder, dict) and all(name in holder for name in ("pid", "host", "since", "group"))
+    return {name: str(value) for name, value in holder.items()} if known else {}
