@@ -341,6 +341,16 @@ def test_a_subject_without_a_channel_fails_alone(tmp_path: Path, predictor: Pred
     lacking, whole = predict_subjects(predictor, [both[0], one[1]], tmp_path / "out")
     assert str(lacking.error).startswith("E_MISSING")
     assert whole.error is None
+    planned = Outputs(tmp_path / "new", bundles=predictor.bundles).plan([both[0], one[1]], [])
+    assert [subject.id for subject, _ in planned.failed] == ["a"], "and it is known before any is predicted"
+
+
+def test_what_cannot_be_read_is_not_taken_for_predicted(bundle: Path, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.nii.gz").write_text("somebody's")
+    (scans / "a.dcm").write_bytes(b"no DICOM")
+    assert "exists already" in str(predict(bundle, scans / "a.dcm", "-o", out, code=1).exception)
 
 
 SEEN = {

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from delineate.bundle import Bundle
 from delineate.core.subject import Subject
 from delineate.core.text import from_cell, printable
-from delineate.errors import BadFormat, DelineateError, OutputError
+from delineate.errors import BadFormat, DelineateError, MissingFile, OutputError
 from delineate.inference.review import read_queue
 from delineate.io.exports import exported_files
 from delineate.io.formats import DICOM_SUFFIXES, is_series, parts_of
@@ -71,6 +71,9 @@ class Outputs:
         """Raise what would keep a subject from being written, as far as is known without reading it."""
         for path in self.files(subject):
             _check_name(path)
+        channels = self.bundles[0].channels if self.bundles else ()
+        if missing := [channel for channel in channels if channel not in subject.scans]:
+            raise MissingFile(f"'{printable(subject.id)}' lacks {', '.join(missing)}; add them, or leave it out")
         source = next(iter(subject.scans.values()), None)
         if self.suffix in DICOM_SUFFIXES and (source is None or not is_series(source)):
             raise BadFormat(
@@ -112,7 +115,8 @@ class Outputs:
                 planned.failed.append((subject, error))
                 continue
             row = rows.get(printable(subject.id), {})
-            if not overwrite and all(map(os.path.lexists, files)) and row.get("made_by") == self._known(subject):
+            there, made_by = all(map(os.path.lexists, files)), row.get("made_by")
+            if there and made_by and not overwrite and made_by == self._known(subject):
                 planned.done.append(subject)
                 continue
             planned.ahead.append(subject)
