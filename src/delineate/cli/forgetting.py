@@ -23,8 +23,6 @@ def forgetting(
     json: Json = False,
 ) -> None:
     """Measure what fine-tuning cost on the source data: both bundles on scans that neither saw, compared in pairs."""
-    from dataclasses import asdict
-
     from delineate.bundle import Bundle
     from delineate.cli.terminal import Terminal, print_json
     from delineate.compute import plan_compute, torch_threads
@@ -32,7 +30,8 @@ def forgetting(
     from delineate.evaluation.forgetting import measure_forgetting
     from delineate.evaluation.measure import Measuring
     from delineate.evaluation.methods import compare_methods
-    from delineate.metrics.catalogue import METRICS, formatted
+    from delineate.evaluation.table import averaged
+    from delineate.metrics.catalogue import METRICS
 
     bundles = Bundle.load(before), Bundle.load(after)
     source = open_dataset(data)
@@ -54,13 +53,16 @@ def forgetting(
         )
     differences = compare_methods(found)
     if json:
-        print_json([asdict(d) for d in differences])
+        print_json([d.as_dict() for d in differences])
         return
     first, then = (evaluation.summary() for evaluation in found.values())
     for target, estimates in first.items():
         for metric, estimate in estimates.items():
             if METRICS[metric].better:
-                was, became = (formatted(metric, e.mean) for e in (estimate, then[target][metric]))
+                was, became = (
+                    averaged(metric, e) + (f" (failed {e.failures})" if e.failed else "")
+                    for e in (estimate, then[target][metric])
+                )
                 typer.echo(f"{target}: {METRICS[metric].title} {was} before, {became} after")
     for difference in differences:
         typer.echo(str(difference))
