@@ -11,6 +11,8 @@ import pytest
 
 from delineate.evaluation.agreement import QuantityMap, agreements, crossing_sentences, crossings
 from delineate.evaluation.table import LESION_COLUMNS, Evaluation
+from delineate.metrics.agreement import agreement
+from delineate.reporting.figures import agreement_chart
 
 SUBJECTS = list("abcdef")
 TRUE = np.array([10.0, 20.0, 30.0, 40.0, 50.0, 0.0])
@@ -24,11 +26,51 @@ def table(**columns: np.ndarray) -> pd.DataFrame:
 def test_volumes_agree_in_millilitres_and_in_percent_of_those_that_have_the_target() -> None:
     volumes = table(volume_ml=SAID, reference_volume_ml=TRUE)
     [agreeing] = agreements(volumes)
-    assert agreeing.subjects == ("a", "b", "c", "d", "e"), "no share of nothing"
-    assert agreeing.absolute.limits == pytest.approx((1, 1))
-    assert agreeing.relative.bias == pytest.approx(100 * np.mean(1 / TRUE[:5]))
-    assert [(row["unit"], row["n"]) for row in agreeing.rows()] == [("ml", 5), ("%", 5)]
-    assert list(agreements(volumes[1:])) == [], "limits of four subjects say nothing"
+    assert agreeing.absolute.bias == pytest.approx((5 * 1 + 7) / 6), "7 ml of nothing are an error"
+    assert agreeing.relative.bias == pytest.approx(100 * np.mean(1 / TRUE[:5])), "no share of nothing"
+    assert [(row["unit"], row["n"], row["left_out"]) for row in agreeing.rows()] == [("ml", 6, 0), ("%", 5, 1)]
+    assert agreeing.described()[1]["n"] == "5; 1 left out, without it in the reference"
+    [fewer] = agreements(volumes[1:])
+    assert [row["unit"] for row in fewer.rows()] == ["ml"], "limits of four subjects say nothing"
+    assert list(agreements(volumes[2:])) == []
+
+
+def test_healthy_subjects_that_are_given_volume_count() -> None:
+    """Six right to the millilitre, four healthy ones given 30 ml: the bias is 12 ml, not 0."""
+    true = np.array([50.0] * 6 + [0.0] * 4)
+    said = np.where(true > 0, true, 30.0)
+    rows = {"subject": [*"abcdefghij"], "site": "", "target": "liver", "volume_ml": said, "reference_volume_ml": true}
+    [agreeing] = agreements(pd.DataFrame(rows))
+    assert agreeing.absolute.bias == pytest.approx(12)
+    assert (agreeing.relative.bias, agreeing.relative.left_out) == (0, 4)
+    assert "4 left out, without it in the reference" in agreement_chart(agreeing)
+    none = pd.DataFrame(rows).assign(reference_volume_ml=0.0)
+    [all_healthy] = agreements(none)
+    assert [row["unit"] for row in all_healthy.rows()] == ["ml"]
+    assert f"bias {said.mean():.2f} ml" in agreement_chart(all_healthy)
+    assert list(agreements(none.assign(volume_ml=0.0))) == [], "nothing in any: nothing to agree on"
+
+
+def test_scans_of_one_patient_count_as_one() -> None:
+    rng = np.random.default_rng(0)
+    true = np.repeat(rng.uniform(20, 80, 6), 3)
+    rows = pd.DataFrame(
+        {
+            "subject": [f"s{i}" for i in range(18)],
+            "patient": np.repeat([*"abcdef"], 3),
+            "site": "",
+            "target": "liver",
+            "volume_ml": true + np.repeat(rng.normal(0, 5, 6), 3) + rng.normal(0, 1, 18),
+            "reference_volume_ml": true,
+        }
+    )
+    [agreeing] = agreements(rows)
+    assert [(row["n"], row["patients"]) for row in agreeing.rows()] == [(18, 6), (18, 6)]
+    assert agreeing.described()[0]["n"] == "18 of 6 patients"
+    width = np.ptp(agreeing.absolute.bias_ci95)
+    assert width > 1.5 * np.ptp(agreement(rows["volume_ml"], true).bias_ci95)
+    assert agreeing.concordance.patients == 6
+    assert list(agreements(rows[:12])) == [], "four patients"
 
 
 def test_quantities_agree_in_their_unit_and_undefined_ones_are_left_out() -> None:
@@ -97,7 +139,8 @@ def test_all_of_it_is_written_and_read(tmp_path: Path) -> None:
     assert [(row["of"], row["unit"]) for row in summary["agreement"]] == [
         ("volume", "ml"), ("volume", "%"), ("mean fat", ""),
     ]  # fmt: skip
-    assert summary["agreement"][0]["limits"] == pytest.approx([1, 1])
+    assert summary["agreement"][0]["bias"] == pytest.approx(2)
+    assert summary["agreement"][1]["left_out"] == 1
     assert summary["lesions_by_size"][1]["to_ml"] == "inf"
     assert summary["crossings"] == {"liver": {"n": 6, "right": 5, "over": ["c"], "under": []}}
     back = Evaluation.read(tmp_path)

@@ -19,7 +19,7 @@ from delineate.errors import BadLabelValue, BadShape, DuplicateSubject, GridMism
 from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.measure import Measuring, compare, evaluate, evaluate_folders
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
-from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation
+from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, averaged
 from delineate.io.formats import write_label, write_volume
 from delineate.metrics.catalogue import METRICS
 
@@ -190,10 +190,15 @@ class TestEstimates:
         assert (dice.n, dice.undefined) == (3, 0)
         assert dice.ci95 == pytest.approx((0.7, 0.9))  # 1 in 27 resamples is all lowest, and 1 all highest
 
-    def test_undefined_values_are_left_out_and_counted(self) -> None:
-        summary = evaluation_of(hd95_mm=[1.0, inf, 3.0], precision=[nan, 0.5, nan]).summary()["organ"]
-        assert (summary["hd95_mm"].mean, summary["hd95_mm"].n, summary["hd95_mm"].undefined) == (2, 2, 1)
-        assert (summary["precision"].mean, summary["precision"].n, summary["precision"].undefined) == (0.5, 1, 2)
+    def test_failed_and_undefined_values_are_left_out_and_counted(self) -> None:
+        case = ["both empty", "both", "prediction empty"]
+        evaluation = evaluation_of(hd95_mm=[0.0, 3.0, inf], precision=[nan, 0.5, nan], case=case)
+        summary = evaluation.summary()["organ"]
+        distance, precision = summary["hd95_mm"], summary["precision"]
+        assert (distance.mean, distance.n, distance.failed, distance.undefined) == (1.5, 2, 1, 0)
+        assert (precision.mean, precision.n, precision.failed, precision.undefined) == (0.5, 1, 1, 1)
+        assert averaged("hd95_mm", distance) == "1.50 ± 2.12 of the 2 that did not fail"
+        assert evaluation.as_dict()["summary"]["organ"]["hd95_mm"]["failed"] == 1
         assert isnan(summary["precision"].sd)
         assert isnan(summary["precision"].ci95[0])
 
@@ -203,8 +208,8 @@ class TestEstimates:
         assert evaluation.mean_of_targets("dice").tolist() == [1, 0.5, 0.5, 1]
         assert mean["dice"].mean == 0.75
         assert mean["dice"].sd == pytest.approx(np.std([1, 0.5, 0.5, 1], ddof=1))
-        # The distance is undefined for a subject with any undefined target.
-        assert (mean["hd95_mm"].n, mean["hd95_mm"].undefined) == (2, 2)
+        # A subject of whom any target failed failed.
+        assert (mean["hd95_mm"].n, mean["hd95_mm"].failed, mean["hd95_mm"].undefined) == (2, 2, 0)
 
     def test_sites_are_summed_up_apart(self) -> None:
         evaluation = evaluation_of(dice=[0.5, 0.7, 0.9], site=["x", "x", "y"])
@@ -231,7 +236,8 @@ class TestWriting:
         rows = {(row["subject"], row["target"]): row for row in content["subjects"]}
         assert rows["b", "tumour"]["hd95_mm"] == "inf"
         assert rows["c", "tumour"]["precision"] is None
-        assert content["summary"]["tumour"]["precision"]["undefined"] == 2
+        precision = content["summary"]["tumour"]["precision"]
+        assert (precision["failed"], precision["undefined"]) == (1, 1)
         assert "sites" not in content
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf, nan
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from delineate.errors import DatasetError
 from delineate.evaluation.methods import compare_methods, on_common_subjects
 from delineate.evaluation.table import Evaluation
+from delineate.reporting.figures import methods_chart
 
 
 def evaluation(dice: np.ndarray, hd95_mm: np.ndarray | None = None, target: str = "organ") -> Evaluation:
@@ -36,7 +39,80 @@ def test_what_cannot_be_told_apart_is_said_so(rng: np.random.Generator) -> None:
 def test_five_subjects_tell_nothing_apart_however_far(rng: np.random.Generator) -> None:
     base = rng.uniform(0.6, 0.8, 5)
     said = str(compare_methods({"a": evaluation(base), "b": evaluation(base - 0.5)}, ["dice"])[0])
-    assert said.startswith("Dice: 5 subjects are too few to tell a and b apart (difference 0.500")
+    assert said.startswith("Dice: 5 patients are too few to tell a and b apart, however far; at least 6 are needed (")
+
+
+def test_six_subjects_are_too_few_for_three_methods(rng: np.random.Generator) -> None:
+    base = rng.uniform(0.6, 0.8, 7)
+    methods = {name: evaluation(base[:6] - shift) for name, shift in (("a", 0), ("b", 0.2), ("c", 0.4))}
+    for found in compare_methods(methods, ["dice"]):
+        assert found.verdict == "too few to tell"
+        assert "6 patients are too few" in str(found)
+        assert "at least 7 are needed" in str(found)
+        assert (found.as_dict()["difference"]["needed"], found.as_dict()["difference"]["detectable"]) == (7, inf)
+    seven = {name: evaluation(base - shift) for name, shift in (("a", 0), ("b", 0.2), ("c", 0.4))}
+    assert [found.better for found in compare_methods(seven, ["dice"])] == ["a", "a", "b"]
+
+
+def test_no_difference_is_said_with_the_least_that_could_have_shown(rng: np.random.Generator) -> None:
+    base, noise = rng.uniform(0.6, 0.8, 20), rng.normal(0, 0.05, 20)
+    [found] = compare_methods({"a": evaluation(base), "b": evaluation(base + noise - noise.mean())}, ["dice"])
+    assert found.verdict == "not distinguishable"
+    d = found.difference
+    assert d.detectable == pytest.approx(0.69 * d.sd, rel=0.02)
+    assert str(found).endswith(
+        f"; 20 patients show a true difference in 80 % of studies only if it is {d.detectable:.3f} or more"
+    )
+
+
+def test_misses_are_losses_and_are_counted() -> None:
+    """Infinite distances were dropped: whoever missed twelve of twenty was better on the eight that are left."""
+    distance = np.linspace(3, 6, 20)
+    half, dice = np.where(np.arange(20) < 12, np.inf, distance - 1), np.full(20, 0.8)
+    [found] = compare_methods({"half": evaluation(dice, half), "all": evaluation(dice, distance)}, ["hd95_mm"])
+    assert (found.better, found.failed, found.subjects) == ("all", (12, 0), 20)
+    assert "all is better than half (difference −1.00 mm" in str(found)
+    assert "over the 8 of 20 patients that neither failed" in str(found)
+    assert "failed, which ranks last: half 12 of 20, all 0 of 20" in str(found)
+    page = methods_chart({"half": evaluation(dice, half)}, "hd95_mm", "HD95")
+    assert "12 failed" in page
+
+
+def with_cases(precision: list[float], case: list[str]) -> Evaluation:
+    made = evaluation(np.ones(len(case)))
+    return Evaluation(made.table.assign(precision=precision, case=case))
+
+
+def test_an_undefined_value_is_a_miss_where_the_target_was_missed() -> None:
+    """Precision has no value where nothing is predicted: a miss if there is a target, and right if there is none."""
+    found_it, missed, right, invented = "both", "prediction empty", "both empty", "reference empty"
+    careful = with_cases([0.9] * 6 + [nan] * 6, [found_it] * 6 + [right] * 6)
+    rash = with_cases([0.9] * 6 + [0.0] * 6, [found_it] * 6 + [invented] * 6)
+    blind = with_cases([nan] * 12, [missed] * 6 + [right] * 6)
+    for one, other, n, failed in ((careful, rash, 12, (0, 6)), (careful, blind, 6, (0, 6)), (blind, blind, 6, (6, 6))):
+        [found] = compare_methods({"one": one, "other": other}, ["precision"])
+        assert (found.difference.n, found.failed) == (n, failed)
+        assert found.better == ("one" if one is careful else None)
+        [back] = compare_methods({"other": other, "one": one}, ["precision"])
+        assert (back.better, back.failed) == (found.better, failed[::-1])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tables_and_comparisons_speak_of_one_number(seed: int) -> None:
+    """Some patients have many scans, and other methods suit those: by scan and by patient, signs would differ."""
+    rng = np.random.default_rng(seed)
+    scans = rng.integers(1, 12, 9)
+    patients = np.repeat([f"p{i}" for i in range(9)], scans)
+    suits = np.repeat(np.where(scans > 6, -0.05, 0.05), scans)
+    base = rng.uniform(0.6, 0.8, len(patients))
+    methods = {
+        name: Evaluation(evaluation(values, 1 + values).table.assign(patient=patients))
+        for name, values in (("a", base + suits + rng.normal(0, 0.02, len(base))), ("b", base))
+    }
+    for found in compare_methods(methods):
+        tables = [m.summary()["organ"][found.metric] for m in methods.values()]
+        assert found.difference.mean == pytest.approx(tables[0].mean - tables[1].mean, abs=1e-12)
+        assert found.difference.n == tables[0].patients == 9
 
 
 def test_three_methods_are_three_pairs_and_corrected_together(rng: np.random.Generator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from math import isnan, log, nan
 from pathlib import Path
 
@@ -53,12 +54,13 @@ def test_agreement_is_the_mean_dice_of_every_two() -> None:
 def calibration(n: int = 40) -> Calibration:
     """True Dice .05 to .15 below what is expected; true volumes 10 % off on either side."""
     steps = np.linspace(0, 1, n)
-    return Calibration.of([*cases(steps), Case("cyst", "A", Confidence(0.0, nan), 0.0, 3.0)])
+    return Calibration.of([*cases(steps), Case("cyst", "A", "p", Confidence(0.0, nan), 0.0, 3.0)])
 
 
 def cases(steps: np.ndarray, site: str = "A", worse: float = 0.0) -> list[Case]:
     return [
-        Case("liver", site, Confidence(100.0, 0.9), 0.85 - worse - 0.1 * s, 100 * 1.1 ** (2 * s - 1)) for s in steps
+        Case("liver", site, f"{site}{i}", Confidence(100.0, 0.9), 0.85 - worse - 0.1 * s, 100 * 1.1 ** (2 * s - 1))
+        for i, s in enumerate(steps)
     ]
 
 
@@ -75,13 +77,24 @@ def test_intervals_are_where_the_errors_were() -> None:
 def test_intervals_are_checked_on_the_sites_that_they_were_not_made_of() -> None:
     steps = np.linspace(0, 1, 40)
     alike = check_intervals(cases(steps) + cases(steps, "B"))
-    assert [(row["site"], row["n"]) for row in alike] == [("", 80), ("A", 40), ("B", 40)]
+    assert [(row["site"], row["n"], row["patients"]) for row in alike] == [("", 80, 80), ("A", 40, 40), ("B", 40, 40)]
     assert all(float(row["dice_held"]) > 0.85 and float(row["volume_held"]) > 0.85 for row in alike[1:])
     assert "dice_held" not in alike[0], "of one kind it is the level by construction"
     other = check_intervals(cases(steps) + cases(steps, "B", worse=0.3))
     assert [row["dice_held"] for row in other[1:]] == [0, 0]
     assert float(other[0]["dice_width"]) > float(alike[0]["dice_width"])
     assert check_intervals(cases(steps[:10])) == [], "too few for the level"
+    of_few = [replace(case, patient=f"p{i % 10}") for i, case in enumerate(cases(steps))]
+    assert check_intervals(of_few) == [], "forty scans of ten patients are ten"
+
+
+def test_found_where_there_is_nothing_is_an_error_like_others() -> None:
+    """Of forty scans in which something was found, eight have nothing: the volume may be 0."""
+    known = [replace(case, reference_ml=0.0, dice=0.0) if i < 8 else case for i, case in enumerate(cases(np.ones(40)))]
+    made = Calibration.of(known)
+    low, high = made.volume_interval("liver", Confidence(50.0, 0.8))
+    assert (low, high) == (0, pytest.approx(50 * 1.1))
+    assert made.dice_interval("liver", Confidence(50.0, 0.8))[0] == 0
 
 
 def test_the_order_of_expected_dice_is_judged_by_ranks() -> None:
@@ -108,6 +121,15 @@ def test_a_calibration_lies_in_its_bundle(tmp_path: Path) -> None:
     assert Calibration.load(tmp_path) is None
     calibration().save(tmp_path)
     assert Calibration.load(tmp_path) == calibration()
+    several = [replace(case, patient="p") for case in cases(np.linspace(0, 1, 4))] + cases(np.zeros(1))
+    several.append(replace(several[0], reference_ml=0.0))
+    Calibration.of(several).save(tmp_path)
+    assert Calibration.load(tmp_path) == Calibration.of(several)
+    assert '"p"' not in (tmp_path / "calibration.json").read_text(), "errors, no names"
+    (tmp_path / "calibration.json").write_text('{"dice_errors": {"a": [0.1, 0.2]}, "log_volume_errors": {"a": []}}')
+    earlier = Calibration.load(tmp_path)
+    assert earlier is not None
+    assert earlier.dice["a"].errors == ((0.1,), (0.2,)), "each scan is a patient's"
     (tmp_path / "calibration.json").write_text("{")
     with pytest.raises(BundleError, match="copy the bundle again"):
         Calibration.load(tmp_path)

@@ -21,7 +21,8 @@ def test_limits_by_hand() -> None:
 
 def test_relative_differences_are_percent_of_the_truth() -> None:
     assert agreement([11, 18], [10, 20], relative=True).bias == 0
-    assert agreement([11, 24, 5], [10, 20, 0], relative=True).n == 2  # percent of nothing is undefined
+    found = agreement([11, 24, 5, 0], [10, 20, 0, 0], relative=True)
+    assert (found.n, found.left_out) == (2, 2)  # percent of nothing is undefined
 
 
 def test_an_outlier_is_named_by_its_place_among_all_pairs() -> None:
@@ -42,6 +43,48 @@ def test_limits_hold_95_percent_and_their_interval_the_true_limit(rng: np.random
         held += found.high_ci95[0] < 1 + 1.96 * 2 < found.high_ci95[1]
     assert np.mean(inside) == pytest.approx(0.94, abs=0.01)  # estimated from 40, they are a little narrow
     assert held / 300 == pytest.approx(0.95, abs=0.04)
+
+
+def test_limits_of_few_are_exact_on_both_sides(rng: np.random.Generator) -> None:
+    """The approximate standard error of Bland and Altman misses to one side: 5.6 % here, instead of 2.5."""
+    beside = np.array([agreement(d, np.zeros(6)).high_ci95 for d in rng.normal(0, 1, (3000, 6))])
+    assert np.mean(beside[:, 0] > 1.96) == pytest.approx(0.025, abs=0.01)
+    assert np.mean(beside[:, 1] < 1.96) == pytest.approx(0.025, abs=0.01)
+
+
+def test_limits_of_few_by_the_book() -> None:
+    """Carkeet 2015: the noncentral t, here from its definition, a normal over a chi."""
+    found = agreement([-1.0, 0.0, 2.0, 0.5, -0.3], np.zeros(5))
+    rng = np.random.default_rng(1)
+    t = (rng.standard_normal(400_000) + 1.96 * np.sqrt(5)) / np.sqrt(rng.chisquare(4, 400_000) / 4)
+    low, high = np.quantile(t, [0.025, 0.975]) / np.sqrt(5)
+    assert found.high_ci95 == pytest.approx((found.bias + low * found.sd, found.bias + high * found.sd), rel=0.01)
+    assert found.low_ci95 == pytest.approx((found.bias - high * found.sd, found.bias - low * found.sd), rel=0.01)
+    assert found.method.startswith("exact")
+
+
+def test_limits_of_several_scans_by_hand() -> None:
+    # Means 1, 3, 5; variances within 2, 2, 2.
+    found = agreement([0, 2, 2, 4, 4, 6], [0] * 6, list("aabbcc"))
+    assert (found.bias, found.n, found.patients, found.count) == (3, 6, 3, "6 of 3 patients")
+    assert found.sd == pytest.approx(np.sqrt(4 + 2 * (1 - 1 / 2)))
+    assert found.bias_ci95 == pytest.approx((3 - 4.303 * 2 / np.sqrt(3), 3 + 4.303 * 2 / np.sqrt(3)), rel=1e-3)
+    assert found.method.startswith("MOVER")
+
+
+def test_a_scan_that_is_there_twice_tells_nothing_new(rng: np.random.Generator) -> None:
+    truth, patients = rng.normal(50, 10, 12), [f"p{i}" for i in range(12)]
+    said = truth + rng.normal(1, 2, 12)
+    once = agreement(said, truth, patients), concordance(said, truth, patients)
+    twice = (f(np.repeat(said, 2), np.repeat(truth, 2), np.repeat(patients, 2)) for f in (agreement, concordance))
+    for one, two in zip(once, twice, strict=True):
+        assert two.patients == one.patients == one.n == two.n / 2
+    limits, line = (
+        f(np.repeat(said, 2), np.repeat(truth, 2), np.repeat(patients, 2)) for f in (agreement, concordance)
+    )
+    assert limits.bias_ci95 == pytest.approx(once[0].bias_ci95)
+    assert limits.limits == pytest.approx(once[0].limits)
+    assert (line.value, *line.ci95) == pytest.approx((once[1].value, *once[1].ci95))
 
 
 def test_one_pair_has_no_limits() -> None:

@@ -272,7 +272,11 @@ def test_colours_may_be_those_of_the_reports(report, tmp_path) -> None:
 
 def test_intervals_and_the_crop_have_their_place(report, tmp_path) -> None:
     steps = np.linspace(0, 1, 30)
-    cases = [Case("organ", site, Confidence(100.0, 0.9), 0.85 - 0.1 * s, 100 + s) for s in steps for site in "AB"]
+    cases = [
+        Case("organ", site, f"{site}{s}", Confidence(100.0, 0.9), 0.85 - 0.1 * s, 100 + s)
+        for s in steps
+        for site in "AB"
+    ]
     intervals = plain({"level": 0.9, "rows": check_intervals(cases)})
     page = page_of(replace(report, intervals=intervals, crop=b"picture"), tmp_path)
     rows = re.search(r'aria-label="Intervals for new scans".*?</table>', page, re.DOTALL)

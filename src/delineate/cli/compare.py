@@ -22,8 +22,6 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare methods measured on the same subjects: paired, corrected for many comparisons, in words."""
-    from dataclasses import asdict
-
     from delineate.cli.terminal import print_json
     from delineate.errors import MissingFile
     from delineate.evaluation.methods import compare_methods, on_common_subjects
@@ -52,7 +50,7 @@ def compare(
         about = f"{len(next(iter(common.values())).subjects)} subjects that all have."
         write_report(report, MethodsReport(", ".join(named) + " compared", about, common, found))
     if json:
-        print_json([asdict(d) for d in found])
+        print_json([d.as_dict() for d in found])
         return
     for difference in found:
         typer.echo(str(difference))

@@ -142,7 +142,8 @@ def print_evaluation(evaluation: Evaluation, *, subjects: bool = False) -> None:
         for target, estimates in evaluation.summary().items()
         for metric, estimate in estimates.items()
     ]
-    print_table("", ["target", "metric", "mean ± SD", "95 % interval of the mean", "n", "undefined"], summary)
+    columns = ["target", "metric", "mean ± SD", "95 % interval of the mean", "n", "failed", "undefined"]
+    print_table("", columns, summary)
     if evaluation.simulated:
         typer.echo("of simulated scans")
     for what, names in evaluation.unpaired.items():
@@ -150,13 +151,14 @@ def print_evaluation(evaluation: Evaluation, *, subjects: bool = False) -> None:
 
 
 def _estimate_cells(metric: str, estimate: Estimate) -> list[str]:
+    from delineate.evaluation.table import averaged
     from delineate.metrics.catalogue import formatted
 
-    mean, sd, low, high = (formatted(metric, v) for v in (estimate.mean, estimate.sd, *estimate.ci95))
-    several = estimate.n > 1  # one value has no spread
+    low, high = (formatted(metric, v) for v in estimate.ci95)
     return [
-        f"{mean} ± {sd}" if several else mean,
-        f"{low} – {high}" if several else "",
+        averaged(metric, estimate),
+        f"{low} – {high}" if estimate.patients > 1 else "",  # one patient has no interval
         estimate.count,
+        estimate.failures,
         str(estimate.undefined or ""),
     ]

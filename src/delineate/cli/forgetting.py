@@ -24,8 +24,6 @@ def forgetting(
     json: Json = False,
 ) -> None:
     """Measure what fine-tuning cost on the source data: both bundles on scans that neither saw, compared in pairs."""
-    from dataclasses import asdict
-
     from delineate.bundle import Bundle
     from delineate.cli.terminal import Terminal, print_json
     from delineate.compute import plan_compute, torch_threads
@@ -33,8 +31,9 @@ def forgetting(
     from delineate.evaluation.forgetting import measure_forgetting, outputs_of_forgetting
     from delineate.evaluation.measure import Measuring
     from delineate.evaluation.methods import compare_methods
+    from delineate.evaluation.table import averaged
     from delineate.io.overwriting import check_outputs
-    from delineate.metrics.catalogue import METRICS, formatted
+    from delineate.metrics.catalogue import METRICS
 
     bundles = Bundle.load(before), Bundle.load(after)
     source = open_dataset(data)
@@ -58,13 +57,16 @@ def forgetting(
         )
     differences = compare_methods(found)
     if json:
-        print_json([asdict(d) for d in differences])
+        print_json([d.as_dict() for d in differences])
         return
     first, then = (evaluation.summary() for evaluation in found.values())
     for target, estimates in first.items():
         for metric, estimate in estimates.items():
             if METRICS[metric].better:
-                was, became = (formatted(metric, e.mean) for e in (estimate, then[target][metric]))
+                was, became = (
+                    averaged(metric, e) + (f" (failed {e.failures})" if e.failed else "")
+                    for e in (estimate, then[target][metric])
+                )
                 typer.echo(f"{target}: {METRICS[metric].title} {was} before, {became} after")
     for difference in differences:
         typer.echo(str(difference))

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from delineate.metrics.agreement import Agreement, Concordance, agreement, concordance, crossing
 
-LEAST_SUBJECTS = 5
-"""With fewer, limits of agreement say nothing but how few they are."""
+LEAST_PATIENTS = 5
+"""With fewer who have the target, limits of agreement say nothing but how few they are."""
 
 
 @dataclass(frozen=True)
@@ -55,34 +55,44 @@ def _comparable(quantity: str) -> list[Compared]:
 
 @dataclass(frozen=True, eq=False)
 class Agreeing:
-    """What was ``compared`` of a target: the subjects that have it in both, their sites, and their values."""
+    """What was ``compared`` of a target: the subjects that have both values, their sites and patients, and those.
+
+    Subjects without the target have a volume of 0; ``left_out`` counts those of whom either is undefined.
+    """
 
     target: str
     compared: Compared
     subjects: tuple[str, ...]
     sites: tuple[str, ...]
+    patients: tuple[str, ...]
+    left_out: int
     predicted: NDArray[np.float64]
     reference: NDArray[np.float64]
 
     @cached_property
     def absolute(self) -> Agreement:
         """Differences in the unit of what is compared."""
-        return agreement(self.predicted, self.reference)
+        return agreement(self.predicted, self.reference, self.patients)
 
     @cached_property
     def relative(self) -> Agreement:
-        """Differences in percent of the reference."""
-        return agreement(self.predicted, self.reference, relative=True)
+        """Differences in percent of the reference; subjects of whom the reference is 0 have none."""
+        return agreement(self.predicted, self.reference, self.patients, relative=True)
 
     @cached_property
     def concordance(self) -> Concordance:
         """Lin's."""
-        return concordance(self.predicted, self.reference)
+        return concordance(self.predicted, self.reference, self.patients)
+
+    @property
+    def in_percent(self) -> bool:
+        """Whether differences are given in percent, too: errors grow with the value, and enough have one."""
+        return self.compared.relative and self.relative.patients >= LEAST_PATIENTS
 
     @property
     def shown(self) -> Agreement:
         """The one whose errors do not grow with the value."""
-        return self.relative if self.compared.relative else self.absolute
+        return self.relative if self.in_percent else self.absolute
 
     def rows(self) -> list[dict[str, object]]:
         """Plain values: in the unit, and in percent where errors are relative."""
@@ -92,11 +102,14 @@ class Agreeing:
                 "of": self.compared.name,
                 "unit": unit,
                 "n": found.n,
+                "patients": found.patients,
+                "left_out": found.left_out + self.left_out,
                 "bias": found.bias,
                 "bias_ci95": found.bias_ci95,
                 "limits": found.limits,
                 "low_limit_ci95": found.low_ci95,
                 "high_limit_ci95": found.high_ci95,
+                "limits_ci95_method": found.method,
                 "beyond": [self.subjects[i] for i in found.outliers],
                 "concordance": self.concordance.value,
                 "concordance_ci95": self.concordance.ci95,
@@ -115,30 +128,39 @@ class Agreeing:
                 "concordance": "{:.3f} ({:.3f} to {:.3f})".format(
                     self.concordance.value, *self.concordance.ci95
                 ).replace("-", "−"),
-                "n": str(found.n),
+                "n": f"{found.count}{self.without(found)}",
                 "beyond": ", ".join(self.subjects[i] for i in found.outliers),
             }
             for found, unit in self._kinds
         ]
 
+    def without(self, found: Agreement) -> str:
+        """How many subjects are left out of one of both, and why, to be put behind their number."""
+        why = ((found.left_out, "without it in the reference"), (self.left_out, "undefined"))
+        return "".join(f"; {n} left out, {reason}" for n, reason in why if n)
+
     @property
     def _kinds(self) -> list[tuple[Agreement, str]]:
-        return [(self.absolute, self.compared.unit), (self.relative, "%")][: 1 + self.compared.relative]
+        return [(self.absolute, self.compared.unit), (self.relative, "%")][: 1 + self.in_percent]
 
 
 def agreements(table: pd.DataFrame, quantity: QuantityMap | None = None) -> Iterator[Agreeing]:
-    """Of an evaluation's table: all that can be compared, of the targets that enough subjects have."""
+    """Of an evaluation's table: all that can be compared, of the targets that enough patients have."""
     for compared in _comparable("quantity" if quantity is None else quantity.channel):
         if not {compared.predicted, compared.reference} <= set(table.columns):
             continue
         for target, rows in table.groupby("target", sort=False):
             predicted, reference = (rows[c].to_numpy(float) for c in (compared.predicted, compared.reference))
             use = np.isfinite(predicted) & np.isfinite(reference)
-            if compared.relative:
-                use &= reference > 0
-            if use.sum() >= LEAST_SUBJECTS:
+            whose = rows["patient" if "patient" in rows else "subject"].to_numpy()
+            # A volume of nothing in both says that both agree, but of nothing else.
+            has_it = use & ((predicted > 0) | (reference > 0)) if compared.relative else use
+            if len(set(whose[has_it])) >= LEAST_PATIENTS:
                 subjects, sites = (tuple(rows[column].to_numpy()[use]) for column in ("subject", "site"))
-                yield Agreeing(str(target), compared, subjects, sites, predicted[use], reference[use])
+                yield Agreeing(
+                    str(target), compared, subjects, sites, tuple(whose[use]), int((~use).sum()), predicted[use],
+                    reference[use],
+                )  # fmt: skip
 
 
 def crossings(table: pd.DataFrame, threshold: float) -> dict[str, dict[str, Any]]:

@@ -3,43 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from math import inf, isfinite, isnan
+from typing import Literal
 
+import numpy as np
 import pandas as pd
 
 from delineate.errors import DatasetError
-from delineate.evaluation.table import Evaluation
+from delineate.evaluation.table import RIGHTLY_NOTHING, Evaluation
 from delineate.metrics.catalogue import METRICS, formatted
 from delineate.metrics.statistics import Difference, holm, paired_difference
+
+Verdict = Literal["better", "not distinguishable", "too few to tell"]
 
 
 @dataclass(frozen=True)
 class MethodDifference:
-    """``first`` minus ``second`` in a metric, each subject's targets averaged; p is Holm-corrected in the metric."""
+    """``first`` minus ``second`` in a metric, each subject's targets averaged; p is Holm-corrected in the metric.
+
+    ``failed`` has how many of the ``subjects`` that were compared each of both failed: missed the target,
+    or marked one where there is none.
+    """
 
     metric: str
     first: str
     second: str
     difference: Difference
+    failed: tuple[int, int]
+    subjects: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """What can be said; too few are those of whom no outcome could have told anything."""
+        if self.difference.too_few:
+            return "too few to tell"
+        return "better" if self.difference.distinguishable else "not distinguishable"
+
+    @property
+    def better(self) -> str | None:
+        """Which of both is better, by the test's ranks; None where that cannot be said."""
+        if self.verdict != "better":
+            return None
+        return self.first if (self.difference.effect > 0) == (METRICS[self.metric].better == "higher") else self.second
+
+    def as_dict(self) -> dict[str, object]:
+        """Its fields, what follows from them, and the sentence."""
+        d = self.difference
+        derived = {"needed": d.needed, "detectable": d.detectable}
+        said = {"verdict": self.verdict, "better": self.better, "sentence": str(self)}
+        return asdict(self) | {"difference": asdict(d) | derived} | said
 
     def __str__(self) -> str:
-        d, metric = self.difference, METRICS[self.metric]
-        low, high = (formatted(self.metric, v) for v in d.ci95)
-        unit = f" {metric.unit}" if metric.unit else ""
-        measured = (
-            f"difference {formatted(self.metric, d.mean)}{unit} ({low} to {high}), p {_p(d.p)}, "
-            f"effect {d.effect:.2f}, n = {d.n}".replace("-", "−")
-        )
-        if not d.distinguishable and 2 ** (1 - d.n) >= 0.05:
+        d, name = self.difference, METRICS[self.metric].label
+        if self.better is not None:
+            worse = self.second if self.better == self.first else self.first
+            return f"{name}: {self.better} is better than {worse} ({self._measured})"
+        if d.too_few:
             return (
-                f"{metric.label}: {d.n} subjects are too few to tell {self.first} and {self.second} apart ({measured})"
+                f"{name}: {d.n} patients are too few to tell {self.first} and {self.second} apart, however far; "
+                f"at least {d.needed} are needed ({self._measured})"
             )
-        if not d.distinguishable:
-            return f"{metric.label}: {self.first} and {self.second} are not distinguishable ({measured})"
-        first_better = (d.mean > 0) == (metric.better == "higher")
-        better, worse = (self.first, self.second) if first_better else (self.second, self.first)
-        return f"{metric.label}: {better} is better than {worse} ({measured})"
+        sentence = f"{name}: {self.first} and {self.second} are not distinguishable ({self._measured})"
+        if isfinite(d.detectable):
+            sentence += (
+                f"; {d.measured} patients show a true difference in 80 % of studies only if it is "
+                f"{self._in_unit(d.detectable)} or more"
+            )
+        return sentence
+
+    @property
+    def _measured(self) -> str:
+        d = self.difference
+        low, high = (formatted(self.metric, v) for v in d.ci95)
+        where = "" if d.measured == d.n else f" over the {d.measured} of {d.n} patients that neither failed"
+        effect = "undefined" if isnan(d.effect) else f"{d.effect:.2f}".replace("-", "−")
+        failures = ""
+        if any(self.failed):
+            (a, b), n = self.failed, self.subjects
+            failures = f"; failed, which ranks last: {self.first} {a} of {n}, {self.second} {b} of {n}"
+        return (
+            f"difference {self._in_unit(d.mean)} ({low} to {high}){where}, p {_p(d.p)}, effect {effect}, "
+            f"n = {d.n} patients{failures}"
+        )
+
+    def _in_unit(self, value: float) -> str:
+        unit = METRICS[self.metric].unit
+        return f"{formatted(self.metric, value)}{f' {unit}' if unit else ''}"
 
 
 def on_common_subjects(evaluations: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
@@ -67,17 +118,39 @@ def compare_methods(
     chosen = [m for m in common if metrics is None or m in metrics]
     if not chosen:
         raise DatasetError(f"no metric that was asked for is in all evaluations; in common are {', '.join(common)}")
-    found: list[MethodDifference] = []
-    for metric in chosen:
-        table = pd.DataFrame({name: e.mean_of_targets(metric) for name, e in evaluations.items()})
-        pairs = list(combinations(evaluations, 2))
-        whose = [first.patients[subject] for subject in table.index]
-        raw = [paired_difference(table[a].to_numpy(), table[b].to_numpy(), whose) for a, b in pairs]
-        corrected = holm([d.p for d in raw])
-        found += [
-            MethodDifference(metric, a, b, replace(d, p=p)) for (a, b), d, p in zip(pairs, raw, corrected, strict=True)
-        ]
-    return found
+    return [found for metric in chosen for found in _differences(evaluations, metric, first.patients)]
+
+
+def _differences(
+    evaluations: Mapping[str, Evaluation], metric: str, patients: Mapping[str, str]
+) -> list[MethodDifference]:
+    """Every pair in one metric, corrected together."""
+    names = list(combinations(evaluations, 2))
+    pairs = [_pair(evaluations[a], evaluations[b], metric) for a, b in names]
+    raw = [
+        paired_difference(pair["first"], pair["second"], [patients[subject] for subject in pair.index])
+        for pair in pairs
+    ]
+    comparisons = sum(not isnan(d.p) for d in raw) or len(raw)
+    corrected = [replace(d, p=p, comparisons=comparisons) for d, p in zip(raw, holm([d.p for d in raw]), strict=True)]
+    return [
+        MethodDifference(
+            metric, a, b, d, (int(np.isinf(pair["first"]).sum()), int(np.isinf(pair["second"]).sum())), len(pair)
+        )
+        for (a, b), d, pair in zip(names, corrected, pairs, strict=True)
+    ]
+
+
+def _pair(first: Evaluation, second: Evaluation, metric: str) -> pd.DataFrame:
+    """Both methods' outcomes in a metric, a row for each subject that has them, its targets averaged."""
+    rows = [e.outcomes.set_index(["subject", "target"]).sort_index() for e in (first, second)]
+    values = [table[metric].astype(float).to_numpy(copy=True) for table in rows]
+    for (one, table), other in zip(zip(values, rows, strict=True), reversed(values), strict=True):
+        # Where one rightly marks nothing and has no value, the other's is a failure. The zero is never averaged.
+        right = np.isnan(one) & ~np.isnan(other) & (table.get("case") == RIGHTLY_NOTHING)
+        one[right], other[right] = 0.0, inf if METRICS[metric].better == "lower" else -inf
+    pair = pd.DataFrame({"first": values[0], "second": values[1]}, index=rows[0].index)
+    return pair.groupby(level="subject", sort=False).agg(lambda v: v.mean(skipna=False)).dropna()
 
 
 def _p(p: float) -> str:

@@ -15,10 +15,13 @@ import pandas as pd
 from delineate.evaluation.agreement import Agreeing, QuantityMap, agreements, crossing_sentences, crossings
 from delineate.io.files import writing_beside
 from delineate.metrics.calibration import Reliability
-from delineate.metrics.catalogue import METRICS
+from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, formatted
 from delineate.metrics.statistics import Estimate, estimate_means
 
 MEAN_OF_TARGETS = "mean of targets"
+
+MISSED, RIGHTLY_NOTHING = "prediction empty", "both empty"
+"""Cases of a target that is not in the prediction."""
 
 Summary = dict[str, dict[str, Estimate]]
 """Target, then metric."""
@@ -88,18 +91,32 @@ class Evaluation:
         some = {name: table[table["subject"].isin(subjects)] for name, table in tables.items()}
         return replace(self, **some, reliability=reliability_table([]))
 
+    @cached_property
+    def outcomes(self) -> pd.DataFrame:
+        """The ``table`` with failures as the worst there is, infinite, in every metric that is better high or low.
+
+        A subject whose target was missed may have no value, such as precision: that is no reason to
+        leave it out. What the reference leaves undefined stays so.
+        """
+        missed = (self.table["case"] if "case" in self.table else pd.Series("", self.table.index)) == MISSED
+        # Probabilities are there, or not, whatever was found.
+        judged = [m for m in self.metrics if METRICS[m].better and m != PROBABILITY_MAE]
+        worst = {m: inf if METRICS[m].better == "lower" else -inf for m in judged}
+        columns = {m: self.table[m].astype(float) for m in worst}
+        return self.table.assign(**{m: v.mask(missed & v.isna(), worst[m]) for m, v in columns.items()})
+
     def mean_of_targets(self, metric: str) -> pd.Series[float]:
-        """Each subject's value of a metric, averaged over targets; undefined where any is undefined."""
-        values = self.table.assign(value=self.table[metric].where(np.isfinite(self.table[metric].astype(float))))
-        return values.groupby("subject", sort=False)["value"].agg(lambda v: v.mean(skipna=False))
+        """Each subject's outcome in a metric, averaged over targets; undefined where any is undefined."""
+        values = self.outcomes.groupby("subject", sort=False)[metric]
+        return values.agg(lambda v: v.astype(float).mean(skipna=False))
 
     def summary(self, site: str | None = None) -> Summary:
-        """Estimates of every metric for every target, over all subjects or those of one site.
+        """Estimates of every metric for every target, over all patients or those of one site.
 
         :data:`MEAN_OF_TARGETS` averages a subject's targets first; it is undefined for a subject
         whose value is undefined for any target, so that all subjects average the same things.
         """
-        table = self.table if site is None else self.table[self.table["site"] == site]
+        table = self.outcomes if site is None else self.outcomes[self.outcomes["site"] == site]
         names = list(self.metrics)
         quality = [i for i, name in enumerate(names) if METRICS[name].better]
         # (subjects, targets, metrics)
@@ -224,6 +241,13 @@ def reliability_table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
     columns = ["target", "bin", "voxels", "sum_predicted", "sum_true", "sum_error"]
     table = pd.DataFrame(list(rows), columns=columns)
     return table.groupby(["target", "bin"], sort=False, as_index=False).sum() if len(table) else table
+
+
+def averaged(metric: str, estimate: Estimate) -> str:
+    """A mean as a table shows it: with the deviation of patients, and of which scans it is where some failed."""
+    mean, sd = formatted(metric, estimate.mean), formatted(metric, estimate.sd)
+    spread = f"{mean} ± {sd}" if estimate.patients > 1 else mean
+    return f"{spread} of the {estimate.n} that did not fail" if estimate.failed and estimate.n else spread
 
 
 def _between(low: float, high: float) -> str:

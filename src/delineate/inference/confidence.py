@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import exp, inf, isfinite, log, nan
+from math import exp, inf, isfinite, isnan, log, nan
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +53,11 @@ def mutual_dice(masks: Sequence[NDArray[np.bool_]]) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """One target of one subject whose truth is known."""
+    """One target of one subject of a ``patient`` whose truth is known."""
 
     target: str
     site: str
+    patient: str
     confidence: Confidence
     dice: float
     reference_ml: float
@@ -68,14 +69,15 @@ class Case:
 
     @property
     def log_volume_error(self) -> float:
-        """Logarithm of true over predicted volume; undefined where either is nothing."""
-        found = self.confidence.volume_ml > 0 and self.reference_ml > 0
-        return log(self.reference_ml / self.confidence.volume_ml) if found else nan
+        """Logarithm of true over predicted volume: −∞ where there is nothing, undefined where nothing was found."""
+        if not self.confidence.volume_ml > 0:
+            return nan
+        return log(self.reference_ml / self.confidence.volume_ml) if self.reference_ml > 0 else -inf
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Errors on subjects that the bundle never saw: of expected Dice, and of volume as a logarithm of the ratio."""
+    """Errors on patients that the bundle never saw: of expected Dice, and of volume as a logarithm of the ratio."""
 
     dice: Mapping[str, Conformal]
     log_volume: Mapping[str, Conformal]
@@ -83,39 +85,45 @@ class Calibration:
     @classmethod
     def of(cls, cases: Sequence[Case]) -> Calibration:
         """From cases whose truth is known."""
-        dice: dict[str, list[float]] = {}
-        volume: dict[str, list[float]] = {}
+        by_target: dict[str, list[Case]] = {}
         for case in cases:
-            dice.setdefault(case.target, []).append(case.dice_error)
-            volume.setdefault(case.target, []).append(case.log_volume_error)
+            by_target.setdefault(case.target, []).append(case)
+        patients = {name: [case.patient for case in known] for name, known in by_target.items()}
         return cls(
-            {name: Conformal(tuple(errors)) for name, errors in dice.items()},
-            {name: Conformal(tuple(errors)) for name, errors in volume.items()},
+            {n: Conformal.of([c.dice_error for c in known], patients[n]) for n, known in by_target.items()},
+            {n: Conformal.of([c.log_volume_error for c in known], patients[n]) for n, known in by_target.items()},
         )
 
     def dice_interval(self, target: str, confidence: Confidence, level: float = LEVEL) -> tuple[float, float]:
-        """What the Dice will be, within 0 and 1; undefined where nothing was found or too few are known."""
+        """What the Dice will be, within 0 and 1; undefined where nothing was found or too few patients are known."""
         low, high = self._errors(self.dice, target, level)
-        if not isfinite(confidence.expected_dice) or not isfinite(low + high):
+        if not isfinite(confidence.expected_dice) or isnan(low):
             return nan, nan
         low, high = (min(max(confidence.expected_dice + error, 0.0), 1.0) for error in (low, high))
         return low, high
 
     def volume_interval(self, target: str, confidence: Confidence, level: float = LEVEL) -> tuple[float, float]:
-        """What the true volume in ml is; undefined where nothing was found or too few are known."""
+        """What the true volume in ml is; undefined where nothing was found or too few patients are known.
+
+        It begins at 0 ml where what was found has been nothing too often.
+        """
         low, high = self._errors(self.log_volume, target, level)
-        if not confidence.volume_ml > 0 or not isfinite(low + high):
+        if not confidence.volume_ml > 0 or isnan(low):
             return nan, nan
         return confidence.volume_ml * exp(low), confidence.volume_ml * exp(high)
 
     @staticmethod
     def _errors(conformal: Mapping[str, Conformal], target: str, level: float) -> tuple[float, float]:
-        return conformal[target].interval(level) if target in conformal else (-inf, inf)
+        known = conformal.get(target)
+        return known.interval(level) if known is not None and known.best_level >= level else (nan, nan)
 
     def save(self, folder: Path) -> None:
-        """Write it into a bundle."""
+        """Write it into a bundle: errors by patient, without names."""
         contents = {
-            name: {target: conformal.errors for target, conformal in group.items()}
+            name: {
+                target: [[e if isfinite(e) else str(e) for e in of_one] for of_one in conformal.errors]
+                for target, conformal in group.items()
+            }
             for name, group in (("dice_errors", self.dice), ("log_volume_errors", self.log_volume))
         }
         with writing_beside(folder / _FILE) as path:
@@ -129,8 +137,14 @@ class Calibration:
             return None
         try:
             contents = json.loads(path.read_text(encoding="utf-8"))
+            # Earlier bundles list the errors of scans: each counts as one of a patient of its own.
             groups = (
-                {target: Conformal(tuple(map(float, errors))) for target, errors in contents[name].items()}
+                {
+                    target: Conformal(
+                        tuple(tuple(map(float, e)) if isinstance(e, list) else (float(e),) for e in errors)
+                    )
+                    for target, errors in contents[name].items()
+                }
                 for name in ("dice_errors", "log_volume_errors")
             )
             return cls(*groups)
@@ -154,17 +168,19 @@ def check_intervals(cases: Sequence[Case], level: float = LEVEL) -> list[dict[st
 
     A row for each target and site: the median width of the Dice interval, that of the volume interval
     as a share of the volume, the rank correlation (Spearman's) of expected and true Dice, the shares of
-    the site's subjects that both intervals hold, and n; the site ``""`` has all subjects and no shares,
-    which would be the level by construction. Sites and targets without subjects enough for the level
-    are left out.
+    the site's subjects that both intervals hold (means over patients), how many scans (``n``) and patients;
+    the site ``""`` has all subjects and no shares, which would be the level by construction. Sites and
+    targets without patients enough for the level are left out. A patient seen at several sites is no
+    stranger to any: intervals that judge a site's scans are made without its patients.
     """
     rows: list[dict[str, str | float]] = []
     sites = sorted({case.site for case in cases})
     for target in dict.fromkeys(case.target for case in cases):
         of_target = [case for case in cases if case.target == target]
         for site in ["", *(sites if len(sites) > 1 else [])]:
-            known = [case for case in of_target if not site or case.site != site]
             judged = [case for case in of_target if not site or case.site == site]
+            whose = [case.patient for case in judged]
+            known = [case for case in of_target if not site or case.patient not in whose]
             made = Calibration.of(known)
             if not known or min(made.dice[target].best_level, made.log_volume[target].best_level) < level:
                 continue
@@ -181,9 +197,12 @@ def check_intervals(cases: Sequence[Case], level: float = LEVEL) -> list[dict[st
                 "volume_width": float(np.nanmedian(shares)),
                 "rank": rank_correlation([c.confidence.expected_dice for c in judged], [c.dice for c in judged]),
                 "n": len(judged),
+                "patients": len(set(whose)),
             }
             if site:
-                row["dice_held"] = made.dice[target].coverage([case.dice_error for case in judged], level)
-                row["volume_held"] = made.log_volume[target].coverage([c.log_volume_error for c in judged], level)
+                row["dice_held"] = made.dice[target].coverage([c.dice_error for c in judged], level, whose)
+                row["volume_held"] = made.log_volume[target].coverage(
+                    [c.log_volume_error for c in judged], level, whose
+                )
             rows.append(row)
     return rows

@@ -1,14 +1,20 @@
-"""How well two ways of measuring one quantity agree: Bland and Altman's limits, and concordance."""
+"""How well two ways of measuring one quantity agree: Bland and Altman's limits, and concordance.
+
+Patients are the unit: biases are means over patients of each patient's mean over its scans, and every
+interval widens with how alike the scans of one patient are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import atanh, nan, sqrt, tanh
+from math import atanh, hypot, nan, sqrt, tanh
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+
+from delineate.metrics.statistics import counted, numbered
 
 Interval = tuple[float, float]
 LIMITS = 1.96
@@ -17,14 +23,20 @@ LIMITS = 1.96
 
 @dataclass(frozen=True)
 class Agreement:
-    """Differences of predicted and true values, ``bias`` ± 1.96 ``sd`` (Bland & Altman 1986).
+    """Differences of predicted and true values of ``n`` scans of ``patients``: ``bias`` ± 1.96 ``sd``.
 
-    Intervals are 95 %: of the bias by Student's t, of the limits by their approximate standard error
-    (Bland & Altman 1999). ``outliers`` are the indices of pairs beyond the limits. All but ``n`` are
-    NaN for fewer than two pairs.
+    ``bias`` is the mean over patients of each one's mean difference, ``sd`` the deviation of a scan of a
+    patient, from the variance between patients and that within them (Bland & Altman 2007; Zou 2013).
+
+    Intervals are 95 %: of the bias by Student's t of the patients' means; of the limits exact where each
+    patient has one scan (noncentral t; Carkeet 2015), elsewhere from the intervals of both variances
+    (MOVER; Zou 2013). ``outliers`` are the indices of pairs beyond the limits. ``left_out`` counts pairs
+    that have no difference. All but counts are NaN for fewer than two patients.
     """
 
     n: int
+    patients: int
+    left_out: int
     bias: float
     sd: float
     bias_ci95: Interval
@@ -37,13 +49,28 @@ class Agreement:
         """Between which 95 % of differences lie."""
         return self.bias - LIMITS * self.sd, self.bias + LIMITS * self.sd
 
+    @property
+    def method(self) -> str:
+        """How the intervals of the limits were made."""
+        return "exact (noncentral t)" if self.patients == self.n else "MOVER (variances between and within patients)"
+
+    @property
+    def count(self) -> str:
+        """``n``, and of how many patients where those are fewer."""
+        return counted(self.n, self.patients)
+
 
 def agreement(
-    predicted: Sequence[float] | NDArray, true: Sequence[float] | NDArray, *, relative: bool = False
+    predicted: Sequence[float] | NDArray,
+    true: Sequence[float] | NDArray,
+    patients: Sequence[str] | None = None,
+    *,
+    relative: bool = False,
 ) -> Agreement:
-    """Limits of agreement of paired values; pairs with an undefined one are left out.
+    """Limits of agreement of paired values; by default each pair is of a patient of its own.
 
-    ``relative``: differences in percent of the true value, for errors that grow with what is measured.
+    ``relative``: differences in percent of the true value, for errors that grow with what is measured;
+    pairs whose true value is zero have none, and are left out, as are undefined ones.
     """
     said, truth = np.asarray(predicted, float), np.asarray(true, float)
     difference = said - truth
@@ -51,61 +78,104 @@ def agreement(
         with np.errstate(divide="ignore", invalid="ignore"):
             difference = 100 * difference / truth
     places = np.flatnonzero(np.isfinite(difference))
-    d = difference[places]
-    if len(d) < 2:
-        return Agreement(len(d), nan, nan, (nan, nan), (nan, nan), (nan, nan), ())
-    n, bias, sd = len(d), float(d.mean()), float(d.std(ddof=1))
-    t = float(stats.t.ppf(0.975, n - 1))
-    of_bias, of_limits = t * sd / sqrt(n), t * sd * sqrt(1 / n + LIMITS**2 / (2 * (n - 1)))
+    d, n = difference[places], len(places)
+    whose = numbered(None if patients is None else [patients[i] for i in places.tolist()], n)
+    scans = np.bincount(whose)
+    p, left_out = len(scans), len(difference) - n
+    if p < 2:
+        return Agreement(n, p, left_out, nan, nan, (nan, nan), (nan, nan), (nan, nan), ())
+    means = np.bincount(whose, weights=d) / scans
+    bias, between = float(means.mean()), float(means.var(ddof=1))
+    within = float(((d - means[whose]) ** 2).sum() / (n - p)) if n > p else 0.0
+    # The variance of a patient's mean holds a part of that within: what is missing to a single scan's is added.
+    missing = within * float(1 - (1 / scans).mean())
+    sd, half = sqrt(between + missing), float(stats.t.ppf(0.975, p - 1)) * sqrt(between / p)
+    if n == p:
+        least, most = _of_limit(n)
+        inner, outer = sd * (LIMITS - least), sd * (most - LIMITS)
+    else:
+        inner, outer = _mover(half, [(between, p - 1), (missing, n - p)])
     low, high = bias - LIMITS * sd, bias + LIMITS * sd
-    beyond = (d < low) | (d > high)
     return Agreement(
         n,
+        p,
+        left_out,
         bias,
         sd,
-        (bias - of_bias, bias + of_bias),
-        (low - of_limits, low + of_limits),
-        (high - of_limits, high + of_limits),
-        tuple(int(i) for i in places[beyond]),
+        (bias - half, bias + half),
+        (low - outer, low + inner),
+        (high - inner, high + outer),
+        tuple(int(i) for i in places[(d < low) | (d > high)]),
     )
+
+
+def _of_limit(n: int) -> Interval:
+    """Both ends of the interval of the upper limit of ``n`` normal differences, in SDs from their mean."""
+    least, most = stats.nct.ppf([0.025, 0.975], n - 1, LIMITS * sqrt(n)) / sqrt(n)
+    return float(least), float(most)
+
+
+def _mover(half: float, variances: Sequence[tuple[float, int]]) -> Interval:
+    """How far the interval of a limit reaches towards the bias, and away from it.
+
+    From ``half`` of the bias' interval and the parts of a variance with their degrees of freedom: the
+    method of variance estimates recovery (Zou 2013, eq. 7).
+    """
+    total = sum(variance for variance, _ in variances)
+    down = hypot(*(v * (1 - df / stats.chi2.ppf(0.975, df)) for v, df in variances))
+    up = hypot(*(v * (df / stats.chi2.ppf(0.025, df) - 1) for v, df in variances))
+    sd, least, most = sqrt(total), sqrt(max(total - down, 0.0)), sqrt(total + up)
+    return hypot(half, LIMITS * (sd - least)), hypot(half, LIMITS * (most - sd))
 
 
 @dataclass(frozen=True)
 class Concordance:
-    """Lin's concordance correlation (1989): 1 where every pair is equal.
+    """Lin's concordance correlation (1989) of ``n`` scans of ``patients``: 1 where every pair is equal.
 
-    0 where one of both does not vary; NaN where nothing does, or n < 3.
+    0 where one of both does not vary; NaN where nothing does, or for fewer than three patients.
     """
 
     value: float
     ci95: Interval
     n: int
+    patients: int
 
 
-def concordance(predicted: Sequence[float] | NDArray, true: Sequence[float] | NDArray) -> Concordance:
-    """Agreement of paired values with the line of identity, with Lin's interval by Fisher's z."""
+def concordance(
+    predicted: Sequence[float] | NDArray, true: Sequence[float] | NDArray, patients: Sequence[str] | None = None
+) -> Concordance:
+    """Agreement of paired values with the line of identity; by default each pair is of a patient of its own.
+
+    Every patient weighs the same. The interval is by the jackknife over patients, of Fisher's z, with
+    Student's t (Feng et al. 2013).
+    """
     a, b = np.asarray(predicted, float), np.asarray(true, float)
     use = np.isfinite(a) & np.isfinite(b)
-    a, b, n = a[use], b[use], int(use.sum())
-    if n < 3 or not _varies(np.concatenate([a, b])):
-        return Concordance(nan, (nan, nan), n)
+    whose = numbered(None if patients is None else [patients[i] for i in np.flatnonzero(use).tolist()], int(use.sum()))
+    a, b, n = a[use], b[use], len(whose)
+    scans = np.bincount(whose)
+    p = len(scans)
+    if p < 3 or not _varies(np.concatenate([a, b])):
+        return Concordance(nan, (nan, nan), n, p)
     if not _varies(a) or not _varies(b):
-        return Concordance(0.0, (0.0, 0.0), n)
-    shift = float((a.mean() - b.mean()) ** 2 / (a.std() * b.std()))
-    accuracy = float(2 / (a.std() / b.std() + b.std() / a.std() + shift))
-    r = float(np.corrcoef(a, b)[0, 1])
-    value = r * accuracy
+        return Concordance(0.0, (0.0, 0.0), n, p)
+    # About a common centre, so that squares of large values do not drown differences.
+    a, b = a - b.mean(), b - b.mean()
+    moments = np.stack([np.bincount(whose, weights=w) / scans for w in (a, b, a * a, b * b, a * b)])
+    value = float(_lin(moments.mean(axis=1)))
     if abs(value) >= 1 - 1e-12:
-        return Concordance(value, (value, value), n)
-    # Lin 1989 with the correction of 2000, in terms that stay finite where r is 0: the variance of Fisher's z.
-    rest = 1 - value**2
-    variance = (
-        (1 - r**2) * accuracy**2 / rest
-        + 2 * r**2 * accuracy**3 * (1 - value) * shift / rest**2
-        - r**2 * accuracy**4 * shift**2 / (2 * rest**2)
-    ) / (n - 2)
-    half = 1.96 * sqrt(max(variance, 0.0))
-    return Concordance(value, (tanh(atanh(value) - half), tanh(atanh(value) + half)), n)
+        return Concordance(value, (value, value), n, p)
+    without = np.clip(_lin((moments.sum(axis=1, keepdims=True) - moments) / (p - 1)), -1 + 1e-12, 1 - 1e-12)
+    z = np.arctanh(without)
+    half = float(stats.t.ppf(0.975, p - 1)) * sqrt((p - 1) / p * float(((z - z.mean()) ** 2).sum()))
+    return Concordance(value, (tanh(atanh(value) - half), tanh(atanh(value) + half)), n, p)
+
+
+def _lin(moments: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Lin 1989, eq. 1, from means of a, b, a², b² and ab; 0 where nothing varies."""
+    a, b, aa, bb, ab = moments
+    spread = aa - a**2 + bb - b**2 + (a - b) ** 2
+    return np.divide(2 * (ab - a * b), spread, out=np.zeros_like(spread), where=spread > 0)
 
 
 def _varies(values: NDArray[np.float64]) -> bool:

@@ -4,39 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor, inf, isfinite, nan
+from math import inf, isnan, nan
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delineate.metrics.statistics import numbered
 
 
 @dataclass(frozen=True)
 class Conformal:
-    """Split conformal prediction (Lei et al. 2018): ``errors`` are true minus predicted, one a subject.
+    """Hierarchical conformal prediction (Lee et al. 2023) from ``errors``, true minus predicted, by patient.
 
-    An interval covers a new subject with at least its level if the subject is of the same kind as
-    those that the errors are of; nothing else is assumed.
+    An interval covers a scan of a new patient with at least its level if patients, and scans within
+    each, are of the same kind as those that the errors are of; nothing else is assumed. Every patient
+    weighs the same, however many scans there are. With one scan each it is split conformal prediction
+    (Lei et al. 2018). An infinite error is one; undefined ones (NaN) are left out.
     """
 
-    errors: tuple[float, ...]
+    errors: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "errors", tuple(sorted(e for e in self.errors if isfinite(e))))
+        defined = (tuple(sorted(e for e in of_one if not isnan(e))) for of_one in self.errors)
+        object.__setattr__(self, "errors", tuple(sorted(of_one for of_one in defined if of_one)))
+
+    @classmethod
+    def of(cls, errors: Sequence[float], patients: Sequence[str] | None = None) -> Conformal:
+        """From an error of each scan; by default each is of a patient of its own."""
+        whose = numbered(patients, len(errors))
+        by_patient: list[list[float]] = [[] for _ in range(int(whose.max(initial=-1)) + 1)]
+        for patient, error in zip(whose, errors, strict=True):
+            by_patient[patient].append(error)
+        return cls(tuple(map(tuple, by_patient)))
 
     @property
     def best_level(self) -> float:
-        """The highest level for which there are errors enough; 0 where there are none."""
+        """The highest level for which there are patients enough; 0 where there are none."""
         return max(0.0, 1 - 2 / (len(self.errors) + 1))
 
     def interval(self, level: float) -> tuple[float, float]:
-        """What to add to a prediction: low and high, infinite where the errors are too few for the level."""
-        n, tail = len(self.errors), (1 - level) / 2
-        # Rounded, since 1 − 0.9 is a little less than 0.1.
-        low, high = floor(round((n + 1) * tail, 9)), ceil(round((n + 1) * (1 - tail), 9))
-        return (self.errors[low - 1] if low >= 1 else -inf, self.errors[high - 1] if high <= n else inf)
+        """What to add to a prediction: low and high, infinite where the patients are too few for the level."""
+        errors = np.array([e for of_one in self.errors for e in of_one])
+        # The new patient weighs as much as each of the others; where its error will be, nobody knows.
+        weights = np.array([1 / len(of_one) for of_one in self.errors for _ in of_one]) / (len(self.errors) + 1)
+        share = (1 + level) / 2
+        return -_reached(-errors, weights, share), _reached(errors, weights, share)
 
-    def coverage(self, errors: Sequence[float], level: float) -> float:
-        """Share of other subjects' ``errors`` that the interval holds. None: undefined.
+    def coverage(self, errors: Sequence[float], level: float, patients: Sequence[str] | None = None) -> float:
+        """Mean over other patients of the share of their ``errors`` that the interval holds. None: undefined.
 
-        Of subjects of another kind: among those of one kind it is the level by construction.
+        Of patients of another kind: among those of one kind it is the level by construction.
         """
         low, high = self.interval(level)
-        covered = [low <= error <= high for error in errors if isfinite(error)]
-        return sum(covered) / len(covered) if covered else nan
+        others = Conformal.of(errors, patients).errors
+        held = [sum(low <= error <= high for error in of_one) / len(of_one) for of_one in others]
+        return sum(held) / len(held) if held else nan
+
+
+def _reached(values: NDArray[np.float64], weights: NDArray[np.float64], share: float) -> float:
+    """The least value up to which the weights add up to ``share``; infinite where they never do."""
+    order = np.argsort(values)
+    # Rounded, since ten times 0.1 is a little less than 1.
+    place = int(np.searchsorted(np.round(np.cumsum(weights[order]), 9), round(share, 9)))
+    return float(values[order][place]) if place < len(values) else inf

@@ -1,66 +1,99 @@
 """What a sample of subjects says of all: means with intervals, and whether two methods differ.
 
-Several scans of one patient tell less than as many patients: whole patients are resampled.
+The unit is the patient. Every mean here is the mean over patients of each patient's mean over its
+scans, so that a table of means and a comparison of methods speak of one number. Several scans of one
+patient tell less than as many patients: whole patients are resampled.
+
+An infinite value is an outcome, a failure: the target was missed, or marked where there is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isnan, nan
+from functools import lru_cache
+from math import inf, isnan, nan, pi, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 RESAMPLES = 10_000
+SIGNIFICANCE = 0.05
+POWER = 0.8
+
+_EXACT_UP_TO = 100
+"""Patients up to which the signed-rank test has its exact distribution: beyond, the normal one is as good."""
+
+_SIMULATED_UP_TO = 40
+"""Patients up to which the smallest detectable difference is simulated: beyond, the formula is as good."""
+
+_ROUNDING = 1e-9
+"""Share of the largest value that is taken for rounding: differences within it are zero, or tie."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric over subjects, without the ``undefined`` (NaN or infinite) values.
+    """A metric's mean over ``patients`` of each patient's mean over its scans, ``n`` scans in all.
 
-    ``sd`` has ``n - 1`` in its denominator. ``ci95`` is the percentile interval of the mean under
-    10 000 bootstrap resamples of the ``patients`` (Efron 1979), seeded. They are NaN for fewer than
-    two subjects or patients.
+    Left out, and counted, are ``failed`` scans, whose value is infinite, and ``undefined`` ones (NaN).
+    ``sd`` is that of the patients' means, with ``patients - 1`` in its denominator. ``ci95`` is the
+    percentile interval of the mean under 10 000 bootstrap resamples of the patients, seeded, at levels
+    widened for small samples (Hesterberg 2015, section 4.3.3). They are NaN for fewer than two patients.
     """
 
     mean: float
     sd: float
     ci95: tuple[float, float]
     n: int
+    failed: int
     undefined: int
     patients: int
 
     @property
     def count(self) -> str:
         """``n``, and of how many patients where those are fewer."""
-        return str(self.n) if self.patients == self.n else f"{self.n} of {self.patients} patients"
+        return counted(self.n, self.patients)
+
+    @property
+    def failures(self) -> str:
+        """How many failed of how many scans; nothing where none did."""
+        return f"{self.failed} of {self.n + self.failed + self.undefined}" if self.failed else ""
+
+
+def counted(scans: int, patients: int) -> str:
+    """How many scans, and of how many patients where those are fewer."""
+    return str(scans) if patients == scans else f"{scans} of {patients} patients"
 
 
 def estimate_means(
     values: NDArray[np.float64], patients: Sequence[str] | None = None, *, seed: int = 0
 ) -> list[Estimate]:
-    """An estimate of each column's mean; rows are subjects, resampled for all columns together.
+    """An estimate of each column's mean; rows are scans, whose patients are resampled for all columns together.
 
     ``patients`` says whose each row is; by default each is one's own.
     """
-    whose = np.arange(len(values)) if patients is None else _numbered(patients)
+    whose = numbered(patients, len(values))
     defined = np.isfinite(values)
     sums, counts = _added_up(np.where(defined, values, 0.0), whose), _added_up(defined.astype(float), whose)
+    has = counts > 0
+    means = np.divide(sums, counts, out=np.zeros_like(sums), where=has)
     n, rng = len(sums), np.random.default_rng(seed)
     with np.errstate(invalid="ignore"):  # a resample without a defined value has no mean
         # How often each patient is drawn makes a resample's means one matrix product; in parts, to bound memory.
-        draws = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES // 10).astype(float) for _ in range(10))
-        means = np.concatenate([draw @ sums / (draw @ counts) for draw in draws])
+        draws = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES // 10).astype(float) for _ in range(10) if n)
+        resampled = np.concatenate([means[:0], *(draw @ means / (draw @ has) for draw in draws)])
+    failed, undefined = np.isinf(values).sum(axis=0), np.isnan(values).sum(axis=0)
     return [
-        _estimate(column[use], resampled[np.isfinite(resampled)], int((~use).sum()), int(np.count_nonzero(of_patients)))
-        for column, use, resampled, of_patients in zip(values.T, defined.T, means.T, counts.T, strict=True)
+        _estimate(means[has[:, i], i], resampled[:, i], int(defined[:, i].sum()), int(failed[i]), int(undefined[i]))
+        for i in range(values.shape[1])
     ]
 
 
-def _numbered(patients: Sequence[str]) -> NDArray[np.int64]:
-    """Patients as numbers in the order of their first rows."""
+def numbered(patients: Sequence[str] | None, scans: int) -> NDArray[np.int64]:
+    """Whose each of ``scans`` is, as numbers in the order of first scans; without ``patients``, each is one's own."""
+    if patients is None:
+        return np.arange(scans)
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(patient, len(numbers)) for patient in patients], dtype=np.int64)
 
@@ -72,64 +105,167 @@ def _added_up(rows: NDArray[np.float64], whose: NDArray[np.int64]) -> NDArray[np
     return sums
 
 
-def _estimate(defined: NDArray[np.float64], resampled: NDArray[np.float64], undefined: int, patients: int) -> Estimate:
-    n = len(defined)
-    mean = float(defined.mean()) if n else nan
-    sd = float(defined.std(ddof=1)) if n > 1 else nan
-    if patients < 2:
-        return Estimate(mean, sd, (nan, nan), n, undefined, patients)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Estimate(mean, sd, (float(low), float(high)), n, undefined, patients)
+def _estimate(
+    means: NDArray[np.float64], resampled: NDArray[np.float64], scans: int, failed: int, undefined: int
+) -> Estimate:
+    n = len(means)
+    mean = float(means.mean()) if n else nan
+    if n < 2:
+        return Estimate(mean, nan, (nan, nan), scans, failed, undefined, n)
+    # A resample varies less than a sample does, by (n − 1) / n, and few patients need Student's t, not the normal.
+    tail = stats.norm.cdf(sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1))
+    low, high = np.quantile(resampled[np.isfinite(resampled)], [tail, 1 - tail])
+    return Estimate(mean, float(means.std(ddof=1)), (float(low), float(high)), scans, failed, undefined, n)
 
 
 @dataclass(frozen=True)
 class Difference:
     """A paired difference over ``n`` patients, first minus second.
 
-    ``ci95`` is the percentile interval of the mean under 10 000 resamples of the patients; ``p`` is
-    Wilcoxon's signed-rank test (two-sided; 1 where no pair differs), Holm-corrected within its
-    family; ``effect`` is the matched-pairs rank-biserial correlation (−1 … 1; Kerby 2014).
+    ``mean`` is that of the ``measured`` patients, who have a scan that both methods have a finite value
+    for: the mean over them of each one's mean difference over such scans; ``sd`` and ``ci95`` as in
+    :class:`Estimate`.
+
+    ``p`` is Wilcoxon's signed-rank test over all ``n``, two-sided, Holm-corrected among ``comparisons``.
+    A patient of whom one method failed more scans than the other ranks beyond every finite difference;
+    ``decided_by_failure`` counts them. Differences within 1e-9 of the largest value are zero, which take
+    ranks but no side (Pratt 1959), and those within it of each other tie. The distribution is exact, given
+    the ranks, for up to 100 patients. ``effect`` is the matched-pairs rank-biserial correlation (−1 … 1;
+    Kerby 2014).
     """
 
     mean: float
+    sd: float
     ci95: tuple[float, float]
     p: float
     effect: float
     n: int
+    measured: int
+    decided_by_failure: int = 0
+    comparisons: int = 1
 
     @property
     def distinguishable(self) -> bool:
-        """Whether both the test (5 %) and the interval tell the two apart."""
+        """Whether the test tells the two apart, and the interval too where it is of what was tested."""
         low, high = self.ci95
-        return self.p < 0.05 and (low > 0 or high < 0)
+        sides = low > 0 and self.effect > 0, high < 0 and self.effect < 0
+        return self.p < SIGNIFICANCE and (self.decided_by_failure > 0 or any(sides))
+
+    @property
+    def needed(self) -> int:
+        """The fewest patients of whom any outcome could have told two methods apart, among so many comparisons."""
+        return fewest_patients(self.comparisons)
+
+    @property
+    def too_few(self) -> bool:
+        """Whether no outcome could have told the two apart."""
+        return self.n < self.needed
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true mean difference that as many patients, as different as these, show in 80 % of studies.
+
+        In the metric's unit; infinite where they are too few.
+        """
+        return self.sd * detectable_in_sd(self.measured, self.comparisons)
 
 
 def paired_difference(
     first: Sequence[float] | NDArray, second: Sequence[float] | NDArray, patients: Sequence[str] | None = None
 ) -> Difference:
-    """The difference of two columns of the same subjects; pairs with an undefined value are left out.
+    """The difference of two columns of the same scans; by default each scan is of a patient of its own.
 
-    Differences of one patient's subjects are averaged first; by default each subject is a patient.
-    Fewer than two pairs have no interval and no test: both are NaN.
+    Infinite is worse, or better, than any finite value, and ties with itself. Pairs with a NaN are left
+    out. Fewer than two patients have no interval and no test: both are NaN.
     """
-    difference = np.asarray(first, float) - np.asarray(second, float)
-    use = np.isfinite(difference)
-    difference = difference[use]
-    if patients is not None:
-        whose = _numbered([patient for patient, defined in zip(patients, use, strict=True) if defined])
-        difference = np.bincount(whose, weights=difference) / np.bincount(whose)
-    [estimate] = estimate_means(difference[:, None])
-    if estimate.n < 2:
-        return Difference(estimate.mean, estimate.ci95, nan, nan, estimate.n)
-    moved = difference[difference != 0]
-    if not moved.size:
-        return Difference(estimate.mean, estimate.ci95, 1.0, 0.0, estimate.n)
-    # Ties leave no exact distribution; few pairs no normal one.
-    tied = len(np.unique(np.abs(moved))) < len(moved) or len(moved) < len(difference)
-    p = float(stats.wilcoxon(moved, method="approx" if tied and len(moved) > 25 else "auto").pvalue)
-    ranks = stats.rankdata(np.abs(moved))
-    effect = float((ranks[moved > 0].sum() - ranks[moved < 0].sum()) / ranks.sum())
-    return Difference(estimate.mean, estimate.ci95, p, effect, estimate.n)
+    a, b = np.asarray(first, float), np.asarray(second, float)
+    use = ~(np.isnan(a) | np.isnan(b))
+    kept = None if patients is None else [p for p, defined in zip(patients, use, strict=True) if defined]
+    a, b, whose = a[use], b[use], numbered(kept, int(use.sum()))
+    both = np.isfinite(a) & np.isfinite(b)
+    finite = np.where(both, a, 0.0) - np.where(both, b, 0.0)
+    sides = np.where(both, 0.0, np.sign(np.where(a == b, 0.0, np.where(np.isinf(a), a, -b))))
+    measured, sums, failures = (np.bincount(whose, weights=w) for w in (both, finite, sides))
+    means = np.divide(sums, measured, out=np.full(len(sums), nan), where=measured > 0)
+    [estimate] = estimate_means(means[:, None])
+    outcomes = np.where(failures != 0, np.copysign(inf, failures), np.nan_to_num(means, nan=0.0))
+    decided, n = int(np.count_nonzero(failures)), len(outcomes)
+    largest = float(np.abs(np.concatenate([a[both], b[both]])).max(initial=0.0))
+    p, effect = signed_rank(outcomes, _ROUNDING * largest) if n > 1 else (nan, nan)
+    return Difference(estimate.mean, estimate.sd, estimate.ci95, p, effect, n, estimate.patients, decided)
+
+
+def signed_rank(differences: NDArray[np.float64], tolerance: float = 0.0) -> tuple[float, float]:
+    """Wilcoxon's signed-rank test: two-sided p, and the rank-biserial correlation; 1 and 0 where nothing differs.
+
+    Differences of at most ``tolerance`` are zero, and ranks of neighbours that are no further apart tie.
+    """
+    sizes = np.abs(differences)
+    sizes = np.where(sizes <= tolerance, 0.0, sizes)
+    order = np.argsort(sizes)
+    with np.errstate(invalid="ignore"):  # equal infinities are no step
+        steps = np.diff(sizes[order], prepend=0.0) > tolerance
+    groups = np.empty(len(sizes), dtype=np.int64)
+    groups[order] = np.cumsum(steps)
+    ranks, signs = stats.rankdata(groups), np.sign(np.where(sizes > 0, differences, 0.0))
+    ranks = ranks[signs != 0]
+    signs = signs[signs != 0]
+    if not ranks.size:
+        return 1.0, 0.0
+    total = float(ranks @ signs)
+    effect = total / float(ranks.sum())
+    if len(ranks) > _EXACT_UP_TO:
+        return float(2 * stats.norm.sf(abs(total) / sqrt(float(ranks @ ranks)))), effect
+    halves = np.rint(2 * ranks).astype(int)  # ranks of ties are halves
+    positive = int(halves[signs > 0].sum())
+    chances = _rank_sums(halves)
+    return min(1.0, 2 * float(min(chances[: positive + 1].sum(), chances[positive:].sum()))), effect
+
+
+def _rank_sums(ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How probable each sum of the positive ranks is, from 0 on, if every sign is a fair coin's."""
+    chances = np.zeros(int(ranks.sum()) + 1)
+    chances[0] = 1.0
+    for rank in ranks:
+        chances[rank:] = (chances[rank:] + chances[:-rank]) / 2
+        chances[:rank] /= 2
+    return chances
+
+
+def fewest_patients(comparisons: int = 1) -> int:
+    """Of how many patients the signed-rank test can be significant at all, as one of so many comparisons (Holm)."""
+    n = 1
+    while comparisons * 2.0 ** (1 - n) >= SIGNIFICANCE:
+        n += 1
+    return n
+
+
+@lru_cache(maxsize=256)
+def detectable_in_sd(n: int, comparisons: int = 1) -> float:
+    """The smallest mean of ``n`` normal differences, in their SDs, that is told from none with 80 % power.
+
+    By the signed-rank test at the level of Holm's first step among so many ``comparisons``, and the interval.
+    Simulated for up to 40 patients, seeded; beyond, that of Student's test at the signed-rank test's
+    efficiency of 3 / π. Infinite where n is too few.
+    """
+    if n < fewest_patients(comparisons):
+        return inf
+    level = SIGNIFICANCE / comparisons
+    if n > _SIMULATED_UP_TO:
+        t = stats.t.ppf(1 - level / 2, n - 1) + stats.t.ppf(POWER, n - 1)
+        return float(t * sqrt(pi / 3 / n))
+    tails = np.cumsum(_rank_sums(np.arange(1, n + 1))[::-1])[::-1]
+    least = int(np.flatnonzero(2 * tails < level)[0])
+    # The sum of positive ranks is the number of positive Walsh averages: it is `least` or more as soon as the
+    # shift lifts the average of that place above zero.
+    i, j = np.triu_indices(n)
+    d = np.random.default_rng(0).standard_normal((2000, n))
+    walsh = (d[:, i] + d[:, j]) / 2
+    place = walsh.shape[1] - least
+    tested = -np.partition(walsh, place, axis=1)[:, place]
+    # The interval of the mean must lie above zero, too; Student's is close to the bootstrap's.
+    beside = stats.t.ppf(0.975, n - 1) * d.std(axis=1, ddof=1) / sqrt(n) - d.mean(axis=1)
+    return float(np.quantile(np.maximum(tested, beside), POWER))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -116,10 +116,10 @@ def validation_chart(validation: pd.DataFrame) -> str:
 def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
     """Every subject's value of a metric, a row for each target, with median, quartiles and whiskers.
 
-    Whiskers end at the furthest value within 1.5 quartile ranges of the box (Tukey 1977). Undefined
-    values are counted beside their row. Colours are sites, where there are two to six of them.
+    Whiskers end at the furthest value within 1.5 quartile ranges of the box (Tukey 1977). Failed and
+    undefined values are counted beside their row. Colours are sites, where there are two to six of them.
     """
-    table, targets = evaluation.table, evaluation.targets
+    table, targets = evaluation.outcomes, evaluation.targets
     colours = _site_colours(evaluation.sites)
 
     def draw(axes: Axes) -> None:
@@ -129,11 +129,7 @@ def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
             defined = np.isfinite(values)
             shades = [colours.get(site, SERIES[0]) for site in of_target["site"]]
             _row(axes, row, values[defined], [s for s, use in zip(shades, defined, strict=True) if use])
-            if undefined := np.count_nonzero(~defined):
-                axes.annotate(
-                    f"{undefined} undefined", (1, row), (0, 14), ("axes fraction", "data"), "offset points",
-                    ha="right", va="center", fontsize=8, color=MUTED,
-                )  # fmt: skip
+            _count_others(axes, row, values)
         _name_rows(axes, targets)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
@@ -146,6 +142,8 @@ def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
 
 def methods_chart(evaluations: Mapping[str, Evaluation], metric: str, label: str) -> str:
     """Every subject's mean over targets of a metric, a row for each method and site; drawn as :func:`metric_chart`.
+
+    With failed and undefined values counted in the same way.
 
     Sites have rows where there are two to six of them, the methods side by side in each.
     """
@@ -160,11 +158,13 @@ def methods_chart(evaluations: Mapping[str, Evaluation], metric: str, label: str
                 means = means[means.index.isin(table.loc[table["site"] == site, "subject"])]
             values = means.to_numpy(float)
             called = name if site is None else f"{site or 'no site'}: {name}"
-            rows.append((called, values[np.isfinite(values)], colour))
+            rows.append((called, values, colour))
 
     def draw(axes: Axes) -> None:
         for row, (_, values, colour) in enumerate(rows):
-            _row(axes, row, values, [colour] * len(values))
+            defined = values[np.isfinite(values)]
+            _row(axes, row, defined, [colour] * len(defined))
+            _count_others(axes, row, values)
         _name_rows(axes, [name for name, _, _ in rows])
         for end in range(len(evaluations), len(rows), len(evaluations)):
             axes.axhline(end - 0.5, color=LINE, linewidth=0.8)
@@ -198,6 +198,16 @@ def _row(axes: Axes, row: int, values: NDArray[np.float64], colours: Sequence[st
     axes.vlines(median, row - 0.25, row + 0.25, color=INK, linewidth=2.2)
 
 
+def _count_others(axes: Axes, row: int, values: NDArray[np.float64]) -> None:
+    """Beside a row, how many of its values cannot be drawn."""
+    counts = ((int(np.isinf(values).sum()), "failed"), (int(np.isnan(values).sum()), "undefined"))
+    if said := ", ".join(f"{n} {what}" for n, what in counts if n):
+        axes.annotate(
+            said, (1, row), (0, 14), ("axes fraction", "data"), "offset points", ha="right", va="center", fontsize=8,
+            color=MUTED,
+        )  # fmt: skip
+
+
 def _site_colours(sites: Collection[str]) -> dict[str, str]:
     """A colour for each site, where there are two to six."""
     return dict(zip(sorted(set(sites)), SERIES, strict=False)) if 1 < len(set(sites)) <= len(SERIES) else {}
@@ -212,20 +222,22 @@ def _site_legend(axes: Axes, colours: dict[str, str], **place: Any) -> None:
 def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) -> str:
     """Bland–Altman: each subject's error over its reference, bias and limits of agreement.
 
-    Volumes' errors are in percent. Shaded are the limits' 95 % intervals; subjects beyond the limits
-    are named. ``band_percent`` shades ± that much around zero, where errors are in percent. Colours
-    are sites, where there are two to six of them.
+    Volumes' errors are in percent, where enough references have a volume. Shaded are the 95 % intervals,
+    by patient; subjects beyond the limits are named, those left out counted. ``band_percent`` shades ± that
+    much around zero, where errors are in percent. Colours are sites, where there are two to six of them.
     """
     compared, found, true = agreeing.compared, agreeing.shown, agreeing.reference
     difference = agreeing.predicted - true
     unit = compared.unit
-    if compared.relative:
-        difference, unit = 100 * difference / true, "%"
+    if agreeing.in_percent:
+        with np.errstate(divide="ignore", invalid="ignore"):  # percent of nothing is not drawn
+            difference, unit = 100 * difference / true, "%"
+    drawn = np.isfinite(difference)
     low, high = found.limits
-    colours = _site_colours(agreeing.sites)
+    colours, without = _site_colours(agreeing.sites), agreeing.without(found).removeprefix("; ")
 
     def draw(axes: Axes) -> None:
-        if band_percent is not None and compared.relative:
+        if band_percent is not None and agreeing.in_percent:
             axes.axhspan(-band_percent, band_percent, color=SERIES[2], alpha=0.15, linewidth=0)
         for interval in (found.low_ci95, found.high_ci95, found.bias_ci95):
             axes.axhspan(*interval, color=SERIES[0], alpha=0.12, linewidth=0)
@@ -235,8 +247,9 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
                 f"{name}\n{value:+.{_DECIMALS[unit]}f} {unit}".replace("-", "−").rstrip(), (1, value), (4, 0),
                 ("axes fraction", "data"), "offset points", va="center", fontsize=8, color=MUTED, annotation_clip=False,
             )  # fmt: skip
-        axes.scatter(true, difference, s=14, c=[colours.get(s, INK) for s in agreeing.sites], alpha=0.7, linewidths=0)
-        middle = (true.min() + true.max()) / 2
+        shades = [colours.get(site, INK) for site, use in zip(agreeing.sites, drawn, strict=True) if use]
+        axes.scatter(true[drawn], difference[drawn], s=14, c=shades, alpha=0.7, linewidths=0)
+        middle = (true[drawn].min() + true[drawn].max()) / 2
         for i in found.outliers[:6]:
             left = true[i] < middle  # names stay inside
             axes.annotate(
@@ -244,6 +257,8 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
                 ha="left" if left else "right", va="center", fontsize=8,
             )  # fmt: skip
         axes.margins(y=0.12)
+        if without:
+            axes.set_title(without, loc="left", fontsize=9, color=MUTED)
         axes.set(
             xlabel=_with_unit(f"{agreeing.target}, {compared.name} by the reference", compared.unit),
             ylabel=_with_unit("error", unit),
@@ -252,7 +267,7 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
     said = f" {unit} " if unit else " "
     text = (
         f"Bland-Altman of {agreeing.target}, {compared.name}, {found.n} subjects: bias {found.bias:.2f}{said}"
-        f"limits {low:.2f} to {high:.2f}{said}{len(found.outliers)} beyond them"
+        f"limits {low:.2f} to {high:.2f}{said}{len(found.outliers)} beyond them{agreeing.without(found)}"
     )
     return _chart(draw, text, height=2.9)
 
@@ -394,9 +409,11 @@ def reliability_chart(evaluation: Evaluation) -> str:
 def density_chart(evaluation: Evaluation, target: str, metric: str, label: str) -> str:
     """A metric over how dense the target is, in up to five bins of as many subjects each.
 
-    Needs ``density_percent``. Boxes as in :func:`metric_chart`; subjects beyond the whiskers are named.
+    Needs ``density_percent``. Boxes as in :func:`metric_chart`; subjects beyond the whiskers are named,
+    failed ones counted.
     """
-    table = evaluation.table[evaluation.table["target"] == target]
+    table = evaluation.outcomes[evaluation.outcomes["target"] == target]
+    failed = int(np.isinf(table[metric].astype(float)).sum())
     table = table[np.isfinite(table[metric].astype(float))].sort_values("density_percent")
     bins = np.array_split(np.arange(len(table)), max(1, min(5, len(table) // 3)))
 
@@ -415,9 +432,11 @@ def density_chart(evaluation: Evaluation, target: str, metric: str, label: str) 
         density = table["density_percent"].to_numpy(float)
         labels = [f"{density[p[0]]:.3g}–{density[p[-1]]:.3g} % (n {len(p)})" for p in bins]
         _name_rows(axes, labels)
-        axes.set(xlabel=f"{target}, {label}", ylabel="share of all voxels")
+        axes.set(xlabel=f"{target}, {label}{beside}", ylabel="share of all voxels")
 
-    return _chart(draw, f"{label} of {target} over its density, {len(table)} subjects", height=0.9 + 0.5 * len(bins))
+    beside = f"; {failed} failed" if failed else ""
+    text = f"{label} of {target} over its density, {len(table)} subjects{beside}"
+    return _chart(draw, text, height=0.9 + 0.5 * len(bins))
 
 
 def _chart(draw: Callable[[Axes], None], description: str, height: float) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from delineate.evaluation.methods import MethodDifference
-from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary
+from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary, averaged
 from delineate.io.files import writing_beside
 from delineate.metrics.catalogue import METRICS, Metric, formatted
 from delineate.metrics.statistics import Estimate
@@ -244,10 +244,10 @@ def _estimate(metric: Metric, estimate: Estimate) -> dict[str, Any]:
     return {
         "metric": metric.title,
         "mean": formatted(metric.name, estimate.mean),
-        "sd": formatted(metric.name, estimate.sd),
+        "spread": averaged(metric.name, estimate),
         "ci": f"{formatted(metric.name, low)} to {formatted(metric.name, high)}" if isfinite(low) else "–",
-        "n": estimate.n,
         "count": estimate.count,
+        "failures": estimate.failures,
         "undefined": estimate.undefined,
     }
 

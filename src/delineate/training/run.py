@@ -398,7 +398,13 @@ def _evaluate_held_out(
 def _cases(outcomes: Sequence[Outcome], measured: pd.DataFrame) -> list[Case]:
     """What predictions of the held-out subjects say of themselves, and what is true."""
     return [
-        Case(target, outcome.subject.site, confidence, *map(float, measured.loc[(outcome.subject.id, target)]))
+        Case(
+            target,
+            outcome.subject.site,
+            outcome.subject.patient,
+            confidence,
+            *map(float, measured.loc[(outcome.subject.id, target)]),
+        )
         for outcome in outcomes
         for target, confidence in outcome.confidence.items()
     ]
