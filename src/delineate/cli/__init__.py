@@ -8,8 +8,10 @@ import sys
 def main() -> None:
     """Entry point of ``delineate``: exit status 0 done, 1 the work failed, 2 wrong usage."""
     from delineate.cli.app import app
+    from delineate.cli.terminal import guard
     from delineate.errors import DelineateError, RecipeError
 
+    guard()
     try:
         app(prog_name="delineate")
     except DelineateError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.errors import SeveralSeries, UnknownLayout
+from delineate.io.files import walk
 from delineate.io.formats import is_dicom
 
 LABELS = ("*mask*", "*segmentation*")
@@ -27,7 +28,7 @@ def read_studies(
     :class:`SeveralSeries` where a pattern fits several of one study, :class:`UnknownLayout` where
     it fits none of any.
     """
-    if not any(is_dicom(Path(place, name)) for place, _, files in os.walk(root) for name in files):
+    if not any(is_dicom(place / name) for place, names in walk(root, links=False) for name in names):
         return None
     from delineate.io.dicom_series import Series, find_series, fits  # pydicom takes a while to import
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from delineate.compute import Compile, Precision
+from delineate.core.text import printable_lines
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -52,4 +53,4 @@ class Reporter:
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a", encoding="utf-8") as file:
-                file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
+                file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + printable_lines(text) + "\n")

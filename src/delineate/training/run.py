@@ -40,6 +40,7 @@ from delineate.inference.batch import Outcome, predict_subjects, with_channels
 from delineate.inference.confidence import LEVEL, Calibration, Case, check_intervals
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
+from delineate.io.tables import write_table
 from delineate.losses.content import has_random_features
 from delineate.networks.cost import count_convolutions
 from delineate.recipe import Recipe, recipe_from, to_yaml
@@ -314,8 +315,7 @@ def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputeP
         for outcome in outcomes
         for target, confidence in outcome.confidence.items()
     ]
-    with writing_beside(folder / "evaluation" / "confidence.csv") as path:
-        pd.DataFrame(said).to_csv(path, index=False)
+    write_table(folder / "evaluation" / "confidence.csv", list(said[0]) if said else [], said)
     return evaluation
 
 
