@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from delineate.core.targets import Code, Coding, Targets
+from delineate.core.targets import MOST_TARGETS, MOST_VALUE, Code, Coding, Targets
+from delineate.core.text import printable
 from delineate.errors import RecipeError
+from delineate.io.files import parsing, read_text
+from delineate.io.settings import MOST_CHARACTERS, MOST_LEVELS, parse_yaml
 from delineate.losses.spec import DICE_AND_CROSS_ENTROPY, LossSpec
 from delineate.metrics.catalogue import metric_names
 from delineate.networks.spec import NetworkSpec
@@ -20,18 +23,19 @@ from delineate.preprocessing.pipeline import Pipeline, StepSpec
 from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.samplers import ClassBalancedTiles, SamplerSpec
 from delineate.sampling.tiles import TileSpec
+from delineate.specification import Names, PositiveWeight, Specification, Weight
+
+LabelValue = Annotated[int, Field(ge=0, le=MOST_VALUE)]
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TargetsSpec(_Spec):
+class TargetsSpec(Specification):
     """What is segmented; see :class:`delineate.core.targets.Targets`."""
 
-    values: dict[str, int | tuple[int, ...]]
+    values: Annotated[
+        dict[str, LabelValue | Annotated[tuple[LabelValue, ...], Field(max_length=256)]], Field(max_length=MOST_TARGETS)
+    ]
     mode: Literal["exclusive", "overlapping"] = "exclusive"
-    ignore: tuple[int, ...] = ()
+    ignore: Annotated[tuple[Annotated[int, Field(ge=-MOST_VALUE, le=MOST_VALUE)], ...], Field(max_length=256)] = ()
 
     def targets(self) -> Targets:
         values = {name: (v,) if isinstance(v, int) else tuple(v) for name, v in self.values.items()}
@@ -42,7 +46,7 @@ class TargetsSpec(_Spec):
         return cls.model_validate(targets.as_dict())
 
 
-class CodeSpec(_Spec):
+class CodeSpec(Specification):
     """A concept of a coding scheme: SNOMED CT's (``SCT``) where no other is named. Lengths are DICOM's."""
 
     value: str = Field(min_length=1, max_length=16)
@@ -53,7 +57,7 @@ class CodeSpec(_Spec):
         return Code(self.value, self.scheme, self.meaning)
 
 
-class CodingSpec(_Spec):
+class CodingSpec(Specification):
     """What a target is, for DICOM-SEG; see :class:`delineate.core.targets.Coding`."""
 
     category: CodeSpec
@@ -63,7 +67,7 @@ class CodingSpec(_Spec):
         return Coding(self.category.code(), self.type.code())
 
 
-class DataSpec(_Spec):
+class DataSpec(Specification):
     """How a data set is read. ``null`` targets are those that the data set itself names.
 
     ``images`` and ``labels`` are patterns below its folder, several channels have a pattern each.
@@ -73,18 +77,18 @@ class DataSpec(_Spec):
     """
 
     layout: str = "auto"
-    images: str | dict[str, str] | None = None
+    images: str | Annotated[dict[str, str], Field(max_length=64)] | None = None
     labels: str | None = None
-    channels: tuple[str, ...] | None = None
+    channels: Names | None = None
     resample_channels: bool = False
     targets: TargetsSpec | None = None
-    codes: dict[str, CodingSpec] = {}
+    codes: Annotated[dict[str, CodingSpec], Field(max_length=MOST_TARGETS)] = Field(default_factory=dict)
 
     def codings(self) -> dict[str, Coding]:
         return {name: spec.coding() for name, spec in self.codes.items()}
 
 
-class OptimiserSpec(_Spec):
+class OptimiserSpec(Specification):
     """``adamw`` decouples the weight decay; ``sgd`` uses Nesterov momentum ``beta1``.
 
     ``rates`` multiply the learning rate of parameters whose names fit a pattern, such as
@@ -92,18 +96,18 @@ class OptimiserSpec(_Spec):
     """
 
     kind: Literal["adamw", "adam", "sgd"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 1e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    rates: Annotated[dict[str, PositiveWeight], Field(max_length=256)] = Field(default_factory=dict)
 
 
-class ScheduleSpec(_Spec):
+class ScheduleSpec(Specification):
     """The learning rate over the budget: a linear warm-up over its first part, then a decay to zero."""
 
     kind: Literal["polynomial", "cosine", "constant"] = "polynomial"
-    power: Annotated[float, Field(gt=0)] = 0.9
+    power: Annotated[float, Field(gt=0, le=100)] = 0.9
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02
 
     def factor(self, progress: float) -> float:
@@ -120,7 +124,7 @@ class ScheduleSpec(_Spec):
         return 0.5 * (1 + math.cos(math.pi * done)) if self.kind == "cosine" else 1.0
 
 
-class ValidationSpec(_Spec):
+class ValidationSpec(Specification):
     """Validation on whole volumes of a few subjects taken from the training folds, always the same ones.
 
     ``times`` over the budget (less often where that would take more than a tenth of the
@@ -129,14 +133,14 @@ class ValidationSpec(_Spec):
     steps the loss is measured on a batch of their tiles, not augmented; ``null``: never.
     """
 
-    subjects: Annotated[int, Field(ge=0)] = 8
-    times: Annotated[int, Field(ge=1)] = 10
+    subjects: Annotated[int, Field(ge=0, le=10**6)] = 8
+    times: Annotated[int, Field(ge=1, le=10**6)] = 10
     metric: Literal["dice", "worst_dice"] = "dice"
-    patience: Annotated[int, Field(ge=1)] | None = None
-    loss_every: Annotated[int, Field(ge=1)] | None = 50
+    patience: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    loss_every: Annotated[int, Field(ge=1, le=10**9)] | None = 50
 
 
-class TrainingSpec(_Spec):
+class TrainingSpec(Specification):
     """The budget is ``minutes`` of training or a number of ``steps``, whichever ends first.
 
     ``ema`` is the decay of the averaged weights that are validated and kept (0: none).
@@ -145,21 +149,21 @@ class TrainingSpec(_Spec):
     BatchNorms keep their statistics, too.
     """
 
-    batch_size: Annotated[int, Field(ge=1)] = 2
-    minutes: Annotated[float, Field(gt=0)] | None = None
-    steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 2
+    minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     optimiser: OptimiserSpec = OptimiserSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = 1.0
     validation: ValidationSpec = ValidationSpec()
-    collapse_after: Annotated[int, Field(ge=1)] = 300
-    folds: Annotated[int, Field(ge=2)] = 5
-    seed: Annotated[int, Field(ge=0)] = 0
-    frozen: tuple[str, ...] = ()
+    collapse_after: Annotated[int, Field(ge=1, le=10**9)] = 300
+    folds: Annotated[int, Field(ge=2, le=1000)] = 5
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    frozen: Names = ()
 
 
-class StartSpec(_Spec):
+class StartSpec(Specification):
     """Weights to begin with: those of a run or bundle, or of a file of tensors.
 
     What fits by name and shape is loaded, the rest reported; ``include`` and ``exclude`` are patterns of
@@ -168,34 +172,34 @@ class StartSpec(_Spec):
     """
 
     weights: str
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    rows: dict[str, str] = Field(default_factory=dict)
+    include: Names = ("*",)
+    exclude: Names = ()
+    rows: Annotated[dict[str, str], Field(max_length=256)] = Field(default_factory=dict)
     channels: Literal["repeat", "mean"] | None = "repeat"
 
 
-class InferenceSpec(_Spec):
+class InferenceSpec(Specification):
     """Tiles overlap by a fraction; their answers are averaged by weight. ``flips``: axes mirrored at test time."""
 
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    overlap: Annotated[float, Field(ge=0, le=0.95)] = 0.5
     weights: Literal["gaussian", "uniform"] = "gaussian"
-    flips: tuple[Literal["x", "y", "z"], ...] = ()
+    flips: Annotated[tuple[Literal["x", "y", "z"], ...], Field(max_length=3)] = ()
 
 
-class PostprocessingSpec(_Spec):
+class PostprocessingSpec(Specification):
     """Targets of which only the largest component stays, and the smallest component kept, in ml, by target."""
 
-    largest_component: tuple[str, ...] = ()
-    minimum_ml: dict[str, float] = Field(default_factory=dict)
+    largest_component: Names = ()
+    minimum_ml: Annotated[dict[str, Weight], Field(max_length=256)] = Field(default_factory=dict)
 
 
-class Recipe(_Spec):
+class Recipe(Specification):
     """Everything that makes a run."""
 
     name: str
     description: str = ""
     data: DataSpec = DataSpec()
-    preprocessing: tuple[StepSpec, ...] = ()
+    preprocessing: Annotated[tuple[StepSpec, ...], Field(max_length=64)] = ()
     tiles: TileSpec
     sampler: SamplerSpec = ClassBalancedTiles()
     augmentation: AugmentationSpec = AugmentationSpec()
@@ -205,7 +209,7 @@ class Recipe(_Spec):
     training: TrainingSpec = TrainingSpec()
     inference: InferenceSpec = InferenceSpec()
     postprocessing: PostprocessingSpec = PostprocessingSpec()
-    metrics: tuple[str, ...] = ("standard",)
+    metrics: Names = ("standard",)
 
     @model_validator(mode="after")
     def _batch_suffices(self) -> Recipe:
@@ -249,26 +253,28 @@ def load_recipe(name_or_path: str | Path, changes: Iterable[str] = ()) -> Recipe
 
     Raises :class:`RecipeError` naming the field, what was found, and the nearest valid name.
     """
-    return recipe_from(apply_changes(_read(name_or_path), changes))
+    with parsing(_short(name_or_path), RecipeError, fix="see `delineate recipes show`"):
+        values = _read(name_or_path)
+    return recipe_from(apply_changes(values, changes))
 
 
 def _read(name_or_path: str | Path, beside: Path | None = None, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
     packaged = packaged_recipes()
     path = packaged.get(str(name_or_path), (beside or Path()) / name_or_path)
     if not path.is_file():
-        near = difflib.get_close_matches(str(name_or_path), packaged, n=1)
+        near = difflib.get_close_matches(_short(name_or_path), packaged, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise RecipeError(
-            f"no recipe '{name_or_path}'{hint} Packaged are: {', '.join(packaged)}; else give the path of a YAML file"
+            f"no recipe '{_short(name_or_path)}'{hint} Packaged are: {', '.join(packaged)}; "
+            "else give the path of a YAML file"
         )
     if path in extended:
         raise RecipeError(f"{path.name} extends itself, by way of {extended[-1].name}; break the circle")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path.name} is not valid YAML: {error}") from error
+    values = parse_yaml(read_text(path, 4 * MOST_CHARACTERS), path.name, RecipeError)
     if not isinstance(values, dict):
         raise RecipeError(f"{path.name} holds {type(values).__name__}, not fields; see `delineate recipes show`")
+    if len(extended) > MOST_LEVELS:
+        raise RecipeError(f"{path.name} is the {len(extended)}th recipe that extends another; write fewer")
     base = values.pop("extends", None)
     return values if base is None else _joined(_read(str(base), path.parent, (*extended, path)), values)
 
@@ -284,34 +290,40 @@ def _joined(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 def recipe_from(values: Mapping[str, Any]) -> Recipe:
     """A recipe from plain values; raises :class:`RecipeError` that lists every wrong field."""
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError("the recipe is not valid:\n" + "\n".join(_explain(e) for e in error.errors())) from error
+    with parsing("the recipe", RecipeError, fix="see `delineate recipes show`"):
+        try:
+            return Recipe.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError("the recipe is not valid:\n" + explained(error)) from error
 
 
 def apply_changes(values: dict[str, Any], changes: Iterable[str]) -> dict[str, Any]:
     """Values with ``path.to.field=value`` applied; list items are reached by their number."""
     values = _copied(values)
     for change in changes:
-        path, equals, text = change.partition("=")
-        if not equals:
-            raise RecipeError(f"'{change}' is not path.to.field=value; write for example training.batch_size=4")
-        *parents, last = path.strip().split(".")
-        node: Any = values
-        for key in parents:
-            node = node[_index(node, key, path)] if isinstance(node, list) else node.setdefault(key, {})
-            if not isinstance(node, dict | list):
-                raise RecipeError(f"'{path}': '{key}' is a single value, not a group of fields; shorten the path")
-        try:
-            node[_index(node, last, path) if isinstance(node, list) else last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"'{change}': the value is not valid YAML") from error
+        with parsing(_short(change), RecipeError, fix="write path.to.field=value"):
+            _change(values, change)
     return values
 
 
+def _change(values: dict[str, Any], change: str) -> None:
+    """Apply one change in place."""
+    path, equals, text = change.partition("=")
+    if not equals:
+        raise RecipeError(f"'{change}' is not path.to.field=value; write for example training.batch_size=4")
+    *parents, last = path.strip().split(".")
+    if len(parents) >= MOST_LEVELS:
+        raise RecipeError(f"'{path[:80]}…' has {len(parents) + 1} levels; {MOST_LEVELS} are the most")
+    node: Any = values
+    for key in parents:
+        node = node[_index(node, key, path)] if isinstance(node, list) else node.setdefault(key, {})
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"'{path}': '{key}' is a single value, not a group of fields; shorten the path")
+    node[_index(node, last, path) if isinstance(node, list) else last] = parse_yaml(text, _short(change), RecipeError)
+
+
 def _index(node: list[Any], key: str, path: str) -> int:
-    if not key.isdecimal() or int(key) >= len(node):
+    if not key.isdecimal() or len(key) > 9 or int(key) >= len(node):
         raise RecipeError(f"'{path}': '{key}' is not an item of a list of {len(node)}; count from 0")
     return int(key)
 
@@ -321,7 +333,8 @@ def to_yaml(values: Any, reasons: Mapping[str, str] | None = None, *, path: str 
     pad, reasons, lines = "  " * indent, reasons or {}, []
     for key, value in values.items():
         here = f"{path}.{key}" if path else str(key)
-        comment = f"  # {reasons[here]}" if here in reasons else ""
+        comment = f"  # {printable(reasons[here])}" if here in reasons else ""
+        key = _scalar(str(key))
         if isinstance(value, dict) and value:
             lines.append(f"{pad}{key}:{comment}\n" + to_yaml(value, reasons, path=here, indent=indent + 1))
         elif isinstance(value, list) and value and isinstance(value[0], dict):
@@ -330,9 +343,17 @@ def to_yaml(values: Any, reasons: Mapping[str, str] | None = None, *, path: str 
                 body = to_yaml(item, reasons, path=f"{here}.{i}", indent=indent + 2)
                 lines.append(f"{pad}  - {body.lstrip()}")
         else:
-            scalar = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
-            lines.append(f"{pad}{key}: {scalar.removesuffix(chr(10)).removesuffix('...').strip()}{comment}\n")
+            lines.append(f"{pad}{key}: {_scalar(value)}{comment}\n")
     return "".join(lines)
+
+
+def _scalar(value: Any) -> str:
+    """A value, or a name, in one line of YAML that reads back as it is."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
+    text = text.removesuffix("\n").removesuffix("...").strip()
+    if not text.isprintable():  # lines of its own, or what steers a terminal
+        text = yaml.safe_dump(value, default_flow_style=True, default_style='"', width=10**9).strip()
+    return text
 
 
 def _copied(values: Any) -> Any:
@@ -341,14 +362,20 @@ def _copied(values: Any) -> Any:
     return [_copied(value) for value in values] if isinstance(values, list) else values
 
 
+def explained(error: ValidationError, most: int = 20) -> str:
+    """A line for each wrong field."""
+    lines = [_explain(e) for e in error.errors()]
+    return "\n".join([*lines[:most], *([f"  and {len(lines) - most} more"] if len(lines) > most else [])])
+
+
 def _explain(error: Any) -> str:
     """One line for one pydantic error: where, what, and the nearest valid name for a misspelt field."""
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(_short(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), _field_names(Recipe), n=1)
+        near = difflib.get_close_matches(_short(error["loc"][-1]), _field_names(Recipe), n=1)
         return f"  {where}: no such field" + (f"; did you mean '{near[0]}'?" if near else "; remove it")
     if error["type"] in ("union_tag_invalid", "literal_error"):
-        found, expected = error["ctx"].get("tag", error["input"]), error["ctx"].get("expected_tags", "")
+        found, expected = _short(error["ctx"].get("tag", error["input"])), error["ctx"].get("expected_tags", "")
         expected = expected or error["ctx"].get("expected", "")
         names = [name.strip(" '") for name in expected.replace(" or ", ",").split(",")]
         near = difflib.get_close_matches(str(found), names, n=1)
@@ -356,8 +383,13 @@ def _explain(error: Any) -> str:
             f"; did you mean '{near[0]}'?" if near else ""
         )
     if error["type"] == "value_error":  # one of ours: it says what it got
-        return f"  {where}: ".replace("  : ", "  ") + str(error["ctx"]["error"])
-    return f"  {where}: {error['msg']}, got {error['input']!r}"
+        return f"  {where}: ".replace("  : ", "  ") + _short(error["ctx"]["error"], 500)
+    return f"  {where}: {error['msg']}, got {_short(repr(error['input']))}"
+
+
+def _short(value: object, most: int = 100) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _field_names(model: type[BaseModel]) -> set[str]:

@@ -14,9 +14,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main() -> None:
     """Entry point of ``delineate``: exit status 0 done, 1 the work failed, 2 wrong usage, 130 and 143 by signals."""
     from delineate.cli.app import app
+    from delineate.cli.terminal import guard
     from delineate.errors import DelineateError, OutputError, RecipeError
 
     _listen()
+    guard()
     try:
         app(prog_name="delineate")
     except DelineateError as error:

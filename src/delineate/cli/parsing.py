@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +26,13 @@ def parse_targets(text: str | None) -> Targets | None:
     values: dict[str, tuple[int, ...]] = {}
     for part in text.split(","):
         name, equals, numbers = part.partition("=")
-        if not equals or not all(n.strip().isdecimal() for n in numbers.split("+")):
-            raise RecipeError(f"'{part}' is not name=value; write for example --targets 'liver=1,tumour=2'")
-        values[name.strip()] = tuple(int(n) for n in numbers.split("+"))
+        name = name.strip()
+        # So many digits as no label value has.
+        if not (name and equals) or not all(re.fullmatch("[0-9]{1,9}", n.strip()) for n in numbers.split("+")):
+            raise RecipeError(f"'{part[:100]}' is not name=value; write for example --targets 'liver=1,tumour=2'")
+        if name in values:
+            raise RecipeError(f"target '{name}' is given twice; join its values: {name}=1+2")
+        values[name] = tuple(int(n) for n in numbers.split("+"))
     used = [v for numbers in values.values() for v in numbers]
     return Targets(values, "exclusive" if len(set(used)) == len(used) else "overlapping")
 
@@ -40,7 +45,10 @@ def parse_patterns(texts: Sequence[str] | None) -> str | dict[str, str] | None:
         return texts[0]
     if bad := [text for text in texts if "=" not in text]:
         raise RecipeError(f"'{bad[0]}' does not name its channel; write for example --images T1='*/t1.nii'")
-    return {name: pattern for name, _, pattern in (text.partition("=") for text in texts)}
+    pairs = [(name, pattern) for name, _, pattern in (text.partition("=") for text in texts)]
+    if len(dict(pairs)) < len(pairs) or not all(name and pattern for name, pattern in pairs):
+        raise RecipeError(f"{', '.join(texts)[:300]} gives a channel twice, or none; name each channel once")
+    return dict(pairs)
 
 
 def data_changes(layout: str, images: str | None, labels: str | None, targets: str | None) -> list[str]:
@@ -58,10 +66,15 @@ def data_changes(layout: str, images: str | None, labels: str | None, targets: s
 
 def data_spec(changes: Sequence[str]) -> DataSpec:
     """The ``data`` of a recipe that is nothing but ``changes``."""
-    from delineate.recipe import DataSpec, apply_changes
+    from pydantic import ValidationError
+
+    from delineate.recipe import DataSpec, apply_changes, explained
 
     of_data = [change for change in changes if change.startswith("data.")]
-    return DataSpec.model_validate(apply_changes({}, of_data).get("data", {}))
+    try:
+        return DataSpec.model_validate(apply_changes({}, of_data).get("data", {}))
+    except ValidationError as error:
+        raise RecipeError("how the data are read is not valid:\n" + explained(error)) from error
 
 
 def opened(path: Path, spec: DataSpec) -> Dataset:

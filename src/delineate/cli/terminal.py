@@ -1,4 +1,4 @@
-"""What a person sees while long work runs: one progress line with an ETA, and messages above it."""
+"""What a person sees: results, messages, one progress line with an ETA; never what a name would have a terminal do."""
 
 from __future__ import annotations
 
@@ -7,20 +7,73 @@ import math
 import sys
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from delineate.core.text import printable, printable_lines
+
 SECONDS_BETWEEN_LINES = 30.0
 """How often progress is printed where there is no terminal to redraw, such as a log file."""
+
+
+class Guarded:
+    """A text stream that spells out control characters: whatever is printed, a terminal takes it for text.
+
+    Names of files, subjects and targets come from outside and may hold escape sequences. All that is
+    printed passes here once :func:`guard` has been called, but for what rich draws, which has escape
+    sequences of its own: :class:`Terminal` and :func:`print_table` guard its parts.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.raw = stream
+
+    def write(self, text: str) -> int:
+        self.raw.write(printable_lines(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        self.raw.flush()
+
+    def isatty(self) -> bool:
+        return self.raw.isatty()
+
+    def fileno(self) -> int:
+        return self.raw.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self.raw.encoding
+
+    @property
+    def errors(self) -> str | None:
+        return self.raw.errors
+
+
+def guard() -> None:
+    """From here on, nothing that is printed, warned of or logged steers the terminal."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, Guarded):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # a name in letters that the terminal does not have
+            setattr(sys, name, Guarded(stream))
+
+
+def _raw(stream: Any) -> Any:
+    return stream.raw if isinstance(stream, Guarded) else stream
 
 
 class Terminal:
     """Progress and messages on standard error, so that standard output carries results only."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(file=_raw(sys.stderr), highlight=False, markup=False, emoji=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._stage, self._last_line = "", 0.0
@@ -28,7 +81,7 @@ class Terminal:
     def __enter__(self) -> Self:
         if self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TimeElapsedColumn(),
@@ -37,20 +90,23 @@ class Terminal:
             )
             self._bar = Progress(*columns, console=self.console, transient=True, speed_estimate_period=120)
             self._bar.start()
+            sys.stdout, sys.stderr = Guarded(sys.stdout), Guarded(sys.stderr)  # above those that keep the bar below
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
+            sys.stdout, sys.stderr = _raw(sys.stdout), _raw(sys.stderr)
             self._bar.stop()
 
     def say(self, text: str) -> None:
         """Print a line above the progress."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable_lines(text), soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far the present stage is; the words before a colon name the stage."""
+        what = printable(what)
         stage = what.partition(":")[0]
         if self._bar is None:
             self._print_now_and_then(stage, what, done, total)
@@ -73,23 +129,24 @@ class Terminal:
 
 def print_json(value: Any) -> None:
     """Strict JSON on standard output: numbers that JSON lacks become null."""
-    json.dump(_strict(value), sys.stdout, indent=1)
-    sys.stdout.write("\n")
+    # JSON spells out all control characters but this one.
+    print(json.dumps(_strict(value), indent=1).replace("\x7f", "\\u007f"))
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on standard output; numbers are right-aligned by their column's look."""
     from rich.table import Table
 
+    title, columns, rows = printable(title), list(map(printable, columns)), [list(map(printable, row)) for row in rows]
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         numeric = all(row[i][:1] in "0123456789-−–∞±" or not row[i] for row in rows)
         table.add_column(column, justify="right" if numeric and rows else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, markup=False)
+    console = Console(file=_raw(sys.stdout), highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=200)
+        console = Console(file=_raw(sys.stdout), highlight=False, markup=False, emoji=False, width=200)
     console.print(table)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from delineate.core.text import printable
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -15,7 +17,8 @@ class Subject:
     names to files, in channel order; several names may share one file that holds all channels (4D):
     ``file_channels`` are then all of that file's, in its own order, whichever ``scans`` are taken.
     ``patient`` groups examinations of one person: they never part in a split. ``site`` is the
-    scanner or centre. ``resample``: channels on other grids than the first one's are brought onto it.
+    scanner or centre. In all these names, what a terminal would
+    take for a command is spelled out. ``resample``: channels on other grids than the first one's are brought onto it.
     """
 
     id: str
@@ -28,6 +31,12 @@ class Subject:
     resample: bool = False
 
     def __post_init__(self) -> None:
+        # Names of files and of people's tables: here they become text that can be shown and written anywhere.
+        for name in ("id", "site", "patient"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
+        object.__setattr__(self, "scans", {printable(channel): file for channel, file in self.scans.items()})
+        object.__setattr__(self, "file_channels", tuple(map(printable, self.file_channels)))
+        object.__setattr__(self, "attributes", {printable(k): printable(v) for k, v in self.attributes.items()})
         if not self.patient:
             object.__setattr__(self, "patient", self.id)
 

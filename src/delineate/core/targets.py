@@ -9,10 +9,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from delineate.core.text import printable
 from delineate.errors import BadLabelValue, RecipeError
 
 IGNORED = 255
 """Encoded value of a voxel that neither loss nor metric may see."""
+
+MOST_TARGETS = 254
+"""Their numbers are encoded in a byte, beside the background's and :data:`IGNORED`."""
+
+MOST_VALUE = 2**16 - 1
+"""Of a label: what is predicted is written in 16 bits at most."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,20 @@ class Targets:
     ignore: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        values = {str(name): _as_tuple(v) for name, v in self.values.items()}
+        values = {printable(str(name)): _as_tuple(v) for name, v in self.values.items()}
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "ignore", _as_tuple(self.ignore))
         if not values:
             raise RecipeError("no target is named; give at least one, such as {liver: [1]}")
+        if len(values) > MOST_TARGETS:
+            raise RecipeError(f"{len(values)} targets are named; {MOST_TARGETS} are the most")
+        if beyond := [v for v in (*self.ignore, *(v for n in values.values() for v in n)) if abs(v) > MOST_VALUE]:
+            raise RecipeError(f"label value {str(beyond[0])[:20]} is beyond {MOST_VALUE}; number the structures from 1")
         for name, numbers in values.items():
+            if any(v < 0 for v in numbers):
+                raise RecipeError(
+                    f"target '{name}' has values {list(numbers)}, of which some are negative; renumber them"
+                )
             if not numbers or 0 in numbers:
                 raise RecipeError(
                     f"target '{name}' has values {list(numbers)}; give one or more, without 0 (background)"

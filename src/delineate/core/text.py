@@ -15,6 +15,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else _spelled(c) for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """Every line of ``text`` printable; where lines end is kept."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def cell(text: str) -> str:
     """``text`` as a spreadsheet's cell: printable, and no formula whatever it begins with.
 

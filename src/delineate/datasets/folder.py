@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
+import io
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import Any, TypeVar
 
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
+from delineate.core.text import printable
 from delineate.datasets.dataset import Dataset
 from delineate.errors import DuplicateSubject, MissingFile, UnknownLayout
+from delineate.io.files import parsing, read_json, read_text, walk
 from delineate.io.formats import PICTURE_SUFFIXES, name_of, suffix_of
 
 SIMULATED = "simulated.json"
@@ -57,11 +58,9 @@ class Folder:
         if not root.is_dir():
             raise MissingFile(f"no folder at '{root}'; check the path")
         scans: list[Path] = []
-        for place, folders, files in os.walk(root, followlinks=True):
-            relative = Path(place).relative_to(root)
-            deepest = len(relative.parts) >= _DEPTH
-            folders[:] = [] if deepest else sorted(name for name in folders if not name.startswith("."))
-            scans += (relative / name for name in files if suffix_of(Path(name)))
+        for place, names in walk(root, _DEPTH):
+            relative = place.relative_to(root)
+            scans += (relative / name for name in names if suffix_of(Path(name)))
         volumes = [path for path in scans if suffix_of(path) not in PICTURE_SUFFIXES]
         return cls(root, tuple(sorted(volumes or scans)), description(root))
 
@@ -126,15 +125,7 @@ def looks_like_label(path: Path) -> bool:
 def description(root: Path) -> dict[str, Any]:
     """Contents of dataset.json, {} where there is none. Raises :class:`UnknownLayout` if it is damaged."""
     path = root / "dataset.json"
-    if not path.is_file():
-        return {}
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnknownLayout(f"'{path}' is not valid JSON: {error}; repair it") from error
-    if not isinstance(about, dict):
-        raise UnknownLayout(f"'{path}' holds a {type(about).__name__}, not an object; repair it")
-    return about
+    return read_json(path, UnknownLayout, fix="repair it") if path.exists() else {}
 
 
 def by_key(found: Iterable[tuple[Key, Path]]) -> dict[Key, Path]:
@@ -206,9 +197,9 @@ def targets_of(labels: Any) -> Targets | None:
         for key, entry in (labels or {}).items():
             name, numbers = (entry, key) if str(key).isdigit() and isinstance(entry, str) else (key, entry)
             values[str(name)] += tuple(map(int, numbers)) if isinstance(numbers, list) else (int(numbers),)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise UnknownLayout(
-            f"dataset.json has labels {labels!r}; give value: name, or name: value or [values]"
+            f"dataset.json has labels {str(labels)[:300]}; give value: name, or name: value or [values]"
         ) from error
     ignore = values.pop("ignore", ())
     named = {name: numbers for name, numbers in values.items() if 0 not in numbers}
@@ -230,26 +221,31 @@ def with_sites(dataset: Dataset) -> Dataset:
     :class:`UnknownLayout` for other columns, :class:`DuplicateSubject` for a subject with two rows.
     """
     path = dataset.root / "sites.csv"
-    if not path.is_file():
+    if not path.exists():
         return dataset
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        table = csv.DictReader(file, skipinitialspace=True)
+    with parsing(path, UnknownLayout, fix="save it as CSV in UTF-8"):
+        table = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
         columns = table.fieldnames or ()
         if not {"subject", "site"} <= set(columns):
-            raise UnknownLayout(f"'{path}' has columns {', '.join(columns)}; give subject,site[,patient]")
-        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in table]
-    names = [row["subject"] for row in rows]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DuplicateSubject(f"'{path}' has several rows for {', '.join(twice)}; keep one of each")
+            raise UnknownLayout(f"'{path}' has columns {_listed(columns)}; give subject,site[,patient]")
+        rows = [{key: printable((value or "").strip()) for key, value in row.items() if key} for row in table]
+    names = Counter(row["subject"] for row in rows)
+    if twice := sorted(name for name, count in names.items() if count > 1):
+        raise DuplicateSubject(f"'{path}' has several rows for {_listed(twice)}; keep one of each")
 
     known = {row.pop("subject"): row for row in rows}
     ids = {subject.id for subject in dataset.subjects}
     notes = list(dataset.notes)
     if strangers := [name for name in known if name not in ids]:
-        notes.append(f"sites.csv names {', '.join(strangers)}, which the data set does not have")
+        notes.append(f"sites.csv names {_listed(strangers)}, which the data set does not have")
     subjects = []
     for subject in dataset.subjects:
         row = dict(known.get(subject.id, {}))
         site, patient = row.pop("site", "") or subject.site, row.pop("patient", "") or subject.patient
         subjects.append(replace(subject, site=site, patient=patient, attributes={**subject.attributes, **row}))
     return replace(dataset, subjects=tuple(subjects), notes=tuple(notes))
+
+
+def _listed(names: Iterable[str], most: int = 12) -> str:
+    shown = [name if len(name) <= 80 else f"{name[:80]}…" for name in names]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

@@ -33,7 +33,8 @@ from delineate.datasets.folder import (
     with_sites,
 )
 from delineate.datasets.studies import first_dicom, read_studies
-from delineate.errors import DatasetError, DuplicateSubject, UnknownLayout
+from delineate.errors import BadPath, DatasetError, DuplicateSubject, UnknownLayout
+from delineate.io.files import parsing
 from delineate.io.formats import holds_label, name_of, suffix_of
 
 
@@ -67,6 +68,12 @@ def open_dataset(
         raise UnknownLayout(f"no layout is called '{layout}'; {hint}known are auto, {', '.join(LAYOUTS)}")
     if labels is not None and images is None:
         raise UnknownLayout(f"labels are given by a pattern ({labels}), images are not; give both")
+    with parsing(root, UnknownLayout, fix="repair its dataset.json, or give patterns"):
+        dataset = _opened(root, layout, images, labels)
+    return dataset if targets is None else replace(dataset, targets=targets)
+
+
+def _opened(root: Path, layout: str, images: str | Mapping[str, str] | None, labels: str | None) -> Dataset:
     if root.is_file() and suffix_of(root):
         dataset = _read_file(root)
     else:
@@ -84,7 +91,7 @@ def open_dataset(
             automatic = [known for known in LAYOUTS.values() if known.name != "dicom" or not folder.scans]
             dataset = _read(folder, automatic if layout == "auto" else [LAYOUTS[layout]])
         dataset = replace(with_sites(dataset), simulated=(root / SIMULATED).is_file())
-    return dataset if targets is None else replace(dataset, targets=targets)
+    return dataset
 
 
 def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
@@ -179,6 +186,9 @@ def read_msd(folder: Folder) -> Dataset | None:
     channels = channel_names(about["modality"])
     # Test images have no labels: they are the data set only where there is nothing else.
     entries = [_entry(entry) for entry in about["training"] or about.get("test") or []]
+    for file in (file for entry in entries for file in entry if file):
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise BadPath(f"dataset.json lists '{file[:300]}', outside of its folder; put the files into the folder")
     images = by_key((name_of(Path(image)), Path(image)) for image, _ in entries)
     labels = {name_of(Path(image)): label for image, label in entries if label}
     subjects = tuple(
@@ -228,10 +238,10 @@ def _entry(entry: Any) -> tuple[str, str | None]:
     """Image and label of one line of an MSD's list, relative to its folder."""
     if isinstance(entry, str):
         return entry, None
-    try:
-        return str(entry["image"]), entry.get("label")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UnknownLayout(f'dataset.json lists {entry!r} for training; give {{"image": …, "label": …}}') from error
+    image, label = (entry.get("image"), entry.get("label")) if isinstance(entry, Mapping) else (None, None)
+    if isinstance(image, str) and (label is None or isinstance(label, str)):
+        return image, label
+    raise UnknownLayout(f'dataset.json lists {str(entry)[:300]} for training; give {{"image": …, "label": …}}')
 
 
 def read_nnunet(folder: Folder) -> Dataset | None:
@@ -407,8 +417,13 @@ def _read_file(path: Path) -> Dataset:
 def _read_patterns(folder: Folder, images: str | Mapping[str, str], labels: str | None) -> Dataset:
     """Files by patterns; a label that the pattern of images matches too is no image."""
     patterns = {"image": images} if isinstance(images, str) else dict(images)
-    wildcards = {pattern: _wildcards(pattern) for pattern in (*patterns.values(), *([labels] if labels else []))}
-    if len({matcher.groups for matcher in wildcards.values()}) > 1 or not all(m.groups for m in wildcards.values()):
+    asked = (*patterns.values(), *([labels] if labels else []))
+    if long := [pattern for pattern in asked if len(pattern) > _LONGEST_PATTERN]:
+        raise UnknownLayout(f"pattern '{long[0][:60]}…' has {len(long[0])} characters; {_LONGEST_PATTERN} are the most")
+    wildcards = {pattern: Pattern(pattern) for pattern in asked}
+    if len({matcher.wildcards for matcher in wildcards.values()}) > 1 or not all(
+        matcher.wildcards for matcher in wildcards.values()
+    ):
         raise UnknownLayout(
             f"patterns {', '.join(wildcards)} do not have the same number of wildcards; "
             "use *, ? or ** for what a subject's files share, such as '*/artery.nii' and '*/label.nii'"
@@ -416,15 +431,16 @@ def _read_patterns(folder: Folder, images: str | Mapping[str, str], labels: str 
     label_files = by_key(_matching(folder, wildcards[labels])) if labels else {}
     taken = set(label_files.values())
     # What looks like a label is a scan only where the pattern itself says so: '*_mask.nii', 'labelsTr/*'.
-    asked = {pattern: looks_like_label(Path(re.sub(r"[*?]+", "x", pattern))) for pattern in patterns.values()}
+    asks = {pattern: looks_like_label(Path(re.sub(r"[*?]+", "x", pattern))) for pattern in patterns.values()}
     matched = [
         ((key, channel), path)
         for channel, pattern in patterns.items()
         for key, path in _matching(folder, wildcards[pattern])
         if path not in taken
     ]
-    suspects = [path for (_, channel), path in matched if looks_like_label(path) and not asked[patterns[channel]]]
-    scans = by_key((key, path) for key, path in matched if path not in suspects)
+    suspects = [path for (_, channel), path in matched if looks_like_label(path) and not asks[patterns[channel]]]
+    kept_out = set(suspects)
+    scans = by_key((key, path) for key, path in matched if path not in kept_out)
     if not scans:
         raise UnknownLayout(
             f"no scan in '{folder.root}' matches {', '.join(patterns.values())}: found {_summary(folder)}; "
@@ -440,21 +456,79 @@ def _read_patterns(folder: Folder, images: str | Mapping[str, str], labels: str 
     )
 
 
-_WILDCARD = {"**/": "((?:[^/]+/)*)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
+_LONGEST_PATTERN = 1000
+_WILDCARDS = ("**/", "**", "*", "?")
 
 
-def _wildcards(pattern: str) -> re.Pattern[str]:
-    """The pattern as a regular expression with a group for each wildcard; ``.nii*`` is .nii or .nii.gz."""
-    pattern, ending = (pattern[:-1], r"(?:\.gz)?") if pattern.endswith(".nii*") else (pattern, "")
-    pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
-    return re.compile("".join(_WILDCARD.get(piece) or re.escape(piece) for piece in pieces) + ending)
+class Pattern:
+    """A pattern of paths and what its wildcards match; ``.nii*`` is .nii or .nii.gz.
+
+    A regular expression would try every way to share a path out among the wildcards, which takes
+    for ever for some; this one remembers from where on the rest does not fit.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.either = pattern.endswith(".nii*")
+        pattern = pattern[:-1] if self.either else pattern
+        pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
+        self.pieces = tuple(piece for piece in pieces if piece)
+
+    @property
+    def wildcards(self) -> int:
+        return sum(piece in _WILDCARDS for piece in self.pieces)
+
+    def match(self, path: str) -> tuple[str, ...] | None:
+        """What each wildcard matches, the first ones as much as they can; None where the path does not fit."""
+        found = self._match(path)
+        return self._match(path.removesuffix(".gz")) if found is None and self.either else found
+
+    def _match(self, path: str) -> tuple[str, ...] | None:
+        # For each piece the ends still to be tried, the longest last; what is left of a place leads nowhere.
+        tried: set[tuple[int, int]] = set()
+        ends: list[list[int]] = [[0]]
+        places: list[int] = []
+        while ends:
+            if not ends[-1]:
+                ends.pop()
+                if places:
+                    places.pop()
+                continue
+            at, piece = ends[-1].pop(), len(ends) - 1
+            if (piece, at) in tried:
+                continue
+            tried.add((piece, at))
+            if piece == len(self.pieces):
+                if at == len(path):
+                    starts = [*places, at]
+                    spans = zip(self.pieces, starts, starts[1:], strict=False)
+                    return tuple(path[start:end] for kind, start, end in spans if kind in _WILDCARDS)
+                continue
+            places.append(at)
+            ends.append(self._ends(path, self.pieces[piece], at))
+        return None
+
+    @staticmethod
+    def _ends(path: str, piece: str, at: int) -> list[int]:
+        """Where a piece that begins ``at`` a place may end, the longest last."""
+        if piece not in _WILDCARDS:
+            return [at + len(piece)] if path.startswith(piece, at) else []
+        slash = path.find("/", at)
+        end = len(path) if slash < 0 else slash
+        match piece:
+            case "?":
+                return [at + 1] if at < end else []
+            case "*":
+                return list(range(at, end + 1))
+            case "**":
+                return list(range(at, len(path) + 1))
+        return [at, *(i + 1 for i in range(at, len(path)) if path[i] == "/")]
 
 
-def _matching(folder: Folder, pattern: re.Pattern[str]) -> Iterator[tuple[str, Path]]:
+def _matching(folder: Folder, pattern: Pattern) -> Iterator[tuple[str, Path]]:
     """Subject and path of each scan that matches: the subject's name is what the wildcards matched."""
     for path in folder.scans:
-        if match := pattern.fullmatch(path.as_posix()):
-            parts = [part.strip("/").replace("/", "_") for part in match.groups()]
+        if (found := pattern.match(path.as_posix())) is not None:
+            parts = [part.strip("/").replace("/", "_") for part in found]
             parts[-1] = name_of(Path(parts[-1])) if parts[-1] else ""
             yield "_".join(part for part in parts if part), path
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Shape3
+from delineate.io.files import open_file
 from delineate.io.formats import parts_of
 
 Planes = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
@@ -136,7 +137,7 @@ def content_hash(path: Path) -> str:
     """BLAKE2b, as 32 hexadecimal digits, of a file's bytes and those of the files beside it that a header names."""
     digest = hashlib.blake2b(digest_size=16)
     for file in parts_of(path):
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             digest.update(hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).digest())
     return digest.hexdigest()
 

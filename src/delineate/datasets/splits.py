@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ import numpy as np
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.errors import BadSplit
-from delineate.io.files import writing_beside
+from delineate.io.files import read_json, writing_beside
 
 _log = logging.getLogger(__name__)
+_FIX = "delete it, and a new one is made"
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,20 @@ def save_split(path: Path, split: Split) -> None:
 
 def load_split(path: Path) -> Split:
     """Read a split. Raises :class:`BadSplit` where the file is not one, or names a subject twice."""
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        parts = [tuple(map(str, names)) for names in (*about["folds"], about["test"])]
-        split = Split(tuple(parts[:-1]), parts[-1], int(about["seed"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadSplit(f"'{path}' is no split ({error!r}); delete it, and a new one is made") from error
-    names = [name for part in parts for name in part]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise BadSplit(f"'{path}' names {', '.join(twice)} in several parts; keep each in one")
+    about = read_json(path, BadSplit, fix=_FIX)
+    folds, test, seed = (about.get(key) for key in ("folds", "test", "seed"))
+    if not (isinstance(folds, list) and folds and all(map(_is_names, (*folds, test))) and type(seed) is int):
+        raise BadSplit(f"'{path}' is no split: it needs folds, test (lists of names) and seed; {_FIX}")
+    parts = [tuple(names) for names in (*folds, test)]
+    split = Split(tuple(parts[:-1]), parts[-1], seed)
+    counts = Counter(name for part in parts for name in part)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
+        raise BadSplit(f"'{path}' names {', '.join(twice)[:300]} in several parts; keep each in one")
     return split
+
+
+def _is_names(part: object) -> bool:
+    return isinstance(part, list) and all(isinstance(name, str) for name in part)
 
 
 def check_split(split: Split, dataset: Dataset, where: str = "the split") -> None:

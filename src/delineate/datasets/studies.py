@@ -14,6 +14,7 @@ from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.folder import labelled
 from delineate.errors import SeveralSeries, UnknownLayout
+from delineate.io.files import walk
 from delineate.io.formats import is_dicom, name_of
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def read_studies(
 
 def first_dicom(root: Path) -> list[Path]:
     """The first DICOM file below ``root`` that is found, if there is one."""
-    files = (Path(place, name) for place, _, names in os.walk(root) for name in names)
+    files = (place / name for place, names in walk(root, links=False) for name in names)
     return list(islice(filter(is_dicom, files), 1))
 
 

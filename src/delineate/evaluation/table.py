@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import inf, isfinite, isnan
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from delineate.errors import BadFormat, MissingFile
 from delineate.evaluation.agreement import Agreeing, QuantityMap, agreements, crossing_sentences, crossings
-from delineate.io.files import writing_beside
+from delineate.io.files import parsing, read_json, writing_beside
+from delineate.io.tables import read_table, write_table
 from delineate.metrics.calibration import Reliability
 from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, formatted
 from delineate.metrics.statistics import Estimate, estimate_means
@@ -26,15 +29,23 @@ MISSED, RIGHTLY_NOTHING = "prediction empty", "both empty"
 Summary = dict[str, dict[str, Estimate]]
 """Target, then metric."""
 
-_MORE = ("lesions", "confusion", "reliability")
-
-FILES = ("metrics.csv", "summary.json", *(f"{name}.csv" for name in _MORE))
-"""What :meth:`Evaluation.write` writes into a folder."""
+_FIX = "copy it again, or measure again with `delineate evaluate -o`"
+_COLUMNS = ("subject", "site", "target")
+_NUMBERS = ("voxels", "bin", "sum_predicted", "sum_true", "sum_error", "covered", "volume_ml")
 
 LESION_SIZES_ML = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, inf)
 """Where one class of size ends and the next begins."""
 
 LESION_COLUMNS = ("subject", "site", "target", "of", "volume_ml", "covered", "matched")
+
+_MORE = {
+    "lesions": LESION_COLUMNS,
+    "confusion": ("subject", "reference", "prediction", "voxels"),
+    "reliability": ("target", "bin", "voxels", "sum_predicted", "sum_true", "sum_error"),
+}
+
+FILES = ("metrics.csv", "summary.json", *(f"{name}.csv" for name in _MORE))
+"""What :meth:`Evaluation.write` writes into a folder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +155,7 @@ class Evaluation:
         for name in ("metrics", *_MORE):
             table = self.table if name == "metrics" else getattr(self, name)
             if len(table):
-                with writing_beside(folder / f"{name}.csv") as path:
-                    table.to_csv(path, index=False)
+                write_table(folder / f"{name}.csv", list(table.columns), table.to_dict("records"))
         with writing_beside(folder / "summary.json") as path:
             text = json.dumps(plain(self._summaries()), indent=2, allow_nan=False) + "\n"
             path.write_text(text, encoding="utf-8")
@@ -153,15 +163,24 @@ class Evaluation:
     @classmethod
     def read(cls, folder: Path) -> Evaluation:
         """What :meth:`write` wrote."""
-        more = {name: _read(folder / f"{name}.csv") for name in _MORE}
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        return cls(
-            _read(folder / "metrics.csv"),
-            summary["unpaired"],
-            quantity=QuantityMap(**summary["quantity"]) if "quantity" in summary else None,
-            simulated=summary.get("simulated", False),
-            **{name: table for name, table in more.items() if table is not None},
-        )
+        more = {name: _read(folder / f"{name}.csv", columns) for name, columns in _MORE.items()}
+        table = _read(folder / "metrics.csv", _COLUMNS)
+        if table is None or not any(column in METRICS for column in table):
+            raise MissingFile(f"'{folder}' holds no metrics.csv with metrics; {_FIX}")
+        measured = [set(rows) for _, rows in table.groupby("target")["subject"]]
+        if len(table) != len(measured) * len(measured[0]) or any(subjects != measured[0] for subjects in measured):
+            raise BadFormat(f"'{folder / 'metrics.csv'}' does not have each subject once for each target; {_FIX}")
+        summary = read_json(folder / "summary.json", BadFormat, fix=_FIX)
+        with parsing(folder / "summary.json", BadFormat, fix=_FIX):
+            unpaired, quantity = summary["unpaired"], summary.get("quantity")
+            names = {str(what): [str(name) for name in found] for what, found in unpaired.items()}
+            return cls(
+                table,
+                names,
+                quantity=None if quantity is None else _quantity(quantity),
+                simulated=summary.get("simulated", False) is True,
+                **{name: table for name, table in more.items() if table is not None},
+            )
 
     def _summaries(self) -> dict[str, object]:
         content: dict[str, object] = {"simulated": self.simulated, "summary": self.summary()}
@@ -258,15 +277,34 @@ def _share(part: int, whole: int) -> str:
     return f"{part} of {whole} ({100 * part / whole:.0f} %)" if whole else "–"
 
 
-def _read(path: Path) -> pd.DataFrame | None:
+def _read(path: Path, columns: Collection[str]) -> pd.DataFrame | None:
+    """A table with at least these columns; None where there is no file. Raises :class:`BadFormat`."""
     if not path.exists():
         return None
-    return pd.read_csv(
-        path,
-        dtype=dict.fromkeys(("subject", "site", "patient", "target", "of", "reference", "prediction"), str),
+    with parsing(path, BadFormat, fix=_FIX):
+        rows = read_table(path)
+        if not rows or not set(columns) <= set(rows[0]):
+            raise BadFormat(f"'{path}' has no rows with columns {', '.join(columns)}; {_FIX}")
+        table = pd.DataFrame(rows)
         # A subject may be called "NA"; only a metric may be missing.
-        keep_default_na=False,
-        na_values={column: [""] for column in pd.read_csv(path, nrows=0) if column in METRICS},
+        for column in table:
+            if column in METRICS or column in _NUMBERS:
+                table[column] = [_number(value) for value in table[column]]
+            elif column == "matched":
+                table[column] = [{"True": True, "False": False}[value] for value in table[column]]
+    return table
+
+
+def _number(text: str) -> float:
+    if text.isdecimal() and len(text) < 16:
+        return int(text)
+    return float(text) if text else np.nan
+
+
+def _quantity(saved: Mapping[str, Any]) -> QuantityMap:
+    threshold = saved["threshold"]
+    return QuantityMap(
+        str(saved["channel"]), float(saved["margin_mm"]), None if threshold is None else float(threshold)
     )
 
 

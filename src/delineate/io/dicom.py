@@ -28,6 +28,7 @@ from delineate.errors import (
     Truncated,
     UnevenSlices,
 )
+from delineate.io import files
 from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits
 from delineate.io.voxels import LPS_TO_RAS, check_grid, check_spacing
@@ -183,6 +184,8 @@ def _frames(instance: Instance, header: Dataset) -> Iterator[Frame]:
     per_frame = header.get("PerFrameFunctionalGroupsSequence")
     shared = header.get("SharedFunctionalGroupsSequence") or []
     count = int(header.get("NumberOfFrames", 1) or 1)
+    if count < 1:
+        raise BadShape(f"'{instance}' has {count} frames; export it again")
     if count > 1 and (per_frame is None or len(per_frame) != count):
         raise BadGeometry(f"'{instance}' has {count} frames without a place each; export it with its geometry")
     for index in range(count):
@@ -245,7 +248,7 @@ def _pixels(instance: Instance, shape: tuple[int, int], limits: Limits) -> NDArr
     Raises :class:`Truncated`, :class:`BadFormat`, :class:`BadShape`, :class:`TooLarge`.
     """
     with parsing(instance):
-        dataset = instance.read()
+        dataset = instance.read(limits)
         frames, rows, columns = int(dataset.get("NumberOfFrames", 1) or 1), int(dataset.Rows), int(dataset.Columns)
         check_size(f"'{instance}'", (columns, rows, frames), limits)
         if "PixelData" not in dataset:
@@ -254,11 +257,11 @@ def _pixels(instance: Instance, shape: tuple[int, int], limits: Limits) -> NDArr
             there, expected = len(dataset.PixelData), frames * rows * columns * int(dataset.BitsAllocated) // 8
             if there < expected:
                 raise Truncated(f"'{instance}' holds {there} of {expected} bytes of pixels; send it again")
-    try:
+    # Decoders of many libraries, each with its own errors.
+    with files.parsing(
+        f"{instance} ({dataset.file_meta.TransferSyntaxUID.name})", BadFormat, fix="send it uncompressed"
+    ):
         pixels: NDArray = dataset.pixel_array
-    except Exception as error:  # decoders of many libraries, each with its own errors
-        syntax = dataset.file_meta.TransferSyntaxUID.name
-        raise BadFormat(f"'{instance}' ({syntax}) cannot be decoded: {error}; send it uncompressed") from error
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
     if pixels.shape != (frames, *shape):
         raise BadShape(f"'{instance}' decodes to {pixels.shape}, its header says {(frames, *shape)}; send it again")

@@ -21,9 +21,9 @@ from delineate import __version__
 from delineate.core.grid import Grid, permute_axes
 from delineate.core.targets import Code, Coding
 from delineate.core.volume import LabelVolume
-from delineate.errors import BadFormat, DelineateError, GridMismatch, RecipeError
+from delineate.errors import GridMismatch, RecipeError
 from delineate.io.dicom import check_size, describe_series, frames_of
-from delineate.io.dicom_series import Instance, Series
+from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits, writing_beside
 from delineate.io.voxels import LPS_TO_RAS, check_grid
 
@@ -113,7 +113,7 @@ def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVol
 
     Raises :class:`BadFormat` for what is no segmentation, :class:`TooLarge` and :class:`BadGeometry`.
     """
-    try:
+    with parsing(instance):
         with instance.open() as file:
             segmentation = highdicom.seg.segread(file)
         # A label map has a frame for each slice, other kinds one for each segment in it.
@@ -121,10 +121,6 @@ def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVol
         slices = -(-segmentation.number_of_frames // segments)
         check_size(f"'{instance}'", (segmentation.Columns, segmentation.Rows, slices), limits)
         volume = segmentation.get_volume(combine_segments=True, relabel=False, skip_overlap_checks=True)
-    except DelineateError:
-        raise
-    except Exception as error:  # whatever strange bytes lead the library to
-        raise BadFormat(f"'{instance}' is no DICOM-SEG that can be read: {error}; export it again") from error
     # highdicom indexes (slice, row, column) in LPS millimetres.
     affine = np.eye(4)
     affine[:3] = LPS_TO_RAS[:, None] * volume.affine[:3][:, [2, 1, 0, 3]]

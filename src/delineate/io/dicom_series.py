@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import re
 import stat
@@ -14,7 +15,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -22,13 +23,12 @@ from typing import BinaryIO
 from delineate.errors import (
     BadFormat,
     BadPath,
-    DelineateError,
     MissingFile,
     SeveralSeries,
     TooLarge,
-    Truncated,
 )
-from delineate.io.files import Limits
+from delineate.io import files
+from delineate.io.files import Limits, open_file, walk
 
 try:
     from pydicom import Dataset, dcmread
@@ -36,7 +36,12 @@ try:
 except ModuleNotFoundError as error:
     raise BadFormat("DICOM needs more libraries; pip install 'delineate[dicom]'") from error
 
+# The library logs what it could not decode, stack and all; without a handler that would go to the terminal.
+logging.getLogger("pydicom").addHandler(logging.NullHandler())
+
 _MOST_FILES = 100_000
+_RATIO, _RATIO_FROM = 100, 2**28
+"""How many times its size a zip of scans may unpack to, and from how many bytes on that is asked."""
 _TAGS = [
     "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "SeriesDescription", "SeriesNumber",
     "StudyDate", "SeriesDate", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored",
@@ -56,12 +61,20 @@ class Instance:
     archive: zipfile.ZipFile | None = field(default=None, compare=False, repr=False)
 
     def open(self) -> BinaryIO:
-        return self.path.open("rb") if self.archive is None else io.BytesIO(self.archive.read(self.member))
+        """To be read from its beginning; a zip's member is unpacked only as far as it is read."""
+        return open_file(self.path) if self.archive is None else self.archive.open(self.member)  # type: ignore[return-value]
 
-    def read(self) -> Dataset:
-        """All of it, the pixels as they are packed."""
+    def read(self, limits: Limits = Limits()) -> Dataset:  # noqa: B008 - frozen
+        """All of it, the pixels as they are packed. Raises :class:`TooLarge` before more is read than a scan has."""
         with self.open() as file:
-            return dcmread(file)
+            size = (
+                os.fstat(file.fileno()).st_size if self.archive is None else self.archive.getinfo(self.member).file_size
+            )
+            if size > 2 * limits.max_bytes:
+                raise TooLarge(
+                    f"'{self}' has {size / 2**30:.1f} GiB; give a scan of less than {limits.max_bytes // 2**29}"
+                )
+            return dcmread(file if self.archive is None else io.BytesIO(file.read()))
 
     def __str__(self) -> str:
         return f"{self.path}:{self.member}" if self.member else str(self.path)
@@ -115,6 +128,8 @@ def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa:
     if not path.exists():
         raise MissingFile(f"'{path}' is not there; check the name")
     found: dict[str, list[tuple[Instance, Dataset]]] = defaultdict(list)
+    if not (path.is_dir() or path.is_file()):
+        raise BadFormat(f"'{path}' is neither a file nor a folder; give the folder, or the zip, of a series")
     for instance in _instances(path, limits):
         with parsing(instance):
             header = _header(instance, limits)
@@ -193,17 +208,10 @@ def _header(instance: Instance, limits: Limits) -> Dataset | None:
     return header
 
 
-@contextmanager
-def parsing(instance: Instance) -> Iterator[None]:
+def parsing(instance: object) -> AbstractContextManager[None]:
     """Any failure to understand a file's bytes, as one of ours."""
-    try:
-        yield
-    except DelineateError:
-        raise
-    except (EOFError, zlib.error, zipfile.BadZipFile, OSError) as error:
-        raise Truncated(f"'{instance}' is damaged: {error}; send it again") from error
-    except Exception as error:  # the parser lets through whatever strange bytes lead to
-        raise BadFormat(f"'{instance}' has a header that makes no sense: {error}; send it again") from error
+    damaged = (EOFError, zlib.error, zipfile.BadZipFile, OSError)
+    return files.parsing(instance, BadFormat, cut_short=damaged, fix="send it again")
 
 
 def _check_deflated(instance: Instance, file: BinaryIO, limits: Limits) -> None:
@@ -227,14 +235,15 @@ def _check_deflated(instance: Instance, file: BinaryIO, limits: Limits) -> None:
 def _instances(path: Path, limits: Limits) -> Iterator[Instance]:
     if path.is_dir():
         count = 0
-        for place, folders, files in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
-                if not name.startswith(".") and name != "DICOMDIR":
-                    count += 1
-                    if count > _MOST_FILES:
-                        raise TooLarge(f"'{path}' holds more than {_MOST_FILES} files; give the folder of one study")
-                    yield Instance(Path(place, name))
+        for place, names in walk(path, links=False):
+            for name in names:
+                file = place / name
+                if name == "DICOMDIR" or (file.exists() and not file.is_file()):  # a pipe would keep us waiting
+                    continue
+                count += 1
+                if count > _MOST_FILES:
+                    raise TooLarge(f"'{path}' holds more than {_MOST_FILES} files; give the folder of one study")
+                yield Instance(file)
     elif path.suffix.lower() == ".zip":
         yield from _members(path, limits)
     else:
@@ -243,13 +252,17 @@ def _instances(path: Path, limits: Limits) -> Iterator[Instance]:
 
 def _members(path: Path, limits: Limits) -> Iterator[Instance]:
     """The files of a zip, once its names stay inside and its sizes within the limits."""
-    try:
+    with parsing(path):
+        open_file(path).close()  # only a regular file
         archive = zipfile.ZipFile(path)  # read from for as long as an instance refers to it
-    except zipfile.BadZipFile as error:
-        raise Truncated(f"'{path}' is no whole zip: {error}; copy it again") from error
     entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-    if len(entries) > _MOST_FILES or sum(entry.file_size for entry in entries) > 2 * limits.max_bytes:
+    size, packed = sum(entry.file_size for entry in entries), path.stat().st_size
+    if len(entries) > _MOST_FILES or size > 2 * limits.max_bytes:
         raise TooLarge(f"'{path}' unpacks to more than {limits.max_bytes // 2**29} GiB; pack one study")
+    if size > max(_RATIO_FROM, _RATIO * packed):
+        raise TooLarge(f"'{path}' unpacks to {size / packed:.0f} times its size, as no scans do; pack one study")
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise BadFormat(f"'{path}' holds several files of one name; pack it again")
     for entry in entries:
         place = PurePosixPath(entry.filename.replace("\\", "/"))
         if place.is_absolute() or ".." in place.parts or re.match("[A-Za-z]:", entry.filename):

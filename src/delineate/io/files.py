@@ -1,18 +1,21 @@
-"""Files as a whole: how large they may be, and writing that leaves nothing half-written."""
+"""Files as a whole: opening and parsing what came from outside, and writing that leaves nothing half-written."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedReader, FileIO
 from pathlib import Path
 from secrets import token_hex
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO, Literal, overload
 
-from delineate.errors import OutputError
+from delineate.errors import BadFormat, DelineateError, OutputError, TooLarge, Truncated
 
 _MENDS = {
     errno.ENOSPC: "free some space, or choose another disk",
@@ -36,6 +39,122 @@ class Limits:
 
     max_axis: int = 1024
     max_bytes: int = 2 * 2**30
+
+
+MOST_TEXT = 2**26
+"""Bytes of a text file that is read as a whole, such as a table or a description."""
+
+_MOST_FOLDERS = 100_000  # below one
+
+
+@contextmanager
+def parsing(
+    source: object, kind: type[DelineateError], *, cut_short: tuple[type[Exception], ...] = (), fix: str = ""
+) -> Iterator[None]:
+    """Whatever a parser raises about ``source`` becomes ``kind``: the one place where that happens.
+
+    Parsers let through whatever strange bytes lead to, so every :class:`Exception` counts, and what
+    caused it stays attached. ``cut_short`` are those that mean a file ends too early or fails its
+    checksum: :class:`Truncated`. Memory and depth of nesting that run out are :class:`TooLarge`. Our
+    own errors pass, and so do a keyboard's interrupt and all that is no :class:`Exception`.
+    """
+    fix = fix or "copy or export it again"
+    try:
+        yield
+    except DelineateError:
+        raise
+    except (MemoryError, RecursionError) as error:
+        raise TooLarge(f"'{source}' needs more memory or deeper nesting than there is; {fix}") from error
+    except cut_short as error:
+        raise Truncated(f"'{source}' is damaged or cut short: {_brief(error)}; {fix}") from error
+    except Exception as error:
+        raise kind(f"'{source}' cannot be read: {_brief(error)}; {fix}") from error
+
+
+def _brief(error: Exception) -> str:
+    """What a library says, which may quote a whole file."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
+@overload
+def open_file(path: Path) -> BufferedReader: ...
+@overload
+def open_file(path: Path, buffering: Literal[0]) -> FileIO: ...
+def open_file(path: Path, buffering: int = -1) -> BufferedReader | FileIO:
+    """Open a regular file for reading; a pipe, a socket or a device would keep us waiting, or never end.
+
+    Raises :class:`BadFormat` for these, and :class:`OSError`.
+    """
+    # Without waiting for somebody to write, as opening a pipe does; of regular files nothing changes.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BadFormat(f"'{path}' is no regular file but a folder, pipe or device; give a file")
+        return FileIO(descriptor, "rb") if buffering == 0 else open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: Path, most: int = MOST_TEXT) -> bytes:
+    """Contents of a regular file. Raises :class:`TooLarge` beyond ``most`` bytes, and what :func:`open_file` does."""
+    with open_file(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise TooLarge(f"'{path}' has more than {most:,} bytes; is it the right file?")
+    return content
+
+
+def read_text(path: Path, most: int = MOST_TEXT) -> str:
+    """Contents of a regular text file in UTF-8; a mark at its beginning is left out."""
+    return read_bytes(path, most).decode("utf-8-sig")
+
+
+def read_json(path: Path, kind: type[DelineateError], fix: str = "") -> dict[str, Any]:
+    """A JSON file that holds an object. Raises ``kind``."""
+    with parsing(path, kind, fix=fix):
+        content = json.loads(read_text(path))
+        if not isinstance(content, dict):
+            raise kind(f"'{path}' holds a {type(content).__name__}, not an object; {fix or 'copy it again'}")
+    return content
+
+
+def walk(root: Path, depth: int | None = None, *, links: bool = True) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder from ``root`` on, ``depth`` levels deep, with its files' names; both sorted, hidden ones left out.
+
+    Links to folders are followed unless told otherwise, but never back to one that they lie in.
+    Raises :class:`TooLarge` for more folders than any data set has, as some that are linked to each
+    other may seem to hold.
+    """
+    count = 0
+    above: list[tuple[Path, frozenset[tuple[int, int]]]] = [(root, frozenset())]
+    while above:
+        place, inside = above.pop()
+        try:
+            this = place.stat()
+            entries = sorted((entry for entry in os.scandir(place)), key=lambda entry: entry.name)
+        except OSError:  # gone meanwhile, or not for us to see
+            continue
+        if (here := (this.st_dev, this.st_ino)) in inside:
+            continue
+        count += 1
+        if count > _MOST_FOLDERS:
+            raise TooLarge(f"'{root}' holds more than {_MOST_FOLDERS:,} folders; give the folder of one data set")
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
+        folders = [entry for entry in entries if _is_folder(entry)]
+        yield place, [entry.name for entry in entries if entry not in folders]
+        if depth is None or len(place.relative_to(root).parts) < depth:
+            above += [
+                (place / entry.name, inside | {here}) for entry in reversed(folders) if links or not entry.is_symlink()
+            ]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 @contextmanager

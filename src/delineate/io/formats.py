@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
+from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import BadFormat, BadLabelValue, BadShape, BadVoxels, DelineateError, MissingFile
-from delineate.io.files import Limits, writing_beside
+from delineate.io.files import Limits, open_file, parsing, writing_beside
 from delineate.io.voxels import Orientation, Stored, check_complete, read_voxels
 
 __all__ = [
@@ -63,6 +63,7 @@ _FOREIGN = {
 """Endings that promise more than the last part of them says, and what they are."""
 
 _LIMITS = Limits()
+_FIX = "check disk and permissions, or export it again"
 _LABEL_TOLERANCE = 1e-3
 _LABEL_VALUES = 32
 _LOOKED_AT = 10_000
@@ -97,15 +98,15 @@ def parts_of(path: Path) -> list[Path]:
         return sorted({instance.path for instance in the_series(path).instances})
     if suffix_of(path) not in (".mhd", ".nhdr") or not path.exists():
         return [path]
-    with path.open("rb") as file:
+    with parsing(path, BadFormat), open_file(path) as file:
         header = file.read(2**20).decode("utf-8", "replace")
     return [path, *sorted(other for other in path.parent.iterdir() if other != path and other.name in header)]
 
 
 def name_of(path: Path) -> str:
-    """The file's name without its suffix: ``case`` of ``case.nii.gz``."""
+    """The file's name without its suffix, printable: ``case`` of ``case.nii.gz``."""
     suffix = suffix_of(path) or next((s for s in (*DICOM_SUFFIXES, ".zip") if path.name.lower().endswith(s)), "")
-    return path.name[: len(path.name) - len(suffix)]
+    return printable(path.name[: len(path.name) - len(suffix)])
 
 
 def is_series(path: Path) -> bool:
@@ -120,9 +121,9 @@ def is_series(path: Path) -> bool:
 def is_dicom(path: Path) -> bool:
     """Whether a file begins as DICOM files do."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(132)[128:] == b"DICM"
-    except OSError:
+    except (OSError, BadFormat):
         return False
 
 
@@ -131,7 +132,7 @@ def read_header(path: Path, limits: Limits = _LIMITS, *, orientation: Orientatio
 
     Raises what :func:`read_volume` raises, but for what only voxels and checksums tell.
     """
-    with _reading(path):
+    with parsing(path, BadFormat, fix=_FIX):
         if is_series(path):
             from delineate.io.dicom import describe_series
             from delineate.io.dicom_series import the_series
@@ -163,7 +164,7 @@ def read_volume(
     ``AmbiguousOrientation``, ``BadShape``, ``TooLarge``, ``BadPath``, ``BadVoxels``, ``BadFormat``;
     and :class:`MissingFile`.
     """
-    with _reading(path):
+    with parsing(path, BadFormat, fix=_FIX):
         voxels, grid = _read(path, limits, orientation)
     return Volume(_finite(path, voxels, nan), grid)
 
@@ -179,7 +180,7 @@ def read_label(
     Values within 1e-3 of an integer are rounded, as 254.99999994 is; others raise
     :class:`BadLabelValue`. For the rest as :func:`read_volume`.
     """
-    with _reading(path):
+    with parsing(path, BadFormat, fix=_FIX):
         if is_series(path):
             from delineate.io.dicom import read_series
             from delineate.io.dicom_series import the_series
@@ -322,14 +323,6 @@ def _write_vtk(path: Path, voxels: NDArray, grid: Grid) -> None:
     if len(voxels) != 1:
         raise BadShape(f"'{path}' would hold {len(voxels)} channels; write each to a file of its own")
     (vtk.write_legacy if path.suffix.lower() == ".vtk" else vtk.write_xml)(path, voxels[0], grid)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BadFormat(f"'{path}' cannot be read: {error.strerror or error}; check disk and permissions") from error
 
 
 def _finite(path: Path, voxels: NDArray, nan: Literal["refuse", "fill"]) -> NDArray:

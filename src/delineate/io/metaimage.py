@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from delineate.core.grid import Affine, Grid
 from delineate.errors import BadFormat, BadGeometry, BadShape
-from delineate.io.files import Limits
+from delineate.io.files import Limits, open_file
 from delineate.io.voxels import LPS_TO_RAS, Orientation, Stored, check_grid, check_shape, sibling, write_bytes
 
 _DTYPES = {
@@ -101,7 +101,7 @@ def write(path: Path, voxels: NDArray, grid: Grid) -> None:
 def _fields(path: Path) -> tuple[dict[str, str], int]:
     """The header's fields under their first names, and where the header ends."""
     fields: dict[str, str] = {}
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while file.tell() < _LONGEST_HEADER and (line := file.readline(_LONGEST_LINE)):
             key, equals, value = line.decode("utf-8", "replace").partition("=")
             if not equals:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from delineate.core.grid import Affine, Grid, Shape3
 from delineate.errors import AmbiguousOrientation, BadFormat, BadGeometry, BadShape, ScanError, TooLarge, Truncated
-from delineate.io.files import Limits
+from delineate.io.files import Limits, open_file
 from delineate.io.voxels import (
     DAMAGED,
     Encoding,
@@ -121,7 +121,7 @@ def _header(path: Path, encoding: Encoding) -> Nifti1Header:
 
 
 def _first_bytes(path: Path, encoding: Encoding, size: int) -> bytes:
-    with path.open("rb", buffering=0) as file:
+    with open_file(path, buffering=0) as file:
         if encoding == "raw":
             return file.read(size)
         try:

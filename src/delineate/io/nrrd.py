@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from delineate.core.grid import Affine, Grid
 from delineate.errors import BadFormat, BadGeometry, BadShape
-from delineate.io.files import Limits
+from delineate.io.files import Limits, open_file
 from delineate.io.voxels import LPS_TO_RAS, Encoding, Orientation, Stored, check_grid, check_shape, sibling, write_bytes
 
 _TYPES = {
@@ -151,7 +151,7 @@ def write(path: Path, voxels: NDArray, grid: Grid, about: Mapping[str, str] = Ma
 def _fields(path: Path) -> tuple[dict[str, str], int]:
     """The header's fields in small letters, and where the header ends: at an empty line, or with the file."""
     fields: dict[str, str] = {}
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if not re.fullmatch(rb"NRRD000\d\r?\n", file.readline(_LONGEST_LINE)):
             raise BadFormat(f"'{path}' does not begin as NRRD does; rename it to what it is, or export it again")
         while file.tell() < _LONGEST_HEADER:

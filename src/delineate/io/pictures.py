@@ -6,6 +6,8 @@ it, its columns running to the patient's left and its rows to the back. TIFF may
 
 from __future__ import annotations
 
+import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from PIL import Image, UnidentifiedImageError
 
 from delineate.core.grid import Grid
 from delineate.errors import BadFormat, BadShape, TooLarge, Truncated
-from delineate.io.files import Limits
+from delineate.io.files import Limits, open_file
+from delineate.io.voxels import check_spacing
 
 _GREY = {"1", "L", "I", "I;16", "I;16L", "I;16B", "F"}
 _PALETTE = "P"
@@ -28,7 +31,11 @@ def read_picture(path: Path, limits: Limits) -> tuple[NDArray, Grid]:
     several pages, :class:`TooLarge`, :class:`Truncated`, :class:`BadFormat`.
     """
     try:
-        with Image.open(path) as picture:
+        with (
+            warnings.catch_warnings(action="error"),
+            open_file(path) as file,
+            Image.open(file, formats=("PNG", "TIFF")) as picture,
+        ):
             width, height = picture.size
             if max(width, height) > 8 * limits.max_axis or width * height * 4 > limits.max_bytes:
                 raise TooLarge(
@@ -39,10 +46,12 @@ def read_picture(path: Path, limits: Limits) -> tuple[NDArray, Grid]:
             if getattr(picture, "n_frames", 1) > 1:
                 raise BadShape(f"'{path}' has {picture.n_frames} pages; save each slice as a file, or one NIfTI")  # type: ignore[attr-defined]
             spacing = _spacing(picture)
+            check_spacing(path, [spacing])
             pixels = np.asarray(picture)
     except UnidentifiedImageError as error:
         raise BadFormat(f"'{path}' is no PNG or TIFF that can be read; export it again") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    # A warning is of metadata that contradict each other, or of data that end too early.
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Warning) as error:
         raise Truncated(f"'{path}' is damaged: {error}; copy it again") from error
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8)
@@ -63,6 +72,9 @@ def write_picture(path: Path, voxels: NDArray, grid: Grid) -> None:
 def _spacing(picture: Image.Image) -> float:
     tags = getattr(picture, "tag_v2", {})
     unit = _MM.get(tags.get(_UNIT, 0))
-    resolution = float(tags.get(_RESOLUTION, 0) or 0)
+    try:
+        resolution = float(tags.get(_RESOLUTION, 0) or 0)
+    except (TypeError, ZeroDivisionError):  # no fraction, or one of nothing
+        resolution = 0.0
     # 72 pixels an inch is what programs write that know nothing.
     return unit / resolution if unit and resolution and round(resolution) != 72 else 1.0

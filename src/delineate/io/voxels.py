@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from delineate.core.grid import Affine, Grid, Shape3
 from delineate.errors import BadFormat, BadGeometry, BadPath, BadShape, MissingFile, TooLarge, Truncated
-from delineate.io.files import Limits
+from delineate.io.files import Limits, open_file
 
 Encoding = Literal["raw", "gzip", "zlib"]
 Orientation = Literal["refuse", "sform", "qform"]
@@ -130,7 +130,7 @@ def check_complete(stored: Stored) -> None:
     if stored.encoding == "raw" and file_size - stored.start != stored.size:
         raise _wrong_size(stored, file_size - stored.start)
     if stored.encoding == "gzip":
-        with stored.file.open("rb") as file:
+        with open_file(stored.file) as file:
             file.seek(max(file_size - 4, stored.start))
             promised = int.from_bytes(file.read(4), "little")
         if promised != stored.size % 2**32:
@@ -177,7 +177,7 @@ def _decoded(stored: Stored) -> NDArray[np.uint8]:
     buffer = np.empty(stored.size + 1, dtype=np.uint8)
     room, filled = buffer.data, 0
     try:
-        with stored.file.open("rb", buffering=0) as file:
+        with open_file(stored.file, buffering=0) as file:
             file.seek(stored.start)
             stream = _decoder(file, stored)
             while read := stream.readinto(room[filled:]):

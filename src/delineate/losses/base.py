@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from delineate.core.targets import IGNORED, Targets
 from delineate.errors import RecipeError
+from delineate.specification import Specification
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``loss(logits, target, image)`` → scalar.
@@ -20,10 +20,8 @@ Logits (N, K, *space), target (N, T, *space) uint8, image (N, C, *input).
 BACKGROUND = "background"
 
 
-class LossSpecification(BaseModel):
+class LossSpecification(Specification):
     """The fields of a loss; ``build`` gives the loss for some targets."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     def build(self, targets: Targets) -> Loss:
         raise NotImplementedError

@@ -32,9 +32,9 @@ class SiameseContentSpec(LossSpecification):
     weights: str = "imagenet"
     soft_labels: Soft | None = (0.1, 0.9)
     reduction: Literal["paper", "sum", "mean"] = "paper"
-    channel: Annotated[int, Field(ge=0)] | None = None
+    channel: Annotated[int, Field(ge=0, le=1023)] | None = None
     trained: bool = False
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 1e-5
 
     def build(self, targets: Targets) -> SiameseContent:
         return SiameseContent(self, targets)

@@ -12,6 +12,7 @@ from torch import Tensor
 from delineate.core.targets import Targets
 from delineate.losses.base import Judged, Loss, LossSpecification, class_weights, judged, softened
 from delineate.losses.pixelwise import Soft, Weights
+from delineate.specification import PositiveWeight, Weight
 
 
 class _Overlap(LossSpecification):
@@ -24,7 +25,7 @@ class _Overlap(LossSpecification):
     targets. ``soft_labels`` are the reference's values for absent and present.
     """
 
-    smooth: Annotated[float, Field(gt=0)] = 1.0
+    smooth: PositiveWeight = 1.0
     over_batch: bool = True
     include_background: bool = False
     weights: Weights | None = None
@@ -66,8 +67,8 @@ class TverskySpec(_Overlap):
     """Tversky loss (Salehi et al. 2017): false positives and false negatives weigh as told; 0.5 each is Dice."""
 
     kind: Literal["tversky"] = "tversky"
-    fp_weight: Annotated[float, Field(ge=0)] = 0.3
-    fn_weight: Annotated[float, Field(ge=0)] = 0.7
+    fp_weight: Weight = 0.3
+    fn_weight: Weight = 0.7
 
     def build(self, targets: Targets) -> Loss:
         return self.by_class(targets, self.one_minus_index)

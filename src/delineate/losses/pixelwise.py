@@ -11,9 +11,10 @@ from torch import Tensor
 
 from delineate.core.targets import Targets
 from delineate.losses.base import Loss, LossSpecification, class_weights, full_precision, known_voxels
+from delineate.specification import Weight
 
 Soft = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]]
-Weights = dict[str, Annotated[float, Field(ge=0)]]
+Weights = Annotated[dict[str, Weight], Field(max_length=256)]
 
 
 class CrossEntropySpec(LossSpecification):
@@ -47,7 +48,7 @@ class FocalSpec(LossSpecification):
     """
 
     kind: Literal["focal"] = "focal"
-    focusing: Annotated[float, Field(ge=0)] = 2.0
+    focusing: Annotated[float, Field(ge=0, le=100)] = 2.0
     weights: Weights | None = None
 
     def build(self, targets: Targets) -> Loss:

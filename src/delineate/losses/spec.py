@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from delineate.core.targets import Targets
 from delineate.losses.base import LossSpecification
@@ -12,13 +12,13 @@ from delineate.losses.combined import DeepSupervision, Region, Sum, target_indic
 from delineate.losses.content import SiameseContentSpec
 from delineate.losses.overlap import DiceSpec, FocalTverskySpec, GeneralisedDiceSpec, TverskySpec
 from delineate.losses.pixelwise import CrossEntropySpec, FocalSpec
+from delineate.specification import PositiveWeight, Specification
 
 
-class WeightedLoss(BaseModel):
+class WeightedLoss(Specification):
     """One term of a sum."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: PositiveWeight = 1.0
     loss: LossSpec
 
 
@@ -26,7 +26,7 @@ class SumSpec(LossSpecification):
     """A weighted sum of losses."""
 
     kind: Literal["sum"] = "sum"
-    terms: Annotated[tuple[WeightedLoss, ...], Field(min_length=1)]
+    terms: Annotated[tuple[WeightedLoss, ...], Field(min_length=1, max_length=32)]
 
     def build(self, targets: Targets) -> Sum:
         return Sum([term.weight for term in self.terms], [term.loss.build(targets) for term in self.terms])
@@ -41,9 +41,9 @@ class RegionSpec(LossSpecification):
 
     kind: Literal["region"] = "region"
     loss: LossSpec
-    within: Annotated[tuple[str, ...], Field(min_length=1)]
+    within: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
     box: bool = False
-    dilate_voxels: Annotated[int, Field(ge=0)] = 0
+    dilate_voxels: Annotated[int, Field(ge=0, le=256)] = 0
 
     def build(self, targets: Targets) -> Region:
         classes = target_indices(self.within, targets)
@@ -58,7 +58,7 @@ class DeepSupervisionSpec(LossSpecification):
 
     kind: Literal["deep_supervision"] = "deep_supervision"
     loss: LossSpec
-    weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
+    weights: Annotated[tuple[PositiveWeight, ...], Field(min_length=1, max_length=12)] | None = None
 
     def build(self, targets: Targets) -> DeepSupervision:
         return DeepSupervision(self.loss.build(targets), self.weights)

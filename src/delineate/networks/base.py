@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import Field
 from torch import nn
 
+from delineate.errors import RecipeError
+from delineate.io.files import parsing
 from delineate.networks.blocks import channel_adapter
+from delineate.specification import Filters, Specification
 
 Step = tuple[int, ...]
+Widths = Annotated[tuple[Filters, ...], Field(min_length=2, max_length=12)]
+Steps = Annotated[
+    tuple[Annotated[tuple[Annotated[int, Field(ge=1, le=32)], ...], Field(max_length=3)], ...], Field(max_length=12)
+]
+"""Strides or kernels of each level."""
+
+MOST_PARAMETERS = 2**31
 
 
-class Architecture(BaseModel):
+class Architecture(Specification):
     """Fields that define a network, and the geometry that tilings derive from it.
 
     ``project_inputs_to``: a learned 1-convolution first brings the image to this many channels, for weights
     that were trained on so many. It begins by repeating the channels, or by their mean where there are more.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     dimensions: Literal[2, 3]
-    project_inputs_to: Annotated[int, Field(ge=1)] | None = None
+    project_inputs_to: Annotated[int, Field(ge=1, le=1024)] | None = None
 
     @property
     def divisor(self) -> Step:
@@ -46,8 +56,10 @@ class Architecture(BaseModel):
     def build(self, inputs: int, outputs: int) -> nn.Module:
         """The network for images (N, ``inputs``, *space), randomly initialised.
 
-        It gives logits (N, ``outputs``, *space less the margins).
+        It gives logits (N, ``outputs``, *space less the margins). Raises :class:`RecipeError`, before
+        anything is allocated, for what cannot be built or has more than :data:`MOST_PARAMETERS` parameters.
         """
+        self._check(inputs, outputs)
         if self.project_inputs_to is None:
             return self.body(inputs, outputs)
         network = self.body(self.project_inputs_to, outputs)
@@ -55,6 +67,15 @@ class Architecture(BaseModel):
         network.add_module("project", channel_adapter(self.dimensions, inputs, self.project_inputs_to))
         network.register_forward_pre_hook(_project)
         return network
+
+    def _check(self, inputs: int, outputs: int) -> None:
+        with parsing("network", RecipeError, fix="change its widths or layers"), torch.device("meta"):
+            network = self.body(self.project_inputs_to or inputs, outputs)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        if parameters > MOST_PARAMETERS:
+            raise RecipeError(
+                f"the network has {parameters:,} parameters; {MOST_PARAMETERS:,} are the most: lessen widths"
+            )
 
     def body(self, inputs: int, outputs: int) -> nn.Module:
         """The network itself."""

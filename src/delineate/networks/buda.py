@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from delineate.networks.base import Architecture, Step
+from delineate.specification import Filters
 
 LEVELS = 4
 
@@ -23,7 +23,7 @@ class BudaUNetSpec(Architecture):
 
     kind: Literal["buda_unet"] = "buda_unet"
     dimensions: Literal[2] = 2
-    first_filters: Annotated[int, Field(ge=1)] = 32
+    first_filters: Filters = 32
 
     @property
     def divisor(self) -> Step:

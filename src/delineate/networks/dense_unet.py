@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from delineate.networks.base import Architecture, Step
 from delineate.networks.blocks import EncoderDecoder
+from delineate.specification import Filters, Layers
 
 
 class DenseUNetSpec(Architecture):
@@ -22,9 +23,9 @@ class DenseUNetSpec(Architecture):
 
     kind: Literal["dense_unet"] = "dense_unet"
     dimensions: Literal[2] = 2
-    first_filters: Annotated[int, Field(ge=1)] = 32
-    pools: Annotated[int, Field(ge=1)] = 4
-    convolutions: Annotated[int, Field(ge=1)] = 2
+    first_filters: Filters = 32
+    pools: Annotated[int, Field(ge=1, le=10)] = 4
+    convolutions: Layers = 2
 
     @property
     def divisor(self) -> Step:

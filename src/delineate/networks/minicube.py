@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from delineate.networks.base import Architecture, Step
 from delineate.networks.blocks import centre_crop
+from delineate.specification import Filters
 
 
 class ContextUNetSpec(Architecture):
@@ -22,7 +22,7 @@ class ContextUNetSpec(Architecture):
 
     kind: Literal["context_unet"] = "context_unet"
     dimensions: Literal[3] = 3
-    first_filters: Annotated[int, Field(ge=1)] = 64
+    first_filters: Filters = 64
 
     @property
     def divisor(self) -> Step:

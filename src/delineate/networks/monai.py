@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -20,8 +20,8 @@ class MonaiSpec(Architecture):
 
     kind: Literal["monai"] = "monai"
     name: str
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    sides_divide_by: tuple[int, ...] | None = None
+    arguments: Annotated[dict[str, Any], Field(max_length=64)] = Field(default_factory=dict)
+    sides_divide_by: Annotated[tuple[Annotated[int, Field(ge=1, le=512)], ...], Field(max_length=3)] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> MonaiSpec:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from delineate.networks.base import Architecture, Step
+from delineate.networks.base import Architecture, Step, Widths
 from delineate.networks.blocks import EncoderDecoder, KerasTransposed, glorot_uniform, keras_batch_norm
 
 
@@ -21,7 +21,7 @@ class ProstateUNetSpec(Architecture):
 
     kind: Literal["prostate_unet"] = "prostate_unet"
     dimensions: Literal[3] = 3
-    widths: Annotated[tuple[int, ...], Field(min_length=2)] = (16, 32, 64, 128)
+    widths: Widths = (16, 32, 64, 128)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
     @property

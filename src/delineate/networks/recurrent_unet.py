@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
 from torch import Tensor, nn
 
-from delineate.networks.base import Architecture, Step
+from delineate.networks.base import Architecture, Step, Widths
 from delineate.networks.blocks import (
     EncoderDecoder,
     NormKind,
@@ -18,6 +17,7 @@ from delineate.networks.blocks import (
     normalisation,
     upsampling,
 )
+from delineate.specification import Layers
 
 
 class RecurrentUNetSpec(Architecture):
@@ -28,8 +28,8 @@ class RecurrentUNetSpec(Architecture):
     """
 
     kind: Literal["recurrent_unet"] = "recurrent_unet"
-    widths: Annotated[tuple[int, ...], Field(min_length=2)] = (64, 128, 256, 512, 1024)
-    recurrences: Annotated[int, Field(ge=1)] = 2
+    widths: Widths = (64, 128, 256, 512, 1024)
+    recurrences: Layers = 2
     norm: NormKind = "batch"
 
     @property

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from delineate.networks.base import Architecture, Step
+from delineate.networks.base import Architecture, Step, Widths
 from delineate.networks.blocks import EncoderDecoder, glorot_uniform
 
 
@@ -23,7 +23,7 @@ class ResidualUNetSpec(Architecture):
 
     kind: Literal["residual_unet"] = "residual_unet"
     dimensions: Literal[2] = 2
-    widths: Annotated[tuple[int, ...], Field(min_length=2)] = (32, 64, 128, 256)
+    widths: Widths = (32, 64, 128, 256)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
     @property

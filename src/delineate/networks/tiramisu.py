@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from delineate.networks.base import Architecture, Step
 from delineate.networks.blocks import KerasTransposed, glorot_uniform, keras_batch_norm
+from delineate.specification import Filters, Layers
 
 
 class TiramisuSpec(Architecture):
@@ -26,11 +27,11 @@ class TiramisuSpec(Architecture):
 
     kind: Literal["tiramisu"] = "tiramisu"
     dimensions: Literal[3] = 3
-    encoder: Annotated[tuple[int, ...], Field(min_length=1)] = (7, 8, 9)
-    bottleneck: Annotated[int, Field(ge=1)] = 12
-    decoder: Annotated[tuple[int, ...], Field(min_length=1)] = (15, 16, 17)
-    growth: Annotated[int, Field(ge=1)] = 16
-    first: Annotated[int, Field(ge=1)] = 48
+    encoder: Annotated[tuple[Layers, ...], Field(min_length=1, max_length=8)] = (7, 8, 9)
+    bottleneck: Layers = 12
+    decoder: Annotated[tuple[Layers, ...], Field(min_length=1, max_length=8)] = (15, 16, 17)
+    growth: Filters = 16
+    first: Filters = 48
     norm: Literal["none", "batch"] = "none"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     recompute: bool = False

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from delineate.networks.base import Architecture, Step
+from delineate.networks.base import Architecture, Step, Steps, Widths
 from delineate.networks.blocks import (
     ActivationKind,
     NormKind,
@@ -19,6 +19,7 @@ from delineate.networks.blocks import (
     normalisation,
     upsampling,
 )
+from delineate.specification import Layers
 
 
 class UNetSpec(Architecture):
@@ -37,18 +38,18 @@ class UNetSpec(Architecture):
     """
 
     kind: Literal["unet"] = "unet"
-    widths: Annotated[tuple[int, ...], Field(min_length=2)] = (32, 64, 128, 256)
-    strides: tuple[Step, ...] | None = None
-    kernels: tuple[Step, ...] | None = None
-    convolutions: Annotated[int, Field(ge=1)] = 2
-    decoder_convolutions: Annotated[int, Field(ge=1)] | None = None
+    widths: Widths = (32, 64, 128, 256)
+    strides: Steps | None = None
+    kernels: Steps | None = None
+    convolutions: Layers = 2
+    decoder_convolutions: Layers | None = None
     norm: NormKind = "instance"
     activation: ActivationKind = "leaky_relu"
     short_skips: Literal["none", "encoder", "all"] = "none"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     downsample: Literal["stride", "max_pool"] = "stride"
     upsample: Literal["transposed", "linear"] = "transposed"
-    deep_supervision: Annotated[int, Field(ge=0)] = 0
+    deep_supervision: Annotated[int, Field(ge=0, le=12)] = 0
 
     @model_validator(mode="after")
     def _fits(self) -> UNetSpec:

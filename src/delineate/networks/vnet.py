@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from delineate.networks.base import Architecture, Step
 from delineate.networks.blocks import he_normal
+from delineate.specification import Filters, Layers
 
 
 class VNetSpec(Architecture):
@@ -23,10 +24,18 @@ class VNetSpec(Architecture):
 
     kind: Literal["vnet"] = "vnet"
     dimensions: Literal[2, 3] = 3
-    first_filters: Annotated[int, Field(ge=1)] = 16
-    stages: Annotated[tuple[int, ...], Field(min_length=2)] = (1, 1, 2, 3, 2)
-    decoder_stages: Annotated[tuple[int, ...], Field(min_length=1)] = (2, 2, 1, 1)
+    first_filters: Filters = 16
+    stages: Annotated[tuple[Layers, ...], Field(min_length=2, max_length=12)] = (1, 1, 2, 3, 2)
+    decoder_stages: Annotated[tuple[Layers, ...], Field(min_length=1, max_length=12)] = (2, 2, 1, 1)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _mirrored(self) -> VNetSpec:
+        if len(self.decoder_stages) != len(self.stages) - 1:
+            raise ValueError(
+                f"stages has {len(self.stages)} entries, decoder_stages {len(self.decoder_stages)}; give one fewer"
+            )
+        return self
 
     @property
     def divisor(self) -> Step:

@@ -6,19 +6,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, model_validator
 from scipy import ndimage
 
 from delineate.core.grid import Grid
 from delineate.core.volume import Volume
 from delineate.errors import RecipeError
 from delineate.preprocessing.step import Step, Undo, Unmoved, as_float
+from delineate.specification import Intensity
 
-PerChannel = tuple[FiniteFloat, ...]
+PerChannel = Annotated[tuple[Intensity, ...], Field(max_length=1024)]
 T = TypeVar("T")
 
 
@@ -96,7 +97,7 @@ class Denoise(Step):
 
     kind: Literal["denoise"] = "denoise"
     width: int = Field(default=5, ge=3, le=15)
-    sigma: float | None = Field(default=None, gt=0)
+    sigma: float | None = Field(default=None, gt=0, le=1e30)
 
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
         across = volume.grid.slice_axis

@@ -7,12 +7,13 @@ from typing import Annotated, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from delineate.core.volume import Volume
 from delineate.preprocessing.intensity import ClipPercentiles, Denoise, Normalise
 from delineate.preprocessing.spatial import CropBackground, CropComposite, CropOrPad, Reorient, Resample
 from delineate.preprocessing.step import Composed, Undo, as_float
+from delineate.specification import Specification
 
 StepSpec = Annotated[
     Reorient | Resample | CropBackground | CropComposite | CropOrPad | ClipPercentiles | Denoise | Normalise,
@@ -20,12 +21,10 @@ StepSpec = Annotated[
 ]
 
 
-class Pipeline(BaseModel):
+class Pipeline(Specification):
     """``steps`` in order; a value: fitting returns another pipeline."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: tuple[StepSpec, ...] = ()
+    steps: Annotated[tuple[StepSpec, ...], Field(max_length=64)] = ()
 
     @property
     def needs_fit(self) -> bool:

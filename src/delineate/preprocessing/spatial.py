@@ -10,25 +10,28 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BeforeValidator, Field, FiniteFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from delineate.core.grid import Grid, Shape3, permute_axes, permute_axes_back
 from delineate.core.targets import IGNORED
 from delineate.core.volume import Volume
 from delineate.errors import RecipeError
-from delineate.preprocessing.step import Step, Undo, as_float, empty_channels
+from delineate.preprocessing.step import Step, Undo, as_float, check_voxels, empty_channels
+from delineate.specification import Intensity, Side
 
 _ORIENTATIONS = {"".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)}
+
+Place = Annotated[int, Field(ge=-4096, le=4096)]
 
 
 def _for_each_axis(value: Any) -> Any:
     return (value, value, value) if isinstance(value, int | float) else value
 
 
-Spacing = Annotated[FiniteFloat, Field(gt=0)]
+Spacing = Annotated[float, Field(ge=0.01, le=1000)]
 Spacings = Annotated[tuple[Spacing | None, Spacing | None, Spacing | None], BeforeValidator(_for_each_axis)]
-Sizes = Annotated[tuple[PositiveInt | None, PositiveInt | None, PositiveInt | None], BeforeValidator(_for_each_axis)]
-Multiples = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_for_each_axis)]
+Sizes = Annotated[tuple[Side | None, Side | None, Side | None], BeforeValidator(_for_each_axis)]
+Multiples = Annotated[tuple[Side, Side, Side], BeforeValidator(_for_each_axis)]
 
 
 class Reorient(Step):
@@ -81,7 +84,7 @@ class Resample(Step):
                 zip(grid.shape, grid.spacing_mm, self.spacing_mm, strict=True)
             )
         )
-        return x, y, z
+        return check_voxels((x, y, z))
 
 
 class CropBackground(Step):
@@ -93,8 +96,8 @@ class CropBackground(Step):
     """
 
     kind: Literal["crop_background"] = "crop_background"
-    threshold: Literal["nonzero", "minimum"] | FiniteFloat = "nonzero"
-    margin: NonNegativeInt = 0
+    threshold: Literal["nonzero", "minimum"] | Intensity = "nonzero"
+    margin: Annotated[int, Field(ge=0, le=4096)] = 0
 
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
         voxels = as_float(volume)
@@ -123,8 +126,8 @@ class CropComposite(Step):
 
     kind: Literal["crop_composite"] = "crop_composite"
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    margin: NonNegativeInt = 0
-    box: tuple[tuple[int, int], tuple[int, int]] | None = None
+    margin: Annotated[int, Field(ge=0, le=4096)] = 0
+    box: tuple[tuple[Place, Place], tuple[Place, Place]] | None = None
 
     @property
     def needs_fit(self) -> bool:
@@ -175,7 +178,7 @@ class CropOrPad(Step):
     kind: Literal["crop_or_pad"] = "crop_or_pad"
     shape: Sizes | None = None
     multiple_of: Multiples | None = None
-    fill: Literal["minimum", "edge"] | FiniteFloat = "minimum"
+    fill: Literal["minimum", "edge"] | Intensity = "minimum"
 
     @model_validator(mode="after")
     def _has_a_size(self) -> CropOrPad:
@@ -203,7 +206,7 @@ class CropOrPad(Step):
                 grid.shape, self.shape or (None, None, None), self.multiple_of or (1, 1, 1), strict=True
             )
         )
-        return x, y, z
+        return check_voxels((x, y, z))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,20 +10,18 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from pydantic import BaseModel, ConfigDict
 
 from delineate.core.grid import Grid, Shape3
 from delineate.core.volume import Volume
-from delineate.errors import CannotUndo
+from delineate.errors import CannotUndo, RecipeError
+from delineate.specification import Specification
 
 
-class Step(BaseModel, ABC):
+class Step(Specification, ABC):
     """One preprocessing step: settings, and what it learnt from training subjects.
 
     A step never changes the volume it is given. It may return a view of its voxels.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     @property
     def needs_fit(self) -> bool:
@@ -143,3 +142,16 @@ def as_float(volume: Volume) -> NDArray[np.float32]:
 def empty_channels(channels: int, shape: Shape3, dtype: DTypeLike = np.float32) -> NDArray[Any]:
     """An array (C, X, Y, Z) in which each channel is one Fortran-ordered block, as scans are read."""
     return np.empty((channels, *shape[::-1]), dtype=dtype).transpose(0, 3, 2, 1)
+
+
+MOST_VOXELS = 2**31
+
+
+def check_voxels(shape: Shape3) -> Shape3:
+    """``shape``, once a step may allocate it. Raises :class:`RecipeError` beyond :data:`MOST_VOXELS`."""
+    if math.prod(shape) > MOST_VOXELS:
+        sides = " × ".join(map(str, shape))
+        raise RecipeError(
+            f"preprocessing would make {sides} voxels of a scan; choose a coarser spacing or a smaller shape"
+        )
+    return shape

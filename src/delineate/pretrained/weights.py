@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import tempfile
 import urllib.request
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from delineate.errors import WeightsError
-from delineate.io.files import writing_beside
+from delineate.io.files import open_file, parsing, read_json, writing_beside
 from delineate.pretrained.vgg import VGGName, expected_shapes
 
 Preprocessing = Literal["torchvision", "caffe"]
@@ -28,6 +28,7 @@ PUBLISHED: dict[str, str] = {
 }
 """Addresses; the digits before the suffix begin the file's SHA-256."""
 SECONDS_TO_ANSWER = 20.0
+_FIX = "it cannot be read safely; give a safetensors file or a state dict"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ def import_weights(file: Path, name: VGGName, preprocessing: Preprocessing = "to
 def list_weights() -> list[Entry]:
     """What has been imported."""
     files = sorted(store_folder().glob("*.json"))
-    return [Entry(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    entries = []
+    for file in files:
+        about = read_json(file, WeightsError, fix="import the weights again")
+        with parsing(file, WeightsError, fix="import the weights again"):
+            entries.append(Entry(**about))
+    return entries
 
 
 def load_features(name: VGGName, weights: str) -> tuple[dict[str, Tensor] | None, Preprocessing]:
@@ -87,30 +93,52 @@ def load_features(name: VGGName, weights: str) -> tuple[dict[str, Tensor] | None
     stored = store_folder() / f"{name}.safetensors"
     if not stored.exists():
         _download(name)
-    entry = next(e for e in list_weights() if e.name == name)
-    if sha256_of(stored) != entry.sha256:
+    entry = next((e for e in list_weights() if e.name == name), None)
+    if entry is None or sha256_of(stored) != entry.sha256:
         raise WeightsError(f"{stored} has changed since it was imported; import it again")
     return read_tensors(stored), entry.preprocessing
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file or of a PyTorch state dict."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise WeightsError(f"no file {file}; give the path of a weight file") from error
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise WeightsError(f"{file.name} is not a weight file that can be read safely: {error}") from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise WeightsError(f"{file.name} holds no tensors by name; save the network's state_dict()")
+    if not file.exists():
+        raise WeightsError(f"no file {file}; give the path of a weight file")
+    with parsing(file.name, WeightsError, fix=_FIX):
+        with open_file(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if zipfile.is_zipfile(stream):
+                with zipfile.ZipFile(stream) as archive:
+                    _refuse_packed(file, archive, size)
+        loaded = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+            loaded = loaded["state_dict"]
+        if not isinstance(loaded, Mapping) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
+        ):
+            raise WeightsError(f"{file.name} holds no tensors by name; save the network's state_dict()")
+        for name, tensor in loaded.items():
+            _check_plain(file, name, tensor, size)
     return dict(loaded)
+
+
+def _refuse_packed(file: Path, archive: zipfile.ZipFile, size: int) -> None:
+    """PyTorch packs without compressing, so what would grow when it is unpacked is no file of its."""
+    if sum(entry.file_size for entry in archive.infolist()) > size:
+        raise WeightsError(f"{file.name} unpacks to more than its own size, as no weights do; {_FIX}")
+
+
+def _check_plain(file: Path, name: str, tensor: Tensor, size: int) -> None:
+    """Raise :class:`WeightsError` for what is no array of finite numbers that the file itself holds."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise WeightsError(f"{file.name}: {name[:80]} is no plain array of numbers; save the network's state_dict()")
+    if tensor.numel() * tensor.element_size() > size:
+        raise WeightsError(
+            f"{file.name}: {name[:80]} is said to be {_sides(tensor.shape)}, more than the file holds; {_FIX}"
+        )
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise WeightsError(f"{file.name}: {name[:80]} has numbers that are not finite; {_FIX}")
 
 
 def fitting(tensors: Mapping[str, Tensor], name: VGGName, source: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from html import escape
 from io import StringIO
@@ -28,6 +29,7 @@ _VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line"} | {c: f"series-{i}" for 
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold dollar signs
     "font.size": 9.5,
     "text.color": INK,
     "axes.edgecolor": LINE,
@@ -442,7 +444,10 @@ def density_chart(evaluation: Evaluation, target: str, metric: str, label: str) 
 def _chart(draw: Callable[[Axes], None], description: str, height: float) -> str:
     """Inline SVG of one pair of axes, ``height`` in inches; ``description`` is its alternative text."""
     # The salt goes into every id: charts of one page must not share any.
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": description}):
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": description}), warnings.catch_warnings():
+        # The page's fonts draw the text: it does not matter what the one here that measures it lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # names longer than the chart is wide
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         draw(figure.subplots())
         written = StringIO()

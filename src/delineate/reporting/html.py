@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from delineate.core.text import printable_lines
 from delineate.evaluation.methods import MethodDifference
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary, averaged
 from delineate.io.files import writing_beside
@@ -110,9 +112,9 @@ def write_report(path: Path, report: RunReport | EvaluationReport | MethodsRepor
             "data": _data_summary(report.data_rows),
             "crop": None if report.crop is None else _embedded(report.crop),
         }
-    page = _environment().get_template(name).render(report=report, **content)
+    page = _environment().get_template(name).render(report=report, **content, **_scripts())
     with writing_beside(path) as beside:
-        beside.write_text(page, encoding="utf-8")
+        beside.write_bytes(page.encode("utf-8", "backslashreplace"))
 
 
 def _environment() -> Environment:
@@ -120,12 +122,21 @@ def _environment() -> Environment:
         loader=PackageLoader("delineate.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
+        # Names may hold what no page can: control characters, and halves of characters.
+        finalize=lambda value: printable_lines(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["measured"] = formatted
     environment.filters["by"] = lambda values: " × ".join(f"{v:.4g}" for v in values)
     return environment
+
+
+def _scripts() -> dict[str, str]:
+    """The page's one script, and its digest: by the page's policy nothing else runs, whatever a name holds."""
+    script = (Path(__file__).parent / "templates" / "sort.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {"script": script, "script_digest": digest}
 
 
 def _measured(

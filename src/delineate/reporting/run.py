@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -13,9 +15,12 @@ from delineate.bundle import Bundle
 from delineate.core.subject import Subject
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, load_scan
+from delineate.errors import BadFormat
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
 from delineate.inference.batch import with_channels
+from delineate.io.files import parsing, read_json, read_text
+from delineate.io.tables import read_table
 from delineate.reporting.cautions import Training, cautions
 from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
@@ -28,7 +33,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
     ``dataset`` is the one it was trained on; three of its scans are read, for the pictures.
     """
     bundle = Bundle.load(folder / "bundle")
-    data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    data = read_json(folder / "data.json", BadFormat)
     evaluation = Evaluation.read(folder / "evaluation") if (folder / "evaluation" / "metrics.csv").exists() else None
     learning, validation = (_curve(folder / "logs" / f"{name}.csv") for name in ("training", "validation"))
     warned = cautions(Training(bundle.recipe.training, learning, validation), evaluation)
@@ -43,7 +48,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         evaluation=evaluation,
         overlays=[] if evaluation is None else _overlays(folder, bundle, dataset, evaluation),
         recipe_yaml=(folder / "recipe.yaml").read_text(encoding="utf-8"),
-        plan=json.loads((folder / "plan.json").read_text(encoding="utf-8")),
+        plan=_plan(folder / "plan.json"),
         provenance=_provenance(bundle),
         notes=[*warned, *_notes(folder, bundle, data["problems"])],
         intervals=_intervals(folder / "evaluation" / "intervals.json"),
@@ -86,20 +91,31 @@ def _intervals(path: Path) -> dict[str, Any] | None:
     """How wide calibrated intervals are and what they hold; None where there are too few subjects for their level."""
     if not path.exists():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["rows"] else None
+    found = read_json(path, BadFormat)
+    return found if found.get("rows") else None
+
+
+def _plan(path: Path) -> list[dict[str, str]]:
+    with parsing(path, BadFormat):
+        return [{str(key): str(value) for key, value in row.items()} for row in json.loads(read_text(path))]
 
 
 def _seams(path: Path) -> dict[str, tuple[float, int]]:
     """Median over subjects of each target's seam score, and of how many; only of volumes of several tiles."""
     if not path.exists():
         return {}
-    seams = pd.read_csv(path).dropna(subset="seam").groupby("target", sort=False)["seam"]
-    return {str(target): (float(values.median()), len(values)) for target, values in seams}
+    seams: dict[str, list[float]] = {}
+    for row in read_table(path):
+        if row["seam"]:
+            seams.setdefault(row["target"], []).append(float(row["seam"]))
+    return {target: (median(values), len(values)) for target, values in seams.items()}
 
 
 def _curve(path: Path) -> pd.DataFrame | None:
-    return pd.read_csv(path) if path.exists() else None
+    if not path.exists():
+        return None
+    with parsing(path, BadFormat):
+        return pd.read_csv(StringIO(read_text(path)))
 
 
 def _provenance(bundle: Bundle) -> dict[str, str]:

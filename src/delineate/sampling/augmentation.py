@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Generator, Tensor
 
+from delineate.specification import Specification
+
 Probability = Annotated[float, Field(ge=0, le=1)]
-Range = tuple[float, float]
+Degrees = Annotated[float, Field(ge=-360, le=360)]
+Shift = tuple[Annotated[float, Field(ge=-1e6, le=1e6)], Annotated[float, Field(ge=-1e6, le=1e6)]]
+Factors = tuple[Annotated[float, Field(gt=0, le=1000)], Annotated[float, Field(gt=0, le=1000)]]
+Deviations = tuple[Annotated[float, Field(ge=0, le=1000)], Annotated[float, Field(ge=0, le=1000)]]
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SpatialSpec(_Spec):
+class SpatialSpec(Specification):
     """Geometric changes. Angles turn about each axis of the volume (2D: about the slice axis alone).
 
     ``elastic_mm`` is the standard deviation of the displacement of ``elastic_points`` control
@@ -31,14 +32,14 @@ class SpatialSpec(_Spec):
     """
 
     probability: Probability = 0.7
-    rotate_degrees: tuple[float, float, float] = (15.0, 15.0, 15.0)
-    scale: Range = (0.85, 1.18)
-    elastic_mm: Annotated[float, Field(ge=0)] = 0.0
-    elastic_points: Annotated[int, Field(ge=2)] = 5
-    mirror: tuple[str, ...] = ()
+    rotate_degrees: tuple[Degrees, Degrees, Degrees] = (15.0, 15.0, 15.0)
+    scale: Factors = (0.85, 1.18)
+    elastic_mm: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    elastic_points: Annotated[int, Field(ge=2, le=64)] = 5
+    mirror: Annotated[tuple[Literal["x", "y", "z"], ...], Field(max_length=3)] = ()
 
 
-class IntensitySpec(_Spec):
+class IntensitySpec(Specification):
     """Changes of intensity, for images of about unit standard deviation; each with its probability.
 
     ``gain`` multiplies and ``offset`` shifts a channel, ``gamma`` bends its range, ``noise`` is
@@ -47,14 +48,14 @@ class IntensitySpec(_Spec):
     """
 
     probability: Probability = 0.3
-    gain: Range = (0.8, 1.25)
-    offset: Range = (-0.2, 0.2)
-    gamma: Range = (0.7, 1.5)
-    noise: Range = (0.0, 0.15)
-    bias_field: Range = (0.0, 0.2)
+    gain: Factors = (0.8, 1.25)
+    offset: Shift = (-0.2, 0.2)
+    gamma: Factors = (0.7, 1.5)
+    noise: Deviations = (0.0, 0.15)
+    bias_field: Deviations = (0.0, 0.2)
 
 
-class AugmentationSpec(_Spec):
+class AugmentationSpec(Specification):
     """What is varied in training; ``null`` leaves a part out."""
 
     spatial: SpatialSpec | None = SpatialSpec()
@@ -179,7 +180,7 @@ def _turn(angle: Tensor, i: int, j: int, d: int) -> Tensor:
 def _change_intensity(image: Tensor, spec: IntensitySpec, generator: Generator) -> Tensor:
     n, c, device, ones = image.shape[0], image.shape[1], image.device, [1] * (image.ndim - 2)
 
-    def draw(bounds: Range, neutral: float) -> Tensor:
+    def draw(bounds: tuple[float, float], neutral: float) -> Tensor:
         """A number for each sample and channel (N, C, 1…); ``neutral`` where not chosen."""
         value = _uniform((n, c), bounds, generator, device)
         chosen = _chosen(n, spec.probability, generator, device)[:, None]
@@ -215,5 +216,5 @@ def _chosen(n: int, probability: float, generator: Generator, device: torch.devi
     return (torch.rand(n, generator=generator, device=device) < probability).float()
 
 
-def _uniform(shape: tuple[int, ...], bounds: Range, generator: Generator, device: torch.device) -> Tensor:
+def _uniform(shape: tuple[int, ...], bounds: tuple[float, float], generator: Generator, device: torch.device) -> Tensor:
     return bounds[0] + (bounds[1] - bounds[0]) * torch.rand(shape, generator=generator, device=device)

@@ -7,52 +7,49 @@ from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from delineate.core.targets import IGNORED
 from delineate.errors import RecipeError
 from delineate.preprocessing.cache import PreparedSubject
 from delineate.sampling.tiles import Tile, TileGeometry
+from delineate.specification import Specification
 
 
-class AllTiles(BaseModel):
+class AllTiles(Specification):
     """Every tile of every subject once a pass, in a new order each pass."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["all"] = "all"
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    overlap: Annotated[float, Field(ge=0, le=0.95)] = 0.0
 
 
-class RandomTiles(BaseModel):
+class RandomTiles(Specification):
     """Every subject once a pass, at a place drawn uniformly."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["random"] = "random"
 
 
-class ClassBalancedTiles(BaseModel):
+class ClassBalancedTiles(Specification):
     """Every subject once a pass; a ``foreground_fraction`` of the tiles is centred near a target's voxel.
 
     The target is drawn with equal chances from those the subject has, then one of its voxels.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["class_balanced"] = "class_balanced"
     foreground_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
-class ChosenSlices(BaseModel):
+class ChosenSlices(Specification):
     """Some slices of every subject once a pass, in a new order each pass; for tiles that are slices.
 
     Of each subject ``with_target`` slices that hold a target, evenly spread, and ``adjacent`` ones
     without, those nearest to any with. ``at_most`` so many slices in all, subjects in their order.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["chosen_slices"] = "chosen_slices"
-    with_target: Annotated[int, Field(ge=1)] = 30
-    adjacent: Annotated[int, Field(ge=0)] = 20
-    at_most: Annotated[int, Field(ge=1)] | None = None
+    with_target: Annotated[int, Field(ge=1, le=10**6)] = 30
+    adjacent: Annotated[int, Field(ge=0, le=10**6)] = 20
+    at_most: Annotated[int, Field(ge=1, le=10**9)] | None = None
 
 
 SamplerSpec = Annotated[AllTiles | RandomTiles | ClassBalancedTiles | ChosenSlices, Field(discriminator="kind")]

@@ -14,11 +14,12 @@ from typing import Annotated, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from delineate.core.grid import Grid, Shape3
 from delineate.errors import RecipeError
+from delineate.specification import Side, Specification
 
 AXES = "xyz"
 
@@ -30,19 +31,18 @@ class Tile(NamedTuple):
     shape: Shape3
 
 
-class Patches(BaseModel):
+class Patches(Specification):
     """Boxes of a fixed shape, for 3D networks. ``null`` along an axis means all of it.
 
     ``standardise``: each tile that a network reads is brought to mean 0 and deviation 1 by itself, channel by channel.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["patches"] = "patches"
-    shape: tuple[int | None, int | None, int | None]
+    shape: tuple[Side | None, Side | None, Side | None]
     standardise: bool = False
 
 
-class Slices(BaseModel):
+class Slices(Specification):
     """Slices across one axis, for 2D networks; ``neighbours`` slices on each side join as channels (2.5D).
 
     ``axis``: x (sagittal), y (coronal), z (axial) of the prepared volume, or ``thickest``: the axis
@@ -50,18 +50,16 @@ class Slices(BaseModel):
     ``standardise`` as for patches.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["slices"] = "slices"
     axis: Literal["x", "y", "z", "thickest"] = "z"
-    shape: tuple[int | None, int | None] = (None, None)
-    neighbours: Annotated[int, Field(ge=0)] = 0
+    shape: tuple[Side | None, Side | None] = (None, None)
+    neighbours: Annotated[int, Field(ge=0, le=64)] = 0
     standardise: bool = False
 
 
-class Whole(BaseModel):
+class Whole(Specification):
     """The whole volume as one tile, for 3D networks."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["whole"] = "whole"
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from delineate.bundle import save_tensors
 from delineate.errors import TrainingError
+from delineate.io.files import open_file, parsing
 
+_FIX = "delete it to begin the training anew"
 _TENSOR, _ITEMS, _TUPLE = "tensor:", "items:", "tuple:"
 
 
@@ -29,15 +31,16 @@ class SafeCheckpointIO(CheckpointIO):
         save_tensors(Path(path), tensors, {"state": text})
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
+        with parsing(path, TrainingError, fix=_FIX):
+            open_file(Path(path)).close()  # only a regular file: a pipe would keep us waiting
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {})["state"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError, KeyError) as error:
-            raise TrainingError(f"{path} cannot be read ({error}); delete it to begin the training anew") from error
-        state: dict = _decode(json.loads(text), tensors)
+            state = _decode(json.loads(text), tensors)
+            if not isinstance(state, dict):
+                raise TrainingError(f"'{path}' holds {type(state).__name__}, not a training's state; {_FIX}")
         return state
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -79,4 +82,7 @@ def steps_done(path: Path) -> int:
     """Optimiser steps in a saved state; 0 where there is none."""
     if not path.exists():
         return 0
-    return int(SafeCheckpointIO().load_checkpoint(path)["global_step"])
+    steps = SafeCheckpointIO().load_checkpoint(path).get("global_step")
+    if type(steps) is not int or steps < 0:
+        raise TrainingError(f"'{path}' does not say how far the training came; {_FIX}")
+    return steps

@@ -9,6 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from delineate.compute import Compile, Precision
+from delineate.core.text import printable_lines
 from delineate.io.files import appending
 
 Say = Callable[[str], None]
@@ -65,4 +66,4 @@ class Reporter:
         self.say(text)
         if self.log is not None:
             with appending(self.log) as file:
-                file.write((time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n").encode())
+                file.write((time.strftime("%Y-%m-%d %H:%M:%S ") + printable_lines(text) + "\n").encode())

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from delineate.auto import derive_recipe, summarise
 from delineate.bundle import Bundle, versions
@@ -27,7 +26,7 @@ from delineate.inference.batch import with_channels
 from delineate.inference.fingerprint import fingerprint_of
 from delineate.io.files import writing_beside
 from delineate.preprocessing.cache import PreparedDataset, prepare
-from delineate.recipe import Recipe, apply_changes, recipe_from, to_yaml
+from delineate.recipe import Recipe, apply_changes, load_recipe, recipe_from, to_yaml
 from delineate.sampling.tiles import geometry_for, with_slice_axis
 from delineate.training.options import Reporter, RunOptions
 
@@ -49,10 +48,8 @@ def auto_recipe(
     """
     path = folder / "recipe.yaml"
     if path.exists():
-        budget = {"minutes": minutes, "steps": steps} if minutes or steps else {}
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        values["training"] |= budget
-        return recipe_from(apply_changes(values, changes)), None
+        budget = [f"training.minutes={minutes or 'null'}", f"training.steps={steps or 'null'}"]
+        return load_recipe(path, [*(budget if minutes or steps else []), *changes]), None
     targets = dataset.targets
     if targets is None:
         raise RecipeError(f"data set '{dataset.name}' does not name its targets; add for example --targets liver=1")

@@ -23,7 +23,6 @@ from typing import Any
 import lightning
 import pandas as pd
 import torch
-import yaml
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -42,10 +41,11 @@ from delineate.inference.batch import Outcome, predict_subjects, with_channels
 from delineate.inference.confidence import LEVEL, Calibration, Case, check_intervals
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
+from delineate.io.tables import write_table
 from delineate.losses.content import has_random_features
 from delineate.metrics.catalogue import targets_of
 from delineate.networks.cost import count_convolutions
-from delineate.recipe import Recipe, recipe_from, to_yaml
+from delineate.recipe import Recipe, load_recipe, to_yaml
 from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.batches import BatchSource
 from delineate.sampling.samplers import Sampler
@@ -171,7 +171,7 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     path = folder / "recipe.yaml"
     if not path.exists():
         return
-    before = recipe_from(yaml.safe_load(path.read_text(encoding="utf-8"))).as_dict()
+    before = load_recipe(path).as_dict()
     now = recipe.as_dict()
     for values in (before, now):
         values["training"] = {k: v for k, v in values["training"].items() if k not in ("minutes", "steps")}
@@ -390,8 +390,7 @@ def _evaluate_held_out(
         for outcome in outcomes
         for target, confidence in outcome.confidence.items()
     ]
-    with writing_beside(folder / "evaluation" / "confidence.csv") as path:
-        pd.DataFrame(said).to_csv(path, index=False)
+    write_table(folder / "evaluation" / "confidence.csv", list(said[0]) if said else [], said)
     return evaluation
 
 

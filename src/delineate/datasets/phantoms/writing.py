@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from delineate.errors import OutputError, RecipeError
 from delineate.io.files import writing_beside
 from delineate.io.formats import write_label, write_volume
 from delineate.io.overwriting import check_folder
+from delineate.io.tables import write_table
 
 
 def write_phantoms(
@@ -56,9 +56,9 @@ def write_phantoms(
         arrangement.write(out, chosen, i, scan, label)
         rows.append({"subject": subject, "site": site, **_truth(chosen, label, anatomy)})
         progress(i + 1, n)
-    _write_rows(out / "truth.csv", rows)
+    write_table(out / "truth.csv", list(rows[0]), rows)
     if not arrangement.sites_are_folders:
-        _write_rows(out / "sites.csv", [{key: row[key] for key in ("subject", "site")} for row in rows])
+        write_table(out / "sites.csv", ("subject", "site"), rows)
     if arrangement.describe is not None:
         # Last: a folder without it is no data set, so that one that was stopped half-way is not taken for whole.
         _write_json(out / "dataset.json", arrangement.describe(chosen, n))
@@ -224,10 +224,3 @@ def _truth(kind: Kind, label: LabelVolume, anatomy: Anatomy) -> dict[str, str]:
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
     with writing_beside(path) as beside:
         beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    with writing_beside(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

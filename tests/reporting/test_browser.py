@@ -1,0 +1,142 @@
+"""Pages with hostile names, opened in a browser: nothing of the names runs, nothing is asked for from elsewhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from delineate.core.grid import Grid
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume, Volume
+from delineate.evaluation.agreement import QuantityMap
+from delineate.evaluation.measure import compare
+from delineate.evaluation.methods import compare_methods
+from delineate.evaluation.table import Evaluation
+from delineate.reporting.html import EvaluationReport, MethodsReport, RunReport, write_report
+from delineate.reporting.overlays import Overlay, views_of
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+OWN = "document.documentElement.dataset.owned=1"
+EVIL = (
+    f"<script>{OWN}</script>", f'"><img src=x onerror="{OWN}">', f"'><svg onload={OWN}>",
+    f"</script><script>{OWN}</script>", f"javascript:{OWN}", f"</title><script>{OWN}</script>",
+    f"--><script>{OWN}</script><!--", f"]]><script>{OWN}</script>", f"</style><script>{OWN}</script>",
+    "{{ 7*7 }}<a href=https://example.org>", "$\\frac{$", "\x1b[31m\ud800\u202e",
+)  # fmt: skip
+TARGETS = Targets({EVIL[0]: (1,), EVIL[1]: (2,)})
+GRID = Grid((16, 16, 8), np.diag([-1.0, 1.0, 4.0, 1.0]))
+
+
+def label(shift: int) -> LabelVolume:
+    voxels = np.zeros(GRID.shape, np.uint8)
+    voxels[3 + shift : 11, 4:12, 2:6] = 1
+    voxels[6:9, 6:9, 3:5] = 2
+    return LabelVolume(voxels, GRID)
+
+
+def evaluation(shift: int = 0) -> Evaluation:
+    rows = []
+    for i, name in enumerate(EVIL):
+        rows += compare(label((i + shift) % 4), label(0), TARGETS, subject=name, site=EVIL[i % 3]).targets
+    return Evaluation(pd.DataFrame(rows), {EVIL[2]: [EVIL[3]]}, quantity=QuantityMap(EVIL[1]))
+
+
+def pages() -> dict[str, RunReport | EvaluationReport | MethodsReport]:
+    measured, other = evaluation(), evaluation(1)
+    scan = Volume(np.random.default_rng(0).random((1, *GRID.shape)), GRID)
+    overlays = [
+        Overlay(name, "best" if name == EVIL[0] else "", 0.9, views_of(scan, label(1), label(0), TARGETS, subject=name))
+        for name in EVIL[:3]
+    ]
+    row = {"subject": EVIL[0], "site": EVIL[1], "shape": (1, 1, 1), "spacing_mm": (1, 1, 4), "orientation": EVIL[2]}
+    run = RunReport(
+        title=EVIL[5],
+        description=EVIL[6],
+        simulated=True,
+        data_rows=[{**row, "volume_ml": {EVIL[3]: 2.0}}],
+        learning=pd.DataFrame({"step": range(50), "loss": np.linspace(1, 0.1, 50)}),
+        validation=pd.DataFrame({"step": [10, 20], "dice": [0.5, 0.6], f"dice_{EVIL[0]}": [0.6, 0.7]}),
+        evaluation=measured,
+        overlays=overlays,
+        recipe_yaml=f"name: {EVIL[8]}\n",
+        plan=[{"what": EVIL[0], "choice": EVIL[1], "why": EVIL[2]}],
+        provenance={EVIL[3]: EVIL[4]},
+        notes=list(EVIL),
+        seams={EVIL[0]: (1.0, 3)},
+    )
+    methods = {EVIL[0]: measured, EVIL[4]: other}
+    return {
+        "run": run,
+        "evaluation": EvaluationReport(EVIL[3], EVIL[9], measured, overlays),
+        "methods": MethodsReport(EVIL[7], EVIL[8], methods, compare_methods(methods)),
+    }
+
+
+class Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+
+def elements(page: str) -> Elements:
+    found = Elements()
+    found.feed(page)
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    files = {name: folder / f"{name}.html" for name in pages()}
+    for name, report in pages().items():
+        write_report(files[name], report)
+    return files
+
+
+@pytest.mark.parametrize("name", ["run", "evaluation", "methods"])
+def test_hostile_names_are_text(name: str, written: dict[str, Path]) -> None:
+    page = written[name].read_text(encoding="utf-8")
+    found = elements(page)
+    assert found.tags.count("script") == 1
+    assert not [attribute for attribute, _ in found.attributes if attribute.startswith("on")]
+    linked = [value for attribute, value in found.attributes if attribute in ("src", "href", "xlink:href", "action")]
+    assert all(value.startswith(("#", "data:image/")) for value in linked)
+    assert "\x1b" not in page
+    assert re.search(r"script-src 'sha256-[\w+/]+='", page)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open pages in; apt-get install chromium")
+@pytest.mark.parametrize("name", ["run", "evaluation", "methods"])
+def test_nothing_of_a_hostile_name_runs_in_a_browser(name: str, written: dict[str, Path], tmp_path: Path) -> None:
+    assert BROWSER is not None
+    # A page of our own shows that a browser runs what is let through: the marker is one.
+    page = written[name].read_text(encoding="utf-8")
+    open_page = tmp_path / "open.html"
+    open_page.write_text(f"<p>x</p><script>{OWN}</script>", encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=3000"]
+    command = [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    control, shown = (
+        subprocess.run([*command, file.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+        for file in (open_page, written[name])
+    )
+    assert 'data-owned="1"' in control.stdout
+    assert "data-owned" not in shown.stdout.split(">", 2)[1]
+    drawn, before = elements(shown.stdout), elements(page)
+    assert drawn.tags.count("script") == 1
+    assert drawn.tags.count("img") == before.tags.count("img")
+    # The page's own script has run under its policy: headings became buttons.
+    assert drawn.tags.count("button") == sum(
+        len(re.findall("<th[ >]", row)) for row in re.findall(r'class="sortable">.*?</thead>', page, re.S)
+    )
