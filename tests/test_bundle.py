@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from delineate.bundle import Bundle, save_weights
+from delineate.bundle import Bundle, Fingerprint, Provenance, Range, save_weights
 from delineate.compute import plan_compute
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.errors import BundleError
 from delineate.inference.predictor import Predictor
+from delineate.io.sealed import replace_file
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
 
@@ -38,8 +39,8 @@ def small_bundle(**recipe) -> Bundle:
         channels=("T1",),
         geometry=TileGeometry((8, 8, 4)),
         spacing_mm=(1.5, 1.5, 5.0),
-        fingerprint={"subjects": 3},
-        provenance={"seed": 0},
+        fingerprint=Fingerprint(3, {"contrast of T1": Range(1.5, 2.25, 3.0)}),
+        provenance=Provenance(layout="cases", fold=1, versions={"python": "3.11"}),
     )
 
 
@@ -112,20 +113,20 @@ def test_a_scan_with_other_channels_is_refused(saved, scan) -> None:
         Predictor([Bundle.load(saved)], PLAN).predict(two)
 
 
-def test_weights_are_replaced_in_one_rename(saved) -> None:
+def test_new_weights_leave_the_rest_as_it_is(saved) -> None:
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     save_weights(saved, small_bundle().network().state_dict(), {"step": 9})
     after = {p.name: p.read_bytes() for p in saved.iterdir()}
-    assert {name for name in after if after[name] != before[name]} == {"weights.safetensors"}
+    assert {name for name in after if after[name] != before[name]} == {"weights.safetensors", "bundle.json"}
     assert Bundle.load(saved).metadata == {"step": "9"}
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bundle.json", "{", "damaged"),
+        ("bundle.json", "{", "no JSON"),
         ("bundle.json", json.dumps({"format": 99}), "format 99"),
-        ("recipe.yaml", None, "recipe.yaml is missing"),
+        ("recipe.yaml", None, "recipe.yaml' is missing"),
     ],
 )
 def test_a_damaged_bundle_says_so(saved, name, content, message) -> None:
@@ -137,13 +138,62 @@ def test_a_damaged_bundle_says_so(saved, name, content, message) -> None:
         Bundle.load(saved)
 
 
-def test_weights_that_do_not_fit_are_refused(saved) -> None:
-    save_weights(saved, {"head.bias": torch.zeros(3)}, {})
-    with pytest.raises(BundleError, match="do not fit"):
-        Bundle.load(saved).trained_network()
+def test_weights_that_do_not_fit_are_refused_before_there_is_a_network(saved) -> None:
+    weights = small_bundle().network().state_dict()
+    bias = weights["head.bias"]
+    wrong = {
+        "more than their 1 tensors": {"head.bias": bias},
+        "head.bias is missing, not 3 of F32": {k: v for k, v in weights.items() if k != "head.bias"} | {"b": bias},
+        "head.bias is 2 of F32, not 3 of F32": {**weights, "head.bias": bias[:2]},
+        "head.bias is 3 of F64, not 3 of F32": {**weights, "head.bias": bias.double()},
+        "extra is 3 of F32, not missing": {**weights, "extra": bias},
+    }
+    for message, tensors in wrong.items():
+        save_weights(saved, tensors, {})
+        with pytest.raises(BundleError, match=f"do not fit .*{message}"):
+            Bundle.load(saved)
     (saved / "weights.safetensors").write_bytes(b"\x80\x04.")  # a pickle
-    with pytest.raises(BundleError, match="cannot be read"):
-        Bundle.load(saved).trained_network()
+    with pytest.raises(BundleError, match="not what was saved"):
+        Bundle.load(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(saved, value) -> None:
+    weights = small_bundle().network().state_dict()
+    sound = {name: tensor.clone() for name, tensor in weights.items()}
+    weights["head.weight"].view(-1)[5] = value
+    with pytest.raises(BundleError, match=r"'head.weight' is not finite.*learning rate"):
+        save_weights(saved, weights, {})
+    assert Bundle.load(saved).metadata == {"step": "7"}
+    # Put there by another program, with its digest.
+    sound["head.weight"] = weights["head.weight"]
+    from safetensors.torch import save_file
+
+    replace_file(saved, "weights.safetensors", lambda path: save_file(sound, path))
+    with pytest.raises(BundleError, match="'head.weight' is not finite"):
+        Bundle.load(saved)
+
+
+def test_an_answer_that_is_not_finite_is_refused(saved, scan) -> None:
+    """Weights may be finite and what they make of a scan not."""
+    weights = small_bundle().network().state_dict()
+    weights["head.weight"].fill_(3e38)
+    save_weights(saved, weights, {})
+    with pytest.raises(BundleError, match="answer is not finite"):
+        Predictor([Bundle.load(saved)], PLAN).predict(scan)
+
+
+def test_weights_that_were_replaced_meanwhile_are_not_mixed_up(saved) -> None:
+    bundle = Bundle.load(saved)
+    save_weights(saved, small_bundle().network().state_dict(), {})
+    with pytest.raises(BundleError, match="open it again"):
+        bundle.trained_network()
+
+
+def test_a_bundle_without_weights_says_that_there_are_none_yet(tmp_path) -> None:
+    small_bundle().begin(tmp_path)
+    with pytest.raises(BundleError, match="no weights yet.*train"):
+        Bundle.load(tmp_path).trained_network()
 
 
 def test_whole_slices_take_each_volume_s_size() -> None:
