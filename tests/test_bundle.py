@@ -15,13 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from delineate.bundle import Bundle, Fingerprint, Provenance, Range, save_weights
+from delineate.bundle import Bundle, Fingerprint, Provenance, Range, hidden, save_weights
 from delineate.compute import plan_compute
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
-from delineate.errors import BundleError
+from delineate.errors import BundleError, UnknownKey
 from delineate.inference.predictor import Predictor
+from delineate.io.pseudonyms import key_id
 from delineate.io.sealed import replace_file
 from delineate.recipe import load_recipe, packaged_recipes, recipe_from
 from delineate.sampling.tiles import TileGeometry, geometry_for
@@ -177,7 +178,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(saved, value) 
     from safetensors.torch import save_file
 
     replace_file(saved, "weights.safetensors", lambda path: save_file(sound, path))
-    with pytest.raises(BundleError, match="'head.weight' is not finite"):
+    with pytest.raises(BundleError, match=r"'head.weight' is not finite"):
         Bundle.load(saved)
 
 
@@ -199,7 +200,7 @@ def test_weights_that_were_replaced_meanwhile_are_not_mixed_up(saved) -> None:
 
 def test_a_bundle_without_weights_says_that_there_are_none_yet(tmp_path) -> None:
     small_bundle().begin(tmp_path)
-    with pytest.raises(BundleError, match="no weights yet.*train"):
+    with pytest.raises(BundleError, match=r"no weights yet.*train"):
         Bundle.load(tmp_path).trained_network()
 
 
@@ -224,11 +225,12 @@ def test_a_loaded_bundle_is_what_was_trained(name, tmp_path, rng) -> None:
     values = load_recipe(name).as_dict()
     values["network"] |= SMALLER.get(values["network"]["kind"], {})
     values["postprocessing"]["largest_component"] = []
-    if values["tiles"].get("shape"):
-        values["tiles"]["shape"] = [n and min(n, 32) for n in values["tiles"]["shape"]]
+    for sized in (values["tiles"], *values["preprocessing"]):
+        if sized.get("shape"):
+            sized["shape"] = [n and min(n, 32) for n in sized["shape"]]
     recipe = recipe_from(values)
     volume = Volume(
-        rng.gamma(2.0, 100.0, (1, 36, 40, 10)).astype(np.float32), Grid.of_spacing((36, 40, 10), (1, 1.1, 2.5))
+        rng.gamma(2.0, 100.0, (1, 30, 28, 6)).astype(np.float32), Grid.of_spacing((30, 28, 6), (1.0, 1.0, 2.5))
     )
     pipeline = recipe.pipeline.fit(lambda: [volume])
     grid = pipeline.apply(volume)[0].grid
@@ -241,13 +243,17 @@ def test_a_loaded_bundle_is_what_was_trained(name, tmp_path, rng) -> None:
     for name in {field.name for field in fields(Bundle)} - {"folder", "weights"}:
         assert getattr(loaded, name) == getattr(bundle, name)
     trained, read = (
-        Predictor([one], PLAN, networks=networks, probabilities=True).predict(volume).probabilities
+        Predictor([one], PLAN, networks=networks, probabilities=True, overlap=0.0).predict(volume).probabilities
         for one, networks in ((bundle, [network]), (loaded, None))
     )
     np.testing.assert_array_equal(read, trained)
     if geometry.standardise:
         forgetful = replace(bundle, geometry=replace(geometry, standardise=False))
-        other = Predictor([forgetful], PLAN, networks=[network], probabilities=True).predict(volume).probabilities
+        other = (
+            Predictor([forgetful], PLAN, networks=[network], probabilities=True, overlap=0.0)
+            .predict(volume)
+            .probabilities
+        )
         assert not np.array_equal(other, trained)
 
 
@@ -289,14 +295,14 @@ def test_a_bundle_of_format_1_whose_recipe_does_not_fit_says_what_to_do(tmp_path
     shutil.copytree(Path(__file__).parent / "data/bundle_format_1", tmp_path / "bundle")
     path = tmp_path / "bundle/bundle.json"
     path.write_text(path.read_text().replace('"slice_axis": null', '"slice_axis": 2'))
-    with pytest.raises(BundleError, match="by the recipe they are.*copy the bundle again"):
+    with pytest.raises(BundleError, match=r"by the recipe they are.*copy the bundle again"):
         Bundle.load(tmp_path / "bundle")
 
 
 def test_an_edited_recipe_is_refused_with_what_to_do(saved) -> None:
     path = saved / "recipe.yaml"
     path.write_text(path.read_text().replace("overlap: 0.5", "overlap: 0.25"))
-    with pytest.raises(BundleError, match="not what was saved.*cannot be edited"):
+    with pytest.raises(BundleError, match=r"not what was saved.*cannot be edited"):
         Bundle.load(saved)
 
 
@@ -351,7 +357,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_bundle_or_one_that_says_what_to_do(
             bundle = Bundle.load(folder)
             answers.append(bundle.trained_network() and bundle.metadata["step"] + bundle.recipe.name)
         except BundleError as error:
-            answers.append(next(s for s in ("no weights yet", "is missing", "run the command again") if s in str(error)))
+            answers.append(
+                next(s for s in ("no weights yet", "is missing", "run the command again") if s in str(error))
+            )
         if not killed:
             break
         REPLACED[what](folder)  # the same command again
@@ -359,10 +367,24 @@ def test_a_kill_at_any_moment_leaves_a_whole_bundle_or_one_that_says_what_to_do(
         assert what == "description" or whole.metadata["step"] == ("7" if what == "calibration" else "8")
         number += 1
     ways = list(dict.fromkeys(answers))
-    assert ways == {
-        "weights": ["7small", "8small"],
-        "calibration": ["7small"],
-        "all": ["7small", "run the command again", "8other"],
-        "description": ["is missing", "run the command again", "no weights yet"],
-    }[what]
+    assert (
+        ways
+        == {
+            "weights": ["7small", "8small"],
+            "calibration": ["7small"],
+            "all": ["7small", "run the command again", "8other"],
+            "description": ["is missing", "run the command again", "no weights yet"],
+        }[what]
+    )
     assert number > 5
+
+
+def test_with_another_key_who_was_seen_is_not_guessed(saved, tmp_path, monkeypatch) -> None:
+    known = Provenance(key=key_id(), training=hidden(["anna"]), validation=hidden(["bert"]))
+    bundle = replace(small_bundle(), provenance=known)
+    assert [bundle.seen(name) for name in ("anna", "bert", "carl")] == [True, True, False]
+    with pytest.raises(BundleError, match="does not say on which subjects"):
+        small_bundle().seen("anna")
+    monkeypatch.setenv("DELINEATE_KEY", str(tmp_path / "other"))
+    with pytest.raises(UnknownKey, match="set DELINEATE_KEY to the key of who trained it"):
+        bundle.seen("carl")

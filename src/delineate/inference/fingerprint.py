@@ -38,9 +38,7 @@ def fingerprint_of(rows: Sequence[SubjectRow]) -> Fingerprint:
             measured[f"volume of {target}"].append(volume_ml)
         for channel, i in row.intensities.items():
             measured[f"contrast of {channel}"].append(_contrast(i.min, i.mean, i.p99_5))
-    return Fingerprint(
-        len(rows), {name: Range(min(v), float(np.median(v)), max(v)) for name, v in measured.items()}
-    )
+    return Fingerprint(len(rows), {name: Range(min(v), float(np.median(v)), max(v)) for name, v in measured.items()})
 
 
 def oddities(fingerprint: Fingerprint, scan: Volume, channels: Sequence[str]) -> list[Oddity]:

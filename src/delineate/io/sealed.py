@@ -172,9 +172,9 @@ def opened(path: Path) -> BinaryIO:
         # A pipe that nobody writes to would be waited for.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError as error:
-        raise BundleError(f"'{path.parent}' is not a bundle: {path.name} is missing; give a run's folder bundle/") from (
-            error
-        )
+        raise BundleError(
+            f"'{path.parent}' is not a bundle: {path.name} is missing; give a run's folder bundle/"
+        ) from (error)
     except OSError as error:
         raise BundleError(f"'{path}' cannot be read ({error.strerror or error}); {AGAIN}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

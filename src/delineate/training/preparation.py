@@ -215,8 +215,9 @@ def without_descriptions(dataset: Dataset) -> Dataset:
         return dataset
     if any(len(subject.scans) != 1 for subject in dataset.subjects):
         raise RecipeError(
-            f"the channels of '{dataset.name}' have no names but the series' descriptions ({', '.join(dataset.channels)}), "
-            "which may name a person and would be given away with the bundle; name each by a pattern, such as "
+            f"the channels of '{dataset.name}' have no names but the series' descriptions "
+            f"({', '.join(dataset.channels)}), which may name a person and would be given away with the bundle; "
+            "name each by a pattern, such as "
             "--images T1='*t1*' --images FLAIR='*flair*'"
         )
     name = dataset.modality or "image"
