@@ -19,8 +19,9 @@ import stat
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -144,7 +145,7 @@ def seal(folder: Path, about: Mapping[str, Any], files: Mapping[str, Write], kee
         return
     with ExitStack() as renames:  # which happen when it is left, the last first
         stamps: dict[str, tuple[Stamp | None, ...]] = {}
-        for name, write in reversed(files.items()):
+        for name, write in reversed(list(files.items())):
             path = renames.enter_context(writing_beside(folder / name))
             write(path)
             stamps[name] = (Stamp.of(path),)
@@ -166,7 +167,7 @@ def replace_file(folder: Path, name: str, write: Write) -> None:
     replace(sealed, stamps={**sealed.stamps, name: (after,)}).write()
 
 
-def opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BufferedReader:
     """A regular file, open to be read. Raises :class:`BundleError` for anything else, at once."""
     try:
         # A pipe that nobody writes to would be waited for.
