@@ -58,7 +58,7 @@ def write_series(folder: Path, voxels: np.ndarray, study: str, **tags: object) -
         header.SOPClassUID, header.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
         header.SeriesInstanceUID, header.StudyInstanceUID, header.FrameOfReferenceUID = uid, study, study
         header.Modality, header.SeriesNumber, header.InstanceNumber = "CT", 1, k + 1
-        header.PatientPosition, header.StudyTime = "HFS", ""
+        header.PatientSex, header.PatientPosition, header.StudyTime = "O", "HFS", ""
         header.Rows, header.Columns = voxels.shape[1], voxels.shape[0]
         header.PixelSpacing, header.SliceThickness = [1, 1], 2
         header.ImageOrientationPatient, header.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, 2 * k]
