@@ -26,7 +26,13 @@ from delineate.training.options import Reporter, RunOptions
 from delineate.training.run import train
 
 TEXT = ("AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT")
-KEPT = {"SpecificCharacterSet", "Modality", "PhotometricInterpretation", "PatientSex"}  # have their own values
+KEPT = {
+    "SpecificCharacterSet",
+    "Modality",
+    "PhotometricInterpretation",
+    "PatientSex",
+    "PatientPosition",
+}  # have their own values
 FIELDS = {
     entry[4]: tag
     for tag, entry in DicomDictionary.items()
