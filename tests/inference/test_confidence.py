@@ -118,9 +118,11 @@ def test_nothing_found_has_no_interval() -> None:
 
 
 def test_a_calibration_lies_in_its_bundle(tmp_path: Path) -> None:
+    saved(tmp_path, [], Targets({"liver": (1,)}))
     assert Calibration.load(tmp_path) is None
     calibration().save(tmp_path)
     assert Calibration.load(tmp_path) == calibration()
+    Bundle.load(tmp_path)
     several = [replace(case, patient="p") for case in cases(np.linspace(0, 1, 4))] + cases(np.zeros(1))
     several.append(replace(several[0], reference_ml=0.0))
     Calibration.of(several).save(tmp_path)
@@ -131,8 +133,9 @@ def test_a_calibration_lies_in_its_bundle(tmp_path: Path) -> None:
     assert earlier is not None
     assert earlier.dice["a"].errors == ((0.1,), (0.2,)), "each scan is a patient's"
     (tmp_path / "calibration.json").write_text("{")
-    with pytest.raises(BundleError, match="copy the bundle again"):
-        Calibration.load(tmp_path)
+    for load in (Calibration.load, Bundle.load):
+        with pytest.raises(BundleError, match="copy the bundle again"):
+            load(tmp_path)
 
 
 @pytest.fixture(scope="module")

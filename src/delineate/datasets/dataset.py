@@ -31,7 +31,8 @@ class Dataset:
     """Subjects in one folder. ``targets`` and ``modality`` ("MR", "CT" or "") are what the folder tells.
 
     ``notes`` name what lies in the folder but belongs to no subject; inspection reports them.
-    ``simulated``: no patient was imaged. ``reason``: why it was taken for this layout.
+    ``simulated``: no patient was imaged. ``reason``: why it was taken for this layout. ``described``: channels
+    are called after the descriptions of DICOM series, which may name a person.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     simulated: bool = False
     reason: str = ""
+    described: bool = False
 
     @property
     def channels(self) -> tuple[str, ...]:

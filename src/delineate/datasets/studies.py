@@ -85,7 +85,8 @@ def read_studies(
     modality = found[0].modality if found[0].modality in ("CT", "MR") else ""
     ordered = tuple(sorted(subjects, key=lambda subject: subject.id))
     reason = f"{len(ordered)} studies in DICOM files, {len(labelled(ordered))} with a series that is its label"
-    return Dataset(root.resolve().name, root, "dicom", ordered, modality=modality, reason=reason)
+    described = patterns is None
+    return Dataset(root.resolve().name, root, "dicom", ordered, modality=modality, reason=reason, described=described)
 
 
 def first_dicom(root: Path) -> list[Path]:

@@ -12,15 +12,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from delineate.bundle import CALIBRATION
 from delineate.errors import BundleError
-from delineate.io.files import writing_beside
+from delineate.io.sealed import read_json, read_small, replace_file
 from delineate.metrics.conformal import Conformal
 from delineate.metrics.overlap import Overlap
 
 LEVEL = 0.9
 """Share of new subjects that an interval is to cover."""
-
-_FILE = "calibration.json"
 
 
 @dataclass(frozen=True)
@@ -126,17 +125,17 @@ class Calibration:
             }
             for name, group in (("dice_errors", self.dice), ("log_volume_errors", self.log_volume))
         }
-        with writing_beside(folder / _FILE) as path:
-            path.write_text(json.dumps(contents, indent=1), encoding="utf-8")
+        text = json.dumps(contents, indent=1, allow_nan=False)
+        replace_file(folder, CALIBRATION, lambda path: path.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: Path) -> Calibration | None:
         """A bundle's, or None where it has none. Raises :class:`BundleError` for a damaged one."""
-        path = folder / _FILE
+        path = folder / CALIBRATION
         if not path.exists():
             return None
         try:
-            contents = json.loads(path.read_text(encoding="utf-8"))
+            contents = read_json(read_small(path), path)
             # Earlier bundles list the errors of scans: each counts as one of a patient of its own.
             groups = (
                 {
@@ -148,7 +147,7 @@ class Calibration:
                 for name in ("dice_errors", "log_volume_errors")
             )
             return cls(*groups)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
             raise BundleError(f"{path} is damaged ({error}); copy the bundle again") from error
 
 

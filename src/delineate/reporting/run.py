@@ -15,7 +15,7 @@ from delineate.bundle import Bundle
 from delineate.core.subject import Subject
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, load_scan
-from delineate.errors import BadFormat
+from delineate.errors import BadFormat, TrainingError
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
 from delineate.inference.batch import with_channels
@@ -25,6 +25,7 @@ from delineate.reporting.cautions import Training, cautions
 from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
 from delineate.reporting.overlays import overlays_of
+from delineate.training.subjects import RunSubjects
 
 
 def write_run_report(folder: Path, dataset: Dataset) -> Path:
@@ -32,7 +33,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
 
     ``dataset`` is the one it was trained on; three of its scans are read, for the pictures.
     """
-    bundle = Bundle.load(folder / "bundle")
+    bundle, subjects = Bundle.load(folder / "bundle"), _subjects(folder)
     data = read_json(folder / "data.json", BadFormat)
     evaluation = Evaluation.read(folder / "evaluation") if (folder / "evaluation" / "metrics.csv").exists() else None
     learning, validation = (_curve(folder / "logs" / f"{name}.csv") for name in ("training", "validation"))
@@ -40,7 +41,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
     content = RunReport(
         title=bundle.recipe.name,
         description=bundle.recipe.description,
-        simulated=bool(bundle.provenance["simulated"]),
+        simulated=bundle.provenance.simulated,
         data_rows=data["subjects"],
         learning=learning,
         validation=validation,
@@ -49,11 +50,11 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         overlays=[] if evaluation is None else _overlays(folder, bundle, dataset, evaluation),
         recipe_yaml=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         plan=_plan(folder / "plan.json"),
-        provenance=_provenance(bundle),
-        notes=[*warned, *_notes(folder, bundle, data["problems"])],
+        provenance=_provenance(bundle, subjects),
+        notes=[*warned, *_notes(folder, subjects, data["problems"])],
         intervals=_intervals(folder / "evaluation" / "intervals.json"),
         seams=_seams(folder / "evaluation" / "confidence.csv"),
-        crop=composite_picture(bundle.pipeline, _trained_on(bundle, dataset), bundle.channels),
+        crop=composite_picture(bundle.pipeline, _trained_on(bundle, subjects, dataset), bundle.channels),
     )
     path = folder / "report.html"
     write_report(path, content)
@@ -77,8 +78,15 @@ def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evalua
     return overlays_of(evaluation, scan, pairs, bundle.targets)
 
 
-def _trained_on(bundle: Bundle, dataset: Dataset) -> list[Subject]:
-    trained = set(bundle.provenance["training"])
+def _subjects(folder: Path) -> RunSubjects:
+    found = RunSubjects.load(folder)
+    if found is None:
+        raise TrainingError(f"'{folder / 'subjects.json'}' is missing; train again, which writes it")
+    return found
+
+
+def _trained_on(bundle: Bundle, subjects: RunSubjects, dataset: Dataset) -> list[Subject]:
+    trained = set(subjects.training)
     resample = bundle.recipe.data.resample_channels
     return [
         replace(with_channels(subject, bundle.channels), resample=resample)
@@ -118,28 +126,28 @@ def _curve(path: Path) -> pd.DataFrame | None:
         return pd.read_csv(StringIO(read_text(path)))
 
 
-def _provenance(bundle: Bundle) -> dict[str, str]:
+def _provenance(bundle: Bundle, subjects: RunSubjects) -> dict[str, str]:
     p = bundle.provenance
-    fold = "none held out" if p["fold"] is None else f"fold {p['fold']} held out"
+    fold = "none held out" if p.fold is None else f"fold {p.fold} held out"
     return {
-        "Data set": f"{p['data_set']} ({p['layout']} layout)",
-        "Subjects": f"{len(p['training'])} trained on, {len(p['validation'])} to choose the weights, "
-        f"{len(p['held_out'])} held out ({fold})",
+        "Data set": f"{subjects.data_set} ({p.layout} layout)",
+        "Subjects": f"{len(p.training)} trained on, {len(p.validation)} to choose the weights, "
+        f"{len(p.held_out)} held out ({fold})",
         "Weights": f"step {bundle.metadata.get('step', '?')}, "
         f"validation Dice {bundle.metadata.get('validation_dice', 'not measured')}",
-        "Seed": str(p["seed"]),
-        "Started": p["started"],
-        "Versions": ", ".join(f"{name} {version}" for name, version in p["versions"].items()),
+        "Seed": str(p.seed),
+        "Started": p.started,
+        "Versions": ", ".join(f"{name} {version}" for name, version in p.versions.items()),
     }
 
 
-def _notes(folder: Path, bundle: Bundle, problems: list[dict[str, str]]) -> list[str]:
+def _notes(folder: Path, subjects: RunSubjects, problems: list[dict[str, str]]) -> list[str]:
     """What a reader should know before the numbers: a collapse, who was left out, warnings about the data."""
     messages = folder / "logs" / "messages.txt"
     lines = messages.read_text(encoding="utf-8").splitlines() if messages.exists() else []
     notes = [line[20:] for line in lines if "COLLAPSE" in line]
-    if left_out := bundle.provenance["left_out"]:
-        notes.append(f"Left out as broken: {', '.join(left_out)}.")
+    if subjects.left_out:
+        notes.append(f"Left out as broken: {', '.join(subjects.left_out)}.")
     counts: dict[str, list[dict[str, str]]] = {}
     for problem in problems:
         if problem["severity"] == "warning":

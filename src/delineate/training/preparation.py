@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from delineate.auto import derive_recipe, summarise
-from delineate.bundle import Bundle, versions
+from delineate.bundle import Bundle, Provenance, hidden, versions
 from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
 from delineate.core.grid import Grid
 from delineate.core.subject import Subject
@@ -25,10 +25,12 @@ from delineate.errors import BadSplit, BrokenSubjects, RecipeError
 from delineate.inference.batch import with_channels
 from delineate.inference.fingerprint import fingerprint_of
 from delineate.io.files import writing_beside
+from delineate.io.pseudonyms import key_id
 from delineate.preprocessing.cache import PreparedDataset, prepare
 from delineate.recipe import Recipe, apply_changes, load_recipe, recipe_from, to_yaml
 from delineate.sampling.tiles import geometry_for, with_slice_axis
 from delineate.training.options import Reporter, RunOptions
+from delineate.training.subjects import RunSubjects
 
 
 def auto_recipe(
@@ -50,7 +52,7 @@ def auto_recipe(
     if path.exists():
         budget = [f"training.minutes={minutes or 'null'}", f"training.steps={steps or 'null'}"]
         return load_recipe(path, [*(budget if minutes or steps else []), *changes]), None
-    targets = dataset.targets
+    dataset, targets = without_descriptions(dataset), dataset.targets
     if targets is None:
         raise RecipeError(f"data set '{dataset.name}' does not name its targets; add for example --targets liver=1")
     inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
@@ -82,6 +84,7 @@ def _value_at(values: Any, path: str) -> Any:
 def inspected(
     recipe: Recipe, dataset: Dataset, inspection: Inspection | None, options: RunOptions, report: Reporter
 ) -> tuple[Dataset, Targets, Inspection]:
+    dataset = without_descriptions(dataset)
     targets = recipe.data.targets.targets() if recipe.data.targets is not None else dataset.targets
     if targets is None:
         raise RecipeError(
@@ -195,23 +198,55 @@ def prepared_bundle(
         geometry=geometry,
         spacing_mm=spacing_mm,
         fingerprint=fingerprint_of([rows[s.id] for s in roles.training]),
-        provenance={
-            "data_set": dataset.name,
-            "layout": dataset.layout,
-            "simulated": dataset.simulated,
-            "fold": options.fold,
-            "seed": recipe.training.seed,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "training": [s.id for s in roles.training],
-            "validation": [s.id for s in roles.validation],
-            "held_out": [s.id for s in roles.held_out],
-            "left_out": sorted(inspection.broken),
-            "file_hashes": {name: dict(rows[name].hashes) for name in sorted(rows)},
-            "versions": versions(),
-            "computed": conditions(plan, options),
-        },
+        provenance=Provenance(
+            layout=dataset.layout,
+            simulated=dataset.simulated,
+            fold=options.fold,
+            seed=recipe.training.seed,
+            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            key=key_id(),
+            training=hidden([s.id for s in roles.training]),
+            validation=hidden([s.id for s in roles.validation]),
+            held_out=hidden([s.id for s in roles.held_out]),
+            left_out=hidden(sorted(inspection.broken)),
+            versions=versions(),
+            computed=conditions(plan, options),
+        ),
     )
     return bundle, Prepared(training.in_memory(), validation.in_memory())
+
+
+def subjects_of(dataset: Dataset, inspection: Inspection, roles: Roles, options: RunOptions) -> RunSubjects:
+    """Who is who, by name, for the run's folder."""
+    return RunSubjects(
+        data_set=dataset.name,
+        fold=options.fold,
+        training=tuple(s.id for s in roles.training),
+        validation=tuple(s.id for s in roles.validation),
+        held_out=tuple(s.id for s in roles.held_out),
+        left_out=tuple(sorted(inspection.broken)),
+        file_hashes={row.subject: dict(row.hashes) for row in sorted(inspection.rows, key=lambda row: row.subject)},
+    )
+
+
+def without_descriptions(dataset: Dataset) -> Dataset:
+    """``dataset`` whose channels are not called after DICOM series' descriptions.
+
+    A description may name a person, and channels' names are kept in the bundle, which is given away. The
+    only channel is called after its modality. Raises :class:`RecipeError` where there are several.
+    """
+    if not dataset.described:
+        return dataset
+    if any(len(subject.scans) != 1 for subject in dataset.subjects):
+        raise RecipeError(
+            f"the channels of '{dataset.name}' have no names but the series' descriptions "
+            f"({', '.join(dataset.channels)}), which may name a person and would be given away with the bundle; "
+            "name each by a pattern, such as "
+            "--images T1='*t1*' --images FLAIR='*flair*'"
+        )
+    name = dataset.modality or "image"
+    subjects = tuple(with_channels(subject, (name,)) for subject in dataset.subjects)
+    return replace(dataset, subjects=subjects, described=False)
 
 
 @dataclass(frozen=True)

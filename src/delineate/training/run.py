@@ -4,6 +4,7 @@
 
     RUN/
         recipe.yaml  plan.json  split.json  data.json   what was decided, and on what data
+        subjects.json                                   who was trained on: names stay here
         logs/        training.csv, validation.csv, validation_loss.csv, TensorBoard events, messages.txt
         last/        the state that a stopped run goes on from; at the end, the last weights as a bundle
         bundle/      the best weights
@@ -28,7 +29,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from delineate.bundle import Bundle, save_weights
+from delineate.bundle import Bundle, is_whole, save_weights
 from delineate.compute import ComputePlan, plan_compute
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
@@ -70,9 +71,11 @@ from delineate.training.preparation import (
     inspected,
     prepared_bundle,
     split_for,
+    subjects_of,
     threads_of,
 )
 from delineate.training.start import starting_network
+from delineate.training.subjects import RunSubjects
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,11 @@ def _run(
         report(f"{choice.what}: {choice.choice} ({choice.why})")
     torch.set_num_threads(threads_of(plan, options))
     bundle, prepared = prepared_bundle(recipe, dataset, targets, inspection, roles, options, plan, report)
-    _check_same_subjects(bundle, folder)
+    subjects = subjects_of(dataset, inspection, roles, options)
+    _check_same_subjects(subjects, folder)
     _compare_conditions(bundle, folder, report)
     if first:
+        subjects.save(folder)
         _write_decisions(folder, recipe, bundle, plan, inspection)
     with launching(folder, options.devices):
         steps, stopped = _fit(bundle, prepared, plan, folder, options, report, first=first)
@@ -183,12 +188,11 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
         )
 
 
-def _check_same_subjects(bundle: Bundle, folder: Path) -> None:
+def _check_same_subjects(subjects: RunSubjects, folder: Path) -> None:
     """A run that goes on trains on the subjects it was begun with."""
     if not (folder / "bundle" / "bundle.json").exists():
         return
-    before, now = Bundle.load(folder / "bundle").provenance, bundle.provenance
-    differing = [what for what in ("fold", "training", "validation", "held_out") if before[what] != now[what]]
+    differing = subjects.differing(RunSubjects.load(folder) or Bundle.load(folder / "bundle").provenance)
     if differing:
         raise RecipeError(
             f"'{folder}' holds a run on other subjects (they differ in {', '.join(differing)}); "
@@ -200,8 +204,8 @@ def _compare_conditions(bundle: Bundle, folder: Path, report: Reporter) -> None:
     """Say how a run is resumed under other conditions than it was begun under."""
     if not (folder / "bundle" / "bundle.json").exists():
         return
-    before = Bundle.load(folder / "bundle").provenance.get("computed", {})
-    now = bundle.provenance["computed"]
+    before = Bundle.load(folder / "bundle").provenance.computed
+    now = bundle.provenance.computed
     differing = [f"{what} {before[what]}, now {now[what]}" for what in now if before.get(what, now[what]) != now[what]]
     if differing:
         report(
@@ -220,8 +224,7 @@ def _write_decisions(folder: Path, recipe: Recipe, bundle: Bundle, plan: Compute
     for name, text in texts.items():
         with writing_beside(folder / name) as path:
             path.write_text(text, encoding="utf-8")
-    if not (folder / "bundle" / "bundle.json").exists():
-        bundle.save_description(folder / "bundle")
+    bundle.begin(folder / "bundle")
 
 
 def _fit(
@@ -237,7 +240,7 @@ def _fit(
     """Train until the budget is spent; returns the steps done and why the run is to end here, if it is."""
     spec, state = bundle.recipe.training, folder / "last" / "state.safetensors"
     resumed_from = steps_done(state)
-    if (folder / "last" / "weights.safetensors").exists() and not _has_more_budget(spec, state):
+    if is_whole(folder / "last") and not _has_more_budget(spec, state):
         report(f"training was complete after {resumed_from} steps")
         return resumed_from, None
     sampler = Sampler(bundle.recipe.sampler, prepared.training, bundle.geometry, spec.seed)
@@ -374,7 +377,7 @@ def _evaluate_held_out(
         outcomes.append(outcome)
         report.progress("predicting held-out subjects", done, len(chosen))
     measuring = Measuring(",".join(bundle.recipe.metrics), probabilities=probabilities)
-    simulated = bool(bundle.provenance["simulated"])
+    simulated = bundle.provenance.simulated
     evaluation = evaluate(pairs, bundle.targets, measuring, simulated=simulated)
     evaluation.write(folder / "evaluation")
     needed = ["dice", "reference_volume_ml"]
