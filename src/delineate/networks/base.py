@@ -59,7 +59,8 @@ class Architecture(Specification):
         It gives logits (N, ``outputs``, *space less the margins). Raises :class:`RecipeError`, before
         anything is allocated, for what cannot be built or has more than :data:`MOST_PARAMETERS` parameters.
         """
-        self._check(inputs, outputs)
+        if torch.get_default_device().type != "meta":  # where nothing is allocated anyway
+            self._check(inputs, outputs)
         if self.project_inputs_to is None:
             return self.body(inputs, outputs)
         network = self.body(self.project_inputs_to, outputs)
