@@ -27,6 +27,7 @@ from typing import Annotated, Any, Final, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from delineate.core.targets import Targets
 from delineate.errors import BundleError, DelineateError, OutputError, UnknownKey
@@ -374,6 +375,8 @@ def _load_format_1(folder: Path, contents: dict[str, Any]) -> Bundle:
         _check_consistent(bundle)
     if not (folder / WEIGHTS).exists():
         return bundle
+    with _refusing(folder / WEIGHTS):
+        _check_fits(bundle, folder / WEIGHTS)  # before all of it is read, whatever its size
     return _with_weights(bundle, Stamp.of(folder / WEIGHTS))
 
 
@@ -451,7 +454,7 @@ def _check_fits(bundle: Bundle, path: Path) -> None:
     with _safetensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         found = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
-    with _at_most(len(found)), torch.device("meta"):
+    with _at_most(len(found)), torch.device("meta"), _Unfilled():
         state = bundle.network().state_dict()
     wanted = {name: (tuple(tensor.shape), _DTYPES.get(tensor.dtype, "")) for name, tensor in state.items()}
     wrong = [
@@ -466,6 +469,15 @@ def _check_fits(bundle: Bundle, path: Path) -> None:
 
 def _tensor(known: tuple[tuple[int, ...], str] | None) -> str:
     return "missing" if known is None else f"{'×'.join(map(str, known[0])) or 'one number'} of {known[1]}"
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out random initial values, which take milliseconds a layer even of tensors without memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
