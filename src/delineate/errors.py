@@ -40,7 +40,6 @@ A message says what is wrong, what was found, and what to do about it.
 
 from __future__ import annotations
 
-
 _MOST_CHARACTERS = 4000
 
 
