@@ -43,6 +43,8 @@ A message says what is wrong, what was found, and what to do about it.
 
 from __future__ import annotations
 
+_MOST_CHARACTERS = 4000
+
 
 class DelineateError(Exception):
     """Base of all errors raised on purpose."""
@@ -50,12 +52,13 @@ class DelineateError(Exception):
     code = "E_DELINEATE"
 
     def __str__(self) -> str:
-        return f"{self.code}: {super().__str__()}"
+        return f"{self.code}: {self.message}"
 
     @property
     def message(self) -> str:
-        """The text without the code."""
-        return super().__str__()
+        """The text without the code; cut off where names or lists from outside make it longer than anybody reads."""
+        text = super().__str__()
+        return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 
 class ScanError(DelineateError):

@@ -114,7 +114,10 @@ def read_text(path: Path, most: int = MOST_TEXT) -> str:
 def read_json(path: Path, kind: type[DelineateError], fix: str = "") -> dict[str, Any]:
     """A JSON file that holds an object. Raises ``kind``."""
     with parsing(path, kind, fix=fix):
-        content = json.loads(read_text(path))
+        try:
+            content = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise kind(f"'{path}' is not valid JSON: {error}; {fix or 'copy it again'}") from error
         if not isinstance(content, dict):
             raise kind(f"'{path}' holds a {type(content).__name__}, not an object; {fix or 'copy it again'}")
     return content
