@@ -248,7 +248,7 @@ class _Description(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    format: Literal[2] = FORMAT
+    format: Literal[2] = 2
     channels: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)]
     targets: TargetsSpec
     tiles: TileGeometry
