@@ -296,16 +296,24 @@ def to_yaml(values: Any, reasons: Mapping[str, str] | None = None, *, path: str 
         here = f"{path}.{key}" if path else str(key)
         comment = f"  # {reasons[here]}" if here in reasons else ""
         if isinstance(value, dict) and value:
-            lines.append(f"{pad}{key}:{comment}\n" + to_yaml(value, reasons, path=here, indent=indent + 1))
+            lines.append(f"{pad}{_in_line(key)}:{comment}\n" + to_yaml(value, reasons, path=here, indent=indent + 1))
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines.append(f"{pad}{key}:{comment}\n")
+            lines.append(f"{pad}{_in_line(key)}:{comment}\n")
             for i, item in enumerate(value):
                 body = to_yaml(item, reasons, path=f"{here}.{i}", indent=indent + 2)
                 lines.append(f"{pad}  - {body.lstrip()}")
         else:
-            scalar = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
-            lines.append(f"{pad}{key}: {scalar.removesuffix(chr(10)).removesuffix('...').strip()}{comment}\n")
+            lines.append(f"{pad}{_in_line(key)}: {_in_line(value)}{comment}\n")
     return "".join(lines)
+
+
+def _in_line(value: Any) -> str:
+    """YAML of a key or a value on one line, quoted where it would read back as something else."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    text = text.removesuffix("\n").removesuffix("...").strip()
+    if len(text.splitlines()) > 1:
+        text = yaml.safe_dump(value, default_flow_style=True, default_style='"', width=float("inf")).strip()
+    return text
 
 
 def _copied(values: Any) -> Any:
