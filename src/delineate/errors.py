@@ -30,6 +30,7 @@
      │    └── BadSplit                 E_SPLIT
      ├── RecipeError                 E_RECIPE      a recipe or setting is not valid
      ├── BundleError                 E_BUNDLE      a bundle is damaged or does not fit
+     ├── UnknownKey                  E_KEY         the key that hides names is damaged, or another one
      ├── WeightsError                E_WEIGHTS     published weights are missing, damaged or of another network
      ├── CannotUndo                  E_UNDO        a preprocessing step has no way back
      ├── TrainingError               E_TRAINING    training cannot go on
@@ -215,6 +216,12 @@ class BundleError(DelineateError):
     """A bundle is damaged, or does not fit what it is used for."""
 
     code = "E_BUNDLE"
+
+
+class UnknownKey(DelineateError):
+    """The key that hides names is damaged, or not the one that a bundle's were hidden with."""
+
+    code = "E_KEY"
 
 
 class WeightsError(DelineateError):

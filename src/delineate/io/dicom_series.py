@@ -1,11 +1,10 @@
 """DICOM: the series in a folder or a zip, without their pixels.
 
-Nothing that identifies a patient is read, but for a digest that keeps one patient together.
+Nothing that identifies a patient is read, but for the patient's number, of which a pseudonym is kept.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
@@ -29,6 +28,7 @@ from delineate.errors import (
     Truncated,
 )
 from delineate.io.files import Limits
+from delineate.io.pseudonyms import pseudonym
 
 try:
     from pydicom import Dataset, dcmread
@@ -69,7 +69,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Series:
-    """What a series says of itself. ``patient`` is a digest of the patient's number, not the number.
+    """What a series says of itself. ``patient`` is a pseudonym of the patient's number, not the number.
 
     ``slices`` counts its images; ``shape`` is (columns, rows). ``headers`` go with ``instances`` and
     hold what tells where each image lies, nothing of a person.
@@ -159,7 +159,7 @@ def _described(uid: str, members: list[tuple[Instance, Dataset]]) -> Series:
     header = members[0][1]
     spacing, study = header.get("PixelSpacing"), str(header.get("StudyInstanceUID", ""))
     # Without a number, as after some ways of removing names, all that is known is that studies differ.
-    patient = hashlib.blake2b(str(header.get("PatientID") or study).encode(), digest_size=6).hexdigest()
+    patient = pseudonym("patient", str(header.get("PatientID") or study))
     for _, other in members:
         other.pop("PatientID", None)
     return Series(
