@@ -23,6 +23,7 @@ from delineate.evaluation.table import Evaluation
 from delineate.inference.batch import with_channels
 from delineate.inference.confidence import mutual_dice, rank_correlation
 from delineate.inference.predictor import Predictor
+from delineate.training.subjects import RunSubjects
 
 Change = Callable[[NDArray], NDArray]
 
@@ -77,7 +78,9 @@ def signals(run: Path, data: Path) -> pd.DataFrame:
     measured = Evaluation.read(run / "evaluation").table.set_index(["subject", "target"])["dice"]
     subjects = {subject.id: subject for subject in open_dataset(data).subjects}
     rows = []
-    for name in bundle.provenance["held_out"]:
+    known = RunSubjects.load(run)
+    assert known is not None
+    for name in known.held_out:
         scan = load_scan(with_channels(subjects[name], bundle.channels))
         plain = predictor.predict(scan)
         masks = bundle.targets.masks(plain.label.voxels)

@@ -1,20 +1,31 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from delineate.bundle import Bundle, save_weights
+from delineate.bundle import Bundle, Fingerprint, Provenance, Range, hidden, save_weights
 from delineate.compute import plan_compute
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
-from delineate.errors import BundleError
+from delineate.errors import BundleError, UnknownKey
 from delineate.inference.predictor import Predictor
-from delineate.recipe import recipe_from
-from delineate.sampling.tiles import TileGeometry
+from delineate.io.pseudonyms import key_id
+from delineate.io.sealed import replace_file
+from delineate.recipe import load_recipe, packaged_recipes, recipe_from
+from delineate.sampling.tiles import TileGeometry, geometry_for
 
 PLAN = plan_compute(device="cpu", precision="fp32", compile="off")
 
@@ -38,8 +49,8 @@ def small_bundle(**recipe) -> Bundle:
         channels=("T1",),
         geometry=TileGeometry((8, 8, 4)),
         spacing_mm=(1.5, 1.5, 5.0),
-        fingerprint={"subjects": 3},
-        provenance={"seed": 0},
+        fingerprint=Fingerprint(3, {"contrast of T1": Range(1.5, 2.25, 3.0)}),
+        provenance=Provenance(layout="cases", fold=1, versions={"python": "3.11"}),
     )
 
 
@@ -99,8 +110,6 @@ def test_an_ensemble_averages_probabilities(saved, scan, tmp_path) -> None:
 
 
 def test_bundles_that_differ_in_targets_are_no_ensemble(saved) -> None:
-    from dataclasses import replace
-
     bundle = Bundle.load(saved)
     with pytest.raises(BundleError, match="same targets"):
         Predictor([bundle, replace(bundle, targets=Targets({"spleen": (1,)}))], PLAN)
@@ -112,20 +121,20 @@ def test_a_scan_with_other_channels_is_refused(saved, scan) -> None:
         Predictor([Bundle.load(saved)], PLAN).predict(two)
 
 
-def test_weights_are_replaced_in_one_rename(saved) -> None:
+def test_new_weights_leave_the_rest_as_it_is(saved) -> None:
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     save_weights(saved, small_bundle().network().state_dict(), {"step": 9})
     after = {p.name: p.read_bytes() for p in saved.iterdir()}
-    assert {name for name in after if after[name] != before[name]} == {"weights.safetensors"}
+    assert {name for name in after if after[name] != before[name]} == {"weights.safetensors", "bundle.json"}
     assert Bundle.load(saved).metadata == {"step": "9"}
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bundle.json", "{", "damaged"),
+        ("bundle.json", "{", "no JSON"),
         ("bundle.json", json.dumps({"format": 99}), "format 99"),
-        ("recipe.yaml", None, "recipe.yaml is missing"),
+        ("recipe.yaml", None, "recipe.yaml' is missing"),
     ],
 )
 def test_a_damaged_bundle_says_so(saved, name, content, message) -> None:
@@ -137,13 +146,62 @@ def test_a_damaged_bundle_says_so(saved, name, content, message) -> None:
         Bundle.load(saved)
 
 
-def test_weights_that_do_not_fit_are_refused(saved) -> None:
-    save_weights(saved, {"head.bias": torch.zeros(3)}, {})
-    with pytest.raises(BundleError, match="do not fit"):
-        Bundle.load(saved).trained_network()
+def test_weights_that_do_not_fit_are_refused_before_there_is_a_network(saved) -> None:
+    weights = small_bundle().network().state_dict()
+    bias = weights["head.bias"]
+    wrong = {
+        "more than their 1 tensors": {"head.bias": bias},
+        "head.bias is missing, not 3 of F32": {k: v for k, v in weights.items() if k != "head.bias"} | {"b": bias},
+        "head.bias is 2 of F32, not 3 of F32": {**weights, "head.bias": bias[:2]},
+        "head.bias is 3 of F64, not 3 of F32": {**weights, "head.bias": bias.double()},
+        "extra is 3 of F32, not missing": {**weights, "extra": bias.clone()},
+    }
+    for message, tensors in wrong.items():
+        save_weights(saved, tensors, {})
+        with pytest.raises(BundleError, match=f"do not fit .*{message}"):
+            Bundle.load(saved)
     (saved / "weights.safetensors").write_bytes(b"\x80\x04.")  # a pickle
-    with pytest.raises(BundleError, match="cannot be read"):
-        Bundle.load(saved).trained_network()
+    with pytest.raises(BundleError, match="not what was saved"):
+        Bundle.load(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(saved, value) -> None:
+    weights = small_bundle().network().state_dict()
+    sound = {name: tensor.clone() for name, tensor in weights.items()}
+    weights["head.weight"].view(-1)[5] = value
+    with pytest.raises(BundleError, match=r"'head.weight' is not finite.*learning rate"):
+        save_weights(saved, weights, {})
+    assert Bundle.load(saved).metadata == {"step": "7"}
+    # Put there by another program, with its digest.
+    sound["head.weight"] = weights["head.weight"]
+    from safetensors.torch import save_file
+
+    replace_file(saved, "weights.safetensors", lambda path: save_file(sound, path))
+    with pytest.raises(BundleError, match=r"'head.weight' is not finite"):
+        Bundle.load(saved)
+
+
+def test_an_answer_that_is_not_finite_is_refused(saved, scan) -> None:
+    """Weights may be finite and what they make of a scan not."""
+    weights = small_bundle().network().state_dict()
+    weights["head.weight"].fill_(3e38)
+    save_weights(saved, weights, {})
+    with pytest.raises(BundleError, match="answer is not finite"):
+        Predictor([Bundle.load(saved)], PLAN).predict(scan)
+
+
+def test_weights_that_were_replaced_meanwhile_are_not_mixed_up(saved) -> None:
+    bundle = Bundle.load(saved)
+    save_weights(saved, small_bundle().network().state_dict(), {})
+    with pytest.raises(BundleError, match="open it again"):
+        bundle.trained_network()
+
+
+def test_a_bundle_without_weights_says_that_there_are_none_yet(tmp_path) -> None:
+    small_bundle().begin(tmp_path)
+    with pytest.raises(BundleError, match=r"no weights yet.*train"):
+        Bundle.load(tmp_path).trained_network()
 
 
 def test_whole_slices_take_each_volume_s_size() -> None:
@@ -152,3 +210,181 @@ def test_whole_slices_take_each_volume_s_size() -> None:
     )
     assert bundle.geometry_of((31, 20, 9)).shape == (32, 20, 1)
     assert small_bundle().geometry_of((31, 20, 9)).shape == (8, 8, 4)
+
+
+# The reports' widths would take minutes here; what is saved of a network does not depend on them.
+SMALLER = {
+    "context_unet": {"first_filters": 8},
+    "tiramisu": {"encoder": [1, 1, 1], "bottleneck": 1, "decoder": [1, 1, 1]},
+}
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_a_loaded_bundle_is_what_was_trained(name, tmp_path, rng) -> None:
+    """Field by field, and bit for bit in what it makes of a scan."""
+    values = load_recipe(name).as_dict()
+    values["network"] |= SMALLER.get(values["network"]["kind"], {})
+    values["postprocessing"]["largest_component"] = []
+    for sized in (values["tiles"], *values["preprocessing"]):
+        if sized.get("shape"):
+            sized["shape"] = [n and min(n, 32) for n in sized["shape"]]
+    recipe = recipe_from(values)
+    volume = Volume(
+        rng.gamma(2.0, 100.0, (1, 30, 28, 6)).astype(np.float32), Grid.of_spacing((30, 28, 6), (1.0, 1.0, 2.5))
+    )
+    pipeline = recipe.pipeline.fit(lambda: [volume])
+    grid = pipeline.apply(volume)[0].grid
+    geometry = geometry_for(recipe.tiles, grid.shape, grid.spacing_mm, recipe.network)
+    bundle = Bundle(recipe, pipeline, Targets({"lesion": (1,)}), ("c0",), geometry, grid.spacing_mm)
+    torch.manual_seed(0)
+    network = bundle.network().eval()
+    bundle.save(tmp_path, network.state_dict(), {})
+    loaded = Bundle.load(tmp_path)
+    for name in {field.name for field in fields(Bundle)} - {"folder", "weights"}:
+        assert getattr(loaded, name) == getattr(bundle, name)
+    trained, read = (
+        Predictor([one], PLAN, networks=networks, probabilities=True, overlap=0.0).predict(volume).probabilities
+        for one, networks in ((bundle, [network]), (loaded, None))
+    )
+    np.testing.assert_array_equal(read, trained)
+    if geometry.standardise:
+        forgetful = replace(bundle, geometry=replace(geometry, standardise=False))
+        other = (
+            Predictor([forgetful], PLAN, networks=[network], probabilities=True, overlap=0.0)
+            .predict(volume)
+            .probabilities
+        )
+        assert not np.array_equal(other, trained)
+
+
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@given(names=st.lists(names, min_size=1, max_size=3, unique=True), name=names, contrast=st.floats(0, 1e6))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_things_are_called_they_read_back_the_same(names, name, contrast, tmp_path) -> None:
+    targets = Targets({target: (k,) for k, target in enumerate(names, start=1)})
+    recipe = {"name": name, "description": f"{name}\\n\\n {name}", "data": {"targets": targets.as_dict()}}
+    ranges = {name: Range(0.0, contrast / 3, contrast)}
+    bundle = replace(
+        small_bundle(**recipe), targets=targets, channels=(name,), fingerprint=Fingerprint(1, ranges), folder=tmp_path
+    )
+    bundle.save(tmp_path, bundle.network().state_dict(), {})
+    assert Bundle.load(tmp_path) == bundle
+
+
+def test_a_bundle_of_format_1_knows_from_its_recipe_what_it_had_forgotten(tmp_path, scan) -> None:
+    folder = Path(__file__).parent / "data/bundle_format_1"
+    assert "standardise" not in json.loads((folder / "bundle.json").read_text())["tiles"]
+    bundle = Bundle.load(folder)
+    assert bundle.geometry == TileGeometry((8, 8, 4), standardise=True)
+    assert bundle.fingerprint.ranges["contrast of T1"] == Range(2.0, 2.5, 3.0)
+    assert [name for name in ("anna", "carl", "dora") if bundle.seen(name)] == ["anna", "carl"]
+    assert Predictor([bundle], PLAN).predict(scan).label.grid is scan.grid
+    # A run that is resumed brings it to this format, names left out.
+    shutil.copytree(folder, tmp_path / "bundle")
+    bundle.begin(tmp_path / "bundle")
+    now = Bundle.load(tmp_path / "bundle")
+    assert replace(now, folder=folder) == bundle
+    assert now.weights == bundle.weights
+    text = (tmp_path / "bundle/bundle.json").read_text()
+    assert not [name for name in ("anna", "bert", "carl", "dora", "Smith") if name in text]
+
+
+def test_a_bundle_of_format_1_whose_recipe_does_not_fit_says_what_to_do(tmp_path) -> None:
+    shutil.copytree(Path(__file__).parent / "data/bundle_format_1", tmp_path / "bundle")
+    path = tmp_path / "bundle/bundle.json"
+    path.write_text(path.read_text().replace('"slice_axis": null', '"slice_axis": 2'))
+    with pytest.raises(BundleError, match=r"by the recipe they are.*copy the bundle again"):
+        Bundle.load(tmp_path / "bundle")
+
+
+def test_an_edited_recipe_is_refused_with_what_to_do(saved) -> None:
+    path = saved / "recipe.yaml"
+    path.write_text(path.read_text().replace("overlap: 0.5", "overlap: 0.25"))
+    with pytest.raises(BundleError, match=r"not what was saved.*cannot be edited"):
+        Bundle.load(saved)
+
+
+WRITES = ("os.rename", "os.remove", "os.mkdir", "os.link", "open")
+
+
+def killed_before_write(number: int, write: Callable[[], object]) -> bool:
+    """Whether a process that does ``write`` was killed before its change number ``number`` to any file."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def count(event: str, arguments: tuple) -> None:
+            nonlocal seen
+            if event in WRITES:
+                seen += 1
+                if seen > number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        write()
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def other_weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return small_bundle().network().state_dict()
+
+
+REPLACED = {
+    "weights": lambda folder: save_weights(folder, other_weights(), {"step": 8}),
+    "calibration": lambda folder: replace_file(folder, "calibration.json", lambda path: path.write_text("{}")),
+    "all": lambda folder: small_bundle(name="other").save(folder, other_weights(), {"step": 8}),
+    "description": lambda folder: small_bundle().begin(folder),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_a_kill_at_any_moment_leaves_a_whole_bundle_or_one_that_says_what_to_do(what, tmp_path) -> None:
+    """Steps 7 and 8 are the whole ones before and after."""
+    torch.manual_seed(0)
+    number, answers = 0, []
+    while True:
+        folder = tmp_path / f"{number}"
+        if what != "description":
+            small_bundle().save(folder, small_bundle().network().state_dict(), {"step": 7})
+        killed = killed_before_write(number, lambda folder=folder: REPLACED[what](folder))
+        try:
+            bundle = Bundle.load(folder)
+            answers.append(bundle.trained_network() and bundle.metadata["step"] + bundle.recipe.name)
+        except BundleError as error:
+            answers.append(
+                next(s for s in ("no weights yet", "is missing", "run the command again") if s in str(error))
+            )
+        if not killed:
+            break
+        REPLACED[what](folder)  # the same command again
+        whole = Bundle.load(folder)
+        assert what == "description" or whole.metadata["step"] == ("7" if what == "calibration" else "8")
+        number += 1
+    ways = list(dict.fromkeys(answers))
+    assert (
+        ways
+        == {
+            "weights": ["7small", "8small"],
+            "calibration": ["7small"],
+            "all": ["7small", "run the command again", "8other"],
+            "description": ["is missing", "run the command again", "no weights yet"],
+        }[what]
+    )
+    assert number > 5
+
+
+def test_with_another_key_who_was_seen_is_not_guessed(saved, tmp_path, monkeypatch) -> None:
+    known = Provenance(key=key_id(), training=hidden(["anna"]), validation=hidden(["bert"]))
+    bundle = replace(small_bundle(), provenance=known)
+    assert [bundle.seen(name) for name in ("anna", "bert", "carl")] == [True, True, False]
+    with pytest.raises(BundleError, match="does not say on which subjects"):
+        small_bundle().seen("anna")
+    monkeypatch.setenv("DELINEATE_KEY", str(tmp_path / "other"))
+    with pytest.raises(UnknownKey, match="set DELINEATE_KEY to the key of who trained it"):
+        bundle.seen("carl")

@@ -1,46 +1,107 @@
-"""The bundle: the folder in which training and inference meet. No pickle in it.
+"""The bundle: the folder in which training and inference meet. No pickle in it, and no names of subjects.
 
 ::
 
     bundle/
         recipe.yaml            everything that made it
         preprocessing.json     the pipeline, fitted on the training subjects
-        bundle.json            channels, targets, tiles, fingerprint of the training data, provenance
         weights.safetensors    the network; its metadata holds step and validation score
+        calibration.json       errors on held-out subjects, where there were any
+        bundle.json            channels, targets, tiles, fingerprint of the training data, provenance,
+                               and the SHA-256 of every file
+
+What is not as it was saved is refused when the bundle is opened, before any network is built.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from delineate.core.targets import Targets
-from delineate.errors import BundleError
+from delineate.errors import BundleError, DelineateError, OutputError, UnknownKey
 from delineate.io.files import writing_beside
+from delineate.io.pseudonyms import PATTERN, key_file, key_id, pseudonym
+from delineate.io.sealed import AGAIN, MANIFEST, Sealed, Stamp, opened, read_json, read_small, replace_file, seal
 from delineate.preprocessing.pipeline import Pipeline
 from delineate.recipe import Recipe, TargetsSpec, recipe_from, to_yaml
-from delineate.sampling.tiles import Slices, TileGeometry
+from delineate.sampling.tiles import Slices, TileGeometry, Whole, geometry_for
 
-FORMAT = 1
+FORMAT = 2
+RECIPE, PREPROCESSING, WEIGHTS, CALIBRATION = (
+    "recipe.yaml", "preprocessing.json", "weights.safetensors", "calibration.json"
+)  # fmt: skip
+
+_MOST_VOXELS = 2**30
+"""Of a tile, as the network reads it."""
+_MOST_RECIPE_BYTES = 2**16  # parsing more YAML would take seconds
+
+Text = Annotated[str, Field(max_length=1000)]
+Pseudonym = Annotated[str, Field(pattern=PATTERN)]
+Positive = Annotated[float, Field(gt=0, le=1e4)]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Least, median and largest of a number over the training scans."""
+
+    min: float
+    median: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the training scans look like: of how many, and the ranges of what was measured of them."""
+
+    subjects: Annotated[int, Field(ge=0)] = 0
+    ranges: Mapping[Text, Range] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a bundle comes from.
+
+    Subjects are named by pseudonyms, made with the key that ``key`` identifies; their names stay in
+    the run's folder. ``left_out`` were broken.
+    """
+
+    layout: Text = ""
+    simulated: bool = False
+    fold: Annotated[int, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    started: Text = ""
+    key: Pseudonym | None = None
+    training: tuple[Pseudonym, ...] = ()
+    validation: tuple[Pseudonym, ...] = ()
+    held_out: tuple[Pseudonym, ...] = ()
+    left_out: tuple[Pseudonym, ...] = ()
+    versions: Mapping[Text, Text] = field(default_factory=dict)
+
+
+def hidden(subjects: Sequence[str]) -> tuple[str, ...]:
+    """The pseudonyms of subjects, by which a bundle knows them."""
+    return tuple(pseudonym("subject", name) for name in subjects)
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A trained network and all that is needed to apply it.
 
-    ``geometry`` is the tiles' shape as trained; ``spacing_mm`` the prepared spacing. ``fingerprint``
-    describes the training data (ranges of shape, spacing, intensity); ``provenance`` versions,
-    hashes, seed, subjects.
+    ``geometry`` is the tiles' shape as trained; ``spacing_mm`` the prepared spacing. ``weights`` is
+    what their file must be; None before the first are saved.
     """
 
     recipe: Recipe
@@ -49,9 +110,10 @@ class Bundle:
     channels: tuple[str, ...]
     geometry: TileGeometry
     spacing_mm: tuple[float, float, float]
-    fingerprint: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: Fingerprint = Fingerprint()
+    provenance: Provenance = Provenance()
     folder: Path | None = None
+    weights: Stamp | None = field(default=None, compare=False)
 
     def network(self) -> nn.Module:
         """The network with its initial weights."""
@@ -59,93 +121,113 @@ class Bundle:
 
     def trained_network(self) -> nn.Module:
         """The network with the bundle's weights, in evaluation mode."""
+        weights = self._read_weights()
         network = self.network()
-        try:
-            network.load_state_dict(self._weights)
-        except RuntimeError as error:
-            raise BundleError(f"weights in {self.folder} do not fit the recipe's network: {error}") from error
+        network.load_state_dict(weights)
         return network.eval()
 
     @cached_property
     def metadata(self) -> dict[str, str]:
         """What training noted beside the weights, such as step and score."""
-        from safetensors import safe_open
-
-        with safe_open(self._weights_file, framework="pt") as file:
+        with _safetensors(self._weights_file) as file:
             return dict(file.metadata() or {})
 
-    @cached_property
+    @property
     def weights_sha256(self) -> str:
         """Digest of the weights' file, by which a result names the model that it is of."""
-        with self._weights_file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        if self.weights is None:
+            raise BundleError(self._no_weights)
+        return self.weights.sha256
+
+    def seen(self, subject: str) -> bool:
+        """Whether the weights were trained, or chosen, on a subject of this name.
+
+        Raises :class:`UnknownKey` where the bundle's names were hidden with another key than the user's,
+        and :class:`BundleError` where it does not say what it was trained on.
+        """
+        known = self.provenance
+        if not known.training:
+            raise BundleError(f"'{self.folder}' does not say on which subjects it was trained; choose them by hand")
+        if known.key != key_id():
+            raise UnknownKey(
+                f"on which subjects '{self.folder}' was trained cannot be known here: their names were hidden with "
+                f"another key than '{key_file()}'; set DELINEATE_KEY to the key of who trained it, ask them, or choose "
+                "the subjects by hand"
+            )
+        return pseudonym("subject", subject) in {*known.training, *known.validation}
+
+    @property
+    def _no_weights(self) -> str:
+        return (
+            "this bundle has not been saved; save it before reading weights from it"
+            if self.folder is None
+            else f"'{self.folder}' has no weights yet, since its training has not validated once; "
+            "wait, or run `delineate train` again to resume it"
+        )
 
     @property
     def _weights_file(self) -> Path:
-        if self.folder is None:
-            raise BundleError("this bundle has not been saved; save it before reading weights from it")
-        return self.folder / "weights.safetensors"
+        if self.folder is None or self.weights is None:
+            raise BundleError(self._no_weights)
+        return self.folder / WEIGHTS
 
-    @property
-    def _weights(self) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(self._weights_file)
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"{self._weights_file} cannot be read ({error}); copy the bundle again") from error
+    def _read_weights(self) -> dict[str, Tensor]:
+        """The tensors, once they are found to be those that the bundle was opened with."""
+        path = self._weights_file
+        with _safetensors(path) as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if Stamp.of(path) != self.weights:
+            raise BundleError(f"'{path}' was replaced after the bundle was opened; open it again")
+        return weights
 
     def save(self, folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write the whole bundle; every file is written beside and renamed."""
-        self.save_description(folder)
-        save_weights(folder, weights, metadata)
+        """Write the whole bundle. A process that is killed leaves the one before, this one, or one that says so."""
+        self._seal(folder, {WEIGHTS: _writer(weights, metadata)})
+        # What another bundle left here is no part of this one.
+        (folder / CALIBRATION).unlink(missing_ok=True)
 
-    def save_description(self, folder: Path) -> None:
-        """Write all but the weights, which training replaces again and again."""
-        slice_axis = self.geometry.slice_axis
-        contents = {
-            "format": FORMAT,
-            "channels": list(self.channels),
-            "targets": self.targets.as_dict(),
-            "tiles": {"shape": self.geometry.shape, "margin": self.geometry.margin, "slice_axis": slice_axis},
-            "spacing_mm": self.spacing_mm,
-            "fingerprint": dict(self.fingerprint),
-            "provenance": dict(self.provenance),
-        }
-        _write_text(folder / "recipe.yaml", to_yaml(self.recipe.as_dict()))
-        _write_text(folder / "preprocessing.json", self.pipeline.model_dump_json(indent=1))
-        _write_text(folder / "bundle.json", json.dumps(contents, indent=1))
+    def begin(self, folder: Path) -> None:
+        """Write all but the weights, which training replaces again and again, where there is no whole bundle yet.
+
+        One of an earlier format is brought to this one. Raises :class:`BundleError` for a damaged one.
+        """
+        if not (folder / MANIFEST).exists() or Sealed.unfinished(folder):
+            self._seal(folder, {})
+            return
+        found = Bundle.load(folder)
+        if read_json(_manifest_of(folder), folder / MANIFEST)["format"] != FORMAT:
+            seal(folder, found._described(), {}, keep=(RECIPE, PREPROCESSING, WEIGHTS, CALIBRATION))
+
+    def _seal(self, folder: Path, more: Mapping[str, Callable[[Path], object]]) -> None:
+        about = self._described()
+        texts = {RECIPE: to_yaml(self.recipe.as_dict()), PREPROCESSING: self.pipeline.model_dump_json(indent=1)}
+        with _refusing(folder):  # what could not be read is not written
+            recipe, pipeline = _recipe(texts[RECIPE].encode()), Pipeline.model_validate_json(texts[PREPROCESSING])
+            again = _Description.model_validate_json(json.dumps(about)).bundle(folder, recipe, pipeline)
+            _check_consistent(self)
+        if replace(again, folder=self.folder) != self:
+            raise BundleError("the bundle would not read back as it is; report this, with its recipe")
+        seal(folder, about, {**{name: _text_writer(text) for name, text in texts.items()}, **more})
+
+    def _described(self) -> dict[str, Any]:
+        with _refusing(self.folder or Path(MANIFEST)):
+            described: dict[str, Any] = json.loads(_Description.of(self).model_dump_json())
+        return described
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:
-        """Read a bundle; the weights only when asked for. Raises :class:`BundleError`."""
-        try:
-            contents = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-            recipe = recipe_from(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-            pipeline = Pipeline.model_validate_json((folder / "preprocessing.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise BundleError(
-                f"{folder} is not a bundle: {Path(error.filename).name} is missing; give a run's folder bundle/"
-            ) from error
-        except (json.JSONDecodeError, yaml.YAMLError, ValidationError, OSError) as error:
-            raise BundleError(f"{folder} is damaged: {error}; copy the bundle again") from error
-        if contents.get("format") != FORMAT:
-            raise BundleError(
-                f"{folder} has format {contents.get('format')}, this version reads {FORMAT}; update delineate"
-            )
-        tiles = contents["tiles"]
-        return cls(
-            recipe=recipe,
-            pipeline=pipeline,
-            targets=TargetsSpec.model_validate(contents["targets"]).targets(),
-            channels=tuple(contents["channels"]),
-            geometry=TileGeometry(tuple(tiles["shape"]), tuple(tiles["margin"]), tiles["slice_axis"]),
-            spacing_mm=tuple(contents["spacing_mm"]),
-            fingerprint=contents["fingerprint"],
-            provenance=contents["provenance"],
-            folder=folder,
-        )
+        """Read a bundle, once all of it is found to be as it was saved; the weights are kept on disk.
+
+        Raises :class:`BundleError` for anything else, before a network is built.
+        """
+        while True:
+            before = _manifest_of(folder)
+            try:
+                return _load(folder)
+            except BundleError:
+                # A training may have replaced the weights between two looks.
+                if _manifest_of(folder) == before:
+                    raise
 
     def geometry_of(self, shape: tuple[int, int, int]) -> TileGeometry:
         """Tiles for a prepared volume of ``shape``: as trained, or a whole slice where the recipe says so.
@@ -153,8 +235,6 @@ class Bundle:
         Convolutional networks take larger inputs than they were trained on; whole slices and
         volumes cost no seams. Sides that the recipe fixes stay as trained.
         """
-        from delineate.sampling.tiles import Whole, geometry_for
-
         spec = self.recipe.tiles
         free = isinstance(spec, Whole) or (isinstance(spec, Slices) and spec.shape == (None, None))
         if not free:
@@ -162,18 +242,53 @@ class Bundle:
         return geometry_for(spec, shape, self.spacing_mm, self.recipe.network)
 
 
+class _Description(BaseModel):
+    """What ``bundle.json`` says beside the digests: the one way in which it is written and read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    format: Literal[2] = 2
+    channels: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)]
+    targets: TargetsSpec
+    tiles: TileGeometry
+    spacing_mm: tuple[Positive, Positive, Positive]
+    fingerprint: Fingerprint
+    provenance: Provenance
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> _Description:
+        return cls(
+            channels=bundle.channels,
+            targets=TargetsSpec.of(bundle.targets),
+            tiles=bundle.geometry,
+            spacing_mm=bundle.spacing_mm,
+            fingerprint=bundle.fingerprint,
+            provenance=bundle.provenance,
+        )
+
+    def bundle(self, folder: Path, recipe: Recipe, pipeline: Pipeline) -> Bundle:
+        return Bundle(
+            recipe=recipe,
+            pipeline=pipeline,
+            targets=self.targets.targets(),
+            channels=self.channels,
+            geometry=self.tiles,
+            spacing_mm=self.spacing_mm,
+            fingerprint=self.fingerprint,
+            provenance=self.provenance,
+            folder=folder,
+        )
+
+
 def save_weights(folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Replace a bundle's weights in one rename; everything else in a bundle stays as it is."""
-    save_tensors(folder / "weights.safetensors", weights, metadata)
+    """Replace a bundle's weights; everything else in it stays as it is, and it is whole at every moment."""
+    replace_file(folder, WEIGHTS, _writer(weights, metadata))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors as safetensors, beside and renamed."""
-    from safetensors.torch import save_file
-
-    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with writing_beside(path) as temporary:
-        save_file(plain, temporary, metadata={key: str(value) for key, value in metadata.items()})
+        _writer(tensors, metadata)(temporary)
 
 
 def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:
@@ -193,6 +308,14 @@ def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:
     return len(chosen)
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a bundle, with weights, that can be used."""
+    try:
+        return Bundle.load(folder).weights is not None
+    except BundleError:
+        return False
+
+
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
     import platform
@@ -204,6 +327,212 @@ def versions() -> dict[str, str]:
     }
 
 
-def _write_text(path: Path, text: str) -> None:
-    with writing_beside(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def _load(folder: Path) -> Bundle:
+    contents = read_json(_manifest_of(folder), folder / MANIFEST)
+    if contents.get("format") == 1:
+        return _load_format_1(folder, contents)
+    if contents.get("format") != FORMAT:
+        raise BundleError(
+            f"'{folder}' has format {contents.get('format')!r:.40}, this version reads 1 and {FORMAT}; update delineate"
+        )
+    sealed = Sealed.open(folder)
+    # Nothing is parsed before all of it is known to be as it was saved.
+    stamps = {name: sealed.stamp(name) for name in (RECIPE, PREPROCESSING, CALIBRATION, WEIGHTS)}
+    with _refusing(folder / MANIFEST):
+        about = _Description.model_validate_json(json.dumps(sealed.about))
+    with _refusing(folder / PREPROCESSING):
+        pipeline = Pipeline.model_validate_json(sealed.read(PREPROCESSING))
+    with _refusing(folder / RECIPE):
+        recipe = _recipe(sealed.read(RECIPE))
+    with _refusing(folder):
+        bundle = about.bundle(folder, recipe, pipeline)
+        _check_consistent(bundle)
+    stamp = stamps[WEIGHTS]
+    return bundle if stamp is None else _with_weights(bundle, stamp)
+
+
+def _load_format_1(folder: Path, contents: dict[str, Any]) -> Bundle:
+    """A bundle without digests, whose tiles forgot whether they are standardised: its recipe knows."""
+    with _refusing(folder / RECIPE):
+        recipe = _recipe(read_small(folder / RECIPE))
+    with _refusing(folder / PREPROCESSING):
+        pipeline = Pipeline.model_validate_json(read_small(folder / PREPROCESSING))
+    with _refusing(folder / MANIFEST):
+        said, measured = contents["provenance"], contents["fingerprint"]
+        roles = ("training", "validation", "held_out", "left_out")
+        provenance = {k: said[k] for k in ("layout", "simulated", "fold", "seed", "started", "versions") if k in said}
+        ranges = {k: v for k, v in measured.items() if isinstance(v, dict) and isinstance(v["min"], float | int)}
+        values = {
+            "channels": contents["channels"],
+            "targets": contents["targets"],
+            "tiles": {**contents["tiles"], "standardise": getattr(recipe.tiles, "standardise", False)},
+            "spacing_mm": contents["spacing_mm"],
+            "fingerprint": {"subjects": measured.get("subjects", 0), "ranges": ranges},
+            "provenance": {**provenance, "key": key_id(), **{r: hidden(said.get(r, ())) for r in roles}},
+        }
+        bundle = _Description.model_validate_json(json.dumps(values)).bundle(folder, recipe, pipeline)
+        _check_consistent(bundle)
+    if not (folder / WEIGHTS).exists():
+        return bundle
+    with _refusing(folder / WEIGHTS):
+        _check_fits(bundle, folder / WEIGHTS)  # before all of it is read, whatever its size
+    return _with_weights(bundle, Stamp.of(folder / WEIGHTS))
+
+
+def _with_weights(bundle: Bundle, stamp: Stamp) -> Bundle:
+    assert bundle.folder is not None
+    path = bundle.folder / WEIGHTS
+    with _refusing(path):
+        _check_fits(bundle, path)
+        with _safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                _check_finite(name, file.get_tensor(name))
+    return replace(bundle, weights=stamp)
+
+
+def _manifest_of(folder: Path) -> bytes:
+    return read_small(folder / MANIFEST)
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Whatever strange content leads to, as one of ours."""
+    try:
+        yield
+    except (BundleError, UnknownKey, OutputError):
+        raise
+    except Exception as error:
+        reason = error.message if isinstance(error, DelineateError) else str(error) or type(error).__name__
+        raise BundleError(f"'{path}' makes no sense: {reason:.600}; {AGAIN}") from error
+
+
+class _PlainYaml(yaml.SafeLoader):
+    """YAML without aliases, of which a few lines can stand for billions of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise BundleError(f"{RECIPE} refers to its own parts by aliases, as none that is saved does; {AGAIN}")
+        return super().compose_node(parent, index)
+
+
+@lru_cache(maxsize=16)
+def _recipe(content: bytes) -> Recipe:
+    if len(content) > _MOST_RECIPE_BYTES:
+        raise BundleError(f"{RECIPE} has {len(content)} bytes, at most {_MOST_RECIPE_BYTES} are read; {AGAIN}")
+    return recipe_from(yaml.load(content.decode("utf-8"), _PlainYaml))
+
+
+def _check_consistent(bundle: Bundle) -> None:
+    """Raise :class:`BundleError` where tiles or preprocessing are not what the recipe makes them."""
+    geometry, recipe = bundle.geometry, bundle.recipe
+    if prod(geometry.input_shape) > _MOST_VOXELS:
+        raise BundleError(f"tiles of {geometry.input_shape} voxels are too large to be used; {AGAIN}")
+    expected = geometry_for(recipe.tiles, geometry.shape, bundle.spacing_mm, recipe.network)
+    if geometry != expected:
+        raise BundleError(f"the tiles are {geometry}, by the recipe they are {expected}; {AGAIN}")
+    steps, fitted = recipe.preprocessing, bundle.pipeline.steps
+    if [step.kind for step in steps] != [step.kind for step in fitted]:
+        kinds = ([step.kind for step in some] for some in (fitted, steps))
+        raise BundleError("the preprocessing has the steps {}, the recipe {}; {}".format(*kinds, AGAIN))
+    for step, after in zip(steps, fitted, strict=True):
+        before, now = step.model_dump(exclude_none=True), after.model_dump()
+        if differing := [name for name in before if now[name] != before[name]]:
+            raise BundleError(
+                f"{step.kind} of the preprocessing differs from the recipe's in {', '.join(differing)}; {AGAIN}"
+            )
+
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def _check_fits(bundle: Bundle, path: Path) -> None:
+    """Raise :class:`BundleError` where the file's tensors are not the network's, by names, sizes and types.
+
+    From the file's header and a network without memory.
+    """
+    with _safetensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        found = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
+    with _at_most(len(found)), torch.device("meta"), _Unfilled():
+        state = bundle.network().state_dict()
+    wanted = {name: (tuple(tensor.shape), _DTYPES.get(tensor.dtype, "")) for name, tensor in state.items()}
+    wrong = [
+        f"{name} is {_tensor(found.get(name))}, not {_tensor(wanted.get(name))}"
+        for name in (*wanted, *(name for name in found if name not in wanted))
+        if found.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise BundleError(f"weights in '{path}' do not fit the recipe's network: {'; '.join(wrong[:3])}{more}; {AGAIN}")
+
+
+def _tensor(known: tuple[tuple[int, ...], str] | None) -> str:
+    return "missing" if known is None else f"{'×'.join(map(str, known[0])) or 'one number'} of {known[1]}"
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out random initial values, which take milliseconds a layer even of tensors without memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Stop a network from being built that has more parameters than are there, however many those would be."""
+    count = 0
+
+    def counted(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += parameter is not None
+        if count > parameters:
+            raise BundleError(
+                f"the weights do not fit the recipe's network, which has more than their {parameters} tensors; {AGAIN}"
+            )
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise BundleError(
+            f"weight '{name}' is not finite: the training has diverged; train with a lower learning rate "
+            "(training.optimiser.learning_rate), or with --precision fp32"
+        )
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    opened(path).close()  # a pipe would be waited for
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"'{path}' cannot be read ({error}); {AGAIN}") from error
+
+
+def _writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Callable[[Path], None]:
+    from safetensors.torch import save_file
+
+    def write(path: Path) -> None:
+        for name, tensor in tensors.items():
+            _check_finite(name, tensor)
+        plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        save_file(plain, path, metadata={key: str(value) for key, value in metadata.items()})
+
+    return write
+
+
+def _text_writer(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from delineate.bundle import Bundle
+from delineate.bundle import Bundle, Provenance, hidden
 from delineate.compute import plan_compute
 from delineate.core.targets import Targets
 from delineate.datasets.phantoms.writing import write_phantoms
@@ -16,6 +16,7 @@ from delineate.errors import BundleError, DatasetError
 from delineate.evaluation.forgetting import measure_forgetting
 from delineate.evaluation.measure import Measuring
 from delineate.evaluation.table import Evaluation
+from delineate.io.pseudonyms import key_id
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
 
@@ -34,7 +35,8 @@ def saved(folder: Path, targets: Targets, seed: int, training: list[str]) -> Bun
     geometry = TileGeometry((32, 32, 1), slice_axis=2)
     bundle = Bundle(recipe, recipe.pipeline, targets, ("MRI",), geometry, (12.0, 12.0, 7.0))
     torch.manual_seed(seed)
-    replace(bundle, provenance={"training": training}).save(folder, bundle.network().state_dict(), {})
+    provenance = Provenance(key=key_id(), training=hidden(training))
+    replace(bundle, provenance=provenance).save(folder, bundle.network().state_dict(), {})
     return Bundle.load(folder)
 
 
@@ -57,7 +59,7 @@ def test_both_are_measured_on_what_neither_saw_in_what_both_name(tmp_path: Path)
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     source = write_phantoms(tmp_path / "scans", 1)
     subjects = source.subjects
-    liver = saved(tmp_path / "a", Targets({"liver": (1,), "tumour": (2,)}), 0, [])
+    liver = saved(tmp_path / "a", Targets({"liver": (1,), "tumour": (2,)}), 0, ["somebody"])
     brain = saved(tmp_path / "b", Targets({"lesion": (1,)}), 1, [subjects[0].id])
     with pytest.raises(BundleError, match="nothing in common can be forgotten"):
         measure_forgetting(liver, brain, source, tmp_path / "out", PLAN, Measuring("dice"))

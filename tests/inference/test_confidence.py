@@ -104,12 +104,15 @@ def test_nothing_found_has_no_interval() -> None:
 
 
 def test_a_calibration_lies_in_its_bundle(tmp_path: Path) -> None:
+    saved(tmp_path, [], Targets({"liver": (1,)}))
     assert Calibration.load(tmp_path) is None
     calibration().save(tmp_path)
     assert Calibration.load(tmp_path) == calibration()
+    Bundle.load(tmp_path)
     (tmp_path / "calibration.json").write_text("{")
-    with pytest.raises(BundleError, match="copy the bundle again"):
-        Calibration.load(tmp_path)
+    for load in (Calibration.load, Bundle.load):
+        with pytest.raises(BundleError, match="copy the bundle again"):
+            load(tmp_path)
 
 
 @pytest.fixture(scope="module")

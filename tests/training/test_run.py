@@ -25,6 +25,7 @@ from delineate.recipe import recipe_from, to_yaml
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.preparation import assign_roles
 from delineate.training.run import train
+from delineate.training.subjects import RunSubjects
 
 OPTIONS = {"device": "cpu", "precision": "fp32", "compile": "off", "threads": 1}
 
@@ -53,7 +54,7 @@ def test_a_run_leaves_what_it_promises(recipe, balls, tmp_path) -> None:
     curve = pd.read_csv(tmp_path / "run/logs/training.csv")
     assert curve["step"].tolist() == list(range(12))
     assert len(pd.read_csv(tmp_path / "run/logs/validation.csv")) == 3
-    held_out = Bundle.load(tmp_path / "run/bundle").provenance["held_out"]
+    held_out = RunSubjects.load(tmp_path / "run").held_out
     assert sorted(result.evaluation.subjects) == sorted(held_out)
     for name in held_out:
         subject = next(s for s in balls.subjects if s.id == name)
@@ -221,7 +222,7 @@ def test_broken_subjects_stop_training_before_it_starts(recipe, balls, tmp_path)
     report = Reporter()
     run(recipe, dataset, tmp_path / "run", report, leave_out_broken=True, evaluate=False)
     assert any(f"left out as broken: {broken.id}" in text for text in report.messages)
-    assert Bundle.load(tmp_path / "run/bundle").provenance["left_out"] == [broken.id]
+    assert RunSubjects.load(tmp_path / "run").left_out == (broken.id,)
 
 
 def test_a_collapse_to_background_is_said_with_mends(recipe, balls, tmp_path) -> None:
@@ -279,7 +280,7 @@ def test_batch_norms_know_the_weights_that_are_kept(recipe, balls, tmp_path) -> 
     run(recipe_from(values), balls, tmp_path / "run", evaluate=False)
     bundle = Bundle.load(tmp_path / "run/bundle")
     network = bundle.trained_network()
-    trained = [s for s in balls.subjects if s.id in bundle.provenance["training"]]
+    trained = [s for s in balls.subjects if bundle.seen(s.id)]
     tiles = torch.stack([torch.from_numpy(bundle.pipeline.apply(load_scan(s))[0].voxels.copy()) for s in trained])
     with torch.no_grad():
         by_statistics, by_batch = network.eval()(tiles), network.train()(tiles)

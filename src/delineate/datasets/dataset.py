@@ -31,7 +31,8 @@ class Dataset:
     """Subjects in one folder. ``targets`` and ``modality`` ("MR", "CT" or "") are what the folder tells.
 
     ``notes`` name what lies in the folder but belongs to no subject; inspection reports them.
-    ``simulated``: no patient was imaged.
+    ``simulated``: no patient was imaged. ``described``: channels are called after the descriptions of
+    DICOM series, which may name a person.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Dataset:
     modality: str = ""
     notes: tuple[str, ...] = ()
     simulated: bool = False
+    described: bool = False
 
     @property
     def channels(self) -> tuple[str, ...]:

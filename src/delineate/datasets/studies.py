@@ -75,7 +75,7 @@ def read_studies(
         raise UnknownLayout(f"no series of '{root}' fits {patterns}; descriptions there are {', '.join(there[:12])}")
     modality = found[0].modality if found[0].modality in ("CT", "MR") else ""
     ordered = tuple(sorted(subjects, key=lambda subject: subject.id))
-    return Dataset(root.resolve().name, root, "dicom", ordered, modality=modality)
+    return Dataset(root.resolve().name, root, "dicom", ordered, modality=modality, described=patterns is None)
 
 
 def _names(root: Path, studies: Mapping[str, Sequence]) -> dict[str, str]:

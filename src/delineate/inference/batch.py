@@ -75,10 +75,10 @@ def with_channels(subject: Subject, channels: Sequence[str]) -> Subject:
 def unseen_by(bundles: Sequence[Bundle], subjects: Sequence[Subject]) -> list[Subject]:
     """The subjects that none of the bundles was trained on, or its weights chosen by.
 
-    Raises :class:`DatasetError` where none is left.
+    Raises :class:`DatasetError` where none is left, and what :meth:`~delineate.bundle.Bundle.seen` raises
+    where it cannot be known.
     """
-    seen = {name for b in bundles for role in ("training", "validation") for name in b.provenance.get(role, ())}
-    left = [subject for subject in subjects if subject.id not in seen]
+    left = [subject for subject in subjects if not any(bundle.seen(subject.id) for bundle in bundles)]
     if not left:
         raise DatasetError(f"all {len(subjects)} subjects were seen in training; give others, or drop --unseen")
     return left

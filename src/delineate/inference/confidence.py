@@ -12,15 +12,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from delineate.bundle import CALIBRATION
 from delineate.errors import BundleError
-from delineate.io.files import writing_beside
+from delineate.io.sealed import read_json, read_small, replace_file
 from delineate.metrics.conformal import Conformal
 from delineate.metrics.overlap import Overlap
 
 LEVEL = 0.9
 """Share of new subjects that an interval is to cover."""
-
-_FILE = "calibration.json"
 
 
 @dataclass(frozen=True)
@@ -118,23 +117,23 @@ class Calibration:
             name: {target: conformal.errors for target, conformal in group.items()}
             for name, group in (("dice_errors", self.dice), ("log_volume_errors", self.log_volume))
         }
-        with writing_beside(folder / _FILE) as path:
-            path.write_text(json.dumps(contents, indent=1), encoding="utf-8")
+        text = json.dumps(contents, indent=1, allow_nan=False)
+        replace_file(folder, CALIBRATION, lambda path: path.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: Path) -> Calibration | None:
         """A bundle's, or None where it has none. Raises :class:`BundleError` for a damaged one."""
-        path = folder / _FILE
+        path = folder / CALIBRATION
         if not path.exists():
             return None
         try:
-            contents = json.loads(path.read_text(encoding="utf-8"))
+            contents = read_json(read_small(path), path)
             groups = (
                 {target: Conformal(tuple(map(float, errors))) for target, errors in contents[name].items()}
                 for name in ("dice_errors", "log_volume_errors")
             )
             return cls(*groups)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
             raise BundleError(f"{path} is damaged ({error}); copy the bundle again") from error
 
 

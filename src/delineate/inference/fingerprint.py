@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, log
-from typing import Any
 
 import numpy as np
 
+from delineate.bundle import Fingerprint, Range
 from delineate.core.volume import Volume
 from delineate.datasets.inspection import SubjectRow
 
@@ -27,43 +28,33 @@ class Oddity:
     distance: float
 
 
-def fingerprint_of(rows: Sequence[SubjectRow]) -> dict[str, Any]:
+def fingerprint_of(rows: Sequence[SubjectRow]) -> Fingerprint:
     """Least, median and largest of what inspection measured of the training scans."""
-    measured: dict[str, list[Any]] = {
-        "shape": [row.shape for row in rows],
-        "spacing_mm": [row.spacing_mm for row in rows],
-        "volume_ml": [list(row.volume_ml.values()) for row in rows],
-    }
-    geometries = [_geometry(row.shape, row.spacing_mm, row.orientation) for row in rows]
-    for name in geometries[0]:
-        measured[name] = [geometry[name] for geometry in geometries]
-    for channel in rows[0].intensities:
-        seen = [row.intensities[channel] for row in rows if channel in row.intensities]
-        measured[f"contrast of {channel}"] = [_contrast(i.min, i.mean, i.p99_5) for i in seen]
-    found: dict[str, Any] = {"subjects": len(rows)}
-    for name, values in measured.items():
-        numbers = np.array(values, dtype=float)
-        found[name] = {
-            "min": numbers.min(0).tolist(),
-            "median": np.median(numbers, 0).tolist(),
-            "max": numbers.max(0).tolist(),
-        }
-    return found
+    measured: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in _geometry(row.shape, row.spacing_mm, row.orientation).items():
+            measured[name].append(value)
+        for target, volume_ml in row.volume_ml.items():
+            measured[f"volume of {target}"].append(volume_ml)
+        for channel, i in row.intensities.items():
+            measured[f"contrast of {channel}"].append(_contrast(i.min, i.mean, i.p99_5))
+    return Fingerprint(len(rows), {name: Range(min(v), float(np.median(v)), max(v)) for name, v in measured.items()})
 
 
-def oddities(fingerprint: Mapping[str, Any], scan: Volume, channels: Sequence[str]) -> list[Oddity]:
+def oddities(fingerprint: Fingerprint, scan: Volume, channels: Sequence[str]) -> list[Oddity]:
     """What is unusual of a scan: spacing, field of view and the contrast of its channels; the oddest first.
 
     Contrast is the 99.5th percentile over the mean, both above the least value: the same whatever
     numbers a scanner stores.
     """
+    ranges = fingerprint.ranges
     measured = _geometry(scan.grid.shape, scan.grid.spacing_mm, scan.grid.orientation)
     for channel, voxels in zip(channels, scan.voxels, strict=True):
         some = voxels.ravel(order="K")[:: max(1, voxels.size // _SAMPLED)]
         measured[f"contrast of {channel}"] = _contrast(
             float(some.min()), float(some.mean()), float(np.percentile(some, 99.5))
         )
-    found = [_oddity(name, value, fingerprint[name]) for name, value in measured.items() if name in fingerprint]
+    found = [_oddity(name, value, ranges[name]) for name, value in measured.items() if name in ranges]
     return sorted((oddity for oddity in found if oddity is not None), key=lambda oddity: -oddity.distance)
 
 
@@ -81,8 +72,8 @@ def _contrast(least: float, mean: float, high: float) -> float:
     return (high - least) / (mean - least) if mean > least else 1.0
 
 
-def _oddity(name: str, value: float, trained: Mapping[str, float]) -> Oddity | None:
-    low, high = trained["min"], trained["max"]
+def _oddity(name: str, value: float, trained: Range) -> Oddity | None:
+    low, high = trained.min, trained.max
     factor = max(low / value if value > 0 else inf, value / high if high > 0 else inf)
     kind = next(kind for kind in TOLERATED if name.startswith(kind))
     if factor <= TOLERATED[kind]:

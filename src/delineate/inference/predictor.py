@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import nan
 
 import numpy as np
@@ -90,6 +89,8 @@ class Predictor:
                     "an ensemble needs the same targets and channels"
                 )
         self.bundles, self.plan, self.targets, self.channels = list(bundles), plan, first.targets, first.channels
+        # The first bundle's, where it has one; read before any network is built.
+        self.calibration = None if first.folder is None else Calibration.load(first.folder)
         self._sliding = []
         self._networks = []
         for i, bundle in enumerate(bundles):
@@ -108,12 +109,6 @@ class Predictor:
                     budget_bytes=budget_bytes,
                 )
             )
-
-    @cached_property
-    def calibration(self) -> Calibration | None:
-        """The first bundle's, where it has one."""
-        folder = self.bundles[0].folder
-        return None if folder is None else Calibration.load(folder)
 
     def oddities(self, volume: Volume) -> list[Oddity]:
         """What is unusual of a scan, told before it is segmented."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from delineate.compute import ComputePlan
+from delineate.errors import BundleError
 from delineate.sampling.tiles import AXES, Tile, TileGeometry, standardised
 
 Network = Callable[[Tensor], Tensor]
@@ -138,6 +139,11 @@ class _Window:
             return
         stop = min(self.first + gone, finished.shape[-1])
         mean = self.total[..., : stop - self.first] / self.weight[..., : stop - self.first]
+        if not torch.isfinite(mean).all():
+            raise BundleError(
+                "the network's answer is not finite: predict with --precision fp32; if it stays so, the scan is beyond "
+                "what the network can take, or its training has diverged"
+            )
         finished[..., self.first : stop] = mean.cpu().numpy()
         for sums in (self.total, self.weight):
             rest = sums[..., gone:].clone()

@@ -66,7 +66,8 @@ def write_segmentation(
     Empty frames are kept, so that every reader finds as many slices as the source has. A ``LABELMAP``
     holds one value a voxel, so that its targets may not overlap.
 
-    Patient, study and frame of reference are the source's; nothing else about a person is written.
+    Patient, study and frame of reference are the source's, with all that its headers say of them:
+    docs/privacy.md lists the fields.
     Raises :class:`GridMismatch` where the masks are not on the series' grid, :class:`RecipeError`
     for overlapping masks in a label map, :class:`OutputError`.
     """

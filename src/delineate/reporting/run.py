@@ -13,12 +13,14 @@ from delineate.bundle import Bundle
 from delineate.core.subject import Subject
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, load_scan
+from delineate.errors import TrainingError
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
 from delineate.inference.batch import with_channels
 from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
 from delineate.reporting.overlays import overlays_of
+from delineate.training.subjects import RunSubjects
 
 
 def write_run_report(folder: Path, dataset: Dataset) -> Path:
@@ -26,13 +28,13 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
 
     ``dataset`` is the one it was trained on; three of its scans are read, for the pictures.
     """
-    bundle = Bundle.load(folder / "bundle")
+    bundle, subjects = Bundle.load(folder / "bundle"), _subjects(folder)
     data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     evaluation = Evaluation.read(folder / "evaluation") if (folder / "evaluation" / "metrics.csv").exists() else None
     content = RunReport(
         title=bundle.recipe.name,
         description=bundle.recipe.description,
-        simulated=bool(bundle.provenance["simulated"]),
+        simulated=bundle.provenance.simulated,
         data_rows=data["subjects"],
         learning=_curve(folder / "logs" / "training.csv"),
         validation=_curve(folder / "logs" / "validation.csv"),
@@ -41,11 +43,11 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         overlays=[] if evaluation is None else _overlays(folder, bundle, dataset, evaluation),
         recipe_yaml=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         plan=json.loads((folder / "plan.json").read_text(encoding="utf-8")),
-        provenance=_provenance(bundle),
-        notes=_notes(folder, bundle, data["problems"]),
+        provenance=_provenance(bundle, subjects),
+        notes=_notes(folder, subjects, data["problems"]),
         intervals=_intervals(folder / "evaluation" / "intervals.json"),
         seams=_seams(folder / "evaluation" / "confidence.csv"),
-        crop=composite_picture(bundle.pipeline, _trained_on(bundle, dataset), bundle.channels),
+        crop=composite_picture(bundle.pipeline, _trained_on(bundle, subjects, dataset), bundle.channels),
     )
     path = folder / "report.html"
     write_report(path, content)
@@ -69,8 +71,15 @@ def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evalua
     return overlays_of(evaluation, scan, pairs, bundle.targets)
 
 
-def _trained_on(bundle: Bundle, dataset: Dataset) -> list[Subject]:
-    trained = set(bundle.provenance["training"])
+def _subjects(folder: Path) -> RunSubjects:
+    found = RunSubjects.load(folder)
+    if found is None:
+        raise TrainingError(f"'{folder / 'subjects.json'}' is missing; train again, which writes it")
+    return found
+
+
+def _trained_on(bundle: Bundle, subjects: RunSubjects, dataset: Dataset) -> list[Subject]:
+    trained = set(subjects.training)
     resample = bundle.recipe.data.resample_channels
     return [
         replace(with_channels(subject, bundle.channels), resample=resample)
@@ -99,28 +108,28 @@ def _curve(path: Path) -> pd.DataFrame | None:
     return pd.read_csv(path) if path.exists() else None
 
 
-def _provenance(bundle: Bundle) -> dict[str, str]:
+def _provenance(bundle: Bundle, subjects: RunSubjects) -> dict[str, str]:
     p = bundle.provenance
-    fold = "none held out" if p["fold"] is None else f"fold {p['fold']} held out"
+    fold = "none held out" if p.fold is None else f"fold {p.fold} held out"
     return {
-        "Data set": f"{p['data_set']} ({p['layout']} layout)",
-        "Subjects": f"{len(p['training'])} trained on, {len(p['validation'])} to choose the weights, "
-        f"{len(p['held_out'])} held out ({fold})",
+        "Data set": f"{subjects.data_set} ({p.layout} layout)",
+        "Subjects": f"{len(p.training)} trained on, {len(p.validation)} to choose the weights, "
+        f"{len(p.held_out)} held out ({fold})",
         "Weights": f"step {bundle.metadata.get('step', '?')}, "
         f"validation Dice {bundle.metadata.get('validation_dice', 'not measured')}",
-        "Seed": str(p["seed"]),
-        "Started": p["started"],
-        "Versions": ", ".join(f"{name} {version}" for name, version in p["versions"].items()),
+        "Seed": str(p.seed),
+        "Started": p.started,
+        "Versions": ", ".join(f"{name} {version}" for name, version in p.versions.items()),
     }
 
 
-def _notes(folder: Path, bundle: Bundle, problems: list[dict[str, str]]) -> list[str]:
+def _notes(folder: Path, subjects: RunSubjects, problems: list[dict[str, str]]) -> list[str]:
     """What a reader should know before the numbers: a collapse, who was left out, warnings about the data."""
     messages = folder / "logs" / "messages.txt"
     lines = messages.read_text(encoding="utf-8").splitlines() if messages.exists() else []
     notes = [line[20:] for line in lines if "COLLAPSE" in line]
-    if left_out := bundle.provenance["left_out"]:
-        notes.append(f"Left out as broken: {', '.join(left_out)}.")
+    if subjects.left_out:
+        notes.append(f"Left out as broken: {', '.join(subjects.left_out)}.")
     counts: dict[str, list[dict[str, str]]] = {}
     for problem in problems:
         if problem["severity"] == "warning":

@@ -83,18 +83,26 @@ class InputRules(Protocol):
     def smallest(self) -> tuple[int, ...]: ...
 
 
+Side = Annotated[int, Field(ge=1, le=4096)]
+Margin = Annotated[int, Field(ge=0, le=4096)]
+
+
 @dataclass(frozen=True)
 class TileGeometry:
     """How tiles of one shape are laid out, read and joined.
+
+    A bundle keeps it as it is, field by field; the bounds are checked when it is read from there.
 
     ``shape`` is what a tile answers for, ``margin`` what is read around it on each side.
     ``slice_axis`` is the axis (0, 1, 2) along which a tile is one slice, for 2D networks. ``standardise``:
     what is read of a tile is brought to mean 0 and deviation 1 before the network sees it.
     """
 
-    shape: Shape3
-    margin: Shape3 = (0, 0, 0)
-    slice_axis: int | None = None
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    shape: tuple[Side, Side, Side]
+    margin: tuple[Margin, Margin, Margin] = (0, 0, 0)
+    slice_axis: Annotated[int, Field(ge=0, le=2)] | None = None
     standardise: bool = False
 
     @property

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from delineate.auto import derive_recipe, summarise
-from delineate.bundle import Bundle, versions
+from delineate.bundle import Bundle, Provenance, hidden, versions
 from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
@@ -25,10 +25,12 @@ from delineate.errors import BadSplit, BrokenSubjects, RecipeError
 from delineate.inference.batch import with_channels
 from delineate.inference.fingerprint import fingerprint_of
 from delineate.io.files import writing_beside
+from delineate.io.pseudonyms import key_id
 from delineate.preprocessing.cache import PreparedDataset, prepare
 from delineate.recipe import Recipe, apply_changes, recipe_from, to_yaml
 from delineate.sampling.tiles import geometry_for
 from delineate.training.options import Reporter, RunOptions
+from delineate.training.subjects import RunSubjects
 
 
 def auto_recipe(
@@ -52,7 +54,7 @@ def auto_recipe(
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         values["training"] |= budget
         return recipe_from(apply_changes(values, changes)), None
-    targets = dataset.targets
+    dataset, targets = without_descriptions(dataset), dataset.targets
     if targets is None:
         raise RecipeError(f"data set '{dataset.name}' does not name its targets; add for example --targets liver=1")
     inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
@@ -84,6 +86,7 @@ def _value_at(values: Any, path: str) -> Any:
 def inspected(
     recipe: Recipe, dataset: Dataset, inspection: Inspection | None, options: RunOptions, report: Reporter
 ) -> tuple[Dataset, Targets, Inspection]:
+    dataset = without_descriptions(dataset)
     targets = recipe.data.targets.targets() if recipe.data.targets is not None else dataset.targets
     if targets is None:
         raise RecipeError(
@@ -172,22 +175,54 @@ def prepared_bundle(
         geometry=geometry,
         spacing_mm=spacing_mm,
         fingerprint=fingerprint_of([rows[s.id] for s in roles.training]),
-        provenance={
-            "data_set": dataset.name,
-            "layout": dataset.layout,
-            "simulated": dataset.simulated,
-            "fold": options.fold,
-            "seed": recipe.training.seed,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "training": [s.id for s in roles.training],
-            "validation": [s.id for s in roles.validation],
-            "held_out": [s.id for s in roles.held_out],
-            "left_out": sorted(inspection.broken),
-            "file_hashes": {name: dict(rows[name].hashes) for name in sorted(rows)},
-            "versions": versions(),
-        },
+        provenance=Provenance(
+            layout=dataset.layout,
+            simulated=dataset.simulated,
+            fold=options.fold,
+            seed=recipe.training.seed,
+            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            key=key_id(),
+            training=hidden([s.id for s in roles.training]),
+            validation=hidden([s.id for s in roles.validation]),
+            held_out=hidden([s.id for s in roles.held_out]),
+            left_out=hidden(sorted(inspection.broken)),
+            versions=versions(),
+        ),
     )
     return bundle, Prepared(training.in_memory(), validation.in_memory())
+
+
+def subjects_of(dataset: Dataset, inspection: Inspection, roles: Roles, options: RunOptions) -> RunSubjects:
+    """Who is who, by name, for the run's folder."""
+    return RunSubjects(
+        data_set=dataset.name,
+        fold=options.fold,
+        training=tuple(s.id for s in roles.training),
+        validation=tuple(s.id for s in roles.validation),
+        held_out=tuple(s.id for s in roles.held_out),
+        left_out=tuple(sorted(inspection.broken)),
+        file_hashes={row.subject: dict(row.hashes) for row in sorted(inspection.rows, key=lambda row: row.subject)},
+    )
+
+
+def without_descriptions(dataset: Dataset) -> Dataset:
+    """``dataset`` whose channels are not called after DICOM series' descriptions.
+
+    A description may name a person, and channels' names are kept in the bundle, which is given away. The
+    only channel is called after its modality. Raises :class:`RecipeError` where there are several.
+    """
+    if not dataset.described:
+        return dataset
+    if any(len(subject.scans) != 1 for subject in dataset.subjects):
+        raise RecipeError(
+            f"the channels of '{dataset.name}' have no names but the series' descriptions "
+            f"({', '.join(dataset.channels)}), which may name a person and would be given away with the bundle; "
+            "name each by a pattern, such as "
+            "--images T1='*t1*' --images FLAIR='*flair*'"
+        )
+    name = dataset.modality or "image"
+    subjects = tuple(with_channels(subject, (name,)) for subject in dataset.subjects)
+    return replace(dataset, subjects=subjects, described=False)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 
     RUN/
         recipe.yaml  plan.json  split.json  data.json   what was decided, and on what data
+        subjects.json                                   who was trained on: names stay here
         logs/        training.csv, validation.csv, validation_loss.csv, TensorBoard events, messages.txt
         last/        the state that a stopped run goes on from; at the end, the last weights as a bundle
         bundle/      the best weights
@@ -27,7 +28,7 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
-from delineate.bundle import Bundle, save_weights
+from delineate.bundle import Bundle, is_whole, save_weights
 from delineate.compute import ComputePlan, plan_compute
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
@@ -58,8 +59,10 @@ from delineate.training.preparation import (
     inspected,
     prepared_bundle,
     split_for,
+    subjects_of,
 )
 from delineate.training.start import starting_network
+from delineate.training.subjects import RunSubjects
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,10 @@ def train(
         report(f"{choice.what}: {choice.choice} ({choice.why})")
     torch.set_num_threads(max(1, plan.threads // (options.devices if plan.device.type == "cpu" else 1)))
     bundle, prepared = prepared_bundle(recipe, dataset, targets, inspection, roles, options, plan, report)
-    _check_same_subjects(bundle, folder)
+    subjects = subjects_of(dataset, inspection, roles, options)
+    _check_same_subjects(subjects, folder)
     if first:
+        subjects.save(folder)
         _write_decisions(folder, recipe, bundle, plan, inspection)
     steps, finished = _fit(bundle, prepared, plan, folder, options, report)
     evaluation = None
@@ -143,12 +148,11 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
         )
 
 
-def _check_same_subjects(bundle: Bundle, folder: Path) -> None:
+def _check_same_subjects(subjects: RunSubjects, folder: Path) -> None:
     """A run that goes on trains on the subjects it was begun with."""
     if not (folder / "bundle" / "bundle.json").exists():
         return
-    before, now = Bundle.load(folder / "bundle").provenance, bundle.provenance
-    differing = [what for what in ("fold", "training", "validation", "held_out") if before[what] != now[what]]
+    differing = subjects.differing(RunSubjects.load(folder) or Bundle.load(folder / "bundle").provenance)
     if differing:
         raise RecipeError(
             f"'{folder}' holds a run on other subjects (they differ in {', '.join(differing)}); "
@@ -166,8 +170,7 @@ def _write_decisions(folder: Path, recipe: Recipe, bundle: Bundle, plan: Compute
     for name, text in texts.items():
         with writing_beside(folder / name) as path:
             path.write_text(text, encoding="utf-8")
-    if not (folder / "bundle" / "bundle.json").exists():
-        bundle.save_description(folder / "bundle")
+    bundle.begin(folder / "bundle")
 
 
 def _fit(
@@ -176,7 +179,7 @@ def _fit(
     """Train until the budget is spent; returns the steps done and whether the training is complete."""
     spec, state = bundle.recipe.training, folder / "last" / "state.safetensors"
     resumed_from = steps_done(state)
-    if (folder / "last" / "weights.safetensors").exists() and not _has_more_budget(spec, state):
+    if is_whole(folder / "last") and not _has_more_budget(spec, state):
         report(f"training was complete after {resumed_from} steps")
         return resumed_from, True
     sampler = Sampler(bundle.recipe.sampler, prepared.training, bundle.geometry, spec.seed)
@@ -298,7 +301,7 @@ def _evaluate_held_out(folder: Path, subjects: Sequence[Subject], plan: ComputeP
         outcomes.append(outcome)
         report.progress("predicting held-out subjects", done, len(chosen))
     measuring = Measuring(",".join(bundle.recipe.metrics), probabilities=probabilities)
-    simulated = bool(bundle.provenance["simulated"])
+    simulated = bundle.provenance.simulated
     evaluation = evaluate(pairs, bundle.targets, measuring, simulated=simulated)
     evaluation.write(folder / "evaluation")
     needed = ["dice", "reference_volume_ml"]

@@ -11,6 +11,7 @@ import torch
 from delineate.bundle import Bundle
 from delineate.compute import ComputePlan
 from delineate.core.targets import IGNORED
+from delineate.errors import BundleError, TrainingError
 from delineate.inference.sliding import Sliding
 from delineate.preprocessing.cache import PreparedSubject
 
@@ -29,7 +30,13 @@ def validate(
     for subject in subjects:
         image = np.asarray(subject.image, dtype=np.float32)
         shape = (image.shape[1], image.shape[2], image.shape[3])
-        probability = sliding.probabilities(network, image, bundle.geometry_of(shape))
+        try:
+            probability = sliding.probabilities(network, image, bundle.geometry_of(shape))
+        except BundleError as error:
+            raise TrainingError(
+                "the training has diverged: at validation the network's answer is not finite; lower "
+                "training.optimiser.learning_rate, or train with --precision fp32"
+            ) from error
         reference = np.asarray(subject.target)
         known = reference[0] != IGNORED
         if targets.exclusive:
