@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from itertools import permutations, product
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from delineate.cli.app import app
 from delineate.core.grid import Grid
 from delineate.core.targets import Code, Coding, Targets
 from delineate.core.volume import LabelVolume, Volume
-from delineate.errors import BadFormat, BadShape, GridMismatch, RecipeError
+from delineate.errors import BadFormat, BadShape, DelineateError, GridMismatch, RecipeError
 from delineate.io.exports import export_label
 from delineate.io.formats import read_label, read_volume, write_label, write_volume
 
@@ -183,6 +184,32 @@ def test_a_segmentation_invents_nothing_about_the_patient(dicom, tmp_path: Path)
     for tag in ("PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "FrameOfReferenceUID"):
         assert seg.get(tag) == source.get(tag)
     assert not seg.get("ContentCreatorName")
+
+
+COPIED = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+    "AccessionNumber", "StudyInstanceUID", "FrameOfReferenceUID",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [None, "?"], ids=["missing", "strange"])
+@pytest.mark.parametrize("keyword", COPIED)
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # about the strange values, when they are written here
+def test_strange_headers_become_a_segmentation_or_a_code(keyword: str, value: str | None, dicom, tmp_path) -> None:
+    grid = next(right_handed())
+    folder = dicom.write("a", np.zeros(SHAPE, np.int16), grid)
+    for path in folder.iterdir():
+        header = pydicom.dcmread(path)
+        del header[keyword]
+        if value is not None:
+            setattr(header, keyword, value)
+        header.save_as(path)
+    refused = nullcontext() if value is None and not keyword.endswith("UID") else suppress(DelineateError)
+    with refused:
+        export_label(tmp_path / "seg.dcm", LabelVolume(marked(), grid), TARGETS, source=folder)
+        assert highdicom.seg.segread(tmp_path / "seg.dcm").number_of_segments == 2
+        return
+    assert not (tmp_path / "seg.dcm").exists()
 
 
 def test_a_segmentation_wants_its_series_and_its_grid(dicom, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def made() -> set[str]:
                     name = one.name
                 else:
                     continue
-                if re.search(r"ci\d*$|interval", name):
+                if re.search(r"ci\d*$|(?<!no_)interval", name):
                     found.add(prefix + name)
     return found
 

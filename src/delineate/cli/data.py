@@ -159,10 +159,10 @@ def convert(
 
     check_format(out.suffix.lower())
     segmentation = label or out.suffix.lower() in DICOM_SUFFIXES
-    check_writable(out, segments=segmentation)
     check_outputs(
         exported_files(out) if segmentation else [out], [path, *([source] if source else [])], overwrite=overwrite
     )
+    check_writable(out, segments=segmentation)
     place = path if pick is None else the_series(path, pick).instances[0].path
     if segmentation:
         import numpy as np

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from delineate import __version__
 from delineate.core.grid import Grid, permute_axes
 from delineate.core.targets import Code, Coding
 from delineate.core.volume import LabelVolume
-from delineate.errors import GridMismatch, RecipeError
+from delineate.errors import BadFormat, GridMismatch, RecipeError
 from delineate.io.dicom import check_size, describe_series, frames_of
 from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits, writing_beside
@@ -32,6 +33,25 @@ if TYPE_CHECKING:
 
 REGION = Coding(Code("309825002", "SCT", "Spatial and Relational Concept"), Code("111099", "DCM", "Selected region"))
 """What is known of a target that nobody coded: that it is a region. Its name stays the segment's label."""
+
+
+_MAY_BE_EMPTY = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+    "AccessionNumber", "ReferringPhysicianName",
+)  # fmt: skip
+"""What every image must say of its patient and study, if only that it is unknown; some leave it out."""
+
+
+@contextmanager
+def _copying(source: Series) -> Iterator[None]:
+    """Copy a header's fields into a DICOM-SEG: what the library says of strange ones may quote the patient."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadFormat(
+            f"the headers of {source} lack or garble what a DICOM-SEG has to copy from them ({type(error).__name__}); "
+            "export the series again, or choose another --format"
+        ) from error
 
 
 def write_segmentation(
@@ -69,6 +89,10 @@ def write_segmentation(
     for instance in instances:
         with instance.open() as file:
             headers.append(dcmread(file, stop_before_pixels=True))
+    for header in headers:
+        for keyword in _MAY_BE_EMPTY:
+            if keyword not in header:
+                setattr(header, keyword, None)
     positions = [
         highdicom.PlanePositionSequence(
             coordinate_system=highdicom.CoordinateSystemNames.PATIENT, image_position=frame.position.tolist()
@@ -83,28 +107,29 @@ def write_segmentation(
     with warnings.catch_warnings():
         # The library warns of unusual names by printing the patient's.
         warnings.filterwarnings("ignore", message="The string .* person name", category=UserWarning)
-        segmentation = highdicom.seg.Segmentation(
-            source_images=headers,
-            pixel_array=pixels,
-            segmentation_type=kind,
-            segment_descriptions=[
-                _description(number, name, codes.get(name, REGION)) for number, name in enumerate(masks, start=1)
-            ],
-            series_instance_uid=highdicom.UID(),
-            series_number=source.number + 1000,
-            sop_instance_uid=highdicom.UID(),
-            instance_number=1,
-            manufacturer="Delineate",
-            manufacturer_model_name="Delineate",
-            software_versions=__version__,
-            device_serial_number=__version__,  # required; a program has no other
-            plane_positions=positions,
-            pixel_measures=measures,
-            omit_empty_frames=False,
-            transfer_syntax_uid=ExplicitVRLittleEndian,
-            content_label="SEGMENTATION",
-            series_description="Delineate: not for diagnosis",
-        )
+        with _copying(source):
+            segmentation = highdicom.seg.Segmentation(
+                source_images=headers,
+                pixel_array=pixels,
+                segmentation_type=kind,
+                segment_descriptions=[
+                    _description(number, name, codes.get(name, REGION)) for number, name in enumerate(masks, start=1)
+                ],
+                series_instance_uid=highdicom.UID(),
+                series_number=source.number + 1000,
+                sop_instance_uid=highdicom.UID(),
+                instance_number=1,
+                manufacturer="Delineate",
+                manufacturer_model_name="Delineate",
+                software_versions=__version__,
+                device_serial_number=__version__,  # required; a program has no other
+                plane_positions=positions,
+                pixel_measures=measures,
+                omit_empty_frames=False,
+                transfer_syntax_uid=ExplicitVRLittleEndian,
+                content_label="SEGMENTATION",
+                series_description="Delineate: not for diagnosis",
+            )
     with writing_beside(path) as beside:
         segmentation.save_as(beside, enforce_file_format=True)
 
