@@ -148,12 +148,14 @@ class Bundle:
         """
         known = self.provenance
         if not known.training:
-            raise BundleError(f"'{self.folder}' does not say on which subjects it was trained; choose them by hand")
+            raise BundleError(
+                f"'{self.folder}' does not say on which subjects it was trained", fix="choose them by hand"
+            )
         if known.key != key_id():
             raise UnknownKey(
                 f"on which subjects '{self.folder}' was trained cannot be known here: their names were hidden with "
-                f"another key than '{key_file()}'; set DELINEATE_KEY to the key of who trained it, ask them, or choose "
-                "the subjects by hand"
+                f"another key than '{key_file()}'",
+                fix="set DELINEATE_KEY to the key of who trained it, ask them, or choose the subjects by hand",
             )
         return pseudonym("subject", subject) in {*known.training, *known.validation}
 
@@ -178,7 +180,7 @@ class Bundle:
         with _safetensors(path) as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if Stamp.of(path) != self.weights:
-            raise BundleError(f"'{path}' was replaced after the bundle was opened; open it again")
+            raise BundleError(f"'{path}' was replaced after the bundle was opened", fix="open it again")
         return weights
 
     def save(self, folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -207,7 +209,7 @@ class Bundle:
             again = _Description.model_validate_json(json.dumps(about)).bundle(folder, recipe, pipeline)
             _check_consistent(self)
         if replace(again, folder=self.folder) != self:
-            raise BundleError("the bundle would not read back as it is; report this, with its recipe")
+            raise BundleError("the bundle would not read back as it is", fix="report this, with its recipe")
         seal(folder, about, {**{name: _text_writer(text) for name, text in texts.items()}, **more})
 
     def _described(self) -> dict[str, Any]:
@@ -303,7 +305,7 @@ def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:
     chosen = {name: weights[name] for name in matching(weights, include)}
     if not chosen:
         raise BundleError(
-            f"no tensor of {folder} fits {', '.join(include)}; they are named like '{next(iter(weights))}'"
+            f"no tensor of {folder} fits {', '.join(include)}", fix=f"they are named like '{next(iter(weights))}'"
         )
     save_tensors(path, chosen, {})
     return len(chosen)
@@ -334,7 +336,8 @@ def _load(folder: Path) -> Bundle:
         return _load_format_1(folder, contents)
     if contents.get("format") != FORMAT:
         raise BundleError(
-            f"'{folder}' has format {contents.get('format')!r:.40}, this version reads 1 and {FORMAT}; update delineate"
+            f"'{folder}' has format {contents.get('format')!r:.40}, this version reads 1 and {FORMAT}",
+            fix="update delineate",
         )
     sealed = Sealed.open(folder)
     # Nothing is parsed before all of it is known to be as it was saved.
@@ -403,8 +406,8 @@ def _refusing(path: Path) -> Iterator[None]:
     except (BundleError, UnknownKey, OutputError):
         raise
     except Exception as error:
-        reason = error.message if isinstance(error, DelineateError) else str(error) or type(error).__name__
-        raise BundleError(f"'{path}' makes no sense: {reason:.600}; {AGAIN}") from error
+        reason = error.text if isinstance(error, DelineateError) else str(error) or type(error).__name__
+        raise BundleError(f"'{path}' makes no sense: {reason:.600}", fix=AGAIN) from error
 
 
 @lru_cache(maxsize=16)
@@ -423,20 +426,20 @@ def _check_consistent(bundle: Bundle) -> None:
     """Raise :class:`BundleError` where tiles or preprocessing are not what the recipe makes them."""
     geometry, recipe = bundle.geometry, bundle.recipe
     if prod(geometry.input_shape) > _MOST_VOXELS:
-        raise BundleError(f"tiles of {geometry.input_shape} voxels are too large to be used; {AGAIN}")
+        raise BundleError(f"tiles of {geometry.input_shape} voxels are too large to be used", fix=AGAIN)
     tiles = _as_trained(recipe.tiles, geometry)
     expected = geometry_for(tiles, geometry.shape, bundle.spacing_mm, recipe.network)
     if geometry != expected:
-        raise BundleError(f"the tiles are {geometry}, by the recipe they are {expected}; {AGAIN}")
+        raise BundleError(f"the tiles are {geometry}, by the recipe they are {expected}", fix=AGAIN)
     steps, fitted = recipe.preprocessing, bundle.pipeline.steps
     if [step.kind for step in steps] != [step.kind for step in fitted]:
         kinds = ([step.kind for step in some] for some in (fitted, steps))
-        raise BundleError("the preprocessing has the steps {}, the recipe {}; {}".format(*kinds, AGAIN))
+        raise BundleError("the preprocessing has the steps {}, the recipe {}".format(*kinds), fix=AGAIN)
     for step, after in zip(steps, fitted, strict=True):
         before, now = step.model_dump(exclude_none=True), after.model_dump()
         if differing := [name for name in before if now[name] != before[name]]:
             raise BundleError(
-                f"{step.kind} of the preprocessing differs from the recipe's in {', '.join(differing)}; {AGAIN}"
+                f"{step.kind} of the preprocessing differs from the recipe's in {', '.join(differing)}", fix=AGAIN
             )
 
 
@@ -464,7 +467,9 @@ def _check_fits(bundle: Bundle, path: Path) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise BundleError(f"weights in '{path}' do not fit the recipe's network: {'; '.join(wrong[:3])}{more}; {AGAIN}")
+        raise BundleError(
+            f"weights in '{path}' do not fit the recipe's network: {'; '.join(wrong[:3])}{more}", fix=AGAIN
+        )
 
 
 def _tensor(known: tuple[tuple[int, ...], str] | None) -> str:
@@ -490,7 +495,8 @@ def _at_most(parameters: int) -> Iterator[None]:
         count += parameter is not None
         if count > parameters:
             raise BundleError(
-                f"the weights do not fit the recipe's network, which has more than their {parameters} tensors; {AGAIN}"
+                f"the weights do not fit the recipe's network, which has more than their {parameters} tensors",
+                fix=AGAIN,
             )
 
     handle = nn.modules.module.register_module_parameter_registration_hook(counted)
@@ -503,8 +509,8 @@ def _at_most(parameters: int) -> Iterator[None]:
 def _check_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise BundleError(
-            f"weight '{name}' is not finite: the training has diverged; train with a lower learning rate "
-            "(training.optimiser.learning_rate), or with --precision fp32"
+            f"weight '{name}' is not finite: the training has diverged",
+            fix="train with a lower learning rate (training.optimiser.learning_rate), or with --precision fp32",
         )
 
 
@@ -517,7 +523,7 @@ def _safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise BundleError(f"'{path}' cannot be read ({error}); {AGAIN}") from error
+        raise BundleError(f"'{path}' cannot be read ({error})", fix=AGAIN) from error
 
 
 def _writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Callable[[Path], None]:

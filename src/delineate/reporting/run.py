@@ -81,7 +81,7 @@ def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evalua
 def _subjects(folder: Path) -> RunSubjects:
     found = RunSubjects.load(folder)
     if found is None:
-        raise TrainingError(f"'{folder / 'subjects.json'}' is missing; train again, which writes it")
+        raise TrainingError(f"'{folder / 'subjects.json'}' is missing", fix="train again, which writes it")
     return found
 
 

@@ -183,8 +183,8 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     if before != now:
         differing = [key for key in now if before.get(key) != now[key]]
         raise RecipeError(
-            f"'{folder}' holds a run of another recipe (they differ in {', '.join(differing)}); "
-            "use another --out, or the options it was started with to go on"
+            f"'{folder}' holds a run of another recipe (they differ in {', '.join(differing)})",
+            fix="use another --out, or the options it was started with to go on",
         )
 
 
@@ -195,8 +195,8 @@ def _check_same_subjects(subjects: RunSubjects, folder: Path) -> None:
     differing = subjects.differing(RunSubjects.load(folder) or Bundle.load(folder / "bundle").provenance)
     if differing:
         raise RecipeError(
-            f"'{folder}' holds a run on other subjects (they differ in {', '.join(differing)}); "
-            "use another --out, or the --fold, --split and data it was started with to go on"
+            f"'{folder}' holds a run on other subjects (they differ in {', '.join(differing)})",
+            fix="use another --out, or the --fold, --split and data it was started with to go on",
         )
 
 

@@ -53,9 +53,9 @@ class RunSubjects:
         try:
             return _ADAPTER.validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            raise TrainingError(f"'{path}' cannot be read ({error}); restore it, or train into another --out") from (
-                error
-            )
+            raise TrainingError(
+                f"'{path}' cannot be read ({error})", fix="restore it, or train into another --out"
+            ) from (error)
 
 
 _ADAPTER = TypeAdapter(RunSubjects)

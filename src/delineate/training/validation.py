@@ -34,8 +34,8 @@ def validate(
             probability = sliding.probabilities(network, image, bundle.geometry_of(shape))
         except BundleError as error:
             raise TrainingError(
-                "the training has diverged: at validation the network's answer is not finite; lower "
-                "training.optimiser.learning_rate, or train with --precision fp32"
+                "the training has diverged: at validation the network's answer is not finite",
+                fix="lower training.optimiser.learning_rate, or train with --precision fp32",
             ) from error
         reference = np.asarray(subject.target)
         known = reference[0] != IGNORED
