@@ -52,10 +52,20 @@ Pseudonym = Annotated[str, Field(pattern=PATTERN)]
 Positive = Annotated[float, Field(gt=0, le=1e4)]
 
 
+Quantity = Literal["spacing", "field_of_view", "contrast", "volume"]
+PATIENT_AXES = {"RL": "left to right", "AP": "back to front", "SI": "feet to head"}
+
+
 @dataclass(frozen=True)
 class Range:
-    """Least, median and largest of a number over the training scans."""
+    """Least, median and largest of a number over the training scans.
 
+    ``of`` is an axis of :data:`PATIENT_AXES` for spacing and field of view (mm), a channel for contrast,
+    a target for volume (ml).
+    """
+
+    quantity: Quantity
+    of: Text
     min: float
     median: float
     max: float
@@ -66,7 +76,11 @@ class Fingerprint:
     """What the training scans look like: of how many, and the ranges of what was measured of them."""
 
     subjects: Annotated[int, Field(ge=0)] = 0
-    ranges: Mapping[Text, Range] = field(default_factory=dict)
+    ranges: Annotated[tuple[Range, ...], Field(max_length=2**17)] = ()
+
+    def range(self, quantity: Quantity, of: str) -> Range | None:
+        """That of one quantity; None where it was not measured."""
+        return next((r for r in self.ranges if (r.quantity, r.of) == (quantity, of)), None)
 
 
 @dataclass(frozen=True)
@@ -365,7 +379,11 @@ def _load_format_1(folder: Path, contents: dict[str, Any]) -> Bundle:
         said, measured = contents["provenance"], contents["fingerprint"]
         roles = ("training", "validation", "held_out", "left_out")
         provenance = {k: said[k] for k in ("layout", "simulated", "fold", "seed", "started", "versions") if k in said}
-        ranges = {k: v for k, v in measured.items() if isinstance(v, dict) and isinstance(v["min"], float | int)}
+        ranges = [
+            {"quantity": known[0], "of": known[1], **{k: v[k] for k in ("min", "median", "max")}}
+            for name, v in measured.items()
+            if (known := _quantity_of_format_1(name)) is not None
+        ]
         values = {
             "channels": contents["channels"],
             "targets": contents["targets"],
@@ -381,6 +399,18 @@ def _load_format_1(folder: Path, contents: dict[str, Any]) -> Bundle:
     with _refusing(folder / WEIGHTS):
         _check_fits(bundle, folder / WEIGHTS)  # before all of it is read, whatever its size
     return _with_weights(bundle, Stamp.of(folder / WEIGHTS))
+
+
+def _quantity_of_format_1(name: str) -> tuple[str, str] | None:
+    """Quantity and axis, channel or target, which format 1 kept as a phrase such as "contrast of T1"."""
+    for phrase, quantity in (("spacing from ", "spacing"), ("field of view from ", "field_of_view")):
+        for axis, words in PATIENT_AXES.items():
+            if name == phrase + words:
+                return quantity, axis
+    for phrase, quantity in (("contrast of ", "contrast"), ("volume of ", "volume")):
+        if name.startswith(phrase):
+            return quantity, name.removeprefix(phrase)
+    return None
 
 
 def _with_weights(bundle: Bundle, stamp: Stamp) -> Bundle:
