@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -38,6 +38,7 @@ from delineate.io.settings import parse_yaml
 from delineate.preprocessing.pipeline import Pipeline
 from delineate.recipe import Recipe, TargetsSpec, recipe_from, to_yaml
 from delineate.sampling.tiles import AXES, Slices, TileGeometry, TileSpec, Whole, geometry_for
+from delineate.specification import Specification, from_json, to_json
 
 FORMAT: Final = 2
 RECIPE, PREPROCESSING, WEIGHTS, CALIBRATION = (
@@ -217,10 +218,10 @@ class Bundle:
 
     def _seal(self, folder: Path, more: Mapping[str, Callable[[Path], object]]) -> None:
         about = self._described()
-        texts = {RECIPE: to_yaml(self.recipe.as_dict()), PREPROCESSING: self.pipeline.model_dump_json(indent=1)}
+        texts = {RECIPE: to_yaml(self.recipe.as_dict()), PREPROCESSING: to_json(self.pipeline)}
         with _refusing(folder):  # what could not be read is not written
-            recipe, pipeline = _recipe(texts[RECIPE].encode()), Pipeline.model_validate_json(texts[PREPROCESSING])
-            again = _Description.model_validate_json(json.dumps(about)).bundle(folder, recipe, pipeline)
+            recipe, pipeline = _recipe(texts[RECIPE].encode()), from_json(Pipeline, texts[PREPROCESSING])
+            again = from_json(_Description, json.dumps(about)).bundle(folder, recipe, pipeline)
             _check_consistent(self)
         if replace(again, folder=self.folder) != self:
             raise BundleError("the bundle would not read back as it is", fix="report this, with its recipe")
@@ -228,7 +229,7 @@ class Bundle:
 
     def _described(self) -> dict[str, Any]:
         with _refusing(self.folder or Path(MANIFEST)):
-            described: dict[str, Any] = json.loads(_Description.of(self).model_dump_json())
+            described: dict[str, Any] = json.loads(to_json(_Description.of(self)))
         return described
 
     @classmethod
@@ -259,10 +260,10 @@ class Bundle:
         return geometry_for(_as_trained(spec, self.geometry), shape, self.spacing_mm, self.recipe.network)
 
 
-class _Description(BaseModel):
+class _Description(Specification):
     """What ``bundle.json`` says beside the digests: the one way in which it is written and read."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True)
 
     format: Literal[2] = FORMAT
     channels: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)]
@@ -357,9 +358,9 @@ def _load(folder: Path) -> Bundle:
     # Nothing is parsed before all of it is known to be as it was saved.
     stamps = {name: sealed.stamp(name) for name in (RECIPE, PREPROCESSING, CALIBRATION, WEIGHTS)}
     with _refusing(folder / MANIFEST):
-        about = _Description.model_validate_json(json.dumps(sealed.about))
+        about = from_json(_Description, json.dumps(sealed.about))
     with _refusing(folder / PREPROCESSING):
-        pipeline = Pipeline.model_validate_json(sealed.read(PREPROCESSING))
+        pipeline = from_json(Pipeline, sealed.read(PREPROCESSING))
     with _refusing(folder / RECIPE):
         recipe = _recipe(sealed.read(RECIPE))
     with _refusing(folder):
@@ -374,7 +375,7 @@ def _load_format_1(folder: Path, contents: dict[str, Any]) -> Bundle:
     with _refusing(folder / RECIPE):
         recipe = _recipe(read_small(folder / RECIPE))
     with _refusing(folder / PREPROCESSING):
-        pipeline = Pipeline.model_validate_json(read_small(folder / PREPROCESSING))
+        pipeline = from_json(Pipeline, read_small(folder / PREPROCESSING))
     with _refusing(folder / MANIFEST):
         said, measured = contents["provenance"], contents["fingerprint"]
         roles = ("training", "validation", "held_out", "left_out")
@@ -392,7 +393,7 @@ def _load_format_1(folder: Path, contents: dict[str, Any]) -> Bundle:
             "fingerprint": {"subjects": measured.get("subjects", 0), "ranges": ranges},
             "provenance": {**provenance, "key": key_id(), **{r: hidden(said.get(r, ())) for r in roles}},
         }
-        bundle = _Description.model_validate_json(json.dumps(values)).bundle(folder, recipe, pipeline)
+        bundle = from_json(_Description, json.dumps(values)).bundle(folder, recipe, pipeline)
         _check_consistent(bundle)
     if not (folder / WEIGHTS).exists():
         return bundle

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, Field, TypeAdapter
+from pydantic import AwareDatetime, Field
 
 from delineate.errors import BadFormat
 from delineate.io.files import appending, parsing, read_bytes, writing_beside
-from delineate.specification import Specification
+from delineate.specification import Specification, from_json, to_json
 
 EVENTS, MESSAGES = "events.jsonl", "messages.txt"
 _MOST_BYTES = 2**28
@@ -148,18 +148,18 @@ class Warned(_Event):
 
 
 Event = Started | Resumed | Validated | Collapsed | GaveUp | Stopped | Trained | Finished | Warned
-
-_ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+_ANY: Any = Annotated[Event, Field(discriminator="kind")]
 
 
 def to_line(event: Event) -> bytes:
     """``event`` as a line of JSON."""
-    return _ADAPTER.dump_json(event) + b"\n"
+    return to_json(event, indent=None).encode() + b"\n"
 
 
 def from_line(line: bytes) -> Event:
     """The event of a line. Raises :class:`ValueError`."""
-    return _ADAPTER.validate_json(line)
+    event: Event = from_json(_ANY, line)
+    return event
 
 
 def append_event(logs: Path, event: Event) -> None:
