@@ -49,7 +49,7 @@ def small_bundle(**recipe) -> Bundle:
         channels=("T1",),
         geometry=TileGeometry((8, 8, 4)),
         spacing_mm=(1.5, 1.5, 5.0),
-        fingerprint=Fingerprint(3, {"contrast of T1": Range(1.5, 2.25, 3.0)}),
+        fingerprint=Fingerprint(3, (Range("contrast", "T1", 1.5, 2.25, 3.0),)),
         provenance=Provenance(layout="cases", fold=1, versions={"python": "3.11"}),
     )
 
@@ -265,7 +265,7 @@ names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 def test_whatever_things_are_called_they_read_back_the_same(names, name, contrast, tmp_path) -> None:
     targets = Targets({target: (k,) for k, target in enumerate(names, start=1)})
     recipe = {"name": name, "description": f"{name}\\n\\n {name}", "data": {"targets": targets.as_dict()}}
-    ranges = {name: Range(0.0, contrast / 3, contrast)}
+    ranges = (Range("contrast", name, 0.0, contrast / 3, contrast),)
     bundle = replace(
         small_bundle(**recipe), targets=targets, channels=(name,), fingerprint=Fingerprint(1, ranges), folder=tmp_path
     )
@@ -278,7 +278,12 @@ def test_a_bundle_of_format_1_knows_from_its_recipe_what_it_had_forgotten(tmp_pa
     assert "standardise" not in json.loads((folder / "bundle.json").read_text())["tiles"]
     bundle = Bundle.load(folder)
     assert bundle.geometry == TileGeometry((8, 8, 4), standardise=True)
-    assert bundle.fingerprint.ranges["contrast of T1"] == Range(2.0, 2.5, 3.0)
+    assert bundle.fingerprint.range("contrast", "T1") == Range("contrast", "T1", 2.0, 2.5, 3.0)
+    assert [(r.quantity, r.of) for r in bundle.fingerprint.ranges] == [
+        ("spacing", "RL"),
+        ("field_of_view", "SI"),
+        ("contrast", "T1"),
+    ]
     assert [name for name in ("anna", "carl", "dora") if bundle.seen(name)] == ["anna", "carl"]
     assert Predictor([bundle], PLAN).predict(scan).label.grid is scan.grid
     # A run that is resumed brings it to this format, names left out.

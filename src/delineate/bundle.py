@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -38,6 +38,7 @@ from delineate.io.settings import parse_yaml
 from delineate.preprocessing.pipeline import Pipeline
 from delineate.recipe import Recipe, TargetsSpec, recipe_from, to_yaml
 from delineate.sampling.tiles import AXES, Slices, TileGeometry, TileSpec, Whole, geometry_for
+from delineate.specification import Specification, from_json, to_json
 
 FORMAT: Final = 2
 RECIPE, PREPROCESSING, WEIGHTS, CALIBRATION = (
@@ -52,10 +53,20 @@ Pseudonym = Annotated[str, Field(pattern=PATTERN)]
 Positive = Annotated[float, Field(gt=0, le=1e4)]
 
 
+Quantity = Literal["spacing", "field_of_view", "contrast", "volume"]
+PATIENT_AXES = {"RL": "left to right", "AP": "back to front", "SI": "feet to head"}
+
+
 @dataclass(frozen=True)
 class Range:
-    """Least, median and largest of a number over the training scans."""
+    """Least, median and largest of a number over the training scans.
 
+    ``of`` is an axis of :data:`PATIENT_AXES` for spacing and field of view (mm), a channel for contrast,
+    a target for volume (ml).
+    """
+
+    quantity: Quantity
+    of: Text
     min: float
     median: float
     max: float
@@ -66,7 +77,11 @@ class Fingerprint:
     """What the training scans look like: of how many, and the ranges of what was measured of them."""
 
     subjects: Annotated[int, Field(ge=0)] = 0
-    ranges: Mapping[Text, Range] = field(default_factory=dict)
+    ranges: Annotated[tuple[Range, ...], Field(max_length=2**17)] = ()
+
+    def range(self, quantity: Quantity, of: str) -> Range | None:
+        """That of one quantity; None where it was not measured."""
+        return next((r for r in self.ranges if (r.quantity, r.of) == (quantity, of)), None)
 
 
 @dataclass(frozen=True)
@@ -148,12 +163,14 @@ class Bundle:
         """
         known = self.provenance
         if not known.training:
-            raise BundleError(f"'{self.folder}' does not say on which subjects it was trained; choose them by hand")
+            raise BundleError(
+                f"'{self.folder}' does not say on which subjects it was trained", fix="choose them by hand"
+            )
         if known.key != key_id():
             raise UnknownKey(
                 f"on which subjects '{self.folder}' was trained cannot be known here: their names were hidden with "
-                f"another key than '{key_file()}'; set DELINEATE_KEY to the key of who trained it, ask them, or choose "
-                "the subjects by hand"
+                f"another key than '{key_file()}'",
+                fix="set DELINEATE_KEY to the key of who trained it, ask them, or choose the subjects by hand",
             )
         return pseudonym("subject", subject) in {*known.training, *known.validation}
 
@@ -178,7 +195,7 @@ class Bundle:
         with _safetensors(path) as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if Stamp.of(path) != self.weights:
-            raise BundleError(f"'{path}' was replaced after the bundle was opened; open it again")
+            raise BundleError(f"'{path}' was replaced after the bundle was opened", fix="open it again")
         return weights
 
     def save(self, folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -201,18 +218,18 @@ class Bundle:
 
     def _seal(self, folder: Path, more: Mapping[str, Callable[[Path], object]]) -> None:
         about = self._described()
-        texts = {RECIPE: to_yaml(self.recipe.as_dict()), PREPROCESSING: self.pipeline.model_dump_json(indent=1)}
+        texts = {RECIPE: to_yaml(self.recipe.as_dict()), PREPROCESSING: to_json(self.pipeline)}
         with _refusing(folder):  # what could not be read is not written
-            recipe, pipeline = _recipe(texts[RECIPE].encode()), Pipeline.model_validate_json(texts[PREPROCESSING])
-            again = _Description.model_validate_json(json.dumps(about)).bundle(folder, recipe, pipeline)
+            recipe, pipeline = _recipe(texts[RECIPE].encode()), from_json(Pipeline, texts[PREPROCESSING])
+            again = from_json(_Description, json.dumps(about)).bundle(folder, recipe, pipeline)
             _check_consistent(self)
         if replace(again, folder=self.folder) != self:
-            raise BundleError("the bundle would not read back as it is; report this, with its recipe")
+            raise BundleError("the bundle would not read back as it is", fix="report this, with its recipe")
         seal(folder, about, {**{name: _text_writer(text) for name, text in texts.items()}, **more})
 
     def _described(self) -> dict[str, Any]:
         with _refusing(self.folder or Path(MANIFEST)):
-            described: dict[str, Any] = json.loads(_Description.of(self).model_dump_json())
+            described: dict[str, Any] = json.loads(to_json(_Description.of(self)))
         return described
 
     @classmethod
@@ -243,10 +260,10 @@ class Bundle:
         return geometry_for(_as_trained(spec, self.geometry), shape, self.spacing_mm, self.recipe.network)
 
 
-class _Description(BaseModel):
+class _Description(Specification):
     """What ``bundle.json`` says beside the digests: the one way in which it is written and read."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True)
 
     format: Literal[2] = 2
     channels: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)]
@@ -303,7 +320,7 @@ def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:
     chosen = {name: weights[name] for name in matching(weights, include)}
     if not chosen:
         raise BundleError(
-            f"no tensor of {folder} fits {', '.join(include)}; they are named like '{next(iter(weights))}'"
+            f"no tensor of {folder} fits {', '.join(include)}", fix=f"they are named like '{next(iter(weights))}'"
         )
     save_tensors(path, chosen, {})
     return len(chosen)
@@ -334,15 +351,16 @@ def _load(folder: Path) -> Bundle:
         return _load_format_1(folder, contents)
     if contents.get("format") != FORMAT:
         raise BundleError(
-            f"'{folder}' has format {contents.get('format')!r:.40}, this version reads 1 and {FORMAT}; update delineate"
+            f"'{folder}' has format {contents.get('format')!r:.40}, this version reads 1 and {FORMAT}",
+            fix="update delineate",
         )
     sealed = Sealed.open(folder)
     # Nothing is parsed before all of it is known to be as it was saved.
     stamps = {name: sealed.stamp(name) for name in (RECIPE, PREPROCESSING, CALIBRATION, WEIGHTS)}
     with _refusing(folder / MANIFEST):
-        about = _Description.model_validate_json(json.dumps(sealed.about))
+        about = from_json(_Description, json.dumps(sealed.about))
     with _refusing(folder / PREPROCESSING):
-        pipeline = Pipeline.model_validate_json(sealed.read(PREPROCESSING))
+        pipeline = from_json(Pipeline, sealed.read(PREPROCESSING))
     with _refusing(folder / RECIPE):
         recipe = _recipe(sealed.read(RECIPE))
     with _refusing(folder):
@@ -357,12 +375,16 @@ def _load_format_1(folder: Path, contents: dict[str, Any]) -> Bundle:
     with _refusing(folder / RECIPE):
         recipe = _recipe(read_small(folder / RECIPE))
     with _refusing(folder / PREPROCESSING):
-        pipeline = Pipeline.model_validate_json(read_small(folder / PREPROCESSING))
+        pipeline = from_json(Pipeline, read_small(folder / PREPROCESSING))
     with _refusing(folder / MANIFEST):
         said, measured = contents["provenance"], contents["fingerprint"]
         roles = ("training", "validation", "held_out", "left_out")
         provenance = {k: said[k] for k in ("layout", "simulated", "fold", "seed", "started", "versions") if k in said}
-        ranges = {k: v for k, v in measured.items() if isinstance(v, dict) and isinstance(v["min"], float | int)}
+        ranges = [
+            {"quantity": known[0], "of": known[1], **{k: v[k] for k in ("min", "median", "max")}}
+            for name, v in measured.items()
+            if (known := _quantity_of_format_1(name)) is not None
+        ]
         values = {
             "channels": contents["channels"],
             "targets": contents["targets"],
@@ -371,13 +393,25 @@ def _load_format_1(folder: Path, contents: dict[str, Any]) -> Bundle:
             "fingerprint": {"subjects": measured.get("subjects", 0), "ranges": ranges},
             "provenance": {**provenance, "key": key_id(), **{r: hidden(said.get(r, ())) for r in roles}},
         }
-        bundle = _Description.model_validate_json(json.dumps(values)).bundle(folder, recipe, pipeline)
+        bundle = from_json(_Description, json.dumps(values)).bundle(folder, recipe, pipeline)
         _check_consistent(bundle)
     if not (folder / WEIGHTS).exists():
         return bundle
     with _refusing(folder / WEIGHTS):
         _check_fits(bundle, folder / WEIGHTS)  # before all of it is read, whatever its size
     return _with_weights(bundle, Stamp.of(folder / WEIGHTS))
+
+
+def _quantity_of_format_1(name: str) -> tuple[str, str] | None:
+    """Quantity and axis, channel or target, which format 1 kept as a phrase such as "contrast of T1"."""
+    for phrase, quantity in (("spacing from ", "spacing"), ("field of view from ", "field_of_view")):
+        for axis, words in PATIENT_AXES.items():
+            if name == phrase + words:
+                return quantity, axis
+    for phrase, quantity in (("contrast of ", "contrast"), ("volume of ", "volume")):
+        if name.startswith(phrase):
+            return quantity, name.removeprefix(phrase)
+    return None
 
 
 def _with_weights(bundle: Bundle, stamp: Stamp) -> Bundle:
@@ -403,8 +437,8 @@ def _refusing(path: Path) -> Iterator[None]:
     except (BundleError, UnknownKey, OutputError):
         raise
     except Exception as error:
-        reason = error.message if isinstance(error, DelineateError) else str(error) or type(error).__name__
-        raise BundleError(f"'{path}' makes no sense: {reason:.600}; {AGAIN}") from error
+        reason = error.text if isinstance(error, DelineateError) else str(error) or type(error).__name__
+        raise BundleError(f"'{path}' makes no sense: {reason:.600}", fix=AGAIN) from error
 
 
 @lru_cache(maxsize=16)
@@ -423,20 +457,20 @@ def _check_consistent(bundle: Bundle) -> None:
     """Raise :class:`BundleError` where tiles or preprocessing are not what the recipe makes them."""
     geometry, recipe = bundle.geometry, bundle.recipe
     if prod(geometry.input_shape) > _MOST_VOXELS:
-        raise BundleError(f"tiles of {geometry.input_shape} voxels are too large to be used; {AGAIN}")
+        raise BundleError(f"tiles of {geometry.input_shape} voxels are too large to be used", fix=AGAIN)
     tiles = _as_trained(recipe.tiles, geometry)
     expected = geometry_for(tiles, geometry.shape, bundle.spacing_mm, recipe.network)
     if geometry != expected:
-        raise BundleError(f"the tiles are {geometry}, by the recipe they are {expected}; {AGAIN}")
+        raise BundleError(f"the tiles are {geometry}, by the recipe they are {expected}", fix=AGAIN)
     steps, fitted = recipe.preprocessing, bundle.pipeline.steps
     if [step.kind for step in steps] != [step.kind for step in fitted]:
         kinds = ([step.kind for step in some] for some in (fitted, steps))
-        raise BundleError("the preprocessing has the steps {}, the recipe {}; {}".format(*kinds, AGAIN))
+        raise BundleError("the preprocessing has the steps {}, the recipe {}".format(*kinds), fix=AGAIN)
     for step, after in zip(steps, fitted, strict=True):
         before, now = step.model_dump(exclude_none=True), after.model_dump()
         if differing := [name for name in before if now[name] != before[name]]:
             raise BundleError(
-                f"{step.kind} of the preprocessing differs from the recipe's in {', '.join(differing)}; {AGAIN}"
+                f"{step.kind} of the preprocessing differs from the recipe's in {', '.join(differing)}", fix=AGAIN
             )
 
 
@@ -464,7 +498,9 @@ def _check_fits(bundle: Bundle, path: Path) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise BundleError(f"weights in '{path}' do not fit the recipe's network: {'; '.join(wrong[:3])}{more}; {AGAIN}")
+        raise BundleError(
+            f"weights in '{path}' do not fit the recipe's network: {'; '.join(wrong[:3])}{more}", fix=AGAIN
+        )
 
 
 def _tensor(known: tuple[tuple[int, ...], str] | None) -> str:
@@ -490,7 +526,8 @@ def _at_most(parameters: int) -> Iterator[None]:
         count += parameter is not None
         if count > parameters:
             raise BundleError(
-                f"the weights do not fit the recipe's network, which has more than their {parameters} tensors; {AGAIN}"
+                f"the weights do not fit the recipe's network, which has more than their {parameters} tensors",
+                fix=AGAIN,
             )
 
     handle = nn.modules.module.register_module_parameter_registration_hook(counted)
@@ -503,8 +540,8 @@ def _at_most(parameters: int) -> Iterator[None]:
 def _check_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise BundleError(
-            f"weight '{name}' is not finite: the training has diverged; train with a lower learning rate "
-            "(training.optimiser.learning_rate), or with --precision fp32"
+            f"weight '{name}' is not finite: the training has diverged",
+            fix="train with a lower learning rate (training.optimiser.learning_rate), or with --precision fp32",
         )
 
 
@@ -517,7 +554,7 @@ def _safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise BundleError(f"'{path}' cannot be read ({error}); {AGAIN}") from error
+        raise BundleError(f"'{path}' cannot be read ({error})", fix=AGAIN) from error
 
 
 def _writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Callable[[Path], None]:

@@ -192,10 +192,10 @@ def _choose_device(device: str) -> tuple[torch.device, str]:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise RecipeError(f"device '{device}' is not known; use auto, cpu, cuda, cuda:1 or mps") from error
+        raise RecipeError(f"device '{device}' is not known", fix="use auto, cpu, cuda, cuda:1 or mps") from error
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not there.get(chosen.type, False):
-        raise RecipeError(f"device '{device}' is not on this machine; use --device auto or cpu")
+        raise RecipeError(f"device '{device}' is not on this machine", fix="use --device auto or cpu")
     return chosen, "asked for"
 
 

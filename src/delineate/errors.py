@@ -38,7 +38,7 @@
      ├── RunInUse                    E_IN_USE      another training is running in the folder
      └── OutputError                 E_OUTPUT      a result cannot be written
 
-A message says what is wrong, what was found, and what to do about it.
+Each says what is wrong and what was found (``message``), and what to do about it (``fix``).
 """
 
 from __future__ import annotations
@@ -47,17 +47,27 @@ _MOST_CHARACTERS = 4000
 
 
 class DelineateError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose: ``code``, ``message`` and ``fix``, which are printed as one sentence.
+
+    ``fix`` is "" where the message says it all.
+    """
 
     code = "E_DELINEATE"
 
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(message, fix)
+        self.message, self.fix = message, fix
+
     def __str__(self) -> str:
-        return f"{self.code}: {self.message}"
+        return f"{self.code}: {self.text}"
 
     @property
-    def message(self) -> str:
-        """The text without the code; cut off where names or lists from outside make it longer than anybody reads."""
-        text = super().__str__()
+    def text(self) -> str:
+        """What is wrong and what to do about it, without the code.
+
+        Cut off where names or lists from outside make it longer than anybody reads.
+        """
+        text = f"{self.message}; {self.fix}" if self.fix else self.message
         return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 

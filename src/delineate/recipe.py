@@ -227,7 +227,7 @@ class Recipe(Specification):
         try:
             metric_names(",".join(names))
         except RecipeError as error:
-            raise ValueError(error.message) from error
+            raise ValueError(error.text) from error
         return names
 
     @property
@@ -265,16 +265,16 @@ def _read(name_or_path: str | Path, beside: Path | None = None, extended: tuple[
         near = difflib.get_close_matches(_short(name_or_path), packaged, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise RecipeError(
-            f"no recipe '{_short(name_or_path)}'{hint} Packaged are: {', '.join(packaged)}; "
-            "else give the path of a YAML file"
+            f"no recipe '{_short(name_or_path)}'{hint} Packaged are: {', '.join(packaged)}",
+            fix="else give the path of a YAML file",
         )
     if path in extended:
-        raise RecipeError(f"{path.name} extends itself, by way of {extended[-1].name}; break the circle")
+        raise RecipeError(f"{path.name} extends itself, by way of {extended[-1].name}", fix="break the circle")
     values = parse_yaml(read_text(path, 4 * MOST_CHARACTERS), path.name, RecipeError)
     if not isinstance(values, dict):
-        raise RecipeError(f"{path.name} holds {type(values).__name__}, not fields; see `delineate recipes show`")
+        raise RecipeError(f"{path.name} holds {type(values).__name__}, not fields", fix="see `delineate recipes show`")
     if len(extended) > MOST_LEVELS:
-        raise RecipeError(f"{path.name} is the {len(extended)}th recipe that extends another; write fewer")
+        raise RecipeError(f"{path.name} is the {len(extended)}th recipe that extends another", fix="write fewer")
     base = values.pop("extends", None)
     return values if base is None else _joined(_read(str(base), path.parent, (*extended, path)), values)
 
@@ -310,21 +310,21 @@ def _change(values: dict[str, Any], change: str) -> None:
     """Apply one change in place."""
     path, equals, text = change.partition("=")
     if not equals:
-        raise RecipeError(f"'{change}' is not path.to.field=value; write for example training.batch_size=4")
+        raise RecipeError(f"'{change}' is not path.to.field=value", fix="write for example training.batch_size=4")
     *parents, last = path.strip().split(".")
     if len(parents) >= MOST_LEVELS:
-        raise RecipeError(f"'{path[:80]}…' has {len(parents) + 1} levels; {MOST_LEVELS} are the most")
+        raise RecipeError(f"'{path[:80]}…' has {len(parents) + 1} levels", fix=f"{MOST_LEVELS} are the most")
     node: Any = values
     for key in parents:
         node = node[_index(node, key, path)] if isinstance(node, list) else node.setdefault(key, {})
         if not isinstance(node, dict | list):
-            raise RecipeError(f"'{path}': '{key}' is a single value, not a group of fields; shorten the path")
+            raise RecipeError(f"'{path}': '{key}' is a single value, not a group of fields", fix="shorten the path")
     node[_index(node, last, path) if isinstance(node, list) else last] = parse_yaml(text, _short(change), RecipeError)
 
 
 def _index(node: list[Any], key: str, path: str) -> int:
     if not key.isdecimal() or len(key) > 9 or int(key) >= len(node):
-        raise RecipeError(f"'{path}': '{key}' is not an item of a list of {len(node)}; count from 0")
+        raise RecipeError(f"'{path}': '{key}' is not an item of a list of {len(node)}", fix="count from 0")
     return int(key)
 
 

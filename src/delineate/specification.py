@@ -1,10 +1,12 @@
-"""What every part of a recipe is built on: known fields, finite numbers between bounds, lists that end."""
+"""What is written down: known fields, finite numbers between bounds, lists that end, and one way to JSON and back."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+T = TypeVar("T")
 
 
 class Specification(BaseModel):
@@ -15,6 +17,27 @@ class Specification(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=10_000)
+
+
+def to_json(value: Any, indent: int | None = 1) -> str:
+    """JSON of a specification or of a dataclass of typed fields; :func:`from_json` gives back an equal one."""
+    return _adapter(type(value)).dump_json(value, indent=indent).decode()
+
+
+def from_json(kind: type[T], text: str | bytes) -> T:
+    """The ``kind`` that :func:`to_json` wrote. Raises pydantic's ``ValidationError``, a :class:`ValueError`."""
+    value: T = _adapter(kind).validate_json(text)
+    return value
+
+
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Made once for each type: it takes milliseconds."""
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]

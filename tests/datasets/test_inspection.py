@@ -137,7 +137,7 @@ class TestErrors:
             "flat": "E_CONSTANT",
         }
         assert inspection.broken == ("truncated", "unlabelled", "elsewhere", "strange", "nan", "flat")
-        assert all(p.message and p.mend for p in inspection.problems)
+        assert all(p.message and p.fix for p in inspection.problems)
         assert [row.subject for row in inspection.rows] == ["unlabelled", "elsewhere", "strange", "nan", "flat", "well"]
 
     def test_one_subject_may_have_several(self, save_scan, save_label, scan) -> None:
@@ -150,7 +150,7 @@ class TestErrors:
         label[0, 0, :3] = 9
         (problem,) = inspect(dataset(Subject("a", {"MR": save_scan("a.nii")}, save_label("l.nii", label)))).errors
         assert "9 (3 voxels)" in problem.message
-        assert problem.mend == "add them to a target or to 'ignore'"
+        assert problem.fix == "add them to a target or to 'ignore'"
 
     def test_channels_on_different_grids(self, save_scan, save_label) -> None:
         turned = Grid.of_spacing(SHAPE).permute((0, 1, 2), (False, True, False))
@@ -159,7 +159,7 @@ class TestErrors:
         assert problem.code == "E_GRID_MISMATCH"
         assert "RAS" in problem.message
         assert "RPS" in problem.message
-        assert "in two orientations" in problem.mend
+        assert "in two orientations" in problem.fix
 
     def test_labels_are_optional_where_nothing_is_trained(self, save_scan) -> None:
         unlabelled = dataset(Subject("a", {"MR": save_scan("a.nii")}))

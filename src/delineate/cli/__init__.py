@@ -29,7 +29,9 @@ def main() -> None:
         if error.errno not in _FULL:
             raise
         where = f"'{os.fspath(error.filename)}'" if error.filename else "a file"
-        full = OutputError(f"{where} cannot be written: {error.strerror}; free some space, or choose another disk")
+        full = OutputError(
+            f"{where} cannot be written: {error.strerror}", fix="free some space, or choose another disk"
+        )
         print(f"error {full}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:

@@ -36,7 +36,9 @@ def compare(
         folder = Path(place if equals else name)
         inside = folder / "evaluation" if (folder / "evaluation" / "metrics.csv").exists() else folder
         if not (inside / "metrics.csv").exists():
-            raise MissingFile(f"'{folder}' holds no metrics.csv; give a run, or what `delineate evaluate -o` wrote")
+            raise MissingFile(
+                f"'{folder}' holds no metrics.csv", fix="give a run, or what `delineate evaluate -o` wrote"
+            )
         inputs += [inside / file for file in FILES]
         named[name if equals else folder.name] = Evaluation.read(inside)
     if len(named) < 2:

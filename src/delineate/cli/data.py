@@ -198,7 +198,7 @@ def make_consensus(
     files = [labels_in(folder) for folder in annotators]
     subjects = sorted(set.intersection(*(set(found) for found in files)))
     if len(annotators) < 2 or not subjects:
-        raise MissingFile("no subject has labels of two annotators; give folders whose files have the same names")
+        raise MissingFile("no subject has labels of two annotators", fix="give folders whose files have the same names")
     inputs = [file for found in files for file in found.values()]
     check_outputs([out / f"{subject}.nii.gz" for subject in subjects], inputs, overwrite=overwrite)
     for subject in subjects:
@@ -265,7 +265,7 @@ def _print(inspection: Inspection) -> None:
         typer.echo(f"\nshare of all voxels: {shares}")
     for problem in inspection.problems:
         where = f"{problem.subject}: " if problem.subject else ""
-        typer.echo(f"{problem.severity} {problem.code} {where}{problem.message}; {problem.mend}")
+        typer.echo(f"{problem.severity} {problem.code} {where}{problem.message}; {problem.fix}")
     found = f"{len(inspection.errors)} errors, {len(inspection.warnings)} warnings"
     typer.echo(
         f"\n{len(inspection.rows)} subjects read, {found}" + ("" if inspection.problems else ": nothing to mend")

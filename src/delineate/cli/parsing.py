@@ -29,9 +29,9 @@ def parse_targets(text: str | None) -> Targets | None:
         name = name.strip()
         # So many digits as no label value has.
         if not (name and equals) or not all(re.fullmatch("[0-9]{1,9}", n.strip()) for n in numbers.split("+")):
-            raise RecipeError(f"'{part[:100]}' is not name=value; write for example --targets 'liver=1,tumour=2'")
+            raise RecipeError(f"'{part[:100]}' is not name=value", fix="write for example --targets 'liver=1,tumour=2'")
         if name in values:
-            raise RecipeError(f"target '{name}' is given twice; join its values: {name}=1+2")
+            raise RecipeError(f"target '{name}' is given twice", fix=f"join its values: {name}=1+2")
         values[name] = tuple(int(n) for n in numbers.split("+"))
     used = [v for numbers in values.values() for v in numbers]
     return Targets(values, "exclusive" if len(set(used)) == len(used) else "overlapping")
@@ -44,10 +44,10 @@ def parse_patterns(texts: Sequence[str] | None) -> str | dict[str, str] | None:
     if len(texts) == 1 and "=" not in texts[0]:
         return texts[0]
     if bad := [text for text in texts if "=" not in text]:
-        raise RecipeError(f"'{bad[0]}' does not name its channel; write for example --images T1='*/t1.nii'")
+        raise RecipeError(f"'{bad[0]}' does not name its channel", fix="write for example --images T1='*/t1.nii'")
     pairs = [(name, pattern) for name, _, pattern in (text.partition("=") for text in texts)]
     if len(dict(pairs)) < len(pairs) or not all(name and pattern for name, pattern in pairs):
-        raise RecipeError(f"{', '.join(texts)[:300]} gives a channel twice, or none; name each channel once")
+        raise RecipeError(f"{', '.join(texts)[:300]} gives a channel twice, or none", fix="name each channel once")
     return dict(pairs)
 
 

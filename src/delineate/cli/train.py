@@ -122,5 +122,5 @@ def _fold(text: str) -> int:
     from delineate.errors import RecipeError
 
     if not text.isdecimal():
-        raise RecipeError(f"fold '{text}' is not a number; use --fold 0, or --fold all to hold nothing out")
+        raise RecipeError(f"fold '{text}' is not a number", fix="use --fold 0, or --fold all to hold nothing out")
     return int(text)

@@ -58,25 +58,31 @@ class Targets:
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "ignore", _as_tuple(self.ignore))
         if not values:
-            raise RecipeError("no target is named; give at least one, such as {liver: [1]}")
+            raise RecipeError("no target is named", fix="give at least one, such as {liver: [1]}")
         if len(values) > MOST_TARGETS:
-            raise RecipeError(f"{len(values)} targets are named; {MOST_TARGETS} are the most")
+            raise RecipeError(f"{len(values)} targets are named", fix=f"{MOST_TARGETS} are the most")
         if beyond := [v for v in (*self.ignore, *(v for n in values.values() for v in n)) if abs(v) > MOST_VALUE]:
-            raise RecipeError(f"label value {str(beyond[0])[:20]} is beyond {MOST_VALUE}; number the structures from 1")
+            raise RecipeError(
+                f"label value {str(beyond[0])[:20]} is beyond {MOST_VALUE}", fix="number the structures from 1"
+            )
         for name, numbers in values.items():
             if any(v < 0 for v in numbers):
                 raise RecipeError(
-                    f"target '{name}' has values {list(numbers)}, of which some are negative; renumber them"
+                    f"target '{name}' has values {list(numbers)}, of which some are negative", fix="renumber them"
                 )
             if not numbers or 0 in numbers:
                 raise RecipeError(
-                    f"target '{name}' has values {list(numbers)}; give one or more, without 0 (background)"
+                    f"target '{name}' has values {list(numbers)}", fix="give one or more, without 0 (background)"
                 )
         used = [v for numbers in values.values() for v in numbers]
         if self.mode == "exclusive" and len(set(used)) < len(used):
-            raise RecipeError(f"targets share label values {sorted(used)}; set mode: overlapping, or separate them")
+            raise RecipeError(
+                f"targets share label values {sorted(used)}", fix="set mode: overlapping, or separate them"
+            )
         if set(used) & set(self.ignore):
-            raise RecipeError(f"values {sorted(set(used) & set(self.ignore))} are both segmented and ignored; drop one")
+            raise RecipeError(
+                f"values {sorted(set(used) & set(self.ignore))} are both segmented and ignored", fix="drop one"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,7 +109,8 @@ class Targets:
             found = ", ".join(f"{v} ({n} voxels)" for v, n in unknown.items())
             raise BadLabelValue(
                 f"label of '{subject}' has values the targets do not know: {found}; "
-                f"known are {sorted(self.known_values)}; add them to a target or to 'ignore'"
+                f"known are {sorted(self.known_values)}",
+                fix="add them to a target or to 'ignore'",
             )
 
     def encode(self, label: NDArray) -> NDArray[np.uint8]:

@@ -20,7 +20,7 @@ class Volume:
 
     def __post_init__(self) -> None:
         if self.voxels.ndim != 4 or self.voxels.shape[1:] != self.grid.shape:
-            raise BadShape(f"voxels {self.voxels.shape} do not fit (C, {self.grid.shape}); pass channels first")
+            raise BadShape(f"voxels {self.voxels.shape} do not fit (C, {self.grid.shape})", fix="pass channels first")
 
     @property
     def channels(self) -> int:
@@ -38,4 +38,4 @@ class LabelVolume:
         if self.voxels.shape != self.grid.shape:
             raise BadShape(f"label voxels {self.voxels.shape} do not fit the grid {self.grid.shape}")
         if not np.issubdtype(self.voxels.dtype, np.integer):
-            raise BadShape(f"label voxels are {self.voxels.dtype}; convert them to integers first")
+            raise BadShape(f"label voxels are {self.voxels.dtype}", fix="convert them to integers first")

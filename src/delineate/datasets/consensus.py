@@ -27,7 +27,7 @@ def consensus(labels: Sequence[LabelVolume], method: Method = "majority", *, sub
     than two.
     """
     if len(labels) < 2:
-        raise DatasetError(f"'{subject}' has {len(labels)} annotators; a consensus takes two or more")
+        raise DatasetError(f"'{subject}' has {len(labels)} annotators", fix="a consensus takes two or more")
     first = labels[0]
     for number, other in enumerate(labels[1:], start=2):
         check_grids(subject, f"label of annotator {number}", other.grid, "that of the first", first.grid)

@@ -70,9 +70,11 @@ def load_scan(
     """
     channels = subject.channels if channels is None else tuple(channels)
     if missing := [channel for channel in channels if channel not in subject.scans]:
-        raise MissingFile(f"'{subject.id}' lacks {', '.join(missing)}; it has {', '.join(subject.channels) or 'none'}")
+        raise MissingFile(
+            f"'{subject.id}' lacks {', '.join(missing)}", fix=f"it has {', '.join(subject.channels) or 'none'}"
+        )
     if not channels:
-        raise MissingFile(f"'{subject.id}' has no scan; add one, or leave the subject out")
+        raise MissingFile(f"'{subject.id}' has no scan", fix="add one, or leave the subject out")
 
     volumes: dict[Path, Volume] = {}
     for path in dict.fromkeys(subject.scans[channel] for channel in channels):
@@ -113,7 +115,7 @@ def load_label(
     know, and whatever reading the file raises.
     """
     if subject.label is None:
-        raise MissingFile(f"'{subject.id}' has no label; add one, or leave the subject out")
+        raise MissingFile(f"'{subject.id}' has no label", fix="add one, or leave the subject out")
     label = read_label(subject.label, orientation=orientation)
     if grid is not None:
         check_grids(subject.id, "label", label.grid, "image", grid)
@@ -136,7 +138,8 @@ def check_channels(subject: Subject, path: Path, found: int) -> None:
     if found != len(names):
         raise BadShape(
             f"'{path.name}' of '{subject.id}' holds {found} channels, the data set names {len(names)} "
-            f"({', '.join(names)}); name each in dataset.json, or save the one that is meant"
+            f"({', '.join(names)})",
+            fix="name each in dataset.json, or save the one that is meant",
         )
 
 
@@ -149,11 +152,11 @@ def check_shows_something(name: str, volume: Volume) -> None:
     if all(channel.min() == channel.max() for channel in volume.voxels):
         value = f"{float(volume.voxels.flat[0]):g}"
         raise ConstantScan(
-            f"'{name}' has the same value everywhere ({value}); export the scan again, or leave the subject out"
+            f"'{name}' has the same value everywhere ({value})", fix="export the scan again, or leave the subject out"
         )
     if is_line(volume.grid):
         shape = " × ".join(map(str, volume.grid.shape))
-        raise BadShape(f"'{name}' is a line of {shape} voxels, which shows no picture; export the whole scan")
+        raise BadShape(f"'{name}' is a line of {shape} voxels, which shows no picture", fix="export the whole scan")
 
 
 def is_line(grid: Grid) -> bool:
@@ -167,10 +170,10 @@ def check_grids(subject: str, what: str, grid: Grid, other_what: str, other: Gri
     if distance <= SAME_GRID_MM:
         return
     apart = "" if np.isinf(distance) else f", corners up to {distance:.3g} mm apart"
-    mend = f"resample {what} to {other_what}, or leave out '{subject}'"
+    fix = f"resample {what} to {other_what}, or leave out '{subject}'"
     if grid.orientation != other.orientation and _reoriented(grid).matches(_reoriented(other), SAME_GRID_MM):
-        mend = f"they are one grid in two orientations: save {what} again as {other.orientation}"
-    raise GridMismatch(f"{what} of '{subject}' is {grid}, {other_what} {other}{apart}; {mend}")
+        fix = f"they are one grid in two orientations: save {what} again as {other.orientation}"
+    raise GridMismatch(f"{what} of '{subject}' is {grid}, {other_what} {other}{apart}", fix=fix)
 
 
 def _reoriented(grid: Grid) -> Grid:

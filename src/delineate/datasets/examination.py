@@ -41,18 +41,18 @@ LEAST_ON_IMAGE = 0.5
 """Share of a label that should lie where the image shows something."""
 
 Severity = Literal["error", "warning"]
-_LEAVE_OUT = "mend it, or leave the subject out"
+_LEAVE_OUT = "fix it, or leave the subject out"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong: ``subject`` is "" where it concerns the whole data set; ``mend`` says what to do."""
+    """Something wrong: ``subject`` is "" where it concerns the whole data set; ``fix`` says what to do."""
 
     code: str
     severity: Severity
     subject: str
     message: str
-    mend: str
+    fix: str
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class Examination:
         elif self.rules.for_training:
             self.note("E_MISSING", "the label is missing", "add it, or leave the subject out")
 
-    def note(self, code: str, message: str, mend: str, severity: Severity = "error") -> None:
-        self.problems.append(Problem(code, severity, self.subject.id, message, mend))
+    def note(self, code: str, message: str, fix: str, severity: Severity = "error") -> None:
+        self.problems.append(Problem(code, severity, self.subject.id, message, fix))
 
     def guarded(self, examine: Callable[[Path], None], path: Path, what: str) -> None:
         """Whatever a file does, the others are looked at too."""
@@ -136,9 +136,7 @@ class Examination:
             self.note("E_SCAN", f"'{path}' cannot be read: {error!r}", _LEAVE_OUT)
 
     def note_error(self, error: DelineateError, severity: Severity = "error") -> None:
-        # Messages end in what to do.
-        message, _, mend = error.message.rpartition("; ")
-        self.note(error.code, message or mend, mend if message else _LEAVE_OUT, severity)
+        self.note(error.code, error.message, error.fix or _LEAVE_OUT, severity)
 
     def examine_scan(self, path: Path) -> None:
         names = channels_in(self.subject, path)

@@ -56,7 +56,7 @@ class Folder:
     def walk(cls, root: Path) -> Folder:
         """Look at a folder. Raises :class:`MissingFile` where there is none."""
         if not root.is_dir():
-            raise MissingFile(f"no folder at '{root}'; check the path")
+            raise MissingFile(f"no folder at '{root}'", fix="check the path")
         scans: list[Path] = []
         for place, names in walk(root, _DEPTH):
             relative = place.relative_to(root)
@@ -139,7 +139,7 @@ def by_key(found: Iterable[tuple[Key, Path]]) -> dict[Key, Path]:
             f"{' '.join(map(str, key)) if isinstance(key, tuple) else key}: {', '.join(map(str, paths))}"
             for key, paths in twice.items()
         )
-        raise DuplicateSubject(f"several files for one subject ({text}); keep one of each, or rename them")
+        raise DuplicateSubject(f"several files for one subject ({text})", fix="keep one of each, or rename them")
     return {key: paths[0] for key, paths in files.items()}
 
 
@@ -199,7 +199,7 @@ def targets_of(labels: Any) -> Targets | None:
             values[str(name)] += tuple(map(int, numbers)) if isinstance(numbers, list) else (int(numbers),)
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise UnknownLayout(
-            f"dataset.json has labels {str(labels)[:300]}; give value: name, or name: value or [values]"
+            f"dataset.json has labels {str(labels)[:300]}", fix="give value: name, or name: value or [values]"
         ) from error
     ignore = values.pop("ignore", ())
     named = {name: numbers for name, numbers in values.items() if 0 not in numbers}
@@ -227,11 +227,11 @@ def with_sites(dataset: Dataset) -> Dataset:
         table = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
         columns = table.fieldnames or ()
         if not {"subject", "site"} <= set(columns):
-            raise UnknownLayout(f"'{path}' has columns {_listed(columns)}; give subject,site[,patient]")
+            raise UnknownLayout(f"'{path}' has columns {_listed(columns)}", fix="give subject,site[,patient]")
         rows = [{key: printable((value or "").strip()) for key, value in row.items() if key} for row in table]
     names = Counter(row["subject"] for row in rows)
     if twice := sorted(name for name, count in names.items() if count > 1):
-        raise DuplicateSubject(f"'{path}' has several rows for {_listed(twice)}; keep one of each")
+        raise DuplicateSubject(f"'{path}' has several rows for {_listed(twice)}", fix="keep one of each")
 
     known = {row.pop("subject"): row for row in rows}
     ids = {subject.id for subject in dataset.subjects}

@@ -185,8 +185,8 @@ def _duplicates(rows: Sequence[SubjectRow]) -> Iterator[Problem]:
                 seen[row.shape, intensity].append(row.subject)
     for subjects in dict.fromkeys(tuple(subjects) for subjects in seen.values() if len(subjects) > 1):
         message = f"holds the same scan as {', '.join(subjects[:-1])}"
-        mend = "leave one out, or give both one patient in sites.csv"
-        yield Problem("W_DUPLICATE_SCAN", "warning", subjects[-1], message, mend)
+        fix = "leave one out, or give both one patient in sites.csv"
+        yield Problem("W_DUPLICATE_SCAN", "warning", subjects[-1], message, fix)
 
 
 def _unlike_intensities(rows: Sequence[SubjectRow]) -> Iterator[Problem]:

@@ -65,9 +65,9 @@ def open_dataset(
     if layout not in ("auto", *LAYOUTS):
         near = difflib.get_close_matches(layout, LAYOUTS, 1)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise UnknownLayout(f"no layout is called '{layout}'; {hint}known are auto, {', '.join(LAYOUTS)}")
+        raise UnknownLayout(f"no layout is called '{layout}'", fix=f"{hint}known are auto, {', '.join(LAYOUTS)}")
     if labels is not None and images is None:
-        raise UnknownLayout(f"labels are given by a pattern ({labels}), images are not; give both")
+        raise UnknownLayout(f"labels are given by a pattern ({labels}), images are not", fix="give both")
     with parsing(root, UnknownLayout, fix="repair its dataset.json, or give patterns"):
         dataset = _opened(root, layout, images, labels)
     return dataset if targets is None else replace(dataset, targets=targets)
@@ -115,7 +115,8 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
         if not whole:
             what = " and ".join(f"{dataset.layout} ({dataset.reason})" for dataset in paired)
             raise UnknownLayout(
-                f"'{folder.root}' mixes layouts: {what}; put them into folders of their own, or name one with --layout"
+                f"'{folder.root}' mixes layouts: {what}",
+                fix="put them into folders of their own, or name one with --layout",
             )
         found = whole
     elif refusal is not None:
@@ -124,8 +125,8 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
         return _with_strays(folder, _without_labels_as_scans(folder, found[0]))
     if folder.scans and all(map(folder.like_label, folder.scans)):
         raise UnknownLayout(
-            f"every scan in '{folder.root}' looks like a label ({_summary(folder)}); give the folder that the scans "
-            "are in, or name a single file to take it for a scan"
+            f"every scan in '{folder.root}' looks like a label ({_summary(folder)})",
+            fix="give the folder that the scans are in, or name a single file to take it for a scan",
         )
     shown = layouts if len(layouts) == 1 else LAYOUTS.values()
     trees = "\n\n".join(f"{layout.name}:\n{_indented(layout.tree)}" for layout in shown)
@@ -142,9 +143,11 @@ def _without_labels_as_scans(folder: Folder, dataset: Dataset) -> Dataset:
     scans = {path.relative_to(folder.root) if path.is_relative_to(folder.root) else path for path in files}
     if suspects := sorted(path.as_posix() for path in scans if folder.like_label(path)):
         raise UnknownLayout(
-            f"'{folder.root}' as {dataset.layout} would take for scans what looks like labels: {_some(suspects)}; "
-            "rename the files or their folder, or name each by patterns such as "
-            f"--images '{Path(suspects[0]).parent.joinpath('*').as_posix()}'"
+            f"'{folder.root}' as {dataset.layout} would take for scans what looks like labels: {_some(suspects)}",
+            fix=(
+                "rename the files or their folder, or name each by patterns such as "
+                f"--images '{Path(suspects[0]).parent.joinpath('*').as_posix()}'"
+            ),
         )
     return dataset
 
@@ -188,7 +191,9 @@ def read_msd(folder: Folder) -> Dataset | None:
     entries = [_entry(entry) for entry in about["training"] or about.get("test") or []]
     for file in (file for entry in entries for file in entry if file):
         if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise BadPath(f"dataset.json lists '{file[:300]}', outside of its folder; put the files into the folder")
+            raise BadPath(
+                f"dataset.json lists '{file[:300]}', outside of its folder", fix="put the files into the folder"
+            )
     images = by_key((name_of(Path(image)), Path(image)) for image, _ in entries)
     labels = {name_of(Path(image)): label for image, label in entries if label}
     subjects = tuple(
@@ -204,14 +209,15 @@ def read_msd(folder: Folder) -> Dataset | None:
     if listed and not any((folder.root / image).is_file() for image in listed):
         raise UnknownLayout(
             f"'{folder.root / 'dataset.json'}' lists {len(listed)} scans such as {_some(sorted(map(str, listed)), 2)}, "
-            f"none of which is there; found {_summary(folder)}: rename the folder, or correct the list"
+            f"none of which is there",
+            fix=f"found {_summary(folder)}: rename the folder, or correct the list",
         )
     expected = {Path(label).name for label in labels.values()}
     moved = [path.as_posix() for path in folder.scans if path.name in expected and path not in listed]
     if moved and not any((folder.root / label).is_file() for label in labels.values()):
         raise UnknownLayout(
-            f"'{folder.root / 'dataset.json'}' lists {len(labels)} labels, none of which is there; found "
-            f"{_some(moved, 2)}: rename the folder, or correct the list"
+            f"'{folder.root / 'dataset.json'}' lists {len(labels)} labels, none of which is there",
+            fix=f"found {_some(moved, 2)}: rename the folder, or correct the list",
         )
     reason = f"dataset.json lists {len(labels)} pairs of scan and label, {len(subjects)} scans"
     name, targets = str(about.get("name") or folder.name), targets_of(about.get("labels"))
@@ -241,7 +247,7 @@ def _entry(entry: Any) -> tuple[str, str | None]:
     image, label = (entry.get("image"), entry.get("label")) if isinstance(entry, Mapping) else (None, None)
     if isinstance(image, str) and (label is None or isinstance(label, str)):
         return image, label
-    raise UnknownLayout(f'dataset.json lists {str(entry)[:300]} for training; give {{"image": …, "label": …}}')
+    raise UnknownLayout(f"dataset.json lists {str(entry)[:300]} for training", fix='give {"image": …, "label": …}')
 
 
 def read_nnunet(folder: Folder) -> Dataset | None:
@@ -257,11 +263,11 @@ def read_nnunet(folder: Folder) -> Dataset | None:
         return None
     labels = by_key((name_of(path), path) for path in folder.within("labelsTr"))
     if labels and not training:
-        raise UnknownLayout(f"'{folder.root}' has labelsTr and no imagesTr; name the scans' folder imagesTr")
+        raise UnknownLayout(f"'{folder.root}' has labelsTr and no imagesTr", fix="name the scans' folder imagesTr")
     if training and not labels and (other := _labels_elsewhere(folder, images)):
         raise UnknownLayout(
-            f"'{folder.root}' has no labelsTr, but {_some(other, 3)} with the names of scans in imagesTr; "
-            "name that folder labelsTr if these are the labels, or move it away"
+            f"'{folder.root}' has no labelsTr, but {_some(other, 3)} with the names of scans in imagesTr",
+            fix="name that folder labelsTr if these are the labels, or move it away",
         )
     channels = channel_names(names) if names is not None else _unnamed(max(numbers) + 1)
     scans = by_key(_numbered(images, channels))
@@ -305,8 +311,8 @@ def read_scans(folder: Folder) -> Dataset | None:
     scans = [path for path in here if path not in named]
     if scans and (other := _label_of_a_sibling(folder.root, scans[0])):
         raise UnknownLayout(
-            f"'{folder.root / scans[0]}' is the label of '{other}'; give the folder that the scans are in, or name "
-            "the file itself to take it for a scan"
+            f"'{folder.root / scans[0]}' is the label of '{other}'",
+            fix="give the folder that the scans are in, or name the file itself to take it for a scan",
         )
     masks = _masks_among(folder.root, scans)
     scans, named = [path for path in scans if path not in masks], [*named, *masks]
@@ -388,8 +394,8 @@ def _refuse_more_below(folder: Folder, names: Set[str]) -> None:
         below = [str(found.relative_to(folder.root)) for found in first_dicom(folder.root)]
     if below:
         raise UnknownLayout(
-            f"'{folder.root}' holds loose scans and, in folders below, others such as {_some(below, 3)}; give the "
-            "folder that is meant, or patterns such as --images '*.nii.gz' for the loose ones"
+            f"'{folder.root}' holds loose scans and, in folders below, others such as {_some(below, 3)}",
+            fix="give the folder that is meant, or patterns such as --images '*.nii.gz' for the loose ones",
         )
 
 
@@ -419,14 +425,16 @@ def _read_patterns(folder: Folder, images: str | Mapping[str, str], labels: str 
     patterns = {"image": images} if isinstance(images, str) else dict(images)
     asked = (*patterns.values(), *([labels] if labels else []))
     if long := [pattern for pattern in asked if len(pattern) > _LONGEST_PATTERN]:
-        raise UnknownLayout(f"pattern '{long[0][:60]}…' has {len(long[0])} characters; {_LONGEST_PATTERN} are the most")
+        raise UnknownLayout(
+            f"pattern '{long[0][:60]}…' has {len(long[0])} characters", fix=f"{_LONGEST_PATTERN} are the most"
+        )
     wildcards = {pattern: Pattern(pattern) for pattern in asked}
     if len({matcher.wildcards for matcher in wildcards.values()}) > 1 or not all(
         matcher.wildcards for matcher in wildcards.values()
     ):
         raise UnknownLayout(
-            f"patterns {', '.join(wildcards)} do not have the same number of wildcards; "
-            "use *, ? or ** for what a subject's files share, such as '*/artery.nii' and '*/label.nii'"
+            f"patterns {', '.join(wildcards)} do not have the same number of wildcards",
+            fix="use *, ? or ** for what a subject's files share, such as '*/artery.nii' and '*/label.nii'",
         )
     label_files = by_key(_matching(folder, wildcards[labels])) if labels else {}
     taken = set(label_files.values())
@@ -443,8 +451,8 @@ def _read_patterns(folder: Folder, images: str | Mapping[str, str], labels: str 
     scans = by_key((key, path) for key, path in matched if path not in kept_out)
     if not scans:
         raise UnknownLayout(
-            f"no scan in '{folder.root}' matches {', '.join(patterns.values())}: found {_summary(folder)}; "
-            "give patterns relative to that folder, in quotes"
+            f"no scan in '{folder.root}' matches {', '.join(patterns.values())}: found {_summary(folder)}",
+            fix="give patterns relative to that folder, in quotes",
         )
     subjects = subjects_of(folder.root, scans, label_files, tuple(patterns))
     shown = ", ".join(patterns.values()) + (f" with {labels}" if labels else "")

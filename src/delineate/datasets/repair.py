@@ -69,7 +69,7 @@ def check_new(folder: Path) -> None:
     """Raise :class:`OutputError` where ``folder`` is not empty or cannot be made."""
     check_folder(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise OutputError(f"'{folder}' is not empty; give a new folder, so that nothing is lost")
+        raise OutputError(f"'{folder}' is not empty", fix="give a new folder, so that nothing is lost")
 
 
 def _repair_subject(
@@ -81,7 +81,7 @@ def _repair_subject(
     shown: list[NDArray] = []
     try:
         if not subject.scans:
-            raise OutputError("it has a label and no scan; add the scan")
+            raise OutputError("it has a label and no scan", fix="add the scan")
         for path in subject.files:
             _check_inside(root, path)
         for path in dict.fromkeys(subject.scans.values()):
@@ -95,10 +95,7 @@ def _repair_subject(
             label, why = _label_onto(read_label(subject.label, orientation=orientation), first, shown, targets)
             made.append((subject.label, label, why))
     except DelineateError as error:
-        yield from (
-            Repair(subject.id, _below(root, file), "left out", f"{error.code}: {error.message}")
-            for file in subject.files
-        )
+        yield from (Repair(subject.id, _below(root, file), "left out", str(error)) for file in subject.files)
         return
     for path, content, why in made:
         name = _below(root, path)
@@ -122,19 +119,27 @@ def _readable(path: Path, orientation: Orientation) -> tuple[Volume, str]:
         return read_volume(path, orientation="refuse"), ""
     except DelineateError as error:
         # A second reading with everything allowed that has one right answer; it raises what has none.
-        return read_volume(path, orientation=orientation, nan="fill"), f"{error.code}: {error.message}"
+        return read_volume(path, orientation=orientation, nan="fill"), str(error)
 
 
 def _onto(volume: Volume, grid: Grid) -> tuple[Volume, str]:
     """A scan on the grid of the first, and what that took."""
+    turned = _turned(volume, grid)
+    if turned is not None:
+        return turned
+    voxels = np.stack([resample_onto(channel, volume.grid, grid, order=1) for channel in volume.voxels])
+    return Volume(voxels, grid), f"resampled linearly from {volume.grid} to {grid}"
+
+
+def _turned(volume: Volume, grid: Grid) -> tuple[Volume, str] | None:
+    """A scan that lies on ``grid``, if need be in another orientation, and what that took; None for any other."""
     if volume.grid.matches(grid, SAME_GRID_MM):
         return volume, ""
     order, flip = volume.grid.axes_to(grid.orientation)
     turned = Volume(permute_axes(volume.voxels, order, flip), volume.grid.permute(order, flip))
     if turned.grid.matches(grid, SAME_GRID_MM):
         return Volume(turned.voxels, grid), f"turned from {volume.grid.orientation} to {grid.orientation}"
-    voxels = np.stack([resample_onto(channel, volume.grid, grid, order=1) for channel in volume.voxels])
-    return Volume(voxels, grid), f"resampled linearly from {volume.grid} to {grid}"
+    return None
 
 
 def _label_onto(
@@ -146,15 +151,19 @@ def _label_onto(
     if mirrored is not None:
         turned = permute_axes(label.voxels, (0, 1, 2), mirrored.flip)
         return LabelVolume(turned, grid), f"put on the image's grid: {mirrored}"
-    moved, why = _onto(Volume(label.voxels[None], label.grid), grid)
-    if why.startswith("resampled"):
-        voxels = resample_onto(label.voxels, label.grid, grid, order=0)
-        kept = np.count_nonzero(voxels) * grid.voxel_ml
-        had = np.count_nonzero(label.voxels) * label.grid.voxel_ml
-        if kept < 0.5 * had:
-            raise OutputError(f"its label marks {had:.3g} ml, {kept:.3g} ml of it on the scan; it is another patient's")
-        return LabelVolume(voxels, grid), why.replace("linearly", "to the nearest voxel")
-    return LabelVolume(moved.voxels[0], grid), why
+    on_grid = _turned(Volume(label.voxels[None], label.grid), grid)
+    if on_grid is not None:
+        moved, why = on_grid
+        return LabelVolume(moved.voxels[0], grid), why
+    voxels = resample_onto(label.voxels, label.grid, grid, order=0)
+    kept = np.count_nonzero(voxels) * grid.voxel_ml
+    had = np.count_nonzero(label.voxels) * label.grid.voxel_ml
+    if kept < 0.5 * had:
+        raise OutputError(
+            f"its label marks {had:.3g} ml, {kept:.3g} ml of it on the scan: it is another patient's",
+            fix="find this patient's label",
+        )
+    return LabelVolume(voxels, grid), f"resampled to the nearest voxel from {label.grid} to {grid}"
 
 
 def _copy(file: Path, to: Path) -> None:
@@ -173,4 +182,4 @@ def _below(root: Path, path: Path) -> str:
 def _check_inside(root: Path, path: Path) -> None:
     """A file that dataset.json names elsewhere would be written elsewhere, over itself for example."""
     if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:
-        raise BadPath(f"'{path}' lies outside of '{root}'; move it into the data set")
+        raise BadPath(f"'{path}' lies outside of '{root}'", fix="move it into the data set")

@@ -31,7 +31,7 @@ class Split:
     def held_out(self, fold: int) -> tuple[str, ...]:
         """Subjects of one fold. Raises :class:`BadSplit` for a fold that there is not."""
         if not 0 <= fold < len(self.folds):
-            raise BadSplit(f"there is no fold {fold}; the split has folds 0 to {len(self.folds) - 1}")
+            raise BadSplit(f"there is no fold {fold}", fix=f"the split has folds 0 to {len(self.folds) - 1}")
         return self.folds[fold]
 
     def training_of(self, fold: int) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ def make_split(subjects: Sequence[Subject], folds: int = 5, test_fraction: float
         del by_site[site][:count]
     left = sum(map(len, by_site.values()))
     if left < folds:
-        raise BadSplit(f"{left} patients are left for {folds} folds; ask for fewer folds or a smaller test set")
+        raise BadSplit(f"{left} patients are left for {folds} folds", fix="ask for fewer folds or a smaller test set")
 
     parts: list[list[str]] = [[] for _ in range(folds)]
     patients = [0] * folds
@@ -91,7 +91,7 @@ def leave_one_site_out(subjects: Sequence[Subject]) -> Split:
     """
     sites = sites_of(subjects)
     if len(sites) < 2:
-        raise BadSplit(f"all subjects are of one site ({sites[0] if sites else 'none'}); name sites in sites.csv")
+        raise BadSplit(f"all subjects are of one site ({sites[0] if sites else 'none'})", fix="name sites in sites.csv")
     _refuse_straddling({site: [s for s in subjects if s.site == site] for site in sites})
     return Split(tuple(tuple(sorted(s.id for s in subjects if s.site == site)) for site in sites))
 
@@ -118,9 +118,11 @@ def load_or_make_split(
     split = load_split(path)
     check_split(split, dataset, str(path))
     if folds is not None and folds != len(split.folds):
-        raise BadSplit(f"'{path}' has {len(split.folds)} folds, {folds} are asked for; ask for these, or name another")
+        raise BadSplit(
+            f"'{path}' has {len(split.folds)} folds, {folds} are asked for", fix="ask for these, or name another"
+        )
     if test_fraction and not split.test:
-        raise BadSplit(f"'{path}' has no test set, one is asked for; do without, or name another file")
+        raise BadSplit(f"'{path}' has no test set, one is asked for", fix="do without, or name another file")
     if new := split.unassigned(dataset.subjects):
         _log.warning("%d subjects are in no part of '%s' and stay out: %s", len(new), path, ", ".join(new))
     return split
@@ -138,12 +140,12 @@ def load_split(path: Path) -> Split:
     about = read_json(path, BadSplit, fix=_FIX)
     folds, test, seed = (about.get(key) for key in ("folds", "test", "seed"))
     if not (isinstance(folds, list) and folds and all(map(_is_names, (*folds, test))) and type(seed) is int):
-        raise BadSplit(f"'{path}' is no split: it needs folds, test (lists of names) and seed; {_FIX}")
+        raise BadSplit(f"'{path}' is no split: it needs folds, test (lists of names) and seed", fix=_FIX)
     parts = [tuple(names) for names in (*folds, test)]
     split = Split(tuple(parts[:-1]), parts[-1], seed)
     counts = Counter(name for part in parts for name in part)
     if twice := sorted(name for name, count in counts.items() if count > 1):
-        raise BadSplit(f"'{path}' names {', '.join(twice)[:300]} in several parts; keep each in one")
+        raise BadSplit(f"'{path}' names {', '.join(twice)[:300]} in several parts", fix="keep each in one")
     return split
 
 
@@ -156,8 +158,8 @@ def check_split(split: Split, dataset: Dataset, where: str = "the split") -> Non
     by_name = {subject.id: subject for subject in dataset.subjects}
     if strangers := sorted(split.subjects - set(by_name)):
         raise BadSplit(
-            f"'{where}' names {', '.join(strangers)}, which '{dataset.name}' does not have; "
-            "bring them back, or name another file"
+            f"'{where}' names {', '.join(strangers)}, which '{dataset.name}' does not have",
+            fix="bring them back, or name another file",
         )
     parts = {f"fold {i}": names for i, names in enumerate(split.folds)} | {"the test set": split.test}
     _refuse_straddling({part: [by_name[name] for name in names] for part, names in parts.items()})
@@ -169,7 +171,7 @@ def _refuse_straddling(parts: dict[str, list[Subject]]) -> None:
         for subject in subjects:
             where[subject.patient].add(part)
     if torn := [f"{patient} ({', '.join(sorted(found))})" for patient, found in where.items() if len(found) > 1]:
-        raise BadSplit(f"patients are in several parts: {'; '.join(torn)}; keep each patient in one")
+        raise BadSplit(f"patients are in several parts: {'; '.join(torn)}", fix="keep each patient in one")
 
 
 def _patients(subjects: Sequence[Subject]) -> dict[str, list[list[str]]]:

@@ -69,7 +69,7 @@ def read_studies(
         for what, fitting in (*channels.items(), ("label", label)):
             if len(fitting) > 1:
                 raise SeveralSeries(
-                    f"{what} of '{names[uid]}' could be {', '.join(map(str, fitting))}; narrow the pattern"
+                    f"{what} of '{names[uid]}' could be {', '.join(map(str, fitting))}", fix="narrow the pattern"
                 )
         subjects.append(
             Subject(
@@ -81,7 +81,9 @@ def read_studies(
         )
     if not any(subject.scans for subject in subjects):
         there = sorted({series.description for series in found})
-        raise UnknownLayout(f"no series of '{root}' fits {patterns}; descriptions there are {', '.join(there[:12])}")
+        raise UnknownLayout(
+            f"no series of '{root}' fits {patterns}", fix=f"descriptions there are {', '.join(there[:12])}"
+        )
     modality = found[0].modality if found[0].modality in ("CT", "MR") else ""
     ordered = tuple(sorted(subjects, key=lambda subject: subject.id))
     reason = f"{len(ordered)} studies in DICOM files, {len(labelled(ordered))} with a series that is its label"

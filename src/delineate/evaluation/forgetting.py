@@ -48,7 +48,8 @@ def measure_forgetting(
     if not common:
         raise BundleError(
             f"{before.folder} segments {list(before.targets.names)}, {after.folder} {list(after.targets.names)}: "
-            "nothing in common can be forgotten; give bundles that share a target"
+            "nothing in common can be forgotten",
+            fix="give bundles that share a target",
         )
     unseen = [s for s in unseen_by([before, after], dataset.subjects) if s.label is not None]
     evaluations = {}

@@ -220,7 +220,9 @@ _CASES = {
 def _map_of(pair: Pair, channel: str, grid: Grid) -> NDArray:
     """The channel (X, Y, Z) of the pair's subject."""
     if pair.source is None:
-        raise MissingFile(f"'{channel}' of '{pair.subject}' is looked for in a data set; give one as the references")
+        raise MissingFile(
+            f"'{channel}' of '{pair.subject}' is looked for in a data set", fix="give one as the references"
+        )
     scan = load_scan(pair.source, [channel])
     check_grids(pair.subject, channel, scan.grid, "reference", grid)
     values: NDArray = scan.voxels[0]
@@ -234,8 +236,8 @@ def _probabilities_of(pair: Pair, folder: Path, targets: Targets, grid: Grid) ->
     check_grids(pair.subject, "probabilities", found.grid, "reference", grid)
     if found.channels != len(targets.names):
         raise BadShape(
-            f"'{file}' holds {found.channels} probabilities, the targets are {', '.join(targets.names)}; "
-            "give the targets that were predicted (--targets)"
+            f"'{file}' holds {found.channels} probabilities, the targets are {', '.join(targets.names)}",
+            fix="give the targets that were predicted (--targets)",
         )
     return found.voxels
 
@@ -250,8 +252,8 @@ def _of_regions(probabilities: NDArray, labelled: Targets, regions: Targets) -> 
         same = [t for t in within if set(labelled.values[labelled.names[t]]) == set(values)]
         if not same and not labelled.exclusive:
             raise RecipeError(
-                f"the probability of {region} does not follow from those of {', '.join(labelled.names)}, which "
-                "overlap; leave the probabilities out, or ask for the set's metrics by name"
+                f"the probability of {region} does not follow from those of {', '.join(labelled.names)}, which overlap",
+                fix="leave the probabilities out, or ask for the set's metrics by name",
             )
         planes.append(probabilities[same[0]] if same else np.minimum(probabilities[within].sum(axis=0), 1))
     return np.stack(planes)

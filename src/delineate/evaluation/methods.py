@@ -97,7 +97,7 @@ def on_common_subjects(evaluations: Mapping[str, Evaluation]) -> dict[str, Evalu
     """What was measured of the subjects that all methods have. Raises :class:`DatasetError` for fewer than two."""
     subjects = set.intersection(*(set(evaluation.subjects) for evaluation in evaluations.values()))
     if len(subjects) < 2:
-        raise DatasetError(f"the evaluations have {len(subjects)} subjects in common; two are the least")
+        raise DatasetError(f"the evaluations have {len(subjects)} subjects in common", fix="two are the least")
     return {name: evaluation.of_subjects(subjects) for name, evaluation in evaluations.items()}
 
 
@@ -113,11 +113,15 @@ def compare_methods(
     first = next(iter(evaluations.values()))
     for name, other in evaluations.items():
         if set(other.targets) != set(first.targets):
-            raise DatasetError(f"'{name}' measures {list(other.targets)}, others {list(first.targets)}; compare like")
+            raise DatasetError(
+                f"'{name}' measures {list(other.targets)}, others {list(first.targets)}", fix="compare like"
+            )
     common = [m for m in first.metrics if METRICS[m].better and all(m in e.metrics for e in evaluations.values())]
     chosen = [m for m in common if metrics is None or m in metrics]
     if not chosen:
-        raise DatasetError(f"no metric that was asked for is in all evaluations; in common are {', '.join(common)}")
+        raise DatasetError(
+            "no metric that was asked for is in all evaluations", fix=f"in common are {', '.join(common)}"
+        )
     return [found for metric in chosen for found in _differences(evaluations, metric, first.patients)]
 
 

@@ -78,8 +78,8 @@ def pair_files(predictions: Path, references: Path | Dataset) -> Pairing:
     if not paired:
         of = references if isinstance(references, Path) else references.root
         raise MissingFile(
-            f"no prediction in '{predictions}' ({_some(found)}) has the name of a reference in '{of}' "
-            f"({_some(known)}); name predictions <subject>.nii.gz"
+            f"no prediction in '{predictions}' ({_some(found)}) has the name of a reference in '{of}' ({_some(known)})",
+            fix="name predictions <subject>.nii.gz",
         )
     alone = {
         "prediction without reference": sorted(found.keys() - known.keys()),
@@ -116,7 +116,7 @@ def _references_in(references: Path | Dataset, predicted: Container[str]) -> dic
 
 def _scans_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise MissingFile(f"'{folder}' is no folder; give the folder that holds the files")
+        raise MissingFile(f"'{folder}' is no folder", fix="give the folder that holds the files")
     return sorted(path for path in folder.iterdir() if suffix_of(path))
 
 
@@ -124,7 +124,7 @@ def _unique(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for name, file in named:
         if other := files.get(name):
-            raise DuplicateSubject(f"'{other}' and '{file}' both stand for '{name}'; move one away")
+            raise DuplicateSubject(f"'{other}' and '{file}' both stand for '{name}'", fix="move one away")
         files[name] = file
     return files
 

@@ -166,10 +166,10 @@ class Evaluation:
         more = {name: _read(folder / f"{name}.csv", columns) for name, columns in _MORE.items()}
         table = _read(folder / "metrics.csv", _COLUMNS)
         if table is None or not any(column in METRICS for column in table):
-            raise MissingFile(f"'{folder}' holds no metrics.csv with metrics; {_FIX}")
+            raise MissingFile(f"'{folder}' holds no metrics.csv with metrics", fix=_FIX)
         measured = [set(rows) for _, rows in table.groupby("target")["subject"]]
         if len(table) != len(measured) * len(measured[0]) or any(subjects != measured[0] for subjects in measured):
-            raise BadFormat(f"'{folder / 'metrics.csv'}' does not have each subject once for each target; {_FIX}")
+            raise BadFormat(f"'{folder / 'metrics.csv'}' does not have each subject once for each target", fix=_FIX)
         summary = read_json(folder / "summary.json", BadFormat, fix=_FIX)
         with parsing(folder / "summary.json", BadFormat, fix=_FIX):
             unpaired, quantity = summary["unpaired"], summary.get("quantity")
@@ -284,7 +284,7 @@ def _read(path: Path, columns: Collection[str]) -> pd.DataFrame | None:
     with parsing(path, BadFormat, fix=_FIX):
         rows = read_table(path)
         if not rows or not set(columns) <= set(rows[0]):
-            raise BadFormat(f"'{path}' has no rows with columns {', '.join(columns)}; {_FIX}")
+            raise BadFormat(f"'{path}' has no rows with columns {', '.join(columns)}", fix=_FIX)
         table = pd.DataFrame(rows)
         # A subject may be called "NA"; only a metric may be missing.
         for column in table:

@@ -52,7 +52,7 @@ def find_subjects(
 
     found: list[Subject] = []
     if labels := _labels_of_others(inputs):
-        raise DatasetError(f"'{labels[0]}' looks like the label of another input; leave it out, or give it alone")
+        raise DatasetError(f"'{labels[0]}' looks like the label of another input", fix="leave it out, or give it alone")
     for path in inputs:
         if path.is_dir():
             # A label without its scan is nothing to predict.
@@ -61,10 +61,12 @@ def find_subjects(
             # One file: all channels in it (4D), or the only channel there is.
             found.append(Subject(_name_of(path), dict.fromkeys(channels, path)))
         else:
-            raise MissingFile(f"no scan or folder at '{path}'; give NIfTI, MetaImage, NRRD or DICOM, or a data set")
+            raise MissingFile(
+                f"no scan or folder at '{path}'", fix="give NIfTI, MetaImage, NRRD or DICOM, or a data set"
+            )
     names = [printable(subject.id) for subject in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DatasetError(f"several inputs are called {', '.join(twice)}; predict them into separate folders")
+        raise DatasetError(f"several inputs are called {', '.join(twice)}", fix="predict them into separate folders")
     chosen, lacking = [], []
     for subject in found:
         try:
@@ -104,8 +106,8 @@ def with_channels(subject: Subject, channels: Sequence[str]) -> Subject:
     missing = [channel for channel in channels if channel not in subject.scans]
     if missing:
         raise MissingFile(
-            f"subject '{subject.id}' has channels {list(subject.scans)}, lacks {missing}; "
-            "add them, or rename the channels of the data set"
+            f"subject '{subject.id}' has channels {list(subject.scans)}, lacks {missing}",
+            fix="add them, or rename the channels of the data set",
         )
     return replace(subject, scans={channel: subject.scans[channel] for channel in channels})
 
@@ -118,7 +120,7 @@ def unseen_by(bundles: Sequence[Bundle], subjects: Sequence[Subject]) -> list[Su
     """
     left = [subject for subject in subjects if not any(bundle.seen(subject.id) for bundle in bundles)]
     if not left:
-        raise DatasetError(f"all {len(subjects)} subjects were seen in training; give others, or drop --unseen")
+        raise DatasetError(f"all {len(subjects)} subjects were seen in training", fix="give others, or drop --unseen")
     return left
 
 
@@ -225,7 +227,7 @@ def _nothing_left_of(files: Sequence[Path]) -> Iterator[None]:
                 file.unlink()
         if isinstance(error, OSError | ValueError):
             raise OutputError(
-                f"'{printable(str(files[0]))}' cannot be written: {error}; choose another place"
+                f"'{printable(str(files[0]))}' cannot be written: {error}", fix="choose another place"
             ) from error
         raise
 

@@ -148,7 +148,7 @@ class Calibration:
             )
             return cls(*groups)
         except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
-            raise BundleError(f"{path} is damaged ({error}); copy the bundle again") from error
+            raise BundleError(f"{path} is damaged ({error})", fix="copy the bundle again") from error
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

@@ -9,15 +9,18 @@ from math import inf, log
 
 import numpy as np
 
-from delineate.bundle import Fingerprint, Range
+from delineate.bundle import PATIENT_AXES, Fingerprint, Quantity, Range
 from delineate.core.volume import Volume
 from delineate.datasets.inspection import SubjectRow
 
-TOLERATED = {"spacing": 1.25, "field of view": 1.25, "contrast": 2.0}
+TOLERATED: dict[Quantity, float] = {"spacing": 1.25, "field_of_view": 1.25, "contrast": 2.0}
 """By which factor beyond the training scans' range something may lie before it is unusual."""
 
-_AXES = {"left to right": "RL", "back to front": "AP", "feet to head": "SI"}
 _SAMPLED = 10**6
+
+
+_Measured = dict[tuple[Quantity, str], float]
+"""Numbers of one scan, by quantity and by what it is of: an axis, a channel or a target."""
 
 
 @dataclass(frozen=True)
@@ -30,46 +33,47 @@ class Oddity:
 
 def fingerprint_of(rows: Sequence[SubjectRow]) -> Fingerprint:
     """Least, median and largest of what inspection measured of the training scans."""
-    measured: dict[str, list[float]] = defaultdict(list)
+    measured: dict[tuple[Quantity, str], list[float]] = defaultdict(list)
     for row in rows:
-        for name, value in _geometry(row.shape, row.spacing_mm, row.orientation).items():
-            measured[name].append(value)
-        for target, volume_ml in row.volume_ml.items():
-            measured[f"volume of {target}"].append(volume_ml)
-        for channel, i in row.intensities.items():
-            measured[f"contrast of {channel}"].append(_contrast(i.min, i.mean, i.p99_5))
-    return Fingerprint(len(rows), {name: Range(min(v), float(np.median(v)), max(v)) for name, v in measured.items()})
+        of_row = _geometry(row.shape, row.spacing_mm, row.orientation)
+        of_row |= {("volume", target): volume_ml for target, volume_ml in row.volume_ml.items()}
+        of_row |= {("contrast", channel): _contrast(i.min, i.mean, i.p99_5) for channel, i in row.intensities.items()}
+        for key, value in of_row.items():
+            measured[key].append(value)
+    ranges = (Range(*key, min(v), float(np.median(v)), max(v)) for key, v in measured.items())
+    return Fingerprint(len(rows), tuple(ranges))
 
 
 def oddities(fingerprint: Fingerprint, scan: Volume, channels: Sequence[str]) -> list[Oddity]:
-    """What is unusual of a scan: spacing, field of view and the contrast of its channels; the oddest first.
+    """Anything unusual about a scan: spacing, field of view and the contrast of its channels; the oddest first.
 
     Contrast is the 99.5th percentile over the mean, both above the least value: the same whatever
     numbers a scanner stores.
     """
-    ranges = fingerprint.ranges
     measured = _geometry(scan.grid.shape, scan.grid.spacing_mm, scan.grid.orientation)
     for channel, voxels in zip(channels, scan.voxels, strict=True):
         some = voxels.ravel(order="K")[:: max(1, voxels.size // _SAMPLED)]
-        measured[f"contrast of {channel}"] = _contrast(
+        measured["contrast", channel] = _contrast(
             float(some.min()), float(some.mean()), float(np.percentile(some, 99.5))
         )
-    found = [_oddity(name, value, ranges[name]) for name, value in measured.items() if name in ranges]
+    found = [
+        _oddity(value, trained) for key, value in measured.items() if (trained := fingerprint.range(*key)) is not None
+    ]
     for channel, voxels in zip(channels, scan.voxels, strict=True):
-        contrast = ranges.get(f"contrast of {channel}")
+        contrast = fingerprint.range("contrast", channel)
         # A placeholder, where training had none.
         if contrast is not None and contrast.min > 1.0 and voxels.min() == voxels.max():
             found.append(Oddity(f"{channel} has the same value everywhere", log(1e6)))
     return sorted((oddity for oddity in found if oddity is not None), key=lambda oddity: -oddity.distance)
 
 
-def _geometry(shape: Sequence[int], spacing_mm: Sequence[float], orientation: str) -> dict[str, float]:
+def _geometry(shape: Sequence[int], spacing_mm: Sequence[float], orientation: str) -> _Measured:
     """Spacing and field of view along the patient's axes, however the file is stored."""
-    geometry = {}
-    for name, letters in _AXES.items():
+    geometry: _Measured = {}
+    for letters in PATIENT_AXES:
         axis = next(i for i, letter in enumerate(orientation) if letter in letters)
-        geometry[f"spacing from {name}"] = float(spacing_mm[axis])
-        geometry[f"field of view from {name}"] = float(shape[axis] * spacing_mm[axis])
+        geometry["spacing", letters] = float(spacing_mm[axis])
+        geometry["field_of_view", letters] = float(shape[axis] * spacing_mm[axis])
     return geometry
 
 
@@ -77,12 +81,17 @@ def _contrast(least: float, mean: float, high: float) -> float:
     return (high - least) / (mean - least) if mean > least else 1.0
 
 
-def _oddity(name: str, value: float, trained: Range) -> Oddity | None:
+def _oddity(value: float, trained: Range) -> Oddity | None:
     low, high = trained.min, trained.max
     factor = max(low / value if value > 0 else inf, value / high if high > 0 else inf)
-    kind = next(kind for kind in TOLERATED if name.startswith(kind))
-    if factor <= TOLERATED[kind]:
+    if factor <= TOLERATED[trained.quantity]:
         return None
-    unit = "" if kind == "contrast" else " mm"
+    unit = "" if trained.quantity == "contrast" else " mm"
     usual = f"{low:.3g} to {high:.3g}" if f"{low:.3g}" != f"{high:.3g}" else f"{low:.3g}"
-    return Oddity(f"{name} {value:.3g}{unit} (trained on {usual}{unit})", log(min(factor, 1e6)))
+    return Oddity(f"{_in_words(trained)} {value:.3g}{unit} (trained on {usual}{unit})", log(min(factor, 1e6)))
+
+
+def _in_words(trained: Range) -> str:
+    if trained.quantity in ("spacing", "field_of_view"):
+        return f"{trained.quantity.replace('_', ' ')} from {PATIENT_AXES[trained.of]}"
+    return f"{trained.quantity} of {trained.of}"

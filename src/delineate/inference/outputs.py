@@ -59,7 +59,7 @@ class Outputs:
         """Where a subject's label goes. Raises :class:`OutputError` for a name that no file can have."""
         name = f"{subject.id}{self.suffix}"
         if not subject.id or "\0" in name or Path(name).name != name:
-            raise OutputError(f"'{printable(subject.id)}' cannot be the name of a file; rename the subject")
+            raise OutputError(f"'{printable(subject.id)}' cannot be the name of a file", fix="rename the subject")
         return self.folder / name
 
     def files(self, subject: Subject) -> list[Path]:
@@ -73,12 +73,12 @@ class Outputs:
             _check_name(path)
         channels = self.bundles[0].channels if self.bundles else ()
         if missing := [channel for channel in channels if channel not in subject.scans]:
-            raise MissingFile(f"'{printable(subject.id)}' lacks {', '.join(missing)}; add them, or leave it out")
+            raise MissingFile(f"'{printable(subject.id)}' lacks {', '.join(missing)}", fix="add them, or leave it out")
         source = next(iter(subject.scans.values()), None)
         if self.suffix in DICOM_SUFFIXES and (source is None or not is_series(source)):
             raise BadFormat(
-                f"a DICOM-SEG refers to a DICOM series, and '{source}' is none; "
-                "give the DICOM series it came from, or choose another --format"
+                f"a DICOM-SEG refers to a DICOM series, and '{source}' is none",
+                fix="give the DICOM series it came from, or choose another --format",
             )
 
     def made_by(self, subject: Subject) -> str:
@@ -150,4 +150,4 @@ def _check_name(path: Path) -> None:
         pass
     except (OSError, ValueError) as error:
         why = (isinstance(error, OSError) and error.strerror) or "its name cannot be encoded"
-        raise OutputError(f"'{printable(path.name)}' cannot be written: {why}; rename the scan") from error
+        raise OutputError(f"'{printable(path.name)}' cannot be written: {why}", fix="rename the scan") from error

@@ -18,7 +18,7 @@ def postprocess(masks: NDArray[np.bool_], targets: Targets, grid: Grid, spec: Po
     """
     named = {*spec.largest_component, *spec.minimum_ml}
     if unknown := sorted(named - set(targets.names)):
-        raise RecipeError(f"postprocessing names targets {unknown}; there are {list(targets.names)}")
+        raise RecipeError(f"postprocessing names targets {unknown}", fix=f"there are {list(targets.names)}")
     result = masks.copy()
     for index, name in enumerate(targets.names):
         if name in named and masks[index].any():

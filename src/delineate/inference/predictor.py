@@ -86,8 +86,8 @@ class Predictor:
             if other.targets != first.targets or other.channels != first.channels:
                 raise BundleError(
                     f"bundles differ: {first.folder} segments {list(first.targets.names)} from {list(first.channels)}, "
-                    f"{other.folder} {list(other.targets.names)} from {list(other.channels)}; "
-                    "an ensemble needs the same targets and channels"
+                    f"{other.folder} {list(other.targets.names)} from {list(other.channels)}",
+                    fix="an ensemble needs the same targets and channels",
                 )
         self.bundles, self.plan, self.targets, self.channels = list(bundles), plan, first.targets, first.channels
         # The first bundle's, where it has one; read before any network is built.
@@ -124,7 +124,8 @@ class Predictor:
         if volume.channels != len(self.channels):
             raise BundleError(
                 f"the scan has {volume.channels} channels, the bundle wants {len(self.channels)}: "
-                f"{', '.join(self.channels)}; give one file for each, or a 4D file"
+                f"{', '.join(self.channels)}",
+                fix="give one file for each, or a 4D file",
             )
         check_shows_something("the scan", volume)
         clock = _Clock()

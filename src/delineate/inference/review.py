@@ -142,9 +142,9 @@ def read_queue(path: Path) -> list[dict[str, str]]:
             rows = [{key: value for key, value in row.items() if key} for row in table]
             known = {"subject", "target", "need"} <= set(table.fieldnames or ())
     except (OSError, ValueError, csv.Error) as error:
-        raise OutputError(f"'{path}' cannot be read ({error}); move it away, or choose another folder") from error
+        raise OutputError(f"'{path}' cannot be read ({error})", fix="move it away, or choose another folder") from error
     if not known:
-        raise OutputError(f"'{path}' is not a list that predict wrote; move it away, or choose another folder")
+        raise OutputError(f"'{path}' is not a list that predict wrote", fix="move it away, or choose another folder")
     return rows
 
 
@@ -179,7 +179,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise OutputError(f"'{folder}' cannot be written to: {error.strerror}; choose another folder") from error
+        raise OutputError(f"'{folder}' cannot be written to: {error.strerror}", fix="choose another folder") from error
     try:
         with suppress(OSError):  # not every network's disk can
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -144,8 +144,11 @@ class _Window:
         mean = self.total[..., : stop - self.first] / self.weight[..., : stop - self.first]
         if not torch.isfinite(mean).all():
             raise BundleError(
-                "the network's answer is not finite: predict with --precision fp32; if it stays so, the scan is beyond "
-                "what the network can take, or its training has diverged"
+                "the network's answer is not finite",
+                fix=(
+                    "predict with --precision fp32; if it stays so, the scan is beyond what the network can take, or "
+                    "its training has diverged"
+                ),
             )
         finished[..., self.first : stop] = mean.cpu().numpy()
         for sums in (self.total, self.weight):

@@ -117,7 +117,7 @@ def frames_of(series: Series) -> list[Frame]:
             frames += _frames(instance, header)
     if {(f.rows, f.columns) for f in frames} != {(frames[0].rows, frames[0].columns)}:
         sizes = sorted({f"{f.columns} × {f.rows}" for f in frames})
-        raise BadShape(f"{series.name} has slices of different sizes ({', '.join(sizes)}); export one size")
+        raise BadShape(f"{series.name} has slices of different sizes ({', '.join(sizes)})", fix="export one size")
     along = frames[0].normal
     return sorted(frames, key=lambda f: float(f.position @ along))
 
@@ -129,16 +129,16 @@ def _grid(series: Series, frames: Sequence[Frame], limits: Limits) -> Grid:
     for frame in frames:
         turned = max(abs(frame.across - first.across).max(), abs(frame.down - first.down).max())
         if turned > _PARALLEL:
-            raise MixedOrientations(f"{name} has slices in different planes, as localisers do; leave it out")
+            raise MixedOrientations(f"{name} has slices in different planes, as localisers do", fix="leave it out")
         if not np.allclose(frame.spacing_mm, first.spacing_mm, rtol=UNIFORMITY):
-            raise BadGeometry(f"{name} has slices of different pixel spacing; export one spacing")
+            raise BadGeometry(f"{name} has slices of different pixel spacing", fix="export one spacing")
     check_spacing(Path(name), first.spacing_mm)
     step = first.normal * first.thickness_mm
     if n > 1:
         _check_places(name, frames)
         step = (frames[-1].position - first.position) / (n - 1)
     elif not np.isfinite(first.thickness_mm):
-        raise BadGeometry(f"{name} is one slice without a thickness; export it with its geometry")
+        raise BadGeometry(f"{name} is one slice without a thickness", fix="export it with its geometry")
     affine = np.eye(4)
     columns = (first.across * first.spacing_mm[0], first.down * first.spacing_mm[1], step, first.position)
     affine[:3] = LPS_TO_RAS[:, None] * np.array(columns).T
@@ -153,10 +153,14 @@ def _check_places(name: str, frames: Sequence[Frame]) -> None:
     if usual == 0 or gaps.min() < UNIFORMITY * usual:
         groups = np.unique(np.round(places, 2), return_counts=True)[1]
         if usual and len(set(groups)) == 1 and len({f.time for f in frames}) > 1:
-            raise SeveralTimes(f"{name} has {groups[0]} images at each of {len(groups)} positions; export one of them")
+            raise SeveralTimes(
+                f"{name} has {groups[0]} images at each of {len(groups)} positions", fix="export one of them"
+            )
         twice = places[1:][gaps < UNIFORMITY * usual] if usual else places[:1]
         at = ", ".join(f"{p:.1f}" for p in twice[:4])
-        raise DuplicateSlice(f"{name} has several slices at {at} mm along its normal; send it again, or remove copies")
+        raise DuplicateSlice(
+            f"{name} has several slices at {at} mm along its normal", fix="send it again, or remove copies"
+        )
     uneven = np.flatnonzero(abs(gaps - usual) > UNIFORMITY * usual)
     if uneven.size:
         whole = np.round(gaps[uneven] / usual)
@@ -164,30 +168,33 @@ def _check_places(name: str, frames: Sequence[Frame]) -> None:
         if (whole >= 2).all() and (abs(gaps[uneven] / usual - whole) <= UNIFORMITY * whole).all():
             raise MissingSlice(
                 f"{name} lacks {int((whole - 1).sum())} slices, between {where} mm along its normal "
-                f"(slices are {usual:.4g} mm apart); send it again"
+                f"(slices are {usual:.4g} mm apart)",
+                fix="send it again",
             )
         raise UnevenSlices(
-            f"{name} has slices {gaps.min():.4g} to {gaps.max():.4g} mm apart (between {where} mm); "
-            "export an even reconstruction"
+            f"{name} has slices {gaps.min():.4g} to {gaps.max():.4g} mm apart (between {where} mm)",
+            fix="export an even reconstruction",
         )
     steps = np.diff([f.position for f in frames], axis=0)
     aside = np.linalg.norm(steps - gaps[:, None] * frames[0].normal, axis=1).max()
     if aside > UNIFORMITY * usual:
         degrees = np.degrees(np.arctan2(aside, usual))
-        raise TiltedGantry(f"{name} was taken with a tilted gantry ({degrees:.1f}°); export it corrected for the tilt")
+        raise TiltedGantry(
+            f"{name} was taken with a tilted gantry ({degrees:.1f}°)", fix="export it corrected for the tilt"
+        )
 
 
 def _frames(instance: Instance, header: Dataset) -> Iterator[Frame]:
     """The images of one file: one, or many with a place each in the enhanced objects."""
     if int(header.get("SamplesPerPixel", 1)) != 1:
-        raise BadShape(f"'{instance}' has colours; give the scan itself, not a picture of it")
+        raise BadShape(f"'{instance}' has colours", fix="give the scan itself, not a picture of it")
     per_frame = header.get("PerFrameFunctionalGroupsSequence")
     shared = header.get("SharedFunctionalGroupsSequence") or []
     count = int(header.get("NumberOfFrames", 1) or 1)
     if count < 1:
-        raise BadShape(f"'{instance}' has {count} frames; export it again")
+        raise BadShape(f"'{instance}' has {count} frames", fix="export it again")
     if count > 1 and (per_frame is None or len(per_frame) != count):
-        raise BadGeometry(f"'{instance}' has {count} frames without a place each; export it with its geometry")
+        raise BadGeometry(f"'{instance}' has {count} frames without a place each", fix="export it with its geometry")
     for index in range(count):
         groups = (per_frame[index], *shared[:1], header) if per_frame is not None else (header,)
         yield _frame(instance, index, header, groups)
@@ -209,20 +216,22 @@ def _frame(instance: Instance, index: int, header: Dataset, groups: Sequence[Dat
         except (TypeError, ValueError):
             found = np.empty(0, dtype=np.float64)
         if found.size != count or not np.isfinite(found).all():
-            raise BadGeometry(f"'{instance}' has no valid {name}; export it with its geometry")
+            raise BadGeometry(f"'{instance}' has no valid {name}", fix="export it with its geometry")
         return found
 
     position = numbers("ImagePositionPatient", "PlanePositionSequence", 3)
     cosines = numbers("ImageOrientationPatient", "PlaneOrientationSequence", 6)
     across, down = cosines[:3], cosines[3:]
     if not (np.allclose([across @ across, down @ down], 1, atol=0.01) and abs(across @ down) < 0.01):
-        raise BadGeometry(f"'{instance}' has directions that are not at right angles; export it with its geometry")
+        raise BadGeometry(
+            f"'{instance}' has directions that are not at right angles", fix="export it with its geometry"
+        )
     row_mm, column_mm = numbers("PixelSpacing", "PixelMeasuresSequence", 2)
     thickness = of("SpacingBetweenSlices", "PixelMeasuresSequence") or of("SliceThickness", "PixelMeasuresSequence")
     slope, inter = (of(f"Rescale{what}", "PixelValueTransformationSequence") for what in ("Slope", "Intercept"))
     scale = [1.0 if slope is None else float(str(slope)), 0.0 if inter is None else float(str(inter))]
     if scale[0] == 0 or not np.isfinite(scale).all():
-        raise BadFormat(f"'{instance}' has values scaled by {scale[0]:g} plus {scale[1]:g}; export it again")
+        raise BadFormat(f"'{instance}' has values scaled by {scale[0]:g} plus {scale[1]:g}", fix="export it again")
     time = ("TemporalPositionIdentifier", "AcquisitionNumber", "EchoNumbers", "AcquisitionTime")
     bits, signed = int(header.get("BitsStored") or header.BitsAllocated), bool(header.get("PixelRepresentation"))
     return Frame(
@@ -252,11 +261,11 @@ def _pixels(instance: Instance, shape: tuple[int, int], limits: Limits) -> NDArr
         frames, rows, columns = int(dataset.get("NumberOfFrames", 1) or 1), int(dataset.Rows), int(dataset.Columns)
         check_size(f"'{instance}'", (columns, rows, frames), limits)
         if "PixelData" not in dataset:
-            raise Truncated(f"'{instance}' holds no pixels; send it again")
+            raise Truncated(f"'{instance}' holds no pixels", fix="send it again")
         if not dataset.file_meta.TransferSyntaxUID.is_compressed:
             there, expected = len(dataset.PixelData), frames * rows * columns * int(dataset.BitsAllocated) // 8
             if there < expected:
-                raise Truncated(f"'{instance}' holds {there} of {expected} bytes of pixels; send it again")
+                raise Truncated(f"'{instance}' holds {there} of {expected} bytes of pixels", fix="send it again")
     # Decoders of many libraries, each with its own errors.
     with files.parsing(
         f"{instance} ({dataset.file_meta.TransferSyntaxUID.name})", BadFormat, fix="send it uncompressed"
@@ -264,7 +273,9 @@ def _pixels(instance: Instance, shape: tuple[int, int], limits: Limits) -> NDArr
         pixels: NDArray = dataset.pixel_array
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
     if pixels.shape != (frames, *shape):
-        raise BadShape(f"'{instance}' decodes to {pixels.shape}, its header says {(frames, *shape)}; send it again")
+        raise BadShape(
+            f"'{instance}' decodes to {pixels.shape}, its header says {(frames, *shape)}", fix="send it again"
+        )
     return pixels
 
 
@@ -276,6 +287,8 @@ def check_size(name: str, shape: tuple[int, int, int], limits: Limits) -> None:
     """Raise :class:`BadShape` and :class:`TooLarge` for what should not be allocated."""
     text = " × ".join(map(str, shape))
     if min(shape) < 1:
-        raise BadShape(f"{name} has {text} voxels: an axis is empty; export it again")
+        raise BadShape(f"{name} has {text} voxels: an axis is empty", fix="export it again")
     if max(shape) > limits.max_axis or int(np.prod(shape, dtype=np.int64)) * 2 > limits.max_bytes:
-        raise TooLarge(f"{name} claims {text} voxels; the limits are {limits.max_axis} along an axis; crop the scan")
+        raise TooLarge(
+            f"{name} claims {text} voxels; the limits are {limits.max_axis} along an axis", fix="crop the scan"
+        )

@@ -76,12 +76,14 @@ def write_segmentation(
     """
     series_grid, _ = describe_series(source)
     if not grid.matches(series_grid, 0.1):
-        raise GridMismatch(f"the label is {grid}, series '{source.description}' {series_grid}; predict on the series")
+        raise GridMismatch(
+            f"the label is {grid}, series '{source.description}' {series_grid}", fix="predict on the series"
+        )
     planes = np.stack([mask.transpose(2, 1, 0) for mask in masks.values()], axis=-1).astype(np.uint8)
     pixels: NDArray = planes
     if kind == "LABELMAP":
         if (planes.sum(axis=-1) > 1).any():
-            raise RecipeError("targets overlap, which a label map cannot hold; write them as BINARY segments")
+            raise RecipeError("targets overlap, which a label map cannot hold", fix="write them as BINARY segments")
         pixels = (planes * np.arange(1, planes.shape[-1] + 1, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
     frames = frames_of(source)
     instances = list(dict.fromkeys(frame.instance for frame in frames))

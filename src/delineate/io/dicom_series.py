@@ -34,7 +34,7 @@ try:
     from pydicom import Dataset, dcmread
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 except ModuleNotFoundError as error:
-    raise BadFormat("DICOM needs more libraries; pip install 'delineate[dicom]'") from error
+    raise BadFormat("DICOM needs more libraries", fix="pip install 'delineate[dicom]'") from error
 
 # The library logs what it could not decode, stack and all; without a handler that would go to the terminal.
 logging.getLogger("pydicom").addHandler(logging.NullHandler())
@@ -72,7 +72,7 @@ class Instance:
             )
             if size > 2 * limits.max_bytes:
                 raise TooLarge(
-                    f"'{self}' has {size / 2**30:.1f} GiB; give a scan of less than {limits.max_bytes // 2**29}"
+                    f"'{self}' has {size / 2**30:.1f} GiB", fix=f"give a scan of less than {limits.max_bytes // 2**29}"
                 )
             return dcmread(file if self.archive is None else io.BytesIO(file.read()))
 
@@ -126,10 +126,10 @@ def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa:
     unpack to too much, and :class:`MissingFile` where nothing is found.
     """
     if not path.exists():
-        raise MissingFile(f"'{path}' is not there; check the name")
+        raise MissingFile(f"'{path}' is not there", fix="check the name")
     found: dict[str, list[tuple[Instance, Dataset]]] = defaultdict(list)
     if not (path.is_dir() or path.is_file()):
-        raise BadFormat(f"'{path}' is neither a file nor a folder; give the folder, or the zip, of a series")
+        raise BadFormat(f"'{path}' is neither a file nor a folder", fix="give the folder, or the zip, of a series")
     for instance in _instances(path, limits):
         with parsing(instance):
             header = _header(instance, limits)
@@ -142,7 +142,7 @@ def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa:
     if path.is_file() and path.suffix.lower() != ".zip":
         series = [s for s in series if any(instance.path == path for instance in s.instances)]
     if not series:
-        raise MissingFile(f"'{path}' holds no DICOM images; give the folder, or the zip, of a series")
+        raise MissingFile(f"'{path}' holds no DICOM images", fix="give the folder, or the zip, of a series")
     return sorted(series, key=lambda s: (s.date, s.study, s.number, s.description, s.uid))
 
 
@@ -158,8 +158,10 @@ def the_series(path: Path, pattern: str | None = None, limits: Limits = Limits()
         return fitting[0]
     listed = ", ".join(map(str, (fitting or series)[:8]))
     if not fitting:
-        raise MissingFile(f"no series of '{path}' fits '{pattern}'; there are {listed}")
-    raise SeveralSeries(f"'{path}' holds {len(fitting)} series: {listed}; name one by a pattern of its description")
+        raise MissingFile(f"no series of '{path}' fits '{pattern}'", fix=f"there are {listed}")
+    raise SeveralSeries(
+        f"'{path}' holds {len(fitting)} series: {listed}", fix="name one by a pattern of its description"
+    )
 
 
 def fits(series: Series, pattern: str) -> bool:
@@ -229,7 +231,9 @@ def _check_deflated(instance: Instance, file: BinaryIO, limits: Limits) -> None:
         size += len(inflate.decompress(rest, 2**20))
         rest = inflate.unconsumed_tail or file.read(2**16)
         if size > limits.max_bytes // 4:
-            raise TooLarge(f"'{instance}' unpacks to more than {limits.max_bytes // 2**22} MiB; send it uncompressed")
+            raise TooLarge(
+                f"'{instance}' unpacks to more than {limits.max_bytes // 2**22} MiB", fix="send it uncompressed"
+            )
 
 
 def _instances(path: Path, limits: Limits) -> Iterator[Instance]:
@@ -242,7 +246,7 @@ def _instances(path: Path, limits: Limits) -> Iterator[Instance]:
                     continue
                 count += 1
                 if count > _MOST_FILES:
-                    raise TooLarge(f"'{path}' holds more than {_MOST_FILES} files; give the folder of one study")
+                    raise TooLarge(f"'{path}' holds more than {_MOST_FILES} files", fix="give the folder of one study")
                 yield Instance(file)
     elif path.suffix.lower() == ".zip":
         yield from _members(path, limits)
@@ -258,16 +262,16 @@ def _members(path: Path, limits: Limits) -> Iterator[Instance]:
     entries = [entry for entry in archive.infolist() if not entry.is_dir()]
     size, packed = sum(entry.file_size for entry in entries), path.stat().st_size
     if len(entries) > _MOST_FILES or size > 2 * limits.max_bytes:
-        raise TooLarge(f"'{path}' unpacks to more than {limits.max_bytes // 2**29} GiB; pack one study")
+        raise TooLarge(f"'{path}' unpacks to more than {limits.max_bytes // 2**29} GiB", fix="pack one study")
     if size > max(_RATIO_FROM, _RATIO * packed):
-        raise TooLarge(f"'{path}' unpacks to {size / packed:.0f} times its size, as no scans do; pack one study")
+        raise TooLarge(f"'{path}' unpacks to {size / packed:.0f} times its size, as no scans do", fix="pack one study")
     if len({entry.filename for entry in entries}) < len(entries):
-        raise BadFormat(f"'{path}' holds several files of one name; pack it again")
+        raise BadFormat(f"'{path}' holds several files of one name", fix="pack it again")
     for entry in entries:
         place = PurePosixPath(entry.filename.replace("\\", "/"))
         if place.is_absolute() or ".." in place.parts or re.match("[A-Za-z]:", entry.filename):
-            raise BadPath(f"'{path}' holds '{entry.filename}', outside of itself; pack it again")
+            raise BadPath(f"'{path}' holds '{entry.filename}', outside of itself", fix="pack it again")
         if stat.S_ISLNK(entry.external_attr >> 16):
-            raise BadPath(f"'{path}' holds a link, '{entry.filename}'; pack the files themselves")
+            raise BadPath(f"'{path}' holds a link, '{entry.filename}'", fix="pack the files themselves")
         if not place.name.startswith(".") and place.name != "DICOMDIR":
             yield Instance(path, entry.filename, archive)

@@ -26,7 +26,9 @@ def check_format(suffix: str) -> None:
     try:
         import delineate.io.dicom_seg  # noqa: F401 - whether it can be imported
     except ModuleNotFoundError as error:
-        raise BadFormat(f"DICOM-SEG needs '{error.name}', which is missing; pip install 'delineate[dicom]'") from error
+        raise BadFormat(
+            f"DICOM-SEG needs '{error.name}', which is missing", fix="pip install 'delineate[dicom]'"
+        ) from error
 
 
 def exported_files(path: Path) -> list[Path]:
@@ -60,7 +62,9 @@ def export_label(
     suffix = path.suffix.lower()
     if suffix in DICOM_SUFFIXES:
         if source is None or not is_series(source):
-            raise BadFormat(f"'{path}' would be a DICOM-SEG, which refers to a series; give the DICOM series it is of")
+            raise BadFormat(
+                f"'{path}' would be a DICOM-SEG, which refers to a series", fix="give the DICOM series it is of"
+            )
         check_format(suffix)
         from delineate.io.dicom_seg import write_segmentation
         from delineate.io.dicom_series import the_series
@@ -74,8 +78,8 @@ def export_label(
         used = [value for numbers in targets.values.values() for value in numbers]
         if len(set(used)) < len(used):
             raise BadFormat(
-                f"'{path}' would hold targets that overlap ({', '.join(targets.names)}), which one layer cannot; "
-                "write .nii.gz, or .dcm for a DICOM series"
+                f"'{path}' would hold targets that overlap ({', '.join(targets.names)}), which one layer cannot",
+                fix="write .nii.gz, or .dcm for a DICOM series",
             )
         with writing_beside(path) as beside:
             values = {name: targets.written_value(name) for name in targets.names}

@@ -64,11 +64,11 @@ def parsing(
     except DelineateError:
         raise
     except (MemoryError, RecursionError) as error:
-        raise TooLarge(f"'{source}' needs more memory or deeper nesting than there is; {fix}") from error
+        raise TooLarge(f"'{source}' needs more memory or deeper nesting than there is", fix=fix) from error
     except cut_short as error:
-        raise Truncated(f"'{source}' is damaged or cut short: {_brief(error)}; {fix}") from error
+        raise Truncated(f"'{source}' is damaged or cut short: {_brief(error)}", fix=fix) from error
     except Exception as error:
-        raise kind(f"'{source}' cannot be read: {_brief(error)}; {fix}") from error
+        raise kind(f"'{source}' cannot be read: {_brief(error)}", fix=fix) from error
 
 
 def _brief(error: Exception) -> str:
@@ -90,7 +90,7 @@ def open_file(path: Path, buffering: int = -1) -> BufferedReader | FileIO:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise BadFormat(f"'{path}' is no regular file but a folder, pipe or device; give a file")
+            raise BadFormat(f"'{path}' is no regular file but a folder, pipe or device", fix="give a file")
         return FileIO(descriptor, "rb") if buffering == 0 else open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -102,7 +102,7 @@ def read_bytes(path: Path, most: int = MOST_TEXT) -> bytes:
     with open_file(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise TooLarge(f"'{path}' has more than {most:,} bytes; is it the right file?")
+        raise TooLarge(f"'{path}' has more than {most:,} bytes", fix="is it the right file?")
     return content
 
 
@@ -119,7 +119,7 @@ def read_json(path: Path, kind: type[DelineateError], fix: str = "") -> dict[str
         except json.JSONDecodeError as error:
             raise kind(f"'{path}' is not valid JSON: {error}; {fix or 'copy it again'}") from error
         if not isinstance(content, dict):
-            raise kind(f"'{path}' holds a {type(content).__name__}, not an object; {fix or 'copy it again'}")
+            raise kind(f"'{path}' holds a {type(content).__name__}, not an object", fix=fix or "copy it again")
     return content
 
 
@@ -143,7 +143,7 @@ def walk(root: Path, depth: int | None = None, *, links: bool = True) -> Iterato
             continue
         count += 1
         if count > _MOST_FOLDERS:
-            raise TooLarge(f"'{root}' holds more than {_MOST_FOLDERS:,} folders; give the folder of one data set")
+            raise TooLarge(f"'{root}' holds more than {_MOST_FOLDERS:,} folders", fix="give the folder of one data set")
         entries = [entry for entry in entries if not entry.name.startswith(".")]
         folders = [entry for entry in entries if _is_folder(entry)]
         yield place, [entry.name for entry in entries if entry not in folders]
@@ -222,7 +222,7 @@ def reserve(file: IO[bytes], size: int) -> None:
 def _refused(path: Path, reason: OSError) -> OutputError:
     # numpy says only how many bytes were written, without the system's number.
     mend = _MENDS.get(reason.errno or 0, "free some space, or choose another place")
-    return OutputError(f"'{path}' cannot be written: {reason.strerror or reason}; {mend}")
+    return OutputError(f"'{path}' cannot be written: {reason.strerror or reason}", fix=mend)
 
 
 def _to_disk(path: Path) -> None:

@@ -194,7 +194,7 @@ def read_label(
         else:
             voxels, grid = _read(path, limits, orientation)
         if len(voxels) != 1:
-            raise BadShape(f"label '{path}' has {len(voxels)} channels; save one label of values as (x, y, z)")
+            raise BadShape(f"label '{path}' has {len(voxels)} channels", fix="save one label of values as (x, y, z)")
     return LabelVolume(_smallest(path, _rounded(path, voxels[0])), grid)
 
 
@@ -258,12 +258,12 @@ def _format_of(path: Path) -> _Format:
 
             return nrrd
     known = ", ".join((*SUFFIXES, *PICTURE_SUFFIXES))
-    raise BadFormat(f"'{path}' has no known suffix; known are {known}, and DICOM")
+    raise BadFormat(f"'{path}' has no known suffix", fix=f"known are {known}, and DICOM")
 
 
 def _describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
     if not path.is_file():
-        raise MissingFile(f"'{path}' is no file; check the name")
+        raise MissingFile(f"'{path}' is no file", fix="check the name")
     return _format_of(path).describe(path, limits, orientation)
 
 
@@ -278,7 +278,7 @@ def _read(path: Path, limits: Limits, orientation: Orientation) -> tuple[NDArray
         from delineate.io import pictures
 
         if not path.is_file():
-            raise MissingFile(f"'{path}' is no file; check the name")
+            raise MissingFile(f"'{path}' is no file", fix="check the name")
         return pictures.read_picture(path, limits)
     stored = _describe(path, limits, orientation)
     return read_voxels(stored), stored.grid
@@ -321,7 +321,7 @@ def _write_vtk(path: Path, voxels: NDArray, grid: Grid) -> None:
     from delineate.io import vtk
 
     if len(voxels) != 1:
-        raise BadShape(f"'{path}' would hold {len(voxels)} channels; write each to a file of its own")
+        raise BadShape(f"'{path}' would hold {len(voxels)} channels", fix="write each to a file of its own")
     (vtk.write_legacy if path.suffix.lower() == ".vtk" else vtk.write_xml)(path, voxels[0], grid)
 
 
@@ -333,10 +333,10 @@ def _finite(path: Path, voxels: NDArray, nan: Literal["refuse", "fill"]) -> NDAr
         return voxels
     count = f"{finite.size - np.count_nonzero(finite)} of {finite.size} voxels that are not finite"
     if nan == "refuse":
-        raise BadVoxels(f"'{path}' has {count}; export the scan again, or fill them (nan: fill)")
+        raise BadVoxels(f"'{path}' has {count}", fix="export the scan again, or fill them (nan: fill)")
     for channel, good in zip(voxels, finite, strict=True):
         if not good.any():
-            raise BadVoxels(f"'{path}' has {count}, all of a channel; leave the scan out")
+            raise BadVoxels(f"'{path}' has {count}, all of a channel", fix="leave the scan out")
         channel[~good] = channel[good].min()
     return voxels
 
@@ -351,8 +351,8 @@ def _rounded(path: Path, voxels: NDArray) -> NDArray:
     if bad.any():
         values = ", ".join(f"{v:g}" for v in np.unique(voxels[bad])[:5])
         raise BadLabelValue(
-            f"label '{path}' has {np.count_nonzero(bad)} voxels that are no whole numbers ({values}, …); "
-            "resample it with nearest neighbours, or draw the label again"
+            f"label '{path}' has {np.count_nonzero(bad)} voxels that are no whole numbers ({values}, …)",
+            fix="resample it with nearest neighbours, or draw the label again",
         )
     return rounded
 
@@ -363,4 +363,4 @@ def _smallest(path: Path, voxels: NDArray) -> NDArray:
     for dtype in _LABEL_DTYPES:
         if np.iinfo(dtype).min <= least and most <= np.iinfo(dtype).max:
             return voxels.astype(dtype, copy=False)
-    raise BadLabelValue(f"label '{path}' has values from {least} to {most}; number its structures from 1")
+    raise BadLabelValue(f"label '{path}' has values from {least} to {most}", fix="number its structures from 1")

@@ -44,22 +44,26 @@ def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
     fields, end = _fields(path)
     name = fields["ElementDataFile"]
     if not _is_true(fields.get("BinaryData", "True")):
-        raise BadFormat(f"'{path}' holds its voxels as text; save it in binary")
+        raise BadFormat(f"'{path}' holds its voxels as text", fix="save it in binary")
     if name.upper().startswith("LIST") or _parsed(path, fields, "HeaderSize", int, "0") != [0]:
-        raise BadFormat(f"'{path}' spreads its voxels over files or behind foreign headers; save it as one .mha")
+        raise BadFormat(f"'{path}' spreads its voxels over files or behind foreign headers", fix="save it as one .mha")
     if fields.get("ElementType") not in _DTYPES:
-        raise BadFormat(f"'{path}' has voxels of type '{fields.get('ElementType')}'; save numbers of one known type")
+        raise BadFormat(
+            f"'{path}' has voxels of type '{fields.get('ElementType')}'", fix="save numbers of one known type"
+        )
     big_endian = _is_true(fields.get("BinaryDataByteOrderMSB", "False"))
     dtype = np.dtype(_DTYPES[fields["ElementType"]]).newbyteorder(">" if big_endian else "<")
 
     sizes = _parsed(path, fields, "DimSize", int)
     if len(sizes) < 3:
-        raise BadShape(f"'{path}' has {len(sizes)} axes; a scan has three")
+        raise BadShape(f"'{path}' has {len(sizes)} axes", fix="a scan has three")
     (interleaved,) = _parsed(path, fields, "ElementNumberOfChannels", int, "1", count=1)
     shape, channels = check_shape(path, sizes, dtype.itemsize * max(interleaved, 1), limits)
     if interleaved != 1:
         if channels != 1 or not 1 <= interleaved <= limits.max_axis:
-            raise BadShape(f"'{path}' has {interleaved} channels in each of {sizes} voxels; save channels in one way")
+            raise BadShape(
+                f"'{path}' has {interleaved} channels in each of {sizes} voxels", fix="save channels in one way"
+            )
         channels = interleaved
     grid = check_grid(path, shape, _affine(path, fields, len(sizes)))
 
@@ -108,16 +112,16 @@ def _fields(path: Path) -> tuple[dict[str, str], int]:
                 break
             key = _SYNONYMS.get(key.strip(), key.strip())
             if fields.setdefault(key, value.strip()) != value.strip() and key != "Comment":
-                raise BadFormat(f"'{path}' gives {key} twice, differently; leave one")
+                raise BadFormat(f"'{path}' gives {key} twice, differently", fix="leave one")
             if key == "ElementDataFile":
                 return fields, file.tell()
-    raise BadFormat(f"'{path}' has no MetaImage header that ends in ElementDataFile; export the scan again")
+    raise BadFormat(f"'{path}' has no MetaImage header that ends in ElementDataFile", fix="export the scan again")
 
 
 def _affine(path: Path, fields: dict[str, str], axes: int) -> Affine:
     """Index to RAS millimetres. MetaImage positions are LPS; a row of its matrix is an axis' direction."""
     if "ElementSpacing" not in fields:
-        raise BadGeometry(f"'{path}' has no ElementSpacing; export the scan again with its geometry")
+        raise BadGeometry(f"'{path}' has no ElementSpacing", fix="export the scan again with its geometry")
     identity = _text(np.eye(axes).ravel())
     rows = _numbers(path, fields, "TransformMatrix", axes**2, identity).reshape(axes, axes)
     spacing = _numbers(path, fields, "ElementSpacing", axes)[:3]
@@ -156,7 +160,7 @@ def _parsed(
         numbers = []
     if not numbers or (count is not None and len(numbers) != count):
         wanted = "numbers" if count is None else f"{count} numbers"
-        raise BadFormat(f"'{path}' has {key} '{text}' where {wanted} should be; export the scan again")
+        raise BadFormat(f"'{path}' has {key} '{text}' where {wanted} should be", fix="export the scan again")
     return numbers
 
 

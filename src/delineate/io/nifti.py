@@ -53,9 +53,11 @@ def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
     grid = _grid(path, header, shape, orientation)
     offset, smallest = float(header["vox_offset"]), header.single_vox_offset
     if not (offset.is_integer() and offset >= smallest):
-        raise BadFormat(f"'{path}' puts its voxels at byte {offset:g}, inside the header; export the scan again")
+        raise BadFormat(f"'{path}' puts its voxels at byte {offset:g}, inside the header", fix="export the scan again")
     if offset > _LONGEST_EXTENSION:
-        raise TooLarge(f"'{path}' puts its voxels at byte {offset:g}; export the scan without its header extensions")
+        raise TooLarge(
+            f"'{path}' puts its voxels at byte {offset:g}", fix="export the scan without its header extensions"
+        )
     slope, inter = _scaling(path, header)
     return Stored(path, grid, channels, dtype, 0, int(offset), encoding, slope=slope, inter=inter)
 
@@ -112,12 +114,12 @@ def _header(path: Path, encoding: Encoding) -> Nifti1Header:
             if int.from_bytes(block[:4], order) != size:  # type: ignore[arg-type]
                 continue
             if len(block) < size:
-                raise Truncated(f"'{path}' ends within its header; copy or export it again")
+                raise Truncated(f"'{path}' ends within its header", fix="copy or export it again")
             header = kind(block[:size], endianness, check=False)
             if not header["magic"].item().startswith(b"n+"):
-                raise BadFormat(f"'{path}' is not a NIfTI file of one piece; convert it to .nii.gz")
+                raise BadFormat(f"'{path}' is not a NIfTI file of one piece", fix="convert it to .nii.gz")
             return header
-    raise BadFormat(f"'{path}' does not begin as NIfTI does; rename it to what it is, or export it again")
+    raise BadFormat(f"'{path}' does not begin as NIfTI does", fix="rename it to what it is, or export it again")
 
 
 def _first_bytes(path: Path, encoding: Encoding, size: int) -> bytes:
@@ -127,20 +129,22 @@ def _first_bytes(path: Path, encoding: Encoding, size: int) -> bytes:
         try:
             return open_gzip(path, file).read(size)
         except DAMAGED as error:
-            raise Truncated(f"'{path}' is damaged or cut short: {error}; copy or export it again") from error
+            raise Truncated(f"'{path}' is damaged or cut short: {error}", fix="copy or export it again") from error
 
 
 def _dtype(path: Path, header: Nifti1Header) -> np.dtype:
     code = int(header["datatype"])
     if code not in _DTYPES:
-        raise BadFormat(f"'{path}' has voxels of NIfTI type {code}: colours, complex or unknown; save real numbers")
+        raise BadFormat(
+            f"'{path}' has voxels of NIfTI type {code}: colours, complex or unknown", fix="save real numbers"
+        )
     return np.dtype(_DTYPES[code]).newbyteorder(header.endianness)
 
 
 def _shape(path: Path, header: Nifti1Header) -> tuple[int, ...]:
     axes, *shape = map(int, header["dim"])
     if not 1 <= axes <= 7:
-        raise BadShape(f"'{path}' claims {axes} axes, of 1 to 7; export the scan again")
+        raise BadShape(f"'{path}' claims {axes} axes, of 1 to 7", fix="export the scan again")
     return (*shape[:axes], 1, 1)[: max(axes, 3)]
 
 
@@ -148,7 +152,7 @@ def _scaling(path: Path, header: Nifti1Header) -> tuple[float, float]:
     try:
         slope, inter = header.get_slope_inter()
     except HeaderDataError as error:
-        raise BadFormat(f"'{path}' has no usable scaling: {error}; export the scan again") from error
+        raise BadFormat(f"'{path}' has no usable scaling: {error}", fix="export the scan again") from error
     return (1.0, 0.0) if slope is None else (slope, inter)
 
 
@@ -156,11 +160,13 @@ def _grid(path: Path, header: Nifti1Header, shape: Shape3, orientation: Orientat
     """The grid by sform, else qform, else spacing alone, as nibabel does; checked as it does not."""
     check_spacing(path, header["pixdim"][1:4].tolist())
     if unit := _NOT_MM.get(int(header["xyzt_units"]) & 7):
-        raise BadGeometry(f"'{path}' measures in {unit}; convert it to millimetres")
+        raise BadGeometry(f"'{path}' measures in {unit}", fix="convert it to millimetres")
     codes = {name: int(header[f"{name}_code"]) for name in ("sform", "qform")}
     for name, code in codes.items():
         if code not in _CODES:
-            raise BadGeometry(f"'{path}' has {name} code {code}, of 0 to 5; export the scan again with its geometry")
+            raise BadGeometry(
+                f"'{path}' has {name} code {code}, of 0 to 5", fix="export the scan again with its geometry"
+            )
     if not any(codes.values()):
         return check_grid(path, shape, header.get_base_affine())
     if orientation != "refuse" and codes[orientation]:
@@ -171,7 +177,8 @@ def _grid(path: Path, header: Nifti1Header, shape: Shape3, orientation: Orientat
         if not first.matches(other, _TOLERANCE_MM):
             raise AmbiguousOrientation(
                 f"'{path}' has two positions: sform ({first.orientation}) and qform ({other.orientation}) differ by "
-                f"{first.corner_distance_mm(other):.3g} mm; look which is right and choose orientation sform or qform"
+                f"{first.corner_distance_mm(other):.3g} mm",
+                fix="look which is right and choose orientation sform or qform",
             )
     return first
 
@@ -182,7 +189,7 @@ def _qform(path: Path, header: Nifti1Header) -> Affine:
     try:
         return header.get_qform()
     except ValueError as error:
-        raise BadGeometry(f"'{path}' has a qform that is no rotation: {error}; export the scan again") from error
+        raise BadGeometry(f"'{path}' has a qform that is no rotation: {error}", fix="export the scan again") from error
 
 
 def _store_affine(header: Nifti1Header, grid: Grid) -> None:

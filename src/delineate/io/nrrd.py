@@ -50,7 +50,7 @@ def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
     fields, end = _fields(path)
     for skip in ("line skip", "lineskip", "byte skip", "byteskip"):
         if fields.get(skip, "0") != "0":
-            raise BadFormat(f"'{path}' has '{skip}: {fields[skip]}'; save it without foreign headers")
+            raise BadFormat(f"'{path}' has '{skip}: {fields[skip]}'", fix="save it without foreign headers")
     code = _one_of(path, fields, "type", _DTYPES)
     byte_order = "" if code.endswith("1") else _one_of(path, fields, "endian", _BYTE_ORDERS)
     dtype = np.dtype(byte_order + code)
@@ -59,9 +59,9 @@ def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
     try:
         sizes = [int(n) for n in fields.get("sizes", "").split()]
     except ValueError as error:
-        raise BadFormat(f"'{path}' has sizes '{fields['sizes']}'; export the scan again") from error
+        raise BadFormat(f"'{path}' has sizes '{fields['sizes']}'", fix="export the scan again") from error
     if len(sizes) < 3:
-        raise BadShape(f"'{path}' has {len(sizes)} axes; a scan has three")
+        raise BadShape(f"'{path}' has {len(sizes)} axes", fix="a scan has three")
     directions = _vectors(path, fields, "space directions", len(sizes))
     interleaved = len(sizes) > 3 and directions[0] is None
     if interleaved:
@@ -72,7 +72,7 @@ def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
 
     name = fields.get("data file", fields.get("datafile"))
     if name is not None and name.upper().startswith("LIST"):
-        raise BadFormat(f"'{path}' spreads its voxels over files; save it as one .nrrd")
+        raise BadFormat(f"'{path}' spreads its voxels over files", fix="save it as one .nrrd")
     return Stored(
         file=path if name is None else sibling(path, name),
         grid=grid,
@@ -153,7 +153,7 @@ def _fields(path: Path) -> tuple[dict[str, str], int]:
     fields: dict[str, str] = {}
     with open_file(path) as file:
         if not re.fullmatch(rb"NRRD000\d\r?\n", file.readline(_LONGEST_LINE)):
-            raise BadFormat(f"'{path}' does not begin as NRRD does; rename it to what it is, or export it again")
+            raise BadFormat(f"'{path}' does not begin as NRRD does", fix="rename it to what it is, or export it again")
         while file.tell() < _LONGEST_HEADER:
             line = file.readline(_LONGEST_LINE).decode("utf-8", "replace").rstrip("\r\n")
             if not line:
@@ -163,8 +163,8 @@ def _fields(path: Path) -> tuple[dict[str, str], int]:
                 key, _, value = line.partition(":")
                 key = key.strip().lower()
                 if fields.setdefault(key, value.strip()) != value.strip():
-                    raise BadFormat(f"'{path}' gives '{key}' twice, differently; leave one")
-    raise BadFormat(f"'{path}' has a header without end; export the scan again")
+                    raise BadFormat(f"'{path}' gives '{key}' twice, differently", fix="leave one")
+    raise BadFormat(f"'{path}' has a header without end", fix="export the scan again")
 
 
 def _affine(path: Path, fields: dict[str, str], directions: list[NDArray[np.float64] | None]) -> Affine:
@@ -172,9 +172,11 @@ def _affine(path: Path, fields: dict[str, str], directions: list[NDArray[np.floa
     to_ras = _one_of(path, fields, "space", _TO_RAS)
     units = set(re.findall('"([^"]*)"', fields.get("space units", "")))
     if units - {"mm", "millimeter", "millimetre", ""}:
-        raise BadGeometry(f"'{path}' measures in {', '.join(sorted(units))}; convert it to millimetres")
+        raise BadGeometry(f"'{path}' measures in {', '.join(sorted(units))}", fix="convert it to millimetres")
     if any((direction is None) != (axis > 2) for axis, direction in enumerate(directions)):
-        raise BadShape(f"'{path}' has {len(directions)} axes, not x, y, z and channels; choose one volume and save it")
+        raise BadShape(
+            f"'{path}' has {len(directions)} axes, not x, y, z and channels", fix="choose one volume and save it"
+        )
     columns = [*directions[:3], *_vectors(path, fields, "space origin", 1)]
     affine = np.eye(4)
     affine[:3] = to_ras[:, None] * np.array(columns, dtype=np.float64).T
@@ -191,7 +193,9 @@ def _vectors(path: Path, fields: dict[str, str], key: str, count: int) -> list[N
     except ValueError:
         vectors = []
     if len(vectors) != count or any(v is not None and v.size != 3 for v in vectors):
-        raise BadGeometry(f"'{path}' has {key} '{text}' where {count} vectors of three numbers should be; export again")
+        raise BadGeometry(
+            f"'{path}' has {key} '{text}' where {count} vectors of three numbers should be", fix="export again"
+        )
     return vectors
 
 

@@ -29,14 +29,16 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite:
     kept = {identity for path in inputs for file in _files(path) if (identity := _identity(file))}
     if taken := [path for path in there if _identity(path) in kept]:
         raise OutputError(
-            f"{_listed(taken)} would be written over, and {_are(taken)} an input or a label, which no result replaces; "
-            "choose another place"
+            f"{_listed(taken)} would be written over, and {_are(taken)} an input or a label, which no result replaces",
+            fix="choose another place",
         )
     if strange := [path for path in there if path.exists() and not path.is_file()]:
-        raise OutputError(f"{_listed(strange)} {_are(strange)} no plain file; choose another name")
+        raise OutputError(f"{_listed(strange)} {_are(strange)} no plain file", fix="choose another name")
     if not overwrite:
         exist = "exists" if len(there) == 1 else "exist"
-        raise OutputError(f"{_listed(there)} {exist} already; give --overwrite to replace, or choose another place")
+        raise OutputError(
+            f"{_listed(there)} {exist} already", fix="give --overwrite to replace, or choose another place"
+        )
 
 
 def check_folder(folder: Path) -> None:
@@ -45,9 +47,9 @@ def check_folder(folder: Path) -> None:
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise OutputError(f"'{place}' is a file where a folder is needed; choose another folder")
+        raise OutputError(f"'{place}' is a file where a folder is needed", fix="choose another folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"'{place}' cannot be written to; change its permissions, or choose another folder")
+        raise OutputError(f"'{place}' cannot be written to", fix="change its permissions, or choose another folder")
 
 
 def _files(path: Path) -> Iterator[Path]:

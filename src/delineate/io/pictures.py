@@ -39,20 +39,22 @@ def read_picture(path: Path, limits: Limits) -> tuple[NDArray, Grid]:
             width, height = picture.size
             if max(width, height) > 8 * limits.max_axis or width * height * 4 > limits.max_bytes:
                 raise TooLarge(
-                    f"'{path}' claims {width} × {height} pixels; the limit is {8 * limits.max_axis}; crop it"
+                    f"'{path}' claims {width} × {height} pixels; the limit is {8 * limits.max_axis}", fix="crop it"
                 )
             if picture.mode not in _GREY and picture.mode != _PALETTE:
-                raise BadShape(f"'{path}' has colours ({picture.mode}); save the grey values, or the label's numbers")
+                raise BadShape(
+                    f"'{path}' has colours ({picture.mode})", fix="save the grey values, or the label's numbers"
+                )
             if getattr(picture, "n_frames", 1) > 1:
-                raise BadShape(f"'{path}' has {picture.n_frames} pages; save each slice as a file, or one NIfTI")  # type: ignore[attr-defined]
+                raise BadShape(f"'{path}' has {picture.n_frames} pages", fix="save each slice as a file, or one NIfTI")  # type: ignore[attr-defined]
             spacing = _spacing(picture)
             check_spacing(path, [spacing])
             pixels = np.asarray(picture)
     except UnidentifiedImageError as error:
-        raise BadFormat(f"'{path}' is no PNG or TIFF that can be read; export it again") from error
+        raise BadFormat(f"'{path}' is no PNG or TIFF that can be read", fix="export it again") from error
     # A warning is of metadata that contradict each other, or of data that end too early.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Warning) as error:
-        raise Truncated(f"'{path}' is damaged: {error}; copy it again") from error
+        raise Truncated(f"'{path}' is damaged: {error}", fix="copy it again") from error
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8)
     affine = np.diag([-spacing, -spacing, 1.0, 1.0])
@@ -62,10 +64,10 @@ def read_picture(path: Path, limits: Limits) -> tuple[NDArray, Grid]:
 def write_picture(path: Path, voxels: NDArray, grid: Grid) -> None:
     """Write one slice (1, X, Y, 1) of whole numbers from 0 to 65535. Raises :class:`BadShape` for anything else."""
     if voxels.shape[0] != 1 or voxels.shape[3] != 1 or voxels.dtype.kind not in "iu":
-        raise BadShape(f"voxels {voxels.shape} of {voxels.dtype} are no picture; save one slice of whole numbers")
+        raise BadShape(f"voxels {voxels.shape} of {voxels.dtype} are no picture", fix="save one slice of whole numbers")
     plane = voxels[0, :, :, 0].T
     if plane.min() < 0 or plane.max() > 65535:
-        raise BadShape(f"values from {plane.min()} to {plane.max()} fit no picture; shift them to 0 … 65535")
+        raise BadShape(f"values from {plane.min()} to {plane.max()} fit no picture", fix="shift them to 0 … 65535")
     Image.fromarray(plane.astype(np.uint8 if plane.max() < 256 else np.uint16)).save(path)
 
 

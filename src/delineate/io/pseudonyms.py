@@ -58,14 +58,16 @@ def _key(path: Path) -> bytes:
         text = path.read_bytes()
     except OSError as error:
         raise OutputError(
-            f"the key that hides names, '{path}', cannot be read or made ({error.strerror or error}); "
-            "set DELINEATE_KEY to a file in a folder that can be written and that you keep"
+            f"the key that hides names, '{path}', cannot be read or made ({error.strerror or error})",
+            fix="set DELINEATE_KEY to a file in a folder that can be written and that you keep",
         ) from error
     if not re.fullmatch(rb"[0-9a-f]{64}\n?", text):
         raise UnknownKey(
-            f"'{path}' is no key: it holds {len(text)} bytes that are not 64 hexadecimal digits; "
-            "restore it from a backup, or delete it to have another made (bundles trained before will not know "
-            "their subjects then)"
+            f"'{path}' is no key: it holds {len(text)} bytes that are not 64 hexadecimal digits",
+            fix=(
+                "restore it from a backup, or delete it to have another made (bundles trained before will not know "
+                "their subjects then)"
+            ),
         )
     return bytes.fromhex(text.decode("ascii"))
 

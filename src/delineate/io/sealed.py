@@ -67,16 +67,16 @@ class Sealed:
         digest = contents.pop("sha256", None)
         if digest != _digest(contents):
             raise BundleError(
-                f"'{folder / MANIFEST}' was changed after it was written, or damaged: its digest differs; {AGAIN}"
+                f"'{folder / MANIFEST}' was changed after it was written, or damaged: its digest differs", fix=AGAIN
             )
         files, complete = contents.pop("files", None), contents.pop("complete", None)
         try:
             stamps = _STAMPS.validate_json(json.dumps(files), strict=True)
         except ValidationError as error:
-            raise BundleError(f"'{folder / MANIFEST}' does not say what its files are; {AGAIN}") from error
+            raise BundleError(f"'{folder / MANIFEST}' does not say what its files are", fix=AGAIN) from error
         if complete is not True:
             raise BundleError(
-                f"'{folder}' was not written to its end; run the command again that was writing it, or {AGAIN}"
+                f"'{folder}' was not written to its end", fix=f"run the command again that was writing it, or {AGAIN}"
             )
         return cls(folder, contents, stamps)
 
@@ -91,7 +91,7 @@ class Sealed:
     def read(self, name: str) -> bytes:
         """A small file, once it is found to be what it must be."""
         if name not in self:
-            raise BundleError(f"'{self.folder}' has no {name}; {AGAIN}")
+            raise BundleError(f"'{self.folder}' has no {name}", fix=AGAIN)
         content = read_small(self.folder / name, max(s.bytes for s in self.stamps[name] if s is not None))
         self._check(name, Stamp(hashlib.sha256(content).hexdigest(), len(content)))
         return content
@@ -113,12 +113,15 @@ class Sealed:
             return found
         path = self.folder / name
         if found is None:
-            raise BundleError(f"'{path}' is missing; {AGAIN}")
+            raise BundleError(f"'{path}' is missing", fix=AGAIN)
         if name not in self:
-            raise BundleError(f"'{path}' does not belong to this bundle, which was saved without it; remove it")
+            raise BundleError(f"'{path}' does not belong to this bundle, which was saved without it", fix="remove it")
         raise BundleError(
-            f"'{path}' is not what was saved: it was changed, or damaged on the way; {AGAIN}. A trained bundle "
-            "cannot be edited: change the recipe and train, or use the options of the command that reads it"
+            f"'{path}' is not what was saved: it was changed, or damaged on the way",
+            fix=(
+                f"{AGAIN}. A trained bundle "
+                "cannot be edited: change the recipe and train, or use the options of the command that reads it"
+            ),
         )
 
     def write(self) -> None:
@@ -172,12 +175,12 @@ def opened(path: Path) -> BufferedReader:
         return open_file(path)
     except FileNotFoundError as error:
         raise BundleError(
-            f"'{path.parent}' is not a bundle: {path.name} is missing; give a run's folder bundle/"
+            f"'{path.parent}' is not a bundle: {path.name} is missing", fix="give a run's folder bundle/"
         ) from error
     except BadFormat as error:
-        raise BundleError(f"'{path}' is not a file; {AGAIN}") from error
+        raise BundleError(f"'{path}' is not a file", fix=AGAIN) from error
     except OSError as error:
-        raise BundleError(f"'{path}' cannot be read ({error.strerror or error}); {AGAIN}") from error
+        raise BundleError(f"'{path}' cannot be read ({error.strerror or error})", fix=AGAIN) from error
 
 
 def read_json(content: bytes, path: Path) -> dict[str, Any]:
@@ -187,9 +190,9 @@ def read_json(content: bytes, path: Path) -> dict[str, Any]:
         json.dumps(found)  # which may fail at fewer levels than reading
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise BundleError(f"'{path}' is no JSON that can be read ({reason}); {AGAIN}") from error
+        raise BundleError(f"'{path}' is no JSON that can be read ({reason})", fix=AGAIN) from error
     if not isinstance(found, dict):
-        raise BundleError(f"'{path}' holds {type(found).__name__}, not fields; {AGAIN}")
+        raise BundleError(f"'{path}' holds {type(found).__name__}, not fields", fix=AGAIN)
     return found
 
 
@@ -206,9 +209,9 @@ def read_small(path: Path, most: int = _MOST_BYTES) -> bytes:
         try:
             content = file.read(min(most, _MOST_BYTES) + 1)
         except OSError as error:
-            raise BundleError(f"'{path}' cannot be read ({error.strerror or error}); {AGAIN}") from error
+            raise BundleError(f"'{path}' cannot be read ({error.strerror or error})", fix=AGAIN) from error
     if len(content) > _MOST_BYTES:
-        raise BundleError(f"'{path}' is larger than {_MOST_BYTES >> 20} MiB; {AGAIN}")
+        raise BundleError(f"'{path}' is larger than {_MOST_BYTES >> 20} MiB", fix=AGAIN)
     return content
 
 

@@ -22,7 +22,7 @@ def parse_yaml(text: str, what: str, kind: type[DelineateError]) -> Any:
     are replaced by what they stand for, are refused, and so is a key that is given twice.
     """
     if len(text) > MOST_CHARACTERS:
-        raise kind(f"'{what}' has {len(text):,} characters of YAML; {MOST_CHARACTERS:,} are the most")
+        raise kind(f"'{what}' has {len(text):,} characters of YAML", fix=f"{MOST_CHARACTERS:,} are the most")
     with parsing(what, kind, fix="write plain YAML"):
         _check_size(text)
         return yaml.load(text, _Loader)

@@ -74,26 +74,31 @@ def check_shape(path: Path, shape: Sequence[int], itemsize: int, limits: Limits)
     """
     text = " × ".join(map(str, shape))
     if min(shape) < 1:
-        raise BadShape(f"'{path}' has {text} voxels: an axis is empty; export the scan again")
+        raise BadShape(f"'{path}' has {text} voxels: an axis is empty", fix="export the scan again")
     if max(shape) > limits.max_axis or math.prod(shape) * itemsize > limits.max_bytes:
         raise TooLarge(
             f"'{path}' claims {text} voxels of {itemsize} bytes; the limits are {limits.max_axis} along an axis "
-            f"and {limits.max_bytes / 2**30:g} GiB; crop the scan, or raise the limits"
+            f"and {limits.max_bytes / 2**30:g} GiB",
+            fix="crop the scan, or raise the limits",
         )
     x, y, z, channels, *more = (*shape, 1, 1, 1)
     if any(n != 1 for n in more):
-        raise BadShape(f"'{path}' has {text} voxels: more than x, y, z and channels; choose one volume and save it")
+        raise BadShape(
+            f"'{path}' has {text} voxels: more than x, y, z and channels", fix="choose one volume and save it"
+        )
     return (x, y, z), channels
 
 
 def check_grid(path: Path, shape: Shape3, affine: Affine) -> Grid:
     """The grid, once its spacing, origin and directions make sense. Raises :class:`BadGeometry`."""
     if not np.isfinite(affine).all():
-        raise BadGeometry(f"'{path}' has a position that is not a number; export the scan again with its geometry")
+        raise BadGeometry(
+            f"'{path}' has a position that is not a number", fix="export the scan again with its geometry"
+        )
     grid = Grid(shape, affine)
     check_spacing(path, grid.spacing_mm)
     if grid.voxel_ml * 1000 < _MIN_CELL * math.prod(grid.spacing_mm):
-        raise BadGeometry(f"'{path}' has axes that lie in one plane; export the scan again with its geometry")
+        raise BadGeometry(f"'{path}' has axes that lie in one plane", fix="export the scan again with its geometry")
     return grid
 
 
@@ -102,8 +107,8 @@ def check_spacing(path: Path, spacing_mm: Sequence[float]) -> None:
     if not all(_MIN_SPACING_MM <= s <= _MAX_SPACING_MM for s in spacing_mm):
         text = " × ".join(f"{s:.4g}" for s in spacing_mm)
         raise BadGeometry(
-            f"'{path}' has spacing {text} mm; each must lie in {_MIN_SPACING_MM}–{_MAX_SPACING_MM:g} mm; "
-            "export the scan again with its geometry"
+            f"'{path}' has spacing {text} mm; each must lie in {_MIN_SPACING_MM}–{_MAX_SPACING_MM:g} mm",
+            fix="export the scan again with its geometry",
         )
 
 
@@ -113,10 +118,12 @@ def sibling(path: Path, name: str) -> Path:
     Raises :class:`BadPath` for anything else, so that no header can make us read another file.
     """
     if not name or name in (".", "..") or any(c in name for c in "/\\:\0"):
-        raise BadPath(f"'{path}' names the data file '{name}'; put the data beside the header and name it plainly")
+        raise BadPath(
+            f"'{path}' names the data file '{name}'", fix="put the data beside the header and name it plainly"
+        )
     file = path.with_name(name)
     if not file.is_file():
-        raise MissingFile(f"'{path}' names the data file '{name}', which is not there; copy it beside the header")
+        raise MissingFile(f"'{path}' names the data file '{name}', which is not there", fix="copy it beside the header")
     return file
 
 
@@ -183,7 +190,7 @@ def _decoded(stored: Stored) -> NDArray[np.uint8]:
             while read := stream.readinto(room[filled:]):
                 filled += read
     except DAMAGED as error:
-        raise Truncated(f"'{stored.file}' is damaged or cut short: {error}; copy or export it again") from error
+        raise Truncated(f"'{stored.file}' is damaged or cut short: {error}", fix="copy or export it again") from error
     if filled != stored.size:
         raise _wrong_size(stored, filled)
     return buffer
@@ -206,7 +213,7 @@ def open_gzip(path: Path, file: io.FileIO) -> igzip.IGzipFile:
     """A reader of the gzip stream at the file's position. Raises :class:`BadFormat` where there is none."""
     position = file.tell()
     if file.read(2) != b"\x1f\x8b":
-        raise BadFormat(f"'{path}' is not gzip where it should be; rename it to what it is, or export it again")
+        raise BadFormat(f"'{path}' is not gzip where it should be", fix="rename it to what it is, or export it again")
     file.seek(position)
     return igzip.IGzipFile(fileobj=file, mode="rb")
 
@@ -216,4 +223,4 @@ def _wrong_size(stored: Stored, found: int) -> Truncated:
         text = f"more than the {stored.size} bytes"
     else:
         text = f"{found} of the {stored.size} bytes"
-    return Truncated(f"'{stored.file}' holds {text} that its header promises; copy or export it again")
+    return Truncated(f"'{stored.file}' holds {text} that its header promises", fix="copy or export it again")

@@ -77,6 +77,6 @@ def class_weights(weights: Mapping[str, float] | None, targets: Targets) -> list
     unknown = set(weights) - {BACKGROUND, *targets.names}
     if unknown:
         raise RecipeError(
-            f"weights name {sorted(unknown)}, which are no targets; known are {[BACKGROUND, *targets.names]}"
+            f"weights name {sorted(unknown)}, which are no targets", fix=f"known are {[BACKGROUND, *targets.names]}"
         )
     return [float(weights.get(name, 1.0)) for name in (BACKGROUND, *targets.names)]

@@ -74,7 +74,7 @@ class DeepSupervision(nn.Module):
         weights = self.weights or [0.5**i for i in range(len(logits))]
         if len(weights) != len(logits):
             raise RecipeError(
-                f"deep supervision has {len(weights)} weights, the network {len(logits)} answers; give as many"
+                f"deep supervision has {len(weights)} weights, the network {len(logits)} answers", fix="give as many"
             )
         losses = []
         for answer, weight in zip(logits, weights, strict=True):
@@ -97,6 +97,6 @@ def target_indices(names: Sequence[str], targets: Targets) -> list[int]:
     """Class numbers (exclusive) or planes (overlapping) of targets; raises :class:`RecipeError` for another name."""
     unknown = [name for name in names if name not in targets.names]
     if unknown:
-        raise RecipeError(f"region '{unknown[0]}' is no target; known are {', '.join(targets.names)}")
+        raise RecipeError(f"region '{unknown[0]}' is no target", fix=f"known are {', '.join(targets.names)}")
     first = 1 if targets.exclusive else 0
     return [first + targets.names.index(name) for name in names]

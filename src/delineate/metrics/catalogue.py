@@ -260,7 +260,7 @@ def metric_names(wanted: str) -> tuple[str, ...]:
         elif name in METRICS:
             names[METRICS[name].name] = None
         else:
-            raise RecipeError(f"no metric '{name}'; sets are {', '.join(SETS)}, metrics {', '.join(METRICS)}")
+            raise RecipeError(f"no metric '{name}'", fix=f"sets are {', '.join(SETS)}, metrics {', '.join(METRICS)}")
     return tuple(names)
 
 
@@ -276,7 +276,7 @@ def targets_of(wanted: str, named: Targets | None) -> Targets | None:
         return named
     first, *others = found.values()
     if any(other != first for other in others):
-        raise RecipeError(f"{' and '.join(found)} measure different regions; evaluate with one of them at a time")
+        raise RecipeError(f"{' and '.join(found)} measure different regions", fix="evaluate with one of them at a time")
     return first
 
 
@@ -289,8 +289,11 @@ def _regions_of(name: str, regions: Regions, named: Targets | None) -> Targets:
         targets = ", ".join(f"{target} {list(values)}" for target, values in named.values.items())
         given = f"got {targets}, and only targets named as {', '.join(regions.parts)} would tell which these are"
     raise RecipeError(
-        f"'{name}' measures {', '.join(regions.made_of)}; {given}; give these with their label values, such as "
-        f"--targets '{_EXAMPLES[name]}', or take the metrics without the set: {','.join(SETS[name].metrics)}"
+        f"'{name}' measures {', '.join(regions.made_of)}; {given}",
+        fix=(
+            f"give these with their label values, such as "
+            f"--targets '{_EXAMPLES[name]}', or take the metrics without the set: {','.join(SETS[name].metrics)}"
+        ),
     )
 
 

@@ -75,7 +75,7 @@ class Architecture(Specification):
         parameters = sum(parameter.numel() for parameter in network.parameters())
         if parameters > MOST_PARAMETERS:
             raise RecipeError(
-                f"the network has {parameters:,} parameters; {MOST_PARAMETERS:,} are the most: lessen widths"
+                f"the network has {parameters:,} parameters", fix=f"{MOST_PARAMETERS:,} are the most: lessen widths"
             )
 
     def body(self, inputs: int, outputs: int) -> nn.Module:

@@ -43,13 +43,15 @@ class MonaiSpec(Architecture):
             from monai.networks import nets
         except ImportError as error:
             raise RecipeError(
-                "network 'monai' needs MONAI, which is not installed; pip install 'delineate[monai]'"
+                "network 'monai' needs MONAI, which is not installed", fix="pip install 'delineate[monai]'"
             ) from error
         network = getattr(nets, self.name, None)
         if not (isinstance(network, type) and issubclass(network, nn.Module)):
-            raise RecipeError(f"MONAI has no network '{self.name}'; see monai.networks.nets for the names")
+            raise RecipeError(f"MONAI has no network '{self.name}'", fix="see monai.networks.nets for the names")
         channels = {"in_channels": inputs, "out_channels": outputs}
         try:
             return network(spatial_dims=self.dimensions, **channels, **self.arguments)
         except (TypeError, ValueError, AssertionError) as error:
-            raise RecipeError(f"MONAI's {self.name} refuses its arguments: {error}; see its documentation") from error
+            raise RecipeError(
+                f"MONAI's {self.name} refuses its arguments: {error}", fix="see its documentation"
+            ) from error

@@ -83,7 +83,8 @@ def load_what_fits(
     if not result.matched and not result.adapted:
         raise RecipeError(
             f"none of {len(weights)} tensors fits the network; such as '{next(iter(weights), '')}' for "
-            f"'{next(iter(own))}'; start from weights of the same kind of network"
+            f"'{next(iter(own))}'",
+            fix="start from weights of the same kind of network",
         )
     return result
 
@@ -123,7 +124,9 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> list[str]:
     names = dict(network.named_parameters())
     for pattern in patterns:
         if not matching(names, [pattern]):
-            raise RecipeError(f"frozen: no parameter fits '{pattern}'; they are named like '{next(iter(names))}'")
+            raise RecipeError(
+                f"frozen: no parameter fits '{pattern}'", fix=f"they are named like '{next(iter(names))}'"
+            )
     frozen = matching(names, patterns)
     for name in frozen:
         names[name].requires_grad_(False)

@@ -149,7 +149,7 @@ def prepare(
     beyond half precision, and whatever reading a subject raises.
     """
     if pipeline.needs_fit:
-        raise RecipeError("the preprocessing is not fitted; fit it on the training subjects before preparing")
+        raise RecipeError("the preprocessing is not fitted", fix="fit it on the training subjects before preparing")
     _sweep(folder)
     hashes = FileHashes(folder / "hashes.json")
 
@@ -196,7 +196,7 @@ class FileHashes:
         try:
             stat = file.stat()
         except FileNotFoundError as error:
-            raise MissingFile(f"'{file}' is not there; restore it, or leave the subject out") from error
+            raise MissingFile(f"'{file}' is not there", fix="restore it, or leave the subject out") from error
         stamp, name = [stat.st_size, stat.st_mtime_ns], str(file.resolve())
         known = self._known.get(name, [])
         if known[:2] == stamp:
@@ -260,8 +260,8 @@ def _write(folder: Path, id: str, prepared: Volume, encoded: NDArray[np.uint8], 
     largest = max(-float(prepared.voxels.min()), float(prepared.voxels.max()))
     if largest > float(np.finfo(np.float16).max):
         raise RecipeError(
-            f"prepared intensities of '{id}' reach {largest:.4g}, beyond half precision (65504); "
-            "add a normalise step to the preprocessing"
+            f"prepared intensities of '{id}' reach {largest:.4g}, beyond half precision (65504)",
+            fix="add a normalise step to the preprocessing",
         )
     points, counts = _draw_points(encoded, targets, np.random.default_rng(seed))
     arrays: dict[str, NDArray] = {
@@ -316,7 +316,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _damaged(folder: Path) -> Truncated:
-    return Truncated(f"prepared subject '{folder}' is damaged; delete this folder and run again")
+    return Truncated(f"prepared subject '{folder}' is damaged", fix="delete this folder and run again")
 
 
 def _memory_bytes() -> int:

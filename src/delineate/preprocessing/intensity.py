@@ -267,10 +267,10 @@ def _chosen(values: NDArray, within: str) -> NDArray:
 def _by_channel(scans: list[list[T]]) -> list[tuple[T, ...]]:
     """What was measured of each scan's channels, regrouped by channel."""
     if not scans:
-        raise RecipeError("there is no training subject to fit the preprocessing on; give at least one")
+        raise RecipeError("there is no training subject to fit the preprocessing on", fix="give at least one")
     counts = sorted({len(channels) for channels in scans})
     if len(counts) > 1:
-        raise RecipeError(f"training subjects have {counts} channels; leave out those that lack some")
+        raise RecipeError(f"training subjects have {counts} channels", fix="leave out those that lack some")
     return list(zip(*scans, strict=True))
 
 
@@ -286,7 +286,9 @@ def _fitted(
 ) -> list[tuple[float, float]]:
     """A cohort's two numbers for each channel."""
     if first is None or second is None:
-        raise RecipeError(f"'{step.model_dump()['kind']}' over the cohort is not fitted; fit it on training subjects")
+        raise RecipeError(
+            f"'{step.model_dump()['kind']}' over the cohort is not fitted", fix="fit it on training subjects"
+        )
     if len(first) != channels:
         raise RecipeError(f"the preprocessing was fitted on {len(first)} channels, this scan has {channels}")
     return list(zip(first, second, strict=True))

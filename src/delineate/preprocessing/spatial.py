@@ -138,13 +138,13 @@ class CropComposite(Step):
             return self
         boxes = np.array([self._box_of(scan) for scan in scans]).reshape(-1, 2, 2)
         if not len(boxes):
-            raise RecipeError("crop_composite needs training scans to be fitted on; give at least one")
+            raise RecipeError("crop_composite needs training scans to be fitted on", fix="give at least one")
         low, high = boxes[..., 0].min(axis=0), boxes[..., 1].max(axis=0)
         return self.model_copy(update={"box": tuple((int(a), int(b)) for a, b in zip(low, high, strict=True))})
 
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
         if self.box is None:
-            raise RecipeError("crop_composite is not fitted yet; fit the pipeline on training scans first")
+            raise RecipeError("crop_composite is not fitted yet", fix="fit the pipeline on training scans first")
         across = volume.grid.slice_axis
         start, size = [0, 0, 0], list(volume.grid.shape)
         for axis, (first, last) in zip((axis for axis in range(3) if axis != across), self.box, strict=True):

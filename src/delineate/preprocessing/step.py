@@ -74,8 +74,8 @@ class Undo(ABC):
         """
         if plane.shape != self.after.shape:
             raise CannotUndo(
-                f"array {plane.shape} does not lie on the prepared grid {self.after.shape}; "
-                "remove what the network's tiling has padded before undoing the preprocessing"
+                f"array {plane.shape} does not lie on the prepared grid {self.after.shape}",
+                fix="remove what the network's tiling has padded before undoing the preprocessing",
             )
         return self._back(plane, outside)
 
@@ -87,8 +87,8 @@ class Undo(ABC):
         """
         if encoded.shape[1:] != self.before.shape:
             raise CannotUndo(
-                f"label {encoded.shape[1:]} does not lie on the scan's grid {self.before.shape}; "
-                "load it with the scan's grid, so that a mismatch is found there"
+                f"label {encoded.shape[1:]} does not lie on the scan's grid {self.before.shape}",
+                fix="load it with the scan's grid, so that a mismatch is found there",
             )
         return self._forward(encoded)
 
@@ -152,6 +152,6 @@ def check_voxels(shape: Shape3) -> Shape3:
     if math.prod(shape) > MOST_VOXELS:
         sides = " × ".join(map(str, shape))
         raise RecipeError(
-            f"preprocessing would make {sides} voxels of a scan; choose a coarser spacing or a smaller shape"
+            f"preprocessing would make {sides} voxels of a scan", fix="choose a coarser spacing or a smaller shape"
         )
     return shape

@@ -95,7 +95,7 @@ def load_features(name: VGGName, weights: str) -> tuple[dict[str, Tensor] | None
         _download(name)
     entry = next((e for e in list_weights() if e.name == name), None)
     if entry is None or sha256_of(stored) != entry.sha256:
-        raise WeightsError(f"{stored} has changed since it was imported; import it again")
+        raise WeightsError(f"{stored} has changed since it was imported", fix="import it again")
     return read_tensors(stored), entry.preprocessing
 
 
@@ -104,7 +104,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not file.exists():
-        raise WeightsError(f"no file {file}; give the path of a weight file")
+        raise WeightsError(f"no file {file}", fix="give the path of a weight file")
     with parsing(file.name, WeightsError, fix=_FIX):
         with open_file(file) as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -117,7 +117,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if not isinstance(loaded, Mapping) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
         ):
-            raise WeightsError(f"{file.name} holds no tensors by name; save the network's state_dict()")
+            raise WeightsError(f"{file.name} holds no tensors by name", fix="save the network's state_dict()")
         for name, tensor in loaded.items():
             _check_plain(file, name, tensor, size)
     return dict(loaded)
@@ -126,19 +126,21 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def _refuse_packed(file: Path, archive: zipfile.ZipFile, size: int) -> None:
     """PyTorch packs without compressing, so what would grow when it is unpacked is no file of its."""
     if sum(entry.file_size for entry in archive.infolist()) > size:
-        raise WeightsError(f"{file.name} unpacks to more than its own size, as no weights do; {_FIX}")
+        raise WeightsError(f"{file.name} unpacks to more than its own size, as no weights do", fix=_FIX)
 
 
 def _check_plain(file: Path, name: str, tensor: Tensor, size: int) -> None:
     """Raise :class:`WeightsError` for what is no array of finite numbers that the file itself holds."""
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise WeightsError(f"{file.name}: {name[:80]} is no plain array of numbers; save the network's state_dict()")
+        raise WeightsError(
+            f"{file.name}: {name[:80]} is no plain array of numbers", fix="save the network's state_dict()"
+        )
     if tensor.numel() * tensor.element_size() > size:
         raise WeightsError(
-            f"{file.name}: {name[:80]} is said to be {_sides(tensor.shape)}, more than the file holds; {_FIX}"
+            f"{file.name}: {name[:80]} is said to be {_sides(tensor.shape)}, more than the file holds", fix=_FIX
         )
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise WeightsError(f"{file.name}: {name[:80]} has numbers that are not finite; {_FIX}")
+        raise WeightsError(f"{file.name}: {name[:80]} has numbers that are not finite", fix=_FIX)
 
 
 def fitting(tensors: Mapping[str, Tensor], name: VGGName, source: str) -> dict[str, Tensor]:
@@ -152,7 +154,7 @@ def fitting(tensors: Mapping[str, Tensor], name: VGGName, source: str) -> dict[s
     wrong += [f"{key} is not of {name}" for key in tensors if key not in expected and not key.startswith("classifier.")]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise WeightsError(f"{source} is not {name}: {'; '.join(wrong[:5])}{more}; give a file of {name}")
+        raise WeightsError(f"{source} is not {name}: {'; '.join(wrong[:5])}{more}", fix=f"give a file of {name}")
     return {key: tensors[key].detach().float().contiguous() for key in expected}
 
 
@@ -170,12 +172,14 @@ def _download(name: VGGName) -> None:
                 shutil.copyfileobj(answer, out)
         except OSError as error:
             raise WeightsError(
-                f"weights of {name} are not in the store and cannot be downloaded from {address} ({error}); "
-                f"either fetch that file elsewhere and `delineate weights import FILE --as {name}`, "
-                "or set weights: random in the recipe"
+                f"weights of {name} are not in the store and cannot be downloaded from {address} ({error})",
+                fix=(
+                    f"either fetch that file elsewhere and `delineate weights import FILE --as {name}`, "
+                    "or set weights: random in the recipe"
+                ),
             ) from error
         if not sha256_of(file).startswith(file.stem.rsplit("-", 1)[1]):
-            raise WeightsError(f"the download of {address} is damaged: its checksum differs; try again")
+            raise WeightsError(f"the download of {address} is damaged: its checksum differs", fix="try again")
         import_weights(file, name)
 
 

@@ -25,6 +25,7 @@ from delineate.reporting.cautions import Training, cautions
 from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
 from delineate.reporting.overlays import overlays_of
+from delineate.training.events import Collapsed, Warned, read_events, without_undone
 from delineate.training.subjects import RunSubjects
 
 
@@ -81,7 +82,7 @@ def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evalua
 def _subjects(folder: Path) -> RunSubjects:
     found = RunSubjects.load(folder)
     if found is None:
-        raise TrainingError(f"'{folder / 'subjects.json'}' is missing; train again, which writes it")
+        raise TrainingError(f"'{folder / 'subjects.json'}' is missing", fix="train again, which writes it")
     return found
 
 
@@ -143,9 +144,9 @@ def _provenance(bundle: Bundle, subjects: RunSubjects) -> dict[str, str]:
 
 def _notes(folder: Path, subjects: RunSubjects, problems: list[dict[str, str]]) -> list[str]:
     """What a reader should know before the numbers: a collapse, who was left out, warnings about the data."""
-    messages = folder / "logs" / "messages.txt"
-    lines = messages.read_text(encoding="utf-8").splitlines() if messages.exists() else []
-    notes = [line[20:] for line in lines if "COLLAPSE" in line]
+    notes = [
+        event.text for event in without_undone(read_events(folder / "logs")) if isinstance(event, Collapsed | Warned)
+    ]
     if subjects.left_out:
         notes.append(f"Left out as broken: {', '.join(subjects.left_out)}.")
     counts: dict[str, list[dict[str, str]]] = {}

@@ -129,7 +129,7 @@ def _chosen_slices(
     """Tiles of the slices that ``spec`` asks for, by subject."""
     axis = geometry.slice_axis
     if axis is None:
-        raise RecipeError("sampler 'chosen_slices' is for slices; use tiles of kind: slices")
+        raise RecipeError("sampler 'chosen_slices' is for slices", fix="use tiles of kind: slices")
     found: list[tuple[int, Tile]] = []
     for index, subject in enumerate(subjects):
         other = tuple(a for a in range(4) if a != axis + 1)
@@ -144,7 +144,7 @@ def _chosen_slices(
         chosen = set(spread.tolist()) | set(nearest.tolist())
         found += [(index, tile) for tile in geometry.tiles(size, 0.0) if tile.start[axis] in chosen]
     if not found:
-        raise RecipeError("sampler 'chosen_slices' finds no slice with a target; check the labels")
+        raise RecipeError("sampler 'chosen_slices' finds no slice with a target", fix="check the labels")
     return found[: spec.at_most]
 
 

@@ -167,8 +167,8 @@ def geometry_for(
     wanted = 3 if slice_axis is None else 2
     if len(network.divisor) != wanted:
         raise RecipeError(
-            f"tiles of kind '{spec.kind}' are for {wanted}D networks, got a {len(network.divisor)}D one; "
-            "use kind: slices with 2D networks, kind: patches with 3D ones"
+            f"tiles of kind '{spec.kind}' are for {wanted}D networks, got a {len(network.divisor)}D one",
+            fix="use kind: slices with 2D networks, kind: patches with 3D ones",
         )
     volume_shape = [int(n) for n in volume_shape]  # numpy's integers are not JSON's
     shape, margins = list(volume_shape), [0, 0, 0]

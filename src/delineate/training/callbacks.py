@@ -17,11 +17,10 @@ import torch
 from delineate.bundle import save_weights
 from delineate.preprocessing.cache import PreparedSubject
 from delineate.sampling.batches import BatchSource
+from delineate.training.events import Collapsed, GaveUp, Stopped, Validated
 from delineate.training.module import Delineator
-from delineate.training.options import Stop
+from delineate.training.options import Reporter, Stop
 from delineate.training.validation import summary, validate
-
-Say = Callable[[str], None]
 
 SECONDS_BETWEEN_STATES = 45.0
 """A killed run loses at most this and the step it was in: under a minute."""
@@ -49,8 +48,8 @@ class Keeper(lightning.Callback):
 class Validator(lightning.Callback):
     """Validates at even shares of the budget, keeps the best weights in the bundle, and ends a run that stalls."""
 
-    def __init__(self, subjects: Sequence[PreparedSubject], folder: Path, say: Say) -> None:
-        self.subjects, self.folder, self.say = subjects, folder, say
+    def __init__(self, subjects: Sequence[PreparedSubject], folder: Path, report: Reporter) -> None:
+        self.subjects, self.folder, self.report = subjects, folder, report
         self.best, self.best_step, self.done, self.since_best = -math.inf, -1, 0, 0
         self.score = math.nan
         self._taken, self._ended = 0.0, -math.inf
@@ -73,10 +72,11 @@ class Validator(lightning.Callback):
         scores = self._scores(trainer, module)
         self._ended = module.budget.elapsed()
         self._taken = self._ended - started
-        result = summary(scores, spec.metric)
-        self.score = result.pop("score")
+        means = summary(scores, spec.metric)
+        self.score = means.score
+        row = {"dice": means.dice, **{f"dice_{name}": dice for name, dice in means.targets.items()}}
         for logger in trainer.loggers:
-            logger.log_metrics({**result, "minutes": module.budget.elapsed() / 60}, step=trainer.global_step)
+            logger.log_metrics({**row, "minutes": module.budget.elapsed() / 60}, step=trainer.global_step)
         better = self.score > self.best
         if better:
             self.best, self.best_step, self.since_best = self.score, trainer.global_step, 0
@@ -84,17 +84,21 @@ class Validator(lightning.Callback):
                 save_weights(
                     self.folder,
                     module.kept_network.state_dict(),
-                    {"step": trainer.global_step, "validation_dice": f"{result['dice']:.4f}"},
+                    {"step": trainer.global_step, "validation_dice": f"{means.dice:.4f}"},
                 )
         else:
             self.since_best += 1
-        parts = ", ".join(f"{k.removeprefix('dice_')} {v:.3f}" for k, v in result.items() if k != "dice")
-        self.say(
-            f"step {trainer.global_step}, {module.budget.elapsed() / 60:.1f} min: validation Dice "
-            f"{result['dice']:.3f} ({parts}){', best so far' if better else ''}"
+        self.report.event(
+            Validated(
+                step=trainer.global_step,
+                minutes=module.budget.elapsed() / 60,
+                dice=means.dice,
+                targets=means.targets,
+                best=better,
+            )
         )
         if spec.patience is not None and self.since_best >= spec.patience:
-            self.say(f"no better validation in {spec.patience}: training ends early")
+            self.report.event(GaveUp(step=trainer.global_step, patience=spec.patience))
             trainer.should_stop = True
 
     def _too_soon(self, module: Delineator) -> bool:
@@ -138,8 +142,8 @@ class ValidationLoss(lightning.Callback):
 class CollapseWatch(lightning.Callback):
     """Says so when, past a stated step, the network predicts background alone, or a target everywhere."""
 
-    def __init__(self, after_step: int, say: Say) -> None:
-        self.after_step, self.say = after_step, say
+    def __init__(self, after_step: int, report: Reporter) -> None:
+        self.after_step, self.report = after_step, report
         self.in_a_row, self.warned = 0, False
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
@@ -151,23 +155,22 @@ class CollapseWatch(lightning.Callback):
             self.in_a_row = self.in_a_row + 1 if flooded or not seen.predicted else 0
         if self.in_a_row >= 3:
             self.warned = True
-            say = flood_message if seen.predicted else collapse_message
-            self.say(say(trainer.global_step, module))
+            self.report.event(
+                flood(trainer.global_step, module) if seen.predicted else loss_of_targets(trainer.global_step, module)
+            )
 
 
-def flood_message(step: int, module: Delineator) -> str:
-    """What to say of a network that predicts a target nearly everywhere."""
-    mends = []
+def flood(step: int, module: Delineator) -> Collapsed:
+    """A target is predicted nearly everywhere: with the fixes that fit the recipe."""
+    fixes = []
     if _soft(module.bundle.recipe.loss.model_dump()):
-        mends.append(
+        fixes.append(
             "no soft labels (--set loss.soft_labels=null): where targets are rare, overlap with a background "
             "of 0.1 everywhere is largest when everything is a target"
         )
-    mends.append(f"a lower learning rate (--set training.optimiser.learning_rate={module.learning_rate / 3:.1g})")
-    mends.append("check with `delineate data inspect` what the label values mean")
-    return f"COLLAPSE: at step {step} the network predicts a target nearly everywhere. Likely mends: " + "; ".join(
-        mends
-    )
+    fixes.append(f"a lower learning rate (--set training.optimiser.learning_rate={module.learning_rate / 3:.1g})")
+    fixes.append("check with `delineate data inspect` what the label values mean")
+    return Collapsed(step=step, predicts="a target nearly everywhere", fixes=tuple(fixes))
 
 
 def _soft(loss: Any) -> bool:
@@ -177,16 +180,16 @@ def _soft(loss: Any) -> bool:
     return isinstance(loss, list | tuple) and any(map(_soft, loss))
 
 
-def collapse_message(step: int, module: Delineator) -> str:
-    """What to say of a network that predicts background alone, with the mends that fit its recipe."""
-    recipe, mends = module.bundle.recipe, []
+def loss_of_targets(step: int, module: Delineator) -> Collapsed:
+    """Background alone is predicted: with the fixes that fit the recipe."""
+    recipe, fixes = module.bundle.recipe, []
     if recipe.sampler.kind != "class_balanced":
-        mends.append("--set sampler.kind=class_balanced (half of the tiles then hold a target)")
+        fixes.append("--set sampler.kind=class_balanced (half of the tiles then hold a target)")
     if recipe.loss.kind == "cross_entropy":
-        mends.append("add a Dice loss (--set loss.kind=dice), since cross entropy is content with rare targets missed")
-    mends.append(f"a lower learning rate (--set training.optimiser.learning_rate={module.learning_rate / 3:.1g})")
-    mends.append("check with `delineate data inspect` that labels lie on the organ")
-    return f"COLLAPSE: at step {step} the network predicts background alone. Likely mends: " + "; ".join(mends)
+        fixes.append("add a Dice loss (--set loss.kind=dice), since cross entropy is content with rare targets missed")
+    fixes.append(f"a lower learning rate (--set training.optimiser.learning_rate={module.learning_rate / 3:.1g})")
+    fixes.append("check with `delineate data inspect` that labels lie on the organ")
+    return Collapsed(step=step, predicts="background alone", fixes=tuple(fixes))
 
 
 class Stopper(lightning.Callback):
@@ -196,8 +199,8 @@ class Stopper(lightning.Callback):
     run is to end, even where that came too late to cut the training short; ``cut_short`` whether it was.
     """
 
-    def __init__(self, stop_file: Path, say: Say) -> None:
-        self.stop_file, self.say = stop_file, say
+    def __init__(self, stop_file: Path, report: Reporter) -> None:
+        self.stop_file, self.report = stop_file, report
         self.asked: Stop | None = None
         self.cut_short = False
         self._before: dict[int, Any] = {}
@@ -227,9 +230,7 @@ class Stopper(lightning.Callback):
             asked = int(trainer.strategy.reduce(wanted, reduce_op="max"))
         if asked:
             self.asked, self.cut_short = Stop(asked), True
-            self.say(
-                f"stopping on {self.asked.cause} after step {trainer.global_step}; the same command resumes from here"
-            )
+            self.report.event(Stopped(step=trainer.global_step, cause=self.asked.cause))
             trainer.should_stop = True
         elif module.progress >= 1.0:
             trainer.should_stop = True

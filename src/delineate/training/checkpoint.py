@@ -40,7 +40,7 @@ class SafeCheckpointIO(CheckpointIO):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             state = _decode(json.loads(text), tensors)
             if not isinstance(state, dict):
-                raise TrainingError(f"'{path}' holds {type(state).__name__}, not a training's state; {_FIX}")
+                raise TrainingError(f"'{path}' holds {type(state).__name__}, not a training's state", fix=_FIX)
         return state
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -63,7 +63,7 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_encode(v, tensors) for v in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    raise TrainingError(f"a checkpoint cannot hold {type(value).__name__}; keep plain values and tensors in it")
+    raise TrainingError(f"a checkpoint cannot hold {type(value).__name__}", fix="keep plain values and tensors in it")
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -84,5 +84,5 @@ def steps_done(path: Path) -> int:
         return 0
     steps = SafeCheckpointIO().load_checkpoint(path).get("global_step")
     if type(steps) is not int or steps < 0:
-        raise TrainingError(f"'{path}' does not say how far the training came; {_FIX}")
+        raise TrainingError(f"'{path}' does not say how far the training came", fix=_FIX)
     return steps

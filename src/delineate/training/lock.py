@@ -115,7 +115,7 @@ def _locked(path: Path) -> int:
             os.close(descriptor)
     except OSError as error:
         raise OutputError(
-            f"the run folder '{path.parent}' cannot be used: {error.strerror}; choose another --out"
+            f"the run folder '{path.parent}' cannot be used: {error.strerror}", fix="choose another --out"
         ) from error
 
 
@@ -135,7 +135,7 @@ def _sign(descriptor: int, path: Path) -> str:
         if os.pwrite(descriptor, text, 0) < len(text):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise OutputError(f"'{path}' cannot be written: {error.strerror}; free some space") from error
+        raise OutputError(f"'{path}' cannot be written: {error.strerror}", fix="free some space") from error
     return word
 
 

@@ -189,9 +189,11 @@ class Delineator(lightning.LightningModule):
             self.last_loss = float(loss.detach())
             if not math.isfinite(self.last_loss):
                 raise TrainingError(
-                    f"the loss is {self.last_loss} at step {step}: from here on nothing would be learnt; "
-                    "try --precision fp32, or a lower learning rate "
-                    f"(--set training.optimiser.learning_rate={self.learning_rate / 3:.1g}), in a new folder"
+                    f"the loss is {self.last_loss} at step {step}: from here on nothing would be learnt",
+                    fix=(
+                        "try --precision fp32, or a lower learning rate "
+                        f"(--set training.optimiser.learning_rate={self.learning_rate / 3:.1g}), in a new folder"
+                    ),
                 )
             # At once, not by Lightning's `log`, which writes after whoever saves the state: a run killed in
             # between would lack this row for good.
@@ -292,7 +294,7 @@ def build_optimiser(
     unused = [p for p in spec.rates if p not in fitting]
     if unused:
         first = next(name for name, _ in network.named_parameters())
-        raise RecipeError(f"optimiser.rates: no parameter fits '{unused[0]}'; they are named like '{first}'")
+        raise RecipeError(f"optimiser.rates: no parameter fits '{unused[0]}'", fix=f"they are named like '{first}'")
     described: list[dict[str, Any]] = [
         {"params": parameters, "initial_lr": rate, "weight_decay": spec.weight_decay if decayed else 0.0}
         for (rate, decayed), parameters in groups.items()
@@ -302,7 +304,7 @@ def build_optimiser(
         for parameters, rate in adversaries
     ]
     if not described:
-        raise RecipeError("everything is frozen: nothing is left to train; take a pattern out of training.frozen")
+        raise RecipeError("everything is frozen: nothing is left to train", fix="take a pattern out of training.frozen")
     if spec.kind == "sgd":
         return torch.optim.SGD(described, lr=spec.learning_rate, momentum=spec.beta1, nesterov=spec.beta1 > 0)
     kind = torch.optim.AdamW if spec.kind == "adamw" else torch.optim.Adam

@@ -11,6 +11,7 @@ from pathlib import Path
 from delineate.compute import Compile, Precision
 from delineate.core.text import printable_lines
 from delineate.io.files import appending
+from delineate.training.events import MESSAGES, Cause, Event, append_event, drop_unfinished
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -24,8 +25,13 @@ class Stop(IntEnum):
     TERMINATE = 143
 
     @property
-    def cause(self) -> str:
-        return {Stop.FILE: "the stop file", Stop.INTERRUPT: "Ctrl-C", Stop.TERMINATE: "a signal to end"}[self]
+    def cause(self) -> Cause:
+        causes: dict[Stop, Cause] = {
+            Stop.FILE: "the stop file",
+            Stop.INTERRUPT: "Ctrl-C",
+            Stop.TERMINATE: "a signal to end",
+        }
+        return causes[self]
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,16 @@ class RunOptions:
     mlflow: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reporter:
-    """Where a run says what happens: to the terminal, and to ``logs/messages.txt``."""
+    """Where a run says what happens: to the terminal, and in a run's folder to ``messages.txt`` and ``events.jsonl``.
+
+    ``messages`` are all that were said. ``logs`` is the folder of the two files.
+    """
 
     say: Say = lambda text: None
     progress: Progress = lambda what, done, total: None
-    log: Path | None = None
+    logs: Path | None = None
     messages: list[str] = field(default_factory=list)
     silent: bool = False
 
@@ -64,6 +73,22 @@ class Reporter:
             return
         self.messages.append(text)
         self.say(text)
-        if self.log is not None:
-            with appending(self.log) as file:
+        if self.logs is not None:
+            with appending(self.logs / MESSAGES) as file:
                 file.write((time.strftime("%Y-%m-%d %H:%M:%S ") + printable_lines(text) + "\n").encode())
+
+    def event(self, event: Event) -> None:
+        """Note what happened, and say it."""
+        if self.logs is not None and not self.silent:
+            append_event(self.logs, event)
+        self(event.text)
+
+    def of_run(self, folder: Path, *, first: bool) -> Reporter:
+        """One that writes into a run's folder too; this one stays as it is, and is told all that is said.
+
+        Processes beside the ``first`` only train: they say nothing.
+        """
+        if not first:
+            return Reporter(silent=True)
+        drop_unfinished(folder / "logs")
+        return Reporter(self, self.progress, folder / "logs")

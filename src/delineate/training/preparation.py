@@ -54,7 +54,9 @@ def auto_recipe(
         return load_recipe(path, [*(budget if minutes or steps else []), *changes]), None
     dataset, targets = without_descriptions(dataset), dataset.targets
     if targets is None:
-        raise RecipeError(f"data set '{dataset.name}' does not name its targets; add for example --targets liver=1")
+        raise RecipeError(
+            f"data set '{dataset.name}' does not name its targets", fix="add for example --targets liver=1"
+        )
     inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
     sound = [row for row in inspection.rows if row.subject not in inspection.broken]
     if len(sound) < 2 or (inspection.broken and not options.leave_out_broken):
@@ -88,8 +90,8 @@ def inspected(
     targets = recipe.data.targets.targets() if recipe.data.targets is not None else dataset.targets
     if targets is None:
         raise RecipeError(
-            f"data set '{dataset.name}' does not name its targets, nor does the recipe; "
-            "add for example --set 'data.targets.values={liver: 1}'"
+            f"data set '{dataset.name}' does not name its targets, nor does the recipe",
+            fix="add for example --set 'data.targets.values={liver: 1}'",
         )
     if recipe.data.channels is not None:
         channels = recipe.data.channels
@@ -105,13 +107,13 @@ def inspected(
         kept = tuple(s for s in dataset.subjects if s.id not in inspection.broken)
         dataset = replace(dataset, subjects=kept)
     if len(dataset.subjects) < 2:
-        raise BrokenSubjects(f"{len(dataset.subjects)} usable subjects are left; training needs two or more")
+        raise BrokenSubjects(f"{len(dataset.subjects)} usable subjects are left", fix="training needs two or more")
     return dataset, targets, inspection
 
 
 def broken_message(inspection: Inspection) -> str:
     """All errors of an inspection, a line each."""
-    lines = [f"  {p.subject}: {p.code}: {p.message}; {p.mend}" for p in inspection.errors]
+    lines = [f"  {p.subject}: {p.code}: {p.message}; {p.fix}" for p in inspection.errors]
     return (
         f"{len(inspection.broken)} subjects cannot be trained on:\n" + "\n".join(lines) + "\n"
         "Mend them, or add --leave-out-broken to train on the others"
@@ -126,7 +128,7 @@ def expected_seconds(recipe: Recipe) -> float:
     by_steps = float("inf") if training.steps is None else float(training.steps)
     shortest = min(by_time, by_steps)
     if shortest == float("inf"):
-        raise RecipeError("the recipe has no budget; set training.minutes (or --minutes) or training.steps")
+        raise RecipeError("the recipe has no budget", fix="set training.minutes (or --minutes) or training.steps")
     return shortest
 
 
@@ -240,9 +242,8 @@ def without_descriptions(dataset: Dataset) -> Dataset:
     if any(len(subject.scans) != 1 for subject in dataset.subjects):
         raise RecipeError(
             f"the channels of '{dataset.name}' have no names but the series' descriptions "
-            f"({', '.join(dataset.channels)}), which may name a person and would be given away with the bundle; "
-            "name each by a pattern, such as "
-            "--images T1='*t1*' --images FLAIR='*flair*'"
+            f"({', '.join(dataset.channels)}), which may name a person and would be given away with the bundle",
+            fix="name each by a pattern, such as --images T1='*t1*' --images FLAIR='*flair*'",
         )
     name = dataset.modality or "image"
     subjects = tuple(with_channels(subject, (name,)) for subject in dataset.subjects)
@@ -285,7 +286,7 @@ def split_for(recipe: Recipe, dataset: Dataset, folder: Path, options: RunOption
         return load_or_make_split(path, dataset)
     patients = len({subject.patient for subject in dataset.subjects})
     if patients < 2:
-        raise BadSplit(f"data set '{dataset.name}' has one patient; training and judging it need two or more")
+        raise BadSplit(f"data set '{dataset.name}' has one patient", fix="training and judging it need two or more")
     return load_or_make_split(path, dataset, folds=min(recipe.training.folds, patients), seed=recipe.training.seed)
 
 

@@ -5,7 +5,7 @@
     RUN/
         recipe.yaml  plan.json  split.json  data.json   what was decided, and on what data
         subjects.json                                   who was trained on: names stay here
-        logs/        training.csv, validation.csv, validation_loss.csv, TensorBoard events, messages.txt
+        logs/        training.csv, validation.csv, validation_loss.csv, TensorBoard events, events.jsonl, messages.txt
         last/        the state that a stopped run goes on from; at the end, the last weights as a bundle
         bundle/      the best weights
         predictions/ evaluation/                        of the held-out subjects
@@ -60,6 +60,7 @@ from delineate.training.callbacks import (
     Validator,
 )
 from delineate.training.checkpoint import SafeCheckpointIO, steps_done
+from delineate.training.events import Finished, Resumed, Started, Stopped, Trained, Warned
 from delineate.training.lock import holding, launching, stop_file
 from delineate.training.logs import CurveLogger, EventLogger
 from delineate.training.module import BatchStream, Budget, Delineator
@@ -116,9 +117,8 @@ def train(
     """
     with holding(folder) as first:
         # Processes beside the first are started with the same command; they only train.
-        if not first:
-            report.silent, report.progress = True, lambda what, done, total: None
-        return _run(recipe, dataset, folder, options, report, inspection, first=first)
+        own = report.of_run(folder, first=first)
+        return _run(recipe, dataset, folder, options, own, inspection, first=first)
 
 
 def _run(
@@ -131,7 +131,6 @@ def _run(
     *,
     first: bool,
 ) -> RunResult:
-    report.log = folder / "logs" / "messages.txt"
     _check_same_recipe(recipe, folder)
     whole = dataset
     dataset, targets, inspection = inspected(recipe, dataset, inspection, options, report)
@@ -140,10 +139,7 @@ def _run(
     # Folds are of all subjects: they stay the same when a broken one is mended later.
     split = split_for(recipe, whole, folder, options)
     roles = assign_roles(dataset.subjects, split, options.fold, recipe)
-    report(
-        f"{len(roles.training)} subjects to train on, {len(roles.validation)} of the training folds to validate on, "
-        f"{len(roles.held_out)} held out"
-    )
+    report.event(Started(training=len(roles.training), validation=len(roles.validation), held_out=len(roles.held_out)))
     plan = plan_compute(
         device=options.device,
         precision=options.precision,
@@ -168,6 +164,8 @@ def _run(
     if stopped is None and first and options.evaluate and roles.held_out:
         evaluation = _evaluate_held_out(folder, roles.held_out, plan, report)
         stopped = Stop.FILE if evaluation is None else None
+    if stopped is None:
+        report.event(Finished(step=steps, measured=0 if evaluation is None else len(evaluation.subjects)))
     return RunResult(folder, steps, stopped, evaluation, tuple(report.messages), helper=not first)
 
 
@@ -183,8 +181,8 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     if before != now:
         differing = [key for key in now if before.get(key) != now[key]]
         raise RecipeError(
-            f"'{folder}' holds a run of another recipe (they differ in {', '.join(differing)}); "
-            "use another --out, or the options it was started with to go on"
+            f"'{folder}' holds a run of another recipe (they differ in {', '.join(differing)})",
+            fix="use another --out, or the options it was started with to go on",
         )
 
 
@@ -195,8 +193,8 @@ def _check_same_subjects(subjects: RunSubjects, folder: Path) -> None:
     differing = subjects.differing(RunSubjects.load(folder) or Bundle.load(folder / "bundle").provenance)
     if differing:
         raise RecipeError(
-            f"'{folder}' holds a run on other subjects (they differ in {', '.join(differing)}); "
-            "use another --out, or the --fold, --split and data it was started with to go on"
+            f"'{folder}' holds a run on other subjects (they differ in {', '.join(differing)})",
+            fix="use another --out, or the --fold, --split and data it was started with to go on",
         )
 
 
@@ -208,10 +206,11 @@ def _compare_conditions(bundle: Bundle, folder: Path, report: Reporter) -> None:
     now = bundle.provenance.computed
     differing = [f"{what} {before[what]}, now {now[what]}" for what in now if before.get(what, now[what]) != now[what]]
     if differing:
-        report(
+        message = (
             f"this run was begun with {'; '.join(differing)}: the weights will not be bit for bit "
             "those of a run that was not stopped"
         )
+        report.event(Warned(message=message))
 
 
 def _write_decisions(folder: Path, recipe: Recipe, bundle: Bundle, plan: ComputePlan, inspection: Inspection) -> None:
@@ -249,9 +248,9 @@ def _fit(
     network = starting_network(bundle, report, resumed=resumed_from > 0)
     module = Delineator(bundle, network, plan, source, budget)
     if has_random_features(module.loss):
-        report("the content loss judges by random features, not by VGG19's")
+        report.event(Warned(message="the content loss judges by random features, not by VGG19's"))
     if resumed_from:
-        report(f"resuming from step {resumed_from}")
+        report.event(Resumed(step=resumed_from))
     validator = Validator(prepared.validation, folder / "bundle", report)
     stopper = Stopper(stop_file(folder), report)
     callbacks: list[lightning.Callback] = [
@@ -291,7 +290,7 @@ def _fit(
         if validator.best_step < 0:
             save_weights(folder / "bundle", weights, {"step": trainer.global_step})
         bundle.save(folder / "last", weights, {"step": trainer.global_step})
-        report(f"trained {trainer.global_step} steps in {budget.elapsed() / 60:.1f} min")
+        report.event(Trained(step=trainer.global_step, minutes=budget.elapsed() / 60))
     return trainer.global_step, stopper.asked
 
 
@@ -366,7 +365,7 @@ def _evaluate_held_out(
     predicting = predict_subjects(predictor, chosen, folder / "predictions", probabilities=probabilities)
     for done, outcome in enumerate(predicting, start=1):
         if stop_file(folder).exists():
-            report(f"stopping on {Stop.FILE.cause}; the same command resumes from here")
+            report.event(Stopped(cause=Stop.FILE.cause))
             return None
         if isinstance(outcome.error, OutputError):
             raise outcome.error

@@ -46,7 +46,7 @@ def _start_from(network: nn.Module, start: StartSpec, bundle: Bundle, report: Re
         wanted = [start.rows.get(name, name) for name in ours]
         unknown = [name for name in start.rows.values() if name not in theirs]
         if unknown:
-            raise RecipeError(f"start.rows: '{unknown[0]}' is no output of {folder}; it has {', '.join(theirs)}")
+            raise RecipeError(f"start.rows: '{unknown[0]}' is no output of {folder}", fix=f"it has {', '.join(theirs)}")
         rows = [theirs.index(name) if name in theirs else None for name in wanted]
     else:
         weights = read_tensors(path)

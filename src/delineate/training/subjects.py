@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from delineate.bundle import Provenance, hidden
 from delineate.errors import TrainingError
 from delineate.io.files import writing_beside
+from delineate.specification import from_json, to_json
 
 _FILE = "subjects.json"
 
@@ -42,7 +42,7 @@ class RunSubjects:
     def save(self, folder: Path) -> None:
         """Write it into a run's folder."""
         with writing_beside(folder / _FILE) as path:
-            path.write_text(json.dumps(_ADAPTER.dump_python(self, mode="json"), indent=1), encoding="utf-8")
+            path.write_text(to_json(self), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> RunSubjects | None:
@@ -51,11 +51,8 @@ class RunSubjects:
         if not path.exists():
             return None
         try:
-            return _ADAPTER.validate_json(path.read_bytes())
+            return from_json(cls, path.read_bytes())
         except (OSError, ValidationError) as error:
-            raise TrainingError(f"'{path}' cannot be read ({error}); restore it, or train into another --out") from (
-                error
-            )
-
-
-_ADAPTER = TypeAdapter(RunSubjects)
+            raise TrainingError(
+                f"'{path}' cannot be read ({error})", fix="restore it, or train into another --out"
+            ) from (error)

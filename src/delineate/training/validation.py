@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,8 +35,8 @@ def validate(
             probability = sliding.probabilities(network, image, bundle.geometry_of(shape))
         except BundleError as error:
             raise TrainingError(
-                "the training has diverged: at validation the network's answer is not finite; lower "
-                "training.optimiser.learning_rate, or train with --precision fp32"
+                "the training has diverged: at validation the network's answer is not finite",
+                fix="lower training.optimiser.learning_rate, or train with --precision fp32",
             ) from error
         reference = np.asarray(subject.target)
         known = reference[0] != IGNORED
@@ -49,12 +50,21 @@ def validate(
     return scores
 
 
-def summary(scores: Sequence[dict[str, float]], metric: str) -> dict[str, float]:
-    """Mean Dice of each target and ``score``, the number by which weights are kept."""
+@dataclass(frozen=True)
+class Means:
+    """Mean Dice over the subjects, over all targets and of each; ``score`` is what chooses the weights."""
+
+    dice: float
+    targets: Mapping[str, float]
+    score: float
+
+
+def summary(scores: Sequence[dict[str, float]], metric: str) -> Means:
+    """Means of what :func:`validate` gave; ``metric`` says which is the score."""
     names = list(scores[0])
-    means = {f"dice_{name}": math.fsum(s[name] for s in scores) / len(scores) for name in names}
+    means = {name: math.fsum(s[name] for s in scores) / len(scores) for name in names}
     dice = math.fsum(means.values()) / len(means)
-    return {"dice": dice, **means, "score": dice if metric == "dice" else min(means.values())}
+    return Means(dice, means, dice if metric == "dice" else min(means.values()))
 
 
 def _dice(prediction: np.ndarray, reference: np.ndarray) -> float:

@@ -48,7 +48,7 @@ class Kind:
 def kind_named(name: str) -> Kind:
     """Raises :class:`RecipeError`, naming all, for one that is not there."""
     if name not in KINDS:
-        raise RecipeError(f"there is no kind '{name}' of simulated scans; there are {', '.join(KINDS)}")
+        raise RecipeError(f"there is no kind '{name}' of simulated scans", fix=f"there are {', '.join(KINDS)}")
     return KINDS[name]
 
 

@@ -44,7 +44,7 @@ def write_phantoms(
     name = layout or chosen.layout
     holding = [other for other, arrangement in ARRANGEMENTS.items() if arrangement.holds(chosen)]
     if name not in holding:
-        raise RecipeError(f"'{name}' cannot hold simulated scans of kind '{kind}'; {', '.join(holding)} can")
+        raise RecipeError(f"'{name}' cannot hold simulated scans of kind '{kind}'", fix=f"{', '.join(holding)} can")
     arrangement, rows = ARRANGEMENTS[name], []
     _check_alike(out, kind, seed)
     # First, so that no folder of simulated scans is ever taken for patients.
@@ -79,7 +79,7 @@ def _check_alike(out: Path, kind: str, seed: int) -> None:
         alike = False
     if not alike:
         raise OutputError(
-            f"'{out}' holds something else than simulated scans of kind '{kind}', seed {seed}; name a new folder"
+            f"'{out}' holds something else than simulated scans of kind '{kind}', seed {seed}", fix="name a new folder"
         )
 
 

@@ -1,0 +1,202 @@
+"""What happened in a run, when and with which numbers: ``logs/events.jsonl``, a line each.
+
+Reports and programs read these; ``logs/messages.txt`` says the same to people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, Field
+
+from delineate.errors import BadFormat
+from delineate.io.files import appending, parsing, read_bytes, writing_beside
+from delineate.specification import Specification, from_json, to_json
+
+EVENTS, MESSAGES = "events.jsonl", "messages.txt"
+_MOST_BYTES = 2**28
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Minutes = Annotated[float, Field(ge=0, le=1e9)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Cause = Literal["the stop file", "Ctrl-C", "a signal to end"]
+
+
+class _Event(Specification):
+    """``at`` is when it happened, ``step`` after how many steps; ``text`` says it to people."""
+
+    at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
+    step: Count = 0
+
+    @property
+    def text(self) -> str:
+        raise NotImplementedError
+
+
+class Started(_Event):
+    """A run begins, or the same command again: how many subjects are for what."""
+
+    kind: Literal["started"] = "started"
+    training: Count
+    validation: Count
+    held_out: Count
+
+    @property
+    def text(self) -> str:
+        return (
+            f"{self.training} subjects to train on, {self.validation} of the training folds to validate on, "
+            f"{self.held_out} held out"
+        )
+
+
+class Resumed(_Event):
+    """Training continues after ``step`` steps: whatever was done beyond them is done again."""
+
+    kind: Literal["resumed"] = "resumed"
+
+    @property
+    def text(self) -> str:
+        return f"resuming from step {self.step}"
+
+
+class Validated(_Event):
+    """Mean Dice over the validation subjects, over all targets and of each; ``best`` so far: these weights are kept."""
+
+    kind: Literal["validated"] = "validated"
+    minutes: Minutes
+    dice: Share
+    targets: Annotated[Mapping[str, Share], Field(max_length=2**16)]
+    best: bool
+
+    @property
+    def text(self) -> str:
+        each = ", ".join(f"{name} {dice:.3f}" for name, dice in self.targets.items())
+        best = ", best so far" if self.best else ""
+        return f"step {self.step}, {self.minutes:.1f} min: validation Dice {self.dice:.3f} ({each}){best}"
+
+
+class Collapsed(_Event):
+    """The network predicts background alone, or a target nearly everywhere; ``fixes`` fit its recipe."""
+
+    kind: Literal["collapsed"] = "collapsed"
+    predicts: Literal["background alone", "a target nearly everywhere"]
+    fixes: Annotated[tuple[str, ...], Field(max_length=16)]
+
+    @property
+    def text(self) -> str:
+        fixes = "; ".join(self.fixes)
+        return f"COLLAPSE: at step {self.step} the network predicts {self.predicts}. Likely fixes: {fixes}"
+
+
+class GaveUp(_Event):
+    """Validation did not get better ``patience`` times: training ends before its budget does."""
+
+    kind: Literal["gave_up"] = "gave_up"
+    patience: Count
+
+    @property
+    def text(self) -> str:
+        return f"no better validation in {self.patience}: training ends early"
+
+
+class Stopped(_Event):
+    """The run was asked to end; the same command resumes it."""
+
+    kind: Literal["stopped"] = "stopped"
+    cause: Cause
+
+    @property
+    def text(self) -> str:
+        after = f" after step {self.step}" if self.step else ""
+        return f"stopping on {self.cause}{after}; the same command resumes from here"
+
+
+class Trained(_Event):
+    """The budget is spent."""
+
+    kind: Literal["trained"] = "trained"
+    minutes: Minutes
+
+    @property
+    def text(self) -> str:
+        return f"trained {self.step} steps in {self.minutes:.1f} min"
+
+
+class Finished(_Event):
+    """All is done, up to the held-out subjects' numbers where there are any."""
+
+    kind: Literal["finished"] = "finished"
+    measured: Count
+
+    @property
+    def text(self) -> str:
+        return f"finished after {self.step} steps; {self.measured} held-out subjects measured"
+
+
+class Warned(_Event):
+    """Something that a reader of the results should know."""
+
+    kind: Literal["warned"] = "warned"
+    message: str
+
+    @property
+    def text(self) -> str:
+        return self.message
+
+
+Event = Started | Resumed | Validated | Collapsed | GaveUp | Stopped | Trained | Finished | Warned
+_ANY: Any = Annotated[Event, Field(discriminator="kind")]
+
+
+def to_line(event: Event) -> bytes:
+    """``event`` as a line of JSON."""
+    return to_json(event, indent=None).encode() + b"\n"
+
+
+def from_line(line: bytes) -> Event:
+    """The event of a line. Raises :class:`ValueError`."""
+    event: Event = from_json(_ANY, line)
+    return event
+
+
+def append_event(logs: Path, event: Event) -> None:
+    """Add ``event`` to those in a run's ``logs``. Raises :class:`OutputError`, and leaves the file whole then."""
+    with appending(logs / EVENTS) as file:
+        file.write(to_line(event))
+
+
+def drop_unfinished(logs: Path) -> None:
+    """Remove a last line that a killed process did not write to its end, so that more can be added."""
+    path = logs / EVENTS
+    if not path.exists():
+        return
+    content = read_bytes(path, _MOST_BYTES)
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with writing_beside(path) as beside:
+            beside.write_bytes(whole)
+
+
+def read_events(logs: Path) -> tuple[Event, ...]:
+    """All events in a run's ``logs``, oldest first; none where the run is of an earlier version.
+
+    Raises :class:`BadFormat` for a damaged file; a last line that a killed process left unfinished is left out.
+    """
+    path = logs / EVENTS
+    if not path.exists():
+        return ()
+    with parsing(path, BadFormat, fix="remove it, and the report is written without it"):
+        return tuple(from_line(line) for line in read_bytes(path, _MOST_BYTES).split(b"\n")[:-1])
+
+
+def without_undone(events: Iterable[Event]) -> list[Event]:
+    """``events`` without those of steps that a resumed run took again."""
+    kept: list[Event] = []
+    for event in events:
+        if isinstance(event, Resumed):
+            kept = [one for one in kept if one.step <= event.step]
+        kept.append(event)
+    return kept

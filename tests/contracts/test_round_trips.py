@@ -1,0 +1,221 @@
+"""What is written down reads back equal: every specification, with every field at another value than its default."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import delineate
+from delineate.bundle import Fingerprint, Provenance, Range, _Description
+from delineate.compute import Choice
+from delineate.datasets.examination import Problem, SubjectRow
+from delineate.datasets.inspection import Intensity
+from delineate.datasets.splits import Split, load_split, save_split
+from delineate.errors import RecipeError
+from delineate.io.settings import parse_yaml
+from delineate.recipe import Recipe, load_recipe, packaged_recipes, recipe_from, to_yaml
+from delineate.sampling.tiles import TileGeometry
+from delineate.specification import Specification, from_json, to_json
+from delineate.training import events
+from delineate.training.subjects import RunSubjects
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, 678, UTC)
+PSEUDONYM = "0123456789abcdef" * 2
+
+
+@cache
+def classes() -> frozenset[type[Specification]]:
+    """Every specification of the package that can be made; a class others build on is told by its underscore."""
+    for module in pkgutil.walk_packages(delineate.__path__, "delineate."):
+        if "__main__" not in module.name:
+            importlib.import_module(module.name)
+    found: set[type[Specification]] = set()
+    waiting = [Specification]
+    while waiting:
+        below = waiting.pop().__subclasses__()
+        found |= set(below)
+        waiting += below
+    return frozenset(
+        kind
+        for kind in found
+        if kind.__module__.startswith("delineate.") and not inspect.isabstract(kind) and not kind.__subclasses__()
+    )
+
+
+def parts_of(value: Any) -> Iterator[Specification]:
+    """A specification and all within it."""
+    if isinstance(value, Specification):
+        yield value
+        for name in type(value).model_fields:
+            yield from parts_of(getattr(value, name))
+    elif isinstance(value, dict):
+        yield from (part for each in value.values() for part in parts_of(each))
+    elif isinstance(value, list | tuple):
+        yield from (part for each in value for part in parts_of(each))
+
+
+def others(value: Any) -> Iterator[Any]:
+    """Values unlike ``value``, of which a field may take some."""
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (value + 1, value * 2, value - 1)
+    elif isinstance(value, float):
+        yield from (value / 3, value * 3, value + 0.1, 0.1)
+    elif isinstance(value, str):
+        yield from ('another: "name" ü\n# 1', "b", "all", "dice", "x")
+    elif isinstance(value, list | tuple):
+        yield from (value[::-1], value[:1], [*value, *value], [])
+        yield from ([*other_first, *value[1:]] for other_first in ([o] for v in value[:1] for o in others(v)))
+    elif isinstance(value, dict):
+        yield from ({**value, "another": next(iter(value.values()), 1)}, {}, {"a": 1})
+    elif value is None:
+        yield from (1, 0.25, "b", True, [1, 2, 3], ["b"], {"b": 1}, [0.5, 0.5], [1, 1, 1])
+
+
+def variants(value: Specification) -> Iterator[Specification]:
+    """``value``, and for each of its fields one that differs in it, where one is valid."""
+    yield value
+    plain = value.model_dump(mode="json")
+    for name, now in plain.items():
+        for other in others(now):
+            try:
+                changed = type(value).model_validate_json(json.dumps({**plain, name: other}))
+            except ValidationError:
+                continue
+            if changed != value:
+                yield changed
+                break
+
+
+@cache
+def samples() -> dict[type[Specification], list[Specification]]:
+    """Instances of every class: from the packaged recipes, and those that none uses from here."""
+    found: dict[type[Specification], list[Specification]] = defaultdict(list)
+    recipes = [load_recipe(name) for name in packaged_recipes()]
+    code = {"value": "1", "meaning": "b"}
+    made = [
+        recipe_from(values)
+        for values in (
+            {
+                "name": "x",
+                "tiles": {"kind": "whole"},
+                "network": {"kind": "unet", "dimensions": 3},
+                "start": {"weights": "w.pt", "rows": {"a": "b"}},
+                "postprocessing": {"largest_component": ["a"]},
+                "data": {"targets": {"values": {"a": 1}}, "codes": {"a": {"category": code, "type": code}}},
+            },
+        )
+    ]
+    described = _Description(
+        channels=("T1",),
+        targets={"values": {"a": (1, 2)}},
+        tiles=TileGeometry((8, 8, 1), (1, 2, 0), 2, True),
+        spacing_mm=(1.0, 1.5, 3.0),
+        fingerprint=Fingerprint(2, (Range("spacing", "SI", 1.0, 1.5, 2.0), Range("contrast", "T1: ü", 0.1, 0.2, 1e9))),
+        provenance=Provenance("msd", True, 1, 2, "now", PSEUDONYM, versions={"a": "b"}, computed={"threads": 2}),
+    )
+    happened = [
+        events.Started(at=NOW, training=3, validation=1, held_out=1),
+        events.Resumed(at=NOW, step=4),
+        events.Validated(at=NOW, step=4, minutes=0.1, dice=1 / 3, targets={"a: ü": 1 / 3}, best=True),
+        events.Collapsed(at=NOW, step=4, predicts="background alone", fixes=("one; two",)),
+        events.GaveUp(at=NOW, step=4, patience=2),
+        events.Stopped(at=NOW, step=4, cause="Ctrl-C"),
+        events.Trained(at=NOW, step=4, minutes=2.5),
+        events.Finished(at=NOW, step=4, measured=2),
+        events.Warned(at=NOW, message="two\nlines"),
+    ]
+    for whole in (*recipes, *made, *(recipe.pipeline for recipe in recipes), described, *happened):
+        for part in parts_of(whole):
+            if part not in found[type(part)]:
+                found[type(part)].append(part)
+    for kind in classes() - set(found):
+        for least in ({}, {"dimensions": 3}, {"dimensions": 2}, *LEAST.get(kind.__name__, ())):
+            try:
+                found[kind].append(kind.model_validate(least))
+            except (ValidationError, NotImplementedError):
+                continue
+    return found
+
+
+DICE = {"kind": "dice"}
+LEAST: dict[str, list[dict[str, Any]]] = {
+    "RegionSpec": [{"loss": DICE, "within": ["liver"]}],
+    "DeepSupervisionSpec": [{"loss": DICE}],
+    "MonaiSpec": [{"dimensions": 3, "name": "SegResNet", "arguments": {"init_filters": 8}}],
+}
+"""Fields of classes that no packaged recipe has and that are not made of defaults."""
+
+
+def test_every_specification_class_has_an_instance() -> None:
+    assert len(classes()) > 50
+    assert sorted(kind.__name__ for kind in classes() if not samples().get(kind)) == []
+
+
+def test_every_specification_reads_back_equal_from_json_and_from_yaml() -> None:
+    changed = 0
+    for kind, instances in samples().items():
+        for instance in instances[:6]:
+            for value in variants(instance):
+                changed += value != instance
+                assert from_json(kind, to_json(value)) == value
+                text = to_yaml({"it": value.model_dump(mode="json")})
+                again = parse_yaml(text, kind.__name__, RecipeError)["it"]
+                assert kind.model_validate_json(json.dumps(again)) == value, text
+    assert changed > 300
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_a_packaged_recipe_reads_back_equal(name: str) -> None:
+    recipe = load_recipe(name)
+    assert from_json(Recipe, to_json(recipe)) == recipe
+    assert recipe_from(parse_yaml(to_yaml(recipe.as_dict()), name, RecipeError)) == recipe
+
+
+def test_events_are_told_apart_by_their_kind() -> None:
+    kinds = {kind for kind in samples() if issubclass(kind, events._Event)}
+    assert {kind.__name__ for kind in kinds} == {kind.__name__ for kind in events._Event.__subclasses__()}
+    for kind in kinds:
+        for event in samples()[kind]:
+            assert events.from_line(events.to_line(event)) == event
+            assert b"\n" not in events.to_line(event)[:-1]
+            assert event.text
+
+
+SUBJECTS = RunSubjects("d", 0, ("a",), ("b",), ("c",), ("e",), {"a": {"T1": "0f", "label": "1e"}})
+SPLIT = Split((("a", "b"), ("c",)), ("d",), 7)
+VALUES = [
+    SUBJECTS,
+    replace(SUBJECTS, fold=None, left_out=()),
+    SPLIT,
+    Problem("E_SHAPE", "error", "a", "what; and more", "do this; or that"),
+    SubjectRow(
+        "a", "s", "p", (1, 2, 3), (0.5, 0.5, 3.0), "RAS", ("T1",), "int16", {"T1": Intensity(0, 1, 2, 3, 4, 5, 6, 7)},
+        (1, 1, 1), {0: 5, 1: 6}, {"liver": 1.25}, (0, 0, 0), {"T1": "ab"},
+    ),
+    Choice("precision", "fp32", "no tensor cores"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_what_a_run_writes_down_reads_back_equal(value: Any) -> None:
+    assert from_json(type(value), to_json(value)) == value
+
+
+def test_files_of_a_run_read_back_equal(tmp_path) -> None:
+    SUBJECTS.save(tmp_path)
+    assert RunSubjects.load(tmp_path) == SUBJECTS
+    save_split(tmp_path / "split.json", SPLIT)
+    assert load_split(tmp_path / "split.json") == SPLIT
