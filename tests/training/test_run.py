@@ -369,7 +369,7 @@ def test_a_collapse_to_a_target_everywhere_is_said_with_mends(recipe, balls, tmp
 def test_a_loss_that_is_no_number_ends_the_training_and_says_what_to_try(recipe, balls, tmp_path) -> None:
     values = recipe.as_dict()
     values["training"] |= {"steps": 40, "clip_norm": None}
-    values["training"]["optimiser"] |= {"kind": "sgd", "learning_rate": 1e30}
+    values["training"]["optimiser"] |= {"kind": "sgd", "learning_rate": 100.0, "rates": {"*": 1e6}}
     with pytest.raises(TrainingError, match=r"the loss is \w+ at step \d+.*--precision fp32"):
         run(recipe_from(values), balls, tmp_path / "run", evaluate=False)
 
