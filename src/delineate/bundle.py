@@ -310,6 +310,12 @@ def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:
     return len(chosen)
 
 
+def bundle_folder(path: Path) -> Path:
+    """Where the bundle is that ``path`` stands for: the folder itself, or ``bundle`` in the folder of a run."""
+    inside = path / "bundle"
+    return inside if inside.is_dir() and not (path / MANIFEST).exists() else path
+
+
 def is_whole(folder: Path) -> bool:
     """Whether a folder holds a bundle, with weights, that can be used."""
     try:

@@ -57,7 +57,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 UNUSED = [
-    "lightning", "pytorch_lightning", "matplotlib", "pandas", "monai", "tensorboard", "torch._dynamo", "torch._inductor",
+    "lightning", "pytorch_lightning", "matplotlib", "pandas", "monai", "tensorboard", "torch._dynamo",
+    "torch._inductor",
     "sympy", "scipy.stats", "scipy.ndimage", "scipy.spatial", "cc3d", "SimpleITK", "jinja2", "highdicom", "vtk",
     "delineate.training", "delineate.evaluation", "delineate.reporting",
 ]  # fmt: skip
