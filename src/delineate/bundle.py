@@ -27,7 +27,6 @@ from typing import Annotated, Any, Final, Literal
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from delineate.core.targets import Targets
 from delineate.errors import BundleError, DelineateError, OutputError, UnknownKey
@@ -35,6 +34,7 @@ from delineate.io.files import writing_beside
 from delineate.io.pseudonyms import PATTERN, key_file, key_id, pseudonym
 from delineate.io.sealed import AGAIN, MANIFEST, Sealed, Stamp, opened, read_json, read_small, replace_file, seal
 from delineate.io.settings import parse_yaml
+from delineate.networks.base import Unfilled
 from delineate.preprocessing.pipeline import Pipeline
 from delineate.recipe import Recipe, TargetsSpec, recipe_from, to_yaml
 from delineate.sampling.tiles import AXES, Slices, TileGeometry, TileSpec, Whole, geometry_for
@@ -138,7 +138,8 @@ class Bundle:
     def trained_network(self) -> nn.Module:
         """The network with the bundle's weights, in evaluation mode."""
         weights = self._read_weights()
-        network = self.network()
+        with Unfilled():
+            network = self.network()
         network.load_state_dict(weights)
         return network.eval()
 
@@ -326,6 +327,12 @@ def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:
     return len(chosen)
 
 
+def bundle_folder(path: Path) -> Path:
+    """Where the bundle is that ``path`` stands for: the folder itself, or ``bundle`` in the folder of a run."""
+    inside = path / "bundle"
+    return inside if inside.is_dir() and not (path / MANIFEST).exists() else path
+
+
 def is_whole(folder: Path) -> bool:
     """Whether a folder holds a bundle, with weights, that can be used."""
     try:
@@ -488,7 +495,7 @@ def _check_fits(bundle: Bundle, path: Path) -> None:
     with _safetensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         found = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
-    with _at_most(len(found)), torch.device("meta"), _Unfilled():
+    with _at_most(len(found)), torch.device("meta"), Unfilled():
         state = bundle.network().state_dict()
     wanted = {name: (tuple(tensor.shape), _DTYPES.get(tensor.dtype, "")) for name, tensor in state.items()}
     wrong = [
@@ -505,15 +512,6 @@ def _check_fits(bundle: Bundle, path: Path) -> None:
 
 def _tensor(known: tuple[tuple[int, ...], str] | None) -> str:
     return "missing" if known is None else f"{'×'.join(map(str, known[0])) or 'one number'} of {known[1]}"
-
-
-class _Unfilled(TorchFunctionMode):
-    """Leaves out random initial values, which take milliseconds a layer even of tensors without memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -182,6 +182,20 @@ def available_memory_bytes() -> int:
     return free
 
 
+def check_device(device: str, count: int = 1) -> None:
+    """Raise :class:`RecipeError` for a device that this machine does not have, or of which it has fewer."""
+    chosen, _ = _choose_device(device)
+    if chosen.type == "cpu":
+        return
+    wanted = max(count, (chosen.index or 0) + 1)
+    there = torch.cuda.device_count() if chosen.type == "cuda" else 1
+    if wanted > there:
+        raise RecipeError(
+            f"this machine has {there} devices of type {chosen.type}, not {wanted}; "
+            "use another --device, or fewer --devices"
+        )
+
+
 def _choose_device(device: str) -> tuple[torch.device, str]:
     if device == "auto":
         if torch.cuda.is_available():

@@ -6,38 +6,79 @@ import errno
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
+from itertools import takewhile
 from types import FrameType
+
+STARTED = time.perf_counter()
+"""When the command began, as :func:`time.perf_counter` counts: before anything else is imported."""
+
+PIPE_CLOSED = 128 + 13
+"""Exit status where whoever read the output has closed it, as ``| head`` does: the signal is called SIGPIPE."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> None:
-    """Entry point of ``delineate``: exit status 0 done, 1 the work failed, 2 wrong usage, 130 and 143 by signals."""
-    from delineate.cli.app import app
+    """Entry point of ``delineate``.
+
+    Exit status 0 done, 1 the work failed, 2 wrong usage, 130, 141 and 143 by signals. With ``--json`` an error is JSON
+    on standard output, ``{"error": {"code": …, "message": …, "fix": …}}``, as well as a line on standard error.
+    """
     from delineate.cli.terminal import guard
-    from delineate.errors import DelineateError, OutputError, RecipeError
 
     _listen()
     guard()
     try:
-        app(prog_name="delineate")
+        try:
+            _run(as_json="--json" in takewhile(lambda argument: argument != "--", sys.argv[1:]))
+        finally:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as end:
+        # Typer and rich make a status of their own of a closed pipe.
+        if not isinstance(end, BrokenPipeError) and not isinstance(end.__context__, BrokenPipeError):
+            raise
+        _forget_what_is_left(sys.stdout)
+        sys.exit(PIPE_CLOSED)
+
+
+def _run(*, as_json: bool) -> None:
+    from typer import TyperException
+
+    from delineate.cli.app import app
+    from delineate.cli.terminal import print_error
+    from delineate.errors import DelineateError, OutputError, RecipeError
+
+    try:
+        # Typer prints wrong usage itself, but not as JSON.
+        sys.exit(app(prog_name="delineate", standalone_mode=not as_json))
+    except TyperException as error:
+        print_error(error, "E_USAGE", error.format_message(), as_json=as_json)
+        sys.exit(error.exit_code)
     except DelineateError as error:
-        print(f"error {error}", file=sys.stderr)
+        print_error(error, error.code, error.message, getattr(error, "fix", ""), as_json=as_json)
         sys.exit(2 if isinstance(error, RecipeError) else 1)
     except OSError as error:
-        # Of writers that are not ours, such as the compiler's cache.
+        # From writers that are not ours, such as the compiler's cache.
         if error.errno not in _FULL:
             raise
         where = f"'{os.fspath(error.filename)}'" if error.filename else "a file"
         full = OutputError(
             f"{where} cannot be written: {error.strerror}", fix="free some space, or choose another disk"
         )
-        print(f"error {full}", file=sys.stderr)
+        print_error(full, full.code, full.message, full.fix, as_json=as_json)
         sys.exit(1)
     except SystemExit as end:
         if end.code == 128 + signal.SIGINT:
             print("interrupted", file=sys.stderr)
         raise
+
+
+def _forget_what_is_left(stream: object) -> None:
+    """Let the interpreter flush its buffers into nothing at its end, rather than complain."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[attr-defined]
 
 
 def _listen() -> None:

@@ -7,20 +7,49 @@ from typing import Annotated
 import typer
 
 from delineate.cli import compare, data, demo, evaluate, forgetting, metrics, networks, predict, recipes, train, weights
+from delineate.cli.commands import Commands
+from delineate.cli.terminal import Loudness, speak
 
-app = typer.Typer(
+app = Commands(
     name="delineate",
     help="Train, compare and deploy networks that delineate organs and lesions in MR and CT volumes.",
-    no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _quiet(ctx: typer.Context, value: bool) -> None:
+    _speak(ctx, Loudness.QUIET if value else None)
+
+
+def _verbose(ctx: typer.Context, value: bool) -> None:
+    _speak(ctx, Loudness.VERBOSE if value else None)
+
+
+def _speak(ctx: typer.Context, asked: Loudness | None) -> None:
+    """Take what was asked for, before the command's name or after it."""
+    said = ctx.find_root().meta.setdefault("loudness", [])
+    said += [] if asked is None else [asked]
+    if len(set(said)) > 1:
+        ctx.fail("--quiet and --verbose contradict each other; give one of them")
+    speak(said[0] if said else Loudness.NORMAL)
+
+
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+def _everywhere(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", callback=_quiet, expose_value=False, help="Print only results and errors."),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", callback=_verbose, expose_value=False, help="Print where an error arose and its causes."
+        ),
+    ] = False,
+) -> None:
     if version:
         from delineate import __version__
 

@@ -8,20 +8,28 @@ from typing import Annotated
 import typer
 
 from delineate.cli.options import Json, Overwrite
+from delineate.cli.options import metrics as metric_completions
 
 
 def compare(
     evaluations: Annotated[
-        list[Path], typer.Argument(help="Two or more folders of evaluations, or of runs; NAME=FOLDER names one.")
+        list[Path], typer.Argument(help="Two or more evaluations or runs; write NAME=FOLDER to name one.")
     ],
     metrics: Annotated[
-        str | None, typer.Option("--metrics", help="Sets and single metrics, joined by commas; default: all in common.")
+        str | None,
+        typer.Option(
+            "--metrics",
+            help="Compare these sets and single metrics, joined by commas (default: all they share).",
+            autocompletion=metric_completions,
+        ),
     ] = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Page to write, such as page.html.")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write a report to this file, such as page.html.")
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Compare methods measured on the same subjects: paired, corrected for many comparisons, in words."""
+    """Compare methods on the same subjects, in pairs and corrected for multiple comparisons."""
     from delineate.cli.terminal import print_json
     from delineate.errors import MissingFile
     from delineate.evaluation.methods import compare_methods, on_common_subjects
@@ -49,7 +57,7 @@ def compare(
         from delineate.reporting.html import MethodsReport, write_report
 
         common = on_common_subjects(named)
-        about = f"{len(next(iter(common.values())).subjects)} subjects that all have."
+        about = f"{len(next(iter(common.values())).subjects)} subjects that they share."
         write_report(report, MethodsReport(", ".join(named) + " compared", about, common, found))
     if json:
         print_json([d.as_dict() for d in found])

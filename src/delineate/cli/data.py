@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from delineate.cli.options import Images, Json, Labels, Layout, Overwrite, TargetsOption
+from delineate.cli.commands import Commands
+from delineate.cli.options import Images, Json, Labels, Layout, Overwrite, TargetsOption, layouts, phantoms
 
 if TYPE_CHECKING:
     from delineate.datasets.inspection import Inspection
 
-app = typer.Typer(help="Inspect, split and convert data.", no_args_is_help=True, rich_markup_mode=None)
+app = Commands(help="Inspect, split, convert and simulate data.")
 
-Folder = Annotated[Path, typer.Argument(help="Folder of the data set; its layout is recognised.")]
+Folder = Annotated[Path, typer.Argument(help="The data set; its layout is recognised.")]
 
 
 @app.command("inspect")
@@ -26,15 +27,16 @@ def inspect(
     labels: Labels = None,
     targets: TargetsOption = None,
     repair: Annotated[
-        Path | None, typer.Option("--repair", help="New folder for repaired copies, with a manifest of what was done.")
+        Path | None,
+        typer.Option("--repair", help="Write repaired copies to this new folder, with a list of what was done."),
     ] = None,
     orientation: Annotated[
         Literal["refuse", "sform", "qform"],
-        typer.Option("--orientation", help="Which of two orientations counts where a file has both."),
+        typer.Option("--orientation", help="Use this orientation where a file has two that differ."),
     ] = "refuse",
     json: Json = False,
 ) -> None:
-    """Read every subject and report all problems at once, each with its code and mend."""
+    """Read every subject and report every problem, with how to fix it."""
     from delineate.cli.parsing import parse_targets
     from delineate.cli.terminal import Terminal, print_json
     from delineate.datasets.inspection import inspect as run
@@ -76,18 +78,21 @@ def inspect(
 @app.command("split")
 def split(
     folder: Folder,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Split file; one that is there is checked and kept.")],
-    folds: Annotated[int, typer.Option("--folds", min=2)] = 5,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Write this split file; an existing one is checked and kept.")
+    ],
+    folds: Annotated[int, typer.Option("--folds", min=2, help="Make this many folds.")] = 5,
     test_fraction: Annotated[
-        float, typer.Option("--test-fraction", min=0, max=0.9, help="Share of patients locked away as test set.")
+        float,
+        typer.Option("--test-fraction", min=0, max=0.9, help="Lock this share of the patients away as a test set."),
     ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Draw the folds with this seed.")] = 0,
     layout: Layout = "auto",
     images: Images = None,
     labels: Labels = None,
     json: Json = False,
 ) -> None:
-    """Split a data set into folds by patient, balanced over sites, with a locked test set if asked for."""
+    """Split a data set into folds by patient, balanced over sites, with a locked test set if you ask for one."""
     from delineate.cli.terminal import print_json
     from delineate.datasets.layouts import open_dataset
     from delineate.datasets.splits import load_or_make_split
@@ -106,7 +111,7 @@ def split(
 def series(
     path: Annotated[Path, typer.Argument(help="A folder, a zip, or any file of a series.")], json: Json = False
 ) -> None:
-    """List the DICOM series of a place, with what tells them apart."""
+    """List the DICOM series in a folder or zip, with what tells them apart."""
     from delineate.cli.terminal import print_json, print_table
     from delineate.io.dicom_series import find_series
 
@@ -134,22 +139,23 @@ def series(
 def convert(
     path: Annotated[Path, typer.Argument(help="A scan or label: a file, or a DICOM folder or zip.")],
     out: Annotated[
-        Path, typer.Argument(help="The new file: .nii.gz .mha .nrrd .vtk .vti .png .tif, of labels .seg.nrrd and .dcm.")
+        Path, typer.Argument(help="The new file: .nii.gz .mha .nrrd .vtk .vti .png .tif; labels also .seg.nrrd .dcm.")
     ],
-    label: Annotated[bool, typer.Option("--label", help="It is a label: whole numbers, smallest type.")] = False,
+    label: Annotated[
+        bool, typer.Option("--label", help="Convert a label: write whole numbers in the smallest type.")
+    ] = False,
     pick: Annotated[
-        str | None, typer.Option("--series", help="Pattern of the series' description, where there are several.")
+        str | None, typer.Option("--series", help="Choose among several series by this pattern of their description.")
     ] = None,
-    source: Annotated[
-        Path | None, typer.Option("--source", help="The DICOM series that a DICOM-SEG refers to.")
-    ] = None,
+    source: Annotated[Path | None, typer.Option("--source", help="Refer the DICOM-SEG to this DICOM series.")] = None,
     kind: Annotated[
-        Literal["BINARY", "LABELMAP"], typer.Option("--kind", help="Of a DICOM-SEG: a frame for each target, or one.")
+        Literal["BINARY", "LABELMAP"],
+        typer.Option("--kind", help="Write DICOM-SEG frames per target (BINARY) or one for all (LABELMAP)."),
     ] = "BINARY",
     targets: TargetsOption = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert one scan or label; voxels keep their place in the patient."""
+    """Convert one scan or label to another format; every voxel keeps its place in the patient."""
     from delineate.cli.parsing import parse_targets
     from delineate.core.targets import Targets
     from delineate.io.dicom_series import the_series
@@ -179,12 +185,14 @@ def convert(
 
 @app.command("consensus")
 def make_consensus(
-    annotators: Annotated[list[Path], typer.Argument(help="A folder of labels for each annotator, two or more.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the labels that they agree on.")],
-    method: Annotated[Literal["majority", "staple"], typer.Option("--method")] = "majority",
+    annotators: Annotated[list[Path], typer.Argument(help="Two or more folders of labels, one for each annotator.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the labels that they agree on to this folder.")],
+    method: Annotated[
+        Literal["majority", "staple"], typer.Option("--method", help="Combine labels by this method.")
+    ] = "majority",
     overwrite: Overwrite = False,
 ) -> None:
-    """Make one label of several annotators' for each subject; say how well each pair of them agrees."""
+    """Combine the labels of several annotators into one per subject, and say how well each pair agrees."""
     from itertools import combinations
 
     from delineate.cli.terminal import print_table
@@ -221,19 +229,24 @@ def make_consensus(
 def phantom(
     kind: Annotated[
         str,
-        typer.Argument(help="abdomen, liver, liver-ct, liver-fat, brain-tumour, white-matter or prostate."),
+        typer.Argument(
+            help="abdomen, liver, liver-ct, liver-fat, brain-tumour, white-matter or prostate.",
+            autocompletion=phantoms,
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the data set.")],
-    n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many patients.")] = 20,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the data set to this new folder.")],
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Simulate this many patients.")] = 20,
     layout: Annotated[
         str | None,
         typer.Option(
-            "--layout", help="msd, nnunet, promise12, wmh2017, lits, brats or cases; default: the kind's own."
+            "--layout",
+            help="Write this layout: msd, nnunet, promise12, wmh2017, lits, brats or cases (default: the kind's own).",
+            autocompletion=layouts,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Simulate with this seed.")] = 0,
 ) -> None:
-    """Simulate scans whose truth is known, in the layout of their challenge."""
+    """Simulate scans with known truth, in the layout of their challenge."""
     from delineate.cli.terminal import Terminal
     from delineate.datasets.phantoms.kinds import kind_named
     from delineate.datasets.phantoms.writing import write_phantoms
@@ -267,9 +280,7 @@ def _print(inspection: Inspection) -> None:
         where = f"{problem.subject}: " if problem.subject else ""
         typer.echo(f"{problem.severity} {problem.code} {where}{problem.message}; {problem.fix}")
     found = f"{len(inspection.errors)} errors, {len(inspection.warnings)} warnings"
-    typer.echo(
-        f"\n{len(inspection.rows)} subjects read, {found}" + ("" if inspection.problems else ": nothing to mend")
-    )
+    typer.echo(f"\n{len(inspection.rows)} subjects read, {found}" + ("" if inspection.problems else ": nothing to fix"))
 
 
 def _by(numbers: Sequence[float]) -> str:

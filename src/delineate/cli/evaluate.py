@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from delineate.cli.options import Json, Overwrite, TargetsOption
+from delineate.cli.options import Json, Metrics, Overwrite, TargetsOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,44 +21,54 @@ def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of predicted labels, <subject>.nii.gz.")],
     references: Annotated[Path, typer.Argument(help="Folder of reference labels, or a data set.")],
     targets: TargetsOption = None,
-    metrics: Annotated[
-        str,
-        typer.Option(
-            "--metrics",
-            help="Sets (standard, wmh2017, promise12, lits, brats) and single metrics, joined by commas; "
-            "`delineate metrics list` explains them.",
-        ),
-    ] = "standard",
+    metrics: Metrics = "standard",
     lesion_overlap: Annotated[
-        float, typer.Option("--lesion-overlap", min=0, max=0.99, help="Share of a lesion that must be covered.")
+        float,
+        typer.Option(
+            "--lesion-overlap",
+            min=0,
+            max=0.99,
+            help="Count a lesion as detected if more than this share of it is covered.",
+        ),
     ] = 0.0,
     quantity: Annotated[
         str | None,
-        typer.Option("--quantity", help="Channel of the data set, such as fat_fraction: its mean within each target."),
+        typer.Option("--quantity", help="Measure the mean of this channel, such as fat_fraction, within each target."),
     ] = None,
     margin_mm: Annotated[
-        float, typer.Option("--margin-mm", min=0, help="How far inside a target's surface the quantity is read.")
+        float,
+        typer.Option("--margin-mm", min=0, help="Measure the quantity this far inside a target's surface, in mm."),
     ] = 0.0,
     threshold: Annotated[
-        float | None, typer.Option("--threshold", help="Of the quantity, such as 5.56: who changes sides.")
+        float | None,
+        typer.Option(
+            "--threshold", help="Report subjects on the wrong side of this value of the quantity, such as 5.56."
+        ),
     ] = None,
     probabilities: Annotated[
         Path | None,
-        typer.Option("--probabilities", help="Their folder; default: PREDICTIONS/probabilities where it is there."),
+        typer.Option("--probabilities", help="Read probabilities here (default: PREDICTIONS/probabilities, if any)."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the tables: CSV and JSON.")] = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Page to write, such as page.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write tables to this folder, as CSV and JSON.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write a report to this file, such as page.html.")
+    ] = None,
     band_percent: Annotated[
-        float | None, typer.Option("--band", min=0, help="Band of volume errors to draw: operators' own is 1.7 %.")
+        float | None,
+        typer.Option("--band", min=0, help="Draw this band of volume errors, in % (between operators: 1.7)."),
     ] = None,
     colours: Annotated[
         Literal["distinct", "purple"],
-        typer.Option("--colours", help="Of overlays: told apart by everyone, or purple for agreement, red and blue."),
+        typer.Option(
+            "--colours", help="Colour overlays so that everyone can tell them apart, or purple where both agree."
+        ),
     ] = "distinct",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Measure predictions against references, by subject and target."""
+    """Measure predictions against references, for every subject and target."""
     from delineate.cli.parsing import parse_targets
     from delineate.cli.terminal import print_json
     from delineate.evaluation.agreement import QuantityMap
@@ -68,7 +78,7 @@ def evaluate(
     beside = predictions / "probabilities"
     kept = probabilities or (beside if beside.is_dir() else None)
     if quantity is None and (threshold is not None or margin_mm):
-        raise typer.BadParameter("--margin-mm and --threshold are of a quantity: name its channel with --quantity")
+        raise typer.BadParameter("--margin-mm and --threshold need a quantity; name its channel with --quantity")
     read_within = None if quantity is None else QuantityMap(quantity, margin_mm, threshold)
     measuring = Measuring(metrics, lesion_overlap, read_within, kept)
     asked, known = parse_targets(targets), open_references(references)
@@ -120,7 +130,9 @@ def _print_details(evaluation: Evaluation) -> None:
         columns = ["target", "of", "bias (95 %)", "limits of agreement", "concordance", "n", "beyond them"]
         print_table("agreement with the reference", columns, rows)
     if sizes := [list(row.values()) for row in evaluation.described_lesions()]:
-        print_table("lesions by size", ["target", "ml", "found of the reference's", "real of the predicted"], sizes)
+        print_table(
+            "lesions by size", ["target", "ml", "reference lesions detected", "predicted lesions confirmed"], sizes
+        )
     for target, reliability in evaluation.reliabilities().items():
         typer.echo(f"probabilities of {target}: expected calibration error {reliability.expected_error:.4f}")
     for line in evaluation.crossings():

@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from delineate.cli.options import Compile, Data, Device, Json, Overwrite, Precision, Threads
+from delineate.cli.options import Compile, Data, Device, Json, Metrics, Overwrite, Precision, Threads
 
 
 def forgetting(
-    before: Annotated[Path, typer.Argument(help="Bundle before fine-tuning.")],
-    after: Annotated[Path, typer.Argument(help="Bundle after it.")],
+    before: Annotated[Path, typer.Argument(help="The bundle before fine-tuning, or its run.")],
+    after: Annotated[Path, typer.Argument(help="The bundle after fine-tuning, or its run.")],
     data: Data,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for predictions and evaluations.")],
-    metrics: Annotated[str, typer.Option("--metrics", help="Sets and single metrics, joined by commas.")] = "standard",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write predictions and evaluations to this folder.")],
+    metrics: Metrics = "standard",
     device: Device = "auto",
     precision: Precision = "auto",
     compile: Compile = "auto",
@@ -23,10 +23,10 @@ def forgetting(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Measure what fine-tuning cost on the source data: both bundles on scans that neither saw, compared in pairs."""
-    from delineate.bundle import Bundle
+    """Measure what fine-tuning has cost on the original data, on scans that neither bundle was trained on."""
+    from delineate.bundle import Bundle, bundle_folder
     from delineate.cli.terminal import Terminal, print_json
-    from delineate.compute import plan_compute, torch_threads
+    from delineate.compute import check_device, plan_compute, torch_threads
     from delineate.datasets.layouts import open_dataset
     from delineate.evaluation.forgetting import measure_forgetting, outputs_of_forgetting
     from delineate.evaluation.measure import Measuring
@@ -35,7 +35,8 @@ def forgetting(
     from delineate.io.overwriting import check_outputs
     from delineate.metrics.catalogue import METRICS
 
-    bundles = Bundle.load(before), Bundle.load(after)
+    check_device(device)
+    bundles = Bundle.load(bundle_folder(before)), Bundle.load(bundle_folder(after))
     source = open_dataset(data)
     inputs = [file for subject in source.subjects for file in subject.files]
     check_outputs(outputs_of_forgetting(out, source), inputs, overwrite=overwrite)

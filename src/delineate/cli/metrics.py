@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import typer
 
+from delineate.cli.commands import Commands
 from delineate.cli.options import Json
 
-app = typer.Typer(help="The metrics and what they mean.", no_args_is_help=True, rich_markup_mode=None)
+app = Commands(help="Explain the metrics.")
 
 
 @app.command("list")
 def list_metrics(json: Json = False) -> None:
-    """List the metrics with their definitions, and the sets that challenges rank by."""
+    """List all metrics with their definitions, and the sets that challenges rank by."""
     from delineate.cli.terminal import print_json, print_table
     from delineate.metrics.catalogue import METRICS, SETS
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import typer
-
+from delineate.cli.commands import Commands
 from delineate.cli.options import Json
 
-app = typer.Typer(help="The packaged networks.", no_args_is_help=True, rich_markup_mode=None)
+app = Commands(help="Show the packaged networks.")
 
 
 @app.command("list")
 def list_networks(json: Json = False) -> None:
-    """List the packaged networks: input, parameters, geometry, and the cost of one training step.
+    """List the packaged networks with input, parameters, geometry and the cost of one training step.
 
-    Counted, not run: memory and GFLOP are those of a float32 step at the stated input with Adam.
+    Memory and GFLOP are counted, not measured, for one float32 step with Adam at the input shown.
     """
     from delineate.cli.terminal import print_json, print_table
     from delineate.networks.configurations import described
@@ -36,7 +35,7 @@ def list_networks(json: Json = False) -> None:
         for row in rows
     ]
     header = ["network", "batch×channels×sides", "parameters (Keras' count)", "divisor", "margin"]
-    print_table("", [*header, "receptive field", "GFLOP a step", "GB a step"], cells)
+    print_table("", [*header, "receptive field", "GFLOP per step", "GB per step"], cells)
 
 
 def _field(widths: list[int] | None) -> str:

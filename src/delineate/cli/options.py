@@ -1,32 +1,100 @@
-"""Options that several commands share, so that each is named and explained once."""
+"""Options that several commands share, so that each is named and explained once, and what a shell completes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-Data = Annotated[Path, typer.Option("--data", help="Folder of the data set; its layout is recognised.")]
-Layout = Annotated[str, typer.Option("--layout", help="Layout of the data set, or auto.")]
-Images = Annotated[
-    str | None, typer.Option("--images", help="Pattern of the images below the folder, such as '*/artery.nii'.")
+
+def packaged(incomplete: str) -> list[str]:
+    """Packaged recipes that begin so; found by their files, since reading them takes seconds."""
+    folder = Path(str(resources.files("delineate") / "recipes"))
+    return _beginning(incomplete, sorted(file.stem for file in folder.rglob("*.yaml")))
+
+
+def trainable(incomplete: str) -> list[str]:
+    """What ``delineate train`` takes by name."""
+    return _beginning(incomplete, ["auto", *packaged("")])
+
+
+def layouts(incomplete: str) -> list[str]:
+    """Layouts of data sets that begin so."""
+    from delineate.datasets.layouts import LAYOUTS
+
+    return _beginning(incomplete, ["auto", *LAYOUTS])
+
+
+def metrics(incomplete: str) -> list[str]:
+    """Sets and single metrics for the last of several names joined by commas."""
+    from delineate.metrics.catalogue import METRICS, SETS
+
+    before, comma, last = incomplete.rpartition(",")
+    return [before + comma + name for name in _beginning(last, [*SETS, *METRICS])]
+
+
+def phantoms(incomplete: str) -> list[str]:
+    """Kinds of simulated scans that begin so."""
+    from delineate.datasets.phantoms.kinds import KINDS
+
+    return _beginning(incomplete, KINDS)
+
+
+def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
+
+Data = Annotated[Path, typer.Option("--data", help="Read this data set; its layout is recognised.")]
+Layout = Annotated[
+    str,
+    typer.Option("--layout", help="Read the data set in this layout (default: recognise it).", autocompletion=layouts),
 ]
-Labels = Annotated[str | None, typer.Option("--labels", help="Pattern of the labels, such as '*/label.nii'.")]
+Images = Annotated[
+    str | None,
+    typer.Option("--images", help="Find the images by this pattern below the folder, such as '*/artery.nii'."),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option("--labels", help="Find the labels by this pattern below the folder, such as '*/label.nii'."),
+]
 TargetsOption = Annotated[
     str | None,
-    typer.Option("--targets", help="Targets and their label values, such as 'liver=1,tumour=2' or 'whole=1+2+4'."),
+    typer.Option("--targets", help="Name the targets by label value, such as 'liver=1,tumour=2' or 'whole=1+2+4'."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
-Precision = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option("--precision", help="Of convolutions.")]
-Compile = Annotated[Literal["auto", "on", "off"], typer.Option("--compile", help="Whether to compile the network.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a setting of the recipe: path.to.field=value. Can be repeated."),
+]
+Metrics = Annotated[
+    str,
+    typer.Option(
+        "--metrics",
+        help="Measure these sets (standard, wmh2017, promise12, lits, brats) and single metrics, joined by commas; "
+        "`delineate metrics list` explains them.",
+        autocompletion=metrics,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text, for errors too.")]
+Device = Annotated[
+    str, typer.Option("--device", help="Compute on auto (a GPU where there is one), cpu, cuda, cuda:1 or mps.")
+]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option("--precision", help="Set the numeric precision of convolutions (auto: what the device does fastest)."),
+]
+Compile = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option("--compile", help="Compile the network first (auto: where a long run makes up for it)."),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
         "--threads",
         min=1,
-        help="CPU threads; default: every usable core. Another number changes the weights' last digits.",
+        help="Use this many CPU threads (default: one per usable core). It changes the last digits of weights.",
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist; inputs never.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files, but never inputs.")]

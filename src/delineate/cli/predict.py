@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from delineate.cli import STARTED
 from delineate.cli.options import Compile, Device, Json, Overwrite, Precision, Threads
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from delineate.core.subject import Subject
     from delineate.errors import DelineateError
@@ -19,42 +20,55 @@ if TYPE_CHECKING:
     from delineate.inference.review import Review
 
 Flips = Annotated[
-    str | None, typer.Option("--flips", help="Axes mirrored at test time, such as x or xyz; '' for none.")
+    str | None,
+    typer.Option(
+        "--flips", help="Average over mirror images along these axes, such as xyz; '': none (default: the recipe's)."
+    ),
 ]
 
 
 def predict(
-    bundle: Annotated[Path, typer.Argument(help="A run's folder bundle/.")],
+    bundle: Annotated[Path, typer.Argument(help="A run, or its folder bundle/.")],
     inputs: Annotated[list[Path], typer.Argument(help="Scans, or folders of them in any known layout.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for a label of each subject.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write a label for each subject to this folder.")],
     format: Annotated[
         Literal["nii.gz", "mha", "nrrd", "vtk", "vti", "dcm"],
-        typer.Option("--format", help="Of the labels; dcm: DICOM-SEG, for DICOM scans."),
+        typer.Option("--format", help="Write labels in this format; dcm is DICOM-SEG, for DICOM scans."),
     ] = "nii.gz",
     also: Annotated[
-        list[Path] | None, typer.Option("--also", help="Another bundle: probabilities are averaged; may be repeated.")
+        list[Path] | None,
+        typer.Option("--also", help="Average probabilities with those of this bundle. Can be repeated."),
     ] = None,
     unseen: Annotated[
-        bool, typer.Option("--unseen", help="Only subjects that none of the bundles was trained or chosen on.")
+        bool, typer.Option("--unseen", help="Predict only subjects that no bundle has seen in training.")
     ] = False,
     images: Annotated[
         list[str] | None,
         typer.Option(
             "--images",
-            help="Pattern of a channel, such as T1='*/t1.nii', or of a DICOM series' description; may be repeated.",
+            help="Find a channel by this pattern, such as T1='*/t1.nii', or a DICOM series by its description. "
+            "Can be repeated.",
         ),
     ] = None,
     flips: Flips = None,
     mirrored: Annotated[
         bool,
-        typer.Option("--mirrored", help="Predict mirrored too, where training did: how well both agree is told."),
+        typer.Option(
+            "--mirrored", help="Predict the mirror image too, where training did, and report how well both agree."
+        ),
     ] = False,
     probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Write them too, to OUT/probabilities, a channel for each target.")
+        bool, typer.Option("--probabilities", help="Write probabilities to OUT/probabilities, one channel per target.")
     ] = False,
-    overlap: Annotated[float | None, typer.Option("--overlap", min=0, max=0.9, help="Overlap of tiles.")] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option("--overlap", min=0, max=0.9, help="Overlap tiles by this share (default: the recipe's)."),
+    ] = None,
     memory_gb: Annotated[
-        float, typer.Option("--memory-gb", min=0.01, help="Memory that one scan's probabilities may take.")
+        float,
+        typer.Option(
+            "--memory-gb", min=0.01, help="Use at most this many GB of memory for the probabilities of one scan."
+        ),
     ] = 1.0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -65,12 +79,12 @@ def predict(
 ) -> None:
     """Segment scans, each on its own grid. Not for diagnosis.
 
-    The same command again resumes: scans that the same bundle predicted into OUT are skipped.
+    Run the same command again to resume: scans that the same bundle has predicted into OUT are skipped.
     """
-    from delineate.bundle import Bundle
+    from delineate.bundle import Bundle, bundle_folder
     from delineate.cli.parsing import parse_patterns
     from delineate.cli.terminal import Terminal, print_json, print_table
-    from delineate.compute import plan_compute, torch_threads
+    from delineate.compute import check_device, plan_compute, torch_threads
     from delineate.core.text import printable
     from delineate.errors import OutputError
     from delineate.inference.batch import find_subjects, predict_subjects, unseen_by
@@ -79,9 +93,13 @@ def predict(
     from delineate.inference.review import Review, write_queue
     from delineate.io.exports import check_format
 
+    stages = Stages(STARTED)
+    stages.lap("start-up")
     # What cannot work is said before anything runs.
+    check_device(device)
     check_format(f".{format}")
-    bundles = [Bundle.load(folder) for folder in [bundle, *(also or [])]]
+    folders = [bundle_folder(folder) for folder in [bundle, *(also or [])]]
+    bundles = [Bundle.load(folder) for folder in folders]
     found = find_subjects(inputs, bundles[0].channels, parse_patterns(images))
     outputs = Outputs(
         out,
@@ -91,7 +109,7 @@ def predict(
         {"overlap": overlap, "flips": flips, "mirrored": mirrored},
     )
     kept = [path for subject in found for path in subject.files]
-    kept += [path for folder in [bundle, *(also or [])] for path in folder.iterdir()]
+    kept += [path for folder in folders for path in folder.iterdir()]
     planned = outputs.plan(unseen_by(bundles, found) if unseen else found, kept, overwrite=overwrite)
     if not planned.ahead and planned.failed and not planned.done:
         raise planned.failed[0][1]
@@ -102,8 +120,8 @@ def predict(
     with Terminal() as terminal:
 
         def fail(subject: Subject, error: DelineateError) -> None:
-            failed.append({"subject": subject.id, "error": str(error)})
-            terminal.say(f"{printable(subject.id)}: {printable(str(error))}")
+            failed.append({"subject": subject.id, "error": str(error), "code": error.code})
+            terminal.say_failure(f"{printable(subject.id)}: {printable(str(error))}")
 
         def warn(subject: Subject, odd: Sequence[Oddity]) -> None:
             texts = "; ".join(oddity.text for oddity in odd)
@@ -113,7 +131,7 @@ def predict(
             fail(subject, error)
         write_queue(outputs.review, [Review.of_failure(subject.id, error) for subject, error in planned.failed])
         if planned.done:
-            terminal.say(f"{len(planned.done)} scans are predicted already; --overwrite predicts them again")
+            terminal.say(f"{len(planned.done)} scans have been predicted already; --overwrite predicts them again")
         if planned.ahead:
             plan = plan_compute(
                 device=device,
@@ -134,6 +152,7 @@ def predict(
                     mirrored=mirrored,
                     probabilities=probabilities,
                 )
+                stages.lap("loading")
                 outcomes = predict_subjects(predictor, planned.ahead, out, on_oddities=warn, outputs=outputs)
                 try:
                     for done, outcome in enumerate(outcomes, start=1):
@@ -156,24 +175,51 @@ def predict(
                         )
                 except OutputError as error:
                     full = error  # no more can be written; what was written stays
+                stages.lap("reading and writing", beside=[row["seconds"] for row in rows])
     if json:
         skipped = [subject.id for subject in planned.done]
-        print_json({"predictions": rows, "skipped": skipped, "failed": failed})
+        stopped = {} if full is None else {"error": {"code": full.code, "message": full.message}}
+        print_json({"predictions": rows, "skipped": skipped, "failed": failed, "seconds": stages.seconds} | stopped)
     else:
         _print_queue(reviews)
-        stages = ["preprocess", "network", "undo", "postprocess"]
-        total = {stage: sum(row["seconds"][stage] for row in rows) for stage in stages}
-        seconds = sum(total.values()) or 1.0
-        print_table("", ["stage", "s", "%"], [[s, f"{t:.2f}", f"{100 * t / seconds:.0f}"] for s, t in total.items()])
+        total = sum(stages.seconds.values())
+        laps = {**stages.seconds, "total": total}
+        print_table("", ["stage", "s", "%"], [[s, f"{t:.2f}", f"{100 * t / total:.0f}"] for s, t in laps.items()])
         seams = [t["seam"] for row in rows for t in row["targets"].values() if t["seam"] == t["seam"]]
         if seams:
-            typer.echo(f"probabilities change {median(seams):.2f} times as much across tiles' borders as beside them")
+            from statistics import median  # half a tenth of a second
+
+            typer.echo(
+                f"probabilities change {median(seams):.2f} times as much across the borders of tiles as beside them"
+            )
         counts = [f"{len(planned.done)} there before"] * bool(planned.done) + [f"{len(failed)} failed"] * bool(failed)
         typer.echo(", ".join([f"{len(rows)} predictions in {printable(str(out))}", *counts]))
     if full is not None:
-        typer.echo(f"error {full}; the same command resumes when it can", err=True)
+        typer.echo(f"error {full}; run the same command again to resume", err=True)
     if failed or full is not None:
         raise typer.Exit(1)
+
+
+class Stages:
+    """Seconds by stage, which add up to the time that has passed since the command began."""
+
+    def __init__(self, began: float) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = began
+
+    def lap(self, stage: str, beside: Sequence[Mapping[str, float]] = ()) -> None:
+        """Count the time since the last lap as ``stage``, but for what ``beside`` has of it, by stages of its own.
+
+        Scans are read and written while the network works: only the time that is waited for them is counted.
+        """
+        now = time.perf_counter()
+        left = now - self._last
+        for seconds in beside:
+            for name, part in seconds.items():
+                self.seconds[name] = self.seconds.get(name, 0.0) + part
+                left -= part
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + left
+        self._last = now
 
 
 _SHOWN = 10

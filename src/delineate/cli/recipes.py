@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from delineate.cli.options import Json
+from delineate.cli.commands import Commands
+from delineate.cli.options import Json, Set, packaged
 
-app = typer.Typer(help="The packaged recipes.", no_args_is_help=True, rich_markup_mode=None)
+app = Commands(help="Show the packaged recipes.")
 
 
 @app.command("list")
@@ -21,16 +22,16 @@ def list_recipes(json: Json = False) -> None:
     if json:
         print_json(found)
     else:
-        print_table("", ["recipe", "what it is for"], [[name, text] for name, text in found.items()])
+        print_table("", ["recipe", "purpose"], [[name, text] for name, text in found.items()])
 
 
 @app.command("show")
 def show(
-    recipe: Annotated[str, typer.Argument(help="Name of a packaged recipe, or a YAML file.")],
-    set: Annotated[list[str] | None, typer.Option("--set", help="path.to.field=value; may be repeated.")] = None,
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe or a YAML file.", autocompletion=packaged)],
+    set: Set = None,
     json: Json = False,
 ) -> None:
-    """Print a recipe with every default written out; save it, change it, train with it."""
+    """Print a recipe with every default written out, to save, change and train with."""
     from delineate.cli.terminal import print_json
     from delineate.recipe import load_recipe, to_yaml
 

@@ -6,16 +6,33 @@ import json
 import math
 import sys
 import time
+import traceback
+from enum import IntEnum
 from types import TracebackType
-from typing import Any, Self, TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from delineate.core.text import printable, printable_lines
 
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
 SECONDS_BETWEEN_LINES = 30.0
 """How often progress is printed where there is no terminal to redraw, such as a log file."""
+
+
+class Loudness(IntEnum):
+    """How much is said beside results and errors."""
+
+    QUIET, NORMAL, VERBOSE = range(3)
+
+
+_loudness = Loudness.NORMAL
+
+
+def speak(loudness: Loudness) -> None:
+    """From here on, say so much."""
+    global _loudness
+    _loudness = loudness
 
 
 class Guarded:
@@ -73,13 +90,17 @@ class Terminal:
     """Progress and messages on standard error, so that standard output carries results only."""
 
     def __init__(self) -> None:
+        from rich.console import Console  # a tenth of a second, which --help need not take
+
         self.console = Console(file=_raw(sys.stderr), highlight=False, markup=False, emoji=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._stage, self._last_line = "", 0.0
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal:
+        if self.console.is_terminal and _loudness > Loudness.QUIET:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
@@ -101,7 +122,12 @@ class Terminal:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Print a line above the progress."""
+        """Print a line above the progress, unless only results and errors are wanted."""
+        if _loudness > Loudness.QUIET:
+            self.say_failure(text)
+
+    def say_failure(self, text: str) -> None:
+        """Print a line above the progress, whatever is wanted."""
         self.console.print(printable_lines(text), soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
@@ -133,8 +159,18 @@ def print_json(value: Any) -> None:
     print(json.dumps(_strict(value), indent=1).replace("\x7f", "\\u007f"))
 
 
+def print_error(error: BaseException, code: str, message: str, fix: str = "", *, as_json: bool) -> None:
+    """One line on standard error, after the traceback with --verbose; with --json, JSON on standard output as well."""
+    if _loudness is Loudness.VERBOSE:
+        traceback.print_exception(error, file=sys.stderr)
+    print(f"error {error}" if str(error).startswith(code) else f"error {code}: {message}", file=sys.stderr)
+    if as_json:
+        print_json({"error": {"code": code, "message": message, "fix": fix}})
+
+
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on standard output; numbers are right-aligned by their column's look."""
+    from rich.console import Console
     from rich.table import Table
 
     title, columns, rows = printable(title), list(map(printable, columns)), [list(map(printable, row)) for row in rows]

@@ -7,14 +7,32 @@ from typing import Annotated
 
 import typer
 
-from delineate.cli.options import Compile, Data, Device, Images, Json, Labels, Layout, Precision, TargetsOption, Threads
+from delineate.cli.options import (
+    Compile,
+    Data,
+    Device,
+    Images,
+    Json,
+    Labels,
+    Layout,
+    Precision,
+    Set,
+    TargetsOption,
+    Threads,
+    trainable,
+)
 
-Recipe = Annotated[str, typer.Argument(help="A packaged recipe, a YAML file, or auto: derived from the data.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder, for one training at a time.")]
-Fold = Annotated[str, typer.Option("--fold", help="The fold to hold out, 0 to 4; all: train on every subject.")]
-Minutes = Annotated[float | None, typer.Option("--minutes", min=0.01, help="Budget: minutes of training.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Budget: optimiser steps.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="path.to.field=value; may be repeated.")]
+Recipe = Annotated[
+    str, typer.Argument(help="A packaged recipe, a YAML file, or auto to derive one.", autocompletion=trainable)
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Write the run to this folder, one training at a time.")]
+Fold = Annotated[str, typer.Option("--fold", help="Hold out this fold, 0 to 4, or train on all.")]
+Minutes = Annotated[
+    float | None, typer.Option("--minutes", min=0.01, help="Train for this many minutes (default: the recipe's).")
+]
+Steps = Annotated[
+    int | None, typer.Option("--steps", min=1, help="Train for this many optimiser steps (default: the recipe's).")
+]
 
 
 def train(
@@ -26,7 +44,8 @@ def train(
     steps: Steps = None,
     set: Set = None,
     split: Annotated[
-        Path | None, typer.Option("--split", help="Split file to use, or to write for later runs.")
+        Path | None,
+        typer.Option("--split", help="Use this split file, or write it for later runs (default: OUT/split.json)."),
     ] = None,
     layout: Layout = "auto",
     images: Images = None,
@@ -35,42 +54,46 @@ def train(
     leave_out_broken: Annotated[
         bool, typer.Option("--leave-out-broken", help="Train without the subjects that inspection finds broken.")
     ] = False,
-    evaluate: Annotated[bool, typer.Option(help="Predict and measure the held-out subjects at the end.")] = True,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Predict and measure the held-out subjects at the end.")
+    ] = True,
     device: Device = "auto",
     devices: Annotated[
         int,
         typer.Option(
-            "--devices", min=1, help="How many devices (CPU: processes) train together; started by this one command."
+            "--devices",
+            min=1,
+            help="Train on this many devices together (on a CPU: processes); this one command starts them.",
         ),
     ] = 1,
     precision: Precision = "auto",
     compile: Compile = "auto",
     threads: Threads = None,
     cache: Annotated[
-        Path | None, typer.Option("--cache", help="Where prepared subjects are kept, shared by runs.")
+        Path | None,
+        typer.Option(
+            "--cache", help="Keep prepared subjects in this folder, which runs can share (default: your cache)."
+        ),
     ] = None,
-    mlflow: Annotated[str | None, typer.Option("--mlflow", help="Tracking address, to log to MLflow too.")] = None,
+    mlflow: Annotated[str | None, typer.Option("--mlflow", help="Log to MLflow at this tracking address, too.")] = None,
     json: Json = False,
 ) -> None:
-    """Train on a folder of scans; predict and measure the held-out fold; write a report.
+    """Train on a folder of scans, measure the held-out fold and write a report.
 
-    The same command again resumes a run that was stopped. Exit status: 0 complete (patience that ran out too),
-    1 the work failed, 2 wrong usage, 3 stopped by the file OUT/stop, 130 by Ctrl-C, 143 by SIGTERM.
+    Run the same command again to resume a run that was stopped. Exit status: 0 complete (even if stopped early for
+    lack of progress), 1 failed, 2 wrong usage, 3 stopped by the file OUT/stop, 130 by Ctrl-C, 143 by SIGTERM.
     """
     from delineate.cli.parsing import data_changes, data_spec, opened
     from delineate.cli.terminal import Terminal, print_json
     from delineate.recipe import load_recipe
     from delineate.training.folder import check_run_folder
     from delineate.training.lock import holding
-    from delineate.training.options import Reporter, RunOptions
+    from delineate.training.options import Reporter, RunOptions, check_possible
     from delineate.training.preparation import auto_recipe
     from delineate.training.run import train as run
 
     changes = [*_budget(minutes, steps), *data_changes(layout, images, labels, targets), *(set or [])]
     # What is quick to find wrong comes first.
-    named = None if recipe == "auto" else load_recipe(recipe, changes)
-    dataset = opened(data, named.data if named else data_spec(changes))
-    check_run_folder(out, dataset)
     options = RunOptions(
         fold=None if fold == "all" else _fold(fold),
         split_file=split,
@@ -84,6 +107,10 @@ def train(
         threads=threads,
         mlflow=mlflow,
     )
+    check_possible(options)
+    named = None if recipe == "auto" else load_recipe(recipe, changes)
+    dataset = opened(data, named.data if named else data_spec(changes))
+    check_run_folder(out, dataset)
     with Terminal() as terminal, holding(out):
         report = Reporter(terminal.say, terminal.progress)
         chosen, inspection = (

@@ -7,20 +7,24 @@ from typing import Annotated, Literal
 
 import typer
 
+from delineate.cli.commands import Commands
 from delineate.cli.options import Json, Overwrite
 
-app = typer.Typer(
-    help="Weights: import published ones, list them, export a run's.", no_args_is_help=True, rich_markup_mode=None
-)
+app = Commands(help="Import, list and export weights.")
 
 
 @app.command("import")
 def import_file(
-    file: Annotated[Path, typer.Argument(help="A safetensors file, or a PyTorch state dict.")],
-    name: Annotated[Literal["vgg11", "vgg19"], typer.Option("--as", help="The network it belongs to.")],
-    caffe: Annotated[bool, typer.Option("--caffe", help="Trained on BGR values up to 255, as Caffe's were.")] = False,
+    file: Annotated[Path, typer.Argument(help="A safetensors file or a PyTorch state dict.")],
+    name: Annotated[
+        Literal["vgg11", "vgg19"], typer.Option("--as", help="Name the network that the weights belong to.")
+    ],
+    caffe: Annotated[
+        bool,
+        typer.Option("--caffe", help="Prepare inputs as Caffe did, as BGR values up to 255 (default: as torchvision)."),
+    ] = False,
 ) -> None:
-    """Check a file of weights and put it into the store, where `weights: imagenet` finds it."""
+    """Check a weights file and add it to the store, where `weights: imagenet` finds it."""
     from delineate.pretrained.weights import import_weights
 
     entry = import_weights(file, name, "caffe" if caffe else "torchvision")
@@ -29,24 +33,28 @@ def import_file(
 
 @app.command("export")
 def export(
-    bundle: Annotated[Path, typer.Argument(help="A run's folder bundle/.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The safetensors file to write.")],
+    bundle: Annotated[Path, typer.Argument(help="A run, or its folder bundle/.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write this safetensors file.")],
     include: Annotated[
-        list[str] | None, typer.Option("--include", help="Pattern of names, such as 'encoder.*'; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--include", help="Export only tensors with such names, as 'encoder.*' (default: all). Can be repeated."
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a trained network's weights, or its encoder's, as a file that `start.weights` takes."""
-    from delineate.bundle import export_weights
+    """Export the weights of a trained network, or some of them, to a file that `start.weights` can read."""
+    from delineate.bundle import bundle_folder, export_weights
     from delineate.io.overwriting import check_outputs
 
+    bundle = bundle_folder(bundle)
     check_outputs([out], bundle.iterdir() if bundle.is_dir() else [], overwrite=overwrite)
     typer.echo(f"{export_weights(bundle, out, include or ['*'])} tensors in {out}")
 
 
 @app.command("list")
 def list_imported(json: Json = False) -> None:
-    """List what has been imported."""
+    """List the imported weights."""
     from dataclasses import asdict
 
     from delineate.cli.terminal import print_json, print_table

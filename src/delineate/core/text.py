@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 """First characters that make a spreadsheet take a cell for a formula, and the mark that prevents it."""
 
@@ -33,6 +35,15 @@ def cell(text: str) -> str:
 def from_cell(text: str) -> str:
     """The printable text that :func:`cell` was given."""
     return text.removeprefix("'")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` to end a message with: the known name most like ``name``. Empty where none is."""
+    import difflib
+
+    lower = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"; did you mean '{lower[found[0]]}'?" if found else ""
 
 
 def _spelled(character: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -12,6 +11,7 @@ from typing import Any
 
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
+from delineate.core.text import near
 from delineate.datasets.challenges import CHALLENGES, FOLDERS_OF_CASES
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.folder import (
@@ -63,9 +63,8 @@ def open_dataset(
     """
     root = Path(path)
     if layout not in ("auto", *LAYOUTS):
-        near = difflib.get_close_matches(layout, LAYOUTS, 1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise UnknownLayout(f"no layout is called '{layout}'", fix=f"{hint}known are auto, {', '.join(LAYOUTS)}")
+        known = f"auto, {', '.join(LAYOUTS)}"
+        raise UnknownLayout(f"no layout is called '{layout}'", fix=f"known are {known}{near(layout, LAYOUTS)}")
     if labels is not None and images is None:
         raise UnknownLayout(f"labels are given by a pattern ({labels}), images are not", fix="give both")
     with parsing(root, UnknownLayout, fix="repair its dataset.json, or give patterns"):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
-from delineate.core.text import printable
+from delineate.core.text import near, printable
 from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import BadFormat, BadLabelValue, BadShape, BadVoxels, DelineateError, MissingFile
 from delineate.io.files import Limits, open_file, parsing, writing_beside
@@ -258,7 +258,8 @@ def _format_of(path: Path) -> _Format:
 
             return nrrd
     known = ", ".join((*SUFFIXES, *PICTURE_SUFFIXES))
-    raise BadFormat(f"'{path}' has no known suffix", fix=f"known are {known}, and DICOM")
+    hint = near("".join(path.suffixes[-2:]), (*SUFFIXES, *PICTURE_SUFFIXES)) or near(path.suffix, SUFFIXES)
+    raise BadFormat(f"'{path}' has no known suffix", fix=f"known are {known}, and DICOM{hint}")
 
 
 def _describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:

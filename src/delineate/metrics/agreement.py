@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import atanh, hypot, nan, sqrt, tanh
 
 import numpy as np
+import scipy  # its parts are imported when first used
 from numpy.typing import NDArray
-from scipy import stats
 
 from delineate.metrics.statistics import counted, numbered
 
@@ -89,7 +89,7 @@ def agreement(
     within = float(((d - means[whose]) ** 2).sum() / (n - p)) if n > p else 0.0
     # The variance of a patient's mean holds a part of that within: what is missing to a single scan's is added.
     missing = within * float(1 - (1 / scans).mean())
-    sd, half = sqrt(between + missing), float(stats.t.ppf(0.975, p - 1)) * sqrt(between / p)
+    sd, half = sqrt(between + missing), float(scipy.stats.t.ppf(0.975, p - 1)) * sqrt(between / p)
     if n == p:
         least, most = _of_limit(n)
         inner, outer = sd * (LIMITS - least), sd * (most - LIMITS)
@@ -111,7 +111,7 @@ def agreement(
 
 def _of_limit(n: int) -> Interval:
     """Both ends of the interval of the upper limit of ``n`` normal differences, in SDs from their mean."""
-    least, most = stats.nct.ppf([0.025, 0.975], n - 1, LIMITS * sqrt(n)) / sqrt(n)
+    least, most = scipy.stats.nct.ppf([0.025, 0.975], n - 1, LIMITS * sqrt(n)) / sqrt(n)
     return float(least), float(most)
 
 
@@ -122,8 +122,8 @@ def _mover(half: float, variances: Sequence[tuple[float, int]]) -> Interval:
     method of variance estimates recovery (Zou 2013, eq. 7).
     """
     total = sum(variance for variance, _ in variances)
-    down = hypot(*(v * (1 - df / stats.chi2.ppf(0.975, df)) for v, df in variances))
-    up = hypot(*(v * (df / stats.chi2.ppf(0.025, df) - 1) for v, df in variances))
+    down = hypot(*(v * (1 - df / scipy.stats.chi2.ppf(0.975, df)) for v, df in variances))
+    up = hypot(*(v * (df / scipy.stats.chi2.ppf(0.025, df) - 1) for v, df in variances))
     sd, least, most = sqrt(total), sqrt(max(total - down, 0.0)), sqrt(total + up)
     return hypot(half, LIMITS * (sd - least)), hypot(half, LIMITS * (most - sd))
 
@@ -167,7 +167,7 @@ def concordance(
         return Concordance(value, (value, value), n, p)
     without = np.clip(_lin((moments.sum(axis=1, keepdims=True) - moments) / (p - 1)), -1 + 1e-12, 1 - 1e-12)
     z = np.arctanh(without)
-    half = float(stats.t.ppf(0.975, p - 1)) * sqrt((p - 1) / p * float(((z - z.mean()) ** 2).sum()))
+    half = float(scipy.stats.t.ppf(0.975, p - 1)) * sqrt((p - 1) / p * float(((z - z.mean()) ** 2).sum()))
     return Concordance(value, (tanh(atanh(value) - half), tanh(atanh(value) + half)), n, p)
 
 

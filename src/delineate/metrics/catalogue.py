@@ -9,6 +9,7 @@ from math import isfinite, nan
 from typing import Literal
 
 from delineate.core.targets import Targets
+from delineate.core.text import near
 from delineate.errors import RecipeError
 from delineate.metrics.comparison import Comparison, Part
 from delineate.metrics.quantities import error_percent
@@ -260,7 +261,9 @@ def metric_names(wanted: str) -> tuple[str, ...]:
         elif name in METRICS:
             names[METRICS[name].name] = None
         else:
-            raise RecipeError(f"no metric '{name}'", fix=f"sets are {', '.join(SETS)}, metrics {', '.join(METRICS)}")
+            hint = near(name, (*SETS, *METRICS))
+            known = f"sets are {', '.join(SETS)}, metrics {', '.join(METRICS)}"
+            raise RecipeError(f"no metric '{name}'", fix=f"{known}{hint}")
     return tuple(names)
 
 

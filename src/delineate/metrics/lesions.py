@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import nan
 
-import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
@@ -73,6 +72,8 @@ class Lesions:
 
 def _components(mask: Mask, other: Mask) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Sizes of a mask's components, and the share of each that lies in the other mask."""
+    import cc3d  # slow to import
+
     labels, count = cc3d.connected_components(mask, connectivity=26, return_N=True)
     inside = labels[mask]  # only the mask's voxels: a fraction of the volume
     sizes = np.bincount(inside, minlength=count + 1)[1:]

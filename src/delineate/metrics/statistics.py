@@ -15,8 +15,8 @@ from functools import lru_cache
 from math import inf, isnan, nan, pi, sqrt
 
 import numpy as np
+import scipy  # its parts are imported when first used
 from numpy.typing import NDArray
-from scipy import stats
 
 RESAMPLES = 10_000
 SIGNIFICANCE = 0.05
@@ -113,7 +113,7 @@ def _estimate(
     if n < 2:
         return Estimate(mean, nan, (nan, nan), scans, failed, undefined, n)
     # A resample varies less than a sample does, by (n − 1) / n, and few patients need Student's t, not the normal.
-    tail = stats.norm.cdf(sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1))
+    tail = scipy.stats.norm.cdf(sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.025, n - 1))
     low, high = np.quantile(resampled[np.isfinite(resampled)], [tail, 1 - tail])
     return Estimate(mean, float(means.std(ddof=1)), (float(low), float(high)), scans, failed, undefined, n)
 
@@ -207,7 +207,7 @@ def signed_rank(differences: NDArray[np.float64], tolerance: float = 0.0) -> tup
         steps = np.diff(sizes[order], prepend=0.0) > tolerance
     groups = np.empty(len(sizes), dtype=np.int64)
     groups[order] = np.cumsum(steps)
-    ranks, signs = stats.rankdata(groups), np.sign(np.where(sizes > 0, differences, 0.0))
+    ranks, signs = scipy.stats.rankdata(groups), np.sign(np.where(sizes > 0, differences, 0.0))
     ranks = ranks[signs != 0]
     signs = signs[signs != 0]
     if not ranks.size:
@@ -215,7 +215,7 @@ def signed_rank(differences: NDArray[np.float64], tolerance: float = 0.0) -> tup
     total = float(ranks @ signs)
     effect = total / float(ranks.sum())
     if len(ranks) > _EXACT_UP_TO:
-        return float(2 * stats.norm.sf(abs(total) / sqrt(float(ranks @ ranks)))), effect
+        return float(2 * scipy.stats.norm.sf(abs(total) / sqrt(float(ranks @ ranks)))), effect
     halves = np.rint(2 * ranks).astype(int)  # ranks of ties are halves
     positive = int(halves[signs > 0].sum())
     chances = _rank_sums(halves)
@@ -252,7 +252,7 @@ def detectable_in_sd(n: int, comparisons: int = 1) -> float:
         return inf
     level = SIGNIFICANCE / comparisons
     if n > _SIMULATED_UP_TO:
-        t = stats.t.ppf(1 - level / 2, n - 1) + stats.t.ppf(POWER, n - 1)
+        t = scipy.stats.t.ppf(1 - level / 2, n - 1) + scipy.stats.t.ppf(POWER, n - 1)
         return float(t * sqrt(pi / 3 / n))
     tails = np.cumsum(_rank_sums(np.arange(1, n + 1))[::-1])[::-1]
     least = int(np.flatnonzero(2 * tails < level)[0])
@@ -264,7 +264,7 @@ def detectable_in_sd(n: int, comparisons: int = 1) -> float:
     place = walsh.shape[1] - least
     tested = -np.partition(walsh, place, axis=1)[:, place]
     # The interval of the mean must lie above zero, too; Student's is close to the bootstrap's.
-    beside = stats.t.ppf(0.975, n - 1) * d.std(axis=1, ddof=1) / sqrt(n) - d.mean(axis=1)
+    beside = scipy.stats.t.ppf(0.975, n - 1) * d.std(axis=1, ddof=1) / sqrt(n) - d.mean(axis=1)
     return float(np.quantile(np.maximum(tested, beside), POWER))
 
 

@@ -14,9 +14,8 @@ from math import inf
 from typing import Literal
 
 import numpy as np
+import scipy  # its parts are imported when first used
 from numpy.typing import NDArray
-from scipy import ndimage
-from scipy.spatial import cKDTree
 
 from delineate.core.grid import orthogonal
 
@@ -163,20 +162,22 @@ def nearest_mm(sources: Mask, targets: Mask, steps_mm: NDArray[np.float64]) -> N
     if np.count_nonzero(steps_mm) > len(spacing_mm):
         # Sheared: transforms know spacings only, so everything is asked of the tree.
         left = np.isinf(distances)
-        distances[left] = cKDTree(there @ steps_mm.T, balanced_tree=False).query(index[left] @ steps_mm.T)[0]
+        distances[left] = scipy.spatial.cKDTree(there @ steps_mm.T, balanced_tree=False).query(
+            index[left] @ steps_mm.T
+        )[0]
         return distances
     # A tree over the targets answers in microseconds where surfaces are thin and near each other; the
     # rest (noise, or one surface deep inside the other) is bounded by one distance transform of the box.
     if len(index) + len(there) < sources.size / 8:
         # Sliding-midpoint splits: medians of lattice points, many of them equal, are slow to build.
-        tree = cKDTree(there * spacing_mm, balanced_tree=False)
+        tree = scipy.spatial.cKDTree(there * spacing_mm, balanced_tree=False)
         for limit_mm, most in ((10 * min(spacing_mm), len(index)), (inf, sources.size // 500)):
             left = np.flatnonzero(np.isinf(distances))
             if 0 < len(left) <= most:
                 distances[left] = tree.query(index[left] * spacing_mm, distance_upper_bound=limit_mm)[0]
     far = np.isinf(distances)
     if far.any():
-        nearest = ndimage.distance_transform_edt(
+        nearest = scipy.ndimage.distance_transform_edt(
             ~targets, sampling=spacing_mm, return_distances=False, return_indices=True
         )
         index = index[far]

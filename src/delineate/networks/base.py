@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from delineate.errors import RecipeError
 from delineate.io.files import parsing
@@ -70,7 +71,7 @@ class Architecture(Specification):
         return network
 
     def _check(self, inputs: int, outputs: int) -> None:
-        with parsing("network", RecipeError, fix="change its widths or layers"), torch.device("meta"):
+        with parsing("network", RecipeError, fix="change its widths or layers"), torch.device("meta"), Unfilled():
             network = self.body(self.project_inputs_to or inputs, outputs)
         parameters = sum(parameter.numel() for parameter in network.parameters())
         if parameters > MOST_PARAMETERS:
@@ -85,6 +86,18 @@ class Architecture(Specification):
     def start_from_published(self, network: nn.Module) -> str | None:
         """Fill in published weights where the specification asks for them; says what was filled in."""
         return None
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves out random initial values, for networks whose weights are not used or are read from a file.
+
+    Without memory to fill they take milliseconds a layer, and PyTorch imports its compiler for them.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _project(network: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -9,9 +9,9 @@ from operator import add
 from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
+import scipy  # its parts are imported when first used
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from scipy import ndimage
 
 from delineate.core.grid import Grid
 from delineate.core.volume import Volume
@@ -107,7 +107,7 @@ class Denoise(Step):
         for channel, out in zip(voxels, result, strict=True):
             # Moments of large numbers lose their differences in float32.
             square = channel.astype(np.float64) ** 2
-            second, fourth = (ndimage.uniform_filter(moment, size) for moment in (square, square**2))
+            second, fourth = (scipy.ndimage.uniform_filter(moment, size) for moment in (square, square**2))
             variance = (self.sigma if self.sigma is not None else _noise(second)) ** 2
             spread, noise = fourth - second**2, 4 * variance * (second - variance)
             # Where nothing varies there is nothing to keep, and nothing to remove without noise.

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from importlib.util import find_spec
 from pathlib import Path
 
-from delineate.compute import Compile, Precision
+from delineate.compute import Compile, Precision, check_device
 from delineate.core.text import printable_lines
+from delineate.errors import RecipeError
 from delineate.io.files import appending
 from delineate.training.events import MESSAGES, Cause, Event, append_event, drop_unfinished
 
@@ -53,6 +55,13 @@ class RunOptions:
     devices: int = 1
     threads: int | None = None
     mlflow: str | None = None
+
+
+def check_possible(options: RunOptions) -> None:
+    """Raise :class:`RecipeError` where this machine lacks what the options ask for, before any work begins."""
+    check_device(options.device, options.devices)
+    if options.mlflow is not None and find_spec("mlflow") is None:
+        raise RecipeError("logging to MLflow needs its package", fix="pip install 'delineate[mlflow]'")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from delineate.bundle import Bundle
+from delineate.bundle import Bundle, bundle_folder
 from delineate.errors import RecipeError
 from delineate.networks.transfer import freeze, load_what_fits
 from delineate.pretrained.weights import read_tensors
@@ -37,7 +37,7 @@ def starting_network(bundle: Bundle, report: Reporter, *, resumed: bool) -> nn.M
 
 def _start_from(network: nn.Module, start: StartSpec, bundle: Bundle, report: Reporter) -> None:
     path = Path(start.weights).expanduser()
-    folder = path / "bundle" if (path / "bundle").is_dir() else path
+    folder = bundle_folder(path)
     rows: list[int | None] = []
     if folder.is_dir():
         source = Bundle.load(folder)

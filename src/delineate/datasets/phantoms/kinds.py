@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from delineate.core.text import near
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.phantoms import abdomen, brain, pelvis
 from delineate.datasets.phantoms.anatomy import Anatomy
@@ -48,7 +49,8 @@ class Kind:
 def kind_named(name: str) -> Kind:
     """Raises :class:`RecipeError`, naming all, for one that is not there."""
     if name not in KINDS:
-        raise RecipeError(f"there is no kind '{name}' of simulated scans", fix=f"there are {', '.join(KINDS)}")
+        known = ", ".join(KINDS)
+        raise RecipeError(f"there is no kind '{name}' of simulated scans", fix=f"there are {known}{near(name, KINDS)}")
     return KINDS[name]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from delineate.core.text import near
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.folder import SIMULATED
@@ -44,7 +45,10 @@ def write_phantoms(
     name = layout or chosen.layout
     holding = [other for other, arrangement in ARRANGEMENTS.items() if arrangement.holds(chosen)]
     if name not in holding:
-        raise RecipeError(f"'{name}' cannot hold simulated scans of kind '{kind}'", fix=f"{', '.join(holding)} can")
+        hint = "" if name in ARRANGEMENTS else near(name, holding)
+        raise RecipeError(
+            f"'{name}' cannot hold simulated scans of kind '{kind}'", fix=f"{', '.join(holding)} can{hint}"
+        )
     arrangement, rows = ARRANGEMENTS[name], []
     _check_alike(out, kind, seed)
     # First, so that no folder of simulated scans is ever taken for patients.
