@@ -22,7 +22,6 @@ from delineate.datasets.dataset import Dataset, load_scan
 from delineate.datasets.inspection import Inspection, inspect
 from delineate.datasets.splits import Split, load_or_make_split
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError
-from delineate.inference.batch import with_channels
 from delineate.inference.fingerprint import fingerprint_of
 from delineate.io.files import writing_beside
 from delineate.io.pseudonyms import key_id
@@ -95,7 +94,7 @@ def inspected(
         )
     if recipe.data.channels is not None:
         channels = recipe.data.channels
-        dataset = replace(dataset, subjects=tuple(with_channels(s, channels) for s in dataset.subjects))
+        dataset = replace(dataset, subjects=tuple(s.with_channels(channels) for s in dataset.subjects))
     if recipe.data.resample_channels:
         dataset = replace(dataset, subjects=tuple(replace(s, resample=True) for s in dataset.subjects))
     if inspection is None:
@@ -246,7 +245,7 @@ def without_descriptions(dataset: Dataset) -> Dataset:
             fix="name each by a pattern, such as --images T1='*t1*' --images FLAIR='*flair*'",
         )
     name = dataset.modality or "image"
-    subjects = tuple(with_channels(subject, (name,)) for subject in dataset.subjects)
+    subjects = tuple(subject.with_channels((name,)) for subject in dataset.subjects)
     return replace(dataset, subjects=subjects, described=False)
 
 
