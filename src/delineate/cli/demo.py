@@ -37,7 +37,8 @@ def demo(
         check_run_folder(out / "run", dataset)
         recipe = load_recipe("demo", [] if minutes is None else [f"training.minutes={minutes}"])
         options = RunOptions(cache=out / "prepared", device=device)
-        result = train(recipe, dataset, out / "run", options, Reporter(terminal.say, terminal.progress))
+        reporter = Reporter(terminal.say, terminal.progress, status=terminal.status)
+        result = train(recipe, dataset, out / "run", options, reporter)
         if result.stopped is not None:
             raise typer.Exit(result.stopped)
         report = write_run_report(out / "run", dataset)

@@ -85,7 +85,7 @@ def train(
         mlflow=mlflow,
     )
     with Terminal() as terminal, holding(out):
-        report = Reporter(terminal.say, terminal.progress)
+        report = Reporter(terminal.say, terminal.progress, status=terminal.status)
         chosen, inspection = (
             auto_recipe(dataset, out, options, report, minutes=minutes, steps=steps, changes=changes)
             if named is None

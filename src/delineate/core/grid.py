@@ -9,6 +9,9 @@ from itertools import permutations, product
 import numpy as np
 from numpy.typing import NDArray
 
+AXES = "xyz"
+"""The axes of an array (X, Y, Z), by their names in recipes and options."""
+
 Shape3 = tuple[int, int, int]
 Affine = NDArray[np.float64]
 

@@ -48,6 +48,13 @@ MOST_TEXT = 2**26
 _MOST_FOLDERS = 100_000  # below one
 
 
+def home_folder() -> Path:
+    """Where prepared scans and imported weights are: ``DELINEATE_HOME``, else ``delineate`` in the user's cache."""
+    if named := os.environ.get("DELINEATE_HOME"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "delineate"
+
+
 @contextmanager
 def parsing(
     source: object, kind: type[DelineateError], *, cut_short: tuple[type[Exception], ...] = (), fix: str = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from delineate.datasets.inspection import Inspection, inspect
 from delineate.datasets.splits import Split, load_or_make_split
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError
 from delineate.inference.fingerprint import fingerprint_of
-from delineate.io.files import writing_beside
+from delineate.io.files import home_folder, writing_beside
 from delineate.io.pseudonyms import key_id
 from delineate.preprocessing.cache import PreparedDataset, prepare
 from delineate.recipe import Recipe, apply_changes, load_recipe, recipe_from, to_yaml
@@ -115,7 +114,7 @@ def broken_message(inspection: Inspection) -> str:
     lines = [f"  {p.subject}: {p.code}: {p.message}; {p.fix}" for p in inspection.errors]
     return (
         f"{len(inspection.broken)} subjects cannot be trained on:\n" + "\n".join(lines) + "\n"
-        "Mend them, or add --leave-out-broken to train on the others"
+        "Fix them, or add --leave-out-broken to train on the others"
     )
 
 
@@ -290,9 +289,5 @@ def split_for(recipe: Recipe, dataset: Dataset, folder: Path, options: RunOption
 
 
 def cache_folder(options: RunOptions) -> Path:
-    """Where prepared subjects lie: as asked, else the user's cache."""
-    if options.cache is not None:
-        return options.cache
-    if named := os.environ.get("DELINEATE_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "delineate"
+    """Where prepared subjects lie: as asked, else the user's home of delineate."""
+    return home_folder() if options.cache is None else options.cache

@@ -258,7 +258,7 @@ def _fit(
         CollapseWatch(spec.collapse_after, report),
         stopper,
         KeepThreads(threads_of(plan, options)),
-        StepProgress(report.progress, validator),
+        StepProgress(report, validator),
         Keeper(state),
     ]
     hold_a_target = any(len(points) for subject in prepared.validation for points in subject.points.values())
