@@ -28,6 +28,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from delineate.core.grid import AXES
 from delineate.core.targets import Targets
 from delineate.errors import BundleError, DelineateError, OutputError, UnknownKey
 from delineate.io.files import writing_beside
@@ -37,7 +38,7 @@ from delineate.io.settings import parse_yaml
 from delineate.networks.base import Unfilled
 from delineate.preprocessing.pipeline import Pipeline
 from delineate.recipe import Recipe, TargetsSpec, recipe_from, to_yaml
-from delineate.sampling.tiles import AXES, Slices, TileGeometry, TileSpec, Whole, geometry_for
+from delineate.sampling.tiles import Slices, TileGeometry, TileSpec, Whole, geometry_for
 from delineate.specification import Specification, from_json, to_json
 
 FORMAT: Final = 2

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from delineate.core.grid import Grid, orthogonal, permute_axes, permute_axes_back
+from delineate.core.grid import Grid, box_around, orthogonal, permute_axes, permute_axes_back
 
 ORIENTATIONS = ["".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)]
 
@@ -127,3 +128,24 @@ def test_right_angles(oblique: Grid) -> None:
     assert orthogonal(steps * (-1, 1, 1))
     steps[0, 2] += 0.01
     assert not orthogonal(steps)
+
+
+@given(mask=arrays(bool, st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))), margin=st.integers(0, 2))
+def test_a_box_holds_all_that_is_true_and_no_more(mask: np.ndarray, margin: int) -> None:
+    box = box_around(mask)
+    if box is None:
+        assert not mask.any()
+        return
+    assert mask[box].sum() == mask.sum()
+    for axis in range(3):  # every side touches something
+        assert mask[box].take([0, -1], axis=axis).any(axis=tuple({0, 1, 2} - {axis})).all()
+    wide = box_around(mask, margin)
+    assert wide == tuple(
+        slice(max(0, part.start - margin), min(n, part.stop + margin)) for part, n in zip(box, mask.shape, strict=True)
+    )
+
+
+def test_a_box_in_a_plane() -> None:
+    mask = np.zeros((5, 6), dtype=bool)
+    mask[2, 1:4] = True
+    assert box_around(mask) == (slice(2, 3), slice(1, 4))

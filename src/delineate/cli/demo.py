@@ -40,7 +40,8 @@ def demo(
         dataset = open_dataset(scans)
         check_run_folder(out / "run", dataset)
         recipe = load_recipe("demo", [] if minutes is None else [f"training.minutes={minutes}"])
-        result = train(recipe, dataset, out / "run", options, Reporter(terminal.say, terminal.progress))
+        reporter = Reporter(terminal.say, terminal.progress, status=terminal.status)
+        result = train(recipe, dataset, out / "run", options, reporter)
         if result.stopped is not None:
             raise typer.Exit(result.stopped)
         report = write_run_report(out / "run", dataset)

@@ -95,7 +95,7 @@ class Terminal:
         self.console = Console(file=_raw(sys.stderr), highlight=False, markup=False, emoji=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._stage, self._last_line = "", 0.0
+        self._stage, self._status, self._last_line = "", "", 0.0
 
     def __enter__(self) -> Self:
         if self.console.is_terminal and _loudness > Loudness.QUIET:
@@ -130,10 +130,14 @@ class Terminal:
         """Print a line above the progress, whatever is wanted."""
         self.console.print(printable_lines(text), soft_wrap=True)
 
+    def status(self, text: str) -> None:
+        """What there is to say of a stage, shown with the progress that follows."""
+        self._status = printable(text)
+
     def progress(self, what: str, done: int, total: int) -> None:
-        """Show how far the present stage is; the words before a colon name the stage."""
-        what = printable(what)
-        stage = what.partition(":")[0]
+        """Show how far a stage is."""
+        stage = printable(what)
+        what, self._status = f"{stage}: {self._status}" if self._status else stage, ""
         if self._bar is None:
             self._print_now_and_then(stage, what, done, total)
             return

@@ -112,7 +112,7 @@ def train(
     dataset = opened(data, named.data if named else data_spec(changes))
     check_run_folder(out, dataset)
     with Terminal() as terminal, holding(out):
-        report = Reporter(terminal.say, terminal.progress)
+        report = Reporter(terminal.say, terminal.progress, status=terminal.status)
         chosen, inspection = (
             auto_recipe(dataset, out, options, report, minutes=minutes, steps=steps, changes=changes)
             if named is None

@@ -9,6 +9,9 @@ from itertools import permutations, product
 import numpy as np
 from numpy.typing import NDArray
 
+AXES = "xyz"
+"""The axes of an array (X, Y, Z), by their names in recipes and options."""
+
 Shape3 = tuple[int, int, int]
 Affine = NDArray[np.float64]
 
@@ -179,3 +182,17 @@ def permute_axes_back(array: NDArray, order: Sequence[int], flip: Sequence[bool]
     lead = array.ndim - 3
     array = array[(..., *(slice(None, None, -1 if reverse else None) for reverse in flip))]
     return array.transpose(*range(lead), *(lead + list(order).index(axis) for axis in range(3)))
+
+
+def box_around(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, ...] | None:
+    """The smallest box around the true voxels of ``mask``, widened as far as there are voxels; None without any."""
+    plane = np.logical_or.reduce(mask, axis=-1)  # once: the last axis is the longest way through memory
+    axes = range(plane.ndim)
+    lines = [plane.any(axis=tuple(other for other in axes if other != axis)) for axis in axes]
+    hits = [np.flatnonzero(line) for line in (*lines, np.logical_or.reduce(mask, axis=tuple(axes)))]
+    if not hits[-1].size:
+        return None
+    return tuple(
+        slice(max(0, int(hit[0]) - margin), min(size, int(hit[-1]) + 1 + margin))
+        for hit, size in zip(hits, mask.shape, strict=True)
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from delineate.core.text import printable
+from delineate.errors import MissingFile
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,21 @@ class Subject:
     @property
     def channels(self) -> tuple[str, ...]:
         return tuple(self.scans)
+
+    def with_channels(self, channels: Sequence[str]) -> Subject:
+        """This subject with exactly these channels, by name; a single channel may have any name.
+
+        Raises :class:`MissingFile` where it lacks some.
+        """
+        if len(channels) == len(self.scans) == 1:
+            return replace(self, scans=dict(zip(channels, self.scans.values(), strict=True)))
+        missing = [channel for channel in channels if channel not in self.scans]
+        if missing:
+            raise MissingFile(
+                f"subject '{self.id}' has channels {list(self.scans)}, lacks {missing}",
+                fix="add them, or rename the channels of the data set",
+            )
+        return replace(self, scans={channel: self.scans[channel] for channel in channels})
 
     @property
     def files(self) -> tuple[Path, ...]:

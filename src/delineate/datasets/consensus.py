@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from delineate.core.grid import box_around
 from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import check_grids
 from delineate.errors import DatasetError
@@ -53,9 +54,8 @@ def _staple(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.float64]:
 
     # Far from anything marked all agree; there the estimate of specificity would drown in background.
     union = np.logical_or.reduce(masks)
-    filled = np.argwhere(union)
-    low, high = np.maximum(filled.min(axis=0) - 2, 0), filled.max(axis=0) + 3
-    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    box = box_around(union, margin=2)
+    assert box is not None  # nothing marked is no case for an estimate
     images = [SimpleITK.GetImageFromArray(mask[box].astype(np.uint8)) for mask in masks]
     probability = np.zeros(union.shape)
     probability[box] = SimpleITK.GetArrayFromImage(SimpleITK.STAPLE(images, 1.0))  # type: ignore[no-untyped-call]

@@ -27,11 +27,11 @@ from delineate.datasets.measuring import (
     Foreground,
     Intensity,
     box_shape,
-    content_hash,
     count_values,
     find_foreground,
     in_grey,
     measure_intensity,
+    scan_hash,
 )
 from delineate.datasets.mirroring import suspicion
 from delineate.errors import BadVoxels, DelineateError
@@ -142,7 +142,7 @@ class Examination:
         names = channels_in(self.subject, path)
         volume = self.read(path)
         taken = [name for name in names if name in self.subject.scans]
-        self.hashes |= dict.fromkeys(taken, content_hash(path))
+        self.hashes |= dict.fromkeys(taken, scan_hash(path))
         self.dtypes.add(str(volume.voxels.dtype))
         check_channels(self.subject, path, volume.channels)
         voxels = {name: volume.voxels[names.index(name)] for name in taken}
@@ -180,7 +180,7 @@ class Examination:
 
     def examine_label(self, path: Path) -> None:
         label = read_label(path, orientation=self.rules.orientation)
-        self.hashes["label"] = content_hash(path)
+        self.hashes["label"] = scan_hash(path)
         if self.grid is not None:
             self.check_mirrored(label)
             check_grids(self.subject.id, "label", label.grid, "image", self.grid)

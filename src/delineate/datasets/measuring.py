@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Shape3
-from delineate.io.files import open_file
+from delineate.io.files import content_hash
 from delineate.io.formats import parts_of
 
 Planes = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
@@ -133,13 +133,10 @@ def count_values(label: NDArray) -> dict[int, int]:
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
-def content_hash(path: Path) -> str:
-    """BLAKE2b, as 32 hexadecimal digits, of a file's bytes and those of the files beside it that a header names."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in parts_of(path):
-        with open_file(file) as stream:
-            digest.update(hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).digest())
-    return digest.hexdigest()
+def scan_hash(path: Path) -> str:
+    """The file's content hash; where a header names files beside it, one hash of those of all."""
+    hashes = [content_hash(file) for file in parts_of(path)]
+    return hashes[0] if len(hashes) == 1 else hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
 
 
 def _occupied(mask: NDArray[np.bool_]) -> Planes:

@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from delineate.core.grid import Grid
+from delineate.core.grid import AXES, Grid
 
 Flip = tuple[bool, bool, bool]
 
@@ -39,7 +39,7 @@ class Suspicion:
     as_said: float
 
     def __str__(self) -> str:
-        axes = ", ".join(axis for axis, reverse in zip("xyz", self.flip, strict=True) if reverse)
+        axes = ", ".join(axis for axis, reverse in zip(AXES, self.flip, strict=True) if reverse)
         how = f"where its voxels are flipped along {axes}" if axes else "voxel by voxel"
         return (
             f"the label's border follows the image {how} (contrast {self.flipped:.2f}), "

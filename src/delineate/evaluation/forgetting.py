@@ -16,7 +16,7 @@ from delineate.datasets.dataset import Dataset, load_label
 from delineate.errors import BundleError
 from delineate.evaluation.measure import Measuring, compare
 from delineate.evaluation.table import FILES, Evaluation
-from delineate.inference.batch import predict_subjects, unseen_by, with_channels
+from delineate.inference.batch import predict_subjects, unseen_by
 from delineate.inference.predictor import Predictor
 from delineate.io.formats import read_label
 
@@ -55,7 +55,7 @@ def measure_forgetting(
     evaluations = {}
     for k, (name, bundle) in enumerate(((BEFORE, before), (AFTER, after))):
         rows = []
-        chosen = [with_channels(subject, bundle.channels) for subject in unseen]
+        chosen = [subject.with_channels(bundle.channels) for subject in unseen]
         for done, outcome in enumerate(predict_subjects(Predictor([bundle], plan), chosen, out / name), start=1):
             if outcome.error is not None or outcome.path is None:
                 raise outcome.error or BundleError(f"'{outcome.subject.id}' could not be predicted")

@@ -70,7 +70,7 @@ def find_subjects(
     chosen, lacking = [], []
     for subject in found:
         try:
-            chosen.append(with_channels(subject, channels))
+            chosen.append(subject.with_channels(channels))
         except MissingFile as error:
             chosen.append(subject)
             lacking.append(error)
@@ -97,19 +97,6 @@ def _labels_of_others(inputs: Sequence[Path]) -> list[Path]:
 
     names = {(path.parent, name_of(path)) for path in inputs}
     return [path for path in inputs if bare_name(path) != name_of(path) and (path.parent, bare_name(path)) in names]
-
-
-def with_channels(subject: Subject, channels: Sequence[str]) -> Subject:
-    """``subject`` with exactly these channels, by name; a single channel may have any name."""
-    if len(channels) == len(subject.scans) == 1:
-        return replace(subject, scans=dict(zip(channels, subject.scans.values(), strict=True)))
-    missing = [channel for channel in channels if channel not in subject.scans]
-    if missing:
-        raise MissingFile(
-            f"subject '{subject.id}' has channels {list(subject.scans)}, lacks {missing}",
-            fix="add them, or rename the channels of the data set",
-        )
-    return replace(subject, scans={channel: subject.scans[channel] for channel in channels})
 
 
 def unseen_by(bundles: Sequence[Bundle], subjects: Sequence[Subject]) -> list[Subject]:
@@ -152,7 +139,7 @@ def predict_subjects(
     calibration = predictor.calibration if len(predictor.bundles) == 1 else None
 
     def read(subject: Subject) -> tuple[Subject, Volume]:
-        chosen = replace(with_channels(subject, predictor.channels), resample=resample)
+        chosen = replace(subject.with_channels(predictor.channels), resample=resample)
         where.check(chosen)
         check_outputs(where.files(chosen), chosen.files, overwrite=True)
         scan = load_scan(chosen)

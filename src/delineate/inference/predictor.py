@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from delineate.bundle import Bundle
 from delineate.compute import ComputePlan
-from delineate.core.grid import Grid
+from delineate.core.grid import AXES, Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something
 from delineate.errors import BundleError
@@ -23,7 +23,6 @@ from delineate.inference.postprocess import postprocess
 from delineate.inference.sliding import Sliding
 from delineate.metrics.calibration import seam_score
 from delineate.preprocessing.step import Undo
-from delineate.sampling.tiles import AXES
 
 Progress = Callable[[int, int], None]
 

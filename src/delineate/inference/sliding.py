@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from delineate.compute import ComputePlan
+from delineate.core.grid import AXES
 from delineate.errors import BundleError
 from delineate.io.files import reserve
-from delineate.sampling.tiles import AXES, Tile, TileGeometry, standardised
+from delineate.sampling.tiles import Tile, TileGeometry, standardised
 
 Network = Callable[[Tensor], Tensor]
 

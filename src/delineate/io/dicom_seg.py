@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import highdicom
 import numpy as np
@@ -28,8 +28,7 @@ from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits, writing_beside
 from delineate.io.voxels import LPS_TO_RAS, check_grid
 
-if TYPE_CHECKING:
-    from delineate.io.exports import SegmentationKind
+SegmentationKind = Literal["BINARY", "LABELMAP"]
 
 REGION = Coding(Code("309825002", "SCT", "Spatial and Relational Concept"), Code("111099", "DCM", "Selected region"))
 """What is known of a target that nobody coded: that it is a region. Its name stays the segment's label."""

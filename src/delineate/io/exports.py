@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from delineate.errors import BadFormat
 from delineate.io.files import writing_beside
 from delineate.io.formats import DICOM_SUFFIXES, SEGMENTATION_SUFFIX, check_writable, is_series, write_label
 
-SegmentationKind = Literal["BINARY", "LABELMAP"]
+if TYPE_CHECKING:
+    from delineate.io.dicom_seg import SegmentationKind
 
 
 def check_format(suffix: str) -> None:

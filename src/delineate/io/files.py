@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -45,6 +46,13 @@ MOST_TEXT = 2**26
 """Bytes of a text file that is read as a whole, such as a table or a description."""
 
 _MOST_FOLDERS = 100_000  # below one
+
+
+def home_folder() -> Path:
+    """Where prepared scans and imported weights are: ``DELINEATE_HOME``, else ``delineate`` in the user's cache."""
+    if named := os.environ.get("DELINEATE_HOME"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "delineate"
 
 
 @contextmanager
@@ -121,6 +129,12 @@ def read_json(path: Path, kind: type[DelineateError], fix: str = "") -> dict[str
         if not isinstance(content, dict):
             raise kind(f"'{path}' holds a {type(content).__name__}, not an object", fix=fix or "copy it again")
     return content
+
+
+def content_hash(path: Path) -> str:
+    """BLAKE2b of a file's bytes, as 32 hexadecimal digits. Raises :class:`OSError`, and what :func:`open_file` does."""
+    with open_file(path) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def walk(root: Path, depth: int | None = None, *, links: bool = True) -> Iterator[tuple[Path, list[str]]]:

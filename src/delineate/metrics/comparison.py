@@ -10,10 +10,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from delineate.core.grid import Grid
+from delineate.core.grid import Grid, box_around
 from delineate.metrics.lesions import Lesions
 from delineate.metrics.overlap import Overlap
-from delineate.metrics.surface import SurfaceDistances, box_around, surface_distances
+from delineate.metrics.surface import SurfaceDistances, surface_distances
 from delineate.metrics.surfels import SurfelDistances, surfel_distances
 
 Mask = NDArray[np.bool_]

@@ -7,6 +7,7 @@ from math import nan
 import numpy as np
 from numpy.typing import NDArray
 
+from delineate.core.grid import box_around
 from delineate.metrics.surface import ROUNDING, Spacing, steps_of
 
 
@@ -26,13 +27,9 @@ def within(
     The margin keeps out voxels that hold part of what lies around. Nothing left: undefined (NaN).
     ``spacing_mm`` as for :func:`delineate.metrics.surface.surface_distances`.
     """
-    if not mask.any():
+    box = box_around(mask)
+    if box is None:
         return nan, nan
-    box = tuple(
-        slice(int(f[0]), int(f[-1]) + 1)
-        for axis in range(3)
-        for f in [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))]
-    )
     inner = mask[box]
     if margin_mm > 0:
         inner = _inside(inner, steps_of(spacing_mm, 3), margin_mm)

@@ -17,7 +17,7 @@ import numpy as np
 import scipy  # its parts are imported when first used
 from numpy.typing import NDArray
 
-from delineate.core.grid import orthogonal
+from delineate.core.grid import box_around, orthogonal
 
 Mask = NDArray[np.bool_]
 Spacing = Sequence[float] | NDArray[np.float64]
@@ -184,13 +184,6 @@ def nearest_mm(sources: Mask, targets: Mask, steps_mm: NDArray[np.float64]) -> N
         offset = nearest[(slice(None), *index.T)].T - index
         distances[far] = np.linalg.norm(offset * spacing_mm, axis=1)
     return distances
-
-
-def box_around(mask: Mask) -> tuple[slice, ...] | None:
-    """The smallest box around a mask; None where it is empty."""
-    axes = range(mask.ndim)
-    filled = [np.flatnonzero(mask.any(axis=tuple(other for other in axes if other != axis))) for axis in axes]
-    return tuple(slice(int(f[0]), int(f[-1]) + 1) for f in filled) if filled[0].size else None
 
 
 def _percentile(distances: NDArray[np.float64], percentile: float) -> float:

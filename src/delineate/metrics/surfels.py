@@ -16,7 +16,8 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from delineate.metrics.surface import ROUNDING, Mask, Spacing, box_around, nearest_mm, steps_of
+from delineate.core.grid import box_around
+from delineate.metrics.surface import ROUNDING, Mask, Spacing, nearest_mm, steps_of
 
 _CORNERS = tuple(product((0, 1), repeat=3))
 

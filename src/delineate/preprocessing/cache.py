@@ -31,7 +31,7 @@ from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import load_label, load_scan
 from delineate.errors import MissingFile, RecipeError, Truncated
-from delineate.io.files import writing_beside
+from delineate.io.files import content_hash, writing_beside
 from delineate.io.formats import parts_of
 from delineate.preprocessing.pipeline import Pipeline
 
@@ -201,8 +201,7 @@ class FileHashes:
         known = self._known.get(name, [])
         if known[:2] == stamp:
             return str(known[2])
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        digest = content_hash(file)
         self._known[name] = [*stamp, digest]
         self._changed = True
         return digest

@@ -13,7 +13,7 @@ import scipy  # its parts are imported when first used
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from delineate.core.grid import Grid
+from delineate.core.grid import AXES, Grid
 from delineate.core.volume import Volume
 from delineate.errors import RecipeError
 from delineate.preprocessing.step import Step, Undo, Unmoved, as_float
@@ -191,7 +191,7 @@ class Normalise(Step):
         """The arrays that are normalised by themselves: channels, or each one's slices."""
         if self.scope != "slice":
             return voxels
-        axis = grid.slice_axis if self.across == "thickest" else "xyz".index(self.across)
+        axis = grid.slice_axis if self.across == "thickest" else AXES.index(self.across)
         return (plane for channel in voxels for plane in np.moveaxis(channel, axis, 0))
 
     def _rescale(self, values: NDArray, shift: float, scale: float, out: NDArray[np.float32]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from delineate.core.grid import Grid, Shape3, permute_axes, permute_axes_back
+from delineate.core.grid import Grid, Shape3, box_around, permute_axes, permute_axes_back
 from delineate.core.targets import IGNORED
 from delineate.core.volume import Volume
 from delineate.errors import RecipeError
@@ -256,13 +256,7 @@ def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, slice, slic
 
     Without a true voxel: all of it.
     """
-    plane = np.logical_or.reduce(mask, axis=2)
-    lines = plane.any(axis=1), plane.any(axis=0), np.logical_or.reduce(mask, axis=(0, 1))
-    hits = [np.flatnonzero(line) if line.any() else np.arange(len(line)) for line in lines]
-    x, y, z = (
-        slice(max(0, int(hit[0]) - margin), min(size, int(hit[-1]) + 1 + margin))
-        for hit, size in zip(hits, mask.shape, strict=True)
-    )
+    x, y, z = box_around(mask, margin) or (slice(0, size) for size in mask.shape)
     return x, y, z
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from delineate.errors import WeightsError
-from delineate.io.files import open_file, parsing, read_json, writing_beside
+from delineate.io.files import home_folder, open_file, parsing, read_json, writing_beside
 from delineate.pretrained.vgg import VGGName, expected_shapes
 
 Preprocessing = Literal["torchvision", "caffe"]
@@ -43,10 +43,8 @@ class Entry:
 
 
 def store_folder() -> Path:
-    """Where imported weights lie: below ``DELINEATE_HOME``, else the user's cache."""
-    home = os.environ.get("DELINEATE_HOME")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "delineate"
-    return (Path(home) if home else cache) / "weights"
+    """Where imported weights lie."""
+    return home_folder() / "weights"
 
 
 def import_weights(file: Path, name: VGGName, preprocessing: Preprocessing = "torchvision") -> Entry:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from delineate.core.grid import permute_axes
+from delineate.core.grid import box_around, permute_axes
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_grids
@@ -196,14 +196,14 @@ def _draw(axes: Axes, view: View, palette: Palette) -> None:
 
 def _cube(mask: NDArray[np.bool_], spacing_mm: Sequence[float]) -> tuple[slice, ...]:
     """A cube around a mask, 1.5 times its extent, cut off at the image's borders; all, if it is empty."""
-    if not mask.any():
+    around = box_around(mask)
+    if around is None:
         return (slice(None),) * 3
-    filled = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    side_mm = max(1.5 * max((f[-1] - f[0] + 1) * s for f, s in zip(filled, spacing_mm, strict=True)), _LEAST_SIDE_MM)
+    side_mm = max(1.5 * max((f.stop - f.start) * s for f, s in zip(around, spacing_mm, strict=True)), _LEAST_SIDE_MM)
     box = []
-    for f, spacing, n in zip(filled, spacing_mm, mask.shape, strict=True):
+    for f, spacing, n in zip(around, spacing_mm, mask.shape, strict=True):
         count = min(n, round(side_mm / spacing))
         # Centred, then moved inside.
-        start = min(max((f[0] + f[-1] + 1 - count) // 2, 0), n - count)
+        start = min(max((f.start + f.stop - count) // 2, 0), n - count)
         box.append(slice(int(start), int(start) + count))
     return tuple(box)

@@ -18,7 +18,6 @@ from delineate.datasets.dataset import Dataset, load_scan
 from delineate.errors import BadFormat, TrainingError
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
-from delineate.inference.batch import with_channels
 from delineate.io.files import parsing, read_json, read_text
 from delineate.io.tables import read_table
 from delineate.reporting.cautions import Training, cautions
@@ -90,7 +89,7 @@ def _trained_on(bundle: Bundle, subjects: RunSubjects, dataset: Dataset) -> list
     trained = set(subjects.training)
     resample = bundle.recipe.data.resample_channels
     return [
-        replace(with_channels(subject, bundle.channels), resample=resample)
+        replace(subject.with_channels(bundle.channels), resample=resample)
         for subject in dataset.subjects
         if subject.id in trained
     ]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
+from delineate.core.grid import AXES
 from delineate.specification import Specification
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -81,7 +82,7 @@ def augment(
     shape: Sequence[int],
     spacing_mm: Sequence[float],
     generator: Generator,
-    axes: str = "xyz",
+    axes: str = AXES,
 ) -> tuple[Tensor, Tensor]:
     """Vary a batch and cut it to ``shape``.
 
@@ -162,7 +163,7 @@ def _affine(spec: SpatialSpec, n: int, d: int, generator: Generator, device: tor
     mirrored = torch.tensor([axis in spec.mirror for axis in axes], device=device)
     scale = scale * torch.where(mirrored, flips, 1.0)
     if d == 2:
-        across = next(i for i, axis in enumerate("xyz") if axis not in axes)
+        across = next(i for i, axis in enumerate(AXES) if axis not in axes)
         rotation = _turn(angles[:, across], 0, 1, 2)
     else:
         rotation = _turn(angles[:, 0], 1, 2, 3) @ _turn(angles[:, 1], 0, 2, 3) @ _turn(angles[:, 2], 0, 1, 3)

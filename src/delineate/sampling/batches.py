@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from delineate.core.grid import AXES
 from delineate.preprocessing.cache import PreparedSubject
 from delineate.sampling.augmentation import AugmentationSpec, augment, context_voxels
 from delineate.sampling.samplers import Sampler
-from delineate.sampling.tiles import AXES, TileGeometry, standardised
+from delineate.sampling.tiles import TileGeometry, standardised
 
 
 class Batch(NamedTuple):

@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from delineate.core.grid import Grid, Shape3
+from delineate.core.grid import AXES, Grid, Shape3
 from delineate.errors import RecipeError
 from delineate.specification import Side, Specification
-
-AXES = "xyz"
 
 
 class Tile(NamedTuple):

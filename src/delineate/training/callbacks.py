@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -266,8 +266,8 @@ class KeepThreads(lightning.Callback):
 class StepProgress(lightning.Callback):
     """Tells how far the budget is spent, with loss, validation score and speed."""
 
-    def __init__(self, progress: Callable[[str, int, int], None], validator: Validator) -> None:
-        self.progress, self.validator = progress, validator
+    def __init__(self, report: Reporter, validator: Validator) -> None:
+        self.report, self.validator = report, validator
         self._last, self._seconds_per_step = time.monotonic(), math.nan
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
@@ -277,5 +277,5 @@ class StepProgress(lightning.Callback):
         smooth = self._seconds_per_step if self._seconds_per_step == self._seconds_per_step else taken
         self._seconds_per_step = 0.9 * smooth + 0.1 * taken
         score = f", Dice {self.validator.score:.3f}" if self.validator.score == self.validator.score else ""
-        what = f"training: loss {module.last_loss:.3f}{score}, {self._seconds_per_step:.2f} s/step"
-        self.progress(what, int(1000 * module.progress), 1000)
+        self.report.status(f"loss {module.last_loss:.3f}{score}, {self._seconds_per_step:.2f} s/step")
+        self.report.progress("training", int(1000 * module.progress), 1000)

@@ -69,6 +69,8 @@ class Reporter:
     """Where a run says what happens: to the terminal, and in a run's folder to ``messages.txt`` and ``events.jsonl``.
 
     ``messages`` are all that were said. ``logs`` is the folder of the two files.
+    ``progress(stage, done, total)`` is told how far a stage is, ``status`` just before
+    what there is to say of it.
     """
 
     say: Say = lambda text: None
@@ -76,6 +78,7 @@ class Reporter:
     logs: Path | None = None
     messages: list[str] = field(default_factory=list)
     silent: bool = False
+    status: Say = lambda text: None
 
     def __call__(self, text: str) -> None:
         if self.silent:
@@ -100,4 +103,4 @@ class Reporter:
         if not first:
             return Reporter(silent=True)
         drop_unfinished(folder / "logs")
-        return Reporter(self, self.progress, folder / "logs")
+        return Reporter(self, self.progress, folder / "logs", status=self.status)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +21,8 @@ from delineate.datasets.dataset import Dataset, load_scan
 from delineate.datasets.inspection import Inspection, inspect
 from delineate.datasets.splits import Split, load_or_make_split
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError
-from delineate.inference.batch import with_channels
 from delineate.inference.fingerprint import fingerprint_of
-from delineate.io.files import writing_beside
+from delineate.io.files import home_folder, writing_beside
 from delineate.io.pseudonyms import key_id
 from delineate.preprocessing.cache import PreparedDataset, prepare
 from delineate.recipe import Recipe, apply_changes, load_recipe, recipe_from, to_yaml
@@ -95,7 +93,7 @@ def inspected(
         )
     if recipe.data.channels is not None:
         channels = recipe.data.channels
-        dataset = replace(dataset, subjects=tuple(with_channels(s, channels) for s in dataset.subjects))
+        dataset = replace(dataset, subjects=tuple(s.with_channels(channels) for s in dataset.subjects))
     if recipe.data.resample_channels:
         dataset = replace(dataset, subjects=tuple(replace(s, resample=True) for s in dataset.subjects))
     if inspection is None:
@@ -116,7 +114,7 @@ def broken_message(inspection: Inspection) -> str:
     lines = [f"  {p.subject}: {p.code}: {p.message}; {p.fix}" for p in inspection.errors]
     return (
         f"{len(inspection.broken)} subjects cannot be trained on:\n" + "\n".join(lines) + "\n"
-        "Mend them, or add --leave-out-broken to train on the others"
+        "Fix them, or add --leave-out-broken to train on the others"
     )
 
 
@@ -246,7 +244,7 @@ def without_descriptions(dataset: Dataset) -> Dataset:
             fix="name each by a pattern, such as --images T1='*t1*' --images FLAIR='*flair*'",
         )
     name = dataset.modality or "image"
-    subjects = tuple(with_channels(subject, (name,)) for subject in dataset.subjects)
+    subjects = tuple(subject.with_channels((name,)) for subject in dataset.subjects)
     return replace(dataset, subjects=subjects, described=False)
 
 
@@ -291,9 +289,5 @@ def split_for(recipe: Recipe, dataset: Dataset, folder: Path, options: RunOption
 
 
 def cache_folder(options: RunOptions) -> Path:
-    """Where prepared subjects lie: as asked, else the user's cache."""
-    if options.cache is not None:
-        return options.cache
-    if named := os.environ.get("DELINEATE_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "delineate"
+    """Where prepared subjects lie: as asked, else the user's home of delineate."""
+    return home_folder() if options.cache is None else options.cache

@@ -38,7 +38,7 @@ from delineate.errors import OutputError, RecipeError, TrainingError
 from delineate.evaluation.measure import Measuring, evaluate
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation, plain
-from delineate.inference.batch import Outcome, predict_subjects, with_channels
+from delineate.inference.batch import Outcome, predict_subjects
 from delineate.inference.confidence import LEVEL, Calibration, Case, check_intervals
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
@@ -258,7 +258,7 @@ def _fit(
         CollapseWatch(spec.collapse_after, report),
         stopper,
         KeepThreads(threads_of(plan, options)),
-        StepProgress(report.progress, validator),
+        StepProgress(report, validator),
         Keeper(state),
     ]
     hold_a_target = any(len(points) for subject in prepared.validation for points in subject.points.values())
@@ -359,7 +359,7 @@ def _evaluate_held_out(
     """Predict the held-out subjects with the kept weights, on their own grids, and measure; None where stopped."""
     bundle = Bundle.load(folder / "bundle")
     predictor = Predictor([bundle], replace(plan, compile=False), probabilities=True)
-    chosen = [with_channels(subject, bundle.channels) for subject in subjects]
+    chosen = [subject.with_channels(bundle.channels) for subject in subjects]
     pairs, outcomes = [], []
     probabilities = folder / "predictions" / "probabilities"
     predicting = predict_subjects(predictor, chosen, folder / "predictions", probabilities=probabilities)
