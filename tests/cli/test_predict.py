@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from delineate.bundle import Bundle
+from delineate.cli import STARTED
 from delineate.cli.app import app
 from delineate.compute import plan_compute
 from delineate.core.grid import Grid
@@ -76,6 +78,39 @@ def test_predicting_imports_nothing_that_it_does_not_use(bundle: Path, tmp_path:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert (tmp_path / "out/scan.nii.gz").exists()
+
+
+def test_stages_add_up_to_the_time_since_the_command_began(bundle: Path, scans: Path, tmp_path: Path) -> None:
+    """They were .5 s of the five that a person waited."""
+    before = time.perf_counter()
+    done = predict(bundle, scans, "-o", tmp_path / "out", "--json", "-q")
+    answer = json.loads(done.stdout)
+    assert before <= STARTED + sum(answer["seconds"].values()) <= time.perf_counter()
+    assert all(seconds >= 0 for seconds in answer["seconds"].values())
+    for stage in ("preprocess", "network", "undo", "postprocess"):
+        parts = sum(row["seconds"][stage] for row in answer["predictions"])
+        assert answer["seconds"][stage] == pytest.approx(parts)
+
+
+def test_quiet_leaves_results_and_errors(bundle: Path, scans: Path, tmp_path: Path) -> None:
+    loud = predict(bundle, scans, "-o", tmp_path / "loud")
+    quiet = predict(bundle, scans, "-o", tmp_path / "quiet", "-q")
+    assert "precision:" in loud.stderr
+    assert quiet.stderr == ""
+    assert "3 predictions" in quiet.stdout
+    (scans / "b.nii.gz").write_bytes(b"damaged")
+    assert predict(bundle, scans, "-o", tmp_path / "error", "-q", code=1).stderr.startswith("b: E_")
+
+
+def test_a_run_is_as_good_as_its_bundle(bundle: Path, scans: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/bundle").symlink_to(bundle, target_is_directory=True)
+    predict(tmp_path / "run", scans / "a.nii.gz", "-o", tmp_path / "out", "--also", tmp_path / "run")
+    assert (tmp_path / "out/a.nii.gz").exists()
+    exported = runner.invoke(
+        app, ["weights", "export", str(tmp_path / "run"), "-o", str(tmp_path / "some.safetensors")]
+    )
+    assert exported.exit_code == 0, exported.exception
 
 
 @pytest.fixture

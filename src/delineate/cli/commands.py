@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -14,6 +16,20 @@ if TYPE_CHECKING:
     _Base = TyperCommand
 else:
     _Base = object
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """For imports that take seconds, of which much was a search for garbage: in the meantime, and at the end of all.
+
+    They leave no garbage, and what they define stays until the process ends.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class Commands(typer.Typer):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from delineate.cli import STARTED
+from delineate.cli.commands import importing
 from delineate.cli.options import Compile, Device, Json, Overwrite, Precision, Threads
 
 if TYPE_CHECKING:
@@ -81,17 +82,18 @@ def predict(
 
     Run the same command again to resume: scans that the same bundle has predicted into OUT are skipped.
     """
-    from delineate.bundle import Bundle, bundle_folder
-    from delineate.cli.parsing import parse_patterns
-    from delineate.cli.terminal import Terminal, print_json, print_table
-    from delineate.compute import check_device, plan_compute, torch_threads
-    from delineate.core.text import printable
-    from delineate.errors import OutputError
-    from delineate.inference.batch import find_subjects, predict_subjects, unseen_by
-    from delineate.inference.outputs import Outputs
-    from delineate.inference.predictor import Predictor
-    from delineate.inference.review import Review, write_queue
-    from delineate.io.exports import check_format
+    with importing():
+        from delineate.bundle import Bundle, bundle_folder
+        from delineate.cli.parsing import parse_patterns
+        from delineate.cli.terminal import Terminal, print_json, print_table
+        from delineate.compute import check_device, plan_compute, torch_threads
+        from delineate.core.text import printable
+        from delineate.errors import OutputError
+        from delineate.inference.batch import find_subjects, predict_subjects, unseen_by
+        from delineate.inference.outputs import Outputs
+        from delineate.inference.predictor import Predictor
+        from delineate.inference.review import Review, write_queue
+        from delineate.io.exports import check_format
 
     stages = Stages(STARTED)
     stages.lap("start-up")
