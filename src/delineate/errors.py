@@ -36,7 +36,8 @@
      ├── CannotUndo                  E_UNDO        a preprocessing step has no way back
      ├── TrainingError               E_TRAINING    training cannot go on
      ├── RunInUse                    E_IN_USE      another training is running in the folder
-     └── OutputError                 E_OUTPUT      a result cannot be written
+     ├── OutputError                 E_OUTPUT      a result cannot be written
+     └── Cancelled                   E_CANCELLED   the caller cancelled it
 
 A message says what is wrong, what was found, and what to do about it.
 """
@@ -260,3 +261,9 @@ class OutputError(DelineateError):
     """A result cannot be written where it was asked for."""
 
     code = "E_OUTPUT"
+
+
+class Cancelled(DelineateError):
+    """The caller's cancel token was set; nothing is left half-written."""
+
+    code = "E_CANCELLED"
