@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from delineate import interop
+    from delineate import errors, interop
     from delineate.api.bundle import Bundle, load, predict
     from delineate.api.data import inspect, open_dataset, read, write
     from delineate.api.measuring import compare, evaluate
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "auto",
     "compare",
+    "errors",
     "evaluate",
     "inspect",
     "interop",
@@ -66,14 +67,16 @@ _HOMES = {
 }
 """The module of each public name that is not a module itself."""
 
+_MODULES = ("errors", "interop")
+
 # A type checker reads the imports above, and would take this for leave to use any name.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         if name in _HOMES:
             value = getattr(import_module(_HOMES[name]), name)
-        elif name == "interop":
-            value = import_module("delineate.interop")
+        elif name in _MODULES:
+            value = import_module(f"delineate.{name}")
         else:
             raise AttributeError(f"module 'delineate' has no attribute '{name}'; it offers {', '.join(__all__)}")
         globals()[name] = value

@@ -40,6 +40,13 @@
      └── Cancelled                   E_CANCELLED   the caller cancelled it
 
 A message says what is wrong, what was found, and what to do about it.
+
+>>> import delineate
+>>> try:
+...     delineate.read("lost.nii.gz")
+... except delineate.errors.DelineateError as error:
+...     print(error.code)
+E_MISSING
 """
 
 from __future__ import annotations

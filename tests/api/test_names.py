@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import json
@@ -9,6 +10,7 @@ import pkgutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -45,7 +47,7 @@ def test_volumes_and_grids_come_without_torch() -> None:
 
 def test_the_names_are_the_public_ones() -> None:
     assert set(delineate.__all__) >= PROMISED
-    assert set(delineate.__all__) - PROMISED == {"__version__", "interop", "tiles"}
+    assert set(delineate.__all__) - PROMISED == {"__version__", "errors", "interop", "tiles"}
     assert dir(delineate) == sorted(delineate.__all__)
     for name in delineate.__all__:
         assert getattr(delineate, name) is getattr(delineate, name)
@@ -53,13 +55,30 @@ def test_the_names_are_the_public_ones() -> None:
         delineate.nonsense  # type: ignore[attr-defined]  # noqa: B018
 
 
+def test_a_type_checker_finds_every_name_where_it_is_imported_from() -> None:
+    tree = ast.parse(Path(delineate.__file__).read_text(encoding="utf-8"))
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
+    read = {
+        alias.name: imported.module
+        for imported in checked.body
+        if isinstance(imported, ast.ImportFrom)
+        for alias in imported.names
+    }
+    modules = {name for name, home in read.items() if home == "delineate"}
+    assert set(read) == set(delineate.__all__) - {"__version__"}
+    for name, home in read.items():
+        found = importlib.import_module(f"{home}.{name}" if name in modules else str(home))
+        assert getattr(delineate, name) is (found if name in modules else getattr(found, name))
+    assert (Path(delineate.__file__).parent / "py.typed").exists()
+
+
 def test_no_module_bears_a_public_name() -> None:
     """Importing a module puts it into its package under its name, over whatever stood there."""
     modules = {module.name for module in pkgutil.iter_modules(delineate.__path__)}
-    assert modules & set(delineate.__all__) == {"interop"}
+    assert modules & set(delineate.__all__) == {"errors", "interop"}
     for module in modules - {"__main__"}:
         importlib.import_module(f"delineate.{module}")
-    public = [getattr(delineate, name) for name in set(delineate.__all__) - {"interop"}]
+    public = [getattr(delineate, name) for name in set(delineate.__all__) - {"errors", "interop"}]
     assert not any(isinstance(value, types.ModuleType) for value in public)
 
 

@@ -172,7 +172,7 @@ def test_one_bad_scan_does_not_stop_the_rest(here, tmp_path) -> None:
 
 # What notebooks show ---------------------------------------------------------------------------------------------
 
-HOSTILE = "<script>alert(1)</script>&\x1b[2J$\\frac$"
+HOSTILE = "_<script>alert(1)</script>&\x1b[2J$\\frac$肝"
 
 
 def picture_in(html: str) -> Image.Image:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
 from delineate.api.progress import Cancel, Progress, check, counting
+from delineate.core.subject import Subject
 from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import load_label, load_scan
 from delineate.datasets.layouts import open_dataset
 from delineate.io.formats import read_label, read_volume, write_label, write_volume
 
@@ -20,10 +22,10 @@ __all__ = ["as_dataset", "inspect", "open_dataset", "read", "write"]
 
 
 @overload
-def read(path: str | Path, *, label: Literal[False] = False) -> Volume: ...
+def read(path: str | Path | Subject, *, label: Literal[False] = False) -> Volume: ...
 @overload
-def read(path: str | Path, *, label: Literal[True]) -> LabelVolume: ...
-def read(path: str | Path, *, label: bool = False) -> Volume | LabelVolume:
+def read(path: str | Path | Subject, *, label: Literal[True]) -> LabelVolume: ...
+def read(path: str | Path | Subject, *, label: bool = False) -> Volume | LabelVolume:
     """Read a scan, or a ``label``, in any known format: NIfTI, MetaImage, NRRD, DICOM, or a picture.
 
     >>> import delineate
@@ -35,9 +37,11 @@ def read(path: str | Path, *, label: bool = False) -> Volume | LabelVolume:
     >>> delineate.read("reference.nii.gz", label=True).voxels.dtype
     dtype('uint8')
 
-    Raises the family of :class:`~delineate.errors.ScanError`, by cause, and
-    :class:`~delineate.errors.MissingFile`.
+    Of a subject all channels are read, as one volume. Raises the family of
+    :class:`~delineate.errors.ScanError`, by cause, and :class:`~delineate.errors.MissingFile`.
     """
+    if isinstance(path, Subject):
+        return load_label(path, None, None) if label else load_scan(path)
     return read_label(Path(path)) if label else read_volume(Path(path))
 
 

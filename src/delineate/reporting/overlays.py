@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -177,7 +178,9 @@ def picture_of_label(scan: Volume, label: LabelVolume, targets: Targets) -> byte
     names = dict(enumerate(map(printable, targets.names), start=1))
     colours = {number: _TARGET_COLOURS[(number - 1) % len(_TARGET_COLOURS)] for number in names}
     written = BytesIO()
-    _side_by_side(views_of_label(scan, label, targets), colours, names).savefig(written, format="png", dpi=100)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font does not have
+        _side_by_side(views_of_label(scan, label, targets), colours, names).savefig(written, format="png", dpi=100)
     return written.getvalue()
 
 
