@@ -4,8 +4,7 @@ The names in ``__all__`` are the public ones; everything else may change. Each i
 that ``import delineate`` takes no time.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as typing's, whose import would take longer than all of this
 
 if TYPE_CHECKING:
     from delineate import errors, interop
@@ -72,7 +71,9 @@ _MODULES = ("errors", "interop")
 # A type checker reads the imports above, and would take this for leave to use any name.
 if not TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
         if name in _HOMES:
             value = getattr(import_module(_HOMES[name]), name)
         elif name in _MODULES:

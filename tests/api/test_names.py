@@ -58,6 +58,7 @@ def test_the_names_are_the_public_ones() -> None:
 def test_a_type_checker_finds_every_name_where_it_is_imported_from() -> None:
     tree = ast.parse(Path(delineate.__file__).read_text(encoding="utf-8"))
     checked = next(node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(checked.test) == "TYPE_CHECKING"
     read = {
         alias.name: imported.module
         for imported in checked.body

@@ -203,7 +203,7 @@ def test_a_prediction_shows_three_views_ml_and_expected_dice(here) -> None:
 
 def test_hostile_targets_are_shown_as_text(here) -> None:
     found = delineate.load("run").predict("scan.nii.gz")
-    targets = delineate.Targets({HOSTILE: (1,)})
+    targets = delineate.Targets({HOSTILE: (1,), "long" * 99: (2,)})
     shown = Prediction(**{**vars(found), "targets": targets, "confidence": {HOSTILE: found.confidence["ball"]}})
     assert is_harmless(shown._repr_html_())
 

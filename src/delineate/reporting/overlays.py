@@ -180,6 +180,7 @@ def picture_of_label(scan: Volume, label: LabelVolume, targets: Targets) -> byte
     written = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font does not have
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # names longer than the views are wide
         _side_by_side(views_of_label(scan, label, targets), colours, names).savefig(written, format="png", dpi=100)
     return written.getvalue()
 
