@@ -17,11 +17,12 @@ from torch import nn
 
 import delineate
 from delineate import interop
+from delineate.api.bundle import _as_volume
 from delineate.api.prediction import Prediction
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.inspection import Inspection, Problem
-from delineate.errors import BadVoxels, BundleError, Cancelled, DatasetError, MissingFile, OutputError
+from delineate.errors import BadVoxels, BundleError, Cancelled, DatasetError, GridMismatch, MissingFile, OutputError
 
 
 def test_one_line_from_a_scan_to_its_label(here) -> None:
@@ -70,6 +71,21 @@ def test_a_scan_in_another_orientation_gets_its_label_there(here) -> None:
     turned = Volume(permute_axes(scan.voxels, order, flip), scan.grid.permute(order, flip))
     label = delineate.load("run").predict(interop.to_simpleitk(turned)).label
     assert label.grid.matches(turned.grid, 1e-9)
+
+
+def test_channels_go_in_by_name_in_the_bundle_s_order(tmp_path, rng) -> None:
+    grid = Grid.of_spacing((4, 5, 6), (1, 1, 2))
+    t1, flair = (Volume(rng.random((1, *grid.shape), np.float32), grid) for _ in range(2))
+    delineate.write(tmp_path / "flair.nii", flair)
+    scan = {"FLAIR": tmp_path / "flair.nii", "T2": t1, "T1": interop.to_simpleitk(t1)}
+    volume, _ = _as_volume(scan, ("T1", "FLAIR"), resample=False)
+    np.testing.assert_array_equal(volume.voxels, np.concatenate([t1.voxels, flair.voxels]))
+    with pytest.raises(MissingFile, match="PD"):
+        _as_volume(scan, ("T1", "PD"), resample=False)
+    with pytest.raises(GridMismatch, match="FLAIR"):
+        _as_volume(
+            {"T1": t1, "FLAIR": Volume(t1.voxels, grid.crop((1, 0, 0), grid.shape))}, ("T1", "FLAIR"), resample=False
+        )
 
 
 def test_what_is_no_scan_is_refused(here) -> None:
@@ -153,6 +169,7 @@ def test_cancelled_in_the_midst_of_many_scans_whole_labels_stay_and_the_next_cal
     labels = [name for name in there if name.endswith(".nii.gz")]
     assert 0 < len(labels) < 4
     assert set(there) - set(labels) == {"review.csv"}
+    assert "E_CANCELLED" not in (tmp_path / "out" / "review.csv").read_text(), "no scan has failed"
     for name in labels:
         delineate.read(tmp_path / "out" / name, label=True)
     after = delineate.predict("run", "scans", tmp_path / "out")
