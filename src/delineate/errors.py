@@ -36,9 +36,17 @@
      ├── CannotUndo                  E_UNDO        a preprocessing step has no way back
      ├── TrainingError               E_TRAINING    training cannot go on
      ├── RunInUse                    E_IN_USE      another training is running in the folder
-     └── OutputError                 E_OUTPUT      a result cannot be written
+     ├── OutputError                 E_OUTPUT      a result cannot be written
+     └── Cancelled                   E_CANCELLED   the caller cancelled it
 
 Each says what is wrong and what was found (``message``), and what to do about it (``fix``).
+
+>>> import delineate
+>>> try:
+...     delineate.read("lost.nii.gz")
+... except delineate.errors.DelineateError as error:
+...     print(error.code)
+E_MISSING
 """
 
 from __future__ import annotations
@@ -273,3 +281,9 @@ class OutputError(DelineateError):
     """A result cannot be written where it was asked for."""
 
     code = "E_OUTPUT"
+
+
+class Cancelled(DelineateError):
+    """The caller's cancel token was set; nothing is left half-written."""
+
+    code = "E_CANCELLED"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -24,6 +24,9 @@ from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.samplers import ClassBalancedTiles, SamplerSpec
 from delineate.sampling.tiles import TileSpec
 from delineate.specification import Names, PositiveWeight, Specification, Weight
+
+if TYPE_CHECKING:
+    from delineate.datasets.dataset import Dataset
 
 LabelValue = Annotated[int, Field(ge=0, le=MOST_VALUE)]
 
@@ -86,6 +89,22 @@ class DataSpec(Specification):
 
     def codings(self) -> dict[str, Coding]:
         return {name: spec.coding() for name, spec in self.codes.items()}
+
+    @classmethod
+    def of_changes(cls, changes: Sequence[str]) -> DataSpec:
+        """The ``data`` of a recipe that is nothing but ``changes``; those of other groups are left out."""
+        of_data = [change for change in changes if change.startswith("data.")]
+        try:
+            return cls.model_validate(apply_changes({}, of_data).get("data", {}))
+        except ValidationError as error:
+            raise RecipeError("how the data are read is not valid:\n" + explained(error)) from error
+
+    def open(self, path: Path) -> Dataset:
+        """The data set at ``path``, read as these fields say."""
+        from delineate.datasets.layouts import open_dataset  # not needed to read a recipe
+
+        targets = None if self.targets is None else self.targets.targets()
+        return open_dataset(path, layout=self.layout, images=self.images, labels=self.labels, targets=targets)
 
 
 class OptimiserSpec(Specification):
@@ -194,7 +213,19 @@ class PostprocessingSpec(Specification):
 
 
 class Recipe(Specification):
-    """Everything that makes a run."""
+    """Everything that makes a run: a value that is checked as it is made and never changes.
+
+    >>> recipe = Recipe.model_validate(
+    ...     {
+    ...         "name": "mine",
+    ...         "tiles": {"kind": "patches", "shape": [64, 64, 32]},
+    ...         "network": {"kind": "unet", "dimensions": 3, "widths": [16, 32, 64]},
+    ...         "training": {"minutes": 30},
+    ...     }
+    ... )
+    >>> recipe.training.batch_size, recipe.sampler.kind
+    (2, 'class_balanced')
+    """
 
     name: str
     description: str = ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from delineate.auto import DataSummary, derive_recipe
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
+from delineate.derivation import DataSummary, derive_recipe
 from delineate.metrics.comparison import Comparison
 from delineate.metrics.surface import surface_distances
 from delineate.preprocessing.intensity import Normalise

@@ -66,20 +66,11 @@ def data_changes(layout: str, images: str | None, labels: str | None, targets: s
 
 def data_spec(changes: Sequence[str]) -> DataSpec:
     """The ``data`` of a recipe that is nothing but ``changes``."""
-    from pydantic import ValidationError
+    from delineate.recipe import DataSpec
 
-    from delineate.recipe import DataSpec, apply_changes, explained
-
-    of_data = [change for change in changes if change.startswith("data.")]
-    try:
-        return DataSpec.model_validate(apply_changes({}, of_data).get("data", {}))
-    except ValidationError as error:
-        raise RecipeError("how the data are read is not valid:\n" + explained(error)) from error
+    return DataSpec.of_changes(changes)
 
 
 def opened(path: Path, spec: DataSpec) -> Dataset:
     """The data set at ``path``, read as a recipe's ``data`` says."""
-    from delineate.datasets.layouts import open_dataset
-
-    targets = None if spec.targets is None else spec.targets.targets()
-    return open_dataset(path, layout=spec.layout, images=spec.images, labels=spec.labels, targets=targets)
+    return spec.open(path)

@@ -31,6 +31,12 @@ class Grid:
     ``shape`` counts voxels along (x, y, z); ``affine`` (4, 4) maps a voxel index to world
     millimetres, RAS+. Two grids are compared with :meth:`matches`, by the distance of their
     corners, never by exact equality of floats.
+
+    >>> grid = Grid.of_spacing((100, 80, 20), spacing_mm=(1, 1, 5))
+    >>> grid
+    100 × 80 × 20 voxels of 1 × 1 × 5 mm, RAS
+    >>> grid.crop(start=(1, 0, 0), shape=grid.shape).corner_distance_mm(grid)
+    1.0
     """
 
     shape: Shape3

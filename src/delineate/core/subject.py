@@ -20,6 +20,11 @@ class Subject:
     ``patient`` groups examinations of one person: they never part in a split. ``site`` is the
     scanner or centre. In all these names, what a terminal would
     take for a command is spelled out. ``resample``: channels on other grids than the first one's are brought onto it.
+
+    >>> from pathlib import Path
+    >>> subject = Subject("case7", {"T1": Path("t1.nii.gz"), "FLAIR": Path("flair.nii.gz")}, site="Utrecht")
+    >>> subject.channels, subject.patient
+    (('T1', 'FLAIR'), 'case7')
     """
 
     id: str

@@ -47,6 +47,11 @@ class Targets:
     network's outputs. ``exclusive``: each voxel belongs to at most one target (softmax over
     background and targets). ``overlapping``: a voxel may belong to several (a sigmoid each), as
     tumour within liver. ``ignore``: values that count as unknown.
+
+    >>> import numpy as np
+    >>> targets = Targets({"liver": (1, 2), "tumour": (2,)}, mode="overlapping")
+    >>> {name: int(mask.sum()) for name, mask in targets.masks(np.array([0, 1, 1, 2])).items()}
+    {'liver': 3, 'tumour': 1}
     """
 
     values: Mapping[str, tuple[int, ...]]

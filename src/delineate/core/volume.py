@@ -13,7 +13,14 @@ from delineate.errors import BadShape
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """A scan: ``voxels`` (C, X, Y, Z) on a grid (X, Y, Z)."""
+    """A scan: ``voxels`` (C, X, Y, Z) on a grid (X, Y, Z).
+
+    >>> import numpy as np
+    >>> from delineate import Grid
+    >>> scan = Volume(np.zeros((1, 8, 8, 4)), Grid.of_spacing((8, 8, 4), spacing_mm=(1, 1, 3)))
+    >>> scan.channels, scan.grid.spacing_mm
+    (1, (1.0, 1.0, 3.0))
+    """
 
     voxels: NDArray
     grid: Grid
@@ -29,7 +36,14 @@ class Volume:
 
 @dataclass(frozen=True, eq=False)
 class LabelVolume:
-    """A label: integer ``voxels`` (X, Y, Z) on a grid of the same shape."""
+    """A label: integer ``voxels`` (X, Y, Z) on a grid of the same shape.
+
+    >>> import numpy as np
+    >>> from delineate import Grid
+    >>> label = LabelVolume(np.ones((8, 8, 4), np.uint8), Grid.of_spacing((8, 8, 4), spacing_mm=(1, 1, 5)))
+    >>> print(f"{(label.voxels == 1).sum() * label.grid.voxel_ml:.2f} ml")
+    1.28 ml
+    """
 
     voxels: NDArray
     grid: Grid

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from delineate.core.grid import Shape3
+from delineate.core.tables import html_table
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset, NonFinite, Orientation
 from delineate.datasets.examination import Examination, Problem, Rules, SubjectRow, named_by_value
@@ -107,6 +108,26 @@ class Inspection:
                 asdict(row) | {"label_voxels": {str(v): n for v, n in row.label_voxels.items()}} for row in self.rows
             ],
         }
+
+    def _repr_html_(self) -> str:
+        subjects = [
+            (
+                row.subject,
+                row.site,
+                " × ".join(map(str, row.shape)),
+                _times(row.spacing_mm),
+                row.orientation,
+                ", ".join(f"{channel} {i.min:.4g} to {i.max:.4g}" for channel, i in row.intensities.items()),
+                ", ".join(f"{name} {ml:.3g}" for name, ml in row.volume_ml.items()),
+            )
+            for row in self.rows
+        ]
+        columns = ("subject", "site", "voxels", "spacing, mm", "axes", "intensities", "targets, ml")
+        problems = [(p.severity, p.code, p.subject, p.message, p.fix) for p in self.problems]
+        found = f"{len(self.errors)} errors, {len(self.warnings)} warnings"
+        return html_table(f"{self.dataset}: {len(self.rows)} subjects", columns, subjects) + html_table(
+            found, ("severity", "code", "subject", "what", "what to do"), problems
+        )
 
 
 def inspect(

@@ -48,6 +48,13 @@ def open_dataset(
 ) -> Dataset:
     """The data set in a folder (or the one scan in a file), in whichever of :data:`LAYOUTS` it is.
 
+    >>> import delineate
+    >>> dataset = delineate.open_dataset("scans")
+    >>> dataset.layout, dataset.channels, dataset.targets.names
+    ('msd', ('image',), ('ball',))
+    >>> dataset.subjects[0].id
+    'case0'
+
     ``images`` and ``labels`` are patterns such as ``*/artery.nii`` and ``*/label.nii``, relative to
     ``path``: files belong together where their wildcards match the same text. Several channels
     have a pattern each, ``{"T1": "*/t1.nii", "T2": "*/t2.nii"}``. Of DICOM, patterns are matched with

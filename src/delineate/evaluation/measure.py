@@ -69,6 +69,24 @@ class Measured:
     confusion: list[dict[str, object]] = field(default_factory=list)
     reliability: list[dict[str, object]] = field(default_factory=list)
 
+    def evaluation(
+        self,
+        measuring: Measuring = STANDARD,
+        *,
+        unpaired: Mapping[str, Sequence[str]] | None = None,
+        simulated: bool = False,
+    ) -> Evaluation:
+        """The rows as tables."""
+        return Evaluation(
+            pd.DataFrame(self.targets),
+            unpaired or {},
+            pd.DataFrame(self.lesions, columns=list(LESION_COLUMNS)),
+            pd.DataFrame(self.confusion, columns=["subject", "reference", "prediction", "voxels"]),
+            reliability_table(self.reliability),
+            measuring.quantity,
+            simulated,
+        )
+
 
 def evaluate(
     pairs: Sequence[Pair],
@@ -115,15 +133,7 @@ def evaluate(
             for rows, more in zip(vars(found).values(), vars(measured).values(), strict=True):
                 rows += more
             on_subject(pair.subject)
-    return Evaluation(
-        pd.DataFrame(found.targets),
-        unpaired or {},
-        pd.DataFrame(found.lesions, columns=list(LESION_COLUMNS)),
-        pd.DataFrame(found.confusion, columns=["subject", "reference", "prediction", "voxels"]),
-        reliability_table(found.reliability),
-        measuring.quantity,
-        simulated,
-    )
+    return found.evaluation(measuring, unpaired=unpaired, simulated=simulated)
 
 
 def evaluate_folders(

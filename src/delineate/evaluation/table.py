@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from delineate.core.tables import html_table
 from delineate.errors import BadFormat, MissingFile
 from delineate.evaluation.agreement import Agreeing, QuantityMap, agreements, crossing_sentences, crossings
 from delineate.io.files import parsing, read_json, writing_beside
@@ -201,6 +202,30 @@ class Evaluation:
                 for target, r in self.reliabilities().items()
             }
         return content | {"definitions": definitions, "unpaired": dict(self.unpaired)}
+
+    def described_summary(self) -> list[dict[str, str]]:
+        """:meth:`summary` as a reader sees it, a row for each target and metric."""
+        return [
+            {
+                "target": target,
+                "metric": METRICS[metric].title,
+                "mean ± SD": averaged(metric, estimate),
+                # One patient has no interval.
+                "95 % interval of the mean": " – ".join(formatted(metric, v) for v in estimate.ci95)
+                if estimate.patients > 1
+                else "",
+                "n": estimate.count,
+                "failed": estimate.failures,
+                "undefined": str(estimate.undefined or ""),
+            }
+            for target, estimates in self.summary().items()
+            for metric, estimate in estimates.items()
+        ]
+
+    def _repr_html_(self) -> str:
+        rows = self.described_summary()
+        caption = f"{len(self.subjects)} subjects{' (simulated)' if self.simulated else ''}"
+        return html_table(caption, list(rows[0]), [list(row.values()) for row in rows])
 
     @cached_property
     def lesions_by_size(self) -> pd.DataFrame:

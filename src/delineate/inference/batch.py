@@ -16,7 +16,7 @@ from delineate.core.subject import Subject
 from delineate.core.text import printable
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import check_shows_something, load_scan
-from delineate.errors import DatasetError, DelineateError, MissingFile, OutputError
+from delineate.errors import Cancelled, DatasetError, DelineateError, MissingFile, OutputError
 from delineate.inference.confidence import Confidence
 from delineate.inference.fingerprint import Oddity
 from delineate.inference.outputs import Outputs
@@ -192,6 +192,8 @@ def predict_subjects(
                 if odd:
                     on_oddities(subject, odd)
                 prediction = predictor.predict(volume, on_tile)
+            except Cancelled:  # by ``on_tile``: no failure of this subject, and no next one
+                raise
             except DelineateError as error:
                 yield failed(subject, error)
                 continue

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -18,7 +19,6 @@ from pydicom import dcmread
 from pydicom.sr.codedict import codes as concepts
 from pydicom.uid import ExplicitVRLittleEndian
 
-from delineate import __version__
 from delineate.core.grid import Grid, permute_axes
 from delineate.core.targets import Code, Coding
 from delineate.core.volume import LabelVolume
@@ -122,8 +122,8 @@ def write_segmentation(
                 instance_number=1,
                 manufacturer="Delineate",
                 manufacturer_model_name="Delineate",
-                software_versions=__version__,
-                device_serial_number=__version__,  # required; a program has no other
+                software_versions=version("delineate"),
+                device_serial_number=version("delineate"),  # required; a program has no other
                 plane_positions=positions,
                 pixel_measures=measures,
                 omit_empty_frames=False,
@@ -168,6 +168,6 @@ def _description(number: int, name: str, coding: Coding) -> highdicom.seg.Segmen
         segmented_property_type=CodedConcept(*astuple(coding.type)),
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name="Delineate", version=__version__, family=concepts.cid7162.ArtificialIntelligence
+            name="Delineate", version=version("delineate"), family=concepts.cid7162.ArtificialIntelligence
         ),
     )

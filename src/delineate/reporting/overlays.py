@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from delineate.core.grid import box_around, permute_axes
 from delineate.core.targets import Targets
+from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_grids
 from delineate.evaluation.pairs import Pair
@@ -35,6 +37,9 @@ COLOURS: dict[Palette, dict[int, str]] = {
     "purple": {1: "#8a2be2", 2: "#ff2020", 3: "#2040ff", 4: "#ffffff"},
 }
 """Of each mark: told apart by everyone (after Okabe & Ito 2008), or purple where both agree, red and blue where not."""
+
+_TARGET_COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
+"""One after another, and again from the first."""
 
 MOST_PICTURES = 40
 """Subjects that a page shows in pictures; of more, the best, the median and the worst ones."""
@@ -110,19 +115,32 @@ def views_of(
     """
     for what, label in (("prediction", prediction), ("reference", reference)):
         check_grids(subject, what, label.grid, "scan", scan.grid)
+    marks = agreement(prediction.voxels, reference.voxels, targets)
+    segmented = targets.foreground(reference.voxels)
+    return _views(scan, marks, segmented if segmented.any() else marks > 0)
+
+
+def views_of_label(scan: Volume, label: LabelVolume, targets: Targets) -> tuple[View, ...]:
+    """:func:`views_of` a label alone: ``agreement`` numbers the targets from 1; the later lie on top."""
+    check_grids("the scan", "label", label.grid, "scan", scan.grid)
+    marks = np.zeros(label.voxels.shape, np.uint8)
+    for number, mask in enumerate(targets.masks(label.voxels).values(), start=1):
+        marks[mask] = number
+    return _views(scan, marks, marks > 0)
+
+
+def _views(scan: Volume, marks: NDArray[np.uint8], segmented: NDArray[np.bool_]) -> tuple[View, ...]:
+    """Slices where ``segmented`` is largest, in the middle where it is empty; all voxels are the scan's."""
     order, flip = scan.grid.axes_to(_DISPLAY)
     spacing_mm = scan.grid.permute(order, flip).spacing_mm
-    image = permute_axes(scan.voxels[0], order, flip)
-    found, known = (permute_axes(label.voxels, order, flip) for label in (prediction, reference))
-    marks = agreement(found, known, targets)
-    segmented = targets.foreground(known)
-    segmented = segmented if segmented.any() else marks > 0
+    image, marks, segmented = (permute_axes(voxels, order, flip) for voxels in (scan.voxels[0], marks, segmented))
     box = _cube(marks > 0, spacing_mm)
     black, white = np.percentile(image, [0.5, 99.5])
 
     def view(plane: str, axis: int, edges: str) -> View:
         columns, rows = (i for i in range(3) if i != axis)
-        at = int(np.argmax(np.count_nonzero(segmented, axis=(columns, rows))))
+        area = np.count_nonzero(segmented, axis=(columns, rows))
+        at = int(np.argmax(area)) if area.any() else len(area) // 2
         cut = tuple(at if i == axis else box[i] for i in range(3))
         grey = np.clip((image[cut].T - black) / max(white - black, 1e-9), 0, 1)
         size_mm = grey.shape[0] * spacing_mm[rows], grey.shape[1] * spacing_mm[columns]
@@ -150,21 +168,40 @@ def agreement(prediction: NDArray, reference: NDArray, targets: Targets) -> NDAr
 
 def save_overlay(path: Path, overlay: Overlay) -> None:
     """Write the three views side by side with the legend; the suffix (.png, .webp) is the format."""
-    heights, widths = zip(*(view.size_mm for view in overlay.views), strict=True)
-    scale = 3 / max(*heights, *widths)  # inches of a millimetre
-    figure = Figure((scale * sum(widths), scale * max(heights) + 0.35), facecolor="black", layout="constrained")
-    for axes, view in zip(figure.subplots(1, 3, width_ratios=widths), overlay.views, strict=True):
-        _draw(axes, view, "distinct")
-    shown = np.unique(np.concatenate([view.agreement.ravel() for view in overlay.views]))
-    names = [
-        axes.scatter([], [], marker="s", color=COLOURS["distinct"][mark], label=name)
-        for mark, name in MARKS.items()
-        if mark in shown
-    ]
-    if names:
-        figure.legend(handles=names, loc="outside lower center", ncols=len(names), labelcolor="white", frameon=False)
+    figure = _side_by_side(overlay.views, COLOURS["distinct"], MARKS)
     with writing_beside(path) as beside:
         figure.savefig(beside, dpi=130)
+
+
+def picture_of_label(scan: Volume, label: LabelVolume, targets: Targets) -> bytes:
+    """A PNG image of a label on its scan: three views side by side, a colour for each target."""
+    names = dict(enumerate(map(printable, targets.names), start=1))
+    colours = {number: _TARGET_COLOURS[(number - 1) % len(_TARGET_COLOURS)] for number in names}
+    written = BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font does not have
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # names longer than the views are wide
+        _side_by_side(views_of_label(scan, label, targets), colours, names).savefig(written, format="png", dpi=100)
+    return written.getvalue()
+
+
+def _side_by_side(views: Sequence[View], colours: Mapping[int, str], names: Mapping[int, str]) -> Figure:
+    heights, widths = zip(*(view.size_mm for view in views), strict=True)
+    scale = 3 / max(*heights, *widths)  # inches of a millimetre
+    figure = Figure((scale * sum(widths), scale * max(heights) + 0.35), facecolor="black", layout="constrained")
+    for axes, view in zip(figure.subplots(1, 3, width_ratios=widths), views, strict=True):
+        _draw(axes, view, colours)
+    shown = np.unique(np.concatenate([view.agreement.ravel() for view in views]))
+    # A name that begins with an underscore would be left out, one with dollars be set as a formula.
+    marks = {axes.scatter([], [], marker="s", color=colours[m]): name for m, name in names.items() if m in shown}
+    if marks:
+        legend = figure.legend(
+            list(marks), list(marks.values()), loc="outside lower center", ncols=len(marks), labelcolor="white",
+            frameon=False,
+        )  # fmt: skip
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return figure
 
 
 def picture(view: View, palette: Palette = "distinct") -> bytes:
@@ -172,20 +209,20 @@ def picture(view: View, palette: Palette = "distinct") -> bytes:
     height, width = view.size_mm
     scale = 3.8 / max(height, width)
     figure = Figure((scale * width, scale * height), facecolor="black")
-    _draw(figure.add_axes((0, 0, 1, 1)), view, palette)
+    _draw(figure.add_axes((0, 0, 1, 1)), view, COLOURS[palette])
     written = BytesIO()
     figure.savefig(written, format="webp", dpi=100, pil_kwargs={"quality": 82})
     return written.getvalue()
 
 
-def _draw(axes: Axes, view: View, palette: Palette) -> None:
+def _draw(axes: Axes, view: View, colours: Mapping[int, str]) -> None:
     height, width = view.size_mm
     extent = (0, width, height, 0)
     axes.imshow(view.image, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="bilinear")
-    colours = np.zeros((len(MARKS) + 1, 4))
-    for mark, colour in COLOURS[palette].items():
-        colours[mark] = to_rgba(colour, 0.55)
-    axes.imshow(colours[view.agreement], extent=extent, interpolation="nearest")
+    table = np.zeros((max(colours) + 1, 4))
+    for mark, colour in colours.items():
+        table[mark] = to_rgba(colour, 0.55)
+    axes.imshow(table[view.agreement], extent=extent, interpolation="nearest")
     axes.set_axis_off()
     for letter, (x, y) in zip(view.edges, ((0.04, 0.5), (0.96, 0.5), (0.5, 0.95), (0.5, 0.05)), strict=True):
         axes.text(

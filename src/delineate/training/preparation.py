@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from delineate.auto import derive_recipe, summarise
 from delineate.bundle import Bundle, Provenance, hidden, versions
 from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
 from delineate.core.grid import Grid
@@ -20,6 +19,7 @@ from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset, load_scan
 from delineate.datasets.inspection import Inspection, inspect
 from delineate.datasets.splits import Split, load_or_make_split
+from delineate.derivation import derive_recipe, summarise
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError
 from delineate.inference.fingerprint import fingerprint_of
 from delineate.io.files import home_folder, writing_beside
@@ -31,25 +31,32 @@ from delineate.training.options import Reporter, RunOptions
 from delineate.training.subjects import RunSubjects
 
 
-def auto_recipe(
+def budget_changes(minutes: float | None, steps: int | None) -> list[str]:
+    """Changes that replace the recipe's budget by another one; none where none is given."""
+    if minutes is None and steps is None:
+        return []
+    return [f"training.minutes={minutes or 'null'}", f"training.steps={steps or 'null'}"]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A recipe that was derived from data, the reason for each choice by dotted path, and what inspection found."""
+
+    recipe: Recipe
+    reasons: Mapping[str, str]
+    inspection: Inspection
+
+
+def derived_recipe(
     dataset: Dataset,
-    folder: Path,
     options: RunOptions,
     report: Reporter,
     *,
     minutes: float | None = None,
     steps: int | None = None,
     changes: Sequence[str] = (),
-) -> tuple[Recipe, Inspection | None]:
-    """The recipe derived from ``dataset`` and this machine, written with its reasons into ``folder``.
-
-    A run that was begun there keeps the recipe it was begun with. Returns the inspection too, where
-    one was needed.
-    """
-    path = folder / "recipe.yaml"
-    if path.exists():
-        budget = [f"training.minutes={minutes or 'null'}", f"training.steps={steps or 'null'}"]
-        return load_recipe(path, [*(budget if minutes or steps else []), *changes]), None
+) -> Derived:
+    """The recipe derived from ``dataset`` and this machine. Raises :class:`BrokenSubjects` as training does."""
     dataset, targets = without_descriptions(dataset), dataset.targets
     if targets is None:
         raise RecipeError(
@@ -68,11 +75,33 @@ def auto_recipe(
         summary, targets, device=plan.device.type, memory_bytes=memory, minutes=minutes, steps=steps
     )
     recipe = recipe_from(apply_changes(recipe.as_dict(), changes))
-    with writing_beside(path) as temporary:
-        temporary.write_text(to_yaml(recipe.as_dict(), reasons), encoding="utf-8")
     for field_, reason in reasons.items():
         report(f"auto: {field_} = {_value_at(recipe.as_dict(), field_)} ({reason})")
-    return recipe, inspection
+    return Derived(recipe, reasons, inspection)
+
+
+def auto_recipe(
+    dataset: Dataset,
+    folder: Path,
+    options: RunOptions,
+    report: Reporter,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    changes: Sequence[str] = (),
+) -> tuple[Recipe, Inspection | None]:
+    """:func:`derived_recipe`, written with its reasons into ``folder``.
+
+    A run that was begun there keeps the recipe it was begun with. Returns the inspection too, where
+    one was needed.
+    """
+    path = folder / "recipe.yaml"
+    if path.exists():
+        return load_recipe(path, [*budget_changes(minutes, steps), *changes]), None
+    derived = derived_recipe(dataset, options, report, minutes=minutes, steps=steps, changes=changes)
+    with writing_beside(path) as temporary:
+        temporary.write_text(to_yaml(derived.recipe.as_dict(), derived.reasons), encoding="utf-8")
+    return derived.recipe, derived.inspection
 
 
 def _value_at(values: Any, path: str) -> Any:

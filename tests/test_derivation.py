@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import yaml
 
-from delineate.auto import DataSummary, derive_recipe
 from delineate.core.targets import Targets
+from delineate.derivation import DataSummary, derive_recipe
 from delineate.recipe import recipe_from, to_yaml
 from delineate.sampling.tiles import geometry_for
 

@@ -1,0 +1,102 @@
+"""Scans, labels and data sets: opened, read, written and inspected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, overload
+
+from delineate.api.progress import Cancel, Progress, check, counting
+from delineate.core.subject import Subject
+from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import load_label, load_scan
+from delineate.datasets.layouts import open_dataset
+from delineate.io.formats import read_label, read_volume, write_label, write_volume
+
+if TYPE_CHECKING:
+    from delineate.core.targets import Targets
+    from delineate.datasets.dataset import Dataset
+    from delineate.datasets.inspection import Inspection
+    from delineate.interop import Image
+
+__all__ = ["as_dataset", "inspect", "open_dataset", "read", "write"]
+
+
+@overload
+def read(path: str | Path | Subject, *, label: Literal[False] = False) -> Volume: ...
+@overload
+def read(path: str | Path | Subject, *, label: Literal[True]) -> LabelVolume: ...
+def read(path: str | Path | Subject, *, label: bool = False) -> Volume | LabelVolume:
+    """Read a scan, or a ``label``, in any known format: NIfTI, MetaImage, NRRD, DICOM, or a picture.
+
+    >>> import delineate
+    >>> scan = delineate.read("scan.nii.gz")
+    >>> scan.grid
+    16 × 16 × 12 voxels of 1 × 1 × 1.5 mm, RAS
+    >>> scan.voxels.shape  # channels first
+    (1, 16, 16, 12)
+    >>> delineate.read("reference.nii.gz", label=True).voxels.dtype
+    dtype('uint8')
+
+    Of a subject all channels are read, as one volume. Raises the family of
+    :class:`~delineate.errors.ScanError`, by cause, and :class:`~delineate.errors.MissingFile`.
+    """
+    if isinstance(path, Subject):
+        return load_label(path, None, None) if label else load_scan(path)
+    return read_label(Path(path)) if label else read_volume(Path(path))
+
+
+def write(path: str | Path, volume: Volume | LabelVolume | Image) -> None:
+    """Write a scan or a label in the format of the suffix, on its own grid; a file that is there is replaced.
+
+    >>> import delineate
+    >>> scan = delineate.read("scan.nii.gz")
+    >>> delineate.write("scan.nrrd", scan)
+    >>> delineate.read("scan.nrrd").grid.matches(scan.grid)
+    True
+
+    Images of nibabel, SimpleITK and TorchIO are written as scans. All of the file appears, or nothing:
+    :class:`~delineate.errors.OutputError`.
+    """
+    if isinstance(volume, LabelVolume):
+        write_label(Path(path), volume)
+        return
+    from delineate.interop import volume_of
+
+    write_volume(Path(path), volume_of(volume))
+
+
+def inspect(
+    data: str | Path | Dataset,
+    *,
+    targets: Targets | None = None,
+    for_training: bool = True,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> Inspection:
+    """Read every subject of a data set, or of its folder; what it holds and everything that is wrong with it.
+
+    >>> import delineate
+    >>> inspection = delineate.inspect("scans")
+    >>> len(inspection.rows), inspection.errors
+    (4, ())
+    >>> inspection.rows[0].spacing_mm
+    (1.0, 1.0, 1.5)
+
+    A bad subject never raises: it is among the ``problems``. ``targets`` replace the data set's own. With
+    ``for_training`` a missing label is an error. A notebook shows it as a table. Setting ``cancel`` raises
+    :class:`~delineate.errors.Cancelled`.
+    """
+    from delineate.datasets.inspection import inspect as run
+
+    check(cancel)
+    return run(
+        as_dataset(data),
+        targets=targets,
+        for_training=for_training,
+        progress=counting("inspecting", progress, cancel),
+    )
+
+
+def as_dataset(data: str | Path | Dataset) -> Dataset:
+    """A data set, opened where a folder is given."""
+    return open_dataset(data) if isinstance(data, str | Path) else data

@@ -1,0 +1,297 @@
+"""Training from Python: a run, a recipe derived from data, and tiles for a loop of one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset as TorchDataset
+
+from delineate.api.bundle import Bundle, load
+from delineate.api.progress import Cancel, Progress, Say, check
+from delineate.compute import Compile, Precision, plan_compute
+from delineate.core.targets import Targets
+from delineate.datasets.dataset import Dataset
+from delineate.errors import RecipeError
+from delineate.evaluation.table import Evaluation
+from delineate.recipe import DataSpec, Recipe, apply_changes, load_recipe, recipe_from
+
+if TYPE_CHECKING:
+    from delineate.sampling.batches import BatchSource
+    from delineate.training.options import Reporter, Stop
+
+__all__ = ["Run", "Tiles", "auto", "tiles", "train"]
+
+Changes = Mapping[str, Any] | Sequence[str]
+"""``{"training.batch_size": 4}``, or ``["training.batch_size=4"]`` as the command line has it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training: its ``folder``, the ``steps`` done, what its held-out subjects gave.
+
+    ``stopped`` says why it ended before it was complete; call :func:`train` again to resume it.
+    """
+
+    folder: Path
+    steps: int
+    evaluation: Evaluation | None = None
+    stopped: Stop | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped is None
+
+    @property
+    def report(self) -> Path:
+        """The page about it, once it is finished."""
+        return self.folder / "report.html"
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        """The best weights, ready to predict."""
+        return load(self.folder / "bundle")
+
+
+def train(
+    recipe: str | Path | Recipe,
+    data: str | Path | Dataset,
+    out: str | Path,
+    *,
+    fold: int | None = 0,
+    minutes: float | None = None,
+    steps: int | None = None,
+    changes: Changes = (),
+    split: str | Path | None = None,
+    cache: str | Path | None = None,
+    leave_out_broken: bool = False,
+    evaluate: bool = True,
+    device: str = "auto",
+    precision: Precision = "auto",
+    compile: Compile = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
+    cancel: Cancel | None = None,
+) -> Run:
+    """Train on a data set or its folder into the folder ``out``, predict and measure the held-out fold, and report.
+
+    >>> import delineate
+    >>> run = delineate.train("tiny.yaml", "scans", "run", steps=2, cache="prepared", device="cpu", compile="off")
+    >>> run.steps, run.finished
+    (2, True)
+    >>> run.evaluation.targets
+    ('ball',)
+    >>> run.bundle
+    Bundle(ball from image)
+
+    ``recipe`` is a packaged one's name, a YAML file, a :class:`Recipe`, or ``"auto"``: derived from the data.
+    ``fold`` is held out, None trains on every subject. ``minutes`` and ``steps`` replace the recipe's budget,
+    ``changes`` single fields: ``{"training.batch_size": 4}``. ``split`` is a file to use, or to write for later
+    runs; ``cache`` is where prepared subjects are kept.
+
+    Called again with the same arguments, it resumes a run that was stopped. Setting ``cancel`` stops it after
+    the present step, without losing anything, and the run says so; where that comes before training has begun,
+    :class:`~delineate.errors.Cancelled` is raised. ``progress`` is told of each stage, ``say`` each message.
+
+    Raises :class:`~delineate.errors.BrokenSubjects` where inspection finds errors (unless ``leave_out_broken``),
+    :class:`~delineate.errors.RecipeError` where a field is wrong or ``out`` holds another recipe's run, and
+    :class:`~delineate.errors.OutputError` where something cannot be written.
+    """
+    from delineate.reporting.run import write_run_report
+    from delineate.training.folder import check_run_folder
+    from delineate.training.lock import holding
+    from delineate.training.options import RunOptions
+    from delineate.training.preparation import auto_recipe, budget_changes
+    from delineate.training.run import train as run
+
+    check(cancel)
+    folder = Path(out)
+    changed = [*budget_changes(minutes, steps), *_as_texts(changes)]
+    named = None if recipe == "auto" else _recipe(recipe, changed)
+    dataset = _dataset(data, named.data if named else DataSpec.of_changes(changed))
+    check_run_folder(folder, dataset)
+    options = RunOptions(
+        fold=fold,
+        split_file=None if split is None else Path(split),
+        cache=None if cache is None else Path(cache),
+        leave_out_broken=leave_out_broken,
+        evaluate=evaluate,
+        device=device,
+        precision=precision,
+        compile=compile,
+        threads=threads,
+    )
+    with holding(folder):
+        report = _reporter(progress, say, cancel, folder)
+        chosen, inspection = (
+            auto_recipe(dataset, folder, options, report, minutes=minutes, steps=steps, changes=changed)
+            if named is None
+            else (named, None)
+        )
+        result = run(chosen, dataset, folder, options, report, inspection)
+        if result.finished:
+            write_run_report(folder, dataset)
+    return Run(folder, result.steps, result.evaluation, result.stopped)
+
+
+def auto(
+    data: str | Path | Dataset,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    changes: Changes = (),
+    leave_out_broken: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+    say: Say | None = None,
+    cancel: Cancel | None = None,
+) -> Recipe:
+    """The recipe that suits a data set, this machine and a budget of ``minutes`` or ``steps`` (default: an hour).
+
+    >>> import delineate
+    >>> recipe = delineate.auto("scans", minutes=5, changes={"training.batch_size": 4}, device="cpu")
+    >>> recipe.network.kind, recipe.training.minutes, recipe.training.batch_size
+    ('unet', 5.0, 4)
+
+    ``say`` is told the reason for each choice. Raises :class:`~delineate.errors.BrokenSubjects` where inspection
+    finds errors, unless ``leave_out_broken``.
+    """
+    from delineate.training.options import RunOptions
+    from delineate.training.preparation import derived_recipe
+
+    check(cancel)
+    changed = _as_texts(changes)
+    options = RunOptions(leave_out_broken=leave_out_broken, device=device)
+    dataset, report = _dataset(data, DataSpec.of_changes(changed)), _reporter(progress, say, cancel)
+    return derived_recipe(dataset, options, report, minutes=minutes, steps=steps, changes=changed).recipe
+
+
+class Tiles(TorchDataset):
+    """Batches of prepared tiles, augmented as the recipe says; what :func:`tiles` returns.
+
+    Item ``i`` is ``(image, target)``: (N, C, *tile) float32 with the context that the network takes, and
+    (N, T, *tile) uint8 as ``targets`` encode it, ignored voxels 255. It depends on the recipe and ``i`` alone, in
+    whatever order and process it is asked for.
+    """
+
+    def __init__(self, source: BatchSource, recipe: Recipe, targets: Targets, channels: int, length: int) -> None:
+        self.recipe, self.targets = recipe, targets
+        self._source, self._channels, self._length = source, channels, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= i < self._length:
+            raise IndexError(f"batch {i} of {self._length}")
+        return self._source.augmented(self._source.batch(i), self.recipe.training.seed)
+
+    def network(self) -> nn.Module:
+        """The recipe's network for these tiles, with new weights."""
+        return self.recipe.network.build(self._channels * self._source.geometry.slices, self.targets.outputs)
+
+    def loss(self) -> Any:
+        """The recipe's loss, called as ``loss(logits, target, image)``."""
+        return self.recipe.loss.build(self.targets)
+
+
+def tiles(
+    recipe: str | Path | Recipe,
+    data: str | Path | Dataset,
+    *,
+    part: Literal["training", "validation"] = "training",
+    fold: int | None = 0,
+    batches: int | None = None,
+    changes: Changes = (),
+    cache: str | Path | None = None,
+    leave_out_broken: bool = False,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> Tiles:
+    """Prepared tiles of a data set as a ``torch.utils.data.Dataset`` of batches, for a training loop of one's own.
+
+    >>> import delineate
+    >>> from torch.utils.data import DataLoader
+    >>> batches = delineate.tiles("tiny.yaml", "scans", batches=3, cache="prepared")
+    >>> network, loss = batches.network(), batches.loss()
+    >>> for image, target in DataLoader(batches, batch_size=None):
+    ...     loss(network(image), target, image).backward()
+    >>> image.shape, target.shape
+    (torch.Size([2, 1, 16, 16, 12]), torch.Size([2, 1, 16, 16, 12]))
+
+    They are drawn as :func:`train` draws them from the subjects of ``part``; the held-out ``fold`` is in neither.
+    Those of validation are not augmented. ``batches`` is how many there are, one pass over the data by default.
+    """
+    from delineate.datasets.splits import make_split
+    from delineate.sampling.augmentation import AugmentationSpec
+    from delineate.sampling.batches import BatchSource
+    from delineate.sampling.samplers import Sampler
+    from delineate.training.options import RunOptions
+    from delineate.training.preparation import assign_roles, inspected, prepared_bundle
+
+    check(cancel)
+    chosen = _recipe(recipe, _as_texts(changes))
+    whole, report = _dataset(data, chosen.data), _reporter(progress, None, cancel)
+    options = RunOptions(
+        fold=fold, cache=None if cache is None else Path(cache), leave_out_broken=leave_out_broken, device="cpu"
+    )
+    dataset, targets, inspection = inspected(chosen, whole, None, options, report)
+    folds = min(chosen.training.folds, len({subject.patient for subject in whole.subjects}))
+    split = make_split(whole.subjects, folds, seed=chosen.training.seed)
+    roles = assign_roles(dataset.subjects, split, fold, chosen)
+    plan = plan_compute(device="cpu", compile="off")
+    bundle, prepared = prepared_bundle(chosen, dataset, targets, inspection, roles, options, plan, report)
+    subjects = prepared.training if part == "training" else prepared.validation
+    if not len(subjects):
+        raise RecipeError(f"no subject is left for {part}; take more subjects, or fewer folds (training.folds)")
+    varied = chosen.augmentation if part == "training" else AugmentationSpec(spatial=None, intensity=None)
+    sampler = Sampler(chosen.sampler, subjects, bundle.geometry, chosen.training.seed)
+    size = chosen.training.batch_size
+    one_pass = -(-sampler.pass_length // size)
+    source = BatchSource(sampler, varied, size)
+    return Tiles(source, chosen, targets, len(bundle.channels), one_pass if batches is None else batches)
+
+
+def _recipe(recipe: str | Path | Recipe, changes: Sequence[str]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe_from(apply_changes(recipe.as_dict(), changes)) if changes else recipe
+    return load_recipe(recipe, changes)
+
+
+def _dataset(data: str | Path | Dataset, spec: DataSpec) -> Dataset:
+    return spec.open(Path(data)) if isinstance(data, str | Path) else data
+
+
+def _as_texts(changes: Changes) -> list[str]:
+    if isinstance(changes, str) or not isinstance(changes, Mapping):
+        return [changes] if isinstance(changes, str) else list(changes)
+    try:
+        # JSON is YAML, with every quote in its place.
+        return [f"{path}={json.dumps(value)}" for path, value in changes.items()]
+    except TypeError as error:
+        raise RecipeError(f"a change has a value that no recipe holds: {error}; give numbers, text, lists") from error
+
+
+def _reporter(
+    progress: Progress | None, say: Say | None, cancel: Cancel | None, folder: Path | None = None
+) -> Reporter:
+    """Callbacks as a run takes them. Once it trains, setting ``cancel`` asks it to stop where it can be resumed."""
+    from delineate.training.lock import stop_file
+    from delineate.training.options import Reporter
+
+    def told(what: str, done: int, total: int) -> None:
+        if cancel is not None and cancel.is_set():
+            if folder is None or not (folder / "bundle").exists():
+                check(cancel)
+            else:
+                stop_file(folder).touch()
+        if progress is not None:
+            progress(what, done, total)
+
+    return Reporter(say or (lambda text: None), told)
