@@ -196,7 +196,7 @@ def test_what_decides_the_last_bit_is_recorded_and_a_change_is_said(recipe, ball
             (tmp_path / "run/stop").touch()
 
     run(recipe, balls, tmp_path / "run", Reporter(stop))
-    computed = Bundle.load(tmp_path / "run/bundle").provenance["computed"]
+    computed = Bundle.load(tmp_path / "run/bundle").provenance.computed
     assert computed | {"device": "cpu", "devices": 1, "threads": 1, "precision": "fp32", "compile": "off"} == computed
     assert computed["torch"] == torch.__version__
     assert computed["cpu_capability"]
