@@ -97,3 +97,24 @@ def test_a_loop_of_one_s_own_learns(here) -> None:
         optimiser.step()
         losses.append(value.item())
     assert sum(losses[-3:]) < sum(losses[:3])
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda **how: delineate.inspect("scans", **how),
+        lambda **how: delineate.auto("scans", device="cpu", **how),
+        lambda **how: delineate.tiles("tiny.yaml", "scans", cache="prepared", **how),
+    ],
+    ids=["inspect", "auto", "tiles"],
+)
+def test_a_token_stops_what_reads_a_data_set(here, work) -> None:
+    cancel, told = threading.Event(), []
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
+        cancel.set()
+
+    with pytest.raises(Cancelled):
+        work(progress=progress, cancel=cancel)
+    assert told == [("inspecting", 1, 4)]
