@@ -20,12 +20,22 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", help="Import a module with networks, losses or other parts of your own (repeatable)."),
+    ] = None,
+) -> None:
     if version:
         from delineate import __version__
 
         typer.echo(f"delineate {__version__}")
         raise typer.Exit
+    if plugin:
+        from delineate.plugins import use
+
+        use(*plugin)
 
 
 app.command("demo")(demo.demo)
