@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, TypeVar, Union
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
@@ -41,8 +41,8 @@ class Kinds(Parts[type[S]]):
         super().__init__(group, what, {str(kind_of(part)): part for part in packaged}, kind_of)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        union: Any = Union[tuple(self.packaged.values())]  # noqa: UP007 (of classes that are known only here)
-        packaged = handler.generate_schema(Annotated.__class_getitem__((union, Field(discriminator="kind"))))
+        kinds = {kind: handler.generate_schema(part) for kind, part in self.packaged.items()}
+        packaged = core_schema.tagged_union_schema(kinds, discriminator="kind", from_attributes=True)
         # Each is written by its own class, whatever that is.
         written = core_schema.simple_ser_schema("any")
         return core_schema.no_info_wrap_validator_function(self._validated, packaged, serialization=written)

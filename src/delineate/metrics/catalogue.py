@@ -268,8 +268,8 @@ def metric_names(wanted: str) -> tuple[str, ...]:
             names[METRICS[name].name] = None
         else:
             near = difflib.get_close_matches(name[:100], [*SETS, *METRICS], 1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise RecipeError(f"no metric '{name}'; sets are {', '.join(SETS)}, metrics {', '.join(METRICS)}{hint}")
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise RecipeError(f"no metric '{name}'; {hint}sets are {', '.join(SETS)}, metrics {', '.join(METRICS)}")
     return tuple(names)
 
 

@@ -103,7 +103,7 @@ def described() -> list[dict[str, Any]]:
     from delineate.networks.receptive_field import LENGTH, receptive_field
 
     rows = []
-    for name, c in {**CONFIGURATIONS, **_foreign()}.items():
+    for name, c in {**CONFIGURATIONS, **others()}.items():
         cost = step_cost(c.spec, c.inputs, c.outputs, c.sides, c.batch)
         try:
             with torch.device("meta"):
@@ -131,7 +131,7 @@ def described() -> list[dict[str, Any]]:
     return rows
 
 
-def _foreign() -> dict[str, Configuration]:
+def others() -> dict[str, Configuration]:
     """The networks of other packages by kind, as their defaults make them, with inputs of about 64 voxels a side.
 
     One that cannot be built so is left out with a warning.
