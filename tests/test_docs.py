@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,14 @@ def test_the_python_page_runs_as_it_stands(tmp_path, monkeypatch) -> None:
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), names)
+
+
+def test_the_extending_page_runs_as_it_stands(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DELINEATE_PLUGINS", "")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 9
+    session = types.ModuleType("documented_session")
+    monkeypatch.setitem(sys.modules, session.__name__, session)
+    for block in blocks:
+        exec(compile(block, "docs/extending.md", "exec"), session.__dict__)

@@ -36,6 +36,7 @@ from delineate.io.pseudonyms import PATTERN, key_file, key_id, pseudonym
 from delineate.io.sealed import AGAIN, MANIFEST, Sealed, Stamp, opened, read_json, read_small, replace_file, seal
 from delineate.io.settings import parse_yaml
 from delineate.networks.base import Unfilled
+from delineate.plugins import missing
 from delineate.preprocessing.pipeline import Pipeline
 from delineate.recipe import Recipe, TargetsSpec, recipe_from, to_yaml
 from delineate.sampling.tiles import Slices, TileGeometry, TileSpec, Whole, geometry_for
@@ -91,7 +92,8 @@ class Provenance:
 
     Subjects are named by pseudonyms, made with the key that ``key`` identifies; their names stay in
     the run's folder. ``left_out`` were broken. ``computed`` is what decides the last bit: device, threads,
-    precision and the like.
+    precision and the like. ``requires`` names the packages whose parts the recipe uses, as ``package==version``, and
+    modules of such parts that belong to no package.
     """
 
     layout: Text = ""
@@ -106,6 +108,7 @@ class Provenance:
     left_out: tuple[Pseudonym, ...] = ()
     versions: Mapping[Text, Text] = field(default_factory=dict)
     computed: Mapping[Text, Text | int] = field(default_factory=dict)
+    requires: tuple[Text, ...] = ()
 
 
 def hidden(subjects: Sequence[str]) -> tuple[str, ...]:
@@ -367,11 +370,15 @@ def _load(folder: Path) -> Bundle:
     stamps = {name: sealed.stamp(name) for name in (RECIPE, PREPROCESSING, CALIBRATION, WEIGHTS)}
     with _refusing(folder / MANIFEST):
         about = from_json(_Description, json.dumps(sealed.about))
-    with _refusing(folder / PREPROCESSING):
+    requires = about.provenance.requires
+    if steps := missing(requires):
+        raise BundleError(f"'{folder}' uses parts of {', '.join(requires)}", fix="; ".join(steps))
+    parts = f" (it was made with {', '.join(requires)})" if requires else ""
+    with _refusing(folder / PREPROCESSING, parts):
         pipeline = from_json(Pipeline, sealed.read(PREPROCESSING))
-    with _refusing(folder / RECIPE):
+    with _refusing(folder / RECIPE, parts):
         recipe = _recipe(sealed.read(RECIPE))
-    with _refusing(folder):
+    with _refusing(folder, parts):
         bundle = about.bundle(folder, recipe, pipeline)
         _check_consistent(bundle)
     stamp = stamps[WEIGHTS]
@@ -438,7 +445,7 @@ def _manifest_of(folder: Path) -> bytes:
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+def _refusing(path: Path, about: str = "") -> Iterator[None]:
     """Whatever strange content leads to, as one of ours."""
     try:
         yield
@@ -446,7 +453,7 @@ def _refusing(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = error.text if isinstance(error, DelineateError) else str(error) or type(error).__name__
-        raise BundleError(f"'{path}' makes no sense: {reason:.600}", fix=AGAIN) from error
+        raise BundleError(f"'{path}' makes no sense{about}: {reason:.600}", fix=AGAIN) from error
 
 
 @lru_cache(maxsize=16)

@@ -17,13 +17,14 @@ from delineate.errors import RecipeError
 from delineate.io.files import parsing, read_text
 from delineate.io.settings import MOST_CHARACTERS, MOST_LEVELS, parse_yaml
 from delineate.losses.spec import DICE_AND_CROSS_ENTROPY, LossSpec
-from delineate.metrics.catalogue import metric_names
+from delineate.metrics.catalogue import METRICS, metric_names
 from delineate.networks.spec import NetworkSpec
+from delineate.plugins import Parts, requirement_of
 from delineate.preprocessing.pipeline import Pipeline, StepSpec
 from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.samplers import ClassBalancedTiles, SamplerSpec
 from delineate.sampling.tiles import TileSpec
-from delineate.specification import Names, PositiveWeight, Specification, Weight
+from delineate.specification import Names, PositiveWeight, Specification, Weight, specifications_in
 
 if TYPE_CHECKING:
     from delineate.datasets.dataset import Dataset
@@ -265,6 +266,12 @@ class Recipe(Specification):
     def pipeline(self) -> Pipeline:
         return Pipeline(steps=self.preprocessing)
 
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """What must be installed for the parts of other packages, ``package==version`` each."""
+        parts = [*map(type, specifications_in(self)), *(METRICS[name] for name in metric_names(",".join(self.metrics)))]
+        return tuple(sorted({found for part in parts if (found := requirement_of(part))}))
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML, every default written out."""
         return self.model_dump(mode="json")
@@ -429,13 +436,18 @@ def _field_names(model: type[BaseModel]) -> set[str]:
     seen: set[type] = set()
 
     def walk(annotation: Any) -> None:
-        for part in getattr(annotation, "__args__", ()):
+        for part in (*getattr(annotation, "__args__", ()), *getattr(annotation, "__metadata__", ())):
             walk(part)
+        if isinstance(annotation, Parts):
+            for part in (*annotation.packaged.values(), *annotation.usable()):
+                walk(part)
         if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
             seen.add(annotation)
             for name, field in annotation.model_fields.items():
                 names.add(name)
                 walk(field.annotation)
+                for part in field.metadata:
+                    walk(part)
 
     walk(model)
     return names

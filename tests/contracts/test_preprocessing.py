@@ -1,22 +1,32 @@
-"""What every preprocessing step promises, over odd shapes, orientations, anisotropic and oblique grids."""
+"""Every preprocessing step keeps the laws of ``delineate.testing``, on any grid."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
-from delineate.core.targets import IGNORED
 from delineate.core.volume import Volume
-from delineate.errors import CannotUndo, RecipeError
+from delineate.errors import RecipeError
 from delineate.preprocessing.intensity import ClipPercentiles, Denoise, Normalise
 from delineate.preprocessing.pipeline import Pipeline
 from delineate.preprocessing.spatial import CropBackground, CropComposite, CropOrPad, Reorient, Resample
-from delineate.preprocessing.step import Composed, Step, Undo
+from delineate.preprocessing.step import Step, Undo, Unmoved, as_float
+from delineate.testing import check_step
+from delineate.testing.laws import Law
+from delineate.testing.steps import (
+    MOVING_LAWS,
+    STEP_LAWS,
+    STILL_LAWS,
+    grid_of,
+    no_label_is_invented,
+    scan,
+    scores_return_class_by_class_as_they_return_together,
+)
 
 SPATIAL: list[Step | Pipeline] = [
     Reorient(),
@@ -52,7 +62,6 @@ INTENSITY: list[Step | Pipeline] = [
     Denoise(width=3, sigma=0.4),
     Pipeline(steps=(ClipPercentiles(), Normalise())),
 ]
-OFFSET_MM = 100  # makes every coordinate negative, so that only the fourth channel is foreground
 
 
 def each(steps: list[Step | Pipeline]) -> pytest.MarkDecorator:
@@ -62,152 +71,75 @@ def each(steps: list[Step | Pipeline]) -> pytest.MarkDecorator:
 @st.composite
 def grids(draw: st.DrawFn) -> Grid:
     """Axes in any order and direction, turned by any small angle, spaced differently."""
-    size, spacing = st.integers(11, 13), st.floats(0.6, 3)
-    angle = st.floats(-0.6, 0.6)
-    (a, b), order = (draw(angle), draw(angle)), draw(st.permutations(range(3)))
-    about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
-    about_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
+    numbers = {"shape": st.integers(11, 13), "spacing_mm": st.floats(0.6, 3), "origin_mm": st.floats(-20, 20)}
+    three = {name: [draw(of) for _ in range(3)] for name, of in numbers.items()}
     signs = [draw(st.sampled_from((-1, 1))) for _ in range(3)]
-    affine = np.eye(4)
-    affine[:3, :3] = (about_z @ about_x)[:, order] * signs * [draw(spacing) for _ in range(3)]
-    affine[:3, 3] = [draw(st.floats(-20, 20)) for _ in range(3)]
-    return Grid((draw(size), draw(size), draw(size)), affine)
+    angles = [draw(st.floats(-0.6, 0.6)) for _ in range(2)]
+    return grid_of(**three, angles=angles, order=draw(st.permutations(range(3))), signs=signs)
 
 
-def over_grids(law):
-    return settings(max_examples=15, deadline=None)(given(grid=grids())(law))
+def every(laws: tuple[Law, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("law", laws, ids=lambda law: law.__name__)
 
 
-def positions(grid: Grid) -> NDArray[np.float64]:
-    """World millimetres (3, X, Y, Z) of every voxel."""
-    index = np.indices(grid.shape).reshape(3, -1).T.astype(np.float64)
-    return grid.world(index).T.reshape(3, *grid.shape)
-
-
-def between_centres(of: Grid, grid: Grid) -> NDArray[np.bool_]:
-    """Which voxels of ``grid`` lie between the outermost voxel centres of ``of``."""
-    inverse = np.linalg.inv(of.affine)
-    index = np.tensordot(inverse[:3, :3], positions(grid), axes=1) + inverse[:3, 3, None, None, None]
-    last = np.array(of.shape)[:, None, None, None] - 1
-    return ((index >= -1e-6) & (index <= last + 1e-6)).all(axis=0)
-
-
-def block(grid: Grid) -> NDArray[np.uint8]:
-    """A label (X, Y, Z): five voxels along each axis, about the centre."""
-    label = np.zeros(grid.shape, dtype=np.uint8)
-    label[tuple(slice(n // 2 - 2, n // 2 + 3) for n in grid.shape)] = 1
-    return label
-
-
-def scan(grid: Grid) -> Volume:
-    """Four channels: where each voxel lies, and the block."""
-    voxels = np.concatenate([positions(grid) - OFFSET_MM, block(grid)[None]]).astype(np.float32)
-    voxels.flags.writeable = False
-    return Volume(voxels, grid)
-
-
-def centroid_mm(label: NDArray, grid: Grid) -> NDArray[np.float64]:
-    return grid.world(np.argwhere(label).mean(axis=0)[None])[0]
-
-
-def voxel_radius_mm(*of: Grid) -> float:
-    """Half the diagonal of the largest voxel."""
-    return float(np.linalg.norm(np.max([grid.spacing_mm for grid in of], axis=0)) / 2)
+# What depends on no grid is tried on one.
+OFTEN = (no_label_is_invented, scores_return_class_by_class_as_they_return_together)
+ONCE = tuple(law for law in STEP_LAWS if law not in OFTEN)
 
 
 @each(SPATIAL)
-@over_grids
-def test_voxels_lie_where_the_returned_grid_says(step: Step, grid: Grid) -> None:
-    prepared, undo = step.apply(scan(grid))
-    stages = (undo, *undo.undos) if isinstance(undo, Composed) else (undo,)
-    # Beyond the outermost centres of any stage, the outermost voxel is repeated.
-    inside = np.logical_and.reduce([between_centres(at.before, prepared.grid) for at in stages])
-    assert inside.any()
-    assert_allclose(prepared.voxels[:3, inside] + OFFSET_MM, positions(prepared.grid)[:, inside], atol=1e-3)
-
-
-@each(SPATIAL)
-@over_grids
-def test_undo_brings_voxels_back_to_where_they_were(step: Step, grid: Grid) -> None:
-    volume = scan(grid)
-    prepared, undo = step.apply(volume)
-    returned = undo(prepared.voxels[:3], outside=np.nan)
-    assert undo.before.matches(grid, tolerance_mm=1e-9)
-    assert undo.after.matches(prepared.grid, tolerance_mm=1e-9)
-    assert returned.shape[1:] == grid.shape
-    kept = ~np.isnan(returned[0])
-    assert kept[block(grid) > 0].all()
-    moved_mm = np.linalg.norm(returned - volume.voxels[:3], axis=0)[kept].max()
-    assert moved_mm <= (voxel_radius_mm(grid, prepared.grid) if undo.interpolates else 0)
-
-
-@each(SPATIAL)
-@over_grids
-def test_labels_keep_their_millimetres(step: Step, grid: Grid) -> None:
-    _, undo = step.apply(scan(grid))
-    moved = undo.forward_label(block(grid)[None])[0]
-    distance_mm = np.linalg.norm(centroid_mm(moved, undo.after) - centroid_mm(block(grid), grid))
-    assert distance_mm <= (voxel_radius_mm(undo.after) if undo.interpolates else 1e-6)
-
-
-@each(SPATIAL)
-@over_grids
-def test_labels_go_where_the_scan_goes(step: Step, grid: Grid) -> None:
-    prepared, undo = step.apply(scan(grid))
-    moved = undo.forward_label(block(grid)[None])
-    assert_array_equal(moved[0], prepared.voxels[3] >= 0.5)
-
-
-@each(SPATIAL)
-@over_grids
-def test_no_label_is_invented(step: Step, grid: Grid) -> None:
-    _, undo = step.apply(scan(grid))
-    values = np.array([0, 2, 7, IGNORED], dtype=np.uint8)
-    encoded = values[np.random.default_rng(7).integers(0, 4, (2, *grid.shape))]
-    assert set(np.unique(undo.forward_label(encoded))) <= set(values)
-
-
-@each(SPATIAL + INTENSITY)
-@over_grids
-def test_scores_return_class_by_class_as_they_return_together(step: Step, grid: Grid) -> None:
-    prepared, undo = step.apply(scan(grid))
-    together = undo(prepared.voxels, outside=(1, 0, 0, 0))
-    one_by_one = [undo.scores(plane, float(k == 0)) for k, plane in enumerate(prepared.voxels)]
-    assert_array_equal(together, np.stack(one_by_one))
+@every(MOVING_LAWS)
+@settings(max_examples=15, deadline=None)
+@given(grid=grids())
+def test_a_step_that_moves_voxels_keeps(law: Law, step: Step, grid: Grid) -> None:
+    law(step, grid)
 
 
 @each(INTENSITY)
-@over_grids
-def test_intensity_steps_leave_voxels_where_they_are(step: Step, grid: Grid) -> None:
-    volume = scan(grid)
-    prepared, undo = step.apply(volume)
-    assert prepared.grid.matches(grid, tolerance_mm=0)
-    assert_array_equal(undo(volume.voxels), volume.voxels)
-    assert_array_equal(undo.forward_label(block(grid)[None])[0], block(grid))
+@every(STILL_LAWS)
+@settings(max_examples=15, deadline=None)
+@given(grid=grids())
+def test_a_step_that_leaves_voxels_where_they_are_keeps(law: Law, step: Step, grid: Grid) -> None:
+    law(step, grid)
 
 
 @each(SPATIAL + INTENSITY)
-class TestEveryStep:
-    grid = Grid.of_spacing((11, 12, 13), (1, 0.8, 3))
+@every(OFTEN)
+@settings(max_examples=15, deadline=None)
+@given(grid=grids())
+def test_every_step_keeps_on_every_grid(law: Law, step: Step, grid: Grid) -> None:
+    law(step, grid)
 
-    def test_returns_float32(self, step: Step) -> None:
-        counts = Volume(np.arange(2 * 27, dtype=np.int16).reshape(2, 3, 3, 3), Grid.of_spacing((3, 3, 3)))
-        if "cohort" not in repr(step):  # fitted on four channels
-            assert step.apply(counts)[0].voxels.dtype == np.float32
-        assert step.apply(scan(self.grid))[0].voxels.dtype == np.float32
 
-    def test_is_plain_text_and_back(self, step: Step) -> None:
-        assert type(step).model_validate_json(step.model_dump_json()) == step
+@each(SPATIAL + INTENSITY)
+@every(ONCE)
+def test_every_step_keeps(law: Law, step: Step) -> None:
+    law(step, Grid.of_spacing((11, 12, 13), (1, 0.8, 3)))
 
-    def test_is_fitted_or_needs_no_fit(self, step: Step) -> None:
-        assert not step.needs_fit
 
-    def test_refuses_what_lies_on_another_grid(self, step: Step) -> None:
-        _, undo = step.apply(scan(self.grid))
-        with pytest.raises(CannotUndo, match="prepared grid"):
-            undo.scores(np.zeros((1, 2, 3), np.float32))
-        with pytest.raises(CannotUndo, match="scan's grid"):
-            undo.forward_label(np.zeros((1, 1, 2, 3), np.uint8))
+@each(SPATIAL + INTENSITY)
+def test_counts_become_float32(step: Step) -> None:
+    counts = Volume(np.arange(2 * 27, dtype=np.int16).reshape(2, 3, 3, 3), Grid.of_spacing((3, 3, 3)))
+    if "cohort" not in repr(step):  # fitted on four channels
+        assert step.apply(counts)[0].voxels.dtype == np.float32
+
+
+class Shifted(Step):
+    """Moves the scan by a voxel and says nothing of it."""
+
+    kind: Literal["shifted"] = "shifted"
+
+    def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        return Volume(np.roll(as_float(volume), 1, axis=1), volume.grid.crop((1, 0, 0), volume.grid.shape)), (
+            Unmoved.on(volume.grid)
+        )
+
+
+def test_a_step_that_breaks_a_promise_is_told_which() -> None:
+    with pytest.raises(AssertionError, match=r"Shifted.*breaks the law '.*"):
+        check_step(Shifted())
+    check_step(Normalise(scope="cohort"))
+    check_step(Resample(spacing_mm=1.3))
 
 
 @each([ClipPercentiles(scope="cohort"), Normalise(scope="cohort"), Pipeline(steps=(Normalise(scope="cohort"),))])

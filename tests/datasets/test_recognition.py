@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from delineate.cli.app import app
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets import layouts
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.folder import bare_name, looks_like_label
 from delineate.datasets.inspection import inspect
@@ -23,6 +24,7 @@ from delineate.datasets.phantoms.writing import ARRANGEMENTS, _write_json
 from delineate.errors import DatasetError, DuplicateSubject, UnknownLayout
 from delineate.inference.batch import find_subjects
 from delineate.io.formats import write_label, write_volume
+from delineate.testing import check_layout
 
 GRID = Grid.of_spacing((5, 4, 3))
 
@@ -139,6 +141,11 @@ MUTATIONS = [
     renamed("labelsTr", "labelsTr_old"),
     renamed("pre", "preprocessed"),
 ]
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name in layouts.LAYOUTS])
+def test_a_layout_keeps_the_laws(layout: str, tmp_path: Path) -> None:
+    check_layout(layouts.LAYOUTS[layout], write_set(tmp_path, layout))
 
 
 @pytest.mark.parametrize("described", [True, False], ids=["described", "bare"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import permutations
 from math import inf, isnan
 
 import numpy as np
@@ -80,20 +79,6 @@ def test_surface_dice_is_known_at_any_tolerance() -> None:
     assert metric_names("surface_dice_4.0mm,surface_dice_4mm") == ("surface_dice_4mm",)
     with pytest.raises(RecipeError, match="no metric 'surface_dice_mm'"):
         metric_names("surface_dice_mm")
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_flips_shifts_and_permuted_axes_change_nothing(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    reference, prediction = (np.pad(blobs(rng), 2) for _ in range(2))
-    plain = {n: v for n, v in measured(reference, prediction, SPACING).items() if not n.startswith(("apex", "base"))}
-    flipped = measured(reference[::-1, :, ::-1], prediction[::-1, :, ::-1], SPACING)
-    shifted = measured(np.roll(reference, (1, -1, 2), (0, 1, 2)), np.roll(prediction, (1, -1, 2), (0, 1, 2)), SPACING)
-    for other in (flipped, shifted):
-        assert {n: other[n] for n in plain} == pytest.approx(plain, nan_ok=True)
-    for order in permutations(range(3)):
-        turned = measured(reference.transpose(order), prediction.transpose(order), [SPACING[i] for i in order])
-        assert {n: turned[n] for n in plain} == pytest.approx(plain, nan_ok=True)
 
 
 def challenge_script(reference: np.ndarray, prediction: np.ndarray, spacing_mm: tuple[float, ...]) -> tuple:
@@ -202,7 +187,7 @@ def test_every_metric_defines_the_empty_cases() -> None:
 
 def test_names_and_sets_join_each_once() -> None:
     assert metric_names("wmh2017, dice,hd_mm") == (*SETS["wmh2017"].metrics, "hd_mm")
-    with pytest.raises(RecipeError, match="no metric 'dicee'; sets are standard"):
+    with pytest.raises(RecipeError, match=r"no metric 'dicee'; did you mean 'dice'\? sets are standard"):
         metric_names("dicee")
     assert all(name in METRICS for chosen in SETS.values() for name in chosen.metrics)
 

@@ -49,12 +49,20 @@ def _everywhere(
             "--verbose", "-v", callback=_verbose, expose_value=False, help="Print where an error arose and its causes."
         ),
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", help="Import a module with networks, losses or other parts of your own (repeatable)."),
+    ] = None,
 ) -> None:
     if version:
         from delineate import __version__
 
         typer.echo(f"delineate {__version__}")
         raise typer.Exit
+    if plugin:
+        from delineate.plugins import use
+
+        use(*plugin)
 
 
 app.command("demo")(demo.demo)

@@ -36,6 +36,7 @@ from delineate.datasets.studies import first_dicom, read_studies
 from delineate.errors import BadPath, DatasetError, DuplicateSubject, UnknownLayout
 from delineate.io.files import parsing
 from delineate.io.formats import holds_label, name_of, suffix_of
+from delineate.plugins import Parts
 
 
 def open_dataset(
@@ -94,10 +95,15 @@ def _opened(root: Path, layout: str, images: str | Mapping[str, str] | None, lab
         elif images is not None:
             dataset = _read_patterns(folder, images, labels)
         else:
-            automatic = [known for known in LAYOUTS.values() if known.name != "dicom" or not folder.scans]
-            dataset = _read(folder, automatic if layout == "auto" else [LAYOUTS[layout]])
+            dataset = _read(folder, _automatic(folder) if layout == "auto" else [LAYOUTS[layout]])
         dataset = replace(with_sites(dataset), simulated=(root / SIMULATED).is_file())
     return dataset
+
+
+def _automatic(folder: Folder) -> list[Layout]:
+    """The layouts in the order in which they are tried: others' before what is nothing but scans."""
+    *special, scans, dicom = LAYOUTS.packaged.values()
+    return [*special, *LAYOUTS.usable(), scans, *([] if folder.scans else [dicom])]
 
 
 def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
@@ -134,7 +140,7 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
             f"every scan in '{folder.root}' looks like a label ({_summary(folder)})",
             fix="give the folder that the scans are in, or name a single file to take it for a scan",
         )
-    shown = layouts if len(layouts) == 1 else LAYOUTS.values()
+    shown = layouts if len(layouts) == 1 else [*LAYOUTS.packaged.values(), *LAYOUTS.usable()]
     trees = "\n\n".join(f"{layout.name}:\n{_indented(layout.tree)}" for layout in shown)
     raise UnknownLayout(
         f"'{folder.root}' is in no known layout: found {_summary(folder)}. "
@@ -562,7 +568,7 @@ def _indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 
-LAYOUTS: Mapping[str, Layout] = {
+_PACKAGED = {
     layout.name: layout
     for layout in (
         Layout(
@@ -599,4 +605,7 @@ SUBJECT/…                             DICOM files in any folders; a study is a
         ),
     )
 }
-"""Layouts by name, in the order in which they are tried."""
+LAYOUTS: Parts[Layout] = Parts(
+    "layouts", "layout", _PACKAGED, lambda part: part.name if isinstance(part, Layout) else None
+)
+"""Layouts by name; Delineate's own in the order in which they are tried."""

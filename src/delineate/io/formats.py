@@ -14,16 +14,19 @@ from numpy.typing import NDArray
 from delineate.core.grid import Grid
 from delineate.core.text import near, printable
 from delineate.core.volume import LabelVolume, Volume
-from delineate.errors import BadFormat, BadLabelValue, BadShape, BadVoxels, DelineateError, MissingFile
+from delineate.errors import BadFormat, BadLabelValue, BadShape, BadVoxels, DelineateError, MissingFile, OutputError
 from delineate.io.files import Limits, open_file, parsing, writing_beside
-from delineate.io.voxels import Orientation, Stored, check_complete, read_voxels
+from delineate.io.voxels import Orientation, Stored, check_complete, check_grid, check_shape, read_voxels
+from delineate.plugins import Parts
 
 __all__ = [
     "DICOM_SUFFIXES",
+    "FORMATS",
     "PICTURE_SUFFIXES",
     "SEGMENTATION_SUFFIX",
     "SUFFIXES",
     "VTK_SUFFIXES",
+    "Format",
     "Header",
     "check_writable",
     "holds_label",
@@ -80,14 +83,42 @@ class Header:
     dtype: np.dtype
 
 
+@dataclass(frozen=True)
+class Format:
+    """A format of another package, known by ``suffix``, such as ``.own``; the suffix without its dot is its name.
+
+    ``read`` gives voxels (C, X, Y, Z) in RAS+ millimetres; ``write`` writes what ``read`` then gives again, voxels and
+    affine alike. Shape, size and geometry are checked here, and whatever else ``read`` raises is ``E_FORMAT``.
+    Without ``write``, nothing is written with that suffix.
+    """
+
+    suffix: str
+    read: Callable[[Path], Volume]
+    write: Callable[[Path, Volume], object] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.suffix.startswith(".") or self.suffix != self.suffix.lower() or len(self.suffix) < 2:
+            raise BadFormat(
+                f"suffix '{self.suffix}' of a format is not one; give it a dot and small letters, as in .own"
+            )
+
+
+FORMATS: Parts[Format] = Parts(
+    "formats", "file format", {}, lambda part: part.suffix[1:] if isinstance(part, Format) else None
+)
+"""Formats of other packages; Delineate's own are modules of ``io``."""
+
+
 def suffix_of(path: Path) -> str:
     """The suffix, in small letters, by which a scan's format is known; ``""`` if the file is no scan.
 
     Hidden files are no scans: archives made on a Mac hold ``._case.nii.gz`` beside ``case.nii.gz``.
     """
     name = path.name.lower()
-    known = (*SUFFIXES, *PICTURE_SUFFIXES)
-    return next((s for s in known if name.endswith(s) and not name.startswith(".")), "")
+    if name.startswith(".") or "." not in name:
+        return ""
+    own = next((s for s in (*SUFFIXES, *PICTURE_SUFFIXES) if name.endswith(s)), "")
+    return own or max((f".{s}" for s in FORMATS if name.endswith(f".{s}")), key=len, default="")
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -139,9 +170,10 @@ def read_header(path: Path, limits: Limits = _LIMITS, *, orientation: Orientatio
 
             grid, dtype = describe_series(the_series(path, limits=limits), limits)
             return Header(grid, 1, dtype)
-        if suffix_of(path) in PICTURE_SUFFIXES:
-            voxels, grid = _read(path, limits, orientation)  # small, and compressed: only reading tells
-            return Header(grid, 1, voxels.dtype)
+        suffix = suffix_of(path)
+        if suffix in PICTURE_SUFFIXES or suffix[1:] in FORMATS:
+            voxels, grid = _read(path, limits, orientation)  # only reading tells
+            return Header(grid, len(voxels), voxels.dtype)
         stored = _describe(path, limits, orientation)
         check_complete(stored)
     return Header(stored.grid, stored.channels, stored.read_dtype)
@@ -257,9 +289,9 @@ def _format_of(path: Path) -> _Format:
             from delineate.io import nrrd
 
             return nrrd
-    known = ", ".join((*SUFFIXES, *PICTURE_SUFFIXES))
-    hint = near("".join(path.suffixes[-2:]), (*SUFFIXES, *PICTURE_SUFFIXES)) or near(path.suffix, SUFFIXES)
-    raise BadFormat(f"'{path}' has no known suffix", fix=f"known are {known}, and DICOM{hint}")
+    ours = (*SUFFIXES, *PICTURE_SUFFIXES, *(f".{name}" for name in FORMATS))
+    hint = near("".join(path.suffixes[-2:]), ours) or near(path.suffix, ours)
+    raise BadFormat(f"'{path}' has no known suffix", fix=f"known are {', '.join(ours)}, and DICOM{hint}")
 
 
 def _describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
@@ -281,8 +313,29 @@ def _read(path: Path, limits: Limits, orientation: Orientation) -> tuple[NDArray
         if not path.is_file():
             raise MissingFile(f"'{path}' is no file", fix="check the name")
         return pictures.read_picture(path, limits)
+    if suffix_of(path)[1:] in FORMATS:
+        return _read_foreign(path, FORMATS[suffix_of(path)[1:]], limits)
     stored = _describe(path, limits, orientation)
     return read_voxels(stored), stored.grid
+
+
+def _read_foreign(path: Path, format: Format, limits: Limits) -> tuple[NDArray, Grid]:
+    """What another package reads, held to what is asked of our own formats."""
+    if not path.is_file():
+        raise MissingFile(f"'{path}' is no file; check the name")
+    volume = format.read(path)
+    if not isinstance(volume, Volume):
+        raise BadFormat(f"'{path}' was read as {type(volume).__name__}, not as a Volume; ask the authors of its format")
+    voxels = np.asarray(volume.voxels)
+    check_shape(path, voxels.shape[1:], voxels.dtype.itemsize * len(voxels), limits)
+    if not len(voxels) or voxels.dtype.kind not in "iuf":
+        raise BadFormat(
+            f"'{path}' has {len(voxels)} channels of {voxels.dtype}; numbers in one channel or more are read"
+        )
+    dtype = np.dtype(np.float32) if voxels.dtype.kind == "f" else voxels.dtype.newbyteorder("=")
+    ours = np.empty((len(voxels), *voxels.shape[:0:-1]), dtype).transpose(0, 3, 2, 1)  # in Fortran's order, writeable
+    ours[...] = voxels
+    return ours, check_grid(path, volume.grid.shape, volume.grid.affine)
 
 
 def _write(path: Path, voxels: NDArray, grid: Grid, like: Path | None) -> None:
@@ -315,7 +368,28 @@ def _writer_of(path: Path) -> Callable[[Path, NDArray, Grid], None]:
         return pictures.write_picture
     if path.suffix.lower() in VTK_SUFFIXES:
         return _write_vtk
+    if (name := suffix_of(path)[1:]) in FORMATS:
+        return _foreign_writer(path, FORMATS[name])
     return _format_of(path).write
+
+
+def _foreign_writer(path: Path, format: Format) -> Callable[[Path, NDArray, Grid], None]:
+    write_foreign = format.write
+    if write_foreign is None:
+        raise BadFormat(f"'{path}': {format.suffix} is read and not written; write .nii.gz")
+
+    def write(beside: Path, voxels: NDArray, grid: Grid) -> None:
+        try:
+            write_foreign(beside, Volume(voxels, grid))
+        except (DelineateError, OSError):
+            raise
+        except Exception as error:
+            raise OutputError(
+                f"'{path}' cannot be written: {type(error).__name__}: {error}; write .nii.gz, or ask the authors of "
+                f"the format {format.suffix}"
+            ) from error
+
+    return write
 
 
 def _write_vtk(path: Path, voxels: NDArray, grid: Grid) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ BACKGROUND = "background"
 
 class LossSpecification(Specification):
     """The fields of a loss; ``build`` gives the loss for some targets."""
+
+    if TYPE_CHECKING:
+        kind: str  # every loss has its own
 
     def build(self, targets: Targets) -> Loss:
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The registry of losses is this type: a new loss is a class and one word here."""
+"""The losses by kind: a new one of Delineate's is a class and one word here; others are found by entry points."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from delineate.losses.combined import DeepSupervision, Region, Sum, target_indic
 from delineate.losses.content import SiameseContentSpec
 from delineate.losses.overlap import DiceSpec, FocalTverskySpec, GeneralisedDiceSpec, TverskySpec
 from delineate.losses.pixelwise import CrossEntropySpec, FocalSpec
-from delineate.specification import PositiveWeight, Specification
+from delineate.specification import Kinds, PositiveWeight, Specification
 
 
 class WeightedLoss(Specification):
@@ -64,19 +64,24 @@ class DeepSupervisionSpec(LossSpecification):
         return DeepSupervision(self.loss.build(targets), self.weights)
 
 
-LossSpec = Annotated[
-    CrossEntropySpec
-    | FocalSpec
-    | DiceSpec
-    | GeneralisedDiceSpec
-    | TverskySpec
-    | FocalTverskySpec
-    | SiameseContentSpec
-    | SumSpec
-    | RegionSpec
-    | DeepSupervisionSpec,
-    Field(discriminator="kind"),
-]
+LOSSES: Kinds[LossSpecification] = Kinds(
+    "losses",
+    "loss",
+    LossSpecification,
+    (
+        CrossEntropySpec,
+        FocalSpec,
+        DiceSpec,
+        GeneralisedDiceSpec,
+        TverskySpec,
+        FocalTverskySpec,
+        SiameseContentSpec,
+        SumSpec,
+        RegionSpec,
+        DeepSupervisionSpec,
+    ),
+)
+LossSpec = Annotated[LossSpecification, LOSSES]
 for _model in (WeightedLoss, SumSpec, RegionSpec, DeepSupervisionSpec):
     _model.model_rebuild()
 

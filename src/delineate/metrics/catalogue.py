@@ -14,6 +14,7 @@ from delineate.errors import RecipeError
 from delineate.metrics.comparison import Comparison, Part
 from delineate.metrics.quantities import error_percent
 from delineate.metrics.regions import BRATS, LITS, PROMISE12, WMH2017, Regions
+from delineate.plugins import Parts
 
 
 @dataclass(frozen=True)
@@ -206,23 +207,28 @@ _PROMISE12 = ("dice", "assd_mm", "hd95_mm", "volume_error_percent")
 _PARTS: tuple[Part, ...] = ("apex", "base")
 
 
-class Catalogue(dict[str, Metric]):
+class Catalogue(Parts[Metric]):
     """Metrics by name. Surface Dice is listed at one tolerance and known at all: ``surface_dice_area_2.5mm``."""
 
-    def __missing__(self, name: str) -> Metric:
-        tolerance = _TOLERANCE.fullmatch(name)
-        if tolerance is None:
-            raise KeyError(name)
-        return _surface_dice(float(tolerance[2]), by_area=bool(tolerance[1]))
+    def __getitem__(self, name: str) -> Metric:
+        tolerance = None if name in self.packaged else _TOLERANCE.fullmatch(name)
+        return (
+            super().__getitem__(name)
+            if tolerance is None
+            else _surface_dice(float(tolerance[2]), by_area=bool(tolerance[1]))
+        )
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (isinstance(name, str) and _TOLERANCE.fullmatch(name) is not None)
+        return (isinstance(name, str) and _TOLERANCE.fullmatch(name) is not None) or super().__contains__(name)
 
 
 _TOLERANCE = re.compile(r"surface_dice_(area_)?(\d+(?:\.\d+)?)mm")
+_WHOLE = {m.name: m for group in (_overlaps, _distances, _volumes, _lesions, _of_more) for m in group()}
+_THIRDS = {m.name: m for part in _PARTS for m in (_of_part(_WHOLE[name], part) for name in _PROMISE12)}
 
-METRICS = Catalogue({m.name: m for group in (_overlaps, _distances, _volumes, _lesions, _of_more) for m in group()})
-METRICS.update((m.name, m) for part in _PARTS for m in (_of_part(METRICS[name], part) for name in _PROMISE12))
+METRICS = Catalogue(
+    "metrics", "metric", {**_WHOLE, **_THIRDS}, lambda part: part.name if isinstance(part, Metric) else None
+)
 
 SETS: dict[str, MetricSet] = {
     "standard": MetricSet(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -30,6 +30,9 @@ class Architecture(Specification):
     ``project_inputs_to``: a learned 1-convolution first brings the image to this many channels, for weights
     that were trained on so many. It begins by repeating the channels, or by their mean where there are more.
     """
+
+    if TYPE_CHECKING:
+        kind: str  # every network has its own
 
     dimensions: Literal[2, 3]
     project_inputs_to: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -9,12 +10,14 @@ from typing import Any
 
 from delineate.networks.base import Architecture
 from delineate.networks.buda import BudaUNetSpec
+from delineate.networks.cost import step_cost
 from delineate.networks.deeplab import DeepLabSpec
 from delineate.networks.dense_unet import DenseUNetSpec
 from delineate.networks.minicube import ContextUNetSpec, MinicubeNetSpec
 from delineate.networks.prostate_unet import ProstateUNetSpec
 from delineate.networks.recurrent_unet import RecurrentUNetSpec
 from delineate.networks.residual_unet import ResidualUNetSpec
+from delineate.networks.spec import NETWORKS
 from delineate.networks.tiramisu import TiramisuSpec
 from delineate.networks.unet import UNetSpec
 from delineate.networks.vgg_unet import VGGUNetSpec
@@ -93,18 +96,22 @@ CONFIGURATIONS: Mapping[str, Configuration] = MappingProxyType(
 def described() -> list[dict[str, Any]]:
     """Every configuration with what it costs, as plain values.
 
-    ``receptive_field``: least and greatest width along the first axis, null where it is the whole image.
+    ``receptive_field``: least and greatest width along the first axis, null where it is the whole image or not known.
     """
     import torch
 
-    from delineate.networks.cost import step_cost
     from delineate.networks.receptive_field import LENGTH, receptive_field
 
     rows = []
-    for name, c in CONFIGURATIONS.items():
+    for name, c in {**CONFIGURATIONS, **others()}.items():
         cost = step_cost(c.spec, c.inputs, c.outputs, c.sides, c.batch)
-        with torch.device("meta"):
-            field = receptive_field(c.spec.build(c.inputs, c.outputs), c.inputs, c.spec.divisor)[0]
+        try:
+            with torch.device("meta"):
+                field = receptive_field(c.spec.build(c.inputs, c.outputs), c.inputs, c.spec.divisor)[0]
+        except Exception:  # layers of somebody else's need not be known
+            if name in CONFIGURATIONS:
+                raise
+            field = None
         rows.append(
             {
                 "name": name,
@@ -118,7 +125,27 @@ def described() -> list[dict[str, Any]]:
                 **asdict(cost),
                 "divisor": list(c.spec.divisor),
                 "margin": list(c.spec.margin),
-                "receptive_field": None if field[1] == LENGTH else list(field),
+                "receptive_field": None if field is None or field[1] == LENGTH else list(field),
             }
         )
     return rows
+
+
+def others() -> dict[str, Configuration]:
+    """The networks of other packages by kind, as their defaults make them, with inputs of about 64 voxels a side.
+
+    One that cannot be built so is left out with a warning.
+    """
+    found = {}
+    for spec in NETWORKS.usable():
+        kind = str(spec.model_fields["kind"].default)
+        fixed = not spec.model_fields["dimensions"].is_required()
+        try:
+            network = spec.model_validate({} if fixed else {"dimensions": 3})
+            sides = tuple(max(s, -(-64 // d) * d) for s, d in zip(network.smallest, network.divisor, strict=True))
+            step_cost(network, 1, 2, sides, network.least_batch)
+        except Exception as error:
+            warnings.warn(f"network '{kind}' is not listed: its defaults cannot be built ({error})", stacklevel=3)
+            continue
+        found[kind] = Configuration(network, 1, 2, sides, network.least_batch)
+    return found

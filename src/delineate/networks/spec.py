@@ -1,11 +1,10 @@
-"""The registry of networks is this type: a new network is one file and one word here."""
+"""The networks by kind: a new one of Delineate's is one file and one word here; others are found by entry points."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
+from delineate.networks.base import Architecture
 from delineate.networks.buda import BudaUNetSpec
 from delineate.networks.deeplab import DeepLabSpec
 from delineate.networks.dense_unet import DenseUNetSpec
@@ -18,20 +17,26 @@ from delineate.networks.tiramisu import TiramisuSpec
 from delineate.networks.unet import UNetSpec
 from delineate.networks.vgg_unet import VGGUNetSpec
 from delineate.networks.vnet import VNetSpec
+from delineate.specification import Kinds
 
-NetworkSpec = Annotated[
-    UNetSpec
-    | ProstateUNetSpec
-    | TiramisuSpec
-    | DeepLabSpec
-    | BudaUNetSpec
-    | ContextUNetSpec
-    | MinicubeNetSpec
-    | VGGUNetSpec
-    | ResidualUNetSpec
-    | DenseUNetSpec
-    | VNetSpec
-    | RecurrentUNetSpec
-    | MonaiSpec,
-    Field(discriminator="kind"),
-]
+NETWORKS: Kinds[Architecture] = Kinds(
+    "networks",
+    "network",
+    Architecture,
+    (
+        UNetSpec,
+        ProstateUNetSpec,
+        TiramisuSpec,
+        DeepLabSpec,
+        BudaUNetSpec,
+        ContextUNetSpec,
+        MinicubeNetSpec,
+        VGGUNetSpec,
+        ResidualUNetSpec,
+        DenseUNetSpec,
+        VNetSpec,
+        RecurrentUNetSpec,
+        MonaiSpec,
+    ),
+)
+NetworkSpec = Annotated[Architecture, NETWORKS]

@@ -33,6 +33,7 @@ from delineate.datasets.dataset import load_label, load_scan
 from delineate.errors import MissingFile, RecipeError, Truncated
 from delineate.io.files import content_hash, writing_beside
 from delineate.io.formats import parts_of
+from delineate.plugins import requirement_of
 from delineate.preprocessing.pipeline import Pipeline
 
 FORMAT = 1
@@ -152,11 +153,13 @@ def prepare(
         raise RecipeError("the preprocessing is not fitted", fix="fit it on the training subjects before preparing")
     _sweep(folder)
     hashes = FileHashes(folder / "hashes.json")
+    # Another version of somebody's step may prepare otherwise.
+    foreign = [found for step in pipeline.steps if (found := requirement_of(type(step)))]
 
     def prepare_one(subject: Subject) -> Path:
         files = _hashes_of(subject, channels, hashes)
         rules = [nan, orientation, subject.resample]
-        parts = [FORMAT, subject.id, files, pipeline.model_dump(mode="json"), targets.as_dict(), *rules]
+        parts = [FORMAT, subject.id, files, pipeline.model_dump(mode="json"), targets.as_dict(), *rules, *foreign]
         # Keys of JSON objects stay in order: that of the targets is the order of the classes.
         key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
         place = folder / key

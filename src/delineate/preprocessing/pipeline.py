@@ -12,13 +12,16 @@ from pydantic import Field
 from delineate.core.volume import Volume
 from delineate.preprocessing.intensity import ClipPercentiles, Denoise, Normalise
 from delineate.preprocessing.spatial import CropBackground, CropComposite, CropOrPad, Reorient, Resample
-from delineate.preprocessing.step import Composed, Undo, as_float
-from delineate.specification import Specification
+from delineate.preprocessing.step import Composed, Step, Undo, as_float
+from delineate.specification import Kinds, Specification
 
-StepSpec = Annotated[
-    Reorient | Resample | CropBackground | CropComposite | CropOrPad | ClipPercentiles | Denoise | Normalise,
-    Field(discriminator="kind"),
-]
+STEPS: Kinds[Step] = Kinds(
+    "steps",
+    "preprocessing step",
+    Step,
+    (Reorient, Resample, CropBackground, CropComposite, CropOrPad, ClipPercentiles, Denoise, Normalise),
+)
+StepSpec = Annotated[Step, STEPS]
 
 
 class Pipeline(Specification):

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -22,6 +22,9 @@ class Step(Specification, ABC):
 
     A step never changes the volume it is given. It may return a view of its voxels.
     """
+
+    if TYPE_CHECKING:
+        kind: str  # every step has its own
 
     @property
     def needs_fit(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -13,23 +13,51 @@ from delineate.core.targets import IGNORED
 from delineate.errors import RecipeError
 from delineate.preprocessing.cache import PreparedSubject
 from delineate.sampling.tiles import Tile, TileGeometry
-from delineate.specification import Specification
+from delineate.specification import Kinds, Specification
 
 
-class AllTiles(Specification):
+class SamplerSpecification(Specification):
+    """The fields of a sampler, which either lists the tiles of a pass or draws one of each subject.
+
+    The order of a pass, and the numbers that :meth:`draw` is given, depend on the seed and the sample alone.
+    """
+
+    if TYPE_CHECKING:
+        kind: str  # every sampler has its own
+
+    def listed(self, subjects: Sequence[PreparedSubject], geometry: TileGeometry) -> list[tuple[int, Tile]]:
+        """The tiles of a pass, each with the number of its subject; empty: every subject once, where ``draw`` says.
+
+        Raises :class:`RecipeError` where there is none.
+        """
+        return []
+
+    def draw(self, subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
+        """A tile of a subject, inside its volume where it fits, else around it."""
+        return drawn(subject, geometry, rng)
+
+
+class AllTiles(SamplerSpecification):
     """Every tile of every subject once a pass, in a new order each pass."""
 
     kind: Literal["all"] = "all"
     overlap: Annotated[float, Field(ge=0, le=0.95)] = 0.0
 
+    def listed(self, subjects: Sequence[PreparedSubject], geometry: TileGeometry) -> list[tuple[int, Tile]]:
+        return [
+            (index, tile)
+            for index, subject in enumerate(subjects)
+            for tile in geometry.tiles(subject.image.shape[1:], self.overlap)
+        ]
 
-class RandomTiles(Specification):
+
+class RandomTiles(SamplerSpecification):
     """Every subject once a pass, at a place drawn uniformly."""
 
     kind: Literal["random"] = "random"
 
 
-class ClassBalancedTiles(Specification):
+class ClassBalancedTiles(SamplerSpecification):
     """Every subject once a pass; a ``foreground_fraction`` of the tiles is centred near a target's voxel.
 
     The target is drawn with equal chances from those the subject has, then one of its voxels.
@@ -38,8 +66,16 @@ class ClassBalancedTiles(Specification):
     kind: Literal["class_balanced"] = "class_balanced"
     foreground_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
 
+    def draw(self, subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
+        if rng.random() < self.foreground_fraction:
+            classes = [c for c, points in subject.points.items() if len(points)]
+            if classes:
+                points = subject.points[classes[rng.integers(len(classes))]]
+                return drawn_around(points[rng.integers(len(points))], subject, geometry, rng)
+        return drawn(subject, geometry, rng)
 
-class ChosenSlices(Specification):
+
+class ChosenSlices(SamplerSpecification):
     """Some slices of every subject once a pass, in a new order each pass; for tiles that are slices.
 
     Of each subject ``with_target`` slices that hold a target, evenly spread, and ``adjacent`` ones
@@ -51,8 +87,34 @@ class ChosenSlices(Specification):
     adjacent: Annotated[int, Field(ge=0, le=10**6)] = 20
     at_most: Annotated[int, Field(ge=1, le=10**9)] | None = None
 
+    def listed(self, subjects: Sequence[PreparedSubject], geometry: TileGeometry) -> list[tuple[int, Tile]]:
+        axis = geometry.slice_axis
+        if axis is None:
+            raise RecipeError("sampler 'chosen_slices' is for slices; use tiles of kind: slices")
+        found: list[tuple[int, Tile]] = []
+        for index, subject in enumerate(subjects):
+            other = tuple(a for a in range(4) if a != axis + 1)
+            held = np.flatnonzero(((subject.target != 0) & (subject.target != IGNORED)).any(axis=other))
+            if not held.size:
+                continue
+            rest = np.setdiff1d(np.arange(subject.target.shape[axis + 1]), held)
+            far = np.abs(rest[:, None] - held[None]).min(axis=1) if rest.size else np.empty(0)
+            nearest = rest[np.argsort(far, kind="stable")[: self.adjacent]]
+            spread = held[
+                np.unique(np.linspace(0, len(held) - 1, min(self.with_target, len(held))).round().astype(int))
+            ]
+            size = subject.image.shape[1:]
+            chosen = set(spread.tolist()) | set(nearest.tolist())
+            found += [(index, tile) for tile in geometry.tiles(size, 0.0) if tile.start[axis] in chosen]
+        if not found:
+            raise RecipeError("sampler 'chosen_slices' finds no slice with a target; check the labels")
+        return found[: self.at_most]
 
-SamplerSpec = Annotated[AllTiles | RandomTiles | ClassBalancedTiles | ChosenSlices, Field(discriminator="kind")]
+
+SAMPLERS: Kinds[SamplerSpecification] = Kinds(
+    "samplers", "sampler", SamplerSpecification, (AllTiles, RandomTiles, ClassBalancedTiles, ChosenSlices)
+)
+SamplerSpec = Annotated[SamplerSpecification, SAMPLERS]
 
 
 class Draw(NamedTuple):
@@ -67,22 +129,10 @@ class Sampler:
     """Draws samples 0, 1, 2, … from prepared subjects; independent of what was drawn before."""
 
     def __init__(
-        self,
-        spec: AllTiles | RandomTiles | ClassBalancedTiles | ChosenSlices,
-        subjects: Sequence[PreparedSubject],
-        geometry: TileGeometry,
-        seed: int,
+        self, spec: SamplerSpecification, subjects: Sequence[PreparedSubject], geometry: TileGeometry, seed: int
     ) -> None:
         self.spec, self.subjects, self.geometry, self.seed = spec, subjects, geometry, seed
-        self._tiles: list[tuple[int, Tile]] = []
-        if isinstance(spec, AllTiles):
-            self._tiles = [
-                (index, tile)
-                for index, subject in enumerate(subjects)
-                for tile in geometry.tiles(subject.image.shape[1:], spec.overlap)
-            ]
-        if isinstance(spec, ChosenSlices):
-            self._tiles = _chosen_slices(spec, subjects, geometry)
+        self._tiles = spec.listed(subjects, geometry)
         self._order = lru_cache(maxsize=4)(self._shuffle)
 
     @property
@@ -97,55 +147,30 @@ class Sampler:
         if self._tiles:
             index, tile = self._tiles[item]
             return Draw(index, tile, rng)
-        subject = self.subjects[item]
-        size = subject.image.shape[1:]
-        if isinstance(self.spec, ClassBalancedTiles) and rng.random() < self.spec.foreground_fraction:
-            classes = [c for c, points in subject.points.items() if len(points)]
-            if classes:
-                points = subject.points[classes[rng.integers(len(classes))]]
-                return Draw(item, self._around(points[rng.integers(len(points))], size, rng), rng)
-        start = [int(rng.integers(low, high + 1)) for low, high in self._range(size)]
-        return Draw(item, _tile(start, self.geometry.shape), rng)
-
-    def _around(self, point: np.ndarray, size: Sequence[int], rng: np.random.Generator) -> Tile:
-        """A tile that holds ``point`` in its middle half, inside the volume where it fits."""
-        start = []
-        for p, n, (low, high) in zip(point, self.geometry.shape, self._range(size), strict=True):
-            first = int(p) - n // 2 + int(rng.integers(-(n // 4), n // 4 + 1))
-            start.append(min(max(first, low), high))
-        return _tile(start, self.geometry.shape)
-
-    def _range(self, size: Sequence[int]) -> list[tuple[int, int]]:
-        """Allowed first voxels; a tile larger than the volume may slide as long as it covers it."""
-        return [(min(0, n - tile), max(0, n - tile)) for n, tile in zip(size, self.geometry.shape, strict=True)]
+        return Draw(item, self.spec.draw(self.subjects[item], self.geometry, rng), rng)
 
     def _shuffle(self, pass_number: int) -> np.ndarray:
         return np.random.default_rng((self.seed, 0, pass_number)).permutation(self.pass_length)
 
 
-def _chosen_slices(
-    spec: ChosenSlices, subjects: Sequence[PreparedSubject], geometry: TileGeometry
-) -> list[tuple[int, Tile]]:
-    """Tiles of the slices that ``spec`` asks for, by subject."""
-    axis = geometry.slice_axis
-    if axis is None:
-        raise RecipeError("sampler 'chosen_slices' is for slices", fix="use tiles of kind: slices")
-    found: list[tuple[int, Tile]] = []
-    for index, subject in enumerate(subjects):
-        other = tuple(a for a in range(4) if a != axis + 1)
-        held = np.flatnonzero(((subject.target != 0) & (subject.target != IGNORED)).any(axis=other))
-        if not held.size:
-            continue
-        rest = np.setdiff1d(np.arange(subject.target.shape[axis + 1]), held)
-        far = np.abs(rest[:, None] - held[None]).min(axis=1) if rest.size else np.empty(0)
-        nearest = rest[np.argsort(far, kind="stable")[: spec.adjacent]]
-        spread = held[np.unique(np.linspace(0, len(held) - 1, min(spec.with_target, len(held))).round().astype(int))]
-        size = subject.image.shape[1:]
-        chosen = set(spread.tolist()) | set(nearest.tolist())
-        found += [(index, tile) for tile in geometry.tiles(size, 0.0) if tile.start[axis] in chosen]
-    if not found:
-        raise RecipeError("sampler 'chosen_slices' finds no slice with a target", fix="check the labels")
-    return found[: spec.at_most]
+def drawn(subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
+    """A tile at a place drawn uniformly."""
+    return _tile([int(rng.integers(low, high + 1)) for low, high in _range(subject, geometry)], geometry.shape)
+
+
+def drawn_around(point: np.ndarray, subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
+    """A tile that holds ``point`` in its middle half, inside the volume where it fits."""
+    start = []
+    for p, n, (low, high) in zip(point, geometry.shape, _range(subject, geometry), strict=True):
+        first = int(p) - n // 2 + int(rng.integers(-(n // 4), n // 4 + 1))
+        start.append(min(max(first, low), high))
+    return _tile(start, geometry.shape)
+
+
+def _range(subject: PreparedSubject, geometry: TileGeometry) -> list[tuple[int, int]]:
+    """Allowed first voxels; a tile larger than the volume may slide as long as it covers it."""
+    size = subject.image.shape[1:]
+    return [(min(0, n - tile), max(0, n - tile)) for n, tile in zip(size, geometry.shape, strict=True)]
 
 
 def _tile(start: Sequence[int], shape: tuple[int, int, int]) -> Tile:

@@ -239,6 +239,7 @@ def prepared_bundle(
             held_out=hidden([s.id for s in roles.held_out]),
             left_out=hidden(sorted(inspection.broken)),
             versions=versions(),
+            requires=recipe.requires,
             computed=conditions(plan, options),
         ),
     )
