@@ -1,4 +1,4 @@
-"""What is written down: known fields, finite numbers in bounds, lists that end, open kinds, one way to JSON and back."""
+"""What is written down: known fields, finite numbers in bounds, lists that end, open kinds, one JSON."""
 
 from __future__ import annotations
 
