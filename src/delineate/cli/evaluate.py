@@ -157,7 +157,7 @@ def print_evaluation(evaluation: Evaluation, *, subjects: bool = False) -> None:
     columns = ["target", "metric", "mean ± SD", "95 % interval of the mean", "n", "failed", "undefined"]
     print_table("", columns, summary)
     if evaluation.simulated:
-        typer.echo("of simulated scans")
+        typer.echo("measured on simulated scans, not on patients")
     for what, names in evaluation.unpaired.items():
         typer.echo(f"{what}: {len(names)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})")
 

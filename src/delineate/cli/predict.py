@@ -180,7 +180,11 @@ def predict(
                 stages.lap("reading and writing", beside=[row["seconds"] for row in rows])
     if json:
         skipped = [subject.id for subject in planned.done]
-        stopped = {} if full is None else {"error": {"code": full.code, "message": full.message}}
+        stopped = (
+            {}
+            if full is None
+            else {"error": {"code": full.code, "message": full.message, "fix": getattr(full, "fix", "")}}
+        )
         print_json({"predictions": rows, "skipped": skipped, "failed": failed, "seconds": stages.seconds} | stopped)
     else:
         _print_queue(reviews)
