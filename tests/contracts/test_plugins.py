@@ -20,7 +20,7 @@ from delineate.compute import plan_compute
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.layouts import open_dataset
-from delineate.errors import BundleError, DelineateError, RecipeError
+from delineate.errors import BundleError, DelineateError, RecipeError, UnknownLayout
 from delineate.inference.predictor import Predictor
 from delineate.io.formats import read_header, read_volume, write_label, write_volume
 from delineate.networks.spec import NETWORKS
@@ -140,6 +140,20 @@ def test_a_part_may_not_take_a_name_of_delineates(tmp_path, monkeypatch) -> None
     monkeypatch.setenv(plugins.VARIABLE, "clashing")
     with pytest.raises(RecipeError, match="module 'clashing' has a network 'unet', as Delineate has itself"):
         load_recipe("hippocampus", ["network.kind=unett"])
+
+
+def test_a_layout_that_fails_is_told_by_its_module(tmp_path, monkeypatch) -> None:
+    (tmp_path / "failing.py").write_text(
+        "from delineate.datasets.folder import Layout\nFAILS = Layout('fails', 'any', lambda folder: folder.nothing)\n"
+    )
+    data = tmp_path / "data"
+    for kind in ("imagesTr", "labelsTr"):
+        write_label(data / kind / "a.nii.gz", LabelVolume(np.ones(GRID.shape, np.uint8), GRID))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(plugins.VARIABLE, "failing")
+    with pytest.raises(UnknownLayout, match=r"layout 'fails' of failing fails on .*AttributeError"):
+        open_dataset(data)
+    assert open_dataset(data, layout="msd").layout == "msd"
 
 
 def installed(site: Path, name: str, version: str, points: dict[str, dict[str, str]]) -> None:

@@ -36,7 +36,7 @@ from delineate.datasets.studies import first_dicom, read_studies
 from delineate.errors import BadPath, DatasetError, DuplicateSubject, UnknownLayout
 from delineate.io.files import parsing
 from delineate.io.formats import holds_label, name_of, suffix_of
-from delineate.plugins import Parts
+from delineate.plugins import Parts, requirement_of
 
 
 def open_dataset(
@@ -118,6 +118,13 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
                 raise  # what its own files say of themselves is wrong
             refusal = refusal or error
             continue
+        except Exception as error:
+            if layout.name in LAYOUTS.packaged:
+                raise
+            raise UnknownLayout(
+                f"layout '{layout.name}' of {requirement_of(layout)} fails on '{folder.root}': {type(error).__name__}: "
+                f"{error}; name the layout that is meant by --layout, or uninstall that package"
+            ) from error
         if dataset is not None:
             found.append(dataset)
     paired = [dataset for dataset in found if labelled(dataset.subjects)]
