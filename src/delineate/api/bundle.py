@@ -26,7 +26,6 @@ from delineate.inference.predictor import Predictor
 from delineate.inference.review import Review, write_queue
 from delineate.interop import Image, volume_of
 from delineate.io.exports import check_format
-from delineate.io.sealed import MANIFEST
 from delineate.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def load(folder: str | Path, *more: str | Path, device: str = "auto", precision:
 
     Raises :class:`~delineate.errors.BundleError` where a bundle is not as it was saved, or an ensemble's differ.
     """
-    found = [contents.Bundle.load(_bundle_in(Path(one))) for one in (folder, *more)]
+    found = [contents.Bundle.load(contents.bundle_folder(Path(one))) for one in (folder, *more)]
     return Bundle(found, device=device, precision=precision)
 
 
@@ -320,12 +319,6 @@ def _subjects(
         return list(inputs.subjects)
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     return find_subjects([Path(path) for path in paths], channels, images)
-
-
-def _bundle_in(folder: Path) -> Path:
-    """The folder itself, or its ``bundle`` where it is a run's."""
-    inside = folder / "bundle"
-    return inside if not (folder / MANIFEST).exists() and (inside / MANIFEST).exists() else folder
 
 
 def _as_volume(scan: Any, channels: Sequence[str], *, resample: bool) -> tuple[Volume, tuple[Path, ...]]:

@@ -89,10 +89,10 @@ def train(
     from delineate.training.folder import check_run_folder
     from delineate.training.lock import holding
     from delineate.training.options import Reporter, RunOptions, check_possible
-    from delineate.training.preparation import auto_recipe
+    from delineate.training.preparation import auto_recipe, budget_changes
     from delineate.training.run import train as run
 
-    changes = [*_budget(minutes, steps), *data_changes(layout, images, labels, targets), *(set or [])]
+    changes = [*budget_changes(minutes, steps), *data_changes(layout, images, labels, targets), *(set or [])]
     # What is quick to find wrong comes first.
     options = RunOptions(
         fold=None if fold == "all" else _fold(fold),
@@ -136,13 +136,6 @@ def train(
         raise typer.Exit(result.stopped)
     if not json:
         typer.echo(f"bundle  {out / 'bundle'}\nreport  {out / 'report.html'}")
-
-
-def _budget(minutes: float | None, steps: int | None) -> list[str]:
-    """Changes that replace the recipe's budget by that of the command line."""
-    if minutes is None and steps is None:
-        return []
-    return [f"training.minutes={minutes or 'null'}", f"training.steps={steps or 'null'}"]
 
 
 def _fold(text: str) -> int:
