@@ -54,7 +54,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("sound")
     bundle.save(folder, bundle.network().state_dict(), {"step": 1})
-    Calibration({"liver": Conformal((0.1, 0.2))}, {"liver": Conformal((0.3,))}).save(folder)
+    Calibration({"liver": Conformal(((0.1,), (0.2,)))}, {"liver": Conformal(((0.3,),))}).save(folder)
     return folder
 
 
