@@ -191,8 +191,8 @@ def check_device(device: str, count: int = 1) -> None:
     there = torch.cuda.device_count() if chosen.type == "cuda" else 1
     if wanted > there:
         raise RecipeError(
-            f"this machine has {there} devices of type {chosen.type}, not {wanted}; "
-            "use another --device, or fewer --devices"
+            f"this machine has {there} devices of type {chosen.type}, not {wanted}",
+            fix="use another --device, or fewer --devices",
         )
 
 

@@ -88,11 +88,13 @@ def from_numpy(voxels: ArrayLike, affine: ArrayLike) -> Volume:
     array, to_world = np.asarray(voxels), np.asarray(affine, np.float64)
     array = array[None] if array.ndim == 3 else array
     if array.ndim != 4 or 0 in array.shape:
-        raise BadShape(f"the image has voxels {array.shape}; give (X, Y, Z), or channels first (C, X, Y, Z)")
+        raise BadShape(f"the image has voxels {array.shape}", fix="give (X, Y, Z), or channels first (C, X, Y, Z)")
     if array.dtype.kind not in "biuf":
-        raise BadVoxels(f"the image has voxels of {array.dtype}; give whole or real numbers")
+        raise BadVoxels(f"the image has voxels of {array.dtype}", fix="give whole or real numbers")
     if to_world.shape != (4, 4) or not np.array_equal(to_world[3], (0, 0, 0, 1)):
-        raise BadShape(f"the affine has the shape {to_world.shape} or another last row; give (4, 4), ending in 0 0 0 1")
+        raise BadShape(
+            f"the affine has the shape {to_world.shape} or another last row", fix="give (4, 4), ending in 0 0 0 1"
+        )
     x, y, z = array.shape[1:]
     return Volume(array, check_grid(_WHERE, (x, y, z), to_world))
 
@@ -111,12 +113,12 @@ def from_nibabel(image: NibabelImage) -> Volume:
     if voxels.ndim == 4:
         voxels = np.moveaxis(voxels, 3, 0)
     elif voxels.ndim != 3:
-        raise BadShape(f"the image has {voxels.ndim} axes; choose one volume (x, y, z), or (x, y, z, channel)")
+        raise BadShape(f"the image has {voxels.ndim} axes", fix="choose one volume (x, y, z), or (x, y, z, channel)")
     if image.affine is None:
-        raise BadFormat("the image has no affine; give from_numpy its voxels and where they lie")
+        raise BadFormat("the image has no affine", fix="give from_numpy its voxels and where they lie")
     units = getattr(getattr(image, "header", None), "get_xyzt_units", lambda: ("mm",))
     if (unit := units()[0]) in ("meter", "micron"):
-        raise BadGeometry(f"the image measures in {unit}s; convert it to millimetres")
+        raise BadGeometry(f"the image measures in {unit}s", fix="convert it to millimetres")
     return from_numpy(voxels, image.affine)
 
 
@@ -141,7 +143,7 @@ def from_simpleitk(image: SimpleITKImage) -> Volume:
     import SimpleITK
 
     if image.GetDimension() != 3:
-        raise BadShape(f"the image has {image.GetDimension()} axes; choose one volume with three")
+        raise BadShape(f"the image has {image.GetDimension()} axes", fix="choose one volume with three")
     voxels = SimpleITK.GetArrayFromImage(cast(Any, image))  # (Z, Y, X) or (Z, Y, X, C)
     voxels = voxels.transpose(2, 1, 0) if voxels.ndim == 3 else voxels.transpose(3, 2, 1, 0)
     affine = np.eye(4)
@@ -179,7 +181,9 @@ def to_torchio(volume: Volume | LabelVolume) -> Any:
     try:
         import torchio
     except ModuleNotFoundError as error:
-        raise BadFormat("an image of TorchIO's needs its package, which is missing; pip install torchio") from error
+        raise BadFormat(
+            "an image of TorchIO's needs its package, which is missing", fix="pip install torchio"
+        ) from error
     import torch
 
     voxels, affine = to_numpy(volume)
@@ -205,8 +209,11 @@ def volume_of(image: Image | Volume) -> Volume:
     if isinstance(image, TorchIOImage) and not isinstance(image, Mapping | np.ndarray):
         return from_torchio(image)
     raise BadFormat(
-        f"{type(image).__name__} is no scan; give a file, a delineate.Volume, an image of nibabel, SimpleITK or "
-        "TorchIO, or an array with its affine by delineate.interop.from_numpy"
+        f"{type(image).__name__} is no scan",
+        fix=(
+            "give a file, a delineate.Volume, an image of nibabel, SimpleITK or "
+            "TorchIO, or an array with its affine by delineate.interop.from_numpy"
+        ),
     )
 
 
@@ -221,14 +228,16 @@ def as_label(volume: Volume) -> LabelVolume:
     :class:`~delineate.errors.BadShape` for several channels.
     """
     if volume.channels != 1:
-        raise BadShape(f"the label has {volume.channels} channels; give one label of values (x, y, z)")
+        raise BadShape(f"the label has {volume.channels} channels", fix="give one label of values (x, y, z)")
     voxels = volume.voxels[0]
     if voxels.dtype.kind == "b":
         return LabelVolume(voxels.astype(np.uint8), volume.grid)
     if voxels.dtype.kind == "f":
         whole = np.rint(voxels)
         if not np.array_equal(voxels, whole) or np.abs(whole).max() > 2**31:
-            raise BadLabelValue("the label has values that are no whole numbers; resample it with nearest neighbours")
+            raise BadLabelValue(
+                "the label has values that are no whole numbers", fix="resample it with nearest neighbours"
+            )
         voxels = whole.astype(np.uint8 if whole.min() >= 0 and whole.max() < 256 else np.int32)
     return LabelVolume(voxels, volume.grid)
 

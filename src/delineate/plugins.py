@@ -90,8 +90,8 @@ class Parts(Mapping[str, T], Generic[T]):
                 continue
             if name in self.packaged:
                 raise RecipeError(
-                    f"module '{module.__name__}' has a {self.what} '{name}', as Delineate has itself; "
-                    "give it another name"
+                    f"module '{module.__name__}' has a {self.what} '{name}', as Delineate has itself",
+                    fix="give it another name",
                 )
             parts[name] = part
         return parts
@@ -99,18 +99,18 @@ class Parts(Mapping[str, T], Generic[T]):
     def _loaded(self, name: str, points: tuple[EntryPoint, ...]) -> T:
         by = [_requirement(point.dist) for point in points]
         if len(points) > 1:
-            raise RecipeError(f"{self.what} '{name}' is offered by {' and '.join(by)}; uninstall all but one")
+            raise RecipeError(f"{self.what} '{name}' is offered by {' and '.join(by)}", fix="uninstall all but one")
         try:
             part = points[0].load()
         except Exception as error:
             raise RecipeError(
-                f"{self.what} '{name}' of {by[0]} cannot be loaded: {type(error).__name__}: {error}; "
-                "install what it needs, or uninstall that package"
+                f"{self.what} '{name}' of {by[0]} cannot be loaded: {type(error).__name__}: {error}",
+                fix="install what it needs, or uninstall that package",
             ) from error
         if self.name_of(part) != name:
             raise RecipeError(
-                f"{self.what} '{name}' of {by[0]} is {points[0].value}, which is no {self.what} of that name; "
-                f"its entry point must have the name of the part, which is {self.name_of(part)!r}"
+                f"{self.what} '{name}' of {by[0]} is {points[0].value}, which is no {self.what} of that name",
+                fix=f"its entry point must have the name of the part, which is {self.name_of(part)!r}",
             )
         _requirements[id(part)] = (part, by[0])
         return part
@@ -124,7 +124,9 @@ def use(*modules: str) -> None:
     named = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
     for module in modules:
         if "," in module or not module:
-            raise RecipeError(f"plugin '{module}' is not one module; name each by itself, such as --plugin my_module")
+            raise RecipeError(
+                f"plugin '{module}' is not one module", fix="name each by itself, such as --plugin my_module"
+            )
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*named, *modules]))
     _modules()
 
@@ -164,8 +166,8 @@ def _imported(name: str) -> ModuleType:
         return importlib.import_module(name)
     except Exception as error:
         raise RecipeError(
-            f"plugin '{name[:100]}' cannot be imported: {type(error).__name__}: {error}; give the name of a module "
-            "that is installed or lies in this folder, without .py"
+            f"plugin '{name[:100]}' cannot be imported: {type(error).__name__}: {error}",
+            fix=("give the name of a module that is installed or lies in this folder, without .py"),
         ) from error
     finally:
         sys.path.remove(here)

@@ -106,7 +106,7 @@ class Bundle:
     def network(self) -> nn.Module:
         """The trained network, a plain ``torch.nn.Module`` as in :attr:`networks`; an ensemble has several."""
         if len(self._opened) > 1:
-            raise BundleError(f"an ensemble has {len(self._opened)} networks; choose one of .networks")
+            raise BundleError(f"an ensemble has {len(self._opened)} networks", fix="choose one of .networks")
         return self.networks[0]
 
     def seen(self, subject: str) -> bool:
@@ -278,7 +278,7 @@ def predict(
     settings: dict[str, Any] = {"overlap": overlap, "flips": flips, "mirrored": mirrored}
     if out is None:
         if isinstance(inputs, Dataset):
-            raise DatasetError("a data set holds many scans; say with out= in which folder the labels go")
+            raise DatasetError("a data set holds many scans", fix="say with out= in which folder the labels go")
         return bundle.predict(inputs, **settings, probabilities=probabilities, progress=progress, cancel=cancel)
     check_format(f".{format}")
     check(cancel)
@@ -326,7 +326,7 @@ def _as_volume(scan: Any, channels: Sequence[str], *, resample: bool) -> tuple[V
     if isinstance(scan, str | Path):
         found = find_subjects([Path(scan)], channels)
         if len(found) != 1:
-            raise DatasetError(f"'{scan}' holds {len(found)} scans; give one, or say with out= where labels go")
+            raise DatasetError(f"'{scan}' holds {len(found)} scans", fix="give one, or say with out= where labels go")
         scan = found[0]
     elif isinstance(scan, Mapping) and scan and all(isinstance(one, str | Path) for one in scan.values()):
         scan = Subject("scan", {name: Path(file) for name, file in scan.items()})
@@ -353,12 +353,14 @@ def _chosen(scan: Mapping[str, Any], channels: Sequence[str]) -> list[str]:
     if len(channels) == len(images) == 1:
         return images
     if missing := [name for name in channels if name not in scan]:
-        raise MissingFile(f"the scan has channels {list(scan)}, lacks {missing}; add them, or rename its channels")
+        raise MissingFile(
+            f"the scan has channels {list(scan)}, lacks {missing}", fix="add them, or rename its channels"
+        )
     return list(channels)
 
 
 def _checked(volume: Volume) -> Volume:
     """A volume from memory, which nobody has looked at yet. Raises :class:`BadVoxels`."""
     if volume.voxels.dtype.kind == "f" and not np.isfinite(volume.voxels).all():
-        raise BadVoxels("the scan has voxels that are not finite; fill them, or export it again")
+        raise BadVoxels("the scan has voxels that are not finite", fix="fill them, or export it again")
     return volume

@@ -56,7 +56,7 @@ def evaluate(
     :class:`~delineate.errors.MissingFile` where nothing pairs.
     """
     if quantity is None and (threshold is not None or margin_mm):
-        raise RecipeError("margin_mm and threshold are of a quantity, and none is named; name its channel")
+        raise RecipeError("margin_mm and threshold are of a quantity, and none is named", fix="name its channel")
     read_within = None if quantity is None else QuantityMap(quantity, margin_mm, threshold)
     wanted = metrics if isinstance(metrics, str) else ",".join(metrics)
     if isinstance(predictions, str | Path):
@@ -69,9 +69,11 @@ def evaluate(
             measuring = Measuring(wanted, lesion_overlap, read_within, kept)
             return evaluate_folders(Path(predictions), known, targets, measuring)
     if quantity is not None or probabilities is not None:
-        raise RecipeError("quantities and probabilities are read from folders; give folders of predictions and data")
+        raise RecipeError(
+            "quantities and probabilities are read from folders", fix="give folders of predictions and data"
+        )
     if isinstance(references, Dataset):
-        raise DatasetError("one label is measured against a whole data set; give the reference of its subject")
+        raise DatasetError("one label is measured against a whole data set", fix="give the reference of its subject")
     return _evaluate_one(predictions, references, targets, Measuring(wanted, lesion_overlap))
 
 
@@ -95,7 +97,9 @@ def compare(
 
     everything = {**(methods or {}), **named}
     if len(everything) < 2:
-        raise DatasetError(f"{len(everything)} methods are given; at least two are needed, such as a='run1', b='run2'")
+        raise DatasetError(
+            f"{len(everything)} methods are given", fix="at least two are needed, such as a='run1', b='run2'"
+        )
     return compare_methods({name: _opened(one) for name, one in everything.items()})
 
 
@@ -106,7 +110,7 @@ def _opened(one: str | Path | Evaluation) -> Evaluation:
     folder = Path(one)
     inside = folder / "evaluation" if (folder / "evaluation" / "metrics.csv").exists() else folder
     if not (inside / "metrics.csv").exists():
-        raise MissingFile(f"'{folder}' holds no metrics.csv; give a run, or the folder of a written evaluation")
+        raise MissingFile(f"'{folder}' holds no metrics.csv", fix="give a run, or the folder of a written evaluation")
     return Evaluation.read(inside)
 
 

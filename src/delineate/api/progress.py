@@ -23,7 +23,7 @@ class Cancel(Protocol):
 def check(cancel: Cancel | None) -> None:
     """Raise :class:`Cancelled` where the token is set."""
     if cancel is not None and cancel.is_set():
-        raise Cancelled("the work was cancelled; call again to start over")
+        raise Cancelled("the work was cancelled", fix="call again to start over")
 
 
 def counting(what: str, progress: Progress | None, cancel: Cancel | None) -> Callable[[int, int], None]:

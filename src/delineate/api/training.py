@@ -249,7 +249,7 @@ def tiles(
     bundle, prepared = prepared_bundle(chosen, dataset, targets, inspection, roles, options, plan, report)
     subjects = prepared.training if part == "training" else prepared.validation
     if not len(subjects):
-        raise RecipeError(f"no subject is left for {part}; take more subjects, or fewer folds (training.folds)")
+        raise RecipeError(f"no subject is left for {part}", fix="take more subjects, or fewer folds (training.folds)")
     varied = chosen.augmentation if part == "training" else AugmentationSpec(spatial=None, intensity=None)
     sampler = Sampler(chosen.sampler, subjects, bundle.geometry, chosen.training.seed)
     size = chosen.training.batch_size
@@ -275,7 +275,9 @@ def _as_texts(changes: Changes) -> list[str]:
         # JSON is YAML, with every quote in its place.
         return [f"{path}={json.dumps(value)}" for path, value in changes.items()]
     except TypeError as error:
-        raise RecipeError(f"a change has a value that no recipe holds: {error}; give numbers, text, lists") from error
+        raise RecipeError(
+            f"a change has a value that no recipe holds: {error}", fix="give numbers, text, lists"
+        ) from error
 
 
 def _reporter(

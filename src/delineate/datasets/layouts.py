@@ -123,7 +123,8 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
                 raise
             raise UnknownLayout(
                 f"layout '{layout.name}' of {requirement_of(layout)} fails on '{folder.root}': {type(error).__name__}: "
-                f"{error}; name the layout that is meant by --layout, or uninstall that package"
+                f"{error}",
+                fix="name the layout that is meant by --layout, or uninstall that package",
             ) from error
         if dataset is not None:
             found.append(dataset)

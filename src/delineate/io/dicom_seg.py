@@ -48,8 +48,8 @@ def _copying(source: Series) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadFormat(
-            f"the headers of {source} lack or garble what a DICOM-SEG has to copy from them ({type(error).__name__}); "
-            "export the series again, or choose another --format"
+            f"the headers of {source} lack or garble what a DICOM-SEG has to copy from them ({type(error).__name__})",
+            fix="export the series again, or choose another --format",
         ) from error
 
 

@@ -125,7 +125,7 @@ def read_json(path: Path, kind: type[DelineateError], fix: str = "") -> dict[str
         try:
             content = json.loads(read_text(path))
         except json.JSONDecodeError as error:
-            raise kind(f"'{path}' is not valid JSON: {error}; {fix or 'copy it again'}") from error
+            raise kind(f"'{path}' is not valid JSON: {error}", fix=fix or "copy it again") from error
         if not isinstance(content, dict):
             raise kind(f"'{path}' holds a {type(content).__name__}, not an object", fix=fix or "copy it again")
     return content

@@ -99,7 +99,7 @@ class Format:
     def __post_init__(self) -> None:
         if not self.suffix.startswith(".") or self.suffix != self.suffix.lower() or len(self.suffix) < 2:
             raise BadFormat(
-                f"suffix '{self.suffix}' of a format is not one; give it a dot and small letters, as in .own"
+                f"suffix '{self.suffix}' of a format is not one", fix="give it a dot and small letters, as in .own"
             )
 
 
@@ -322,15 +322,17 @@ def _read(path: Path, limits: Limits, orientation: Orientation) -> tuple[NDArray
 def _read_foreign(path: Path, format: Format, limits: Limits) -> tuple[NDArray, Grid]:
     """What another package reads, held to what is asked of our own formats."""
     if not path.is_file():
-        raise MissingFile(f"'{path}' is no file; check the name")
+        raise MissingFile(f"'{path}' is no file", fix="check the name")
     volume = format.read(path)
     if not isinstance(volume, Volume):
-        raise BadFormat(f"'{path}' was read as {type(volume).__name__}, not as a Volume; ask the authors of its format")
+        raise BadFormat(
+            f"'{path}' was read as {type(volume).__name__}, not as a Volume", fix="ask the authors of its format"
+        )
     voxels = np.asarray(volume.voxels)
     check_shape(path, voxels.shape[1:], voxels.dtype.itemsize * len(voxels), limits)
     if not len(voxels) or voxels.dtype.kind not in "iuf":
         raise BadFormat(
-            f"'{path}' has {len(voxels)} channels of {voxels.dtype}; numbers in one channel or more are read"
+            f"'{path}' has {len(voxels)} channels of {voxels.dtype}", fix="numbers in one channel or more are read"
         )
     dtype = np.dtype(np.float32) if voxels.dtype.kind == "f" else voxels.dtype.newbyteorder("=")
     ours = np.empty((len(voxels), *voxels.shape[:0:-1]), dtype).transpose(0, 3, 2, 1)  # in Fortran's order, writeable
@@ -376,7 +378,7 @@ def _writer_of(path: Path) -> Callable[[Path, NDArray, Grid], None]:
 def _foreign_writer(path: Path, format: Format) -> Callable[[Path, NDArray, Grid], None]:
     write_foreign = format.write
     if write_foreign is None:
-        raise BadFormat(f"'{path}': {format.suffix} is read and not written; write .nii.gz")
+        raise BadFormat(f"'{path}': {format.suffix} is read and not written", fix="write .nii.gz")
 
     def write(beside: Path, voxels: NDArray, grid: Grid) -> None:
         try:
@@ -385,8 +387,8 @@ def _foreign_writer(path: Path, format: Format) -> Callable[[Path, NDArray, Grid
             raise
         except Exception as error:
             raise OutputError(
-                f"'{path}' cannot be written: {type(error).__name__}: {error}; write .nii.gz, or ask the authors of "
-                f"the format {format.suffix}"
+                f"'{path}' cannot be written: {type(error).__name__}: {error}",
+                fix=(f"write .nii.gz, or ask the authors of the format {format.suffix}"),
             ) from error
 
     return write

@@ -90,7 +90,7 @@ class ChosenSlices(SamplerSpecification):
     def listed(self, subjects: Sequence[PreparedSubject], geometry: TileGeometry) -> list[tuple[int, Tile]]:
         axis = geometry.slice_axis
         if axis is None:
-            raise RecipeError("sampler 'chosen_slices' is for slices; use tiles of kind: slices")
+            raise RecipeError("sampler 'chosen_slices' is for slices", fix="use tiles of kind: slices")
         found: list[tuple[int, Tile]] = []
         for index, subject in enumerate(subjects):
             other = tuple(a for a in range(4) if a != axis + 1)
@@ -107,7 +107,7 @@ class ChosenSlices(SamplerSpecification):
             chosen = set(spread.tolist()) | set(nearest.tolist())
             found += [(index, tile) for tile in geometry.tiles(size, 0.0) if tile.start[axis] in chosen]
         if not found:
-            raise RecipeError("sampler 'chosen_slices' finds no slice with a target; check the labels")
+            raise RecipeError("sampler 'chosen_slices' finds no slice with a target", fix="check the labels")
         return found[: self.at_most]
 
 
