@@ -120,7 +120,7 @@ def test_a_network_says_how_many_tiles_a_step_takes_at_least() -> None:
 
 
 def test_an_unknown_metric_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match=r"no metric 'dicee'; did you mean 'dice'\? sets are standard"):
+    with pytest.raises(RecipeError, match=r"no metric 'dicee'; did you mean 'dice'\?; sets are standard"):
         load_recipe("demo", ["metrics=[dicee]"])
 
 

@@ -127,8 +127,15 @@ def use(*modules: str) -> None:
             raise RecipeError(
                 f"plugin '{module}' is not one module", fix="name each by itself, such as --plugin my_module"
             )
+    before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*named, *modules]))
-    _modules()
+    try:
+        _modules()
+    except RecipeError:  # what cannot be imported is not asked for again
+        del os.environ[VARIABLE]
+        if before is not None:
+            os.environ[VARIABLE] = before
+        raise
 
 
 def requirement_of(part: object) -> str | None:

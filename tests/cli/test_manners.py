@@ -73,9 +73,13 @@ def delineate(*arguments: str, code: int, **more: Any) -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize(("path", "option", "param"), OPTIONS, ids=named)
-def test_an_option_given_twice_is_refused_or_adds_up(path: tuple[str, ...], option: str, param: Any) -> None:
+def test_an_option_given_twice_is_refused_or_adds_up(
+    monkeypatch: pytest.MonkeyPatch, path: tuple[str, ...], option: str, param: Any
+) -> None:
     """``--flips x --flips y`` kept y, and said nothing."""
-    value = [] if param.is_flag else ["3"]
+    # A plugin's name is that of a module, which is imported, and asked for from then on.
+    monkeypatch.setenv("DELINEATE_PLUGINS", "")
+    value = [] if param.is_flag else ["json" if param.name == "plugin" else "3"]
     refused = f"{option} is given 2 times" in usage_error(*path, option, *value, option, *value)
     assert refused != adds_up(param)
 

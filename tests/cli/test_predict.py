@@ -21,8 +21,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from delineate.bundle import Bundle
-from delineate.cli import STARTED
 from delineate.cli.app import app
+from delineate.cli.started import STARTED
 from delineate.compute import plan_compute
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets

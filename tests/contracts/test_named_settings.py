@@ -17,6 +17,7 @@ import delineate
 from delineate.cli.app import app
 from delineate.errors import RecipeError
 from delineate.recipe import Recipe, apply_changes, load_recipe, packaged_recipes, recipe_from
+from delineate.specification import Kinds
 
 SOURCE = Path(delineate.__file__).parent
 ROOT = Path(__file__).parents[2]
@@ -29,8 +30,12 @@ GAP = "\0"
 """Where a message has something filled in."""
 
 FILES = (".csv", ".json", ".md", ".yaml", ".txt", ".safetensors", ".py")
-OF_OTHERS = {"--array", "--ntasks", "--repetitions"}
-"""Options of SLURM's and of a benchmark's."""
+OF_EXAMPLES = {("extending.md", "network.filters")}
+"""Fields of parts that a page defines itself."""
+OF_OTHERS = {
+    "--array", "--ntasks", "--time", "--gres", "--signal", "--repetitions", "--logdir", "--c", "--disable", "--verify",
+}  # fmt: skip
+"""Options of SLURM's, a benchmark's, TensorBoard's and nnU-Net's."""
 
 
 def literals(file: Path) -> Iterator[str]:
@@ -52,6 +57,8 @@ def texts() -> list[tuple[str, str]]:
 
 def models(annotation: Any) -> set[type[BaseModel]]:
     """The specifications that a field may hold, in a list, a mapping or a union."""
+    if isinstance(annotation, Kinds):
+        return set(annotation.packaged.values())
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {annotation}
     return {model for part in get_args(annotation) for model in models(part)}
@@ -69,7 +76,7 @@ def exists(path: str) -> bool:
             return False
         if any("dict" in str(field.annotation) for field in fields):
             return True
-        here = {model for field in fields for model in models(field.annotation)}
+        here = {model for field in fields for part in (field.annotation, *field.metadata) for model in models(part)}
     return True
 
 
@@ -82,7 +89,9 @@ def test_settings_that_are_named_exist() -> None:
         (where, found.group().rstrip("."))
         for where, text in texts()
         for found in SETTING.finditer(text)
-        if not found.group().endswith(FILES) and text[found.end() : found.end() + 1] not in ("(", GAP)
+        if (where, found.group()) not in OF_EXAMPLES
+        and not found.group().endswith(FILES)
+        and text[found.end() : found.end() + 1] not in ("(", GAP)
     }
     assert len(named) > 30
     assert sorted((where, path) for where, path in named if not exists(path)) == []

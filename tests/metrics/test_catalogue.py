@@ -187,7 +187,7 @@ def test_every_metric_defines_the_empty_cases() -> None:
 
 def test_names_and_sets_join_each_once() -> None:
     assert metric_names("wmh2017, dice,hd_mm") == (*SETS["wmh2017"].metrics, "hd_mm")
-    with pytest.raises(RecipeError, match=r"no metric 'dicee'; did you mean 'dice'\? sets are standard"):
+    with pytest.raises(RecipeError, match=r"no metric 'dicee'; did you mean 'dice'\?; sets are standard"):
         metric_names("dicee")
     assert all(name in METRICS for chosen in SETS.values() for name in chosen.metrics)
 

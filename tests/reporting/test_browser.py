@@ -128,7 +128,7 @@ def test_nothing_of_a_hostile_name_runs_in_a_browser(name: str, written: dict[st
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=3000"]
     command = [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
     control, shown = (
-        subprocess.run([*command, file.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+        subprocess.run([*command, file.as_uri()], capture_output=True, encoding="utf-8", timeout=120, check=True)
         for file in (open_page, written[name])
     )
     assert 'data-owned="1"' in control.stdout

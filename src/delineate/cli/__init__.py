@@ -6,13 +6,11 @@ import errno
 import os
 import signal
 import sys
-import time
 from contextlib import suppress
 from itertools import takewhile
 from types import FrameType
 
-STARTED = time.perf_counter()
-"""When the command began, as :func:`time.perf_counter` counts: before anything else is imported."""
+from delineate.cli import started  # noqa: F401 - from here on time is counted
 
 PIPE_CLOSED = 128 + 13
 """Exit status where whoever read the output has closed it, as ``| head`` does: the signal is called SIGPIPE."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from delineate.cli import STARTED
 from delineate.cli.commands import importing
 from delineate.cli.options import Compile, Device, Json, Overwrite, Precision, Threads
+from delineate.cli.started import STARTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

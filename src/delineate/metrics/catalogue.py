@@ -269,7 +269,7 @@ def metric_names(wanted: str) -> tuple[str, ...]:
         else:
             hint = near(name, (*SETS, *METRICS))
             known = f"sets are {', '.join(SETS)}, metrics {', '.join(METRICS)}"
-            raise RecipeError(f"no metric '{name}'", fix=f"{known}{hint}")
+            raise RecipeError(f"no metric '{name}'{hint}", fix=known)
     return tuple(names)
 
 
