@@ -254,11 +254,18 @@ def _instances(path: Path, limits: Limits) -> Iterator[Instance]:
         yield from (Instance(file) for file in sorted(path.parent.iterdir()) if file.is_file())
 
 
+class _Kept(io.FileIO):
+    """A file that the instances in it share: open for as long as one refers to it, and closed with the last."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def _members(path: Path, limits: Limits) -> Iterator[Instance]:
     """The files of a zip, once its names stay inside and its sizes within the limits."""
     with parsing(path):
         open_file(path).close()  # only a regular file
-        archive = zipfile.ZipFile(path)  # read from for as long as an instance refers to it
+        archive = zipfile.ZipFile(_Kept(path))
     entries = [entry for entry in archive.infolist() if not entry.is_dir()]
     size, packed = sum(entry.file_size for entry in entries), path.stat().st_size
     if len(entries) > _MOST_FILES or size > 2 * limits.max_bytes:
