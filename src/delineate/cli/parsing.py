@@ -32,7 +32,7 @@ def parse_targets(text: str | None) -> Targets | None:
             raise RecipeError(f"'{part[:100]}' is not name=value", fix="write for example --targets 'liver=1,tumour=2'")
         if name in values:
             raise RecipeError(f"target '{name}' is given twice", fix=f"join its values: {name}=1+2")
-        values[name] = tuple(int(n) for n in numbers.split("+"))
+        values[name] = tuple(int(n.strip()) for n in numbers.split("+"))
     used = [v for numbers in values.values() for v in numbers]
     return Targets(values, "exclusive" if len(set(used)) == len(used) else "overlapping")
 
