@@ -270,7 +270,7 @@ def predict(
     bundle was trained or chosen on; ``probabilities`` go to a folder of that name.
 
     Where ``cancel`` is set, :class:`~delineate.errors.Cancelled` is raised; labels that are whole by then stay,
-    and the next call goes on from there.
+    and the next call resumes from there.
     """
     if not isinstance(bundle, Bundle):
         folders = [bundle] if isinstance(bundle, str | Path) else list(bundle)

@@ -29,7 +29,7 @@ class Split:
     seed: int = 0
 
     def held_out(self, fold: int) -> tuple[str, ...]:
-        """Subjects of one fold. Raises :class:`BadSplit` for a fold that there is not."""
+        """Subjects of one fold. Raises :class:`BadSplit` for a fold that does not exist."""
         if not 0 <= fold < len(self.folds):
             raise BadSplit(f"there is no fold {fold}", fix=f"the split has folds 0 to {len(self.folds) - 1}")
         return self.folds[fold]

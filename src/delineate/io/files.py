@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO, Literal, overload
 
 from delineate.errors import BadFormat, DelineateError, OutputError, TooLarge, Truncated
 
-_MENDS = {
+_FIXES = {
     errno.ENOSPC: "free some space, or choose another disk",
     errno.EDQUOT: "free some of your quota, or choose another disk",
     errno.EFBIG: "raise the limit on file sizes, or choose another disk",
@@ -235,8 +235,8 @@ def reserve(file: IO[bytes], size: int) -> None:
 
 def _refused(path: Path, reason: OSError) -> OutputError:
     # numpy says only how many bytes were written, without the system's number.
-    mend = _MENDS.get(reason.errno or 0, "free some space, or choose another place")
-    return OutputError(f"'{path}' cannot be written: {reason.strerror or reason}", fix=mend)
+    fix = _FIXES.get(reason.errno or 0, "free some space, or choose another place")
+    return OutputError(f"'{path}' cannot be written: {reason.strerror or reason}", fix=fix)
 
 
 def _to_disk(path: Path) -> None:

@@ -105,7 +105,7 @@ def _geometry_of(path: Path, grid: Grid) -> Nifti1Header | None:
 
 
 def _header(path: Path, encoding: Encoding) -> Nifti1Header:
-    """The header as it is, mended by nobody."""
+    """The header as it is, without repairs."""
     block = _first_bytes(path, encoding, Nifti2Header.template_dtype.itemsize)
     kinds: tuple[type[Nifti1Header], ...] = (Nifti1Header, Nifti2Header)
     for kind in kinds:
