@@ -19,7 +19,7 @@ import torch
 import yaml
 from PIL import Image
 
-from delineate.cli.parsing import data_changes, data_spec, parse_patterns, parse_targets
+from delineate.cli.parsing import data_changes, parse_patterns, parse_targets
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.layouts import open_dataset
@@ -28,7 +28,7 @@ from delineate.errors import DelineateError
 from delineate.evaluation.table import Evaluation
 from delineate.io.formats import read_header, read_volume, write_label, write_volume
 from delineate.pretrained.weights import read_tensors
-from delineate.recipe import apply_changes, load_recipe, recipe_from
+from delineate.recipe import DataSpec, apply_changes, load_recipe, recipe_from
 from delineate.training.checkpoint import SafeCheckpointIO, steps_done
 
 MUTATIONS = int(os.environ.get("DELINEATE_MUTATIONS", "2000"))
@@ -389,7 +389,7 @@ def use_evaluation(path: Path) -> object:
 
 def use_targets(path: Path) -> object:
     targets = parse_targets(plain_text(path))
-    return data_spec(data_changes("auto", None, None, plain_text(path))), targets
+    return DataSpec.of_changes(data_changes("auto", None, None, plain_text(path))), targets
 
 
 def use_patterns(path: Path) -> object:

@@ -23,7 +23,8 @@ from delineate.recipe import DataSpec, Recipe, apply_changes, load_recipe, recip
 
 if TYPE_CHECKING:
     from delineate.sampling.batches import BatchSource
-    from delineate.training.options import Reporter, Stop
+    from delineate.training.options import Reporter, RunOptions, Stop
+    from delineate.training.run import RunResult
 
 __all__ = ["Run", "Tiles", "auto", "tiles", "train"]
 
@@ -103,19 +104,11 @@ def train(
     :class:`~delineate.errors.RecipeError` where a field is wrong or ``out`` holds another recipe's run, and
     :class:`~delineate.errors.OutputError` where something cannot be written.
     """
-    from delineate.reporting.run import write_run_report
-    from delineate.training.folder import check_run_folder
-    from delineate.training.lock import holding
-    from delineate.training.options import RunOptions
-    from delineate.training.preparation import auto_recipe, budget_changes
-    from delineate.training.run import train as run
+    from delineate.training.options import RunOptions, check_possible
+    from delineate.training.preparation import budget_changes
 
     check(cancel)
     folder = Path(out)
-    changed = [*budget_changes(minutes, steps), *_as_texts(changes)]
-    named = None if recipe == "auto" else _recipe(recipe, changed)
-    dataset = _dataset(data, named.data if named else DataSpec.of_changes(changed))
-    check_run_folder(folder, dataset)
     options = RunOptions(
         fold=fold,
         split_file=None if split is None else Path(split),
@@ -127,17 +120,47 @@ def train(
         compile=compile,
         threads=threads,
     )
-    with holding(folder):
-        report = _reporter(progress, say, cancel, folder)
-        chosen, inspection = (
-            auto_recipe(dataset, folder, options, report, minutes=minutes, steps=steps, changes=changed)
-            if named is None
-            else (named, None)
-        )
-        result = run(chosen, dataset, folder, options, report, inspection)
-        if result.finished:
-            write_run_report(folder, dataset)
+    check_possible(options)
+    changed = [*budget_changes(minutes, steps), *_as_texts(changes)]
+    named = None if recipe == "auto" else _recipe(recipe, changed)
+    dataset = _dataset(data, named.data if named else DataSpec.of_changes(changed))
+    report = _reporter(progress, say, cancel, folder)
+    result = train_and_report(named, dataset, folder, options, report, minutes=minutes, steps=steps, changes=changed)
     return Run(folder, result.steps, result.evaluation, result.stopped)
+
+
+def train_and_report(
+    recipe: Recipe | None,
+    dataset: Dataset,
+    folder: Path,
+    options: RunOptions,
+    report: Reporter,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    changes: Sequence[str] = (),
+) -> RunResult:
+    """Train ``recipe``, or the one derived from ``dataset`` where it is None; write the page of a run that is complete.
+
+    ``minutes``, ``steps`` and ``changes`` are for the derived one. Raises what :func:`train` raises.
+    """
+    from delineate.reporting.run import write_run_report
+    from delineate.training.folder import check_run_folder
+    from delineate.training.lock import holding
+    from delineate.training.preparation import auto_recipe
+    from delineate.training.run import train as run
+
+    check_run_folder(folder, dataset)
+    with holding(folder):
+        inspection = None
+        if recipe is None:
+            recipe, inspection = auto_recipe(
+                dataset, folder, options, report, minutes=minutes, steps=steps, changes=changes
+            )
+        result = run(recipe, dataset, folder, options, report, inspection)
+        if result.finished and not result.helper:
+            write_run_report(folder, dataset)
+    return result
 
 
 def auto(

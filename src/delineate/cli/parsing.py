@@ -5,15 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from delineate.core.targets import Targets
 from delineate.errors import RecipeError
-
-if TYPE_CHECKING:
-    from delineate.datasets.dataset import Dataset
-    from delineate.recipe import DataSpec
 
 
 def parse_targets(text: str | None) -> Targets | None:
@@ -62,15 +56,3 @@ def data_changes(layout: str, images: str | None, labels: str | None, targets: s
     }
     # JSON is YAML, with every quote in its place.
     return [f"data.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
-
-
-def data_spec(changes: Sequence[str]) -> DataSpec:
-    """The ``data`` of a recipe that is nothing but ``changes``."""
-    from delineate.recipe import DataSpec
-
-    return DataSpec.of_changes(changes)
-
-
-def opened(path: Path, spec: DataSpec) -> Dataset:
-    """The data set at ``path``, read as a recipe's ``data`` says."""
-    return spec.open(path)

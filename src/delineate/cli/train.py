@@ -83,14 +83,12 @@ def train(
     Run the same command again to resume a run that was stopped. Exit status: 0 complete (even if stopped early for
     lack of progress), 1 failed, 2 wrong usage, 3 stopped by the file OUT/stop, 130 by Ctrl-C, 143 by SIGTERM.
     """
-    from delineate.cli.parsing import data_changes, data_spec, opened
+    from delineate.api.training import train_and_report
+    from delineate.cli.parsing import data_changes
     from delineate.cli.terminal import Terminal, print_json
-    from delineate.recipe import load_recipe
-    from delineate.training.folder import check_run_folder
-    from delineate.training.lock import holding
+    from delineate.recipe import DataSpec, load_recipe
     from delineate.training.options import Reporter, RunOptions, check_possible
-    from delineate.training.preparation import auto_recipe, budget_changes
-    from delineate.training.run import train as run
+    from delineate.training.preparation import budget_changes
 
     changes = [*budget_changes(minutes, steps), *data_changes(layout, images, labels, targets), *(set or [])]
     # What is quick to find wrong comes first.
@@ -109,20 +107,10 @@ def train(
     )
     check_possible(options)
     named = None if recipe == "auto" else load_recipe(recipe, changes)
-    dataset = opened(data, named.data if named else data_spec(changes))
-    check_run_folder(out, dataset)
-    with Terminal() as terminal, holding(out):
+    dataset = (named.data if named else DataSpec.of_changes(changes)).open(data)
+    with Terminal() as terminal:
         report = Reporter(terminal.say, terminal.progress, status=terminal.status)
-        chosen, inspection = (
-            auto_recipe(dataset, out, options, report, minutes=minutes, steps=steps, changes=changes)
-            if named is None
-            else (named, None)
-        )
-        result = run(chosen, dataset, out, options, report, inspection)
-        if result.finished and not result.helper:
-            from delineate.reporting.run import write_run_report
-
-            write_run_report(out, dataset)
+        result = train_and_report(named, dataset, out, options, report, minutes=minutes, steps=steps, changes=changes)
     if result.helper:
         return  # with status 0 even where it was stopped: another would be taken for a failure by the first
     if json:

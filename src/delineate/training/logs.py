@@ -18,13 +18,25 @@ from delineate.io.files import appending, writing_beside
 TRAINING_CURVE, VALIDATION_LOSS_CURVE, VALIDATION_CURVE = "training.csv", "validation_loss.csv", "validation.csv"
 
 
-class CurveLogger(Logger):
+class _RunLogger(Logger):
+    """A logger that writes numbers alone: the recipe stands beside it, and a run is one version."""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The recipe is written beside; nothing to do."""
+
+
+class CurveLogger(_RunLogger):
     """Appends each step's numbers to ``training.csv``, each validation's to ``validation.csv``.
 
     ``validation_loss.csv`` has the loss on tiles of the validation subjects, every so many steps.
 
     Lightning's own CSV logger empties the folder when a run is resumed; this one drops only the
-    rows after the step that training goes on from.
+    rows after the step that training resumes from.
     """
 
     def __init__(self, folder: Path, resumed_from: int) -> None:
@@ -39,14 +51,6 @@ class CurveLogger(Logger):
     def name(self) -> str:
         return "curves"
 
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The recipe is written beside; nothing to do."""
-
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         curve = {"loss": TRAINING_CURVE, "validation_loss": VALIDATION_LOSS_CURVE}
@@ -57,7 +61,7 @@ class CurveLogger(Logger):
             file.write(_csv([*header, list(row.values())]))
 
 
-class EventLogger(Logger):
+class EventLogger(_RunLogger):
     """The same numbers as events for TensorBoard; a resumed run begins a file of its own.
 
     Written at once and by the training itself: TensorBoard's own writer does so in a thread, which
@@ -72,14 +76,6 @@ class EventLogger(Logger):
     @property
     def name(self) -> str:
         return "tensorboard"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The recipe is written beside; nothing to do."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
