@@ -216,6 +216,8 @@ class PostprocessingSpec(Specification):
 class Recipe(Specification):
     """Everything that makes a run: a value that is checked as it is made and never changes.
 
+    ``deviates``: what a recipe that bears a report's name does not do as the report did, a sentence each.
+
     >>> recipe = Recipe.model_validate(
     ...     {
     ...         "name": "mine",
@@ -230,6 +232,7 @@ class Recipe(Specification):
 
     name: str
     description: str = ""
+    deviates: Annotated[tuple[str, ...], Field(max_length=64)] = ()
     data: DataSpec = DataSpec()
     preprocessing: Annotated[tuple[StepSpec, ...], Field(max_length=64)] = ()
     tiles: TileSpec
@@ -380,9 +383,16 @@ def to_yaml(values: Any, reasons: Mapping[str, str] | None = None, *, path: str 
             for i, item in enumerate(value):
                 body = to_yaml(item, reasons, path=f"{here}.{i}", indent=indent + 2)
                 lines.append(f"{pad}  - {body.lstrip()}")
+        elif _is_prose(value):
+            lines += [f"{pad}{key}:{comment}\n", *(f"{pad}  - {_scalar(item)}\n" for item in value)]
         else:
             lines.append(f"{pad}{key}: {_scalar(value)}{comment}\n")
     return "".join(lines)
+
+
+def _is_prose(value: Any) -> bool:
+    """Whether a list holds sentences, each of which is better read on a line of its own."""
+    return isinstance(value, list) and any(isinstance(item, str) and len(item) > 40 for item in value)
 
 
 def _scalar(value: Any) -> str:

@@ -70,7 +70,8 @@ def test_a_run_leaves_what_it_promises(recipe, balls, tmp_path) -> None:
 
 def test_a_challenges_regions_are_measured_of_the_held_out_or_nothing_is_trained(recipe, balls, tmp_path) -> None:
     short = recipe.training.model_copy(update={"steps": 2})
-    measured = recipe.model_copy(update={"metrics": ("lits",), "training": short})
+    deviates = ("Not as Chlebus did it.",)
+    measured = recipe.model_copy(update={"metrics": ("lits",), "training": short, "deviates": deviates})
     with pytest.raises(RecipeError, match="'lits' measures liver, tumour; got ball"):
         run(measured, balls, tmp_path / "refused")
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -89,7 +90,8 @@ def test_a_challenges_regions_are_measured_of_the_held_out_or_nothing_is_trained
         assert row["dice"] == pytest.approx(2 * (predicted & known).sum() / (predicted.sum() + known.sum()))
     calibrated = pd.read_csv(tmp_path / "run/evaluation/confidence.csv")
     assert set(calibrated["target"]) == {"liver", "tumour"}
-    assert write_run_report(tmp_path / "run", halves).is_file()
+    assert "Not as Chlebus did it." in write_run_report(tmp_path / "run", halves).read_text(encoding="utf-8")
+    assert Bundle.load(tmp_path / "run/bundle").recipe.deviates == ("Not as Chlebus did it.",)
 
 
 def test_it_learns(recipe, balls, tmp_path) -> None:

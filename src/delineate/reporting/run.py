@@ -51,7 +51,11 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         recipe_yaml=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         plan=_plan(folder / "plan.json"),
         provenance=_provenance(bundle, subjects),
-        notes=[*warned, *_notes(folder, subjects, data["problems"])],
+        notes=[
+            *warned,
+            *(f"Deviates from the report that the recipe is named after: {text}" for text in bundle.recipe.deviates),
+            *_notes(folder, subjects, data["problems"]),
+        ],
         intervals=_intervals(folder / "evaluation" / "intervals.json"),
         seams=_seams(folder / "evaluation" / "confidence.csv"),
         crop=composite_picture(bundle.pipeline, _trained_on(bundle, subjects, dataset), bundle.channels),
