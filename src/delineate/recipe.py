@@ -161,7 +161,10 @@ class ValidationSpec(Specification):
 
 
 class TrainingSpec(Specification):
-    """The budget is ``minutes`` of training or a number of ``steps``, whichever ends first.
+    """The budget is ``minutes`` of training, a number of ``steps`` or of ``epochs``, whichever ends first.
+
+    An epoch takes every item of the sampler's pass once: as many steps as the pass has batches. Where the batch
+    size does not divide the pass, an epoch's last batch is filled from the next pass.
 
     ``ema`` is the decay of the averaged weights that are validated and kept (0: none).
     ``collapse_after``: from this step on, predictions of background alone are reported.
@@ -172,6 +175,7 @@ class TrainingSpec(Specification):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 2
     minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
     optimiser: OptimiserSpec = OptimiserSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
