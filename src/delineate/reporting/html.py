@@ -44,8 +44,9 @@ class RunReport:
     """What the page of a run tells.
 
     ``learning`` has the columns step, loss; ``validation_loss`` step, validation_loss; ``validation`` step, dice,
-    dice_<target>. ``notes``: what a reader should know before the numbers. ``crop``: a WebP of what a crop on the
-    composite image keeps. ``seams``: each target's median seam score, and the number of subjects it is taken over.
+    dice_<target>. ``validated`` says whom validation is of. ``notes``: what a reader should know before the numbers.
+    ``crop``: a WebP of what a crop on the composite image keeps. ``seams``: each target's median seam score, and the
+    number of subjects it is taken over.
     """
 
     title: str
@@ -64,6 +65,7 @@ class RunReport:
     intervals: Intervals | None = None
     validation_loss: pd.DataFrame | None = None
     seams: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    validated: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,29 +14,41 @@ import torch
 
 from delineate.bundle import Bundle, Provenance, hidden, versions
 from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
-from delineate.core.grid import Grid
+from delineate.core.grid import AXES, Grid
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
-from delineate.datasets.dataset import Dataset, load_scan
+from delineate.datasets.dataset import Dataset, load_label, load_scan
 from delineate.datasets.inspection import Inspection, inspect
-from delineate.datasets.splits import Split, load_or_make_split
+from delineate.datasets.splits import (
+    Split,
+    drawn_over_sites,
+    in_order,
+    load_or_make_split,
+    load_split,
+    make_split,
+    save_split,
+)
 from delineate.derivation import derive_recipe, summarise
-from delineate.errors import BadSplit, BrokenSubjects, RecipeError
+from delineate.errors import BadSplit, BrokenSubjects, DelineateError, RecipeError
 from delineate.fingerprint import fingerprint_of
 from delineate.io.files import home_folder, writing_beside
 from delineate.io.pseudonyms import key_id
 from delineate.preprocessing.cache import PreparedDataset, prepare
+from delineate.preprocessing.spatial import Reorient
+from delineate.preprocessing.step import Step
 from delineate.recipe import Recipe, apply_changes, load_recipe, recipe_from, to_yaml
-from delineate.sampling.tiles import geometry_for, with_slice_axis
+from delineate.sampling.samplers import ChosenSlices
+from delineate.sampling.tiles import Slices, geometry_for, with_slice_axis
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.subjects import RunSubjects
 
 
-def budget_changes(minutes: float | None, steps: int | None) -> list[str]:
+def budget_changes(minutes: float | None, steps: int | None, epochs: int | None = None) -> list[str]:
     """Changes that replace the recipe's budget by another one; none where none is given."""
-    if minutes is None and steps is None:
+    wanted = {"minutes": minutes, "steps": steps, "epochs": epochs}
+    if not any(wanted.values()):
         return []
-    return [f"training.minutes={minutes or 'null'}", f"training.steps={steps or 'null'}"]
+    return [f"training.{unit}={number or 'null'}" for unit, number in wanted.items()]
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ def derived_recipe(
     *,
     minutes: float | None = None,
     steps: int | None = None,
+    epochs: int | None = None,
     changes: Sequence[str] = (),
 ) -> Derived:
     """The recipe derived from ``dataset`` and this machine. Raises :class:`BrokenSubjects` as training does."""
@@ -72,7 +86,7 @@ def derived_recipe(
         memory = torch.cuda.get_device_properties(plan.device).total_memory
     summary = summarise(sound, dataset.modality)
     recipe, reasons = derive_recipe(
-        summary, targets, device=plan.device.type, memory_bytes=memory, minutes=minutes, steps=steps
+        summary, targets, device=plan.device.type, memory_bytes=memory, minutes=minutes, steps=steps, epochs=epochs
     )
     recipe = recipe_from(apply_changes(recipe.as_dict(), changes))
     for field_, reason in reasons.items():
@@ -88,6 +102,7 @@ def auto_recipe(
     *,
     minutes: float | None = None,
     steps: int | None = None,
+    epochs: int | None = None,
     changes: Sequence[str] = (),
 ) -> tuple[Recipe, Inspection | None]:
     """:func:`derived_recipe`, written with its reasons into ``folder``.
@@ -97,8 +112,8 @@ def auto_recipe(
     """
     path = folder / "recipe.yaml"
     if path.exists():
-        return load_recipe(path, [*budget_changes(minutes, steps), *changes]), None
-    derived = derived_recipe(dataset, options, report, minutes=minutes, steps=steps, changes=changes)
+        return load_recipe(path, [*budget_changes(minutes, steps, epochs), *changes]), None
+    derived = derived_recipe(dataset, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changes)
     with writing_beside(path) as temporary:
         temporary.write_text(to_yaml(derived.recipe.as_dict(), derived.reasons), encoding="utf-8")
     return derived.recipe, derived.inspection
@@ -108,6 +123,45 @@ def _value_at(values: Any, path: str) -> Any:
     for key in path.split("."):
         values = values[int(key)] if isinstance(values, list) else values[key]
     return values
+
+
+def reached(recipe: Recipe, dataset: Dataset, split_file: Path | None = None) -> Dataset:
+    """``dataset`` without the subjects that the sampler does not come to, since others give ``at_most`` slices.
+
+    Labels are read one by one until these have enough; a split that is there decides instead. A label that cannot be
+    read counts for nothing here: inspection will say what is wrong with it.
+    """
+    sampler, tiles = recipe.sampler, recipe.tiles
+    targets = recipe.data.targets.targets() if recipe.data.targets else dataset.targets
+    if not isinstance(sampler, ChosenSlices) or sampler.at_most is None:
+        return dataset
+    if not isinstance(tiles, Slices) or targets is None:
+        return dataset  # refused by name further on
+    if split_file is not None and split_file.exists():
+        named = load_split(split_file).subjects
+        return replace(dataset, subjects=tuple(s for s in in_order(dataset.subjects) if s.id in named))
+    values = [value for numbers in targets.values.values() for value in numbers]
+    kept: list[Subject] = []
+    slices = 0
+    for subject in in_order(dataset.subjects):
+        kept.append(subject)
+        with suppress(DelineateError):
+            label = load_label(subject, None, None)
+            axis = _slice_axis(tiles, recipe.preprocessing, label.grid)
+            holding = np.isin(label.voxels, values).any(axis=tuple(a for a in range(3) if a != axis))
+            slices += sampler.count(int(holding.sum()), label.voxels.shape[axis])
+        if slices >= sampler.at_most:
+            break
+    return replace(dataset, subjects=tuple(kept))
+
+
+def _slice_axis(tiles: Slices, preprocessing: Sequence[Step], grid: Grid) -> int:
+    """The axis of a grid, as it is stored, that is across the slices once it is prepared."""
+    if tiles.axis == "thickest":
+        return grid.slice_axis
+    axis = AXES.index(tiles.axis)
+    turned = [step for step in preprocessing if isinstance(step, Reorient)]
+    return grid.axes_to(turned[-1].to)[0][axis] if turned else axis
 
 
 def inspected(
@@ -147,15 +201,18 @@ def broken_message(inspection: Inspection) -> str:
     )
 
 
-def expected_seconds(recipe: Recipe) -> float:
-    """About how long the run is, to judge whether compiling pays."""
+def expected_seconds(recipe: Recipe, subjects: int) -> float:
+    """About how long the run on so many subjects is, to judge whether compiling pays; by epochs, at least."""
     training = recipe.training
     by_time = float("inf") if training.minutes is None else training.minutes * 60
     # A step of the packaged recipes takes about a second on two cores.
     by_steps = float("inf") if training.steps is None else float(training.steps)
-    shortest = min(by_time, by_steps)
+    # How many tiles a pass has is known once the subjects are prepared: each gives one or more.
+    an_epoch = max(1.0, subjects / training.batch_size)
+    by_epochs = float("inf") if training.epochs is None else training.epochs * an_epoch
+    shortest = min(by_time, by_steps, by_epochs)
     if shortest == float("inf"):
-        raise RecipeError("the recipe has no budget", fix="set training.minutes (or --minutes) or training.steps")
+        raise RecipeError("the recipe has no budget", fix="give --minutes, --steps or --epochs, or training.minutes …")
     return shortest
 
 
@@ -201,8 +258,9 @@ def prepared_bundle(
     """Fit the preprocessing on the training subjects, prepare them, and describe the bundle to be."""
     pipeline = recipe.pipeline.fit(lambda: (load_scan(subject) for subject in roles.training))
     cache = cache_folder(options)
+    validated = roles.held_out if recipe.training.validation.held_out else roles.validation
     both = prepare(
-        [*roles.training, *roles.validation],
+        [*roles.training, *validated],
         pipeline,
         targets,
         cache,
@@ -280,7 +338,7 @@ def without_descriptions(dataset: Dataset) -> Dataset:
 
 @dataclass(frozen=True)
 class Roles:
-    """What each subject is for. ``validation`` chooses weights; ``held_out`` is never used in training."""
+    """What each subject is for. ``validation`` chooses weights; ``held_out`` is never trained or chosen on."""
 
     training: tuple[Subject, ...]
     validation: tuple[Subject, ...]
@@ -288,34 +346,49 @@ class Roles:
 
 
 def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, recipe: Recipe) -> Roles:
-    """Roles for a fold. Validation subjects are whole patients of the training folds, at most a tenth of them."""
-    held = () if fold is None else split.held_out(fold)
-    trained = [name for part in split.folds for name in part] if fold is None else split.training_of(fold)
-    pool = [s for s in subjects if s.id in trained]
-    wanted = min(recipe.training.validation.subjects, max(1, round(len(pool) / 10)))
-    if len(pool) < 3:
-        wanted = 0
-    patients = sorted({s.patient for s in pool})
-    chosen: set[str] = set()
-    for index in np.random.default_rng((recipe.training.seed, 4)).permutation(len(patients)):
-        if sum(s.patient in chosen for s in pool) >= wanted:
-            break
-        chosen.add(patients[index])
+    """Roles for a fold. Validation subjects are those that the split names, else whole patients of the other folds."""
+    present = {subject.id for subject in subjects}
+    held = present.intersection(() if fold is None else split.held_out(fold))
+    pool = present.intersection(split.training_of(fold))
+    spec = recipe.training.validation
+    chosen = present.intersection(() if spec.held_out else split.validation)
+    if not chosen and len(pool) >= 3 and not spec.held_out:
+        wanted = min(spec.subjects, max(1, round(len(pool | held) / 10)))
+        drawable = [s for s in subjects if s.id in pool and s.id not in split.always_train]
+        chosen = set(drawn_over_sites(drawable, wanted, np.random.default_rng((recipe.training.seed, 4))))
     return Roles(
-        training=tuple(s for s in pool if s.patient not in chosen),
-        validation=tuple(s for s in pool if s.patient in chosen),
+        training=tuple(s for s in subjects if s.id in pool - chosen),
+        validation=tuple(s for s in subjects if s.id in chosen),
         held_out=tuple(s for s in subjects if s.id in held),
     )
 
 
-def split_for(recipe: Recipe, dataset: Dataset, folder: Path, options: RunOptions) -> Split:
-    path = options.split_file or folder / "split.json"
-    if path.exists():
-        return load_or_make_split(path, dataset)
-    patients = len({subject.patient for subject in dataset.subjects})
+def split_file(folder: Path, options: RunOptions) -> Path:
+    """Where the split of a run lies, or will."""
+    return options.split_file or folder / "split.json"
+
+
+def split_for(recipe: Recipe, whole: Dataset, usable: Dataset, folder: Path, options: RunOptions) -> Split:
+    """The split of a run, made where there is none."""
+    path = split_file(folder, options)
+    if not path.exists():
+        split = new_split(recipe, whole, usable)
+        save_split(path, split)
+        return split
+    return load_or_make_split(path, whole)
+
+
+def new_split(recipe: Recipe, whole: Dataset, usable: Dataset) -> Split:
+    """The recipe's split: folds of the ``whole`` data set, which stay the same when a broken subject is fixed later.
+
+    The last subjects, where the recipe tests on them, are the last of the ``usable`` ones.
+    """
+    spec = recipe.training
+    subjects = usable.subjects if spec.test_last else whole.subjects
+    patients = len({subject.patient for subject in subjects})
     if patients < 2:
-        raise BadSplit(f"data set '{dataset.name}' has one patient", fix="training and judging it need two or more")
-    return load_or_make_split(path, dataset, folds=min(recipe.training.folds, patients), seed=recipe.training.seed)
+        raise BadSplit(f"data set '{whole.name}' has one patient", fix="training and judging it need two or more")
+    return make_split(subjects, min(spec.folds, patients), seed=spec.seed, test_last=spec.test_last)
 
 
 def cache_folder(options: RunOptions) -> Path:
