@@ -20,6 +20,7 @@ from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary, ave
 from delineate.io.files import writing_beside
 from delineate.metrics.catalogue import METRICS, Metric, formatted
 from delineate.metrics.statistics import Estimate
+from delineate.reporting.classes import ClassRow
 from delineate.reporting.figures import (
     agreement_chart,
     class_chart,
@@ -44,7 +45,8 @@ class RunReport:
     ``validation_loss`` step, validation_loss, ``validation`` step, dice, dice_<target>; ``plan`` rows
     what, choice, why; ``notes`` what a reader should know before the numbers; ``crop`` a WebP of what a
     crop on the composite image keeps; ``intervals`` the level of calibrated intervals, how wide they
-    are and what they hold; ``seams`` each target's median seam score and of how many subjects.
+    are and what they hold; ``seams`` each target's median seam score and of how many subjects; ``classes``
+    how many voxels of each there are to train and to test on.
     """
 
     title: str
@@ -63,6 +65,7 @@ class RunReport:
     intervals: Mapping[str, Any] | None = None
     validation_loss: pd.DataFrame | None = None
     seams: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    classes: Sequence[ClassRow] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +131,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["measured"] = formatted
+    environment.filters["count"] = lambda n: f"{n:,}".replace(",", "\N{THIN SPACE}")
     environment.filters["by"] = lambda values: " × ".join(f"{v:.4g}" for v in values)
     return environment
 
@@ -160,6 +164,7 @@ def _measured(
             "summary": _summary_rows(evaluation, summary),
             "sites": _site_rows(evaluation) if len(evaluation.sites) > 1 else [],
             "agreement": [row for agreeing in evaluation.agreements for row in agreeing.described()],
+            "pooled": evaluation.described_pooled(),
             "lesions": evaluation.described_lesions(),
             "crossings": evaluation.crossings(),
             "rows": evaluation.table.to_dict("records"),
