@@ -9,13 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from delineate.calibration import Case, Confidence, Intervals, check_intervals
+from delineate.compute import Choice
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.inspection import SubjectRow
 from delineate.evaluation.agreement import QuantityMap
-from delineate.evaluation.measure import Measuring, compare
-from delineate.evaluation.table import Evaluation, plain, reliability_table
-from delineate.inference.confidence import Case, Confidence, check_intervals
+from delineate.evaluation.measure import Measuring, measure_prediction
+from delineate.evaluation.table import Evaluation, reliability_table
+from delineate.reporting.classes import class_rows
 from delineate.reporting.figures import confusion_chart, methods_chart
 from delineate.reporting.html import EvaluationReport, MethodsReport, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of
@@ -35,7 +38,7 @@ def label(shift: int = 0) -> LabelVolume:
 def report(rng) -> RunReport:
     rows = []
     for i in range(6):
-        rows += compare(label(i), label(), TARGETS, subject=f"s{i}", site="AB"[i % 2]).targets
+        rows += measure_prediction(label(i), label(), TARGETS, subject=f"s{i}", site="AB"[i % 2]).targets
     rows[-1]["hd95_mm"] = float("inf")
     scan = Volume(rng.random((1, *GRID.shape)), GRID)
     overlay = Overlay("s1", "best", 0.9, views_of(scan, label(1), label(), TARGETS, subject="s1"))
@@ -43,16 +46,19 @@ def report(rng) -> RunReport:
         title="a run & more",
         description="what it was for",
         simulated=True,
-        data_rows=[
-            {"subject": "s0", "site": "A", "shape": (20, 24, 10), "spacing_mm": (1, 1, 4), "orientation": "LAS",
-             "volume_ml": {"organ": 2.0, "<lesion>": 0.1}}
-        ],
+        data_rows=[SubjectRow(
+    subject="s0", site="A", patient="s0", shape=(20, 24, 10), spacing_mm=(1, 1, 4),
+    orientation="LAS", channels=("T1",),
+    dtype="int16", intensities={}, foreground_shape=(1, 1, 1), label_voxels={},
+    volume_ml={"organ": 2.0, "<lesion>": 0.1},
+    label_box_shape=(0, 0, 0), hashes={},
+)],
         learning=pd.DataFrame({"step": range(50), "loss": rng.random(50)}),
         validation=pd.DataFrame({"step": [10, 20], "dice": [0.5, 0.6], "dice_organ": [0.6, 0.7]}),
         evaluation=Evaluation(pd.DataFrame(rows)),
         overlays=[overlay],
         recipe_yaml="name: <b>bold</b>\n",
-        plan=[{"what": "device", "choice": "cpu", "why": "no GPU found"}],
+        plan=[Choice("device", "cpu", "no GPU found")],
         provenance={"Seed": "0"},
         notes=["left out: s9"],
     )  # fmt: skip
@@ -123,9 +129,31 @@ def test_pages_of_simulated_scans_say_so(report, tmp_path) -> None:
             assert ("Simulated scans" in page_of(page, tmp_path)) == marked
 
 
+def test_a_run_counts_its_classes_apart_for_training_and_test(report, tmp_path) -> None:
+    """Background is a class, what is ignored is none, and overlapping targets count each for itself."""
+    voxels = {"a": {0: 90, 1: 10}, "b": {0: 80, 1: 15, 2: 5}, "c": {0: 1969, 2: 20, 9: 11}}
+    rows = [replace(report.data_rows[0], subject=name, label_voxels=found) for name, found in voxels.items()]
+    targets = Targets({"liver": (1, 2), "<lesion>": (2,)}, "overlapping", ignore=(9,))
+    found = class_rows(rows, targets, {"training": ("a", "b"), "validation": (), "held out": ("c",)})
+    assert [(row.subjects, row.name, row.voxels) for row in found] == [
+        ("training", "background", 170), ("training", "liver", 30), ("training", "<lesion>", 5),
+        ("held out", "background", 1969), ("held out", "liver", 20), ("held out", "<lesion>", 20),
+    ]  # fmt: skip
+    assert [row.share for row in found[:3]] == [0.85, 0.15, 0.025]
+    page = page_of(replace(report, classes=found), tmp_path)
+    assert '<td>held out</td><td>background</td><td class="n">1,969</td>' in page
+
+
+def test_classes_pooled_over_voxels_stand_on_the_page(tmp_path) -> None:
+    found = measure_prediction(label(2), label(), Targets({"organ": (1,), "<lesion>": (2,), "cyst": (3,)}), subject="a")
+    page = page_of(EvaluationReport("a", "b", found.evaluation()), tmp_path)
+    assert "Voxels of all subjects together" in page
+    assert page.count('<td class="n">0/0</td>') == 3
+
+
 def test_confusion_is_shown_by_rows_of_the_reference() -> None:
-    confusion = pd.DataFrame(compare(label(2), label(), TARGETS, subject="a").confusion)
-    evaluation = Evaluation(pd.DataFrame(compare(label(2), label(), TARGETS).targets), confusion=confusion)
+    confusion = pd.DataFrame(measure_prediction(label(2), label(), TARGETS, subject="a").confusion)
+    evaluation = Evaluation(pd.DataFrame(measure_prediction(label(2), label(), TARGETS).targets), confusion=confusion)
     chart = confusion_chart(evaluation)
     organ = confusion[confusion["reference"] == "organ"].set_index("prediction")["voxels"]
     assert f"{organ['organ'] / organ.sum():.1%}" in chart
@@ -189,10 +217,10 @@ def with_probabilities() -> Evaluation:
     for i in range(9):
         p = np.clip(np.stack([m.astype(float) for m in TARGETS.masks(label().voxels).values()]), 0.1 + 0.02 * i, 0.9)
         measuring = Measuring("standard,avd_percent,density_percent", probabilities=Path("kept"))
-        measured = compare(label(i % 3), label(), TARGETS, measuring, subject=f"s{i}", probabilities=p)
+        measured = measure_prediction(label(i % 3), label(), TARGETS, measuring, subject=f"s{i}", probabilities=p)
         rows += measured.targets
         bins += measured.reliability
-    confusion = pd.DataFrame(compare(label(2), label(), TARGETS, subject="a").confusion)
+    confusion = pd.DataFrame(measure_prediction(label(2), label(), TARGETS, subject="a").confusion)
     return Evaluation(pd.DataFrame(rows), confusion=confusion, reliability=reliability_table(bins))
 
 
@@ -215,7 +243,7 @@ def test_agreement_lesions_and_sides_are_drawn_and_written(tmp_path) -> None:
         )
         fat = np.full(GRID.shape, 4.0 + 0.4 * i, np.float32)
         fat[:9] += 1
-        measured = compare(label(i % 3), label(), TARGETS, measuring, subject=f"s{i}", quantity=fat)
+        measured = measure_prediction(label(i % 3), label(), TARGETS, measuring, subject=f"s{i}", quantity=fat)
         rows += measured.targets
         lesions += measured.lesions
     evaluation = Evaluation(pd.DataFrame(rows), lesions=pd.DataFrame(lesions), quantity=measuring.quantity)
@@ -277,7 +305,7 @@ def test_intervals_and_the_crop_have_their_place(report, tmp_path) -> None:
         for s in steps
         for site in "AB"
     ]
-    intervals = plain({"level": 0.9, "rows": check_intervals(cases)})
+    intervals = Intervals(level=0.9, rows=check_intervals(cases))
     page = page_of(replace(report, intervals=intervals, crop=b"picture"), tmp_path)
     rows = re.search(r'aria-label="Intervals for new scans".*?</table>', page, re.DOTALL)
     assert rows is not None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from delineate.core.subject import Subject
     from delineate.errors import DelineateError
-    from delineate.inference.fingerprint import Oddity
+    from delineate.fingerprint import Oddity
     from delineate.inference.review import Review
 
 Flips = Annotated[
@@ -233,9 +233,9 @@ _SHOWN = 10
 
 def _print_queue(reviews: list[Review]) -> None:
     """What to look at first, the neediest on top: what is measured, then what is calibrated."""
+    from delineate.calibration import LEVEL
     from delineate.cli.terminal import print_table
     from delineate.core.text import printable
-    from delineate.inference.confidence import LEVEL
     from delineate.inference.review import queue
 
     first = queue(reviews)[:_SHOWN]
@@ -245,7 +245,7 @@ def _print_queue(reviews: list[Review]) -> None:
             printable(target),
             _number(values["volume_ml"], ".2f"),
             _number(values["expected_dice"], ".3f"),
-            _number(values["agreement"], ".3f"),
+            _number(values["mutual_dice"], ".3f"),
             _range(values["volume_low_ml"], values["volume_high_ml"], ".2f"),
             _range(values["dice_low"], values["dice_high"], ".3f"),
             one.no_interval.get(target, ""),
@@ -256,7 +256,7 @@ def _print_queue(reviews: list[Review]) -> None:
     ]
     if rows:
         calibrated = [f"volume, {LEVEL:.0%} interval", f"Dice, {LEVEL:.0%} interval", "no interval because"]
-        columns = ["subject", "target", "volume, ml", "expected Dice", "agreement", *calibrated, "unusual"]
+        columns = ["subject", "target", "volume, ml", "expected Dice", "mutual Dice", *calibrated, "unusual"]
         print_table("to look at first", columns, rows)
         if len(reviews) > _SHOWN:
             typer.echo(f"and {len(reviews) - _SHOWN} more, in review.csv")

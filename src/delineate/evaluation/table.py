@@ -18,8 +18,8 @@ from delineate.errors import BadFormat, MissingFile
 from delineate.evaluation.agreement import Agreeing, QuantityMap, agreements, crossing_sentences, crossings
 from delineate.io.files import parsing, read_json, writing_beside
 from delineate.io.tables import read_table, write_table
-from delineate.metrics.calibration import Reliability
 from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, formatted
+from delineate.metrics.reliability import Reliability
 from delineate.metrics.statistics import Estimate, estimate_means
 
 MEAN_OF_TARGETS = "mean of targets"
@@ -259,7 +259,7 @@ class Evaluation:
         return [
             {
                 "class": str(row["class"]),
-                "voxels": f"{row['reference']:,}".replace(",", "\N{THIN SPACE}"),
+                "voxels": f"{row['reference']:,}",
                 "share": f"{row['share']:.3f}",
                 **{name: "0/0" if isnan(row[name]) else f"{row[name]:.3f}" for name in ("precision", "recall")},
                 "F1": "0/0" if isnan(row["f1"]) else f"{row['f1']:.3f}",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from delineate.core.targets import Targets
+from delineate.datasets.inspection import SubjectRow
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,18 @@ class ClassRow:
 
 
 def class_rows(
-    inspected: Sequence[Mapping[str, Any]], targets: Targets, parts: Mapping[str, Collection[str]]
+    inspected: Sequence[SubjectRow], targets: Targets, parts: Mapping[str, Collection[str]]
 ) -> list[ClassRow]:
     """A row for the background and each target in each of the ``parts``, named sets of subjects.
 
-    ``inspected`` are inspection's rows as plain values: voxels are those of the scans' own grids. A part without
-    labelled voxels has no rows.
+    Voxels are those of the scans' own grids, as ``inspected``. A part without labelled voxels has no rows.
     """
     rows = []
     for name, subjects in parts.items():
         by_value: Counter[int] = Counter()
         for row in inspected:
-            if row["subject"] in subjects:
-                by_value.update({int(value): int(n) for value, n in row["label_voxels"].items()})
+            if row.subject in subjects:
+                by_value.update(row.label_voxels)
         counts = targets.class_voxels(by_value)
         total = sum(n for value, n in by_value.items() if value not in targets.ignore)
         rows += [ClassRow(name, target, n, n / total) for target, n in counts.items() if total]
