@@ -17,9 +17,14 @@ from delineate.recipe import ScheduleSpec, apply_changes, load_recipe, packaged_
 def test_the_packaged_recipes_are_all_found() -> None:
     assert set(packaged_recipes()) == {
         "brats", "demo", "generic_2.5d", "generic_2d", "generic_3d", "hippocampus", "prostate", "sarcoma", "wmh",
-        "brain_2d", "brain_3d_context", "brain_3d_small", "liver_tumour_a", "liver_tumour_b", "liver_tumour_c",
-        "liver_tumour_lits", "liver_volume", "prostate_deeplab", "prostate_tiramisu", "prostate_unet", "wmh_dense",
+        "liver_tumour_a", "liver_tumour_b", "liver_tumour_c", "liver_tumour_lits", "liver_volume", "prostate_deeplab",
+        "prostate_tiramisu", "prostate_tiramisu_p3b", "prostate_tiramisu_p4a", "prostate_unet", "wmh_dense",
         "wmh_siamese",
+        *(
+            f"brain_{network}{loss}"
+            for network in ("2d", "3d", "3d_context", "3d_small")
+            for loss in ("", "_cross_entropy", "_focal_tversky")
+        ),
     }  # fmt: skip
 
 

@@ -260,7 +260,7 @@ class Evaluation:
             {
                 "class": str(row["class"]),
                 "voxels": f"{row['reference']:,}",
-                "share": f"{row['share']:.3f}",
+                "share": f"{row['share']:.5f}",
                 **{name: "0/0" if isnan(row[name]) else f"{row[name]:.3f}" for name in ("precision", "recall")},
                 "F1": "0/0" if isnan(row["f1"]) else f"{row['f1']:.3f}",
             }
