@@ -104,6 +104,7 @@ def test_sampling_loss_and_schedule_are_the_report_s(name) -> None:
         assert training.schedule.multiple(0.0, steps, source.steps_an_epoch) == pytest.approx(multiple)
     assert (training.epochs, training.steps, training.minutes) == (1000, None, None)  # sec. 4.3
     assert (training.keep, training.ema, training.clip_norm) == ("last", 0, None)
+    assert training.validation.held_out  # table 1: "Validation dice coefficient"
 
 
 @pytest.mark.parametrize("name", PAPER)

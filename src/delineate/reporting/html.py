@@ -45,9 +45,9 @@ class RunReport:
     """What the page of a run tells.
 
     ``learning`` has the columns step, loss; ``validation_loss`` step, validation_loss; ``validation`` step, dice,
-    dice_<target>. ``notes``: what a reader should know before the numbers. ``crop``: a WebP of what a crop on the
-    composite image keeps. ``seams``: each target's median seam score, and the number of subjects it is taken over.
-    ``classes``: how many voxels of each class there are to train on and to test on.
+    dice_<target>. ``validated`` says whom validation is of. ``notes``: what a reader should know before the numbers.
+    ``crop``: a WebP of what a crop on the composite image keeps. ``seams``: each target's median seam score, and the
+    number of subjects it is taken over. ``classes``: how many voxels of each class there are to train and to test on.
     """
 
     title: str
@@ -67,6 +67,7 @@ class RunReport:
     validation_loss: pd.DataFrame | None = None
     seams: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     classes: Sequence[ClassRow] = ()
+    validated: str = ""
 
 
 @dataclass(frozen=True, eq=False)
