@@ -25,6 +25,7 @@ SPACING_MM = {"wmh": (0.9, 0.9, 6.0), "sarcoma": (1.0, 1.0, 3.3), "demo": (3.5, 
 
 # The reports' widths would take minutes here; tests of the networks hold them.
 SMALLER = {
+    "buda_unet": {"first_filters": 4},
     "context_unet": {"first_filters": 8},
     "tiramisu": {"encoder": [1, 1, 1], "bottleneck": 1, "decoder": [1, 1, 1]},
 }
@@ -66,8 +67,9 @@ def test_it_trains_two_steps_and_predicts(name, tmp_path, rng) -> None:
         values["loss"]["weights"] = "random"
     elif values["loss"].get("weights"):
         values["loss"]["weights"] = {"background": 1.0, "lesion": 3.0}
-    if values["tiles"].get("shape"):
-        values["tiles"]["shape"] = [n and min(n, 64) for n in values["tiles"]["shape"]]
+    for sized in (values["tiles"], *values["preprocessing"]):
+        if sized.get("shape"):
+            sized["shape"] = [n and min(n, 64) for n in sized["shape"]]
     values["training"]["validation"]["subjects"] = 0
     values["postprocessing"]["largest_component"] = []
     targets = Targets({"lesion": (1,)}, "overlapping" if name in OVERLAPPING else "exclusive")
