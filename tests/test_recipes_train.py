@@ -18,13 +18,14 @@ from delineate.recipe import load_recipe, packaged_recipes, recipe_from
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.run import train
 
-CHANNELS = {"brats": 2, "brain_2d": 2, "brain_3d_context": 2, "brain_3d_small": 2}
-OVERLAPPING = {"liver_tumour_lits", "liver_tumour_a", "liver_tumour_b", "liver_tumour_c"}
+CHANNELS = {name: 2 for name in packaged_recipes() if name.startswith("bra")}
+OVERLAPPING = {name for name in packaged_recipes() if name.startswith(("liver_tumour_", "prostate_"))}
 SPACING_MM = {"wmh": (0.9, 0.9, 6.0), "sarcoma": (1.0, 1.0, 3.3), "demo": (3.5, 3.5, 7.0), "generic_2.5d": (1, 1, 6)}
 
 
 # The reports' widths would take minutes here; tests of the networks hold them.
 SMALLER = {
+    "buda_unet": {"first_filters": 4},
     "context_unet": {"first_filters": 8},
     "tiramisu": {"encoder": [1, 1, 1], "bottleneck": 1, "decoder": [1, 1, 1]},
 }
@@ -64,8 +65,11 @@ def test_it_trains_two_steps_and_predicts(name, tmp_path, rng) -> None:
         values["start"]["weights"] = str(pre_trained(values, tmp_path))
     if values["loss"]["kind"] == "siamese_content":
         values["loss"]["weights"] = "random"
-    if values["tiles"].get("shape"):
-        values["tiles"]["shape"] = [n and min(n, 64) for n in values["tiles"]["shape"]]
+    elif values["loss"].get("weights"):
+        values["loss"]["weights"] = {"background": 1.0, "lesion": 3.0}
+    for sized in (values["tiles"], *values["preprocessing"]):
+        if sized.get("shape"):
+            sized["shape"] = [n and min(n, 64) for n in sized["shape"]]
     values["training"]["validation"]["subjects"] = 0
     values["postprocessing"]["largest_component"] = []
     targets = Targets({"lesion": (1,)}, "overlapping" if name in OVERLAPPING else "exclusive")

@@ -309,6 +309,15 @@ def test_strange_things_in_place_of_a_file_are_refused(name: str, format: int, s
                 use(folder)
 
 
+def test_a_description_from_before_a_field_was_added_still_opens(sound: Path, tmp_path: Path) -> None:
+    """What was read beyond a volume was its border, which is what a bundle that does not say it means."""
+    shutil.copytree(sound, tmp_path / "bundle")
+    about = json.loads((sound / "bundle.json").read_text())
+    assert about["tiles"].pop("outside") == "edge"
+    reseal(tmp_path / "bundle", about)
+    assert Bundle.load(tmp_path / "bundle").geometry == Bundle.load(sound).geometry
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [

@@ -45,6 +45,7 @@ SPECS = {
     "DeepLabv3+": DeepLabSpec(),
     "Buda": BudaUNetSpec(first_filters=4),
     "context": ContextUNetSpec(first_filters=4),
+    "without context": ContextUNetSpec(first_filters=4, context=False),
     "minicube": MinicubeNetSpec(),
     "VGG": VGGUNetSpec(),
     "VGG, short skips": VGGUNetSpec(short_skips=True),

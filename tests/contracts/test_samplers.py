@@ -7,7 +7,14 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from delineate.sampling.samplers import AllTiles, ChosenSlices, ClassBalancedTiles, RandomTiles, SamplerSpecification
+from delineate.sampling.samplers import (
+    AllTiles,
+    ChosenSlices,
+    ClassBalancedTiles,
+    ClassCentredTiles,
+    RandomTiles,
+    SamplerSpecification,
+)
 from delineate.sampling.tiles import Tile
 from delineate.testing import check_sampler
 from delineate.testing.samplers import CUBES, SLICES
@@ -18,9 +25,12 @@ from delineate.testing.samplers import CUBES, SLICES
     [
         (AllTiles(), CUBES),
         (AllTiles(overlap=0.5), CUBES),
+        (AllTiles(by_subject=True), CUBES),
         (RandomTiles(), CUBES),
         (ClassBalancedTiles(), CUBES),
         (ClassBalancedTiles(foreground_fraction=1.0), CUBES),
+        (ClassCentredTiles(), CUBES),
+        (ClassCentredTiles(), SLICES),
         (ChosenSlices(with_target=2, adjacent=1), SLICES),
     ],
     ids=repr,

@@ -261,6 +261,38 @@ class TestLesionsAndConfusion:
             ("lesion", "lesion"): 2,
         }
 
+    def test_classes_are_pooled_over_the_voxels_of_all_subjects(self, folders: tuple[Path, Path]) -> None:
+        """The liver's voxels are predicted in all four scans, the tumour's in two, of which one has it."""
+        found = evaluate(pair_files(*folders).pairs, Targets({"liver": (1,), "tumour": (2,)}))
+        pooled = found.pooled.set_index("class")
+        tumour, liver, voxels = 2 * 2 * 2, 8 * 6 * 6, 12 * 10 * 8
+        assert list(pooled.index) == ["background", "liver", "tumour"]
+        assert list(pooled["reference"]) == [4 * (voxels - liver), 4 * liver - 2 * tumour, 2 * tumour]
+        assert list(pooled["share"]) == pytest.approx([v / (4 * voxels) for v in pooled["reference"]])
+        assert tuple(pooled.loc["tumour", ["precision", "recall", "f1"]]) == (0.5, 0.5, 0.5)
+        assert pooled.loc["liver", "precision"] == (4 * liver - 3 * tumour) / (4 * liver - 2 * tumour)
+        assert tuple(pooled.loc["background", ["precision", "recall", "f1"]]) == (1, 1, 1)
+
+    def test_a_collapse_to_background_is_pooled_with_what_is_undefined(self) -> None:
+        """As the brain tumour report's table: precision of what is predicted nowhere is 0/0, its recall 0."""
+        targets = Targets({"liver": (1,), "tumour": (2,), "cyst": (3,)})
+        found = measure_prediction(label(), label(v1=LIVER, v2=TUMOUR), targets, subject="a").evaluation()
+        rows = {row["class"]: row for row in found.described_pooled()}
+        background = 1 - 8 * 6 * 6 / (12 * 10 * 8)
+        assert rows["background"]["precision"] == f"{background:.3f}"
+        assert rows["background"]["recall"] == "1.000"
+        for name in ("liver", "tumour"):
+            assert [rows[name][what] for what in ("precision", "recall", "F1")] == ["0/0", "0.000", "0/0"]
+        assert [rows["cyst"][what] for what in ("voxels", "recall", "F1")] == ["0", "0/0", "0/0"]
+        assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["pooled"][1]["precision"] is None
+
+    def test_what_is_all_wrong_has_an_f1_of_0(self) -> None:
+        targets = Targets({"liver": (1,), "tumour": (2,)})
+        found = measure_prediction(label(v2=LIVER), label(v1=LIVER), targets, subject="a").evaluation()
+        assert found.pooled.set_index("class").loc["liver", "recall"] == 0
+        swapped = measure_prediction(label(v1=np.s_[0:2, :, :]), label(v1=LIVER), targets, subject="a").evaluation()
+        assert tuple(swapped.pooled.set_index("class").loc["liver", ["precision", "recall", "f1"]]) == (0, 0, 0)
+
     def test_what_is_written_of_them_reads_back(self, folders: tuple[Path, Path], tmp_path: Path) -> None:
         targets = Targets({"organ": (1,), "lesion": (2,)})
         measuring = Measuring("standard,lesion_recall,lesion_f1,surface_dice_2.5mm,surface_dice_area_2.5mm", 0.5)

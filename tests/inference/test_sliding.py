@@ -67,6 +67,21 @@ def test_minicubes_with_context_return_the_volume() -> None:
     np.testing.assert_allclose(found, volume, atol=1e-3)
 
 
+def test_a_minicube_reads_its_real_neighbours_and_zeros_beyond_the_volume() -> None:
+    """Cubes in the order 4·iz + 2·iy + ix answer for exactly their own region of the volume."""
+    volume = np.random.default_rng(5).random((1, 48, 48, 40), dtype=np.float32)
+    geometry = TileGeometry((24, 24, 20), margin=(10, 10, 10), outside="zero")
+    padded = np.pad(volume, [(0, 0), *[(10, 10)] * 3])
+    tiles = geometry.tiles(volume.shape[1:], 0.0)
+    assert len(tiles) == 8
+    for k, tile in enumerate(tiles):
+        x, y, z = 24 * (k % 2), 24 * (k // 2 % 2), 20 * (k // 4)
+        assert tile.start == (x, y, z)
+        np.testing.assert_array_equal(
+            geometry.read(volume, tile), padded[:, x : x + 44, y : y + 44, z : z + 40], strict=True
+        )
+
+
 def test_tiles_are_standardised_one_by_one() -> None:
     volume = np.random.default_rng(5).normal(7, 3, (2, 16, 16, 8)).astype(np.float32)
     seen = []
@@ -79,6 +94,24 @@ def test_tiles_are_standardised_one_by_one() -> None:
     tiles = torch.cat(seen)
     np.testing.assert_allclose(tiles.mean((2, 3, 4)), 0, atol=1e-5)
     np.testing.assert_allclose(tiles.std((2, 3, 4), unbiased=False), 1, atol=1e-4)
+
+
+def test_slices_that_are_standardised_together_stay_as_bright_beside_each_other() -> None:
+    """One mean and one deviation for all that is read, as a sub-volume of 13 slices."""
+    volume = np.random.default_rng(5).normal(7, 3, (1, 16, 16, 8)).astype(np.float32) + np.arange(8, dtype=np.float32)
+    seen = []
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x[:, :1]
+
+    geometry = TileGeometry((16, 16, 1), (0, 0, 2), 2, standardise="together")
+    replace(SLIDING, outputs=1, overlap=0.0).probabilities(network, volume, geometry)
+    tiles = torch.cat(seen)  # (8, 5, 16, 16)
+    np.testing.assert_allclose(tiles.mean((1, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(tiles.std((1, 2, 3), unbiased=False), 1, atol=1e-4)
+    slices = tiles.mean((2, 3))[3]
+    assert (slices.diff() > 0.1).all()
 
 
 def test_full_coverage_of_a_constant_is_that_constant() -> None:

@@ -30,6 +30,7 @@ TRAINABLE = {
     "prostate-tiramisu-p3b-batchnorm": 23_581_729,
     "prostate-deeplab": 41_053_153,
     "brain-2d": 7_763_428,
+    "brain-3d": 5_430_212,
     "brain-3d-context": 5_430_212,
     "brain-3d-small": 210_682,
     "brain-3d-padded": 340_916,

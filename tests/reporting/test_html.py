@@ -18,6 +18,7 @@ from delineate.datasets.inspection import SubjectRow
 from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.measure import Measuring, measure_prediction
 from delineate.evaluation.table import Evaluation, reliability_table
+from delineate.reporting.classes import class_rows
 from delineate.reporting.figures import confusion_chart, methods_chart
 from delineate.reporting.html import EvaluationReport, MethodsReport, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of
@@ -126,6 +127,28 @@ def test_pages_of_simulated_scans_say_so(report, tmp_path) -> None:
     ):
         for page in pages:
             assert ("Simulated scans" in page_of(page, tmp_path)) == marked
+
+
+def test_a_run_counts_its_classes_apart_for_training_and_test(report, tmp_path) -> None:
+    """Background is a class, what is ignored is none, and overlapping targets count each for itself."""
+    voxels = {"a": {0: 90, 1: 10}, "b": {0: 80, 1: 15, 2: 5}, "c": {0: 1969, 2: 20, 9: 11}}
+    rows = [replace(report.data_rows[0], subject=name, label_voxels=found) for name, found in voxels.items()]
+    targets = Targets({"liver": (1, 2), "<lesion>": (2,)}, "overlapping", ignore=(9,))
+    found = class_rows(rows, targets, {"training": ("a", "b"), "validation": (), "held out": ("c",)})
+    assert [(row.subjects, row.name, row.voxels) for row in found] == [
+        ("training", "background", 170), ("training", "liver", 30), ("training", "<lesion>", 5),
+        ("held out", "background", 1969), ("held out", "liver", 20), ("held out", "<lesion>", 20),
+    ]  # fmt: skip
+    assert [row.share for row in found[:3]] == [0.85, 0.15, 0.025]
+    page = page_of(replace(report, classes=found), tmp_path)
+    assert '<td>held out</td><td>background</td><td class="n">1,969</td>' in page
+
+
+def test_classes_pooled_over_voxels_stand_on_the_page(tmp_path) -> None:
+    found = measure_prediction(label(2), label(), Targets({"organ": (1,), "<lesion>": (2,), "cyst": (3,)}), subject="a")
+    page = page_of(EvaluationReport("a", "b", found.evaluation()), tmp_path)
+    assert "Voxels of all subjects together" in page
+    assert page.count('<td class="n">0/0</td>') == 3
 
 
 def test_confusion_is_shown_by_rows_of_the_reference() -> None:

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from delineate.errors import RecipeError
-from delineate.sampling.samplers import AllTiles, ChosenSlices, ClassBalancedTiles, RandomTiles, Sampler
+from delineate.sampling.samplers import (
+    AllTiles,
+    ChosenSlices,
+    ClassBalancedTiles,
+    ClassCentredTiles,
+    RandomTiles,
+    Sampler,
+)
 from delineate.sampling.tiles import TileGeometry
 from delineate.testing.samplers import CUBES, SLICES
 
@@ -37,6 +44,43 @@ def test_all_tiles_are_seen_once_a_pass(subjects) -> None:
     drawn = {sampler.draw(j)[:2] for j in range(sampler.pass_length)}
     wanted = {(i, t) for i, s in enumerate(subjects) for t in GEOMETRY.tiles(s.image.shape[1:], 0.0)}
     assert drawn == wanted
+
+
+def test_the_tiles_of_a_subject_may_follow_each_other(subjects) -> None:
+    """An image's cubes one after the other, in the order of the volume; images in a new order each pass."""
+    sampler = Sampler(AllTiles(by_subject=True), subjects, GEOMETRY, 0)
+    orders = []
+    for number in range(4):
+        drawn = [sampler.draw(number * sampler.pass_length + j)[:2] for j in range(sampler.pass_length)]
+        orders.append(list(dict.fromkeys(index for index, _ in drawn)))
+        assert drawn == [(i, t) for i in orders[-1] for t in GEOMETRY.tiles(subjects[i].image.shape[1:], 0.0)]
+    assert len({tuple(order) for order in orders}) > 1
+
+
+class TestClassCentred:
+    def test_a_tile_is_centred_on_a_voxel_of_a_class_drawn_with_equal_chances(self, subjects) -> None:
+        """Background is nearly all of the volume, target 2 one voxel in its corner: each centres a third."""
+        geometry = TileGeometry((1, 1, 1))
+        sampler = Sampler(ClassCentredTiles(), subjects, geometry, 0)
+        centres = [int(subjects[d.subject].target[0][d.tile.start]) for d in map(sampler.draw, range(600))]
+        assert [centres.count(c) / 600 for c in (0, 1, 2)] == pytest.approx([1 / 3] * 3, abs=0.06)
+
+    def test_the_voxel_is_the_middle_where_the_tile_fits(self, subjects) -> None:
+        one = replace(subjects[0], points={1: np.array([[6, 7, 5]])}, counts={0: 0, 1: 1})
+        sampler = Sampler(ClassCentredTiles(), [one], TileGeometry((5, 5, 3)), 0)
+        assert sampler.draw(0).tile.start == (4, 5, 4)
+
+    def test_background_is_found_where_there_is_hardly_any(self, subjects) -> None:
+        target = np.ones_like(subjects[0].target)
+        target[0, 3, 4, 5] = 0
+        one = replace(subjects[0], target=target, points={1: np.argwhere(target[0] == 1)}, counts={0: 1, 1: 1679})
+        sampler = Sampler(ClassCentredTiles(), [one], TileGeometry((1, 1, 1)), 0)
+        starts = [sampler.draw(j).tile.start for j in range(40)]
+        assert 8 < starts.count((3, 4, 5)) < 32
+
+    def test_a_subject_of_ignored_voxels_alone_has_tiles_too(self, subjects) -> None:
+        one = replace(subjects[0], points={1: np.empty((0, 3), int)}, counts={0: 0, 1: 0})
+        assert Sampler(ClassCentredTiles(), [one], GEOMETRY, 0).draw(0).tile.shape == (6, 6, 6)
 
 
 def test_balancing_gives_a_rare_target_its_share(subjects) -> None:

@@ -54,6 +54,17 @@ def test_reading_beyond_the_volume_repeats_its_border(volume, start, shape) -> N
     np.testing.assert_array_equal(read_box(voxels, start, shape), voxels[(slice(None), *np.ix_(*nearest))])
 
 
+@given(volume=SHAPES, start=st.tuples(*[st.integers(-30, 30)] * 3), shape=st.tuples(*[st.integers(1, 20)] * 3))
+def test_or_reads_zeros(volume, start, shape) -> None:
+    voxels = np.random.default_rng(0).random((2, *volume))
+    within = [
+        (np.arange(s, s + n) >= 0) & (np.arange(s, s + n) < size)
+        for s, n, size in zip(start, shape, volume, strict=True)
+    ]
+    wanted = read_box(voxels, start, shape) * np.einsum("x,y,z->xyz", *within)
+    np.testing.assert_array_equal(read_box(voxels, start, shape, "zero"), wanted)
+
+
 def test_tiles_are_never_smaller_than_the_network_takes() -> None:
     rules = Rules((8, 8, 8), smallest=(24, 24, 24))
     assert geometry_for(Patches(shape=(16, 32, 8)), (90, 90, 90), (1, 1, 1), rules).shape == (24, 32, 24)
@@ -89,6 +100,13 @@ def test_shapes_are_rounded_up_to_what_the_network_divides() -> None:
     )
     assert valid.shape == (80, 96, 96)
     assert valid.input_shape == (100, 116, 116)
+
+
+def test_what_the_recipe_says_of_reading_stands_in_the_geometry() -> None:
+    geometry = geometry_for(Slices(neighbours=1, standardise="together", outside="zero"), (8, 8, 9), (1, 1, 1), flat(2))
+    assert (geometry.standardise, geometry.outside) == ("together", "zero")
+    whole = geometry_for(Whole(), (8, 8, 8), (1, 1, 1), Rules((8, 8, 8)))
+    assert (whole.standardise, whole.outside) == (False, "edge")
 
 
 def test_dimensions_must_agree() -> None:

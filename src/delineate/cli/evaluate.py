@@ -129,6 +129,9 @@ def _print_details(evaluation: Evaluation) -> None:
     if rows:
         columns = ["target", "of", "bias (95 %)", "limits of agreement", "concordance", "n", "beyond them"]
         print_table("agreement with the reference", columns, rows)
+    if pooled := [list(row.values()) for row in evaluation.described_pooled()]:
+        columns = ["class", "voxels", "share", "precision", "recall", "F1"]
+        print_table("voxels of all subjects together", columns, pooled)
     if sizes := [list(row.values()) for row in evaluation.described_lesions()]:
         print_table(
             "lesions by size", ["target", "ml", "reference lesions detected", "predicted lesions confirmed"], sizes

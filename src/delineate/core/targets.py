@@ -139,6 +139,15 @@ class Targets:
         """Boolean mask (X, Y, Z) of each target in a label with the data set's own values."""
         return {name: np.isin(label, numbers) for name, numbers in self.values.items()}
 
+    def class_voxels(self, by_value: Mapping[int, int]) -> dict[str, int]:
+        """Voxels of the background, then of each target, from voxels by label value; ignored ones are left out."""
+        foreground = {*self.ignore, *(v for numbers in self.values.values() for v in numbers)}
+        background = sum(n for value, n in by_value.items() if value not in foreground)
+        return {
+            "background": background,
+            **{name: sum(by_value.get(v, 0) for v in numbers) for name, numbers in self.values.items()},
+        }
+
     def foreground(self, label: NDArray) -> NDArray[np.bool_]:
         """Voxels of a label that belong to any target."""
         return np.isin(label, [value for numbers in self.values.values() for value in numbers])

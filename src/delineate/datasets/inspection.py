@@ -100,12 +100,12 @@ class Inspection:
     def class_fractions(self) -> dict[str, float]:
         """Share of all labelled subjects' voxels, by target (by value where no targets are known)."""
         counts = self.label_voxels
-        values = self.targets.values if self.targets else named_by_value(counts)
-        ignored = set(self.targets.ignore) if self.targets else set()
-        foreground = {v for numbers in values.values() for v in numbers} | ignored
         total = sum(counts.values())
-        background = {"background": sum(n for v, n in counts.items() if v not in foreground)}
-        by_name = background | {name: sum(counts.get(v, 0) for v in numbers) for name, numbers in values.items()}
+        if self.targets:
+            by_name = self.targets.class_voxels(counts)
+        else:
+            values = named_by_value(counts)
+            by_name = {"background": counts.get(0, 0), **{n: sum(counts[v] for v in vs) for n, vs in values.items()}}
         return {name: n / total for name, n in by_name.items()} if total else {}
 
     def file(self) -> InspectionFile:

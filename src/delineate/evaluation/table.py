@@ -189,6 +189,8 @@ class Evaluation:
             content["sites"] = {site: self.summary(site) for site in self.sites}
         if rows := [row for agreeing in self.agreements for row in agreeing.rows()]:
             content["agreement"] = rows
+        if len(self.confusion):
+            content["pooled"] = self.pooled.to_dict("records")
         if len(self.lesions):
             content["lesions_by_size"] = self.lesions_by_size.to_dict("records")
         if self.quantity is not None:
@@ -226,6 +228,44 @@ class Evaluation:
         rows = self.described_summary()
         caption = f"{len(self.subjects)} subjects{' (simulated)' if self.simulated else ''}"
         return html_table(caption, list(rows[0]), [list(row.values()) for row in rows])
+
+    @cached_property
+    def pooled(self) -> pd.DataFrame:
+        """Precision, recall and F1 of every class, the background first, over the voxels of all subjects together.
+
+        Columns: class, voxels ``reference`` and ``predicted`` and how many of both are ``right``, share of the
+        reference's voxels, precision, recall, f1. What would be 0/0 is undefined, and F1, their harmonic mean, where
+        precision or recall is. No rows where targets overlap.
+        """
+        pairs = self.confusion
+        counted = {
+            "reference": pairs.groupby("reference", sort=False),
+            "predicted": pairs.groupby("prediction", sort=False),
+            "right": pairs[pairs["reference"] == pairs["prediction"]].groupby("reference", sort=False),
+        }
+        counts = pd.DataFrame({name: rows["voxels"].sum() for name, rows in counted.items()}).astype(int)
+        precision, recall = counts["right"] / counts["predicted"], counts["right"] / counts["reference"]
+        either = (precision + recall).replace(0, 1)  # nothing right: 0, whatever it is divided by
+        measured = counts.assign(
+            share=counts["reference"] / counts["reference"].sum(),
+            precision=precision,
+            recall=recall,
+            f1=2 * precision * recall / either,
+        )
+        return measured.rename_axis("class").reset_index()
+
+    def described_pooled(self) -> list[dict[str, str]]:
+        """:attr:`pooled` as a reader sees it."""
+        return [
+            {
+                "class": str(row["class"]),
+                "voxels": f"{row['reference']:,}",
+                "share": f"{row['share']:.5f}",
+                **{name: "0/0" if isnan(row[name]) else f"{row[name]:.3f}" for name in ("precision", "recall")},
+                "F1": "0/0" if isnan(row["f1"]) else f"{row['f1']:.3f}",
+            }
+            for row in self.pooled.to_dict("records")
+        ]
 
     @cached_property
     def lesions_by_size(self) -> pd.DataFrame:

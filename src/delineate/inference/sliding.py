@@ -98,7 +98,7 @@ class Sliding:
         boxes = np.stack([geometry.to_network(geometry.read(volume, tile)) for tile in [*tiles, *filling]])
         dimensions = boxes.ndim - 2
         read = torch.from_numpy(boxes)
-        x = (standardised(read) if geometry.standardise else read).to(
+        x = standardised(read, geometry.standardise).to(
             self.plan.device, memory_format=self.plan.memory_format(dimensions)
         )
         in_plane = [AXES[axis] for axis in range(3) if axis != geometry.slice_axis]

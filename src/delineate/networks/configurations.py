@@ -75,6 +75,7 @@ CONFIGURATIONS: Mapping[str, Configuration] = MappingProxyType(
         },
         "prostate-deeplab": Configuration(DeepLabSpec(), 13, 1, (256, 256), 3, keras=True),
         "brain-2d": Configuration(BudaUNetSpec(), 4, 4, (192, 192), 8),
+        "brain-3d": Configuration(ContextUNetSpec(context=False), 4, 4, (80, 96, 96), 2),
         "brain-3d-context": Configuration(ContextUNetSpec(), 4, 4, (100, 116, 116), 2),
         "brain-3d-small": Configuration(MinicubeNetSpec(), 4, 4, (80, 96, 96), 2),
         "brain-3d-padded": Configuration(_PADDED_TWIN, 4, 4, (80, 96, 96), 2),

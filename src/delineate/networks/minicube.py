@@ -17,12 +17,14 @@ class ContextUNetSpec(Architecture):
     """3D U-Net of valid convolutions: every voxel that it answers for has seen its real surroundings.
 
     Two pools; ten voxels of context on each side. Convolutions 3³ with bias and ReLU, no
-    normalisation; the decoder is padded, its skips are cropped to the middle.
+    normalisation; the decoder is padded, its skips are cropped to the middle. Without ``context`` the encoder is
+    padded, too: the same network, which reads nothing but what it answers for.
     """
 
     kind: Literal["context_unet"] = "context_unet"
     dimensions: Literal[3] = 3
     first_filters: Filters = 64
+    context: bool = True
 
     @property
     def divisor(self) -> Step:
@@ -30,20 +32,21 @@ class ContextUNetSpec(Architecture):
 
     @property
     def margin(self) -> Step:
-        return (10, 10, 10)
+        return (10, 10, 10) if self.context else (0, 0, 0)
 
     def body(self, inputs: int, outputs: int) -> ContextUNet:
-        return ContextUNet(inputs, outputs, self.first_filters)
+        return ContextUNet(inputs, outputs, self.first_filters, self.context)
 
 
 class ContextUNet(nn.Module):
-    """Logits (N, K, X - 20, Y - 20, Z - 20) of images (N, C, X, Y, Z)."""
+    """Logits (N, K, X - 20, Y - 20, Z - 20) of images (N, C, X, Y, Z); without context, of their own size."""
 
-    def __init__(self, inputs: int, outputs: int, width: int) -> None:
+    def __init__(self, inputs: int, outputs: int, width: int, context: bool) -> None:
         super().__init__()
-        self.encoder1 = _convolutions((inputs, width, width), (0, 0))
-        self.encoder2 = _convolutions((width, 2 * width, 2 * width), (0, 0))
-        self.bottom = _convolutions((2 * width, 4 * width, 4 * width), (1, 0))
+        pad = 0 if context else 1
+        self.encoder1 = _convolutions((inputs, width, width), (pad, pad))
+        self.encoder2 = _convolutions((width, 2 * width, 2 * width), (pad, pad))
+        self.bottom = _convolutions((2 * width, 4 * width, 4 * width), (1, pad))
         self.up2 = nn.ConvTranspose3d(4 * width, 2 * width, 2, stride=2)
         self.decoder2 = _convolutions((4 * width, 2 * width, 2 * width), (1, 1))
         self.up1 = nn.ConvTranspose3d(2 * width, width, 2, stride=2)

@@ -23,6 +23,7 @@ from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary, ave
 from delineate.io.files import writing_beside
 from delineate.metrics.catalogue import METRICS, Metric, formatted
 from delineate.metrics.statistics import Estimate
+from delineate.reporting.classes import ClassRow
 from delineate.reporting.figures import (
     agreement_chart,
     class_chart,
@@ -46,7 +47,7 @@ class RunReport:
     ``learning`` has the columns step, loss; ``validation_loss`` step, validation_loss; ``validation`` step, dice,
     dice_<target>. ``validated`` says whom validation is of. ``notes``: what a reader should know before the numbers.
     ``crop``: a WebP of what a crop on the composite image keeps. ``seams``: each target's median seam score, and the
-    number of subjects it is taken over.
+    number of subjects it is taken over. ``classes``: how many voxels of each class there are to train and to test on.
     """
 
     title: str
@@ -65,6 +66,7 @@ class RunReport:
     intervals: Intervals | None = None
     validation_loss: pd.DataFrame | None = None
     seams: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    classes: Sequence[ClassRow] = ()
     validated: str = ""
 
 
@@ -163,6 +165,7 @@ def _measured(
             "summary": _summary_rows(evaluation, summary),
             "sites": _site_rows(evaluation) if len(evaluation.sites) > 1 else [],
             "agreement": [row for agreeing in evaluation.agreements for row in agreeing.described()],
+            "pooled": evaluation.described_pooled(),
             "lesions": evaluation.described_lesions(),
             "crossings": evaluation.crossings(),
             "rows": evaluation.table.to_dict("records"),

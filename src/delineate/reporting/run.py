@@ -25,6 +25,7 @@ from delineate.io.files import parsing, read_text
 from delineate.io.tables import read_table
 from delineate.recipe import TrainingSpec
 from delineate.reporting.cautions import Training, cautions
+from delineate.reporting.classes import class_rows
 from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
 from delineate.reporting.overlays import overlays_of
@@ -66,6 +67,11 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         ],
         intervals=_intervals(folder / "evaluation" / "intervals.json"),
         seams=_seams(folder / "evaluation" / "confidence.csv"),
+        classes=class_rows(
+            data.subjects,
+            bundle.targets,
+            {"training": subjects.training, "validation": subjects.validation, "held out": subjects.held_out},
+        ),
         crop=composite_picture(bundle.pipeline, _trained_on(bundle, subjects, dataset), bundle.channels),
     )
     path = folder / "report.html"

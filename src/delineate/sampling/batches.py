@@ -97,8 +97,7 @@ class BatchSource:
             generator=generator,
             axes="".join(AXES[a] for a in in_plane),
         )
-        if geometry.standardise:
-            image = standardised(image)
+        image = standardised(image, geometry.standardise)
         for dim, axis in enumerate(in_plane, start=2):
             target = target.narrow(dim, geometry.margin[axis], geometry.shape[axis])
         return image, target

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from delineate.core.targets import IGNORED
@@ -32,16 +33,25 @@ class SamplerSpecification(Specification):
         """
         return []
 
+    def order(self, tiles: Sequence[tuple[int, Tile]], rng: np.random.Generator) -> NDArray[np.integer]:
+        """The order in which a pass shows what :meth:`listed` lists, by number."""
+        return rng.permutation(len(tiles))
+
     def draw(self, subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
         """A tile of a subject, inside its volume where it fits, else around it."""
         return drawn(subject, geometry, rng)
 
 
 class AllTiles(SamplerSpecification):
-    """Every tile of every subject once a pass, in a new order each pass."""
+    """Every tile of every subject once a pass, in a new order each pass.
+
+    ``by_subject``: all tiles of one subject after each other, x fastest and z slowest, then those of the next;
+    the subjects are in a new order each pass.
+    """
 
     kind: Literal["all"] = "all"
     overlap: Annotated[float, Field(ge=0, le=0.95)] = 0.0
+    by_subject: bool = False
 
     def listed(self, subjects: Sequence[PreparedSubject], geometry: TileGeometry) -> list[tuple[int, Tile]]:
         return [
@@ -49,6 +59,13 @@ class AllTiles(SamplerSpecification):
             for index, subject in enumerate(subjects)
             for tile in geometry.tiles(subject.image.shape[1:], self.overlap)
         ]
+
+    def order(self, tiles: Sequence[tuple[int, Tile]], rng: np.random.Generator) -> NDArray[np.integer]:
+        if not self.by_subject:
+            return super().order(tiles, rng)
+        subjects = np.array([index for index, _ in tiles])
+        place = rng.permutation(subjects.max() + 1)
+        return np.argsort(place[subjects], kind="stable")
 
 
 class RandomTiles(SamplerSpecification):
@@ -73,6 +90,30 @@ class ClassBalancedTiles(SamplerSpecification):
                 points = subject.points[classes[rng.integers(len(classes))]]
                 return drawn_around(points[rng.integers(len(points))], subject, geometry, rng)
         return drawn(subject, geometry, rng)
+
+
+class ClassCentredTiles(SamplerSpecification):
+    """Every subject once a pass; the tile is centred on a voxel of a class that is drawn with equal chances.
+
+    The classes are the background and the targets that the subject has; each of their voxels is as likely. A tile
+    that would reach beyond the volume is moved inside.
+    """
+
+    kind: Literal["class_centred"] = "class_centred"
+
+    def draw(self, subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
+        classes = [0] if subject.counts[0] else []
+        classes += [c for c, points in subject.points.items() if len(points)]
+        if not classes:  # everything is ignored
+            return drawn(subject, geometry, rng)
+        chosen = classes[rng.integers(len(classes))]
+        points = subject.points[chosen] if chosen else _background(subject, rng)
+        centre = points[rng.integers(len(points))]
+        start = [
+            min(max(int(c) - n // 2, low), high)
+            for c, n, (low, high) in zip(centre, geometry.shape, _range(subject, geometry), strict=True)
+        ]
+        return _tile(start, geometry.shape)
 
 
 class ChosenSlices(SamplerSpecification):
@@ -117,7 +158,10 @@ class ChosenSlices(SamplerSpecification):
 
 
 SAMPLERS: Kinds[SamplerSpecification] = Kinds(
-    "samplers", "sampler", SamplerSpecification, (AllTiles, RandomTiles, ClassBalancedTiles, ChosenSlices)
+    "samplers",
+    "sampler",
+    SamplerSpecification,
+    (AllTiles, RandomTiles, ClassBalancedTiles, ClassCentredTiles, ChosenSlices),
 )
 SamplerSpec = Annotated[SamplerSpecification, SAMPLERS]
 
@@ -155,7 +199,8 @@ class Sampler:
         return Draw(item, self.spec.draw(self.subjects[item], self.geometry, rng), rng)
 
     def _shuffle(self, pass_number: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, 0, pass_number)).permutation(self.pass_length)
+        rng = np.random.default_rng((self.seed, 0, pass_number))
+        return self.spec.order(self._tiles, rng) if self._tiles else rng.permutation(self.pass_length)
 
 
 def drawn(subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
@@ -170,6 +215,14 @@ def drawn_around(point: np.ndarray, subject: PreparedSubject, geometry: TileGeom
         first = int(p) - n // 2 + int(rng.integers(-(n // 4), n // 4 + 1))
         start.append(min(max(first, low), high))
     return _tile(start, geometry.shape)
+
+
+def _background(subject: PreparedSubject, rng: np.random.Generator) -> NDArray[np.integer]:
+    """Some voxels (n, 3) of no target, each as likely; there is at least one."""
+    # Nearly every scan is background for the most part: a few draws find it without looking at the whole label.
+    x, y, z = (rng.integers(n, size=64) for n in subject.target.shape[1:])
+    found = np.stack([x, y, z], axis=1)[~subject.target[:, x, y, z].any(axis=0)]
+    return found if len(found) else np.argwhere((subject.target == 0).all(axis=0))
 
 
 def _range(subject: PreparedSubject, geometry: TileGeometry) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ box and its context: a margin on every side (valid convolutions), or neighbourin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Annotated, Literal, NamedTuple, Protocol
 
@@ -29,15 +29,22 @@ class Tile(NamedTuple):
     shape: Shape3
 
 
+Standardise = bool | Literal["together"]
+Outside = Literal["edge", "zero"]
+
+
 class Patches(Specification):
     """Boxes of a fixed shape, for 3D networks. ``null`` along an axis means all of it.
 
-    ``standardise``: each tile that a network reads is brought to mean 0 and deviation 1 by itself, channel by channel.
+    ``standardise``: each tile that a network reads is brought to mean 0 and deviation 1 by itself, every
+    channel apart, or with ``together`` by one mean and one deviation. ``outside``: what is read beyond the
+    volume, its ``edge`` repeated or ``zero``.
     """
 
     kind: Literal["patches"] = "patches"
     shape: tuple[Side | None, Side | None, Side | None]
-    standardise: bool = False
+    standardise: Standardise = False
+    outside: Outside = "edge"
 
 
 class Slices(Specification):
@@ -45,14 +52,16 @@ class Slices(Specification):
 
     ``axis``: x (sagittal), y (coronal), z (axial) of the prepared volume, or ``thickest``: the axis
     across the slices (``Grid.slice_axis``). ``shape``: in-plane size along the two other axes; ``null`` means all.
-    ``standardise`` as for patches.
+    ``standardise`` and ``outside`` as for patches; neighbours are channels, which ``together`` keeps as bright as
+    they are beside each other.
     """
 
     kind: Literal["slices"] = "slices"
     axis: Literal["x", "y", "z", "thickest"] = "z"
     shape: tuple[Side | None, Side | None] = (None, None)
     neighbours: Annotated[int, Field(ge=0, le=64)] = 0
-    standardise: bool = False
+    standardise: Standardise = False
+    outside: Outside = "edge"
 
 
 class Whole(Specification):
@@ -90,7 +99,8 @@ class TileGeometry:
 
     ``shape`` is what a tile answers for, ``margin`` what is read around it on each side.
     ``slice_axis`` is the axis (0, 1, 2) along which a tile is one slice, for 2D networks. ``standardise``:
-    what is read of a tile is brought to mean 0 and deviation 1 before the network sees it.
+    what is read of a tile is brought to mean 0 and deviation 1 before the network sees it. ``outside``: what is
+    read beyond a volume.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -98,7 +108,8 @@ class TileGeometry:
     shape: tuple[Side, Side, Side]
     margin: tuple[Margin, Margin, Margin] = (0, 0, 0)
     slice_axis: Annotated[int, Field(ge=0, le=2)] | None = None
-    standardise: bool = False
+    standardise: Standardise = False
+    outside: Outside = "edge"
 
     @property
     def input_shape(self) -> Shape3:
@@ -127,15 +138,13 @@ class TileGeometry:
         ]
 
     def read(self, volume: NDArray, tile: Tile, extra: Sequence[int] = (0, 0, 0)) -> NDArray:
-        """Copy of what the network reads for a tile of ``volume`` (C, X, Y, Z), and ``extra`` voxels around.
-
-        Beyond the volume its border repeats.
-        """
+        """Copy of what the network reads for a tile of ``volume`` (C, X, Y, Z), and ``extra`` voxels around."""
         margin = [m + e for m, e in zip(self.margin, extra, strict=True)]
         return read_box(
             volume,
             [s - m for s, m in zip(tile.start, margin, strict=True)],
             [n + 2 * m for n, m in zip(tile.shape, margin, strict=True)],
+            self.outside,
         )
 
     def to_network(self, box: NDArray) -> NDArray:
@@ -180,8 +189,10 @@ def geometry_for(
         margins[axis] = border
     if isinstance(spec, Slices) and slice_axis is not None:
         shape[slice_axis], margins[slice_axis] = 1, spec.neighbours
-    standardise = not isinstance(spec, Whole) and spec.standardise
-    return TileGeometry((shape[0], shape[1], shape[2]), (margins[0], margins[1], margins[2]), slice_axis, standardise)
+    geometry = TileGeometry((shape[0], shape[1], shape[2]), (margins[0], margins[1], margins[2]), slice_axis)
+    if isinstance(spec, Whole):
+        return geometry
+    return replace(geometry, standardise=spec.standardise, outside=spec.outside)
 
 
 def with_slice_axis(spec: Patches | Slices | Whole, grid: Grid) -> Patches | Slices | Whole:
@@ -191,16 +202,23 @@ def with_slice_axis(spec: Patches | Slices | Whole, grid: Grid) -> Patches | Sli
     return spec.model_copy(update={"axis": AXES[grid.slice_axis]})
 
 
-def standardised(image: Tensor) -> Tensor:
-    """Each sample and channel (N, C, …) with mean 0 and deviation 1; a constant one becomes 0."""
-    space = tuple(range(2, image.ndim))
+def standardised(image: Tensor, how: Standardise) -> Tensor:
+    """Each sample and channel (N, C, …), or with ``"together"`` each sample, with mean 0 and deviation 1.
+
+    What is constant becomes 0.
+    """
+    if not how:
+        return image
+    space = tuple(range(1 if how == "together" else 2, image.ndim))
     centred = image - image.mean(space, keepdim=True)
     deviation = centred.square().mean(space, keepdim=True).sqrt()
     return centred / torch.where(deviation > 0, deviation, torch.ones_like(deviation))
 
 
-def read_box(volume: NDArray, start: Sequence[int], shape: Sequence[int]) -> NDArray:
-    """Copy of a box (C, *shape) of ``volume`` (C, X, Y, Z); beyond the volume its border repeats."""
+def read_box(volume: NDArray, start: Sequence[int], shape: Sequence[int], outside: Outside = "edge") -> NDArray:
+    """Copy of a box (C, *shape) of ``volume`` (C, X, Y, Z); beyond the volume its border repeats, or all is 0."""
+    if outside == "zero":
+        return _read_with_zeros(volume, start, shape)
     inside, pad = [], []
     for first, n, size in zip(start, shape, volume.shape[1:], strict=True):
         # A box wholly outside still repeats the nearest border voxel.
@@ -212,6 +230,19 @@ def read_box(volume: NDArray, start: Sequence[int], shape: Sequence[int]) -> NDA
     if any(p != (0, 0) for p in pad):
         return np.pad(box, [(0, 0), *pad], mode="edge")
     return np.array(box)
+
+
+def _read_with_zeros(volume: NDArray, start: Sequence[int], shape: Sequence[int]) -> NDArray:
+    box = np.zeros((len(volume), *shape), volume.dtype, order="F")
+    # First and last plane of what both share; none where the box lies wholly outside.
+    shared = [
+        (max(first, 0), max(min(first + n, size), first, 0))
+        for first, n, size in zip(start, shape, volume.shape[1:], strict=True)
+    ]
+    source = tuple(slice(low, high) for low, high in shared)
+    place = tuple(slice(low - first, high - first) for (low, high), first in zip(shared, start, strict=True))
+    box[(slice(None), *place)] = volume[(slice(None), *source)]
+    return box
 
 
 def _slice_axis(spec: Patches | Slices | Whole, spacing_mm: Sequence[float]) -> int | None:

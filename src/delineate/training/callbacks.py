@@ -193,8 +193,8 @@ def _soft(loss: Any) -> bool:
 def loss_of_targets(step: int, module: Delineator) -> Collapsed:
     """Background alone is predicted: with the fixes that fit the recipe."""
     recipe, fixes = module.bundle.recipe, []
-    if recipe.sampler.kind != "class_balanced":
-        fixes.append("--set sampler.kind=class_balanced (half of the tiles then hold a target)")
+    if recipe.sampler.kind not in ("class_balanced", "class_centred"):
+        fixes.append("--set 'sampler={kind: class_balanced}' (half of the tiles then hold a target)")
     if recipe.loss.kind == "cross_entropy":
         fixes.append("add a Dice loss (--set loss.kind=dice), since cross entropy is content with rare targets missed")
     fixes.append(f"a lower learning rate (--set training.optimiser.learning_rate={module.learning_rate / 3:.1g})")

@@ -39,6 +39,7 @@ from delineate.preprocessing.step import Step
 from delineate.recipe import Recipe, apply_changes, load_recipe, recipe_from, to_yaml
 from delineate.sampling.samplers import ChosenSlices
 from delineate.sampling.tiles import Slices, geometry_for, with_slice_axis
+from delineate.training.events import Warned
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.subjects import RunSubjects
 
@@ -174,6 +175,7 @@ def inspected(
             f"data set '{dataset.name}' does not name its targets, nor does the recipe",
             fix="add for example --set 'data.targets.values={liver: 1}'",
         )
+    _warn_of_other_values(targets, dataset, report)
     if recipe.data.channels is not None:
         channels = recipe.data.channels
         dataset = replace(dataset, subjects=tuple(s.with_channels(channels) for s in dataset.subjects))
@@ -190,6 +192,19 @@ def inspected(
     if len(dataset.subjects) < 2:
         raise BrokenSubjects(f"{len(dataset.subjects)} usable subjects are left", fix="training needs two or more")
     return dataset, targets, inspection
+
+
+def _warn_of_other_values(targets: Targets, dataset: Dataset, report: Reporter) -> None:
+    """Say which targets have the data set's name for other label values, as BraTS numbers by the year."""
+    for name, values in (dataset.targets.values if dataset.targets else {}).items():
+        if name in targets.values and not set(values) & set(targets.values[name]):
+            here, there = (", ".join(map(str, numbers)) for numbers in (targets.values[name], values))
+            report.event(
+                Warned(
+                    message=f"by the recipe '{name}' is label value {here}, by the data set it is {there}; "
+                    "--set data.targets=null takes the data set's"
+                )
+            )
 
 
 def broken_message(inspection: Inspection) -> str:
