@@ -12,16 +12,14 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from delineate.errors import WeightsError
 from delineate.io.files import home_folder, open_file, parsing, read_json, writing_beside
-from delineate.pretrained.vgg import VGGName, expected_shapes
+from delineate.pretrained.vgg import Preprocessing, VGGName, expected_shapes
 
-Preprocessing = Literal["torchvision", "caffe"]
 PUBLISHED: dict[str, str] = {
     "vgg11": "https://download.pytorch.org/models/vgg11-8a719046.pth",
     "vgg19": "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
