@@ -19,7 +19,7 @@ from delineate.training.options import Reporter, RunOptions
 from delineate.training.run import train
 
 CHANNELS = {"brats": 2, "brain_2d": 2, "brain_3d_context": 2, "brain_3d_small": 2}
-OVERLAPPING = {"liver_tumour_lits", "liver_tumour_a", "liver_tumour_b", "liver_tumour_c"}
+OVERLAPPING = {name for name in packaged_recipes() if name.startswith(("liver_tumour_", "wmh_"))}
 SPACING_MM = {"wmh": (0.9, 0.9, 6.0), "sarcoma": (1.0, 1.0, 3.3), "demo": (3.5, 3.5, 7.0), "generic_2.5d": (1, 1, 6)}
 
 
@@ -27,6 +27,7 @@ SPACING_MM = {"wmh": (0.9, 0.9, 6.0), "sarcoma": (1.0, 1.0, 3.3), "demo": (3.5, 
 SMALLER = {
     "context_unet": {"first_filters": 8},
     "tiramisu": {"encoder": [1, 1, 1], "bottleneck": 1, "decoder": [1, 1, 1]},
+    "dense_unet": {"first_filters": 4},
 }
 
 
@@ -66,6 +67,9 @@ def test_it_trains_two_steps_and_predicts(name, tmp_path, rng) -> None:
         values["loss"]["weights"] = "random"
     if values["tiles"].get("shape"):
         values["tiles"]["shape"] = [n and min(n, 64) for n in values["tiles"]["shape"]]
+    for step in values["preprocessing"]:
+        if step["kind"] == "resize":
+            step["shape"] = [n and min(n, 64) for n in step["shape"]]
     values["training"]["validation"]["subjects"] = 0
     values["postprocessing"]["largest_component"] = []
     targets = Targets({"lesion": (1,)}, "overlapping" if name in OVERLAPPING else "exclusive")
