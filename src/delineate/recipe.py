@@ -161,7 +161,10 @@ class ValidationSpec(Specification):
 
 
 class TrainingSpec(Specification):
-    """The budget is ``minutes`` of training or a number of ``steps``, whichever ends first.
+    """The budget is ``minutes`` of training, a number of ``steps`` or of ``epochs``, whichever ends first.
+
+    An epoch takes every item of the sampler's pass once: as many steps as the pass has batches. Where the batch
+    size does not divide the pass, an epoch's last batch is filled from the next pass.
 
     ``ema`` is the decay of the averaged weights that are validated and kept (0: none).
     ``collapse_after``: from this step on, predictions of background alone are reported.
@@ -172,6 +175,7 @@ class TrainingSpec(Specification):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 2
     minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
     optimiser: OptimiserSpec = OptimiserSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -221,6 +225,8 @@ class PostprocessingSpec(Specification):
 class Recipe(Specification):
     """Everything that makes a run: a value that is checked as it is made and never changes.
 
+    ``deviates``: what a recipe that bears a report's name does not do as the report did, a sentence each.
+
     >>> recipe = Recipe.model_validate(
     ...     {
     ...         "name": "mine",
@@ -235,6 +241,7 @@ class Recipe(Specification):
 
     name: str
     description: str = ""
+    deviates: Annotated[tuple[str, ...], Field(max_length=64)] = ()
     data: DataSpec = DataSpec()
     preprocessing: Annotated[tuple[StepSpec, ...], Field(max_length=64)] = ()
     tiles: TileSpec
@@ -385,9 +392,16 @@ def to_yaml(values: Any, reasons: Mapping[str, str] | None = None, *, path: str 
             for i, item in enumerate(value):
                 body = to_yaml(item, reasons, path=f"{here}.{i}", indent=indent + 2)
                 lines.append(f"{pad}  - {body.lstrip()}")
+        elif _is_prose(value):
+            lines += [f"{pad}{key}:{comment}\n", *(f"{pad}  - {_scalar(item)}\n" for item in value)]
         else:
             lines.append(f"{pad}{key}: {_scalar(value)}{comment}\n")
     return "".join(lines)
+
+
+def _is_prose(value: Any) -> bool:
+    """Whether a list holds sentences, each of which is better read on a line of its own."""
+    return isinstance(value, list) and any(isinstance(item, str) and len(item) > 40 for item in value)
 
 
 def _scalar(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -70,7 +71,8 @@ def test_a_run_leaves_what_it_promises(recipe, balls, tmp_path) -> None:
 
 def test_a_challenges_regions_are_measured_of_the_held_out_or_nothing_is_trained(recipe, balls, tmp_path) -> None:
     short = recipe.training.model_copy(update={"steps": 2})
-    measured = recipe.model_copy(update={"metrics": ("lits",), "training": short})
+    deviates = ("Not as Chlebus did it.",)
+    measured = recipe.model_copy(update={"metrics": ("lits",), "training": short, "deviates": deviates})
     with pytest.raises(RecipeError, match="'lits' measures liver, tumour; got ball"):
         run(measured, balls, tmp_path / "refused")
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -89,7 +91,8 @@ def test_a_challenges_regions_are_measured_of_the_held_out_or_nothing_is_trained
         assert row["dice"] == pytest.approx(2 * (predicted & known).sum() / (predicted.sum() + known.sum()))
     calibrated = pd.read_csv(tmp_path / "run/evaluation/confidence.csv")
     assert set(calibrated["target"]) == {"liver", "tumour"}
-    assert write_run_report(tmp_path / "run", halves).is_file()
+    assert "Not as Chlebus did it." in write_run_report(tmp_path / "run", halves).read_text(encoding="utf-8")
+    assert Bundle.load(tmp_path / "run/bundle").recipe.deviates == ("Not as Chlebus did it.",)
 
 
 def test_it_learns(recipe, balls, tmp_path) -> None:
@@ -238,6 +241,33 @@ def test_a_time_budget_ends_the_run(recipe, balls, tmp_path) -> None:
     result = run(recipe_from(values), balls, tmp_path / "run", evaluate=False)
     assert result.finished
     assert result.steps > 1
+
+
+def test_epochs_are_a_budget_of_their_own(recipe, balls, tmp_path) -> None:
+    """Three subjects are trained on, two a step: an epoch is two steps, whatever else limits the run."""
+    values = recipe.as_dict()
+    values["training"] |= {"steps": 100, "epochs": 3}
+    recipe = recipe_from(values)
+
+    def stop(text: str) -> None:
+        if text.startswith("step 2"):
+            (tmp_path / "run/stop").touch()
+
+    assert run(recipe, balls, tmp_path / "run", Reporter(stop)).steps < 6
+    report = Reporter()
+    assert run(recipe, balls, tmp_path / "run", report).steps == 6
+    assert "an epoch is 2 steps: 3 items, 2 a step; 6 steps in all are 3 epochs" in report.messages
+    assert any(text.startswith("trained 6 steps (3 epochs)") for text in report.messages)
+    assert pd.read_csv(tmp_path / "run/logs/epochs.csv")[["step", "epoch"]].values.tolist() == [[2, 1], [4, 2], [6, 3]]
+    assert {"what": "epoch", "choice": "2 steps", "why": "3 items, 2 a step"} in json.loads(
+        (tmp_path / "run/plan.json").read_text()
+    )
+    page = write_run_report(tmp_path / "run", balls).read_text(encoding="utf-8")
+    assert "2 steps (3 items, 2 a step)" in page
+    assert "Minutes an epoch" in page
+    assert "Unfinished" not in page
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"epochs": 4})})
+    assert run(longer, balls, tmp_path / "run", evaluate=False).steps == 8
 
 
 def test_a_killed_run_goes_on(recipe, balls, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -24,7 +25,7 @@ from delineate.reporting.cautions import Training, cautions
 from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
 from delineate.reporting.overlays import overlays_of
-from delineate.training.events import Collapsed, Warned, read_events, without_undone
+from delineate.training.events import Collapsed, Event, Planned, Warned, read_events, without_undone
 from delineate.training.subjects import RunSubjects
 
 
@@ -37,7 +38,10 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
     data = read_json(folder / "data.json", BadFormat)
     evaluation = Evaluation.read(folder / "evaluation") if (folder / "evaluation" / "metrics.csv").exists() else None
     learning, validation = (_curve(folder / "logs" / f"{name}.csv") for name in ("training", "validation"))
-    warned = cautions(Training(bundle.recipe.training, learning, validation), evaluation)
+    events = without_undone(read_events(folder / "logs"))
+    planned = next((event for event in reversed(events) if isinstance(event, Planned)), None)
+    steps_an_epoch = None if planned is None else planned.steps_an_epoch
+    warned = cautions(Training(bundle.recipe.training, learning, validation, steps_an_epoch), evaluation)
     content = RunReport(
         title=bundle.recipe.name,
         description=bundle.recipe.description,
@@ -50,8 +54,12 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         overlays=[] if evaluation is None else _overlays(folder, bundle, dataset, evaluation),
         recipe_yaml=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         plan=_plan(folder / "plan.json"),
-        provenance=_provenance(bundle, subjects),
-        notes=[*warned, *_notes(folder, subjects, data["problems"])],
+        provenance=_provenance(bundle, subjects) | _epochs(planned, _curve(folder / "logs" / "epochs.csv")),
+        notes=[
+            *warned,
+            *(f"Deviates from the report that the recipe is named after: {text}" for text in bundle.recipe.deviates),
+            *_notes(events, subjects, data["problems"]),
+        ],
         intervals=_intervals(folder / "evaluation" / "intervals.json"),
         seams=_seams(folder / "evaluation" / "confidence.csv"),
         crop=composite_picture(bundle.pipeline, _trained_on(bundle, subjects, dataset), bundle.channels),
@@ -141,11 +149,21 @@ def _provenance(bundle: Bundle, subjects: RunSubjects) -> dict[str, str]:
     }
 
 
-def _notes(folder: Path, subjects: RunSubjects, problems: list[dict[str, str]]) -> list[str]:
+def _epochs(planned: Planned | None, ended: pd.DataFrame | None) -> dict[str, str]:
+    """How long an epoch is, and the minutes that each took: of many, the median."""
+    if planned is None:
+        return {}
+    facts = {"Epoch": f"{planned.steps_an_epoch} steps ({planned.items} items, {planned.batch_size} a step)"}
+    if ended is not None and not ended.empty:
+        minutes = ended["minutes"].diff().fillna(ended["minutes"].iloc[0]).tolist()
+        shown = ", ".join(f"{m:.2f}" for m in minutes) if len(minutes) <= 10 else f"{median(minutes):.2f} (median)"
+        facts |= {"Epochs": f"{len(minutes)} whole ones", "Minutes an epoch": shown}
+    return facts
+
+
+def _notes(events: Sequence[Event], subjects: RunSubjects, problems: list[dict[str, str]]) -> list[str]:
     """What a reader should know before the numbers: a collapse, who was left out, warnings about the data."""
-    notes = [
-        event.text for event in without_undone(read_events(folder / "logs")) if isinstance(event, Collapsed | Warned)
-    ]
+    notes = [event.text for event in events if isinstance(event, Collapsed | Warned)]
     if subjects.left_out:
         notes.append(f"Left out as broken: {', '.join(subjects.left_out)}.")
     counts: dict[str, list[dict[str, str]]] = {}

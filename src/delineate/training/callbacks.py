@@ -139,6 +139,16 @@ class ValidationLoss(lightning.Callback):
             logger.log_metrics({"validation_loss": loss}, step)
 
 
+class EpochClock(lightning.Callback):
+    """Notes the minutes spent whenever every item of a pass has been taken once more."""
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
+        epoch, more = divmod(trainer.global_step, module.source.steps_an_epoch)
+        if not more:
+            for logger in trainer.loggers:
+                logger.log_metrics({"epoch": epoch, "minutes": module.budget.elapsed() / 60}, trainer.global_step)
+
+
 class CollapseWatch(lightning.Callback):
     """Says so when, past a stated step, the network predicts background alone, or a target everywhere."""
 

@@ -31,11 +31,12 @@ from delineate.training.options import Reporter, RunOptions
 from delineate.training.subjects import RunSubjects
 
 
-def budget_changes(minutes: float | None, steps: int | None) -> list[str]:
+def budget_changes(minutes: float | None, steps: int | None, epochs: int | None = None) -> list[str]:
     """Changes that replace the recipe's budget by another one; none where none is given."""
-    if minutes is None and steps is None:
+    wanted = {"minutes": minutes, "steps": steps, "epochs": epochs}
+    if not any(wanted.values()):
         return []
-    return [f"training.minutes={minutes or 'null'}", f"training.steps={steps or 'null'}"]
+    return [f"training.{unit}={number or 'null'}" for unit, number in wanted.items()]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def derived_recipe(
     *,
     minutes: float | None = None,
     steps: int | None = None,
+    epochs: int | None = None,
     changes: Sequence[str] = (),
 ) -> Derived:
     """The recipe derived from ``dataset`` and this machine. Raises :class:`BrokenSubjects` as training does."""
@@ -72,7 +74,7 @@ def derived_recipe(
         memory = torch.cuda.get_device_properties(plan.device).total_memory
     summary = summarise(sound, dataset.modality)
     recipe, reasons = derive_recipe(
-        summary, targets, device=plan.device.type, memory_bytes=memory, minutes=minutes, steps=steps
+        summary, targets, device=plan.device.type, memory_bytes=memory, minutes=minutes, steps=steps, epochs=epochs
     )
     recipe = recipe_from(apply_changes(recipe.as_dict(), changes))
     for field_, reason in reasons.items():
@@ -88,6 +90,7 @@ def auto_recipe(
     *,
     minutes: float | None = None,
     steps: int | None = None,
+    epochs: int | None = None,
     changes: Sequence[str] = (),
 ) -> tuple[Recipe, Inspection | None]:
     """:func:`derived_recipe`, written with its reasons into ``folder``.
@@ -97,8 +100,8 @@ def auto_recipe(
     """
     path = folder / "recipe.yaml"
     if path.exists():
-        return load_recipe(path, [*budget_changes(minutes, steps), *changes]), None
-    derived = derived_recipe(dataset, options, report, minutes=minutes, steps=steps, changes=changes)
+        return load_recipe(path, [*budget_changes(minutes, steps, epochs), *changes]), None
+    derived = derived_recipe(dataset, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changes)
     with writing_beside(path) as temporary:
         temporary.write_text(to_yaml(derived.recipe.as_dict(), derived.reasons), encoding="utf-8")
     return derived.recipe, derived.inspection
@@ -147,15 +150,18 @@ def broken_message(inspection: Inspection) -> str:
     )
 
 
-def expected_seconds(recipe: Recipe) -> float:
-    """About how long the run is, to judge whether compiling pays."""
+def expected_seconds(recipe: Recipe, subjects: int) -> float:
+    """About how long the run on so many subjects is, to judge whether compiling pays; by epochs, at least."""
     training = recipe.training
     by_time = float("inf") if training.minutes is None else training.minutes * 60
     # A step of the packaged recipes takes about a second on two cores.
     by_steps = float("inf") if training.steps is None else float(training.steps)
-    shortest = min(by_time, by_steps)
+    # How many tiles a pass has is known once the subjects are prepared: each gives one or more.
+    an_epoch = max(1.0, subjects / training.batch_size)
+    by_epochs = float("inf") if training.epochs is None else training.epochs * an_epoch
+    shortest = min(by_time, by_steps, by_epochs)
     if shortest == float("inf"):
-        raise RecipeError("the recipe has no budget", fix="set training.minutes (or --minutes) or training.steps")
+        raise RecipeError("the recipe has no budget", fix="give --minutes, --steps or --epochs, or training.minutes …")
     return shortest
 
 
