@@ -128,12 +128,24 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 @pytest.mark.parametrize("kind", ["polynomial", "cosine", "constant"])
 def test_schedules_warm_up_then_fall(kind) -> None:
     schedule = ScheduleSpec(kind=kind, warmup=0.1)
-    factors = [schedule.factor(p / 100) for p in range(101)]
+    factors = [schedule.multiple(p / 100) for p in range(101)]
     assert factors[:11] == sorted(factors[:11])
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert max(factors) == factors[10] == 1
     assert factors[0] > 0
     assert factors[-1] == (1 if kind == "constant" else pytest.approx(0, abs=1e-9))
+
+
+def test_a_rate_changes_by_steps_or_by_epochs_not_by_both() -> None:
+    with pytest.raises(RecipeError, match="every_steps or every_epochs; got both"):
+        load_recipe("demo", ["training.schedule={kind: step, every_steps: 9, every_epochs: 1}"])
+
+
+@pytest.mark.parametrize("change", ["training.keep=best", "training.validation.patience=3"])
+def test_held_out_subjects_choose_nothing(change) -> None:
+    assert load_recipe("demo", ["training.keep=last", "training.validation.held_out=true"]).training.validation.held_out
+    with pytest.raises(RecipeError, match="held-out subjects choose"):
+        load_recipe("demo", ["training.keep=last", "training.validation.held_out=true", change])
 
 
 def test_a_network_says_how_many_tiles_a_step_takes_at_least() -> None:

@@ -124,20 +124,40 @@ class OptimiserSpec(Specification):
 
 
 class ScheduleSpec(Specification):
-    """The learning rate over the budget: a linear warm-up over its first part, then a decay to zero."""
+    """The learning rate: a linear warm-up over the budget's first part (``warmup``), then what ``kind`` says.
 
-    kind: Literal["polynomial", "cosine", "constant"] = "polynomial"
+    ``polynomial`` and ``cosine`` fall to zero over the budget, ``constant`` stays. Of n periods that have passed,
+    each of ``every_steps`` or ``every_epochs`` (one step where neither is given), ``step`` multiplies the rate by
+    ``factor`` to the n, and ``inverse`` divides it by 1 + ``decay`` · n: of one step each, Keras' ``decay``.
+    """
+
+    kind: Literal["polynomial", "cosine", "constant", "step", "inverse"] = "polynomial"
     power: Annotated[float, Field(gt=0, le=100)] = 0.9
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    decay: Annotated[float, Field(ge=0, le=1e6)] = 1e-4
+    every_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    every_epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
 
-    def factor(self, progress: float) -> float:
-        """Multiple of the learning rate when ``progress`` (0 … 1) of the budget is spent."""
+    @model_validator(mode="after")
+    def _one_period(self) -> ScheduleSpec:
+        if self.every_steps is not None and self.every_epochs is not None:
+            raise ValueError("the rate changes every_steps or every_epochs; got both, give one")
+        return self
+
+    def multiple(self, progress: float, steps: int = 0, steps_an_epoch: int = 1) -> float:
+        """Multiple of the learning rate after so many ``steps``, when ``progress`` (0 … 1) of the budget is spent."""
         import math
 
         progress = min(max(progress, 0.0), 1.0)
         if progress < self.warmup:
             # Not from zero: the first step would be wasted.
             return 0.1 + 0.9 * progress / self.warmup
+        periods = steps // (self.every_steps or (self.every_epochs or 0) * steps_an_epoch or 1)
+        if self.kind == "step":
+            return self.factor**periods
+        if self.kind == "inverse":
+            return 1 / (1 + self.decay * periods)
         done = (progress - self.warmup) / (1 - self.warmup)
         if self.kind == "polynomial":
             return (1 - done) ** self.power
@@ -148,9 +168,11 @@ class ValidationSpec(Specification):
     """Validation on whole volumes of a few subjects taken from the training folds, always the same ones.
 
     ``times`` over the budget (less often where that would take more than a tenth of the
-    minutes); the bundle keeps the weights of the best ``metric``. ``patience``
+    minutes); the best ``metric`` chooses the weights that are kept. ``patience``
     validations without a better one end the training early; ``null``: never. ``loss_every`` so many
-    steps the loss is measured on a batch of their tiles, not augmented; ``null``: never.
+    steps the loss is measured on a batch of their tiles, not augmented; ``null``: never. ``held_out``: the
+    held-out subjects are validated on instead, as reports draw their test curves; only where that chooses nothing
+    (``keep: last`` and no ``patience``).
     """
 
     subjects: Annotated[int, Field(ge=0, le=10**6)] = 8
@@ -158,6 +180,7 @@ class ValidationSpec(Specification):
     metric: Literal["dice", "worst_dice"] = "dice"
     patience: Annotated[int, Field(ge=1, le=10**6)] | None = None
     loss_every: Annotated[int, Field(ge=1, le=10**9)] | None = 50
+    held_out: bool = False
 
 
 class TrainingSpec(Specification):
@@ -168,6 +191,9 @@ class TrainingSpec(Specification):
 
     ``ema`` is the decay of the averaged weights that are validated and kept (0: none).
     ``collapse_after``: from this step on, predictions of background alone are reported.
+    ``initialisation``: how the kernels of all convolutions begin, transposed ones among them, with biases at zero;
+    ``default``: as the network's own description says. Weights to start from replace them.
+    ``keep``: the bundle keeps the ``best`` weights by validation, or the ``last``; without validation, the last.
     ``frozen``: patterns of parameters that stay as they begin, such as ``encoder.0.*``; their
     BatchNorms keep their statistics, too.
     """
@@ -184,7 +210,18 @@ class TrainingSpec(Specification):
     collapse_after: Annotated[int, Field(ge=1, le=10**9)] = 300
     folds: Annotated[int, Field(ge=2, le=1000)] = 5
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    initialisation: Literal["default", "xavier_normal", "glorot_uniform"] = "default"
+    keep: Literal["best", "last"] = "best"
     frozen: Names = ()
+
+    @model_validator(mode="after")
+    def _held_out_chooses_nothing(self) -> TrainingSpec:
+        if self.validation.held_out and (self.keep != "last" or self.validation.patience is not None):
+            raise ValueError(
+                "validation.held_out lets the held-out subjects choose the weights or the end of the training; "
+                "add keep: last, and take patience away"
+            )
+        return self
 
 
 class StartSpec(Specification):

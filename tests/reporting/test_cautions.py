@@ -39,6 +39,7 @@ CASES = {
     "rising, but not the worst target": (trained(100, [0.5, 0.6, 0.7], validation={"metric": "worst_dice"}), []),
     "both": (trained(50, [0.5, 0.6]), ["Unfinished", "Undertrained"]),
     "validated once": (trained(100, [0.5]), ["validated only once, at step 100"]),
+    "rising, but the last are kept": (trained(100, [0.5, 0.6, 0.7], keep="last"), []),
     "never validated": (trained(100, []), ["No validation chose the weights"]),
 }
 

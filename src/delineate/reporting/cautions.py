@@ -93,6 +93,8 @@ def _of_training(training: Training) -> Iterator[str]:
         if spec.epochs is not None:
             parts.append(f"{training.epochs:.3g} of {spec.epochs} epochs")
         yield f"Unfinished: {', '.join(parts)} were trained. Run the same command again to resume."
+    if spec.keep == "last":
+        return  # as the recipe will have it
     if not scores:
         yield f"No validation chose the weights: they are those of the last of {training.steps} steps."
     elif len(scores) == 1:

@@ -21,6 +21,7 @@ from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
 from delineate.io.files import parsing, read_json, read_text
 from delineate.io.tables import read_table
+from delineate.recipe import TrainingSpec
 from delineate.reporting.cautions import Training, cautions
 from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
@@ -45,6 +46,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
     content = RunReport(
         title=bundle.recipe.name,
         description=bundle.recipe.description,
+        validated=_validated(bundle.recipe.training),
         simulated=bundle.provenance.simulated,
         data_rows=data["subjects"],
         learning=learning,
@@ -135,18 +137,29 @@ def _curve(path: Path) -> pd.DataFrame | None:
 
 
 def _provenance(bundle: Bundle, subjects: RunSubjects) -> dict[str, str]:
-    p = bundle.provenance
+    p, training = bundle.provenance, bundle.recipe.training
     fold = "none held out" if p.fold is None else f"fold {p.fold} held out"
     return {
         "Data set": f"{subjects.data_set} ({p.layout} layout)",
-        "Subjects": f"{len(p.training)} trained on, {len(p.validation)} to choose the weights, "
-        f"{len(p.held_out)} held out ({fold})",
-        "Weights": f"step {bundle.metadata.get('step', '?')}, "
+        "Subjects": f"{len(p.training)} trained on, {len(p.validation)} to "
+        f"{'choose the weights' if training.keep == 'best' else 'validate on'}, {len(p.held_out)} held out ({fold})",
+        "Weights": f"{training.keep}, of step {bundle.metadata.get('step', '?')}, "
         f"validation Dice {bundle.metadata.get('validation_dice', 'not measured')}",
         "Seed": str(p.seed),
         "Started": p.started,
         "Versions": ", ".join(f"{name} {version}" for name, version in p.versions.items()),
     }
+
+
+def _validated(spec: TrainingSpec) -> str:
+    """Whom the validation curves are of, and what follows from them."""
+    if spec.validation.held_out:
+        return "Validation is of the held-out subjects above, and chooses nothing: the last weights are kept."
+    if spec.keep == "last":
+        return "Validation subjects come from the training folds and choose nothing: the last weights are kept."
+    return (
+        "Validation subjects come from the training folds and choose the weights; the held-out subjects above do not."
+    )
 
 
 def _epochs(planned: Planned | None, ended: pd.DataFrame | None) -> dict[str, str]:

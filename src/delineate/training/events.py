@@ -80,7 +80,7 @@ class Resumed(_Event):
 
 
 class Validated(_Event):
-    """Mean Dice over the validation subjects, over all targets and of each; ``best`` so far: these weights are kept."""
+    """Mean Dice over the validation subjects, over all targets and of each; ``best`` so far or not."""
 
     kind: Literal["validated"] = "validated"
     minutes: Minutes

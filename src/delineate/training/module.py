@@ -209,9 +209,9 @@ class Delineator(lightning.LightningModule):
         return loss
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        factor = self.bundle.recipe.training.schedule.factor(self.progress)
+        multiple = self.spec.schedule.multiple(self.progress, self.global_step, self.source.steps_an_epoch)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = group["initial_lr"] * multiple
         hold_frozen_norms(self.network)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

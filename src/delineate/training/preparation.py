@@ -207,8 +207,9 @@ def prepared_bundle(
     """Fit the preprocessing on the training subjects, prepare them, and describe the bundle to be."""
     pipeline = recipe.pipeline.fit(lambda: (load_scan(subject) for subject in roles.training))
     cache = cache_folder(options)
+    validated = roles.held_out if recipe.training.validation.held_out else roles.validation
     both = prepare(
-        [*roles.training, *roles.validation],
+        [*roles.training, *validated],
         pipeline,
         targets,
         cache,
@@ -286,7 +287,7 @@ def without_descriptions(dataset: Dataset) -> Dataset:
 
 @dataclass(frozen=True)
 class Roles:
-    """What each subject is for. ``validation`` chooses weights; ``held_out`` is never used in training."""
+    """What each subject is for. ``validation`` chooses weights; ``held_out`` is never trained or chosen on."""
 
     training: tuple[Subject, ...]
     validation: tuple[Subject, ...]
@@ -298,8 +299,9 @@ def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, re
     held = () if fold is None else split.held_out(fold)
     trained = [name for part in split.folds for name in part] if fold is None else split.training_of(fold)
     pool = [s for s in subjects if s.id in trained]
-    wanted = min(recipe.training.validation.subjects, max(1, round(len(pool) / 10)))
-    if len(pool) < 3:
+    spec = recipe.training.validation
+    wanted = min(spec.subjects, max(1, round(len(pool) / 10)))
+    if len(pool) < 3 or spec.held_out:
         wanted = 0
     patients = sorted({s.patient for s in pool})
     chosen: set[str] = set()

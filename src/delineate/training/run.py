@@ -304,7 +304,8 @@ def _fit(
             # Only these weights were missing, and what follows the last step did not happen again.
             module.refresh_statistics()
         weights = module.kept_network.state_dict()
-        if validator.best_step < 0:
+        # The last validation may lie before the last step, where a run gave up or the clock ended it.
+        if validator.best_step < 0 or (spec.keep == "last" and validator.last_step != trainer.global_step):
             save_weights(folder / "bundle", weights, {"step": trainer.global_step})
         bundle.save(folder / "last", weights, {"step": trainer.global_step})
         epochs = trainer.global_step / planned.steps_an_epoch
