@@ -167,6 +167,8 @@ class ScheduleSpec(Specification):
 class ValidationSpec(Specification):
     """Validation on whole volumes of a few subjects taken from the training folds, always the same ones.
 
+    They are whole patients, at most a tenth of the subjects, of every site its share; a split that names subjects to
+    validate on decides instead.
     ``times`` over the budget (less often where that would take more than a tenth of the
     minutes); the best ``metric`` chooses the weights that are kept. ``patience``
     validations without a better one end the training early; ``null``: never. ``loss_every`` so many
@@ -191,6 +193,8 @@ class TrainingSpec(Specification):
 
     ``ema`` is the decay of the averaged weights that are validated and kept (0: none).
     ``collapse_after``: from this step on, predictions of background alone are reported.
+    ``folds`` are made of the subjects, once the last ``test_last`` of them, by name, are set aside as the test set; a
+    single fold is trained on, and the test set is what is held out. A split file that is there decides instead.
     ``initialisation``: how the kernels of all convolutions begin, transposed ones among them, with biases at zero;
     ``default``: as the network's own description says. Weights to start from replace them.
     ``keep``: the bundle keeps the ``best`` weights by validation, or the ``last``; without validation, the last.
@@ -208,7 +212,8 @@ class TrainingSpec(Specification):
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = 1.0
     validation: ValidationSpec = ValidationSpec()
     collapse_after: Annotated[int, Field(ge=1, le=10**9)] = 300
-    folds: Annotated[int, Field(ge=2, le=1000)] = 5
+    folds: Annotated[int, Field(ge=1, le=1000)] = 5
+    test_last: Annotated[int, Field(ge=0, le=10**6)] = 0
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     initialisation: Literal["default", "xavier_normal", "glorot_uniform"] = "default"
     keep: Literal["best", "last"] = "best"

@@ -20,14 +20,14 @@ from delineate.bundle import Bundle
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import load_scan
 from delineate.datasets.layouts import open_dataset
-from delineate.datasets.splits import make_split
+from delineate.datasets.splits import load_split, make_split
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError, TrainingError
 from delineate.io.formats import read_header, read_label, write_label
 from delineate.networks import unet
 from delineate.recipe import recipe_from, to_yaml
 from delineate.reporting.run import write_run_report
 from delineate.training.options import Reporter, RunOptions, Stop
-from delineate.training.preparation import assign_roles
+from delineate.training.preparation import assign_roles, new_split
 from delineate.training.run import train
 from delineate.training.subjects import RunSubjects
 
@@ -462,6 +462,47 @@ def test_roles_are_disjoint_and_leave_the_locked_test_set_alone(recipe, balls) -
     assert not set().union(*names) & set(split.test)
     everyone = assign_roles(balls.subjects, split, None, recipe)
     assert len(everyone.training) + len(everyone.validation) == len(balls.subjects) - len(split.test)
+
+
+@pytest.mark.parametrize("fold", [0, None])
+def test_moved_subjects_are_never_validated_on_nor_held_out(recipe, balls, fold) -> None:
+    """Whatever the seed; and of two sites, validation has its share of each."""
+    subjects = [replace(balls.subjects[0], id=f"s{i:02}", patient=f"s{i:02}", site="AB"[i >= 20]) for i in range(40)]
+    moved = {"s21", "s30", "s39"}
+    values = recipe.as_dict()
+    for seed in range(40):
+        values["training"] |= {"seed": seed, "validation": {"subjects": 4}}
+        split = make_split(subjects, folds=4, seed=seed).with_always_train(moved)
+        roles = assign_roles(subjects, split, fold, recipe_from(values))
+        assert moved <= {s.id for s in roles.training}
+        sites = [s.site for s in roles.validation]
+        assert (sites.count("A"), sites.count("B")) == (2, 2)
+
+
+def test_a_split_s_own_subjects_are_validated_on(recipe, balls, tmp_path) -> None:
+    names = [s.id for s in balls.subjects]
+    (tmp_path / "split.json").write_text(
+        json.dumps({"training": names[:3], "validation": names[3:4], "test": names[4:]})
+    )
+    result = run(recipe, balls, tmp_path / "run", split_file=tmp_path / "split.json")
+    subjects = RunSubjects.load(tmp_path / "run")
+    assert (subjects.training, subjects.validation) == (tuple(names[:3]), tuple(names[3:4]))
+    assert subjects.held_out == tuple(names[4:])
+    assert sorted(result.evaluation.subjects) == sorted(names[4:])
+    everyone = assign_roles(balls.subjects, load_split(tmp_path / "split.json"), None, recipe)
+    assert not everyone.held_out
+    assert [s.id for s in everyone.training] == names[:3]
+
+
+def test_the_last_usable_subjects_are_the_test_set_of_a_recipe_that_says_so(recipe, balls) -> None:
+    """A broken one does not count: those before it are held out."""
+    values = recipe.as_dict()
+    values["training"] |= {"folds": 1, "test_last": 2}
+    usable = replace(balls, subjects=balls.subjects[:-1])
+    split = new_split(recipe_from(values), balls, usable)
+    roles = assign_roles(usable.subjects, split, 0, recipe_from(values))
+    assert [s.id for s in roles.held_out] == [s.id for s in balls.subjects[-3:-1]]
+    assert len(roles.training) + len(roles.validation) == 3
 
 
 def test_one_patient_alone_cannot_be_split(recipe, balls, tmp_path) -> None:

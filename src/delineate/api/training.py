@@ -256,12 +256,11 @@ def tiles(
     They are drawn as :func:`train` draws them from the subjects of ``part``; the held-out ``fold`` is in neither.
     Those of validation are not augmented. ``batches`` is how many there are, one pass over the data by default.
     """
-    from delineate.datasets.splits import make_split
     from delineate.sampling.augmentation import AugmentationSpec
     from delineate.sampling.batches import BatchSource
     from delineate.sampling.samplers import Sampler
     from delineate.training.options import RunOptions
-    from delineate.training.preparation import assign_roles, inspected, prepared_bundle
+    from delineate.training.preparation import assign_roles, inspected, new_split, prepared_bundle
 
     check(cancel)
     chosen = _recipe(recipe, _as_texts(changes))
@@ -270,9 +269,7 @@ def tiles(
         fold=fold, cache=None if cache is None else Path(cache), leave_out_broken=leave_out_broken, device="cpu"
     )
     dataset, targets, inspection = inspected(chosen, whole, None, options, report)
-    folds = min(chosen.training.folds, len({subject.patient for subject in whole.subjects}))
-    split = make_split(whole.subjects, folds, seed=chosen.training.seed)
-    roles = assign_roles(dataset.subjects, split, fold, chosen)
+    roles = assign_roles(dataset.subjects, new_split(chosen, whole, dataset), fold, chosen)
     plan = plan_compute(device="cpu", compile="off")
     bundle, prepared = prepared_bundle(chosen, dataset, targets, inspection, roles, options, plan, report)
     subjects = prepared.training if part == "training" else prepared.validation

@@ -26,7 +26,9 @@ Recipe = Annotated[
     str, typer.Argument(help="A packaged recipe, a YAML file, or auto to derive one.", autocompletion=trainable)
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Write the run to this folder, one training at a time.")]
-Fold = Annotated[str, typer.Option("--fold", help="Hold out this fold, 0 to 4, or train on all.")]
+Fold = Annotated[
+    str, typer.Option("--fold", help="Hold out this fold (0 where the split has none: its test set), or train on all.")
+]
 Minutes = Annotated[
     float | None, typer.Option("--minutes", min=0.01, help="Train for this many minutes (default: the recipe's).")
 ]

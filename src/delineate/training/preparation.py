@@ -18,7 +18,7 @@ from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset, load_scan
 from delineate.datasets.inspection import Inspection, inspect
-from delineate.datasets.splits import Split, load_or_make_split
+from delineate.datasets.splits import Split, drawn_over_sites, load_or_make_split, make_split, save_split
 from delineate.derivation import derive_recipe, summarise
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError
 from delineate.inference.fingerprint import fingerprint_of
@@ -295,35 +295,44 @@ class Roles:
 
 
 def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, recipe: Recipe) -> Roles:
-    """Roles for a fold. Validation subjects are whole patients of the training folds, at most a tenth of them."""
-    held = () if fold is None else split.held_out(fold)
-    trained = [name for part in split.folds for name in part] if fold is None else split.training_of(fold)
-    pool = [s for s in subjects if s.id in trained]
+    """Roles for a fold. Validation subjects are those that the split names, else whole patients of the other folds."""
+    present = {subject.id for subject in subjects}
+    held = present.intersection(() if fold is None else split.held_out(fold))
+    pool = present.intersection(split.training_of(fold))
     spec = recipe.training.validation
-    wanted = min(spec.subjects, max(1, round(len(pool) / 10)))
-    if len(pool) < 3 or spec.held_out:
-        wanted = 0
-    patients = sorted({s.patient for s in pool})
-    chosen: set[str] = set()
-    for index in np.random.default_rng((recipe.training.seed, 4)).permutation(len(patients)):
-        if sum(s.patient in chosen for s in pool) >= wanted:
-            break
-        chosen.add(patients[index])
+    chosen = present.intersection(() if spec.held_out else split.validation)
+    if not chosen and len(pool) >= 3 and not spec.held_out:
+        wanted = min(spec.subjects, max(1, round(len(pool | held) / 10)))
+        drawable = [s for s in subjects if s.id in pool and s.id not in split.always_train]
+        chosen = set(drawn_over_sites(drawable, wanted, np.random.default_rng((recipe.training.seed, 4))))
     return Roles(
-        training=tuple(s for s in pool if s.patient not in chosen),
-        validation=tuple(s for s in pool if s.patient in chosen),
+        training=tuple(s for s in subjects if s.id in pool - chosen),
+        validation=tuple(s for s in subjects if s.id in chosen),
         held_out=tuple(s for s in subjects if s.id in held),
     )
 
 
-def split_for(recipe: Recipe, dataset: Dataset, folder: Path, options: RunOptions) -> Split:
+def split_for(recipe: Recipe, whole: Dataset, usable: Dataset, folder: Path, options: RunOptions) -> Split:
+    """The split of a run, made where there is none."""
     path = options.split_file or folder / "split.json"
-    if path.exists():
-        return load_or_make_split(path, dataset)
-    patients = len({subject.patient for subject in dataset.subjects})
+    if not path.exists():
+        split = new_split(recipe, whole, usable)
+        save_split(path, split)
+        return split
+    return load_or_make_split(path, whole)
+
+
+def new_split(recipe: Recipe, whole: Dataset, usable: Dataset) -> Split:
+    """The recipe's split: folds of the ``whole`` data set, which stay the same when a broken subject is fixed later.
+
+    The last subjects, where the recipe tests on them, are the last of the ``usable`` ones.
+    """
+    spec = recipe.training
+    subjects = usable.subjects if spec.test_last else whole.subjects
+    patients = len({subject.patient for subject in subjects})
     if patients < 2:
-        raise BadSplit(f"data set '{dataset.name}' has one patient", fix="training and judging it need two or more")
-    return load_or_make_split(path, dataset, folds=min(recipe.training.folds, patients), seed=recipe.training.seed)
+        raise BadSplit(f"data set '{whole.name}' has one patient", fix="training and judging it need two or more")
+    return make_split(subjects, min(spec.folds, patients), seed=spec.seed, test_last=spec.test_last)
 
 
 def cache_folder(options: RunOptions) -> Path:

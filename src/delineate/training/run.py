@@ -137,8 +137,7 @@ def _run(
     dataset, targets, inspection = inspected(recipe, dataset, inspection, options, report)
     # What cannot be measured at the end is refused before anything is trained.
     targets_of(",".join(recipe.metrics), targets)
-    # Folds are of all subjects: they stay the same when a broken one is mended later.
-    split = split_for(recipe, whole, folder, options)
+    split = split_for(recipe, whole, dataset, folder, options)
     roles = assign_roles(dataset.subjects, split, options.fold, recipe)
     report.event(Started(training=len(roles.training), validation=len(roles.validation), held_out=len(roles.held_out)))
     plan = plan_compute(
