@@ -32,17 +32,21 @@ def test_without_fields_it_is_what_it_always_was() -> None:
         ("caffe", (103.939 / 255, 116.779 / 255, 123.68 / 255), (1 / 255,) * 3),
     ],
 )
-def test_one_channel_is_shown_as_vgg_s_three(preprocessing, shift, scale) -> None:
+@pytest.mark.parametrize(("channels", "rgb"), [(1, (0, 0, 0)), (2, (0, 1, 0)), (3, (0, 1, 2))])
+def test_channels_are_shown_as_vgg_s_three(preprocessing, shift, scale, channels, rgb) -> None:
     """The weights of one fit the other: nothing but the input differs."""
     torch.manual_seed(0)
     plain = DenseUNetSpec(**SMALL).build(3, 1).eval()
-    network = DenseUNetSpec(vgg_input=preprocessing, **SMALL).build(1, 1).eval()
+    network = DenseUNetSpec(vgg_input=preprocessing, **SMALL).build(channels, 1).eval()
     network.load_state_dict(plain.state_dict())
-    image = torch.rand(2, 1, 16, 24)
-    seen = torch.cat([(image - m) / s for m, s in zip(shift, scale, strict=True)], dim=1)
+    image = torch.rand(2, channels, 16, 24)
+    order = rgb[::-1] if preprocessing == "caffe" else rgb
+    seen = torch.stack([(image[:, c] - m) / s for c, m, s in zip(order, shift, scale, strict=True)], dim=1)
     torch.testing.assert_close(network(image), plain(seen), rtol=1e-4, atol=1e-4)
 
 
-def test_more_channels_than_one_are_refused() -> None:
-    with pytest.raises(RecipeError, match="vgg_input repeats an image of one channel, got 3"):
-        DenseUNetSpec(vgg_input="caffe", **SMALL).build(3, 1)
+def test_more_channels_than_three_are_refused_unless_projected() -> None:
+    with pytest.raises(RecipeError, match="of one to three channels, got 4; add project_inputs_to: 3"):
+        DenseUNetSpec(vgg_input="caffe", **SMALL).build(4, 1)
+    network = DenseUNetSpec(vgg_input="caffe", project_inputs_to=3, **SMALL).build(4, 1)
+    assert network(torch.rand(2, 4, 16, 16)).shape == (2, 1, 16, 16)

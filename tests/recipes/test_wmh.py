@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,17 @@ import torch
 from torch import nn
 
 from delineate.core.grid import Grid
+from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
+from delineate.datasets.dataset import Dataset
 from delineate.losses.content import SiameseContent
 from delineate.losses.spec import build_loss
 from delineate.networks.cost import count_parameters
 from delineate.recipe import Recipe, load_recipe
 from delineate.sampling.augmentation import augment
 from delineate.sampling.tiles import geometry_for
+from delineate.training.preparation import assign_roles, new_split
 
 # Sections 2.1 and 3.2, the same for every loss ("the same settings").
 PAPER: dict[str, Any] = {
@@ -33,8 +38,6 @@ PAPER: dict[str, Any] = {
     "betas": (0.9, 0.999),
     "rotation": 30,
     "soft_labels": (0.1, 0.9),
-    "folds": 60 // 6,
-    "validation": 6,
 }
 # Keras-TensorFlow 2.0, whose momentum 0.99 is 0.01 in PyTorch.
 KERAS = {"eps": 1e-3, "momentum": 0.01, "initialisation": "glorot_uniform", "vgg_input": "caffe"}
@@ -150,6 +153,18 @@ def test_rotation_is_the_only_augmentation_and_turns_pixels(recipe: Recipe) -> N
     assert 25 < degrees.max() <= PAPER["rotation"] + 0.5
     assert -PAPER["rotation"] - 0.5 <= degrees.min() < -25
     assert degrees.std() == pytest.approx(2 * PAPER["rotation"] / 12**0.5, rel=0.2)
+
+
+def test_48_scans_are_trained_on_and_6_and_6_held_back_evenly_over_centres(recipe: Recipe) -> None:
+    subjects = [
+        Subject(f"{site}-{i}", scans={"FLAIR": Path(f"{site}-{i}.nii.gz")}, site=site)
+        for site in ("Utrecht", "Singapore", "Amsterdam")
+        for i in range(20)
+    ]
+    dataset = Dataset("WMH", Path(), "wmh2017", tuple(subjects), targets_of(recipe), "MR")
+    roles = assign_roles(subjects, new_split(recipe, dataset, dataset), 0, recipe)
+    parts = [Counter(s.site for s in part) for part in (roles.training, roles.validation, roles.held_out)]
+    assert [sorted(part.values()) for part in parts] == [[16, 16, 16], [2, 2, 2], [2, 2, 2]]
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -23,8 +23,9 @@ class DenseUNetSpec(Architecture):
     double at each max-pool; transposed convolutions 2² enlarge.
 
     ``batch_norm``: whose constants; PyTorch's are eps 1e-5 and momentum 0.1, Keras' 1e-3 and 0.99 (PyTorch
-    calls that 0.01). ``vgg_input``: an image of one channel, from 0 to 1, is repeated to VGG's three and
-    preprocessed as VGG's images were, before the first convolution.
+    calls that 0.01). ``vgg_input``: an image from 0 to 1 is brought to VGG's three channels (one is
+    repeated, of two the first comes again, three are red, green and blue) and preprocessed as VGG's images
+    were, before the first convolution.
     """
 
     kind: Literal["dense_unet"] = "dense_unet"
@@ -47,9 +48,10 @@ class DenseUNet(EncoderDecoder):
     """Logits (N, K, X, Y) of images (N, C, X, Y)."""
 
     def __init__(self, spec: DenseUNetSpec, inputs: int, outputs: int) -> None:
-        if spec.vgg_input is not None and inputs != 1:
+        if spec.vgg_input is not None and inputs > 3:
             raise RecipeError(
-                f"vgg_input repeats an image of one channel, got {inputs}", fix="choose one channel, or set it to null"
+                f"vgg_input takes images of one to three channels, got {inputs}",
+                fix="add project_inputs_to: 3 to the network, or take vgg_input out",
             )
         channels = inputs if spec.vgg_input is None else 3
         widths = [spec.first_filters * 2**level for level in range(spec.pools + 1)]
@@ -62,10 +64,13 @@ class DenseUNet(EncoderDecoder):
             head=nn.Conv2d(widths[0], outputs, 1),
         )
         self.input = None if spec.vgg_input is None else VGGInput(spec.vgg_input)
+        rgb = [channel % inputs for channel in range(3)]
+        self.channels = rgb[::-1] if spec.vgg_input == "caffe" else rgb
 
     def forward(self, x: Tensor) -> Tensor:
-        # The three channels are alike, so that it does not matter whether they are called RGB or BGR.
-        logits: Tensor = super().forward(x if self.input is None else self.input(torch.cat([x] * 3, dim=1)))
+        if self.input is not None:
+            x = self.input(torch.cat([x[:, channel : channel + 1] for channel in self.channels], dim=1))
+        logits: Tensor = super().forward(x)  # (N, K, X, Y)
         return logits
 
 
