@@ -87,7 +87,7 @@ def test_the_training_is_the_report_s(recipe: Recipe) -> None:
     assert (adam.beta1, adam.beta2) == PAPER["betas"]
     assert {training.schedule.multiple(progress) for progress in (0, 0.5, 1)} == {1}
     assert (training.ema, training.clip_norm, training.keep) == (0, None, "last")
-    assert training.initialisation == KERAS["initialisation"]
+    assert (training.initialisation, training.norm_statistics) == (KERAS["initialisation"], "moving")
     assert recipe.start is None
     assert recipe.sampler.kind == "all"
     assert recipe.postprocessing == type(recipe.postprocessing)(), "the report only cites Li et al.'s"
