@@ -73,7 +73,7 @@ def test_soft_dice_by_its_formula(squares) -> None:
 
 @pytest.mark.parametrize(("squares", "floods"), [(True, False), (False, True)])
 def test_with_soft_labels_and_plain_sums_everything_marked_beats_the_right_mask(squares, floods) -> None:
-    """Of a target that fills 1 % of the voxels. Over squares the labels themselves are best; Tversky has plain sums."""
+    """A target that fills 1 % of the voxels: over squares the labels themselves are best; Tversky has plain sums."""
     target = torch.zeros(1, 1, 40, 40, dtype=torch.uint8)
     target[..., :4, :4] = 1
     one = Targets({"lesion": (1,)}, "overlapping")
