@@ -48,6 +48,7 @@ def patches(*shape: int) -> dict[str, Any]:
 def jobs() -> dict[str, Job]:
     packaged = {name: c.spec.model_dump(mode="json") for name, c in CONFIGURATIONS.items()}
     whole = ("--targets", "whole=1+2+3+4")
+    dense = packaged["wmh-dense"] | {"vgg_input": None}  # sees neighbouring slices here, which are standardised
     found = {
         "prostate-unet-3d": Job(packaged["prostate-unet-3d"], "prostate", "prostate", patches(64, 64, 16)),
         "prostate-deeplab": Job(packaged["prostate-deeplab"], "prostate", "prostate", slices(6, [64, 64]), batch=6),
@@ -55,7 +56,7 @@ def jobs() -> dict[str, Job]:
         "brain-3d-context": Job(packaged["brain-3d-context"], "brats", "brats", patches(40, 40, 40), 1, whole),
         "brain-3d-small": Job(packaged["brain-3d-small"], "brats", "brats", patches(64, 64, 64), 2, whole),
         "brain-3d-padded": Job(packaged["brain-3d-padded"], "brats", "brats", patches(64, 64, 64), 2, whole),
-        "wmh-dense": Job(packaged["wmh-dense"], "wmh", "wmh", slices(1, [192, 224]), batch=2),
+        "wmh-dense": Job(dense, "wmh", "wmh", slices(1, [192, 224]), batch=2),
         "vnet": Job(packaged["vnet"], "hippocampus", "hippocampus", patches(48, 64, 48), batch=1),
         "recurrent-unet": Job(packaged["recurrent-unet"], "hippocampus", "hippocampus", slices(0, [48, 64]), batch=8),
         "unet, deeply supervised": Job(

@@ -18,8 +18,8 @@ def test_the_packaged_recipes_are_all_found() -> None:
     assert set(packaged_recipes()) == {
         "brats", "demo", "generic_2.5d", "generic_2d", "generic_3d", "hippocampus", "prostate", "sarcoma", "wmh",
         "liver_tumour_a", "liver_tumour_b", "liver_tumour_c", "liver_tumour_lits", "liver_volume", "prostate_deeplab",
-        "prostate_tiramisu", "prostate_tiramisu_p3b", "prostate_tiramisu_p4a", "prostate_unet", "wmh_dense",
-        "wmh_siamese",
+        "prostate_tiramisu", "prostate_tiramisu_p3b", "prostate_tiramisu_p4a", "prostate_unet", "wmh_dice",
+        "wmh_gdl", "wmh_siamese", "wmh_siamese_trained", "wmh_tversky",
         *(
             f"brain_{network}{loss}"
             for network in ("2d", "3d", "3d_context", "3d_small")

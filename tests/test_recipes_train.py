@@ -19,7 +19,7 @@ from delineate.training.options import Reporter, RunOptions
 from delineate.training.run import train
 
 CHANNELS = {name: 2 for name in packaged_recipes() if name.startswith("bra")}
-OVERLAPPING = {name for name in packaged_recipes() if name.startswith(("liver_tumour_", "prostate_"))}
+OVERLAPPING = {name for name in packaged_recipes() if name.startswith(("liver_tumour_", "prostate_", "wmh_"))}
 SPACING_MM = {"wmh": (0.9, 0.9, 6.0), "sarcoma": (1.0, 1.0, 3.3), "demo": (3.5, 3.5, 7.0), "generic_2.5d": (1, 1, 6)}
 
 
@@ -28,6 +28,7 @@ SMALLER = {
     "buda_unet": {"first_filters": 4},
     "context_unet": {"first_filters": 8},
     "tiramisu": {"encoder": [1, 1, 1], "bottleneck": 1, "decoder": [1, 1, 1]},
+    "dense_unet": {"first_filters": 4},
 }
 
 

@@ -256,8 +256,13 @@ class InferenceSpec(Specification):
 
 
 class PostprocessingSpec(Specification):
-    """Targets of which only the largest component stays, and the smallest component kept, in ml, by target."""
+    """Targets of which only the largest component stays, and the smallest component kept, in ml, by target.
 
+    ``drop_end_slices``: nothing is predicted in the first and in the last such share of the slices, rounded
+    down (Li et al. 2018 drop a tenth at either end); this comes first.
+    """
+
+    drop_end_slices: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     largest_component: Names = ()
     minimum_ml: Annotated[dict[str, Weight], Field(max_length=256)] = Field(default_factory=dict)
 

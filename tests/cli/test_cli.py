@@ -235,9 +235,9 @@ def test_the_demo_ends_with_a_report(tmp_path) -> None:
 def test_recipes_are_listed_and_shown() -> None:
     listed = json.loads(delineate("recipes", "list", "--json").stdout)
     assert listed["hippocampus"]["deviates"] == []
-    first = listed["wmh_dense"]["deviates"][0]
-    assert f"wmh_dense deviates from its report:\n  {first}\n" in delineate("recipes", "list").stdout
-    assert f"deviates:\n  - {first}\n" in delineate("recipes", "show", "wmh_dense").stdout
+    first = listed["wmh_dice"]["deviates"][0]
+    assert f"wmh_dice deviates from its report:\n  {first}\n" in delineate("recipes", "list").stdout
+    assert f"deviates:\n  - {first}\n" in delineate("recipes", "show", "wmh_dice").stdout
     assert "batch_size: 5" in delineate("recipes", "show", "hippocampus", "--set", "training.batch_size=5").stdout
 
 

@@ -25,6 +25,7 @@ SPECS = {
     "weighted cross entropy": CrossEntropySpec(weights={"a": 3, "background": 0.5}),
     "focal": FocalSpec(),
     "dice": DiceSpec(),
+    "dice over squares": DiceSpec(denominator="squares"),
     "dice of each sample": DiceSpec(over_batch=False),
     "weighted dice with background": DiceSpec(include_background=True, weights={"background": 1, "a": 3, "b": 5}),
     "generalised dice": GeneralisedDiceSpec(),
@@ -34,12 +35,14 @@ SPECS = {
     "dice + cross entropy": DICE_AND_CROSS_ENTROPY,
     "dice near a region": RegionSpec(loss=DiceSpec(), within=("a", "b"), box=True, dilate_voxels=4),
     "siamese content": SiameseContentSpec(weights="random", soft_labels=None),
+    "siamese content, as prepared": SiameseContentSpec(weights="random", soft_labels=None, intensities="prepared"),
     "siamese content, trained": SiameseContentSpec(weights="random", soft_labels=None, trained=True, reduction="mean"),
 }
 # Their reference is never met exactly.
 SOFT = {
     "soft cross entropy": CrossEntropySpec(soft_labels=(0.1, 0.9)),
     "soft dice": DiceSpec(soft_labels=(0.1, 0.9)),
+    "soft dice over squares": DiceSpec(soft_labels=(0.1, 0.9), denominator="squares"),
     "soft generalised dice": GeneralisedDiceSpec(soft_labels=(0.1, 0.9)),
     "soft siamese content": SiameseContentSpec(weights="random"),
 }

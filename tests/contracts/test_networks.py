@@ -51,6 +51,7 @@ SPECS = {
     "VGG, short skips": VGGUNetSpec(short_skips=True),
     "residual": ResidualUNetSpec(widths=(4, 8, 12)),
     "dense": DenseUNetSpec(first_filters=4, pools=2),
+    "dense, VGG input": DenseUNetSpec(first_filters=4, pools=2, batch_norm="keras", vgg_input="caffe"),
     "V-Net": VNetSpec(first_filters=4, stages=(1, 2, 1), decoder_stages=(1, 1)),
     "V-Net 2D": VNetSpec(dimensions=2, first_filters=4, stages=(1, 2, 1), decoder_stages=(1, 1)),
     "recurrent": RecurrentUNetSpec(dimensions=3, widths=(4, 6, 8)),

@@ -14,7 +14,7 @@ from delineate.core.volume import Volume
 from delineate.errors import RecipeError
 from delineate.preprocessing.intensity import ClipPercentiles, Denoise, Normalise
 from delineate.preprocessing.pipeline import Pipeline
-from delineate.preprocessing.spatial import CropBackground, CropComposite, CropOrPad, Reorient, Resample
+from delineate.preprocessing.spatial import CropBackground, CropComposite, CropOrPad, Reorient, Resample, Resize
 from delineate.preprocessing.step import Step, Undo, Unmoved, as_float
 from delineate.testing import check_step
 from delineate.testing.laws import Law
@@ -35,6 +35,8 @@ SPATIAL: list[Step | Pipeline] = [
     Resample(spacing_mm=(None, 1.5, 0.9)),
     Resample(spacing_mm=(1.2, None, None)),
     Resample(spacing_mm=1.1, axes="in_plane"),
+    Resize(shape=(14, 9, None)),
+    Resize(shape=(None, None, 20)),
     CropBackground(threshold=0.5),
     CropBackground(threshold=0.5, margin=2),
     CropBackground(threshold="minimum"),

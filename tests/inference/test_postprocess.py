@@ -43,3 +43,19 @@ def test_nothing_stays_nothing(masks) -> None:
 def test_an_unknown_target_is_named(masks) -> None:
     with pytest.raises(RecipeError, match="lever"):
         postprocess(masks, TARGETS, GRID, PostprocessingSpec(largest_component=("lever",)))
+
+
+@pytest.mark.parametrize(("share", "dropped"), [(0.0, 0), (0.1, 1), (0.2, 2), (0.49, 5)])
+def test_end_slices_are_dropped_rounded_down(masks, share, dropped) -> None:
+    """12 slices of the thickest axis, which is x here; the largest component is that of what is left."""
+    grid = Grid.of_spacing((12, 12, 12), (4, 1, 1))
+    result = postprocess(np.ones_like(masks), TARGETS, grid, PostprocessingSpec(drop_end_slices=share))
+    assert result.any(axis=(0, 2, 3)).tolist() == [dropped <= x < 12 - dropped for x in range(12)]
+    assert result.all(axis=(0, 2, 3)).tolist() == [dropped <= x < 12 - dropped for x in range(12)]
+
+
+def test_components_are_chosen_among_what_the_dropped_slices_leave(masks) -> None:
+    spec = PostprocessingSpec(drop_end_slices=0.34, largest_component=("liver",))  # the large cube ends at 4
+    result = postprocess(masks, TARGETS, Grid.of_spacing((12, 12, 12), (4, 1, 1)), spec)
+    assert result[0].sum() == 8
+    assert result[0, 6:8, 6:8, 6:8].all()

@@ -39,6 +39,55 @@ def test_dice_equals_monai_s(case, over_batch) -> None:
     torch.testing.assert_close(ours(logits, target, IMAGE), oracle(logits, target.long()), rtol=1e-5, atol=1e-6)
 
 
+def test_squared_dice_equals_monai_s(case) -> None:
+    from monai.losses import DiceLoss
+
+    logits, target = case
+    oracle = DiceLoss(
+        include_background=False,
+        to_onehot_y=True,
+        softmax=True,
+        batch=True,
+        squared_pred=True,
+        smooth_nr=1.0,
+        smooth_dr=1.0,
+    )
+    ours = DiceSpec(denominator="squares").build(TARGETS)
+    torch.testing.assert_close(ours(logits, target, IMAGE), oracle(logits, target.long()), rtol=1e-5, atol=1e-6)
+
+
+def dice_by_formula(p: torch.Tensor, y: torch.Tensor, squares: bool) -> float:
+    power = 2 if squares else 1
+    return float(1 - (2 * (p * y).sum() + 1) / ((p**power).sum() + (y**power).sum() + 1))
+
+
+@pytest.mark.parametrize("squares", [True, False])
+def test_soft_dice_by_its_formula(squares) -> None:
+    """2Σpy / (Σp² + Σy²) of Milletari et al., or with plain sums, 1 above and below, y being 0.1 and 0.9."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 1, 7, 5), torch.randint(0, 2, (2, 1, 7, 5), dtype=torch.uint8)
+    spec = DiceSpec(denominator="squares" if squares else "sums", soft_labels=(0.1, 0.9))
+    expected = dice_by_formula(logits.sigmoid(), 0.1 + 0.8 * target, squares)
+    assert value(spec, logits, target, Targets({"lesion": (1,)}, "overlapping")) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("squares", "floods"), [(True, False), (False, True)])
+def test_with_soft_labels_and_plain_sums_everything_marked_beats_the_right_mask(squares, floods) -> None:
+    """A target that fills 1 % of the voxels: over squares the labels themselves are best; Tversky has plain sums."""
+    target = torch.zeros(1, 1, 40, 40, dtype=torch.uint8)
+    target[..., :4, :4] = 1
+    one = Targets({"lesion": (1,)}, "overlapping")
+    sure = (target.float() * 2 - 1) * 20
+    spec = DiceSpec(denominator="squares" if squares else "sums", soft_labels=(0.1, 0.9))
+    right, soft, everything = (value(spec, x, target, one) for x in (sure, sure * math.log(9) / 20, sure.abs()))
+    assert (everything < right) == floods
+    if squares:
+        assert soft == pytest.approx(0, abs=1e-6)
+        assert everything > 0.7
+    tversky = TverskySpec(soft_labels=(0.1, 0.9))
+    assert value(tversky, sure.abs(), target, one) < value(tversky, sure, target, one)
+
+
 def test_cross_entropy_equals_torch_s(case) -> None:
     logits, target = case
     target[:, :, 0] = 255
@@ -324,6 +373,35 @@ def test_content_loss_by_its_formula(content_case) -> None:
     torch.testing.assert_close(
         content(reduction="sum")(logits, target, image), (2 * layers[0] + layers[1]) / 3 * length
     )
+
+
+def test_content_loss_of_volumes_over_their_maximum(content_case) -> None:
+    """f(x · y), masked from 0 to 1, three equal channels, then VGG's preprocessing: ℓ = Σ(f(xy) − f(xy′))² / L."""
+    logits, target, image = content_case
+    image = image * 0.4  # a slice that holds neither the volume's darkest nor its brightest voxel
+    loss = content(intensities="prepared")
+    weights = loss.vgg.state_dict()
+
+    def f(masked: torch.Tensor) -> torch.Tensor:
+        """Of one image (16, 16)."""
+        mean, sd = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+        x, layers = ((torch.stack([masked] * 3) - mean) / sd)[None], []
+        for pair in ((0, 2), (5, 7)):
+            for i in pair:
+                x = torch.nn.functional.conv2d(
+                    x, weights[f"features.{i}.weight"], weights[f"features.{i}.bias"], padding=1
+                )
+                x = x.clamp_min(0)
+            x = torch.nn.functional.max_pool2d(x, 2)
+            layers.append(x.flatten())
+        return torch.cat(layers)
+
+    distances = []
+    for x, y, p in zip(image[:, 0], 0.1 + 0.8 * target[:, 0], logits.softmax(1)[:, 1], strict=True):
+        squared = (f(x * y) - f(x * p)) ** 2
+        distances.append(squared.sum() / len(squared))
+    torch.testing.assert_close(loss(logits, target, image), torch.stack(distances).mean())
+    assert loss(logits, target, image) < 0.5 * content()(logits, target, image), "stretched to 0…1, it counts for more"
 
 
 def test_the_paper_s_vector_has_its_length() -> None:

@@ -18,6 +18,7 @@ from delineate.preprocessing.spatial import (
     CropOrPad,
     Reorient,
     Resample,
+    Resize,
     box_of,
     resample_label,
     resample_linear,
@@ -145,6 +146,33 @@ class TestLabels:
         moved = undo.forward_label(np.full((1, 3, 3, 3), 2, np.uint8))[0]
         assert np.count_nonzero(moved) == 27
         assert_array_equal(moved[1:4, 1:4, 1:4], 2)
+
+
+class TestResize:
+    @pytest.mark.parametrize("shape", [(240, 240), (132, 256), (232, 256), (512, 512)])
+    def test_slices_of_any_size_become_one_size_and_return(self, shape: tuple[int, int]) -> None:
+        """The sizes of WMH 2017's three scanners and a larger one; what is in the middle stays there and returns."""
+        volume = volume_of(np.zeros((1, *shape, 3), np.float32), (1, 0.9, 3))
+        volume.voxels[:, shape[0] // 4 : 3 * shape[0] // 4, shape[1] // 4 : 3 * shape[1] // 4] = 1
+        prepared, undo = Resize(shape=(224, 224, None)).apply(volume)
+        assert prepared.grid.shape == (224, 224, 3)
+        extent = [n * s for n, s in zip(prepared.grid.shape, prepared.grid.spacing_mm, strict=True)]
+        assert extent == pytest.approx([shape[0], 0.9 * shape[1], 9])
+        assert prepared.voxels[0, 57:167, 57:167].min() > 0.999
+        returned = undo(prepared.voxels)
+        assert returned.shape == volume.voxels.shape
+        assert_array_equal(returned > 0.5, volume.voxels > 0.5)
+
+    @pytest.mark.parametrize("shape", [(240, 256), (250, 230)])
+    def test_is_scikit_image_s_resize_inside(self, shape: tuple[int, int], rng: np.random.Generator) -> None:
+        """Which reads linearly between voxel centres; beyond the outermost it mirrors, here they repeat."""
+        from scipy.ndimage import zoom
+
+        image = rng.random(shape, dtype=np.float32)
+        factors = [224 / n for n in shape]
+        theirs = zoom(image, factors, order=1, mode="mirror", grid_mode=True)
+        ours, _ = Resize(shape=(224, 224, None)).apply(volume_of(image[None, ..., None]))
+        assert_allclose(ours.voxels[0, 1:-1, 1:-1, 0], theirs[1:-1, 1:-1], atol=5e-5)
 
 
 class TestCropBackground:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from delineate.errors import WeightsError
 from delineate.pretrained import weights as store
-from delineate.pretrained.vgg import VGG19Features, expected_shapes
+from delineate.pretrained.vgg import VGG19Features, VGGInput, expected_shapes
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +51,11 @@ def test_vgg19_up_to_its_second_pool() -> None:
 def test_the_two_preprocessings_are_those_of_their_weights() -> None:
     """A pixel of (0.485, 0.456, 0.406), the mean of one; of the other's mean in BGR."""
     pixel = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-    vgg = VGG19Features("torchvision")
-    torch.testing.assert_close((pixel - vgg.mean) / vgg.scale, torch.zeros(1, 3, 1, 1))
-    caffe = VGG19Features("caffe")
+    torch.testing.assert_close(VGGInput("torchvision")(pixel), torch.zeros(1, 3, 1, 1))
+    caffe = VGGInput("caffe")
     rgb = torch.tensor([123.68, 116.779, 103.939]).view(1, 3, 1, 1) / 255
-    torch.testing.assert_close((rgb.flip(1) - caffe.mean) / caffe.scale, torch.zeros(1, 3, 1, 1))
-    torch.testing.assert_close((rgb.flip(1) + 1 / 255 - caffe.mean) / caffe.scale, torch.ones(1, 3, 1, 1))
+    torch.testing.assert_close(caffe(rgb.flip(1)), torch.zeros(1, 3, 1, 1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(caffe(rgb.flip(1) + 1 / 255), torch.ones(1, 3, 1, 1), rtol=0, atol=1e-4)
 
 
 def test_an_imported_file_is_what_imagenet_gives(published, tensors) -> None:

@@ -19,7 +19,7 @@ from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.measure import Measuring, measure_prediction
 from delineate.evaluation.table import Evaluation, reliability_table
 from delineate.reporting.classes import class_rows
-from delineate.reporting.figures import confusion_chart, methods_chart
+from delineate.reporting.figures import confusion_chart, density_chart, methods_chart
 from delineate.reporting.html import EvaluationReport, MethodsReport, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of
 
@@ -232,7 +232,20 @@ def test_what_was_measured_besides_is_drawn(tmp_path) -> None:
     assert f"organ expected calibration error {error:.4f}" in page
     assert "Classes by voxels: background" in page
     assert "Absolute volume error, % of organ over its density, 9 subjects" in page
-    assert page.count("(n 3)") >= 3, "bins of as many subjects each"
+    assert "0.3–1 % (n 9)" in page
+
+
+def test_density_bins_have_fixed_edges_and_name_outliers() -> None:
+    """A bin holds its lower edge; an empty one keeps its place; of the last six, one is far off."""
+    table = with_probabilities().table.query("target == 'organ'").copy()
+    table["density_percent"] = [0.0, 0.029, 0.03, *[0.5] * 6]
+    table["avd_percent"] = [10.0, 20.0, 30.0, 1.0, 1.1, 1.2, 1.3, 1.4, 140.0]
+    chart = density_chart(Evaluation(table), "organ", "avd_percent", "volume error")
+    bins = re.findall(r"[\d.]+–[\d.]+ % \(n \d\)", chart)
+    assert bins == ["0–0.03 % (n 2)", "0.03–0.1 % (n 1)", "0.1–0.3 % (n 0)", "0.3–1 % (n 6)"]
+    assert [name for name in table["subject"] if f">{name}<" in chart] == ["s8"]
+    wide = density_chart(Evaluation(table), "organ", "avd_percent", "volume error", edges_percent=(0, 0.4, 1))
+    assert "0–0.4 % (n 3)" in wide
 
 
 def test_agreement_lesions_and_sides_are_drawn_and_written(tmp_path) -> None:

@@ -63,6 +63,18 @@ def test_a_turn_keeps_millimetres_on_anisotropic_grids() -> None:
     assert all(abs(n / int(disc.sum()) - 1) < 0.08 for n in area)
 
 
+def test_a_turn_in_voxels_takes_no_heed_of_the_spacing() -> None:
+    """A disc that is round in voxels stays where it is; in millimetres it would become an ellipse on its side."""
+    x, y = torch.meshgrid(torch.arange(40.0) - 19.5, torch.arange(40.0) - 19.5, indexing="ij")
+    disc = (x**2 + y**2 < 144).to(torch.uint8)[None, None]
+    for unit, least in (("voxels", 0.97), ("mm", 0)):
+        turned = SpatialSpec(probability=1, rotate_degrees=(0, 0, 90), rotate_in=unit, scale=(1, 1))
+        spec = AugmentationSpec(spatial=turned, intensity=None)
+        moved = [varied(disc.float(), disc, spec, seed=i, spacing=(1.0, 3.0), axes="xy")[1] for i in range(5)]
+        kept = min(int((m & disc).sum()) / int(disc.sum()) for m in moved)
+        assert kept > least if unit == "voxels" else kept < 0.9
+
+
 def test_context_is_cut_off() -> None:
     context = context_voxels(AugmentationSpec(), (20, 20, 1), slice_axis=2)
     assert context == (2, 2, 0)

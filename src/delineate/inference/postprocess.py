@@ -1,4 +1,4 @@
-"""What is done to predicted masks: the largest component of a target, and no specks."""
+"""What is done to predicted masks: nothing at the ends, the largest component of a target, and no specks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from delineate.recipe import PostprocessingSpec
 
 
 def postprocess(masks: NDArray[np.bool_], targets: Targets, grid: Grid, spec: PostprocessingSpec) -> NDArray[np.bool_]:
-    """Masks (T, X, Y, Z) with each target's components chosen by ``spec``; voxels touch by 26-connectivity.
+    """Masks (T, X, Y, Z) without the slices that ``spec`` drops, and each target's components chosen by it.
 
+    Slices lie across ``grid.slice_axis``; voxels touch by 26-connectivity.
     Raises :class:`RecipeError` where the specification names a target that is not there.
     """
     named = {*spec.largest_component, *spec.minimum_ml}
     if unknown := sorted(named - set(targets.names)):
         raise RecipeError(f"postprocessing names targets {unknown}", fix=f"there are {list(targets.names)}")
     result = masks.copy()
+    slices = np.moveaxis(result, 1 + grid.slice_axis, 0)  # a view
+    ends = int(spec.drop_end_slices * len(slices) + 1e-9)  # 0.29 of 100 is 28.999…
+    slices[:ends] = slices[len(slices) - ends :] = False
     for index, name in enumerate(targets.names):
-        if name in named and masks[index].any():
+        if name in named and result[index].any():
             result[index] = _chosen_components(
-                masks[index],
+                result[index],
                 largest=name in spec.largest_component,
                 minimum_voxels=spec.minimum_ml.get(name, 0.0) / grid.voxel_ml,
             )

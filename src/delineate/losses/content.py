@@ -21,8 +21,10 @@ class SiameseContentSpec(LossSpecification):
     Features are the outputs of the first two max-pools, seen as one vector. ``reduction``: ``paper``
     divides the squared distance by that vector's length, ``sum`` by nothing, ``mean`` averages each
     layer by itself and then the two. Mean over samples and targets. ``channel`` of the image is
-    shown to VGG as three equal ones (``null``: the middle one), scaled to 0…1 in each sample; the mask
-    multiplies it before VGG's own preprocessing. Slices of a volume are judged one by one.
+    shown to VGG as three equal ones (``null``: the middle one); the mask multiplies it before VGG's own
+    preprocessing, which expects 0…1. ``intensities``: ``prepared``, for recipes that bring scans to 0…1
+    themselves, shows the image as it is; ``stretched`` brings each sample's least and greatest value to 0 and 1.
+    Slices of a volume are judged one by one.
 
     ``trained`` makes it a game: VGG's weights ascend the loss at ``learning_rate`` while the network
     descends it. Ignored voxels are masked in both.
@@ -33,6 +35,7 @@ class SiameseContentSpec(LossSpecification):
     soft_labels: Soft | None = (0.1, 0.9)
     reduction: Literal["paper", "sum", "mean"] = "paper"
     channel: Annotated[int, Field(ge=0, le=1023)] | None = None
+    intensities: Literal["stretched", "prepared"] = "stretched"
     trained: bool = False
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 1e-5
 
@@ -60,7 +63,7 @@ class SiameseContent(nn.Module):
     def forward(self, logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
         with torch.autocast(logits.device.type, enabled=False):
             probability, reference, known = judged(
-                logits.to(self.vgg.mean.dtype), target, self.targets, self.spec.soft_labels
+                logits.to(self.vgg.input.mean.dtype), target, self.targets, self.spec.soft_labels
             )
             if self.targets.exclusive:
                 probability, reference = probability[:, 1:], reference[:, 1:]
@@ -76,11 +79,13 @@ class SiameseContent(nn.Module):
             return (distance.mean(1) if self.spec.reduction == "paper" else distance.sum(1)).mean()
 
     def _shown(self, image: Tensor, size: torch.Size) -> Tensor:
-        """The chosen channel (N, 1, *space) of the middle of the image, from 0 to 1."""
+        """The chosen channel (N, 1, *space) of the middle of the image, brought to 0…1 where that is asked for."""
         channel = image.shape[1] // 2 if self.spec.channel is None else self.spec.channel
-        image = image[:, channel : channel + 1].to(self.vgg.mean.dtype)
+        image = image[:, channel : channel + 1].to(self.vgg.input.mean.dtype)
         for axis, n in enumerate(size, start=2):
             image = image.narrow(axis, (image.shape[axis] - n) // 2, n)
+        if self.spec.intensities == "prepared":
+            return image
         space = tuple(range(2, image.ndim))
         low, high = image.amin(space, keepdim=True), image.amax(space, keepdim=True)
         return (image - low) / torch.where(high > low, high - low, torch.ones_like(high))

@@ -31,8 +31,10 @@ class _Overlap(LossSpecification):
     weights: Weights | None = None
     soft_labels: Soft | None = None
 
-    def by_class(self, targets: Targets, score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
-        """Weighted mean over classes of ``score(overlap, only predicted, only in the reference)``."""
+    def by_class(
+        self, targets: Targets, score: Callable[[Tensor, Tensor, Tensor], Tensor], *, squares: bool = False
+    ) -> Loss:
+        """Weighted mean over classes of ``score(overlap, only predicted, only in the reference)``; see :func:`sums`."""
         weights = class_weights(self.weights, targets)
         background = self.include_background and targets.exclusive
         weights = weights if background else weights[1:]
@@ -41,7 +43,7 @@ class _Overlap(LossSpecification):
             probability, reference, known = judged(logits, target, targets, self.soft_labels)
             if targets.exclusive and not background:
                 probability, reference = probability[:, 1:], reference[:, 1:]
-            overlap, excess, missed = sums(Judged(probability, reference, known), self.over_batch)
+            overlap, excess, missed = sums(Judged(probability, reference, known), self.over_batch, squares=squares)
             weight = torch.tensor(weights, dtype=probability.dtype, device=probability.device)
             return (score(overlap, excess, missed) * weight / weight.mean()).mean()
 
@@ -49,18 +51,23 @@ class _Overlap(LossSpecification):
 
 
 class DiceSpec(_Overlap):
-    """Soft Dice loss (Milletari et al. 2016, with plain sums in the denominator), mean over targets.
+    """Soft Dice loss, mean over targets: 1 - (2Σpy + s) / (Σp + Σy + s), s being ``smooth``.
+
+    ``denominator: squares`` has Σp² + Σy² in place of Σp + Σy (Milletari et al. 2016). Labels of 0 and 1
+    do not tell the two apart. Soft ones do: with squares a prediction that equals them is the best,
+    whatever they are; with sums one that is 1 everywhere may be better (docs/losses.md).
 
     Takes logits; probabilities are formed inside (softmax where targets exclude each other, else sigmoid).
     """
 
     kind: Literal["dice"] = "dice"
+    denominator: Literal["sums", "squares"] = "sums"
 
     def build(self, targets: Targets) -> Loss:
         def one_minus_dice(overlap: Tensor, excess: Tensor, missed: Tensor) -> Tensor:
             return 1 - (2 * overlap + self.smooth) / (2 * overlap + excess + missed + self.smooth)
 
-        return self.by_class(targets, one_minus_dice)
+        return self.by_class(targets, one_minus_dice, squares=self.denominator == "squares")
 
 
 class TverskySpec(_Overlap):
@@ -134,9 +141,13 @@ class GeneralisedDiceSpec(LossSpecification):
         return generalised_dice
 
 
-def sums(seen: Judged, over_batch: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Overlap, excess and missed volume in voxels, (K,) over the batch or (N, K)."""
+def sums(seen: Judged, over_batch: bool, *, squares: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Overlap, excess and missed volume in voxels, (K,) over the batch or (N, K).
+
+    With ``squares`` the predicted and the true volume are sums of squares.
+    """
     probability, reference = seen.probability * seen.known, seen.reference * seen.known
     space = [*([0] if over_batch else []), *range(2, probability.ndim)]
     overlap = (probability * reference).sum(space)
-    return overlap, probability.sum(space) - overlap, reference.sum(space) - overlap
+    predicted, true = (x.square() if squares else x for x in (probability, reference))
+    return overlap, predicted.sum(space) - overlap, true.sum(space) - overlap

@@ -87,7 +87,7 @@ CONFIGURATIONS: Mapping[str, Configuration] = MappingProxyType(
         "liver-unet-tr": Configuration(VGGUNetSpec(short_skips=True), 1, 2, (256, 256), 1),
         "liver-tumour": Configuration(ResidualUNetSpec(), 1, 2, (264, 320), 18),
         "liver-tumour-1": Configuration(ResidualUNetSpec(), 1, 1, (264, 320), 18),
-        "wmh-dense": Configuration(DenseUNetSpec(), 3, 1, (224, 224), 8),
+        "wmh-dense": Configuration(DenseUNetSpec(batch_norm="keras", vgg_input="caffe"), 1, 1, (224, 224), 8),
         "vnet": Configuration(VNetSpec(), 1, 2, (128, 128, 64), 1),
         "recurrent-unet": Configuration(RecurrentUNetSpec(dimensions=2), 1, 2, (256, 256), 1),
     }

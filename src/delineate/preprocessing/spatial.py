@@ -87,6 +87,22 @@ class Resample(Step):
         return check_voxels((x, y, z))
 
 
+class Resize(Step):
+    """Linear resampling to ``shape`` voxels (None keeps an axis), over the same extent, whatever the spacing.
+
+    The spacing becomes what the extent and the shape make it, so that it differs between scans and may
+    between axes. Otherwise as :class:`Resample`, labels too.
+    """
+
+    kind: Literal["resize"] = "resize"
+    shape: Sizes
+
+    def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        x, y, z = (wanted or size for size, wanted in zip(volume.grid.shape, self.shape, strict=True))
+        grid = volume.grid.resample(check_voxels((x, y, z)))
+        return Volume(resample_linear(as_float(volume), grid.shape), grid), Resampled(volume.grid, grid)
+
+
 class CropBackground(Step):
     """Crop to the box around the foreground of all channels, plus ``margin`` voxels where there are any.
 
@@ -238,7 +254,7 @@ class Boxed(Undo):
 
 
 class Resampled(Undo):
-    """The way back from another spacing, linearly; exact only if no voxel count has changed."""
+    """The way back from another spacing or shape, linearly; exact only if no voxel count has changed."""
 
     @property
     def interpolates(self) -> bool:

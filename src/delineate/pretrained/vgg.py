@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 VGGName = Literal["vgg11", "vgg19"]
+Preprocessing = Literal["torchvision", "caffe"]
 
 # Widths of the convolutions, each followed by a ReLU; None is a max-pool.
 _LAYERS: dict[str, tuple[int | None, ...]] = {
@@ -29,20 +30,39 @@ def expected_shapes(name: VGGName) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class VGG19Features(nn.Module):
-    """The outputs of VGG19's first two max-pools, (N, 64, X / 2, Y / 2) and (N, 128, X / 4, Y / 4).
+class VGGInput(nn.Module):
+    """Images (N, 3, X, Y) with values from 0 to 1, as a VGG saw them in its training.
 
-    Takes images (N, 3, X, Y) with values from 0 to 1, and applies the preprocessing that the weights were
-    trained with: ``torchvision`` (mean and standard deviation by channel) or ``caffe`` (means of
-    BGR values up to 255).
+    ``torchvision``: less the mean of each channel (RGB), over its standard deviation. ``caffe``, and Keras:
+    values up to 255, less the mean of each channel (BGR).
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, preprocessing: Literal["torchvision", "caffe"]) -> None:
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        mean, scale = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        if preprocessing == "caffe":
+            mean, scale = ([x / 255 for x in (103.939, 116.779, 123.68)], [1 / 255] * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.addcmul(-self.mean / self.scale, image, 1 / self.scale)
+
+
+class VGG19Features(nn.Module):
+    """The outputs of VGG19's first two max-pools, (N, 64, X / 2, Y / 2) and (N, 128, X / 4, Y / 4).
+
+    Takes images (N, 3, X, Y) of RGB values from 0 to 1, and applies the preprocessing that the weights were
+    trained with.
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.caffe = preprocessing == "caffe"
+        self.input = VGGInput(preprocessing)
         convolutions = [nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 64), (64, 64), (64, 128), (128, 128))]
         for convolution in convolutions:
             # PyTorch's default halves the signal at each layer: random features would see next to nothing.
@@ -52,13 +72,7 @@ class VGG19Features(nn.Module):
         self.features = nn.Sequential(
             a, nn.ReLU(), b, nn.ReLU(), nn.MaxPool2d(2), c, nn.ReLU(), d, nn.ReLU(), nn.MaxPool2d(2)
         )
-        mean, scale = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-        if self.caffe:
-            mean, scale = ([x / 255 for x in (103.939, 116.779, 123.68)], [1 / 255] * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        image = image.flip(1) if self.caffe else image
-        first = self.features[:5]((image - self.mean) / self.scale)
+        first = self.features[:5](self.input(image.flip(1) if self.caffe else image))
         return first, self.features[5:](first)

@@ -10,7 +10,7 @@ import urllib.request
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from torch import Tensor
 from delineate.errors import DelineateError, WeightsError
 from delineate.io.documents import Document
 from delineate.io.files import home_folder, open_file, parsing, writing_beside
-from delineate.pretrained.vgg import VGGName, expected_shapes
+from delineate.pretrained.vgg import Preprocessing, VGGName, expected_shapes
 
-Preprocessing = Literal["torchvision", "caffe"]
 PUBLISHED: dict[str, str] = {
     "vgg11": "https://download.pytorch.org/models/vgg11-8a719046.pth",
     "vgg19": "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",

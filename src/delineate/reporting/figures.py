@@ -408,20 +408,35 @@ def reliability_chart(evaluation: Evaluation) -> str:
     return _chart(draw, f"Reliability of probabilities, {len(evaluation.subjects)} subjects: {said}", height=2.9)
 
 
-def density_chart(evaluation: Evaluation, target: str, metric: str, label: str) -> str:
-    """A metric over how dense the target is, in up to five bins of as many subjects each.
+DENSITY_BINS_PERCENT = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+"""Edges of the bins of :func:`density_chart`, the same for every evaluation, so that charts can be compared."""
 
-    Needs ``density_percent``. Boxes as in :func:`metric_chart`; subjects beyond the whiskers are named,
-    failed ones counted.
+
+def density_chart(
+    evaluation: Evaluation,
+    target: str,
+    metric: str,
+    label: str,
+    *,
+    edges_percent: Sequence[float] = DENSITY_BINS_PERCENT,
+) -> str:
+    """A metric over how dense the target is, in bins from the first to the last that holds a subject.
+
+    Needs ``density_percent``; a bin holds its lower edge, the last its upper one, too. Boxes as in
+    :func:`metric_chart`; subjects beyond the whiskers are drawn and named, failed ones counted.
     """
     table = evaluation.outcomes[evaluation.outcomes["target"] == target]
     failed = int(np.isinf(table[metric].astype(float)).sum())
     table = table[np.isfinite(table[metric].astype(float))].sort_values("density_percent")
-    bins = np.array_split(np.arange(len(table)), max(1, min(5, len(table) // 3)))
+    edges = np.asarray(edges_percent)
+    of_bin = np.searchsorted(edges[1:-1], table["density_percent"].to_numpy(float), side="right")
+    bins = range(of_bin.min(), of_bin.max() + 1)
 
     def draw(axes: Axes) -> None:
-        for row, places in enumerate(bins):
-            part = table.iloc[places]
+        for row, number in enumerate(bins):
+            part = table[of_bin == number]
+            if part.empty:  # keeps its place, so that neighbours are neighbours
+                continue
             values = part[metric].to_numpy(float)
             _row(axes, row, values, [SERIES[0]] * len(values))
             low, high = np.percentile(values, [25, 75])
@@ -431,8 +446,7 @@ def density_chart(evaluation: Evaluation, target: str, metric: str, label: str) 
                     axes.annotate(
                         name, (value, row), (0, 8), textcoords="offset points", ha="center", fontsize=8, color=MUTED
                     )
-        density = table["density_percent"].to_numpy(float)
-        labels = [f"{density[p[0]]:.3g}–{density[p[-1]]:.3g} % (n {len(p)})" for p in bins]
+        labels = [f"{edges[b]:g}–{edges[b + 1]:g} % (n {np.count_nonzero(of_bin == b)})" for b in bins]
         _name_rows(axes, labels)
         axes.set(xlabel=f"{target}, {label}{beside}", ylabel="share of all voxels")
 

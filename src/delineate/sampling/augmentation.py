@@ -30,10 +30,13 @@ class SpatialSpec(Specification):
 
     ``elastic_mm`` is the standard deviation of the displacement of ``elastic_points`` control
     points along each axis of a tile. ``mirror`` lists axes (x, y, z) flipped with probability 1/2.
+    ``rotate_in`` says what keeps its length as an image turns: millimetres, or ``voxels``, as image
+    libraries turn arrays whatever their spacing.
     """
 
     probability: Probability = 0.7
     rotate_degrees: tuple[Degrees, Degrees, Degrees] = (15.0, 15.0, 15.0)
+    rotate_in: Literal["mm", "voxels"] = "mm"
     scale: Factors = (0.85, 1.18)
     elastic_mm: Annotated[float, Field(ge=0, le=1000)] = 0.0
     elastic_points: Annotated[int, Field(ge=2, le=64)] = 5
@@ -126,8 +129,9 @@ def _sampling_grid(
     """Where each voxel of the result comes from: (N, *shape, d) in ``grid_sample``'s terms."""
     n, d, device = image.shape[0], len(shape), image.device
     spacing = torch.tensor(spacing_mm, dtype=torch.float32, device=device)
-    matrix = _affine(spec, n, d, generator, device, axes)  # turns millimetres
-    matrix = matrix * spacing / spacing[:, None]  # voxels → mm → turned → voxels
+    matrix = _affine(spec, n, d, generator, device, axes)
+    if spec.rotate_in == "mm":
+        matrix = matrix * spacing / spacing[:, None]  # voxels → mm → turned → voxels
     points = [min(spec.elastic_points if spec.elastic_mm > 0 else 2, side) for side in shape]
     lines = [torch.linspace(-1, 1, p, device=device) * (side - 1) / 2 for p, side in zip(points, shape, strict=True)]
     control = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).reshape(-1, d)

@@ -175,8 +175,9 @@ def flood(step: int, module: Delineator) -> Collapsed:
     fixes = []
     if _soft(module.bundle.recipe.loss.model_dump()):
         fixes.append(
-            "no soft labels (--set loss.soft_labels=null): where targets are rare, overlap with a background "
-            "of 0.1 everywhere is largest when everything is a target"
+            "no soft labels (--set loss.soft_labels=null), or Dice over squares (--set loss.denominator=squares): "
+            "where targets are rare, overlap over plain sums with a background of 0.1 everywhere is largest when "
+            "everything is a target"
         )
     fixes.append(f"a lower learning rate (--set training.optimiser.learning_rate={module.learning_rate / 3:.1g})")
     fixes.append("check with `delineate data inspect` what the label values mean")
@@ -184,9 +185,10 @@ def flood(step: int, module: Delineator) -> Collapsed:
 
 
 def _soft(loss: Any) -> bool:
-    """Whether any part of a loss takes soft labels."""
+    """Whether any part of a loss takes soft labels, and not as Dice over squares does."""
     if isinstance(loss, dict):
-        return bool(loss.get("soft_labels")) or any(map(_soft, loss.values()))
+        soft = bool(loss.get("soft_labels")) and loss.get("denominator") != "squares"
+        return soft or any(map(_soft, loss.values()))
     return isinstance(loss, list | tuple) and any(map(_soft, loss))
 
 
