@@ -66,6 +66,9 @@ def test_it_trains_two_steps_and_predicts(name, tmp_path, rng) -> None:
         values["loss"]["weights"] = "random"
     if values["tiles"].get("shape"):
         values["tiles"]["shape"] = [n and min(n, 64) for n in values["tiles"]["shape"]]
+    for step in values["preprocessing"]:
+        if step["kind"] == "crop_or_pad" and step["shape"]:
+            step["shape"] = [n and min(n, 64) for n in step["shape"]]
     values["training"]["validation"]["subjects"] = 0
     values["postprocessing"]["largest_component"] = []
     targets = Targets({"lesion": (1,)}, "overlapping" if name in OVERLAPPING else "exclusive")

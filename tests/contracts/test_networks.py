@@ -47,7 +47,7 @@ SPECS = {
     "context": ContextUNetSpec(first_filters=4),
     "minicube": MinicubeNetSpec(),
     "VGG": VGGUNetSpec(),
-    "VGG, short skips": VGGUNetSpec(short_skips=True),
+    "VGG, short skips": VGGUNetSpec(short_skips="encoder"),
     "residual": ResidualUNetSpec(widths=(4, 8, 12)),
     "dense": DenseUNetSpec(first_filters=4, pools=2),
     "V-Net": VNetSpec(first_filters=4, stages=(1, 2, 1), decoder_stages=(1, 1)),
