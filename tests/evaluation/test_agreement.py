@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from delineate.evaluation.agreement import QuantityMap, agreements, crossing_sentences, crossings
+from delineate.evaluation.agreement import agreements, crossing_sentences, crossings
 from delineate.evaluation.table import LESION_COLUMNS, Evaluation
 from delineate.metrics.agreement import agreement
+from delineate.metrics.quantities import QuantityMap
 from delineate.reporting.figures import agreement_chart
 
 SUBJECTS = list("abcdef")

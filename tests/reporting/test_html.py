@@ -12,10 +12,10 @@ import pytest
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
-from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.measure import Measuring, compare
 from delineate.evaluation.table import Evaluation, plain, reliability_table
 from delineate.inference.confidence import Case, Confidence, check_intervals
+from delineate.metrics.quantities import QuantityMap
 from delineate.reporting.figures import confusion_chart, methods_chart
 from delineate.reporting.html import EvaluationReport, MethodsReport, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of

@@ -12,26 +12,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from delineate.metrics.agreement import Agreement, Concordance, agreement, concordance, crossing
+from delineate.metrics.quantities import QuantityMap
 
 LEAST_PATIENTS = 5
 """With fewer who have the target, limits of agreement say nothing but how few they are."""
-
-
-@dataclass(frozen=True)
-class QuantityMap:
-    """A channel of the data set, such as a fat fraction, that is read within each target.
-
-    ``margin_mm`` or more inside the target's surface. Who lies on another side of ``threshold`` by the
-    prediction's mean than by the reference's is told.
-    """
-
-    channel: str
-    margin_mm: float = 0.0
-    threshold: float | None = None
-
-    def __str__(self) -> str:
-        inside = f" {self.margin_mm:g} mm or more inside the surface" if self.margin_mm else " within the target"
-        return f"quantity: {self.channel}{inside}"
 
 
 @dataclass(frozen=True)

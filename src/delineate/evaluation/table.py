@@ -15,11 +15,12 @@ import pandas as pd
 
 from delineate.core.tables import html_table
 from delineate.errors import BadFormat, MissingFile
-from delineate.evaluation.agreement import Agreeing, QuantityMap, agreements, crossing_sentences, crossings
+from delineate.evaluation.agreement import Agreeing, agreements, crossing_sentences, crossings
 from delineate.io.files import parsing, read_json, writing_beside
 from delineate.io.tables import read_table, write_table
 from delineate.metrics.calibration import Reliability
 from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, formatted
+from delineate.metrics.quantities import QuantityMap
 from delineate.metrics.statistics import Estimate, estimate_means
 
 MEAN_OF_TARGETS = "mean of targets"
@@ -192,7 +193,7 @@ class Evaluation:
         if len(self.lesions):
             content["lesions_by_size"] = self.lesions_by_size.to_dict("records")
         if self.quantity is not None:
-            content["quantity"] = asdict(self.quantity)
+            content["quantity"] = self.quantity.as_dict()
             if self.quantity.threshold is not None:
                 content["crossings"] = crossings(self.table, self.quantity.threshold)
         definitions = {name: f"{METRICS[name].title}: {METRICS[name].definition}" for name in self.metrics}
