@@ -135,15 +135,17 @@ def _print_details(evaluation: Evaluation) -> None:
 def print_evaluation(evaluation: Evaluation, *, subjects: bool = False) -> None:
     """The summary as a table on standard output, after the rows of every subject where asked for."""
     from delineate.cli.terminal import print_table
-    from delineate.metrics.catalogue import METRICS, formatted
+    from delineate.metrics.catalogue import formatted
 
     if subjects:
         rows = evaluation.table.to_dict("records")
         cells = [[r["subject"], r["target"], *(formatted(m, r[m]) for m in evaluation.metrics)] for r in rows]
-        print_table("", ["subject", "target", *(METRICS[m].title for m in evaluation.metrics)], cells)
+        print_table(
+            "", ["subject", "target", *(evaluation.described_metric(m).title for m in evaluation.metrics)], cells
+        )
         typer.echo()
     summary = [
-        [target, METRICS[metric].title, *_estimate_cells(metric, estimate)]
+        [target, evaluation.described_metric(metric).title, *_estimate_cells(metric, estimate)]
         for target, estimates in evaluation.summary().items()
         for metric, estimate in estimates.items()
     ]
