@@ -218,3 +218,15 @@ def test_from_python_it_is_the_same(bundle: Path, patients: Path, tmp_path: Path
         delineate.predict(bundle, scans[0], quantity="fat_fraction")
     with pytest.raises(DelineateError, match="none is named"):
         delineate.predict(bundle, dataset, tmp_path / "out", margin_mm=2)
+
+
+def test_a_label_that_cannot_be_read_back_is_measured_when_it_is_made(
+    bundle: Path, patients: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    predict(bundle, patients, *WATER, "--format", "vtk", "-o", out)
+    answer = json.loads(predict(bundle, patients, *BOTH, "--format", "vtk", "-o", out, "--json", code=1).stdout)
+    assert {(row["subject"], row["code"]) for row in answer["failed"]} == {("a", "E_FORMAT"), ("b", "E_FORMAT")}
+    assert "--overwrite" in answer["failed"][0]["error"]
+    predict(bundle, patients, *BOTH, "--format", "vtk", "-o", out, "--overwrite")
+    assert len(rows(out)) == 4

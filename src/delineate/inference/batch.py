@@ -19,7 +19,7 @@ from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something, load_map, load_scan, with_maps
-from delineate.errors import Cancelled, DatasetError, DelineateError, MissingFile, OutputError
+from delineate.errors import BadFormat, Cancelled, DatasetError, DelineateError, MissingFile, OutputError
 from delineate.inference.confidence import Confidence
 from delineate.inference.fingerprint import Oddity
 from delineate.inference.measurements import measure_label, rows_of, write_measurements
@@ -252,6 +252,11 @@ def measure_predicted(
     for subject in subjects:
         chosen = replace(subject, resample=resample)
         try:
+            if not suffix_of(outputs.label(chosen)):
+                raise BadFormat(
+                    f"the label of '{subject.id}' is there, and {outputs.suffix} cannot be read back to be measured",
+                    fix="predict it again with --overwrite, or choose another --format",
+                )
             label = read_label(outputs.label(chosen))
             targets.check(label.voxels, subject.id)
             assert outputs.quantity is not None  # what else would be unmeasured

@@ -307,7 +307,7 @@ def identity_chart(agreeing: Agreeing) -> str:
             for i in np.flatnonzero((said >= compared.threshold) != (true >= compared.threshold))[:6]:
                 axes.annotate(agreeing.subjects[i], (true[i], said[i]), (5, -3), textcoords="offset points", fontsize=8)
         if colours:
-            _site_legend(axes, colours, loc="lower right" if compared.threshold is None else "upper left")
+            _site_legend(axes, colours, loc="lower right" if compared.threshold is None else "center right")
         axes.set(
             xlabel=_with_unit(f"{agreeing.target}, {compared.name} by the reference", compared.unit),
             ylabel=_with_unit(f"{compared.name}, predicted", compared.unit),
