@@ -33,12 +33,34 @@ def test_a_recipe_extends_another_field_by_field() -> None:
     assert b["start"]["weights"] == "runs/liver_tumour_lits"
     assert c["training"]["frozen"] == ["encoder.0.*"]
     for values in (a, b, c):
-        for key in ("name", "description", "start"):
+        for key in ("name", "description", "deviates", "start"):
             del values[key]
         values["training"]["frozen"] = []
     assert a == b == c
     assert a["training"]["batch_size"] == 18
     assert a["training"]["optimiser"]["kind"] == "adam"  # from the recipe below
+
+
+def test_every_recipe_of_a_report_says_what_it_does_not_do_as_the_report_did(tmp_path) -> None:
+    """Even where that is nothing; a recipe of one's own takes the sentences over, or gives its own."""
+    reports = [path for path in packaged_recipes().values() if path.parent.name == "reports"]
+    assert len(reports) >= 13
+    for path in reports:
+        assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")).get("deviates"), list), path.name
+        assert all(text.endswith(".") for text in load_recipe(path.stem).deviates), path.name
+    assert not any(load_recipe(name).deviates for name, path in packaged_recipes().items() if path not in reports)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: liver_tumour_a\n", encoding="utf-8")
+    assert load_recipe(mine).deviates == load_recipe("liver_tumour_a").deviates
+    mine.write_text("extends: liver_tumour_a\ndeviates: [Another field.]\n", encoding="utf-8")
+    assert load_recipe(mine).deviates == ("Another field.",)
+
+
+def test_sentences_stand_on_lines_of_their_own() -> None:
+    values = {"deviates": ["Long enough that a line for each is read more easily: yes.", "- 'Quoted' # not a comment."]}
+    text = to_yaml(values)
+    assert text.count("\n") == 3
+    assert yaml.safe_load(text) == values
 
 
 def test_a_group_of_another_kind_takes_nothing_over(tmp_path) -> None:
@@ -113,12 +135,24 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 @pytest.mark.parametrize("kind", ["polynomial", "cosine", "constant"])
 def test_schedules_warm_up_then_fall(kind) -> None:
     schedule = ScheduleSpec(kind=kind, warmup=0.1)
-    factors = [schedule.factor(p / 100) for p in range(101)]
+    factors = [schedule.multiple(p / 100) for p in range(101)]
     assert factors[:11] == sorted(factors[:11])
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert max(factors) == factors[10] == 1
     assert factors[0] > 0
     assert factors[-1] == (1 if kind == "constant" else pytest.approx(0, abs=1e-9))
+
+
+def test_a_rate_changes_by_steps_or_by_epochs_not_by_both() -> None:
+    with pytest.raises(RecipeError, match="every_steps or every_epochs; got both"):
+        load_recipe("demo", ["training.schedule={kind: step, every_steps: 9, every_epochs: 1}"])
+
+
+@pytest.mark.parametrize("change", ["training.keep=best", "training.validation.patience=3"])
+def test_held_out_subjects_choose_nothing(change) -> None:
+    assert load_recipe("demo", ["training.keep=last", "training.validation.held_out=true"]).training.validation.held_out
+    with pytest.raises(RecipeError, match="held-out subjects choose"):
+        load_recipe("demo", ["training.keep=last", "training.validation.held_out=true", change])
 
 
 def test_a_network_says_how_many_tiles_a_step_takes_at_least() -> None:

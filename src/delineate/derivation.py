@@ -101,6 +101,7 @@ def derive_recipe(
     memory_bytes: int,
     minutes: float | None = None,
     steps: int | None = None,
+    epochs: int | None = None,
 ) -> tuple[Recipe, dict[str, str]]:
     """The recipe and, by dotted path, the reason for each choice.
 
@@ -130,7 +131,8 @@ def derive_recipe(
     c.set("training.optimiser.learning_rate", rate, "high, since short budgets want large steps; it decays to zero")
     c.set("training.optimiser.weight_decay", 0.01)
     c.set("training.steps", steps)
-    if minutes is None and steps is None:
+    c.set("training.epochs", epochs)
+    if minutes is None and steps is None and epochs is None:
         minutes = 60.0
         c.set("training.minutes", minutes, "no budget was given; more is better until validation levels off")
     else:

@@ -124,20 +124,40 @@ class OptimiserSpec(Specification):
 
 
 class ScheduleSpec(Specification):
-    """The learning rate over the budget: a linear warm-up over its first part, then a decay to zero."""
+    """The learning rate: a linear warm-up over the budget's first part (``warmup``), then what ``kind`` says.
 
-    kind: Literal["polynomial", "cosine", "constant"] = "polynomial"
+    ``polynomial`` and ``cosine`` fall to zero over the budget, ``constant`` stays. Of n periods that have passed,
+    each of ``every_steps`` or ``every_epochs`` (one step where neither is given), ``step`` multiplies the rate by
+    ``factor`` to the n, and ``inverse`` divides it by 1 + ``decay`` · n: of one step each, Keras' ``decay``.
+    """
+
+    kind: Literal["polynomial", "cosine", "constant", "step", "inverse"] = "polynomial"
     power: Annotated[float, Field(gt=0, le=100)] = 0.9
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    decay: Annotated[float, Field(ge=0, le=1e6)] = 1e-4
+    every_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    every_epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
 
-    def factor(self, progress: float) -> float:
-        """Multiple of the learning rate when ``progress`` (0 … 1) of the budget is spent."""
+    @model_validator(mode="after")
+    def _one_period(self) -> ScheduleSpec:
+        if self.every_steps is not None and self.every_epochs is not None:
+            raise ValueError("the rate changes every_steps or every_epochs; got both, give one")
+        return self
+
+    def multiple(self, progress: float, steps: int = 0, steps_an_epoch: int = 1) -> float:
+        """Multiple of the learning rate after so many ``steps``, when ``progress`` (0 … 1) of the budget is spent."""
         import math
 
         progress = min(max(progress, 0.0), 1.0)
         if progress < self.warmup:
             # Not from zero: the first step would be wasted.
             return 0.1 + 0.9 * progress / self.warmup
+        periods = steps // (self.every_steps or (self.every_epochs or 0) * steps_an_epoch or 1)
+        if self.kind == "step":
+            return self.factor**periods
+        if self.kind == "inverse":
+            return 1 / (1 + self.decay * periods)
         done = (progress - self.warmup) / (1 - self.warmup)
         if self.kind == "polynomial":
             return (1 - done) ** self.power
@@ -147,10 +167,14 @@ class ScheduleSpec(Specification):
 class ValidationSpec(Specification):
     """Validation on whole volumes of a few subjects taken from the training folds, always the same ones.
 
+    They are whole patients, at most a tenth of the subjects, of every site its share; a split that names subjects to
+    validate on decides instead.
     ``times`` over the budget (less often where that would take more than a tenth of the
-    minutes); the bundle keeps the weights of the best ``metric``. ``patience``
+    minutes); the best ``metric`` chooses the weights that are kept. ``patience``
     validations without a better one end the training early; ``null``: never. ``loss_every`` so many
-    steps the loss is measured on a batch of their tiles, not augmented; ``null``: never.
+    steps the loss is measured on a batch of their tiles, not augmented; ``null``: never. ``held_out``: the
+    held-out subjects are validated on instead, as reports draw their test curves; only where that chooses nothing
+    (``keep: last`` and no ``patience``).
     """
 
     subjects: Annotated[int, Field(ge=0, le=10**6)] = 8
@@ -158,13 +182,22 @@ class ValidationSpec(Specification):
     metric: Literal["dice", "worst_dice"] = "dice"
     patience: Annotated[int, Field(ge=1, le=10**6)] | None = None
     loss_every: Annotated[int, Field(ge=1, le=10**9)] | None = 50
+    held_out: bool = False
 
 
 class TrainingSpec(Specification):
-    """The budget is ``minutes`` of training or a number of ``steps``, whichever ends first.
+    """The budget is ``minutes`` of training, a number of ``steps`` or of ``epochs``, whichever ends first.
+
+    An epoch takes every item of the sampler's pass once: as many steps as the pass has batches. Where the batch
+    size does not divide the pass, an epoch's last batch is filled from the next pass.
 
     ``ema`` is the decay of the averaged weights that are validated and kept (0: none).
     ``collapse_after``: from this step on, predictions of background alone are reported.
+    ``folds`` are made of the subjects, once the last ``test_last`` of them, by name, are set aside as the test set; a
+    single fold is trained on, and the test set is what is held out. A split file that is there decides instead.
+    ``initialisation``: how the kernels of all convolutions begin, transposed ones among them, with biases at zero;
+    ``default``: as the network's own description says. Weights to start from replace them.
+    ``keep``: the bundle keeps the ``best`` weights by validation, or the ``last``; without validation, the last.
     ``frozen``: patterns of parameters that stay as they begin, such as ``encoder.0.*``; their
     BatchNorms keep their statistics, too.
     """
@@ -172,15 +205,28 @@ class TrainingSpec(Specification):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 2
     minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
     optimiser: OptimiserSpec = OptimiserSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = 1.0
     validation: ValidationSpec = ValidationSpec()
     collapse_after: Annotated[int, Field(ge=1, le=10**9)] = 300
-    folds: Annotated[int, Field(ge=2, le=1000)] = 5
+    folds: Annotated[int, Field(ge=1, le=1000)] = 5
+    test_last: Annotated[int, Field(ge=0, le=10**6)] = 0
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    initialisation: Literal["default", "xavier_normal", "glorot_uniform"] = "default"
+    keep: Literal["best", "last"] = "best"
     frozen: Names = ()
+
+    @model_validator(mode="after")
+    def _held_out_chooses_nothing(self) -> TrainingSpec:
+        if self.validation.held_out and (self.keep != "last" or self.validation.patience is not None):
+            raise ValueError(
+                "validation.held_out lets the held-out subjects choose the weights or the end of the training; "
+                "add keep: last, and take patience away"
+            )
+        return self
 
 
 class StartSpec(Specification):
@@ -216,6 +262,8 @@ class PostprocessingSpec(Specification):
 class Recipe(Specification):
     """Everything that makes a run: a value that is checked as it is made and never changes.
 
+    ``deviates``: what a recipe that bears a report's name does not do as the report did, a sentence each.
+
     >>> recipe = Recipe.model_validate(
     ...     {
     ...         "name": "mine",
@@ -230,6 +278,7 @@ class Recipe(Specification):
 
     name: str
     description: str = ""
+    deviates: Annotated[tuple[str, ...], Field(max_length=64)] = ()
     data: DataSpec = DataSpec()
     preprocessing: Annotated[tuple[StepSpec, ...], Field(max_length=64)] = ()
     tiles: TileSpec
@@ -384,9 +433,16 @@ def to_yaml(values: Any, reasons: Mapping[str, str] | None = None, *, path: str 
             for i, item in enumerate(value):
                 body = to_yaml(item, reasons, path=f"{here}.{i}", indent=indent + 2)
                 lines.append(f"{pad}  - {body.lstrip()}")
+        elif _is_prose(value):
+            lines += [f"{pad}{key}:{comment}\n", *(f"{pad}  - {_scalar(item)}\n" for item in value)]
         else:
             lines.append(f"{pad}{key}: {_scalar(value)}{comment}\n")
     return "".join(lines)
+
+
+def _is_prose(value: Any) -> bool:
+    """Whether a list holds sentences, each of which is better read on a line of its own."""
+    return isinstance(value, list) and any(isinstance(item, str) and len(item) > 40 for item in value)
 
 
 def _scalar(value: Any) -> str:

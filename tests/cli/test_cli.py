@@ -233,7 +233,11 @@ def test_the_demo_ends_with_a_report(tmp_path) -> None:
 
 
 def test_recipes_are_listed_and_shown() -> None:
-    assert "hippocampus" in json.loads(delineate("recipes", "list", "--json").stdout)
+    listed = json.loads(delineate("recipes", "list", "--json").stdout)
+    assert listed["hippocampus"]["deviates"] == []
+    first = listed["wmh_dense"]["deviates"][0]
+    assert f"wmh_dense deviates from its report:\n  {first}\n" in delineate("recipes", "list").stdout
+    assert f"deviates:\n  - {first}\n" in delineate("recipes", "show", "wmh_dense").stdout
     assert "batch_size: 5" in delineate("recipes", "show", "hippocampus", "--set", "training.batch_size=5").stdout
 
 

@@ -128,12 +128,13 @@ def samples() -> dict[type[Specification], list[Specification]]:
     )
     happened = [
         events.Started(at=NOW, training=3, validation=1, held_out=1),
+        events.Planned(at=NOW, items=7, batch_size=2, steps_an_epoch=4, steps=12),
         events.Resumed(at=NOW, step=4),
         events.Validated(at=NOW, step=4, minutes=0.1, dice=1 / 3, targets={"a: ü": 1 / 3}, best=True),
         events.Collapsed(at=NOW, step=4, predicts="background alone", fixes=("one; two",)),
         events.GaveUp(at=NOW, step=4, patience=2),
         events.Stopped(at=NOW, step=4, cause="Ctrl-C"),
-        events.Trained(at=NOW, step=4, minutes=2.5),
+        events.Trained(at=NOW, step=4, minutes=2.5, epochs=0.5),
         events.Finished(at=NOW, step=4, measured=2),
         events.Warned(at=NOW, message="two\nlines"),
     ]

@@ -5,13 +5,23 @@ import logging
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
-from delineate.datasets.splits import Split, leave_one_site_out, load_or_make_split, make_split, save_split, sites_of
+from delineate.datasets.splits import (
+    Split,
+    drawn_over_sites,
+    leave_one_site_out,
+    load_or_make_split,
+    load_split,
+    make_split,
+    save_split,
+    sites_of,
+)
 from delineate.errors import BadSplit
 
 
@@ -59,6 +69,76 @@ def test_laws_of_a_split(subjects: list[Subject], folds: int, test_fraction: flo
         assert not set(split.training_of(fold)) & {*split.held_out(fold), *split.test}
 
 
+@given(cohorts(), st.sampled_from([0.0, 0.1, 0.25]), st.sampled_from([0.1, 0.2]), st.integers(0, 3))
+def test_laws_of_a_fixed_split(
+    subjects: list[Subject], test_fraction: float, validation_fraction: float, seed: int
+) -> None:
+    patients = {s.id: s.patient for s in subjects}
+    assume(len(set(patients.values())) >= 10)
+    last = 0 if test_fraction else 1
+    assume(not last or sum(p == patients[max(patients)] for p in patients.values()) == 1)
+    split = make_split(subjects, 1, test_fraction, seed, test_last=last, validation_fraction=validation_fraction)
+    (training,) = split.folds
+    assert sorted((*training, *split.validation, *split.test)) == sorted(patients), "every subject has one place"
+    assert all((training, split.validation, split.test))
+    together = [{patients[name] for name in part} for part in (training, split.validation, split.test)]
+    assert sum(map(len, together)) == len(set(patients.values())), "no patient is in two parts"
+    assert split.held_out(0) == split.test
+    assert split.training_of(0) == split.training_of(None) == training
+    with pytest.raises(BadSplit, match="fold 0 only"):
+        split.held_out(1)
+
+
+@given(cohorts(), st.integers(0, 12), st.integers(0, 5))
+def test_validation_has_every_site_s_share_of_whole_patients(subjects: list[Subject], wanted: int, seed: int) -> None:
+    drawn = set(drawn_over_sites(subjects, wanted, np.random.default_rng(seed)))
+    patients = {s.patient for s in subjects if s.id in drawn}
+    assert drawn == {s.id for s in subjects if s.patient in patients}, "patients are whole"
+    largest = max(Counter(s.patient for s in subjects).values())
+    assert min(wanted, len(subjects)) <= len(drawn) <= wanted + (largest - 1 if wanted else 0)
+    everyone = {s.patient: s.site for s in subjects}
+    for site, of_site in Counter(everyone.values()).items():
+        share = of_site * len(patients) / len(everyone)
+        assert abs(sum(everyone[p] == site for p in patients) - share) < 1
+
+
+def test_three_sites_alike_give_as_many_subjects_each() -> None:
+    """The split of the white matter report: 48, 6 and 6 of 60, evenly over three sites."""
+    subjects = many(60, "ABC")
+    split = make_split(subjects, 1, 0.1, validation_fraction=0.1)
+    sites = {s.id: s.site for s in subjects}
+    counts = [Counter(sites[name] for name in part) for part in (*split.folds, split.validation, split.test)]
+    assert counts == [dict.fromkeys("ABC", 16), dict.fromkeys("ABC", 2), dict.fromkeys("ABC", 2)]
+
+
+def test_the_last_subjects_are_the_last_by_number() -> None:
+    subjects = [subject(f"case{i}") for i in (10, 2, 9, 1, 11, 3)]
+    split = make_split(subjects, 1, test_last=2)
+    assert (split.folds, split.test) == ((("case1", "case2", "case3", "case9"),), ("case10", "case11"))
+    assert set(make_split(subjects, 2, test_last=2).test) == {"case10", "case11"}
+    with pytest.raises(BadSplit, match="last 6 of 6"):
+        make_split(subjects, 1, test_last=6)
+    with pytest.raises(BadSplit, match=r"p \(the last subjects, those before\)"):
+        make_split([subject("a", "", "p"), subject("b"), subject("c", "", "p")], 1, test_last=1)
+    with pytest.raises(BadSplit, match="hold nothing out"):
+        make_split(subjects, 1)
+
+
+def test_moved_subjects_are_trained_on_in_every_fold() -> None:
+    subjects = many(20, "AB")
+    split = make_split(subjects, 4, 0.2, validation_fraction=0.1)
+    moved = {*split.folds[0][:2], *split.test[:1], *split.validation[:1]}
+    after = split.with_always_train(moved)
+    assert after.subjects == split.subjects
+    for fold in (0, 1, 2, 3, None):
+        assert moved <= set(after.training_of(fold))
+        assert fold is None or not moved & set(after.held_out(fold))
+    assert not moved & {*after.test, *after.validation}
+    assert after.with_always_train(moved) == after
+    with pytest.raises(BadSplit, match="s099 cannot always be trained on"):
+        split.with_always_train(["s099"])
+
+
 def test_another_seed_is_another_split() -> None:
     assert make_split(many(30), seed=0) != make_split(many(30), seed=1)
 
@@ -103,6 +183,23 @@ class TestFile:
         assert load_or_make_split(path, dataset(many(20, "AB")), seed=99) == made
         assert len(made.folds) == 4
 
+    def test_a_fixed_one_may_be_written_by_hand(self, tmp_path: Path) -> None:
+        path = tmp_path / "split.json"
+        path.write_text('{"training": ["s000", "s003"], "validation": ["s001"], "test": ["s002"]}')
+        split = load_or_make_split(path, dataset(many(4)))
+        assert (split.training_of(0), split.validation, split.held_out(0)) == (("s000", "s003"), ("s001",), ("s002",))
+        path.write_text('{"training": ["s000"], "vaildation": ["s001"], "test": ["s002"]}')
+        with pytest.raises(BadSplit, match=r"folds \(or training\) and test, and may have validation"):
+            load_split(path)
+
+    @pytest.mark.parametrize("folds", [1, 3])
+    def test_it_reads_back_as_it_was_written(self, tmp_path: Path, folds: int) -> None:
+        path = tmp_path / "split.json"
+        made = make_split(many(20), folds, 0.1, 4, validation_fraction=0.1)
+        for split in (made, made.with_always_train(["s001", "s002"])):
+            save_split(path, split)
+            assert load_split(path) == split
+
     def test_new_subjects_are_reported_and_never_move_the_others(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -125,8 +222,14 @@ class TestFile:
         load_or_make_split(path, dataset(many(10)), folds=5)
         with pytest.raises(BadSplit, match="has 5 folds, 3"):
             load_or_make_split(path, dataset(many(10)), folds=3)
-        with pytest.raises(BadSplit, match="no test set"):
-            load_or_make_split(path, dataset(many(10)), test_fraction=0.1)
+        for what, asked in {
+            "test set": {"test_fraction": 0.1},
+            "test set, as": {"test_last": 1},
+            "subjects to validate on": {"validation_fraction": 0.1},
+            "such subjects that are always": {"always_train": ["s001"]},
+        }.items():
+            with pytest.raises(BadSplit, match=f"no {what}"):
+                load_or_make_split(path, dataset(many(10)), **asked)
 
     def test_a_torn_patient_is_named(self, tmp_path: Path) -> None:
         save_split(tmp_path / "split.json", Split((("a",), ("b",))))

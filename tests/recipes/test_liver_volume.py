@@ -83,8 +83,14 @@ def test_the_base_is_the_report_s(name: str) -> None:
         "folds": training.folds,
     } == PAPER
     assert (training.optimiser.weight_decay, training.ema, training.clip_norm) == (0, 0, None)
-    assert [training.schedule.factor(progress) for progress in (0, 0.5, 1)] == [1, 1, 1]
+    assert (training.schedule.kind, training.schedule.warmup) == ("constant", 0)
     assert (recipe.augmentation.spatial, recipe.augmentation.intensity) == (None, None)
+    assert (training.keep, training.initialisation, training.epochs, training.minutes) == (
+        "best",
+        "default",
+        None,
+        None,
+    )
     assert recipe.sampler.kind == "all"
     assert (recipe.tiles.shape, recipe.tiles.axis, recipe.tiles.neighbours) == ((256, 256), "z", 0)
     with torch.device("meta"):
@@ -105,6 +111,17 @@ def test_every_combination_has_its_parameters(name: str, options: str) -> None:
     found = sum(p.numel() for p in network.parameters())
     assert found == PARAMETERS[options.replace("E", "")][name == "liver_fat_fraction"]
     assert (recipe.augmentation.spatial is not None) == ("E" in options)
+
+
+@both
+def test_what_the_report_does_not_say_is_listed(name: str) -> None:
+    recipe = load_recipe(name)
+    said = " ".join(recipe.deviates)
+    spacing = min(scanner[0] for scanner in SCANNERS[name])
+    assert f"{spacing:g} mm is the finer" in said
+    assert recipe.preprocessing[1].spacing_mm == (spacing, spacing, None)
+    assert "choose the weights" in said
+    assert "weights begin" in said
 
 
 def test_there_are_sixteen_combinations_and_each_option_is_documented() -> None:

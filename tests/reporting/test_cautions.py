@@ -22,6 +22,7 @@ def trained(done: int, scores: Sequence[float], **spec: Any) -> Training:
         TrainingSpec.model_validate({"steps": 100} | spec),
         pd.DataFrame({"step": range(done), "loss": 1.0}),
         pd.DataFrame(validation) if scores else None,
+        steps_an_epoch=10,
     )
 
 
@@ -31,12 +32,14 @@ CASES = {
     "cut short": (trained(60, [0.5, 0.8, 0.7]), ["Unfinished: 60 of 100 steps"]),
     "minutes left": (trained(60, [0.5, 0.8, 0.7], steps=None, minutes=10), ["3.0 of 10 minutes"]),
     "minutes spent before the steps": (trained(60, [0.5, 0.8, 0.7], minutes=3), []),
+    "epochs left": (trained(60, [0.5, 0.8, 0.7], steps=None, epochs=8), ["6 of 8 epochs"]),
     "gave up": (trained(60, [0.8, 0.5, 0.5], validation={"patience": 2}), []),
     "did not give up yet": (trained(60, [0.8, 0.5, 0.5], validation={"patience": 3}), ["Unfinished"]),
     "rising": (trained(100, [0.5, 0.6, 0.7]), ["step 100, Dice 0.700, 0.600 at best before"]),
     "rising, but not the worst target": (trained(100, [0.5, 0.6, 0.7], validation={"metric": "worst_dice"}), []),
     "both": (trained(50, [0.5, 0.6]), ["Unfinished", "Undertrained"]),
     "validated once": (trained(100, [0.5]), ["validated only once, at step 100"]),
+    "rising, but the last are kept": (trained(100, [0.5, 0.6, 0.7], keep="last"), []),
     "never validated": (trained(100, []), ["No validation chose the weights"]),
 }
 

@@ -21,6 +21,17 @@ def test_processes_share_the_samples_without_overlap(subjects) -> None:
     assert sorted(seen) == list(range(24))
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_epoch_takes_every_item_of_a_pass(subjects, world) -> None:
+    """Of five subjects, two a step: the last step is filled from the next pass, and no step more is an epoch's."""
+    parts = [source(subjects, rank=rank, world=world) for rank in range(world)]
+    steps = parts[0].steps_an_epoch
+    assert steps == {1: 3, 2: 2}[world]
+    for count, all_taken in ((steps, True), (steps - 1, False)):
+        taken = [parts[0].sampler.draw(j).subject for i in range(count) for part in parts for j in part.samples(i)]
+        assert (set(taken) == set(range(5))) == all_taken
+
+
 def test_without_augmentation_a_batch_is_what_lies_in_the_volume(subjects) -> None:
     part = source(subjects)
     batch = part.batch(3)

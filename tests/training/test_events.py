@@ -13,6 +13,7 @@ from delineate.training.events import (
     EVENTS,
     Collapsed,
     Finished,
+    Planned,
     Resumed,
     Started,
     Stopped,
@@ -41,21 +42,23 @@ def test_a_run_notes_what_happens_and_a_resumed_one_continues(recipe, balls, tmp
     given = deepcopy((recipe, balls, options)), (reporter.say, reporter.progress, reporter.logs, reporter.silent)
     assert not train(recipe, balls, folder, options, reporter).finished
     before = read_events(folder / "logs")
-    assert [type(event) for event in before] == [Started, Validated, Validated, Stopped]
+    assert [type(event) for event in before] == [Started, Planned, Validated, Validated, Stopped]
     assert before[-1].cause == "the stop file"
 
     result = train(recipe, balls, folder, options, reporter)
     events = read_events(folder / "logs")
     assert events[: len(before)] == before
-    assert [type(event) for event in events[len(before) :]] == [Started, Resumed, Validated, Trained, Finished]
+    assert [type(event) for event in events[len(before) :]] == [
+        Started, Planned, Resumed, Validated, Trained, Finished,
+    ]  # fmt: skip
     assert [event.step for event in events if isinstance(event, Validated)] == [4, 8, 12]
-    assert events[1].targets.keys() == {"ball"}
+    assert before[2].targets.keys() == {"ball"}
     assert (events[-1].step, events[-1].measured) == (12, len(result.evaluation.subjects))
     assert list(events) == sorted(events, key=lambda event: event.at)
     # Nothing of the caller's is changed: each run has messages of its own.
     assert given == ((recipe, balls, options), (reporter.say, reporter.progress, reporter.logs, reporter.silent))
-    assert events[1].text in reporter.messages
-    assert events[1].text not in result.messages
+    assert before[2].text in reporter.messages
+    assert before[2].text not in result.messages
 
     said = "the network predicts background alone. Likely fixes: one; two"
     append_event(folder / "logs", Collapsed(step=12, predicts="background alone", fixes=("one", "two")))

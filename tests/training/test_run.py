@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -19,14 +20,14 @@ from delineate.bundle import Bundle
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import load_scan
 from delineate.datasets.layouts import open_dataset
-from delineate.datasets.splits import make_split
+from delineate.datasets.splits import load_split, make_split
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError, TrainingError
 from delineate.io.formats import read_header, read_label, write_label
 from delineate.networks import unet
 from delineate.recipe import recipe_from, to_yaml
 from delineate.reporting.run import write_run_report
 from delineate.training.options import Reporter, RunOptions, Stop
-from delineate.training.preparation import assign_roles
+from delineate.training.preparation import assign_roles, new_split
 from delineate.training.run import train
 from delineate.training.subjects import RunSubjects
 
@@ -70,7 +71,8 @@ def test_a_run_leaves_what_it_promises(recipe, balls, tmp_path) -> None:
 
 def test_a_challenges_regions_are_measured_of_the_held_out_or_nothing_is_trained(recipe, balls, tmp_path) -> None:
     short = recipe.training.model_copy(update={"steps": 2})
-    measured = recipe.model_copy(update={"metrics": ("lits",), "training": short})
+    deviates = ("Not as Chlebus did it.",)
+    measured = recipe.model_copy(update={"metrics": ("lits",), "training": short, "deviates": deviates})
     with pytest.raises(RecipeError, match="'lits' measures liver, tumour; got ball"):
         run(measured, balls, tmp_path / "refused")
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -89,7 +91,8 @@ def test_a_challenges_regions_are_measured_of_the_held_out_or_nothing_is_trained
         assert row["dice"] == pytest.approx(2 * (predicted & known).sum() / (predicted.sum() + known.sum()))
     calibrated = pd.read_csv(tmp_path / "run/evaluation/confidence.csv")
     assert set(calibrated["target"]) == {"liver", "tumour"}
-    assert write_run_report(tmp_path / "run", halves).is_file()
+    assert "Not as Chlebus did it." in write_run_report(tmp_path / "run", halves).read_text(encoding="utf-8")
+    assert Bundle.load(tmp_path / "run/bundle").recipe.deviates == ("Not as Chlebus did it.",)
 
 
 def test_it_learns(recipe, balls, tmp_path) -> None:
@@ -238,6 +241,33 @@ def test_a_time_budget_ends_the_run(recipe, balls, tmp_path) -> None:
     result = run(recipe_from(values), balls, tmp_path / "run", evaluate=False)
     assert result.finished
     assert result.steps > 1
+
+
+def test_epochs_are_a_budget_of_their_own(recipe, balls, tmp_path) -> None:
+    """Three subjects are trained on, two a step: an epoch is two steps, whatever else limits the run."""
+    values = recipe.as_dict()
+    values["training"] |= {"steps": 100, "epochs": 3}
+    recipe = recipe_from(values)
+
+    def stop(text: str) -> None:
+        if text.startswith("step 2"):
+            (tmp_path / "run/stop").touch()
+
+    assert run(recipe, balls, tmp_path / "run", Reporter(stop)).steps < 6
+    report = Reporter()
+    assert run(recipe, balls, tmp_path / "run", report).steps == 6
+    assert "an epoch is 2 steps: 3 items, 2 a step; 6 steps in all are 3 epochs" in report.messages
+    assert any(text.startswith("trained 6 steps (3 epochs)") for text in report.messages)
+    assert pd.read_csv(tmp_path / "run/logs/epochs.csv")[["step", "epoch"]].values.tolist() == [[2, 1], [4, 2], [6, 3]]
+    assert {"what": "epoch", "choice": "2 steps", "why": "3 items, 2 a step"} in json.loads(
+        (tmp_path / "run/plan.json").read_text()
+    )
+    page = write_run_report(tmp_path / "run", balls).read_text(encoding="utf-8")
+    assert "2 steps (3 items, 2 a step)" in page
+    assert "Minutes an epoch" in page
+    assert "Unfinished" not in page
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"epochs": 4})})
+    assert run(longer, balls, tmp_path / "run", evaluate=False).steps == 8
 
 
 def test_a_killed_run_goes_on(recipe, balls, tmp_path) -> None:
@@ -432,6 +462,47 @@ def test_roles_are_disjoint_and_leave_the_locked_test_set_alone(recipe, balls) -
     assert not set().union(*names) & set(split.test)
     everyone = assign_roles(balls.subjects, split, None, recipe)
     assert len(everyone.training) + len(everyone.validation) == len(balls.subjects) - len(split.test)
+
+
+@pytest.mark.parametrize("fold", [0, None])
+def test_moved_subjects_are_never_validated_on_nor_held_out(recipe, balls, fold) -> None:
+    """Whatever the seed; and of two sites, validation has its share of each."""
+    subjects = [replace(balls.subjects[0], id=f"s{i:02}", patient=f"s{i:02}", site="AB"[i >= 20]) for i in range(40)]
+    moved = {"s21", "s30", "s39"}
+    values = recipe.as_dict()
+    for seed in range(40):
+        values["training"] |= {"seed": seed, "validation": {"subjects": 4}}
+        split = make_split(subjects, folds=4, seed=seed).with_always_train(moved)
+        roles = assign_roles(subjects, split, fold, recipe_from(values))
+        assert moved <= {s.id for s in roles.training}
+        sites = [s.site for s in roles.validation]
+        assert (sites.count("A"), sites.count("B")) == (2, 2)
+
+
+def test_a_split_s_own_subjects_are_validated_on(recipe, balls, tmp_path) -> None:
+    names = [s.id for s in balls.subjects]
+    (tmp_path / "split.json").write_text(
+        json.dumps({"training": names[:3], "validation": names[3:4], "test": names[4:]})
+    )
+    result = run(recipe, balls, tmp_path / "run", split_file=tmp_path / "split.json")
+    subjects = RunSubjects.load(tmp_path / "run")
+    assert (subjects.training, subjects.validation) == (tuple(names[:3]), tuple(names[3:4]))
+    assert subjects.held_out == tuple(names[4:])
+    assert sorted(result.evaluation.subjects) == sorted(names[4:])
+    everyone = assign_roles(balls.subjects, load_split(tmp_path / "split.json"), None, recipe)
+    assert not everyone.held_out
+    assert [s.id for s in everyone.training] == names[:3]
+
+
+def test_the_last_usable_subjects_are_the_test_set_of_a_recipe_that_says_so(recipe, balls) -> None:
+    """A broken one does not count: those before it are held out."""
+    values = recipe.as_dict()
+    values["training"] |= {"folds": 1, "test_last": 2}
+    usable = replace(balls, subjects=balls.subjects[:-1])
+    split = new_split(recipe_from(values), balls, usable)
+    roles = assign_roles(usable.subjects, split, 0, recipe_from(values))
+    assert [s.id for s in roles.held_out] == [s.id for s in balls.subjects[-3:-1]]
+    assert len(roles.training) + len(roles.validation) == 3
 
 
 def test_one_patient_alone_cannot_be_split(recipe, balls, tmp_path) -> None:

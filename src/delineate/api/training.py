@@ -67,6 +67,7 @@ def train(
     fold: int | None = 0,
     minutes: float | None = None,
     steps: int | None = None,
+    epochs: int | None = None,
     changes: Changes = (),
     split: str | Path | None = None,
     cache: str | Path | None = None,
@@ -92,8 +93,8 @@ def train(
     Bundle(ball from image)
 
     ``recipe`` is a packaged one's name, a YAML file, a :class:`Recipe`, or ``"auto"``: derived from the data.
-    ``fold`` is held out, None trains on every subject. ``minutes`` and ``steps`` replace the recipe's budget,
-    ``changes`` single fields: ``{"training.batch_size": 4}``. ``split`` is a file to use, or to write for later
+    ``fold`` is held out, None trains on every subject. ``minutes``, ``steps`` or ``epochs`` replace the recipe's
+    budget, ``changes`` single fields: ``{"training.batch_size": 4}``. ``split`` is a file to use, or to write for later
     runs; ``cache`` is where prepared subjects are kept.
 
     Called again with the same arguments, it resumes a run that was stopped. Setting ``cancel`` stops it after
@@ -121,11 +122,13 @@ def train(
         threads=threads,
     )
     check_possible(options)
-    changed = [*budget_changes(minutes, steps), *_as_texts(changes)]
+    changed = [*budget_changes(minutes, steps, epochs), *_as_texts(changes)]
     named = None if recipe == "auto" else _recipe(recipe, changed)
     dataset = _dataset(data, named.data if named else DataSpec.of_changes(changed))
     report = _reporter(progress, say, cancel, folder)
-    result = train_and_report(named, dataset, folder, options, report, minutes=minutes, steps=steps, changes=changed)
+    result = train_and_report(
+        named, dataset, folder, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changed
+    )
     return Run(folder, result.steps, result.evaluation, result.stopped)
 
 
@@ -138,11 +141,12 @@ def train_and_report(
     *,
     minutes: float | None = None,
     steps: int | None = None,
+    epochs: int | None = None,
     changes: Sequence[str] = (),
 ) -> RunResult:
     """Train ``recipe``, or the one derived from ``dataset`` where it is None; write the page of a run that is complete.
 
-    ``minutes``, ``steps`` and ``changes`` are for the derived one. Raises what :func:`train` raises.
+    ``minutes``, ``steps``, ``epochs`` and ``changes`` are for the derived one. Raises what :func:`train` raises.
     """
     from delineate.reporting.run import write_run_report
     from delineate.training.folder import check_run_folder
@@ -155,7 +159,7 @@ def train_and_report(
         inspection = None
         if recipe is None:
             recipe, inspection = auto_recipe(
-                dataset, folder, options, report, minutes=minutes, steps=steps, changes=changes
+                dataset, folder, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changes
             )
         result = run(recipe, dataset, folder, options, report, inspection)
         if result.finished and not result.helper:
@@ -168,6 +172,7 @@ def auto(
     *,
     minutes: float | None = None,
     steps: int | None = None,
+    epochs: int | None = None,
     changes: Changes = (),
     leave_out_broken: bool = False,
     device: str = "auto",
@@ -175,7 +180,7 @@ def auto(
     say: Say | None = None,
     cancel: Cancel | None = None,
 ) -> Recipe:
-    """The recipe that suits a data set, this machine and a budget of ``minutes`` or ``steps`` (default: an hour).
+    """The recipe that suits a data set, this machine and a budget of ``minutes``, ``steps`` or ``epochs`` (an hour).
 
     >>> import delineate
     >>> recipe = delineate.auto("scans", minutes=5, changes={"training.batch_size": 4}, device="cpu")
@@ -192,7 +197,7 @@ def auto(
     changed = _as_texts(changes)
     options = RunOptions(leave_out_broken=leave_out_broken, device=device)
     dataset, report = _dataset(data, DataSpec.of_changes(changed)), _reporter(progress, say, cancel)
-    return derived_recipe(dataset, options, report, minutes=minutes, steps=steps, changes=changed).recipe
+    return derived_recipe(dataset, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changed).recipe
 
 
 class Tiles(TorchDataset):
@@ -251,12 +256,11 @@ def tiles(
     They are drawn as :func:`train` draws them from the subjects of ``part``; the held-out ``fold`` is in neither.
     Those of validation are not augmented. ``batches`` is how many there are, one pass over the data by default.
     """
-    from delineate.datasets.splits import make_split
     from delineate.sampling.augmentation import AugmentationSpec
     from delineate.sampling.batches import BatchSource
     from delineate.sampling.samplers import Sampler
     from delineate.training.options import RunOptions
-    from delineate.training.preparation import assign_roles, inspected, prepared_bundle
+    from delineate.training.preparation import assign_roles, inspected, new_split, prepared_bundle
 
     check(cancel)
     chosen = _recipe(recipe, _as_texts(changes))
@@ -265,9 +269,7 @@ def tiles(
         fold=fold, cache=None if cache is None else Path(cache), leave_out_broken=leave_out_broken, device="cpu"
     )
     dataset, targets, inspection = inspected(chosen, whole, None, options, report)
-    folds = min(chosen.training.folds, len({subject.patient for subject in whole.subjects}))
-    split = make_split(whole.subjects, folds, seed=chosen.training.seed)
-    roles = assign_roles(dataset.subjects, split, fold, chosen)
+    roles = assign_roles(dataset.subjects, new_split(chosen, whole, dataset), fold, chosen)
     plan = plan_compute(device="cpu", compile="off")
     bundle, prepared = prepared_bundle(chosen, dataset, targets, inspection, roles, options, plan, report)
     subjects = prepared.training if part == "training" else prepared.validation
@@ -275,10 +277,9 @@ def tiles(
         raise RecipeError(f"no subject is left for {part}", fix="take more subjects, or fewer folds (training.folds)")
     varied = chosen.augmentation if part == "training" else AugmentationSpec(spatial=None, intensity=None)
     sampler = Sampler(chosen.sampler, subjects, bundle.geometry, chosen.training.seed)
-    size = chosen.training.batch_size
-    one_pass = -(-sampler.pass_length // size)
-    source = BatchSource(sampler, varied, size)
-    return Tiles(source, chosen, targets, len(bundle.channels), one_pass if batches is None else batches)
+    source = BatchSource(sampler, varied, chosen.training.batch_size)
+    length = source.steps_an_epoch if batches is None else batches
+    return Tiles(source, chosen, targets, len(bundle.channels), length)
 
 
 def _recipe(recipe: str | Path | Recipe, changes: Sequence[str]) -> Recipe:

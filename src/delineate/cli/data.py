@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -81,11 +82,28 @@ def split(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Write this split file; an existing one is checked and kept.")
     ],
-    folds: Annotated[int, typer.Option("--folds", min=2, help="Make this many folds.")] = 5,
+    folds: Annotated[
+        int, typer.Option("--folds", min=1, help="Make this many folds; 1: train on all but the test set.")
+    ] = 5,
     test_fraction: Annotated[
         float,
         typer.Option("--test-fraction", min=0, max=0.9, help="Lock this share of the patients away as a test set."),
     ] = 0.0,
+    test_last: Annotated[
+        int, typer.Option("--test-last", min=0, help="Lock the last subjects away instead, this many, by name.")
+    ] = 0,
+    validation_fraction: Annotated[
+        float,
+        typer.Option(
+            "--validation-fraction", min=0, max=0.9, help="Set this share of the patients aside to validate on."
+        ),
+    ] = 0.0,
+    always_train: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--always-train", help="Train on this subject whichever fold is held out, and never validate on it."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Draw the folds with this seed.")] = 0,
     layout: Layout = "auto",
     images: Images = None,
@@ -98,13 +116,25 @@ def split(
     from delineate.datasets.splits import load_or_make_split
 
     dataset = open_dataset(folder, layout=layout, images=images, labels=labels)
-    made = load_or_make_split(out, dataset, folds=folds, test_fraction=test_fraction, seed=seed)
+    made = load_or_make_split(
+        out,
+        dataset,
+        folds=folds,
+        test_fraction=test_fraction,
+        seed=seed,
+        test_last=test_last,
+        validation_fraction=validation_fraction,
+        always_train=always_train or (),
+    )
     if json:
-        print_json({"folds": made.folds, "test": made.test, "file": str(out)})
+        print_json(asdict(made) | {"file": str(out)})
         return
     for index, fold in enumerate(made.folds):
-        typer.echo(f"fold {index}: {len(fold)} subjects")
-    typer.echo(f"locked test set: {len(made.test)} subjects\nwritten to {out}")
+        typer.echo(f"{'training' if made.fixed else f'fold {index}'}: {len(fold)} subjects")
+    for what, part in (("validation", made.validation), ("always trained on", made.always_train)):
+        if part:
+            typer.echo(f"{what}: {len(part)} subjects")
+    typer.echo(f"{'test set' if made.fixed else 'locked test set'}: {len(made.test)} subjects\nwritten to {out}")
 
 
 @app.command("series")

@@ -14,15 +14,18 @@ app = Commands(help="Show the packaged recipes.")
 
 @app.command("list")
 def list_recipes(json: Json = False) -> None:
-    """List the packaged recipes."""
+    """List the packaged recipes, and what those named after a report do not do as the report did."""
     from delineate.cli.terminal import print_json, print_table
     from delineate.recipe import load_recipe, packaged_recipes
 
-    found = {name: load_recipe(name).description for name in packaged_recipes()}
+    found = {name: load_recipe(name) for name in packaged_recipes()}
     if json:
-        print_json(found)
-    else:
-        print_table("", ["recipe", "purpose"], [[name, text] for name, text in found.items()])
+        print_json({name: {"purpose": r.description, "deviates": r.deviates} for name, r in found.items()})
+        return
+    print_table("", ["recipe", "purpose"], [[name, recipe.description] for name, recipe in found.items()])
+    for name, recipe in found.items():
+        if recipe.deviates:
+            typer.echo("\n".join([f"\n{name} deviates from its report:", *(f"  {text}" for text in recipe.deviates)]))
 
 
 @app.command("show")

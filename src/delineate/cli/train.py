@@ -26,12 +26,18 @@ Recipe = Annotated[
     str, typer.Argument(help="A packaged recipe, a YAML file, or auto to derive one.", autocompletion=trainable)
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Write the run to this folder, one training at a time.")]
-Fold = Annotated[str, typer.Option("--fold", help="Hold out this fold, 0 to 4, or train on all.")]
+Fold = Annotated[
+    str, typer.Option("--fold", help="Hold out this fold (0 where the split has none: its test set), or train on all.")
+]
 Minutes = Annotated[
     float | None, typer.Option("--minutes", min=0.01, help="Train for this many minutes (default: the recipe's).")
 ]
 Steps = Annotated[
     int | None, typer.Option("--steps", min=1, help="Train for this many optimiser steps (default: the recipe's).")
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option("--epochs", min=1, help="Train for this many passes over all items (default: the recipe's)."),
 ]
 
 
@@ -42,6 +48,7 @@ def train(
     fold: Fold = "0",
     minutes: Minutes = None,
     steps: Steps = None,
+    epochs: Epochs = None,
     set: Set = None,
     split: Annotated[
         Path | None,
@@ -90,7 +97,7 @@ def train(
     from delineate.training.options import Reporter, RunOptions, check_possible
     from delineate.training.preparation import budget_changes
 
-    changes = [*budget_changes(minutes, steps), *data_changes(layout, images, labels, targets), *(set or [])]
+    changes = [*budget_changes(minutes, steps, epochs), *data_changes(layout, images, labels, targets), *(set or [])]
     # What is quick to find wrong comes first.
     options = RunOptions(
         fold=None if fold == "all" else _fold(fold),
@@ -110,7 +117,9 @@ def train(
     dataset = (named.data if named else DataSpec.of_changes(changes)).open(data)
     with Terminal() as terminal:
         report = Reporter(terminal.say, terminal.progress, status=terminal.status)
-        result = train_and_report(named, dataset, out, options, report, minutes=minutes, steps=steps, changes=changes)
+        result = train_and_report(
+            named, dataset, out, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changes
+        )
     if result.helper:
         return  # with status 0 even where it was stopped: another would be taken for a failure by the first
     if json:

@@ -1,13 +1,18 @@
-"""Which subjects are trained on and which are held out: folds that no patient straddles, and a locked test set."""
+"""Which subjects are trained on and which are held out: folds that no patient straddles, and a locked test set.
+
+Or a fixed split: one training set, subjects to validate on, and the test set.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,52 +22,108 @@ from delineate.errors import BadSplit
 from delineate.io.files import read_json, writing_beside
 
 _log = logging.getLogger(__name__)
-_FIX = "delete it, and a new one is made"
+_FIX = "correct it, or delete it, and a new one is made"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Subjects' names by fold, and the test set that nothing is trained or chosen on."""
+    """Subjects' names by fold, and the test set that nothing is trained or chosen on.
+
+    A single fold makes it a fixed split: that fold is the training set, and what is held out is the test set.
+    ``validation`` subjects are validated on whichever fold is held out; without any, a training draws its own from
+    the other folds. ``always_train`` are trained on whichever fold is held out, and never validated on.
+    """
 
     folds: tuple[tuple[str, ...], ...]
     test: tuple[str, ...] = ()
     seed: int = 0
+    validation: tuple[str, ...] = ()
+    always_train: tuple[str, ...] = ()
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is one training set and one test set."""
+        return len(self.folds) == 1
 
     def held_out(self, fold: int) -> tuple[str, ...]:
-        """Subjects of one fold. Raises :class:`BadSplit` for a fold that does not exist."""
+        """Subjects of one fold, of a fixed split the test set. Raises :class:`BadSplit` for another fold."""
         if not 0 <= fold < len(self.folds):
-            raise BadSplit(f"there is no fold {fold}", fix=f"the split has folds 0 to {len(self.folds) - 1}")
-        return self.folds[fold]
+            there = "fold 0 only, its test set" if self.fixed else f"folds 0 to {len(self.folds) - 1}"
+            raise BadSplit(f"there is no fold {fold}", fix=f"the split has {there}")
+        return self.test if self.fixed else self.folds[fold]
 
-    def training_of(self, fold: int) -> tuple[str, ...]:
-        """Subjects of all other folds, sorted; never the test set."""
-        out = set(self.held_out(fold))
-        return tuple(sorted(name for names in self.folds for name in names if name not in out))
+    def training_of(self, fold: int | None) -> tuple[str, ...]:
+        """Subjects of all other folds (of all where none is held out) and those always trained on, sorted."""
+        out = () if fold is None else self.held_out(fold)
+        return tuple(sorted({*self.always_train}.union(*self.folds) - {*out}))
 
     @property
     def subjects(self) -> frozenset[str]:
-        return frozenset(self.test).union(*self.folds)
+        return frozenset((*self.test, *self.validation, *self.always_train)).union(*self.folds)
+
+    def with_always_train(self, names: Iterable[str]) -> Split:
+        """The same split, but these subjects leave their part of it: they are trained on whichever fold is held out.
+
+        Raises :class:`BadSplit` for names that the split does not have.
+        """
+        moved = set(names)
+        if strangers := sorted(moved - self.subjects):
+            raise BadSplit(
+                f"{', '.join(strangers)} cannot always be trained on: the split does not have them",
+                fix="check the subjects' names",
+            )
+        left = [tuple(name for name in part if name not in moved) for part in self._parts.values()]
+        *folds, test, validation, always = left
+        return Split(tuple(folds), test, self.seed, validation, tuple(sorted({*always, *moved})))
+
+    @property
+    def _parts(self) -> dict[str, tuple[str, ...]]:
+        """Names by what their part is called."""
+        folds = (
+            {"the training set": self.folds[0]} if self.fixed else {f"fold {i}": f for i, f in enumerate(self.folds)}
+        )
+        others = {"the test set": self.test, "validation": self.validation, "always_train": self.always_train}
+        return folds | others
 
     def unassigned(self, subjects: Iterable[Subject]) -> tuple[str, ...]:
         """Subjects that came after the split was made: in no fold and not in the test set."""
         return tuple(subject.id for subject in subjects if subject.id not in self.subjects)
 
 
-def make_split(subjects: Sequence[Subject], folds: int = 5, test_fraction: float = 0.0, seed: int = 0) -> Split:
+def make_split(
+    subjects: Sequence[Subject],
+    folds: int = 5,
+    test_fraction: float = 0.0,
+    seed: int = 0,
+    *,
+    test_last: int = 0,
+    validation_fraction: float = 0.0,
+) -> Split:
     """Patients in k folds, each with its share of every site; a share of every site locked away first.
 
     A pure function of the subjects' names, patients and sites, in any order, and of the seed. Of
-    one site, folds differ by at most one patient; in all, by at most one too. Raises
-    :class:`BadSplit` where there are fewer patients than folds.
+    one site, folds differ by at most one patient; in all, by at most one too. ``test_last`` locks the last so many
+    subjects away instead, by name, numbers counted as numbers. ``validation_fraction`` sets a share of every site
+    aside to validate on. One fold is a fixed split, which needs a test set. Raises :class:`BadSplit` where there are
+    fewer patients than folds.
     """
-    if folds < 2 or not 0 <= test_fraction < 1:
-        raise BadSplit(f"{folds} folds, test fraction {test_fraction:g}: give two or more, and a fraction from 0 to 1")
+    shares = (test_fraction, validation_fraction)
+    if folds < 1 or not all(0 <= share < 1 for share in shares) or sum(shares) >= 1:
+        raise BadSplit(
+            f"{folds} folds, test fraction {test_fraction:g}, validation fraction {validation_fraction:g}",
+            fix="give one fold or more, and fractions from 0 to 1, less than 1 together",
+        )
+    if test_fraction and test_last:
+        raise BadSplit("a test set of a share of the patients and of the last subjects", fix="ask for one of them")
+    if folds == 1 and not (test_fraction or test_last):
+        raise BadSplit("one fold and no test set hold nothing out", fix="ask for two folds, or for a test set")
     rng = np.random.default_rng(seed)
-    by_site = {site: [groups[i] for i in rng.permutation(len(groups))] for site, groups in _patients(subjects).items()}
-    test: list[str] = []
-    for site, count in _shares({site: len(groups) for site, groups in by_site.items()}, test_fraction).items():
-        test += (name for group in by_site[site][:count] for name in group)
-        del by_site[site][:count]
+    test = _last(subjects, test_last)
+    rest = [subject for subject in subjects if subject.id not in test]
+    by_site = _permuted(rest, rng)
+    patients_of = {site: len(groups) for site, groups in by_site.items()}
+    test += _taken(by_site, _shares(patients_of, test_fraction))
+    validation = _taken(by_site, _shares(patients_of, validation_fraction))
     left = sum(map(len, by_site.values()))
     if left < folds:
         raise BadSplit(f"{left} patients are left for {folds} folds", fix="ask for fewer folds or a smaller test set")
@@ -76,7 +137,24 @@ def make_split(subjects: Sequence[Subject], folds: int = 5, test_fraction: float
             parts[fold] += group
             of_site[fold] += 1
             patients[fold] += 1
-    return Split(tuple(tuple(sorted(part)) for part in parts), tuple(sorted(test)), seed)
+    ordered = [tuple(sorted(part)) for part in (*parts, test, validation)]
+    return Split(tuple(ordered[:-2]), ordered[-2], seed, ordered[-1])
+
+
+def drawn_over_sites(subjects: Sequence[Subject], wanted: int, rng: np.random.Generator) -> tuple[str, ...]:
+    """Names of whole patients, so many that they have ``wanted`` subjects, and of every site its share.
+
+    A site's share is in proportion to its patients; what is drawn of it is less than one patient off.
+    """
+    by_site = _permuted(subjects, rng)
+    counts = {site: len(groups) for site, groups in by_site.items()}
+    names: list[str] = []
+    for patients in range(1, sum(counts.values()) + 1):
+        if len(names) >= wanted:
+            break
+        shares = _shares(counts, patients / sum(counts.values()))
+        names = [name for site, share in shares.items() for group in by_site[site][:share] for name in group]
+    return tuple(sorted(names))
 
 
 def sites_of(subjects: Iterable[Subject]) -> tuple[str, ...]:
@@ -103,16 +181,27 @@ def load_or_make_split(
     folds: int | None = None,
     test_fraction: float | None = None,
     seed: int = 0,
+    test_last: int = 0,
+    validation_fraction: float = 0.0,
+    always_train: Sequence[str] = (),
 ) -> Split:
     """The split in a JSON file, made (five folds, no test set, if not told otherwise) where there is none.
 
     A file that is there decides; the seed is for making one. Raises :class:`BadSplit` where it is
     damaged, names subjects that the data set does not have, parts a patient, or does not have the
-    folds or test set asked for. Subjects that came later stay in no part, and a warning is logged:
+    folds or sets asked for. Subjects that came later stay in no part, and a warning is logged:
     to take them in, delete the file and accept new folds.
     """
     if not path.exists():
-        split = make_split(dataset.subjects, folds or 5, test_fraction or 0.0, seed)
+        split = make_split(
+            dataset.subjects,
+            folds or 5,
+            test_fraction or 0.0,
+            seed,
+            test_last=test_last,
+            validation_fraction=validation_fraction,
+        ).with_always_train(always_train)
+        check_split(split, dataset)
         save_split(path, split)
         return split
     split = load_split(path)
@@ -121,8 +210,13 @@ def load_or_make_split(
         raise BadSplit(
             f"'{path}' has {len(split.folds)} folds, {folds} are asked for", fix="ask for these, or name another"
         )
-    if test_fraction and not split.test:
-        raise BadSplit(f"'{path}' has no test set, one is asked for", fix="do without, or name another file")
+    for asked, part, what in (
+        (test_fraction or test_last, split.test, "test set"),
+        (validation_fraction, split.validation, "subjects to validate on"),
+        (set(always_train) - set(split.always_train), (), "such subjects that are always trained on"),
+    ):
+        if asked and not part:
+            raise BadSplit(f"'{path}' has no {what}, as is asked for", fix="do without, or name another file")
     if new := split.unassigned(dataset.subjects):
         _log.warning("%d subjects are in no part of '%s' and stay out: %s", len(new), path, ", ".join(new))
     return split
@@ -130,20 +224,34 @@ def load_or_make_split(
 
 def save_split(path: Path, split: Split) -> None:
     """Write the split as JSON, all or nothing. Raises :class:`OutputError`."""
-    about = {"seed": split.seed, "folds": [list(names) for names in split.folds], "test": list(split.test)}
+    about: dict[str, Any] = {"seed": split.seed}
+    if split.fixed:
+        about |= {"training": split.folds[0], "validation": split.validation, "test": split.test}
+    else:
+        about |= {"folds": split.folds, "test": split.test}
+        about |= {"validation": split.validation} if split.validation else {}
+    about |= {"always_train": split.always_train} if split.always_train else {}
     with writing_beside(path) as beside:
         beside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def load_split(path: Path) -> Split:
     """Read a split. Raises :class:`BadSplit` where the file is not one, or names a subject twice."""
-    about = read_json(path, BadSplit, fix=_FIX)
-    folds, test, seed = (about.get(key) for key in ("folds", "test", "seed"))
-    if not (isinstance(folds, list) and folds and all(map(_is_names, (*folds, test))) and type(seed) is int):
-        raise BadSplit(f"'{path}' is no split: it needs folds, test (lists of names) and seed", fix=_FIX)
-    parts = [tuple(names) for names in (*folds, test)]
-    split = Split(tuple(parts[:-1]), parts[-1], seed)
-    counts = Counter(name for part in parts for name in part)
+    about: dict[str, Any] = {"seed": 0, "validation": [], "always_train": []}
+    about |= read_json(path, BadSplit, fix=_FIX)
+    seed, folds = about.pop("seed"), about.pop("folds", None)
+    folds = [about.pop("training", None)] if folds is None else folds
+    known = set(about) == {"test", "validation", "always_train"}
+    lists = [*folds, *about.values()] if isinstance(folds, list) and folds else [None]
+    if not (known and all(map(_is_names, lists)) and type(seed) is int):
+        raise BadSplit(
+            f"'{path}' is no split: it needs lists of names called folds (or training) and test, and may have "
+            "validation, always_train and a seed",
+            fix=_FIX,
+        )
+    test, validation, always_train = (tuple(about[part]) for part in ("test", "validation", "always_train"))
+    split = Split(tuple(map(tuple, folds)), test, seed, validation, always_train)
+    counts = Counter(name for part in split._parts.values() for name in part)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise BadSplit(f"'{path}' names {', '.join(twice)[:300]} in several parts", fix="keep each in one")
     return split
@@ -161,8 +269,7 @@ def check_split(split: Split, dataset: Dataset, where: str = "the split") -> Non
             f"'{where}' names {', '.join(strangers)}, which '{dataset.name}' does not have",
             fix="bring them back, or name another file",
         )
-    parts = {f"fold {i}": names for i, names in enumerate(split.folds)} | {"the test set": split.test}
-    _refuse_straddling({part: [by_name[name] for name in names] for part, names in parts.items()})
+    _refuse_straddling({part: [by_name[name] for name in names] for part, names in split._parts.items()})
 
 
 def _refuse_straddling(parts: dict[str, list[Subject]]) -> None:
@@ -184,6 +291,35 @@ def _patients(subjects: Sequence[Subject]) -> dict[str, list[list[str]]]:
         sites = [subject.site for subject in group]
         by_site[max(sorted(set(sites)), key=sites.count)].append([subject.id for subject in group])
     return dict(sorted(by_site.items()))
+
+
+def _permuted(subjects: Sequence[Subject], rng: np.random.Generator) -> dict[str, list[list[str]]]:
+    """:func:`_patients`, those of each site in a random order."""
+    return {site: [groups[i] for i in rng.permutation(len(groups))] for site, groups in _patients(subjects).items()}
+
+
+def _taken(by_site: dict[str, list[list[str]]], shares: dict[str, int]) -> list[str]:
+    """Names of the first patients of each site, so many as its share, which are taken out."""
+    taken = [name for site, share in shares.items() for group in by_site[site][:share] for name in group]
+    for site, share in shares.items():
+        del by_site[site][:share]
+    return taken
+
+
+def in_order(subjects: Iterable[Subject]) -> list[Subject]:
+    """Subjects by name, numbers within names counted as numbers: case9 before case10."""
+    return sorted(subjects, key=lambda s: [int(p) if i % 2 else p for i, p in enumerate(re.split(r"(\d+)", s.id))])
+
+
+def _last(subjects: Sequence[Subject], count: int) -> list[str]:
+    if not count:
+        return []
+    if count >= len(subjects):
+        raise BadSplit(f"the last {count} of {len(subjects)} subjects leave none to train on", fix="ask for fewer")
+    ordered = in_order(subjects)
+    first, last = ordered[: len(ordered) - count], ordered[len(ordered) - count :]
+    _refuse_straddling({"the last subjects": last, "those before": first})
+    return [subject.id for subject in last]
 
 
 def _shares(counts: dict[str, int], fraction: float) -> dict[str, int]:

@@ -127,6 +127,14 @@ def glorot_uniform(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def xavier_normal(module: nn.Module) -> None:
+    """For ``apply``: the same variance, normally distributed."""
+    if isinstance(module, CONVOLUTIONS):
+        nn.init.xavier_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 def he_normal(module: nn.Module) -> None:
     """For ``apply``: He et al. 2015 for convolutions, zero biases."""
     if isinstance(module, CONVOLUTIONS):

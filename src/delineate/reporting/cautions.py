@@ -19,11 +19,15 @@ _SPENT = 0.99
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """How far a training came: its curves, as they lie in ``logs/``, beside the budget."""
+    """How far a training came: its curves, as they lie in ``logs/``, beside the budget.
+
+    ``steps_an_epoch`` is None for a run of an earlier version, which had no epochs.
+    """
 
     spec: TrainingSpec
     learning: pd.DataFrame | None
     validation: pd.DataFrame | None
+    steps_an_epoch: int | None = None
 
     @property
     def steps(self) -> int:
@@ -36,6 +40,11 @@ class Training:
         if self.validation is None or self.validation.empty or "minutes" not in self.validation:
             return nan
         return float(self.validation["minutes"].iloc[-1])
+
+    @property
+    def epochs(self) -> float:
+        """Passes over all items; undefined where their length is not known."""
+        return self.steps / self.steps_an_epoch if self.steps_an_epoch else nan
 
     @property
     def scores(self) -> list[tuple[int, float]]:
@@ -55,11 +64,9 @@ class Training:
     @property
     def spent(self) -> float:
         """The share of the budget that was used; undefined where it is not known."""
-        shares = [
-            done / budget
-            for done, budget in ((self.steps, self.spec.steps), (self.minutes, self.spec.minutes))
-            if budget is not None and done == done
-        ]
+        spec = self.spec
+        limits = ((self.steps, spec.steps), (self.minutes, spec.minutes), (self.epochs, spec.epochs))
+        shares = [done / budget for done, budget in limits if budget is not None and done == done]
         return max(shares, default=nan)
 
     @property
@@ -83,7 +90,11 @@ def _of_training(training: Training) -> Iterator[str]:
             parts.append(f"{training.steps} of {spec.steps} steps")
         if spec.minutes is not None and training.minutes == training.minutes:
             parts.append(f"{training.minutes:.1f} of {spec.minutes:g} minutes")
+        if spec.epochs is not None:
+            parts.append(f"{training.epochs:.3g} of {spec.epochs} epochs")
         yield f"Unfinished: {', '.join(parts)} were trained. Run the same command again to resume."
+    if spec.keep == "last":
+        return  # as the recipe will have it
     if not scores:
         yield f"No validation chose the weights: they are those of the last of {training.steps} steps."
     elif len(scores) == 1:

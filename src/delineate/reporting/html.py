@@ -43,9 +43,9 @@ class RunReport:
 
     ``data_rows`` are inspection's rows as plain values, ``learning`` has columns step, loss,
     ``validation_loss`` step, validation_loss, ``validation`` step, dice, dice_<target>; ``plan`` rows
-    what, choice, why; ``notes`` what a reader should know before the numbers; ``crop`` a WebP of what a
-    crop on the composite image keeps; ``intervals`` the level of calibrated intervals, how wide they
-    are and what they hold; ``seams`` each target's median seam score and of how many subjects.
+    what, choice, why; ``validated`` says whom validation is of; ``notes`` what a reader should know before the
+    numbers; ``crop`` a WebP of what a crop on the composite image keeps; ``intervals`` the level of calibrated
+    intervals, how wide they are and what they hold; ``seams`` each target's median seam score and of how many subjects.
     """
 
     title: str
@@ -64,6 +64,7 @@ class RunReport:
     intervals: Mapping[str, Any] | None = None
     validation_loss: pd.DataFrame | None = None
     seams: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    validated: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -20,11 +21,12 @@ from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
 from delineate.io.files import parsing, read_json, read_text
 from delineate.io.tables import read_table
+from delineate.recipe import TrainingSpec
 from delineate.reporting.cautions import Training, cautions
 from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
 from delineate.reporting.overlays import overlays_of
-from delineate.training.events import Collapsed, Warned, read_events, without_undone
+from delineate.training.events import Collapsed, Event, Planned, Warned, read_events, without_undone
 from delineate.training.subjects import RunSubjects
 
 
@@ -37,10 +39,14 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
     data = read_json(folder / "data.json", BadFormat)
     evaluation = Evaluation.read(folder / "evaluation") if (folder / "evaluation" / "metrics.csv").exists() else None
     learning, validation = (_curve(folder / "logs" / f"{name}.csv") for name in ("training", "validation"))
-    warned = cautions(Training(bundle.recipe.training, learning, validation), evaluation)
+    events = without_undone(read_events(folder / "logs"))
+    planned = next((event for event in reversed(events) if isinstance(event, Planned)), None)
+    steps_an_epoch = None if planned is None else planned.steps_an_epoch
+    warned = cautions(Training(bundle.recipe.training, learning, validation, steps_an_epoch), evaluation)
     content = RunReport(
         title=bundle.recipe.name,
         description=bundle.recipe.description,
+        validated=_validated(bundle.recipe.training),
         simulated=bundle.provenance.simulated,
         data_rows=data["subjects"],
         learning=learning,
@@ -50,8 +56,12 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         overlays=[] if evaluation is None else _overlays(folder, bundle, dataset, evaluation),
         recipe_yaml=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         plan=_plan(folder / "plan.json"),
-        provenance=_provenance(bundle, subjects),
-        notes=[*warned, *_notes(folder, subjects, data["problems"])],
+        provenance=_provenance(bundle, subjects) | _epochs(planned, _curve(folder / "logs" / "epochs.csv")),
+        notes=[
+            *warned,
+            *(f"Deviates from the report that the recipe is named after: {text}" for text in bundle.recipe.deviates),
+            *_notes(events, subjects, data["problems"]),
+        ],
         intervals=_intervals(folder / "evaluation" / "intervals.json"),
         seams=_seams(folder / "evaluation" / "confidence.csv"),
         crop=composite_picture(bundle.pipeline, _trained_on(bundle, subjects, dataset), bundle.channels),
@@ -127,13 +137,13 @@ def _curve(path: Path) -> pd.DataFrame | None:
 
 
 def _provenance(bundle: Bundle, subjects: RunSubjects) -> dict[str, str]:
-    p = bundle.provenance
+    p, training = bundle.provenance, bundle.recipe.training
     fold = "none held out" if p.fold is None else f"fold {p.fold} held out"
     return {
         "Data set": f"{subjects.data_set} ({p.layout} layout)",
-        "Subjects": f"{len(p.training)} trained on, {len(p.validation)} to choose the weights, "
-        f"{len(p.held_out)} held out ({fold})",
-        "Weights": f"step {bundle.metadata.get('step', '?')}, "
+        "Subjects": f"{len(p.training)} trained on, {len(p.validation)} to "
+        f"{'choose the weights' if training.keep == 'best' else 'validate on'}, {len(p.held_out)} held out ({fold})",
+        "Weights": f"{training.keep}, of step {bundle.metadata.get('step', '?')}, "
         f"validation Dice {bundle.metadata.get('validation_dice', 'not measured')}",
         "Seed": str(p.seed),
         "Started": p.started,
@@ -141,11 +151,32 @@ def _provenance(bundle: Bundle, subjects: RunSubjects) -> dict[str, str]:
     }
 
 
-def _notes(folder: Path, subjects: RunSubjects, problems: list[dict[str, str]]) -> list[str]:
+def _validated(spec: TrainingSpec) -> str:
+    """Whom the validation curves are of, and what follows from them."""
+    if spec.validation.held_out:
+        return "Validation is of the held-out subjects above, and chooses nothing: the last weights are kept."
+    if spec.keep == "last":
+        return "Validation subjects come from the training folds and choose nothing: the last weights are kept."
+    return (
+        "Validation subjects come from the training folds and choose the weights; the held-out subjects above do not."
+    )
+
+
+def _epochs(planned: Planned | None, ended: pd.DataFrame | None) -> dict[str, str]:
+    """How long an epoch is, and the minutes that each took: of many, the median."""
+    if planned is None:
+        return {}
+    facts = {"Epoch": f"{planned.steps_an_epoch} steps ({planned.items} items, {planned.batch_size} a step)"}
+    if ended is not None and not ended.empty:
+        minutes = ended["minutes"].diff().fillna(ended["minutes"].iloc[0]).tolist()
+        shown = ", ".join(f"{m:.2f}" for m in minutes) if len(minutes) <= 10 else f"{median(minutes):.2f} (median)"
+        facts |= {"Epochs": f"{len(minutes)} whole ones", "Minutes an epoch": shown}
+    return facts
+
+
+def _notes(events: Sequence[Event], subjects: RunSubjects, problems: list[dict[str, str]]) -> list[str]:
     """What a reader should know before the numbers: a collapse, who was left out, warnings about the data."""
-    notes = [
-        event.text for event in without_undone(read_events(folder / "logs")) if isinstance(event, Collapsed | Warned)
-    ]
+    notes = [event.text for event in events if isinstance(event, Collapsed | Warned)]
     if subjects.left_out:
         notes.append(f"Left out as broken: {', '.join(subjects.left_out)}.")
     counts: dict[str, list[dict[str, str]]] = {}

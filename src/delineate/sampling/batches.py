@@ -56,6 +56,11 @@ class BatchSource:
     def subjects(self) -> Sequence[PreparedSubject]:
         return self.sampler.subjects
 
+    @property
+    def steps_an_epoch(self) -> int:
+        """Batches of each process in which all processes together take every item of a pass."""
+        return -(-self.sampler.pass_length // (self.batch_size * self.world))
+
     def samples(self, i: int) -> list[int]:
         """Numbers of the samples in batch ``i``."""
         first = (i * self.world + self.rank) * self.batch_size

@@ -46,20 +46,22 @@ class Keeper(lightning.Callback):
 
 
 class Validator(lightning.Callback):
-    """Validates at even shares of the budget, keeps the best weights in the bundle, and ends a run that stalls."""
+    """Validates at even shares of the budget, keeps the best weights (or the last), and ends a run that stalls."""
 
     def __init__(self, subjects: Sequence[PreparedSubject], folder: Path, report: Reporter) -> None:
         self.subjects, self.folder, self.report = subjects, folder, report
-        self.best, self.best_step, self.done, self.since_best = -math.inf, -1, 0, 0
+        self.best, self.best_step, self.last_step, self.done, self.since_best = -math.inf, -1, -1, 0, 0
         self.score = math.nan
         self._taken, self._ended = 0.0, -math.inf
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step, "done": self.done, "since_best": self.since_best}
+        kept = ("best", "best_step", "last_step", "done", "since_best")
+        return {name: getattr(self, name) for name in kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.best_step = float(state_dict["best"]), int(state_dict["best_step"])
         self.done, self.since_best = int(state_dict["done"]), int(state_dict["since_best"])
+        self.last_step = int(state_dict.get("last_step", -1))  # states of earlier versions lack it
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
         spec = module.spec.validation
@@ -80,14 +82,12 @@ class Validator(lightning.Callback):
         better = self.score > self.best
         if better:
             self.best, self.best_step, self.since_best = self.score, trainer.global_step, 0
-            if trainer.is_global_zero:
-                save_weights(
-                    self.folder,
-                    module.kept_network.state_dict(),
-                    {"step": trainer.global_step, "validation_dice": f"{means.dice:.4f}"},
-                )
         else:
             self.since_best += 1
+        self.last_step = trainer.global_step
+        if (better or module.spec.keep == "last") and trainer.is_global_zero:
+            about = {"step": trainer.global_step, "validation_dice": f"{means.dice:.4f}"}
+            save_weights(self.folder, module.kept_network.state_dict(), about)
         self.report.event(
             Validated(
                 step=trainer.global_step,
@@ -137,6 +137,16 @@ class ValidationLoss(lightning.Callback):
         loss = module.loss_on(self.source, step // self.every)
         for logger in trainer.loggers:
             logger.log_metrics({"validation_loss": loss}, step)
+
+
+class EpochClock(lightning.Callback):
+    """Notes the minutes spent whenever every item of a pass has been taken once more."""
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
+        epoch, more = divmod(trainer.global_step, module.source.steps_an_epoch)
+        if not more:
+            for logger in trainer.loggers:
+                logger.log_metrics({"epoch": epoch, "minutes": module.budget.elapsed() / 60}, trainer.global_step)
 
 
 class CollapseWatch(lightning.Callback):

@@ -52,6 +52,23 @@ class Started(_Event):
         )
 
 
+class Planned(_Event):
+    """How many items a pass over the data has, in how many steps, and after how many steps training ends at most."""
+
+    kind: Literal["planned"] = "planned"
+    items: Count
+    batch_size: Count
+    steps_an_epoch: Count
+    steps: Count | None = None
+
+    @property
+    def text(self) -> str:
+        epoch = f"an epoch is {self.steps_an_epoch} steps: {self.items} items, {self.batch_size} a step"
+        if self.steps is None:
+            return epoch
+        return f"{epoch}; {self.steps} steps in all are {self.steps / self.steps_an_epoch:.3g} epochs"
+
+
 class Resumed(_Event):
     """Training continues after ``step`` steps: whatever was done beyond them is done again."""
 
@@ -63,7 +80,7 @@ class Resumed(_Event):
 
 
 class Validated(_Event):
-    """Mean Dice over the validation subjects, over all targets and of each; ``best`` so far: these weights are kept."""
+    """Mean Dice over the validation subjects, over all targets and of each; ``best`` so far or not."""
 
     kind: Literal["validated"] = "validated"
     minutes: Minutes
@@ -119,10 +136,12 @@ class Trained(_Event):
 
     kind: Literal["trained"] = "trained"
     minutes: Minutes
+    epochs: Annotated[float, Field(ge=0, le=1e9)] | None = None
 
     @property
     def text(self) -> str:
-        return f"trained {self.step} steps in {self.minutes:.1f} min"
+        epochs = "" if self.epochs is None else f" ({self.epochs:.3g} epochs)"
+        return f"trained {self.step} steps{epochs} in {self.minutes:.1f} min"
 
 
 class Finished(_Event):
@@ -147,7 +166,7 @@ class Warned(_Event):
         return self.message
 
 
-Event = Started | Resumed | Validated | Collapsed | GaveUp | Stopped | Trained | Finished | Warned
+Event = Started | Planned | Resumed | Validated | Collapsed | GaveUp | Stopped | Trained | Finished | Warned
 _ANY: Any = Annotated[Event, Field(discriminator="kind")]
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from delineate.io.files import appending, writing_beside
 
 TRAINING_CURVE, VALIDATION_LOSS_CURVE, VALIDATION_CURVE = "training.csv", "validation_loss.csv", "validation.csv"
+EPOCH_CURVE = "epochs.csv"
 
 
 class _RunLogger(Logger):
@@ -33,7 +34,8 @@ class _RunLogger(Logger):
 class CurveLogger(_RunLogger):
     """Appends each step's numbers to ``training.csv``, each validation's to ``validation.csv``.
 
-    ``validation_loss.csv`` has the loss on tiles of the validation subjects, every so many steps.
+    ``validation_loss.csv`` has the loss on tiles of the validation subjects, every so many steps, ``epochs.csv``
+    the minutes spent at the end of each epoch.
 
     Lightning's own CSV logger empties the folder when a run is resumed; this one drops only the
     rows after the step that training resumes from.
@@ -42,10 +44,11 @@ class CurveLogger(_RunLogger):
     def __init__(self, folder: Path, resumed_from: int) -> None:
         super().__init__()
         self.folder = folder
-        # Losses are numbered by the steps before them, validations by the steps behind them.
+        # Losses are numbered by the steps before them, validations and epochs by the steps behind them.
         _keep_until(folder / TRAINING_CURVE, resumed_from - 1)
         _keep_until(folder / VALIDATION_LOSS_CURVE, resumed_from - 1)
         _keep_until(folder / VALIDATION_CURVE, resumed_from)
+        _keep_until(folder / EPOCH_CURVE, resumed_from)
 
     @property
     def name(self) -> str:
@@ -53,7 +56,7 @@ class CurveLogger(_RunLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        curve = {"loss": TRAINING_CURVE, "validation_loss": VALIDATION_LOSS_CURVE}
+        curve = {"loss": TRAINING_CURVE, "validation_loss": VALIDATION_LOSS_CURVE, "epoch": EPOCH_CURVE}
         path = self.folder / curve.get(next(iter(metrics)), VALIDATION_CURVE)
         row = {"step": step, **{name: f"{value:.6g}" for name, value in metrics.items()}}
         header = [] if path.exists() else [list(row)]

@@ -22,7 +22,7 @@ from delineate.errors import RecipeError, TrainingError
 from delineate.losses.content import adversaries
 from delineate.losses.spec import build_loss
 from delineate.networks.transfer import NORMS, free_norms, hold_frozen_norms, matching
-from delineate.recipe import OptimiserSpec
+from delineate.recipe import OptimiserSpec, TrainingSpec
 from delineate.sampling.batches import Batch, BatchSource
 
 
@@ -34,6 +34,13 @@ class Budget:
     seconds: float | None
     spent_seconds: float = 0.0
     _since: float | None = None
+
+    @classmethod
+    def of(cls, spec: TrainingSpec, steps_an_epoch: int) -> Budget:
+        """A recipe's, whose epochs have so many steps: whichever of its limits comes first."""
+        limits = [spec.steps, None if spec.epochs is None else spec.epochs * steps_an_epoch]
+        steps = min((limit for limit in limits if limit is not None), default=None)
+        return cls(steps, None if spec.minutes is None else spec.minutes * 60)
 
     def start(self) -> None:
         self._since = time.monotonic()
@@ -202,9 +209,9 @@ class Delineator(lightning.LightningModule):
         return loss
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        factor = self.bundle.recipe.training.schedule.factor(self.progress)
+        multiple = self.spec.schedule.multiple(self.progress, self.global_step, self.source.steps_an_epoch)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = group["initial_lr"] * multiple
         hold_frozen_norms(self.network)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -18,7 +18,7 @@ from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset, load_scan
 from delineate.datasets.inspection import Inspection, inspect
-from delineate.datasets.splits import Split, load_or_make_split
+from delineate.datasets.splits import Split, drawn_over_sites, load_or_make_split, make_split, save_split
 from delineate.derivation import derive_recipe, summarise
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError
 from delineate.inference.fingerprint import fingerprint_of
@@ -31,11 +31,12 @@ from delineate.training.options import Reporter, RunOptions
 from delineate.training.subjects import RunSubjects
 
 
-def budget_changes(minutes: float | None, steps: int | None) -> list[str]:
+def budget_changes(minutes: float | None, steps: int | None, epochs: int | None = None) -> list[str]:
     """Changes that replace the recipe's budget by another one; none where none is given."""
-    if minutes is None and steps is None:
+    wanted = {"minutes": minutes, "steps": steps, "epochs": epochs}
+    if not any(wanted.values()):
         return []
-    return [f"training.minutes={minutes or 'null'}", f"training.steps={steps or 'null'}"]
+    return [f"training.{unit}={number or 'null'}" for unit, number in wanted.items()]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def derived_recipe(
     *,
     minutes: float | None = None,
     steps: int | None = None,
+    epochs: int | None = None,
     changes: Sequence[str] = (),
 ) -> Derived:
     """The recipe derived from ``dataset`` and this machine. Raises :class:`BrokenSubjects` as training does."""
@@ -72,7 +74,7 @@ def derived_recipe(
         memory = torch.cuda.get_device_properties(plan.device).total_memory
     summary = summarise(sound, dataset.modality)
     recipe, reasons = derive_recipe(
-        summary, targets, device=plan.device.type, memory_bytes=memory, minutes=minutes, steps=steps
+        summary, targets, device=plan.device.type, memory_bytes=memory, minutes=minutes, steps=steps, epochs=epochs
     )
     recipe = recipe_from(apply_changes(recipe.as_dict(), changes))
     for field_, reason in reasons.items():
@@ -88,6 +90,7 @@ def auto_recipe(
     *,
     minutes: float | None = None,
     steps: int | None = None,
+    epochs: int | None = None,
     changes: Sequence[str] = (),
 ) -> tuple[Recipe, Inspection | None]:
     """:func:`derived_recipe`, written with its reasons into ``folder``.
@@ -97,8 +100,8 @@ def auto_recipe(
     """
     path = folder / "recipe.yaml"
     if path.exists():
-        return load_recipe(path, [*budget_changes(minutes, steps), *changes]), None
-    derived = derived_recipe(dataset, options, report, minutes=minutes, steps=steps, changes=changes)
+        return load_recipe(path, [*budget_changes(minutes, steps, epochs), *changes]), None
+    derived = derived_recipe(dataset, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changes)
     with writing_beside(path) as temporary:
         temporary.write_text(to_yaml(derived.recipe.as_dict(), derived.reasons), encoding="utf-8")
     return derived.recipe, derived.inspection
@@ -147,15 +150,18 @@ def broken_message(inspection: Inspection) -> str:
     )
 
 
-def expected_seconds(recipe: Recipe) -> float:
-    """About how long the run is, to judge whether compiling pays."""
+def expected_seconds(recipe: Recipe, subjects: int) -> float:
+    """About how long the run on so many subjects is, to judge whether compiling pays; by epochs, at least."""
     training = recipe.training
     by_time = float("inf") if training.minutes is None else training.minutes * 60
     # A step of the packaged recipes takes about a second on two cores.
     by_steps = float("inf") if training.steps is None else float(training.steps)
-    shortest = min(by_time, by_steps)
+    # How many tiles a pass has is known once the subjects are prepared: each gives one or more.
+    an_epoch = max(1.0, subjects / training.batch_size)
+    by_epochs = float("inf") if training.epochs is None else training.epochs * an_epoch
+    shortest = min(by_time, by_steps, by_epochs)
     if shortest == float("inf"):
-        raise RecipeError("the recipe has no budget", fix="set training.minutes (or --minutes) or training.steps")
+        raise RecipeError("the recipe has no budget", fix="give --minutes, --steps or --epochs, or training.minutes …")
     return shortest
 
 
@@ -201,8 +207,9 @@ def prepared_bundle(
     """Fit the preprocessing on the training subjects, prepare them, and describe the bundle to be."""
     pipeline = recipe.pipeline.fit(lambda: (load_scan(subject) for subject in roles.training))
     cache = cache_folder(options)
+    validated = roles.held_out if recipe.training.validation.held_out else roles.validation
     both = prepare(
-        [*roles.training, *roles.validation],
+        [*roles.training, *validated],
         pipeline,
         targets,
         cache,
@@ -280,7 +287,7 @@ def without_descriptions(dataset: Dataset) -> Dataset:
 
 @dataclass(frozen=True)
 class Roles:
-    """What each subject is for. ``validation`` chooses weights; ``held_out`` is never used in training."""
+    """What each subject is for. ``validation`` chooses weights; ``held_out`` is never trained or chosen on."""
 
     training: tuple[Subject, ...]
     validation: tuple[Subject, ...]
@@ -288,34 +295,44 @@ class Roles:
 
 
 def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, recipe: Recipe) -> Roles:
-    """Roles for a fold. Validation subjects are whole patients of the training folds, at most a tenth of them."""
-    held = () if fold is None else split.held_out(fold)
-    trained = [name for part in split.folds for name in part] if fold is None else split.training_of(fold)
-    pool = [s for s in subjects if s.id in trained]
-    wanted = min(recipe.training.validation.subjects, max(1, round(len(pool) / 10)))
-    if len(pool) < 3:
-        wanted = 0
-    patients = sorted({s.patient for s in pool})
-    chosen: set[str] = set()
-    for index in np.random.default_rng((recipe.training.seed, 4)).permutation(len(patients)):
-        if sum(s.patient in chosen for s in pool) >= wanted:
-            break
-        chosen.add(patients[index])
+    """Roles for a fold. Validation subjects are those that the split names, else whole patients of the other folds."""
+    present = {subject.id for subject in subjects}
+    held = present.intersection(() if fold is None else split.held_out(fold))
+    pool = present.intersection(split.training_of(fold))
+    spec = recipe.training.validation
+    chosen = present.intersection(() if spec.held_out else split.validation)
+    if not chosen and len(pool) >= 3 and not spec.held_out:
+        wanted = min(spec.subjects, max(1, round(len(pool | held) / 10)))
+        drawable = [s for s in subjects if s.id in pool and s.id not in split.always_train]
+        chosen = set(drawn_over_sites(drawable, wanted, np.random.default_rng((recipe.training.seed, 4))))
     return Roles(
-        training=tuple(s for s in pool if s.patient not in chosen),
-        validation=tuple(s for s in pool if s.patient in chosen),
+        training=tuple(s for s in subjects if s.id in pool - chosen),
+        validation=tuple(s for s in subjects if s.id in chosen),
         held_out=tuple(s for s in subjects if s.id in held),
     )
 
 
-def split_for(recipe: Recipe, dataset: Dataset, folder: Path, options: RunOptions) -> Split:
+def split_for(recipe: Recipe, whole: Dataset, usable: Dataset, folder: Path, options: RunOptions) -> Split:
+    """The split of a run, made where there is none."""
     path = options.split_file or folder / "split.json"
-    if path.exists():
-        return load_or_make_split(path, dataset)
-    patients = len({subject.patient for subject in dataset.subjects})
+    if not path.exists():
+        split = new_split(recipe, whole, usable)
+        save_split(path, split)
+        return split
+    return load_or_make_split(path, whole)
+
+
+def new_split(recipe: Recipe, whole: Dataset, usable: Dataset) -> Split:
+    """The recipe's split: folds of the ``whole`` data set, which stay the same when a broken subject is fixed later.
+
+    The last subjects, where the recipe tests on them, are the last of the ``usable`` ones.
+    """
+    spec = recipe.training
+    subjects = usable.subjects if spec.test_last else whole.subjects
+    patients = len({subject.patient for subject in subjects})
     if patients < 2:
-        raise BadSplit(f"data set '{dataset.name}' has one patient", fix="training and judging it need two or more")
-    return load_or_make_split(path, dataset, folds=min(recipe.training.folds, patients), seed=recipe.training.seed)
+        raise BadSplit(f"data set '{whole.name}' has one patient", fix="training and judging it need two or more")
+    return make_split(subjects, min(spec.folds, patients), seed=spec.seed, test_last=spec.test_last)
 
 
 def cache_folder(options: RunOptions) -> Path:

@@ -30,7 +30,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from delineate.bundle import Bundle, is_whole, save_weights
-from delineate.compute import ComputePlan, plan_compute
+from delineate.compute import Choice, ComputePlan, plan_compute
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.inspection import Inspection
@@ -52,6 +52,7 @@ from delineate.sampling.batches import BatchSource
 from delineate.sampling.samplers import Sampler
 from delineate.training.callbacks import (
     CollapseWatch,
+    EpochClock,
     Keeper,
     KeepThreads,
     StepProgress,
@@ -60,7 +61,7 @@ from delineate.training.callbacks import (
     Validator,
 )
 from delineate.training.checkpoint import SafeCheckpointIO, steps_done
-from delineate.training.events import Finished, Resumed, Started, Stopped, Trained, Warned
+from delineate.training.events import Finished, Planned, Resumed, Started, Stopped, Trained, Warned
 from delineate.training.lock import holding, launching, stop_file
 from delineate.training.logs import CurveLogger, EventLogger
 from delineate.training.module import BatchStream, Budget, Delineator
@@ -136,8 +137,7 @@ def _run(
     dataset, targets, inspection = inspected(recipe, dataset, inspection, options, report)
     # What cannot be measured at the end is refused before anything is trained.
     targets_of(",".join(recipe.metrics), targets)
-    # Folds are of all subjects: they stay the same when a broken one is mended later.
-    split = split_for(recipe, whole, folder, options)
+    split = split_for(recipe, whole, dataset, folder, options)
     roles = assign_roles(dataset.subjects, split, options.fold, recipe)
     report.event(Started(training=len(roles.training), validation=len(roles.validation), held_out=len(roles.held_out)))
     plan = plan_compute(
@@ -145,7 +145,7 @@ def _run(
         precision=options.precision,
         compile=options.compile,
         threads=options.threads,
-        expected_seconds=expected_seconds(recipe),
+        expected_seconds=expected_seconds(recipe, len(roles.training)),
         convolutions=count_convolutions(recipe.network, len(dataset.channels), targets.outputs),
     )
     for choice in plan.choices:
@@ -155,11 +155,17 @@ def _run(
     subjects = subjects_of(dataset, inspection, roles, options)
     _check_same_subjects(subjects, folder)
     _compare_conditions(bundle, folder, report)
+    sampler = Sampler(recipe.sampler, prepared.training, bundle.geometry, recipe.training.seed)
+    source = BatchSource(sampler, recipe.augmentation, recipe.training.batch_size)
+    planned = _planned(recipe, source.for_process(0, options.devices))
+    report.event(planned)
+    why = f"{planned.items} items, {planned.batch_size} a step"
+    plan = replace(plan, choices=(*plan.choices, Choice("epoch", f"{planned.steps_an_epoch} steps", why)))
     if first:
         subjects.save(folder)
         _write_decisions(folder, recipe, bundle, plan, inspection)
     with launching(folder, options.devices):
-        steps, stopped = _fit(bundle, prepared, plan, folder, options, report, first=first)
+        steps, stopped = _fit(bundle, prepared, source, planned, plan, folder, options, report, first=first)
     evaluation = None
     if stopped is None and first and options.evaluate and roles.held_out:
         evaluation = _evaluate_held_out(folder, roles.held_out, plan, report)
@@ -167,6 +173,16 @@ def _run(
     if stopped is None:
         report.event(Finished(step=steps, measured=0 if evaluation is None else len(evaluation.subjects)))
     return RunResult(folder, steps, stopped, evaluation, tuple(report.messages), helper=not first)
+
+
+def _planned(recipe: Recipe, source: BatchSource) -> Planned:
+    """How long an epoch is, and after how many steps training ends at most."""
+    return Planned(
+        items=source.sampler.pass_length,
+        batch_size=source.batch_size * source.world,
+        steps_an_epoch=source.steps_an_epoch,
+        steps=Budget.of(recipe.training, source.steps_an_epoch).steps,
+    )
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
@@ -177,7 +193,7 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     before = load_recipe(path).as_dict()
     now = recipe.as_dict()
     for values in (before, now):
-        values["training"] = {k: v for k, v in values["training"].items() if k not in ("minutes", "steps")}
+        values["training"] = {k: v for k, v in values["training"].items() if k not in ("minutes", "steps", "epochs")}
     if before != now:
         differing = [key for key in now if before.get(key) != now[key]]
         raise RecipeError(
@@ -229,6 +245,8 @@ def _write_decisions(folder: Path, recipe: Recipe, bundle: Bundle, plan: Compute
 def _fit(
     bundle: Bundle,
     prepared: Prepared,
+    source: BatchSource,
+    planned: Planned,
     plan: ComputePlan,
     folder: Path,
     options: RunOptions,
@@ -238,13 +256,10 @@ def _fit(
 ) -> tuple[int, Stop | None]:
     """Train until the budget is spent; returns the steps done and why the run is to end here, if it is."""
     spec, state = bundle.recipe.training, folder / "last" / "state.safetensors"
-    resumed_from = steps_done(state)
-    if is_whole(folder / "last") and not _has_more_budget(spec, state):
+    budget, resumed_from = Budget.of(spec, planned.steps_an_epoch), steps_done(state)
+    if is_whole(folder / "last") and not _has_more(budget, state):
         report(f"training was complete after {resumed_from} steps")
         return resumed_from, None
-    sampler = Sampler(bundle.recipe.sampler, prepared.training, bundle.geometry, spec.seed)
-    source = BatchSource(sampler, bundle.recipe.augmentation, spec.batch_size)
-    budget = Budget(spec.steps, None if spec.minutes is None else spec.minutes * 60)
     network = starting_network(bundle, report, resumed=resumed_from > 0)
     module = Delineator(bundle, network, plan, source, budget)
     if has_random_features(module.loss):
@@ -259,15 +274,16 @@ def _fit(
         stopper,
         KeepThreads(threads_of(plan, options)),
         StepProgress(report, validator),
+        EpochClock(),
         Keeper(state),
     ]
     hold_a_target = any(len(points) for subject in prepared.validation for points in subject.points.values())
     if hold_a_target and spec.validation.loss_every is not None:
         of_validation = Sampler(bundle.recipe.sampler, prepared.validation, bundle.geometry, spec.seed)
         unchanged = AugmentationSpec(spatial=None, intensity=None)
-        source = BatchSource(of_validation, unchanged, spec.batch_size)
-        callbacks.append(ValidationLoss(source, spec.validation.loss_every))
-    trainer = _trainer(spec, plan, folder, options, callbacks, resumed_from)
+        unvaried = BatchSource(of_validation, unchanged, spec.batch_size)
+        callbacks.append(ValidationLoss(unvaried, spec.validation.loss_every))
+    trainer = _trainer(spec, budget, plan, folder, options, callbacks, resumed_from)
     if first:
         # Lightning has read another from what a launcher left in the environment.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
@@ -287,15 +303,18 @@ def _fit(
             # Only these weights were missing, and what follows the last step did not happen again.
             module.refresh_statistics()
         weights = module.kept_network.state_dict()
-        if validator.best_step < 0:
+        # The last validation may lie before the last step, where a run gave up or the clock ended it.
+        if validator.best_step < 0 or (spec.keep == "last" and validator.last_step != trainer.global_step):
             save_weights(folder / "bundle", weights, {"step": trainer.global_step})
         bundle.save(folder / "last", weights, {"step": trainer.global_step})
-        report.event(Trained(step=trainer.global_step, minutes=budget.elapsed() / 60))
+        epochs = trainer.global_step / planned.steps_an_epoch
+        report.event(Trained(step=trainer.global_step, minutes=budget.elapsed() / 60, epochs=epochs))
     return trainer.global_step, stopper.asked
 
 
 def _trainer(
     spec: Any,
+    budget: Budget,
     plan: ComputePlan,
     folder: Path,
     options: RunOptions,
@@ -329,7 +348,7 @@ def _trainer(
         strategy="ddp" if options.devices > 1 else "auto",
         precision=precision,  # type: ignore[arg-type]
         max_epochs=-1,
-        max_steps=-1 if spec.steps is None else spec.steps,
+        max_steps=-1 if budget.steps is None else budget.steps,
         gradient_clip_val=spec.clip_norm,
         logger=loggers,
         callbacks=callbacks,
@@ -346,11 +365,11 @@ def _trainer(
     )
 
 
-def _has_more_budget(spec: Any, state: Path) -> bool:
+def _has_more(budget: Budget, state: Path) -> bool:
     """Whether the budget was raised beyond what a complete training has spent."""
     saved = SafeCheckpointIO().load_checkpoint(state)
-    budget = Budget(spec.steps, None if spec.minutes is None else spec.minutes * 60, float(saved["spent_seconds"]))
-    return budget.progress(int(saved["global_step"])) < 0.99
+    spent = replace(budget, spent_seconds=float(saved["spent_seconds"]))
+    return spent.progress(int(saved["global_step"])) < 0.99
 
 
 def _evaluate_held_out(

@@ -9,14 +9,19 @@ from torch import nn
 
 from delineate.bundle import Bundle, bundle_folder
 from delineate.errors import RecipeError
+from delineate.networks.blocks import glorot_uniform, xavier_normal
 from delineate.networks.transfer import freeze, load_what_fits
 from delineate.pretrained.weights import read_tensors
 from delineate.recipe import StartSpec
 from delineate.training.options import Reporter
 
+INITIALISATIONS = {"xavier_normal": xavier_normal, "glorot_uniform": glorot_uniform}
+
 
 def starting_network(bundle: Bundle, report: Reporter, *, resumed: bool) -> nn.Module:
-    """The recipe's network: random by the seed, then from published or other weights, its fixed parts fixed.
+    """The recipe's network: random by the seed, as the recipe initialises it, then from published or other weights.
+
+    Its fixed parts are fixed.
 
     A ``resumed`` run's weights follow from its state, so none are looked for.
     """
@@ -24,6 +29,8 @@ def starting_network(bundle: Bundle, report: Reporter, *, resumed: bool) -> nn.M
     torch.manual_seed(training.seed)
     network = bundle.network()
     if not resumed:
+        if training.initialisation != "default":
+            network.apply(INITIALISATIONS[training.initialisation])
         said = bundle.recipe.network.start_from_published(network)
         if said is not None:
             report(said)
