@@ -17,7 +17,8 @@ from delineate.recipe import ScheduleSpec, apply_changes, load_recipe, packaged_
 def test_the_packaged_recipes_are_all_found() -> None:
     assert set(packaged_recipes()) == {
         "brats", "demo", "generic_2.5d", "generic_2d", "generic_3d", "hippocampus", "prostate", "sarcoma", "wmh",
-        "liver_tumour_a", "liver_tumour_b", "liver_tumour_c", "liver_tumour_lits", "liver_volume", "prostate_deeplab",
+        "liver_tumour_a", "liver_tumour_b", "liver_tumour_c", "liver_tumour_lits", "liver_volume",
+        "liver_fat_fraction", "prostate_deeplab",
         "prostate_tiramisu", "prostate_tiramisu_p3b", "prostate_tiramisu_p4a", "prostate_unet", "wmh_dice",
         "wmh_gdl", "wmh_siamese", "wmh_siamese_trained", "wmh_tversky",
         *(
@@ -103,6 +104,13 @@ def test_changes_reach_fields_groups_and_list_items() -> None:
     assert recipe.training.batch_size == 4
     assert recipe.tiles.shape == (48, 56, 40)
     assert recipe.loss.smooth == 0.1
+
+
+def test_the_item_one_beyond_a_list_s_end_is_added() -> None:
+    step = {"kind": "denoise", "width": 3}
+    assert apply_changes({"steps": [{"kind": "reorient"}]}, ["steps.1={kind: denoise, width: 3}"])["steps"][1] == step
+    with pytest.raises(RecipeError, match="list of 1"):
+        apply_changes({"steps": [{"kind": "reorient"}]}, ["steps.2={kind: denoise}"])
 
 
 def test_a_change_leaves_the_values_it_was_given() -> None:

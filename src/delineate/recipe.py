@@ -393,7 +393,7 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
 
 
 def apply_changes(values: dict[str, Any], changes: Iterable[str]) -> dict[str, Any]:
-    """Values with ``path.to.field=value`` applied; list items are reached by their number."""
+    """Values with ``path.to.field=value`` applied; list items are reached by their number, the next one is added."""
     values = _copied(values)
     for change in changes:
         with parsing(_short(change), RecipeError, fix="write path.to.field=value"):
@@ -414,7 +414,11 @@ def _change(values: dict[str, Any], change: str) -> None:
         node = node[_index(node, key, path)] if isinstance(node, list) else node.setdefault(key, {})
         if not isinstance(node, dict | list):
             raise RecipeError(f"'{path}': '{key}' is a single value, not a group of fields", fix="shorten the path")
-    node[_index(node, last, path) if isinstance(node, list) else last] = parse_yaml(text, _short(change), RecipeError)
+    value = parse_yaml(text, _short(change), RecipeError)
+    if isinstance(node, list) and last == str(len(node)):
+        node.append(value)
+    else:
+        node[_index(node, last, path) if isinstance(node, list) else last] = value
 
 
 def _index(node: list[Any], key: str, path: str) -> int:

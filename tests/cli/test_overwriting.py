@@ -75,6 +75,20 @@ class Writer:
 
 WRITERS = {
     "predict": Writer("predict @bundle @data/imagesTr", "-o OUT", "c0.nii.gz", ("data/imagesTr/c0_0000.nii.gz",)),
+    "predict's measurements": Writer(
+        "predict @bundle @data/imagesTr --quantity MR",
+        "-o OUT",
+        "measurements.csv",
+        ("data/imagesTr/c0_0000.nii.gz",),
+        flag=False,
+    ),
+    "predict's measurements for programs": Writer(
+        "predict @bundle @data/imagesTr --quantity MR",
+        "-o OUT",
+        "measurements.json",
+        ("data/imagesTr/c0_0000.nii.gz",),
+        flag=False,
+    ),
     "convert a scan": Writer(
         "data convert @data/imagesTr/c0_0000.nii.gz", "OUT", "", ("data/imagesTr/c0_0000.nii.gz",)
     ),

@@ -48,7 +48,7 @@ SPECS = {
     "without context": ContextUNetSpec(first_filters=4, context=False),
     "minicube": MinicubeNetSpec(),
     "VGG": VGGUNetSpec(),
-    "VGG, short skips": VGGUNetSpec(short_skips=True),
+    "VGG, short skips": VGGUNetSpec(short_skips="encoder"),
     "residual": ResidualUNetSpec(widths=(4, 8, 12)),
     "dense": DenseUNetSpec(first_filters=4, pools=2),
     "dense, VGG input": DenseUNetSpec(first_filters=4, pools=2, batch_norm="keras", vgg_input="caffe"),

@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from delineate.evaluation.agreement import QuantityMap, agreements, crossing_sentences, crossings
+from delineate.evaluation.agreement import agreements, crossing_sentences, crossings
 from delineate.evaluation.table import LESION_COLUMNS, Evaluation
 from delineate.metrics.agreement import agreement
+from delineate.metrics.catalogue import QUANTITIES
+from delineate.metrics.quantities import QuantityMap
 from delineate.reporting.figures import agreement_chart
 
 SUBJECTS = list("abcdef")
@@ -106,9 +108,23 @@ def test_who_lies_beyond_the_limits_is_named() -> None:
 def test_sides_of_a_threshold() -> None:
     fat = table(quantity_mean=np.array([5, 6, 5, 6, 9, 1.0]), reference_quantity_mean=np.array([6, 5, 5, 6, np.nan, 1]))
     assert crossings(fat, 5.56) == {"liver": {"n": 5, "right": 3, "over": ["b"], "under": ["a"]}}
-    assert crossing_sentences(fat, 5.56) == [
-        "liver: 3 of 5 on the right side of 5.56; over it only by the prediction: b; under it: a"
+    assert crossing_sentences(fat, QuantityMap("fat_fraction")) == [
+        "liver: mean fat fraction on the right side of 5.56 % in 3 of 5; at or above it only by the prediction: b; "
+        "below it only by the prediction: a"
     ]
+    assert crossing_sentences(fat, QuantityMap("T1")) == [], "no threshold"
+
+
+def test_a_quantity_is_called_by_its_name_and_unit() -> None:
+    columns = {f"{of}quantity_{s}": SAID for of in ("", "reference_") for s in ("mean", "median")}
+    evaluation = Evaluation(table(**columns, quantity_error=SAID), quantity=QuantityMap("fat_fraction", 5))
+    assert [evaluation.described_metric(name).title for name in QUANTITIES] == [
+        "Fat fraction, mean, %", "Reference fat fraction, mean, %", "Fat fraction error, percentage points",
+        "Fat fraction, median, %", "Reference fat fraction, median, %",
+    ]  # fmt: skip
+    assert [(found.compared.name, found.rows()[0]["unit"]) for found in evaluation.agreements] == [
+        ("mean fat fraction", "percentage points"), ("median fat fraction", "percentage points"),
+    ]  # fmt: skip
 
 
 def lesion(of: str, volume_ml: float, matched: bool) -> dict[str, object]:

@@ -16,12 +16,12 @@ from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import Dataset
 from delineate.errors import BadLabelValue, BadShape, DuplicateSubject, GridMismatch, MissingFile
-from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.measure import Measuring, evaluate, evaluate_folders, measure_prediction
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, averaged
 from delineate.io.formats import write_label, write_volume
 from delineate.metrics.catalogue import METRICS
+from delineate.metrics.quantities import QuantityMap
 
 TARGETS = Targets({"liver": (1, 2), "tumour": (2,)}, mode="overlapping", ignore=(9,))
 GRID = Grid.of_spacing((12, 10, 8), (1, 2, 5))

@@ -7,7 +7,8 @@ from math import isnan, nan
 import numpy as np
 import pytest
 
-from delineate.metrics.agreement import FATTY_LIVER_PERCENT, agreement, concordance, crossing
+from delineate.metrics.agreement import agreement, concordance, crossing
+from delineate.metrics.quantities import FATTY_LIVER_PERCENT
 
 
 def test_limits_by_hand() -> None:

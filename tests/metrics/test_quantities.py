@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from delineate.core.grid import Grid
-from delineate.metrics.quantities import error_percent, volume_ml, within
+from delineate.errors import DatasetError
+from delineate.metrics.quantities import Measurement, QuantityMap, error_percent, measure_target, volume_ml
 
 MASK = np.zeros((20, 20, 20), bool)
 MASK[:10, :10, :10] = True
@@ -51,8 +52,52 @@ def test_a_margin_is_measured_in_the_world_under_any_affine(
         [np.linalg.norm(outside - point, axis=1).min() > margin_mm * (1 + 1e-6) for point in inside @ steps_mm.T]
     )
     expected = values[tuple((inside - 6)[deep].T)]
-    mean, median = within(values, mask, steps_mm, margin_mm)
+    affine = np.eye(4)
+    affine[:3, :3] = steps_mm
+    grid = Grid(mask.shape, affine)
+    found = measure_target(mask, values, grid, QuantityMap("water", margin_mm, 0.3))
+    assert found.volume_ml == pytest.approx(mask.sum() * grid.voxel_ml)
+    assert found.measured_ml == pytest.approx(expected.size * grid.voxel_ml)
     if expected.size:
-        assert (mean, median) == (pytest.approx(expected.mean()), pytest.approx(np.median(expected)))
+        numbers = expected.mean(), np.median(expected), expected.std(), 100 * (expected >= 0.3).mean()
+        assert (found.mean, found.median, found.sd, found.above_threshold_percent) == pytest.approx(numbers)
     else:
-        assert isnan(mean)
+        assert isnan(found.mean)
+
+
+def test_a_measurement_of_a_few_voxels() -> None:
+    values = np.full(MASK.shape, 90.0)
+    values[:4, 0, 0] = 2, 4, 5.56, 12
+    mask = np.zeros_like(MASK)
+    mask[:4, 0, 0] = True
+    grid = Grid.of_spacing(mask.shape, (10, 10, 5))
+    assert measure_target(mask, values, grid, QuantityMap("fat_fraction")) == Measurement(
+        pytest.approx(2),
+        pytest.approx(2),
+        pytest.approx(5.89),
+        pytest.approx(4.78),
+        pytest.approx(np.std([2, 4, 5.56, 12])),
+        50.0,
+    )
+    assert isnan(measure_target(mask, values, grid, QuantityMap("water")).above_threshold_percent), "no threshold"
+
+
+def test_an_empty_target_has_no_volume_and_no_quantity() -> None:
+    grid = Grid.of_spacing(MASK.shape)
+    for mask, margin_mm, ml in ((np.zeros_like(MASK), 0.0, 0.0), (MASK, 50.0, 1.0)):
+        found = measure_target(mask, np.ones(MASK.shape), grid, QuantityMap("fat_fraction", margin_mm))
+        assert (found.volume_ml, found.measured_ml) == (ml, 0)
+        assert all(map(isnan, (found.mean, found.median, found.sd, found.above_threshold_percent)))
+
+
+def test_a_fat_fraction_is_in_percent() -> None:
+    fat = QuantityMap("Fat-Fraction", 5)
+    assert (fat.title, fat.unit, fat.threshold) == ("fat fraction", "%", 5.56)
+    assert str(fat) == "fat fraction (channel Fat-Fraction, %), 5 mm or more inside the surface; threshold 5.56 %"
+    assert str(QuantityMap("T2*")) == "T2*, within the target"
+    assert QuantityMap("fat_fraction", threshold=6.5).threshold == 6.5
+    for fine in (np.array([0.0, 96.0]), np.zeros(3)):
+        fat.check(fine, "a")
+    with pytest.raises(DatasetError, match=r"'a' reaches 0\.98: shares of 1"):
+        fat.check(np.array([0.1, 0.98]), "a")
+    QuantityMap("T2*").check(np.array([0.1, 0.98]), "a")

@@ -11,7 +11,7 @@ from delineate.pretrained.vgg import expected_shapes
 def test_its_encoder_starts_from_a_published_file(tmp_path) -> None:
     tensors = {key: torch.randn(shape) for key, shape in expected_shapes("vgg11").items()}
     save_file(tensors, tmp_path / "vgg11.safetensors")
-    spec = VGGUNetSpec(weights=str(tmp_path / "vgg11.safetensors"), short_skips=True)
+    spec = VGGUNetSpec(weights=str(tmp_path / "vgg11.safetensors"), short_skips="encoder")
     network = spec.build(1, 2)
     said = spec.start_from_published(network)
     assert said is not None
@@ -39,3 +39,8 @@ def test_many_channels_begin_with_equal_shares() -> None:
     image = torch.randn(1, 9, 32, 32)
     adapted = VGGUNetSpec().build(9, 2).adapt(image)
     torch.testing.assert_close(adapted, image.mean(1, keepdim=True).expand(-1, 3, -1, -1))
+
+
+@pytest.mark.parametrize(("before", "now"), [(True, "encoder"), (False, "none"), ("encoder", "encoder")])
+def test_short_skips_of_earlier_bundles_are_understood(before, now) -> None:
+    assert VGGUNetSpec.model_validate({"short_skips": before}).short_skips == now

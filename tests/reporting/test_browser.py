@@ -17,10 +17,10 @@ from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.inspection import SubjectRow
-from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.measure import measure_prediction
 from delineate.evaluation.methods import compare_methods
 from delineate.evaluation.table import Evaluation
+from delineate.metrics.quantities import QuantityMap
 from delineate.reporting.html import EvaluationReport, MethodsReport, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of
 

@@ -15,11 +15,12 @@ from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.inspection import SubjectRow
-from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.measure import Measuring, measure_prediction
 from delineate.evaluation.table import Evaluation, reliability_table
+from delineate.metrics.quantities import QuantityMap
 from delineate.reporting.classes import class_rows
-from delineate.reporting.figures import confusion_chart, density_chart, methods_chart
+from delineate.reporting.evaluation import write_evaluation_report
+from delineate.reporting.figures import agreement_chart, class_chart, confusion_chart, density_chart, methods_chart
 from delineate.reporting.html import EvaluationReport, MethodsReport, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of
 
@@ -272,6 +273,51 @@ def test_agreement_lesions_and_sides_are_drawn_and_written(tmp_path) -> None:
     assert 'aria-label="Agreement with the reference"' in page
     assert 'aria-label="Lesions by size"' in page
     assert "on the right side of 5" in page
+
+
+def test_a_page_of_fat_fractions_says_what_was_read_in_which_unit(tmp_path) -> None:
+    rows = []
+    measuring, organ = Measuring("dice", quantity=QuantityMap("fat_fraction", 2)), Targets({"organ": (1, 2)})
+    for i in range(6):
+        # The wedge that is missed has another fat fraction, so that one subject changes sides.
+        fat = np.full(GRID.shape, 3.9 + 0.5 * i, np.float32)
+        fat[:9] += 0.5
+        rows += measure_prediction(label(2), label(), organ, measuring, subject=f"s{i}", quantity=fat).targets
+    evaluation = Evaluation(pd.DataFrame(rows), quantity=measuring.quantity)
+    [wrong] = evaluation.crossings()
+    assert "in 5 of 6" in wrong
+    write_evaluation_report(tmp_path / "page.html", evaluation, tmp_path / "predictions", tmp_path / "references")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for said in (
+        "fat fraction (channel fat_fraction, %), 2 mm or more inside the surface; threshold 5.56 %.",
+        "<dt>Bias of mean fat fraction, percentage points</dt>",
+        "<dt>On the right side of 5.56 %</dt><dd>5 of 6</dd>",
+        ">threshold 5.56 %</text>",
+        ">organ, mean fat fraction by the reference, %</text>",
+        ">mean fat fraction, predicted, %</text>",
+        ">error, percentage points</text>",
+        "<td>Fat fraction, mean, %</td>",
+        f"<li>{wrong}.</li>",
+    ):
+        assert said in page, said
+
+
+def test_differences_that_are_all_one_have_one_line() -> None:
+    said = np.array([3.0, 5, 7, 11, 13])
+    more = {"subject": list("abcde"), "site": "", "target": "organ", "quantity_median": said}
+    table = pd.DataFrame(more).assign(reference_quantity_median=said - 0.5)
+    [agreeing] = Evaluation(table, quantity=QuantityMap("fat_fraction")).agreements
+    chart = agreement_chart(agreeing)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", chart)
+    assert "bias" in texts
+    assert not any("1.96" in text for text in texts), "three names in one place"
+    assert not any("e−" in text for text in texts)
+
+
+def test_powers_of_ten_are_written_as_such(tmp_path) -> None:
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", class_chart(with_probabilities()))
+    assert "10³" in texts
+    assert not any("math" in text for text in texts)
 
 
 def test_validation_loss_and_seams_have_their_place(report, tmp_path) -> None:

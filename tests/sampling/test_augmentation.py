@@ -46,6 +46,21 @@ def test_autocast_does_not_blur_places() -> None:
     assert torch.equal(plain[1], within[1])
 
 
+def test_a_displacement_in_voxels_is_one_in_millimetres_of_their_size() -> None:
+    image, target = torch.rand(2, 1, 20, 20), torch.randint(0, 3, (2, 1, 20, 20), dtype=torch.uint8)
+    plain = {"probability": 1, "rotate_degrees": (0, 0, 0), "scale": (1, 1)}
+    spaced = {"spacing": (2.0, 2.0), "axes": "xy"}
+    for voxels, mm in ((1.5, 3.0), (0.0, 0.0)):
+        found, expected = (
+            varied(image, target, AugmentationSpec(spatial=SpatialSpec(**plain, **elastic), intensity=None), **spaced)
+            for elastic in ({"elastic_voxels": voxels}, {"elastic_mm": mm})
+        )
+        torch.testing.assert_close(found, expected)
+        assert torch.allclose(found[0], image, atol=1e-4) == (mm == 0)
+    with pytest.raises(ValueError, match="elastic_mm is 3 and elastic_voxels 1; give one"):
+        SpatialSpec(elastic_mm=3, elastic_voxels=1)
+
+
 def test_probability_zero_changes_nothing() -> None:
     image, target = torch.rand(2, 1, 8, 9, 10), torch.randint(0, 3, (2, 1, 8, 9, 10), dtype=torch.uint8)
     spec = AugmentationSpec(spatial=SpatialSpec(probability=0, elastic_mm=3), intensity=IntensitySpec(probability=0))

@@ -18,14 +18,15 @@ from delineate.core.subject import Subject
 from delineate.core.tables import html_table
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
-from delineate.datasets.dataset import Dataset, check_grids, load_scan
-from delineate.errors import BadVoxels, BundleError, DatasetError, DelineateError, MissingFile
-from delineate.inference.batch import find_subjects, predict_subjects, unseen_by
+from delineate.datasets.dataset import Dataset, check_grids, load_scan, with_maps
+from delineate.errors import BadVoxels, BundleError, DatasetError, DelineateError, MissingFile, RecipeError
+from delineate.inference.batch import find_subjects, measure_predicted, predict_subjects, unseen_by
 from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Predictor
 from delineate.inference.review import Review, write_queue
 from delineate.interop import Image, volume_of
 from delineate.io.exports import check_label_format
+from delineate.metrics.quantities import Measurement, QuantityMap, quantity_map
 from delineate.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class Bundle:
             **vars(found),
             scan=volume,
             targets=self.targets,
+            channels=self.channels,
             unusual=tuple(oddity.text for oddity in odd),
             files=files,
             codes=self.recipe.data.codings(),
@@ -180,6 +182,8 @@ class Predictions:
     failed: Mapping[str, DelineateError] = field(default_factory=dict)
     reviews: tuple[Review, ...] = ()
     """What each prediction says of itself, the ones in most need of a look first."""
+    measured: Mapping[str, Mapping[str, Measurement]] = field(default_factory=dict)
+    """What was measured now, by subject and target, where a quantity was named."""
 
     def _repr_html_(self) -> str:
         def number(value: float) -> str:
@@ -225,6 +229,10 @@ def predict(
     format: str = "nii.gz",
     images: str | Mapping[str, str] | None = None,
     unseen: bool = False,
+    quantity: str | None = None,
+    margin_mm: float = 0.0,
+    threshold: float | None = None,
+    maps: str | Path | None = None,
     overwrite: bool = False,
     overlap: float | None = None,
     flips: str | None = None,
@@ -243,6 +251,10 @@ def predict(
     format: str = "nii.gz",
     images: str | Mapping[str, str] | None = None,
     unseen: bool = False,
+    quantity: str | None = None,
+    margin_mm: float = 0.0,
+    threshold: float | None = None,
+    maps: str | Path | None = None,
     overwrite: bool = False,
     overlap: float | None = None,
     flips: str | None = None,
@@ -270,6 +282,10 @@ def predict(
     ``unseen`` leaves out subjects that the bundle was trained or chosen on; ``probabilities`` go to a folder of
     that name.
 
+    With ``quantity``, such as ``fat_fraction``, each label's targets are measured into ``measurements.csv`` and
+    ``.json`` in the folder, as :meth:`Prediction.measure` measures one; labels that are there, too. It is a channel of
+    the scans, or lies in ``maps``, a folder of a file for each subject.
+
     Where ``cancel`` is set, :class:`~delineate.errors.Cancelled` is raised; labels that are whole by then stay,
     and the next call resumes from there.
     """
@@ -280,12 +296,16 @@ def predict(
     if out is None:
         if isinstance(inputs, Dataset):
             raise DatasetError("a data set holds many scans", fix="say with out= in which folder the labels go")
+        if quantity is not None:
+            raise RecipeError("a quantity is measured in a prediction", fix="call its .measure, or say out=")
         return bundle.predict(inputs, **settings, probabilities=probabilities, progress=progress, cancel=cancel)
     check_label_format(format, bundle.targets)
     check(cancel)
-    subjects = _subjects(inputs, bundle.channels, images)
+    read_within = quantity_map(quantity, margin_mm, threshold, maps)
+    subjects = _subjects(inputs, bundle.channels, images, read_within)
     parts, folder = bundle._opened, Path(out)
-    outputs = Outputs(folder, f".{format}", folder / "probabilities" if probabilities else None, parts, settings)
+    kept_in = folder / "probabilities" if probabilities else None
+    outputs = Outputs(folder, f".{format}", kept_in, parts, settings, read_within)
     kept = [path for subject in subjects for path in subject.files]
     kept += [path for place in bundle.folders for path in place.iterdir()]
     chosen = unseen_by(parts, subjects) if unseen else subjects
@@ -294,6 +314,14 @@ def predict(
     write_queue(outputs.review, [Review.of_failure(name, error) for name, error in failed.items()])
     made: dict[str, Path] = {}
     reviews: list[Review] = []
+    measured: dict[str, Mapping[str, Measurement]] = {}
+    resample = bundle.recipe.data.resample_channels
+    for outcome in measure_predicted(outputs, planned.unmeasured, bundle.targets, resample=resample):
+        check(cancel)
+        if outcome.error is not None:
+            failed[outcome.subject.id] = outcome.error
+        else:
+            measured[outcome.subject.id] = outcome.measured
     if planned.ahead:
         said = counting("scans", progress, cancel)
         between_tiles = counting("tiles", None, cancel)
@@ -306,20 +334,26 @@ def predict(
                 elif outcome.path is not None and outcome.review is not None:
                     made[outcome.subject.id] = outcome.path
                     reviews.append(outcome.review)
+                    if outcome.measured:
+                        measured[outcome.subject.id] = outcome.measured
                 said(done, len(planned.ahead))
     urgent = tuple(sorted(reviews, key=lambda one: -one.need))
-    return Predictions(folder, made, tuple(subject.id for subject in planned.done), failed, urgent)
+    return Predictions(folder, made, tuple(subject.id for subject in planned.done), failed, urgent, measured)
 
 
 def _subjects(
     inputs: str | Path | Sequence[str | Path] | Dataset,
     channels: Sequence[str],
     images: str | Mapping[str, str] | None,
+    quantity: QuantityMap | None,
 ) -> list[Subject]:
     if isinstance(inputs, Dataset):
-        return list(inputs.subjects)
+        subjects = list(inputs.subjects)
+        if quantity is not None and quantity.maps is not None:
+            return with_maps(subjects, quantity.channel, quantity.maps)
+        return subjects
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    return find_subjects([Path(path) for path in paths], channels, images)
+    return find_subjects([Path(path) for path in paths], channels, images, quantity)
 
 
 def _as_volume(scan: Any, channels: Sequence[str], *, resample: bool) -> tuple[Volume, tuple[Path, ...]]:

@@ -11,11 +11,11 @@ from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset
 from delineate.errors import DatasetError, MissingFile, RecipeError
-from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.measure import Measuring, evaluate_folders, measure_prediction
 from delineate.evaluation.pairs import open_references
 from delineate.evaluation.table import Evaluation
 from delineate.io.formats import read_label
+from delineate.metrics.quantities import quantity_map
 
 if TYPE_CHECKING:
     from delineate.evaluation.methods import MethodDifference
@@ -33,6 +33,7 @@ def evaluate(
     quantity: str | None = None,
     margin_mm: float = 0.0,
     threshold: float | None = None,
+    maps: str | Path | None = None,
     probabilities: str | Path | None = None,
 ) -> Evaluation:
     """Measure a folder of predicted labels, or one, against the references, by subject and target.
@@ -46,17 +47,16 @@ def evaluate(
     ``references`` are a folder of labels or a data set, which are paired with predictions by name; or one
     label. Without ``targets``, those count that the prediction or the data set names, else one for each value.
     ``metrics`` are sets and single ones, as ``delineate metrics list`` explains them. ``lesion_overlap`` is the
-    share of a lesion that must be covered. ``quantity`` is a channel of the data set, read ``margin_mm`` within
-    each target; ``threshold`` splits subjects by it. ``probabilities`` are a folder of them; that which
+    share of a lesion that must be covered. ``quantity`` is a channel of the data set, or lies in ``maps``, a folder
+    of a file for each subject; it is read ``margin_mm`` within each target, and ``threshold`` splits subjects by it
+    (5.56 for a fat fraction, unless another is given). ``probabilities`` are a folder of them; that which
     :func:`predict` wrote beside the predictions is found. A notebook shows the summary as a table;
     ``table`` is a row for each subject and target, for pandas.
 
     Raises :class:`~delineate.errors.GridMismatch` where a prediction is not on its reference's grid, and
     :class:`~delineate.errors.MissingFile` where nothing pairs.
     """
-    if quantity is None and (threshold is not None or margin_mm):
-        raise RecipeError("margin_mm and threshold are of a quantity, and none is named", fix="name its channel")
-    read_within = None if quantity is None else QuantityMap(quantity, margin_mm, threshold)
+    read_within = quantity_map(quantity, margin_mm, threshold, maps)
     wanted = metrics if isinstance(metrics, str) else ",".join(metrics)
     if isinstance(predictions, str | Path):
         if isinstance(references, LabelVolume):

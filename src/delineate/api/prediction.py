@@ -11,9 +11,15 @@ from typing import Any
 from delineate.core.tables import html_table, html_text
 from delineate.core.targets import Coding, Targets
 from delineate.core.volume import Volume
+from delineate.datasets.dataset import check_grids
+from delineate.errors import BadShape, MissingFile
 from delineate.inference import predictor
+from delineate.inference.measurements import measure_label
+from delineate.interop import Image, volume_of
 from delineate.io.exports import export_label, exported_files
+from delineate.io.formats import read_volume
 from delineate.io.overwriting import check_outputs
+from delineate.metrics.quantities import Measurement, QuantityMap
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,6 +33,8 @@ class Prediction(predictor.Prediction):
 
     scan: Volume
     targets: Targets
+    channels: tuple[str, ...] = ()
+    """The scan's, by name."""
     unusual: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     """The scan's, where it was read from files."""
@@ -42,6 +50,39 @@ class Prediction(predictor.Prediction):
     def expected_dice(self) -> dict[str, float]:
         """By target; NaN where nothing was found."""
         return {name: confidence.expected_dice for name, confidence in self.confidence.items()}
+
+    def measure(
+        self,
+        quantity: str,
+        values: str | Path | Volume | Image | None = None,
+        *,
+        margin_mm: float = 0.0,
+        threshold: float | None = None,
+    ) -> dict[str, Measurement]:
+        """Each target's volume in ml, and the mean, median and SD of a quantity within it.
+
+        ``quantity`` is a channel of the scan, or what ``values``, a map on the scan's grid, hold: ``fat_fraction``
+        is in percent. It is read ``margin_mm`` or more inside the surface; ``above_threshold_percent`` is how much
+        of what is read has the ``threshold`` or more, 5.56 for a fat fraction unless another is given. An empty
+        target has 0 ml, and NaN for the rest.
+
+        Raises :class:`~delineate.errors.MissingFile` for a channel that the scan lacks, and
+        :class:`~delineate.errors.GridMismatch` for a map on another grid.
+        """
+        if values is not None:
+            found = read_volume(Path(values)) if isinstance(values, str | Path) else volume_of(values)
+            check_grids("the scan", quantity, found.grid, "it", self.scan.grid)
+        elif quantity in self.channels:
+            found = Volume(self.scan.voxels[[self.channels.index(quantity)]], self.scan.grid)
+        else:
+            raise MissingFile(
+                f"the scan has channels {list(self.channels)}, lacks {quantity}", fix="give the map as values="
+            )
+        if found.channels != 1:
+            raise BadShape(f"the map of {quantity} has {found.channels} channels", fix="give the one that is meant")
+        read_within = QuantityMap(quantity, margin_mm, threshold)
+        read_within.check(found.voxels, "the scan")
+        return measure_label(self.label, self.targets, found.voxels[0], read_within)
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the label in the format of the suffix; returns the files, that one first.

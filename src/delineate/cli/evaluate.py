@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from delineate.cli.options import Json, Metrics, Overwrite, TargetsOption
+from delineate.cli.options import Json, MarginMm, Metrics, Overwrite, Quantity, TargetsOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,18 +31,13 @@ def evaluate(
             help="Count a lesion as detected if more than this share of it is covered.",
         ),
     ] = 0.0,
-    quantity: Annotated[
-        str | None,
-        typer.Option("--quantity", help="Measure the mean of this channel, such as fat_fraction, within each target."),
-    ] = None,
-    margin_mm: Annotated[
-        float,
-        typer.Option("--margin-mm", min=0, help="Measure the quantity this far inside a target's surface, in mm."),
-    ] = 0.0,
+    quantity: Quantity = None,
+    margin_mm: MarginMm = 0.0,
     threshold: Annotated[
         float | None,
         typer.Option(
-            "--threshold", help="Report subjects on the wrong side of this value of the quantity, such as 5.56."
+            "--threshold",
+            help="Report subjects on the wrong side of this value of the quantity (default: 5.56 for a fat fraction).",
         ),
     ] = None,
     probabilities: Annotated[
@@ -69,20 +64,18 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure predictions against references, for every subject and target."""
-    from delineate.cli.parsing import parse_targets
+    from delineate.cli.parsing import parse_quantity, parse_targets
     from delineate.cli.terminal import print_json
-    from delineate.evaluation.agreement import QuantityMap
     from delineate.evaluation.measure import Measuring, evaluate_folders, named_targets
     from delineate.evaluation.pairs import open_references
 
     beside = predictions / "probabilities"
     kept = probabilities or (beside if beside.is_dir() else None)
-    if quantity is None and (threshold is not None or margin_mm):
-        raise typer.BadParameter("--margin-mm and --threshold need a quantity; name its channel with --quantity")
-    read_within = None if quantity is None else QuantityMap(quantity, margin_mm, threshold)
+    read_within = parse_quantity(quantity, margin_mm, threshold)
     measuring = Measuring(metrics, lesion_overlap, read_within, kept)
     asked, known = parse_targets(targets), open_references(references)
-    _check_outputs(out, report, [predictions, *([kept] if kept else [])], known, overwrite)
+    maps = None if read_within is None else read_within.maps
+    _check_outputs(out, report, [predictions, *filter(None, (kept, maps))], known, overwrite)
     evaluation = evaluate_folders(predictions, known, asked, measuring)
     if out is not None:
         evaluation.write(out)
@@ -145,15 +138,17 @@ def _print_details(evaluation: Evaluation) -> None:
 def print_evaluation(evaluation: Evaluation, *, subjects: bool = False) -> None:
     """The summary as a table on standard output, after the rows of every subject where asked for."""
     from delineate.cli.terminal import print_table
-    from delineate.metrics.catalogue import METRICS, formatted
+    from delineate.metrics.catalogue import formatted
 
     if subjects:
         rows = evaluation.table.to_dict("records")
         cells = [[r["subject"], r["target"], *(formatted(m, r[m]) for m in evaluation.metrics)] for r in rows]
-        print_table("", ["subject", "target", *(METRICS[m].title for m in evaluation.metrics)], cells)
+        print_table(
+            "", ["subject", "target", *(evaluation.described_metric(m).title for m in evaluation.metrics)], cells
+        )
         typer.echo()
     summary = [
-        [target, METRICS[metric].title, *_estimate_cells(metric, estimate)]
+        [target, evaluation.described_metric(metric).title, *_estimate_cells(metric, estimate)]
         for target, estimates in evaluation.summary().items()
         for metric, estimate in estimates.items()
     ]

@@ -84,6 +84,18 @@ Metrics = Annotated[
         autocompletion=metrics,
     ),
 ]
+Quantity = Annotated[
+    str | None,
+    typer.Option(
+        "--quantity",
+        help="Measure this channel within each target, such as fat_fraction; fat_fraction=FOLDER where its maps lie "
+        "beside the scans, as <subject> files.",
+    ),
+]
+MarginMm = Annotated[
+    float,
+    typer.Option("--margin-mm", min=0, help="Measure the quantity this far inside a target's surface, in mm."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text, for errors too.")]
 Device = Annotated[
     str, typer.Option("--device", help="Compute on auto (a GPU where there is one), cpu, cuda, cuda:1 or mps.")

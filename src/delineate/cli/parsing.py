@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
+
+import typer
 
 from delineate.core.targets import Targets
 from delineate.errors import RecipeError
+from delineate.metrics.quantities import QuantityMap
 
 
 def parse_targets(text: str | None) -> Targets | None:
@@ -43,6 +47,18 @@ def parse_patterns(texts: Sequence[str] | None) -> str | dict[str, str] | None:
     if len(dict(pairs)) < len(pairs) or not all(name and pattern for name, pattern in pairs):
         raise RecipeError(f"{', '.join(texts)[:300]} gives a channel twice, or none", fix="name each channel once")
     return dict(pairs)
+
+
+def parse_quantity(text: str | None, margin_mm: float, threshold: float | None) -> QuantityMap | None:
+    """``fat_fraction``, or ``fat_fraction=maps`` where its maps lie in that folder. Raises :class:`RecipeError`."""
+    if text is None:
+        if threshold is not None or margin_mm:
+            raise typer.BadParameter("--margin-mm and --threshold need a quantity; name its channel with --quantity")
+        return None
+    channel, equals, maps = text.partition("=")
+    if not channel or (equals and not maps):
+        raise RecipeError(f"'{text[:100]}' does not name a channel", fix="write --quantity fat_fraction, or =FOLDER")
+    return QuantityMap(channel, margin_mm, threshold, Path(maps) if maps else None)
 
 
 def data_changes(layout: str, images: str | None, labels: str | None, targets: str | None) -> list[str]:

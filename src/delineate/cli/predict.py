@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from delineate.cli.commands import importing
-from delineate.cli.options import Compile, Device, Json, Overwrite, Precision, Threads, label_formats
+from delineate.cli.options import (
+    Compile,
+    Device,
+    Json,
+    MarginMm,
+    Overwrite,
+    Precision,
+    Quantity,
+    Threads,
+    label_formats,
+)
 from delineate.cli.started import STARTED
 
 if TYPE_CHECKING:
@@ -18,7 +28,9 @@ if TYPE_CHECKING:
     from delineate.core.subject import Subject
     from delineate.errors import DelineateError
     from delineate.fingerprint import Oddity
+    from delineate.inference.batch import Outcome
     from delineate.inference.review import Review
+    from delineate.metrics.quantities import QuantityMap
 
 Flips = Annotated[
     str | None,
@@ -66,6 +78,16 @@ def predict(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Write probabilities to OUT/probabilities, one channel per target.")
     ] = False,
+    quantity: Quantity = None,
+    margin_mm: MarginMm = 0.0,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            help="Measure how much of a target has this value of the quantity or more (default: 5.56 for a fat "
+            "fraction).",
+        ),
+    ] = None,
     overlap: Annotated[
         float | None,
         typer.Option("--overlap", min=0, max=0.9, help="Overlap tiles by this share (default: the recipe's)."),
@@ -85,16 +107,18 @@ def predict(
 ) -> None:
     """Segment scans, each on its own grid. Not for diagnosis.
 
-    Run the same command again to resume: scans that the same bundle has predicted into OUT are skipped.
+    Run the same command again to resume: scans that the same bundle has predicted into OUT are skipped. With
+    --quantity their labels are measured as they are, corrected or not: OUT/measurements.csv and .json.
     """
     with importing():
         from delineate.bundle import Bundle, bundle_folder
-        from delineate.cli.parsing import parse_patterns
+        from delineate.cli.parsing import parse_patterns, parse_quantity
         from delineate.cli.terminal import Terminal, print_json, print_table
         from delineate.compute import check_device, plan_compute, torch_threads
         from delineate.core.text import printable
         from delineate.errors import OutputError
-        from delineate.inference.batch import find_subjects, predict_subjects, unseen_by
+        from delineate.inference.batch import find_subjects, measure_predicted, predict_subjects, unseen_by
+        from delineate.inference.measurements import rows_of
         from delineate.inference.outputs import Outputs
         from delineate.inference.predictor import Predictor
         from delineate.inference.review import Review, write_queue
@@ -104,16 +128,18 @@ def predict(
     stages.lap("start-up")
     # What cannot work is said before anything runs.
     check_device(device)
+    read_within = parse_quantity(quantity, margin_mm, threshold)
     folders = [bundle_folder(folder) for folder in [bundle, *(also or [])]]
     bundles = [Bundle.load(folder) for folder in folders]
     check_label_format(format, bundles[0].targets)
-    found = find_subjects(inputs, bundles[0].channels, parse_patterns(images))
+    found = find_subjects(inputs, bundles[0].channels, parse_patterns(images), read_within)
     outputs = Outputs(
         out,
         f".{format}",
         out / "probabilities" if probabilities else None,
         bundles,
         {"overlap": overlap, "flips": flips, "mirrored": mirrored},
+        read_within,
     )
     kept = [path for subject in found for path in subject.files]
     kept += [path for folder in folders for path in folder.iterdir()]
@@ -122,6 +148,7 @@ def predict(
         raise planned.failed[0][1]
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
+    measurements: list[dict[str, Any]] = []
     reviews: list[Review] = []
     full: OutputError | None = None
     with Terminal() as terminal:
@@ -134,11 +161,20 @@ def predict(
             texts = "; ".join(oddity.text for oddity in odd)
             terminal.say(f"{printable(subject.id)}: unlike the training scans: {printable(texts)}")
 
+        def keep(outcome: Outcome) -> None:
+            if read_within is not None:
+                measurements.extend(rows_of(outcome.subject.id, outcome.measured, read_within))
+
         for subject, error in planned.failed:
             fail(subject, error)
         write_queue(outputs.review, [Review.of_failure(subject.id, error) for subject, error in planned.failed])
         if planned.done:
             terminal.say(f"{len(planned.done)} scans have been predicted already; --overwrite predicts them again")
+        resample = bundles[0].recipe.data.resample_channels
+        for outcome in measure_predicted(outputs, planned.unmeasured, bundles[0].targets, resample=resample):
+            if outcome.error is not None:
+                fail(outcome.subject, outcome.error)
+            keep(outcome)
         if planned.ahead:
             plan = plan_compute(
                 device=device,
@@ -169,6 +205,7 @@ def predict(
                             continue
                         assert outcome.review is not None
                         reviews.append(outcome.review)
+                        keep(outcome)
                         rows.append(
                             {
                                 "subject": outcome.subject.id,
@@ -185,14 +222,19 @@ def predict(
                 stages.lap("reading and writing", beside=[row["seconds"] for row in rows])
     if json:
         skipped = [subject.id for subject in planned.done]
+        measured = {} if read_within is None else {"measurements": measurements}
         stopped = (
             {}
             if full is None
             else {"error": {"code": full.code, "message": full.message, "fix": getattr(full, "fix", "")}}
         )
-        print_json({"predictions": rows, "skipped": skipped, "failed": failed, "seconds": stages.seconds} | stopped)
+        print_json(
+            {"predictions": rows, "skipped": skipped, "failed": failed, "seconds": stages.seconds} | measured | stopped
+        )
     else:
         _print_queue(reviews)
+        if read_within is not None:
+            _print_measurements(measurements, read_within)
         total = sum(stages.seconds.values())
         laps = {**stages.seconds, "total": total}
         print_table("", ["stage", "s", "%"], [[s, f"{t:.2f}", f"{100 * t / total:.0f}"] for s, t in laps.items()])
@@ -265,6 +307,24 @@ def _print_queue(reviews: list[Review]) -> None:
         print_table("to look at first", columns, rows)
         if len(reviews) > _SHOWN:
             typer.echo(f"and {len(reviews) - _SHOWN} more, in review.csv")
+
+
+def _print_measurements(measurements: list[dict[str, Any]], quantity: QuantityMap) -> None:
+    """The first of what was measured, by subject and target."""
+    from delineate.cli.terminal import print_table
+    from delineate.core.text import printable
+
+    rows = [
+        [printable(row["subject"]), printable(row["target"]), _number(row["volume_ml"], ".2f")]
+        + [_number(row[f"quantity_{name}"], ".2f") for name in ("mean", "median", "sd")]
+        + [_number(row["above_threshold_percent"], ".1f")] * (quantity.threshold is not None)
+        for row in measurements[:_SHOWN]
+    ]
+    limit = [] if quantity.threshold is None else [f"{quantity.with_unit(quantity.threshold)} or more, % of voxels"]
+    if rows:
+        print_table(printable(str(quantity)), ["subject", "target", "volume, ml", "mean", "median", "SD", *limit], rows)
+        if len(measurements) > _SHOWN:
+            typer.echo(f"and {len(measurements) - _SHOWN} more, in measurements.csv")
 
 
 def _number(value: float, spec: str) -> str:

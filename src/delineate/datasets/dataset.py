@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from delineate.core.grid import Grid
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
+from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
-from delineate.errors import BadShape, ConstantScan, GridMismatch, MissingFile
-from delineate.io.formats import read_label, read_volume
+from delineate.errors import BadShape, ConstantScan, DatasetError, GridMismatch, MissingFile
+from delineate.io.formats import is_dicom, is_series, name_of, read_label, read_volume, suffix_of
 
 SAME_GRID_MM = 0.1
 """How far corners of a subject's channels and label may lie apart. Headers that were rewritten by
@@ -99,6 +100,45 @@ def load_scan(
         path = subject.scans[channel]
         plane[...] = volumes[path].voxels[channels_in(subject, path).index(channel)]
     return Volume(stacked, grid)
+
+
+def with_maps(subjects: Sequence[Subject], channel: str, maps: Path) -> list[Subject]:
+    """Subjects with a channel that lies beside their scans, such as a map that another program made.
+
+    ``maps`` is a file (or DICOM series) for the only subject, or a folder of one each, called ``<subject>`` or
+    ``<subject>_<channel>``. A subject without one stays as it is. Raises :class:`MissingFile` where all do,
+    :class:`DatasetError` for one file and several subjects.
+    """
+    inside = sorted(maps.iterdir()) if maps.is_dir() else []
+    if maps.is_file() or any(not suffix_of(path) and is_dicom(path) for path in inside):
+        if len(subjects) > 1:
+            raise DatasetError(
+                f"'{maps}' is one map of {channel}, for {len(subjects)} subjects",
+                fix="give a folder of <subject> files",
+            )
+        return [replace(subject, scans={**subject.scans, channel: maps}) for subject in subjects]
+    if not maps.is_dir():
+        raise MissingFile(f"no map of {channel} at '{maps}'", fix="give a file, or a folder of <subject> files")
+    files = {name_of(path): path for path in inside if suffix_of(path) or is_series(path)}
+    found = {s.id: file for s in subjects if (file := files.get(s.id) or files.get(f"{s.id}_{printable(channel)}"))}
+    if subjects and not found:
+        raise MissingFile(
+            f"no file in '{maps}' is called after a subject, such as {subjects[0].id}", fix="name maps <subject>.nii.gz"
+        )
+    return [replace(s, scans={**s.scans, channel: found[s.id]}) if s.id in found else s for s in subjects]
+
+
+def load_map(subject: Subject, channel: str, other: str, grid: Grid) -> NDArray:
+    """A channel (X, Y, Z) that must lie on the ``grid`` of something else, called ``other``.
+
+    Of a subject with ``resample`` it is brought there. Raises as :func:`load_scan` does.
+    """
+    scan = load_scan(subject, [channel])
+    values: NDArray = scan.voxels[0]
+    if subject.resample and not scan.grid.matches(grid, SAME_GRID_MM):
+        return resample_onto(values, scan.grid, grid, order=1)
+    check_grids(subject.id, channel, scan.grid, other, grid)
+    return values
 
 
 def load_label(

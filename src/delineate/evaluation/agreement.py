@@ -12,44 +12,38 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from delineate.metrics.agreement import Agreement, Concordance, agreement, concordance, crossing
+from delineate.metrics.quantities import QuantityMap
 
 LEAST_PATIENTS = 5
 """With fewer who have the target, limits of agreement say nothing but how few they are."""
 
 
 @dataclass(frozen=True)
-class QuantityMap:
-    """A channel of the data set, such as a fat fraction, that is read within each target.
-
-    ``margin_mm`` or more inside the target's surface. Who lies on another side of ``threshold`` by the
-    prediction's mean than by the reference's is told.
-    """
-
-    channel: str
-    margin_mm: float = 0.0
-    threshold: float | None = None
-
-    def __str__(self) -> str:
-        inside = f" {self.margin_mm:g} mm or more inside the surface" if self.margin_mm else " within the target"
-        return f"quantity: {self.channel}{inside}"
-
-
-@dataclass(frozen=True)
 class Compared:
-    """Two columns of an evaluation's table that are to be equal. Errors that grow with the value are ``relative``."""
+    """Two columns of an evaluation's table that are to be equal. Errors that grow with the value are ``relative``.
+
+    A ``threshold`` is what both should be on the same side of.
+    """
 
     name: str
     predicted: str
     reference: str
     unit: str
     relative: bool
+    threshold: float | None = None
+
+    @property
+    def difference_unit(self) -> str:
+        """Of errors: those of percent are not in percent of anything."""
+        return "percentage points" if self.unit == "%" else self.unit
 
 
-def _comparable(quantity: str) -> list[Compared]:
+def _comparable(quantity: QuantityMap) -> list[Compared]:
+    title, unit, threshold = quantity.title, quantity.unit, quantity.threshold
     return [
-        Compared("volume", "volume_ml", "reference_volume_ml", "ml", relative=True),
-        Compared(f"mean {quantity}", "quantity_mean", "reference_quantity_mean", "", relative=False),
-        Compared(f"median {quantity}", "quantity_median", "reference_quantity_median", "", relative=False),
+        Compared("volume", "volume_ml", "reference_volume_ml", "ml", True),
+        Compared(f"mean {title}", "quantity_mean", "reference_quantity_mean", unit, False, threshold),
+        Compared(f"median {title}", "quantity_median", "reference_quantity_median", unit, False),
     ]
 
 
@@ -123,8 +117,8 @@ class Agreeing:
             {
                 "target": self.target,
                 "of": f"{self.compared.name}{', ' * bool(unit)}{unit}",
-                "bias": f"{_signed(found.bias)} ({_signed(found.bias_ci95[0])} to {_signed(found.bias_ci95[1])})",
-                "limits": f"{_signed(found.limits[0])} to {_signed(found.limits[1])}",
+                "bias": f"{signed(found.bias)} ({signed(found.bias_ci95[0])} to {signed(found.bias_ci95[1])})",
+                "limits": f"{signed(found.limits[0])} to {signed(found.limits[1])}",
                 "concordance": "{:.3f} ({:.3f} to {:.3f})".format(
                     self.concordance.value, *self.concordance.ci95
                 ).replace("-", "−"),
@@ -141,12 +135,12 @@ class Agreeing:
 
     @property
     def _kinds(self) -> list[tuple[Agreement, str]]:
-        return [(self.absolute, self.compared.unit), (self.relative, "%")][: 1 + self.in_percent]
+        return [(self.absolute, self.compared.difference_unit), (self.relative, "%")][: 1 + self.in_percent]
 
 
 def agreements(table: pd.DataFrame, quantity: QuantityMap | None = None) -> Iterator[Agreeing]:
     """Of an evaluation's table: all that can be compared, of the targets that enough patients have."""
-    for compared in _comparable("quantity" if quantity is None else quantity.channel):
+    for compared in _comparable(quantity or QuantityMap("quantity")):
         if not {compared.predicted, compared.reference} <= set(table.columns):
             continue
         for target, rows in table.groupby("target", sort=False):
@@ -174,21 +168,22 @@ def crossings(table: pd.DataFrame, threshold: float) -> dict[str, dict[str, Any]
     return sides
 
 
-def crossing_sentences(table: pd.DataFrame, threshold: float) -> list[str]:
-    """:func:`crossings` in words, one for each target."""
-    sentences = []
-    for target, found in crossings(table, threshold).items():
+def crossing_sentences(table: pd.DataFrame, quantity: QuantityMap) -> list[str]:
+    """:func:`crossings` in words, one for each target; none without a threshold."""
+    if quantity.threshold is None:
+        return []
+    sentences, limit = [], quantity.with_unit(quantity.threshold)
+    for target, found in crossings(table, quantity.threshold).items():
         wrong = [
-            f"{what} {', '.join(found[side])}"
-            for side, what in (("over", "over it only by the prediction:"), ("under", "under it:"))
+            f"{what} it only by the prediction: {', '.join(found[side])}"
+            for side, what in (("over", "at or above"), ("under", "below"))
             if found[side]
         ]
-        sentences.append(
-            f"{target}: {found['right']} of {found['n']} on the right side of {threshold:g}"
-            + (f"; {'; '.join(wrong)}" if wrong else "")
-        )
+        right = f"{target}: mean {quantity.title} on the right side of {limit} in {found['right']} of {found['n']}"
+        sentences.append("; ".join([right, *wrong]))
     return sentences
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """A difference as a table shows it."""
     return f"{value:+.2f}".replace("-", "−")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,18 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
+from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
-from delineate.datasets.dataset import Dataset, check_grids, load_scan
+from delineate.datasets.dataset import Dataset, check_grids, load_map, with_maps
 from delineate.errors import BadShape, MissingFile, RecipeError
-from delineate.evaluation.agreement import QuantityMap
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import LESION_COLUMNS, Evaluation, reliability_table
 from delineate.io.formats import read_label, read_volume
 from delineate.io.voxels import Orientation
 from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, QUANTITIES, metric_names, targets_of
 from delineate.metrics.comparison import Comparison
-from delineate.metrics.quantities import within
+from delineate.metrics.quantities import QuantityMap, measure_target
 from delineate.metrics.reliability import Reliability
 
 BACKGROUND = "background"
@@ -109,6 +109,10 @@ def evaluate(
     cannot be told from the targets, and what reading raises.
     """
     targets_of(measuring.wanted, targets)
+    if measuring.quantity is not None and measuring.quantity.maps is not None:
+        sources = [pair.source or Subject(pair.subject, {}) for pair in pairs]
+        mapped = with_maps(sources, measuring.quantity.channel, measuring.quantity.maps)
+        pairs = [replace(pair, source=source) for pair, source in zip(pairs, mapped, strict=True)]
 
     def measure(pair: Pair) -> Measured:
         prediction, reference = (read_label(p, orientation=orientation) for p in (pair.prediction, pair.reference))
@@ -120,7 +124,7 @@ def evaluate(
             subject=pair.subject,
             site=pair.site,
             patient=pair.patient,
-            quantity=None if measuring.quantity is None else _map_of(pair, measuring.quantity.channel, reference.grid),
+            quantity=None if measuring.quantity is None else _map_of(pair, measuring.quantity, reference.grid),
             probabilities=None
             if measuring.probabilities is None
             else _probabilities_of(pair, measuring.probabilities, targets, reference.grid),
@@ -188,14 +192,13 @@ def measure_prediction(
     references, predictions = targets.masks(reference.voxels), targets.masks(prediction.voxels)
     named = {"subject": subject, "site": site}
     measured = Measured()
-    margin_mm = 0.0 if measuring.quantity is None else measuring.quantity.margin_mm
     for t, target in enumerate(targets.names):
         more: dict[str, float] = {}
-        if quantity is not None:
+        if quantity is not None and measuring.quantity is not None:
             for prefix, mask in (("", predictions[target]), ("reference_", references[target])):
                 inside = mask if known is None else mask & known
-                mean, median = within(quantity, inside, reference.grid.affine[:3, :3], margin_mm)
-                more |= {f"{prefix}quantity_mean": mean, f"{prefix}quantity_median": median}
+                found = measure_target(inside, quantity, reference.grid, measuring.quantity)
+                more |= {f"{prefix}quantity_mean": found.mean, f"{prefix}quantity_median": found.median}
         if probabilities is not None:
             reliability = Reliability.of(probabilities[t], references[target], known)
             more[PROBABILITY_MAE] = reliability.mean_absolute_error
@@ -227,15 +230,15 @@ _CASES = {
 }
 
 
-def _map_of(pair: Pair, channel: str, grid: Grid) -> NDArray:
-    """The channel (X, Y, Z) of the pair's subject."""
+def _map_of(pair: Pair, quantity: QuantityMap, grid: Grid) -> NDArray:
+    """The quantity (X, Y, Z) of the pair's subject."""
     if pair.source is None:
         raise MissingFile(
-            f"'{channel}' of '{pair.subject}' is looked for in a data set", fix="give one as the references"
+            f"'{quantity.channel}' of '{pair.subject}' is looked for in a data set",
+            fix="give one as the references, or say where its maps are",
         )
-    scan = load_scan(pair.source, [channel])
-    check_grids(pair.subject, channel, scan.grid, "reference", grid)
-    values: NDArray = scan.voxels[0]
+    values = load_map(pair.source, quantity.channel, "reference", grid)
+    quantity.check(values, pair.subject)
     return values
 
 

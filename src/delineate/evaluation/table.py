@@ -15,10 +15,11 @@ import pandas as pd
 
 from delineate.core.tables import html_table
 from delineate.errors import BadFormat, MissingFile
-from delineate.evaluation.agreement import Agreeing, QuantityMap, agreements, crossing_sentences, crossings
+from delineate.evaluation.agreement import Agreeing, agreements, crossing_sentences, crossings
 from delineate.io.files import parsing, read_json, writing_beside
 from delineate.io.tables import read_table, write_table
-from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, formatted
+from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, Metric, formatted, named_metric
+from delineate.metrics.quantities import QuantityMap
 from delineate.metrics.reliability import Reliability
 from delineate.metrics.statistics import Estimate, estimate_means
 
@@ -194,10 +195,11 @@ class Evaluation:
         if len(self.lesions):
             content["lesions_by_size"] = self.lesions_by_size.to_dict("records")
         if self.quantity is not None:
-            content["quantity"] = asdict(self.quantity)
+            content["quantity"] = self.quantity.as_dict()
             if self.quantity.threshold is not None:
                 content["crossings"] = crossings(self.table, self.quantity.threshold)
-        definitions = {name: f"{METRICS[name].title}: {METRICS[name].definition}" for name in self.metrics}
+        metrics = [self.described_metric(name) for name in self.metrics]
+        definitions = {metric.name: f"{metric.title}: {metric.definition}" for metric in metrics}
         if len(self.reliability):
             content["calibration"] = {
                 target: {"expected_calibration_error": r.expected_error, "mean_absolute_error": r.mean_absolute_error}
@@ -210,7 +212,7 @@ class Evaluation:
         return [
             {
                 "target": target,
-                "metric": METRICS[metric].title,
+                "metric": self.described_metric(metric).title,
                 "mean ± SD": averaged(metric, estimate),
                 # One patient has no interval.
                 "95 % interval of the mean": " – ".join(formatted(metric, v) for v in estimate.ci95)
@@ -309,8 +311,11 @@ class Evaluation:
 
     def crossings(self) -> list[str]:
         """Who lies on which side of the quantity's threshold, in words; nothing where there is none."""
-        threshold = None if self.quantity is None else self.quantity.threshold
-        return [] if threshold is None else crossing_sentences(self.table, threshold)
+        return [] if self.quantity is None else crossing_sentences(self.table, self.quantity)
+
+    def described_metric(self, name: str) -> Metric:
+        """A metric as a reader sees it: with the name and unit of the quantity that was measured."""
+        return named_metric(name, self.quantity)
 
     def reliabilities(self) -> dict[str, Reliability]:
         """By target, all subjects' voxels together."""

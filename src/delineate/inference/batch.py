@@ -10,26 +10,33 @@ from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from delineate.bundle import Bundle
 from delineate.calibration import Confidence
+from delineate.core.grid import Grid
 from delineate.core.subject import Subject
+from delineate.core.targets import Targets
 from delineate.core.text import printable
-from delineate.core.volume import Volume
-from delineate.datasets.dataset import check_shows_something, load_scan
-from delineate.errors import Cancelled, DatasetError, DelineateError, MissingFile, OutputError
+from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import check_shows_something, load_map, load_scan, with_maps
+from delineate.errors import BadFormat, Cancelled, DatasetError, DelineateError, MissingFile, OutputError
 from delineate.fingerprint import Oddity
+from delineate.inference.measurements import measure_label, rows_of, write_measurements
 from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review, write_queue
 from delineate.io.exports import export_label
-from delineate.io.formats import is_series, name_of, suffix_of, write_volume
+from delineate.io.formats import is_series, name_of, read_label, suffix_of, write_volume
 from delineate.io.overwriting import check_outputs
+from delineate.metrics.quantities import Measurement, QuantityMap
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one subject: the file written, the seconds by stage and how sure it is, or the error."""
+    """What became of one subject: the file written, the seconds by stage, how sure it is and what was measured of it,
+    or the error.
+    """
 
     subject: Subject
     path: Path | None
@@ -37,16 +44,20 @@ class Outcome:
     error: DelineateError | None = None
     review: Review | None = None
     confidence: Mapping[str, Confidence] = field(default_factory=dict)
+    measured: Mapping[str, Measurement] = field(default_factory=dict)
 
 
 def find_subjects(
-    inputs: Sequence[Path], channels: Sequence[str], images: str | Mapping[str, str] | None = None
+    inputs: Sequence[Path],
+    channels: Sequence[str],
+    images: str | Mapping[str, str] | None = None,
+    quantity: QuantityMap | None = None,
 ) -> list[Subject]:
     """Subjects in folders (any known layout, or loose scans) and files, with the channels in the bundle's order.
 
     ``images`` are patterns as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
-    lacks a channel stays as it is: :func:`predict_subjects` says so of it. Raises :class:`MissingFile`
-    for an input that is not there, and where every subject lacks a channel.
+    lacks a channel stays as it is: :func:`predict_subjects` says so of it. A ``quantity`` joins as a channel of
+    its own. Raises :class:`MissingFile` for an input that is not there, and where every subject lacks a channel.
     """
     from delineate.datasets.layouts import open_dataset
 
@@ -67,16 +78,33 @@ def find_subjects(
     names = [printable(subject.id) for subject in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DatasetError(f"several inputs are called {', '.join(twice)}", fix="predict them into separate folders")
+    if quantity is not None and quantity.maps is not None:
+        found = with_maps(found, quantity.channel, quantity.maps)
     chosen, lacking = [], []
     for subject in found:
         try:
-            chosen.append(subject.with_channels(channels))
+            chosen.append(_with_channels(subject, channels, quantity))
         except MissingFile as error:
             chosen.append(subject)
             lacking.append(error)
     if lacking and len(lacking) == len(found):
         raise lacking[0]
     return chosen
+
+
+def _with_channels(subject: Subject, channels: Sequence[str], quantity: QuantityMap | None) -> Subject:
+    """The channels that a bundle takes, then the quantity's where that is none of them."""
+    if quantity is None or quantity.channel in channels:
+        return subject.with_channels(channels)
+    kept = {name: path for name, path in subject.scans.items() if name == quantity.channel}
+    rest = {name: path for name, path in subject.scans.items() if name not in kept}
+    chosen = replace(subject, scans=rest).with_channels(channels)
+    if not kept:
+        raise MissingFile(
+            f"subject '{subject.id}' has channels {list(subject.scans)}, lacks {quantity.channel}",
+            fix=f"name its files (--images), or say where maps are: {quantity.channel}=FOLDER",
+        )
+    return replace(chosen, scans={**chosen.scans, **kept})
 
 
 def _name_of(path: Path) -> str:
@@ -128,8 +156,8 @@ def predict_subjects(
     ``on_oddities`` is told what is unusual about a scan before it is segmented. ``probabilities`` is a
     folder for those, as ``<id>.nii.gz`` with a channel for each target, of a predictor that keeps them.
     With ``outputs``, which then say where everything goes, each subject is entered in its review list
-    as it comes, before its label is there. Raises :class:`OutputError` where the disk is full, since
-    nothing more can be written.
+    as it comes, before its label is there, and measured with their quantity. Raises :class:`OutputError`
+    where the disk is full, since nothing more can be written.
     """
     where = outputs or Outputs(folder, suffix, probabilities)
     targets, models = predictor.targets, [bundle.weights_sha256 for bundle in predictor.bundles]
@@ -138,15 +166,18 @@ def predict_subjects(
     # Errors of one bundle do not say how far off an ensemble is.
     calibration = predictor.calibration if len(predictor.bundles) == 1 else None
 
-    def read(subject: Subject) -> tuple[Subject, Volume]:
-        chosen = replace(subject.with_channels(predictor.channels), resample=resample)
+    def read(subject: Subject) -> _Read:
+        chosen = replace(_with_channels(subject, predictor.channels, where.quantity), resample=resample)
         where.check(chosen)
         check_outputs(where.files(chosen), chosen.files, overwrite=True)
-        scan = load_scan(chosen)
+        scan = load_scan(chosen, predictor.channels)
         check_shows_something(subject.id, scan)
-        return chosen, scan
+        if where.quantity is None:
+            return _Read(chosen, scan)
+        return _Read(chosen, scan, _map_of(chosen, where.quantity, "the scan", scan.grid))
 
-    def write(subject: Subject, prediction: Prediction, odd: Sequence[Oddity]) -> tuple[Path, Review]:
+    def write(read: _Read, prediction: Prediction, odd: Sequence[Oddity]) -> _Written:
+        subject, measured = read.subject, {}
         made_by = "" if outputs is None else outputs.made_by(subject)
         reviewed = review(subject.id, prediction.confidence, odd, calibration, made_by)
         path, source = where.label(subject), next(iter(subject.scans.values()))
@@ -162,7 +193,9 @@ def predict_subjects(
             export_label(path, prediction.label, targets, source=source, about=about, codes=codes)
             if outputs is not None and not first:
                 write_queue(outputs.review, [reviewed])
-        return path, reviewed
+            if read.quantity is not None:
+                measured = _measure(where, subject, prediction.label, targets, read.quantity)
+        return _Written(path, reviewed, measured)
 
     def failed(subject: Subject, error: DelineateError) -> Outcome:
         if _disk_is_full(error):
@@ -172,26 +205,34 @@ def predict_subjects(
             write_queue(outputs.review, [reviewed])
         return Outcome(subject, None, {}, error, reviewed)
 
-    def written(subject: Subject, prediction: Prediction, writing: Future[tuple[Path, Review]]) -> Outcome:
+    def written(subject: Subject, prediction: Prediction, writing: Future[_Written]) -> Outcome:
         try:
-            path, reviewed = writing.result()
+            done = writing.result()
         except DelineateError as error:
             return failed(subject, error)
-        return Outcome(subject, path, prediction.seconds, review=reviewed, confidence=prediction.confidence)
+        return Outcome(
+            subject,
+            done.path,
+            prediction.seconds,
+            review=done.review,
+            confidence=prediction.confidence,
+            measured=done.measured,
+        )
 
     queue = iter(subjects)
     with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(max_workers=1) as writer:
         upcoming = _submit_next(reader, read, queue)
-        writing: tuple[Subject, Prediction, Future[tuple[Path, Review]]] | None = None
+        writing: tuple[Subject, Prediction, Future[_Written]] | None = None
         while upcoming is not None:
             subject, reading = upcoming
             upcoming = _submit_next(reader, read, queue)
             try:
-                subject, volume = reading.result()
-                odd = predictor.oddities(volume)
+                read_now = reading.result()
+                subject = read_now.subject
+                odd = predictor.oddities(read_now.scan)
                 if odd:
                     on_oddities(subject, odd)
-                prediction = predictor.predict(volume, on_tile)
+                prediction = predictor.predict(read_now.scan, on_tile)
             except Cancelled:  # by ``on_tile``: no failure of this subject, and no next one
                 raise
             except DelineateError as error:
@@ -199,9 +240,67 @@ def predict_subjects(
                 continue
             if writing is not None:
                 yield written(*writing)
-            writing = subject, prediction, writer.submit(write, subject, prediction, odd)
+            writing = subject, prediction, writer.submit(write, read_now, prediction, odd)
         if writing is not None:
             yield written(*writing)
+
+
+def measure_predicted(
+    outputs: Outputs, subjects: Sequence[Subject], targets: Targets, *, resample: bool = False
+) -> Iterator[Outcome]:
+    """Measure the quantity of ``outputs`` in labels that are there, as somebody may have corrected them since."""
+    for subject in subjects:
+        chosen = replace(subject, resample=resample)
+        try:
+            if not suffix_of(outputs.label(chosen)):
+                raise BadFormat(
+                    f"the label of '{subject.id}' is there, and {outputs.suffix} cannot be read back to be measured",
+                    fix="predict it again with --overwrite, or choose another --format",
+                )
+            label = read_label(outputs.label(chosen))
+            targets.check(label.voxels, subject.id)
+            assert outputs.quantity is not None  # what else would be unmeasured
+            values = _map_of(chosen, outputs.quantity, "the label", label.grid)
+            measured = _measure(outputs, chosen, label, targets, values)
+        except DelineateError as error:
+            if _disk_is_full(error):
+                raise
+            yield Outcome(subject, None, {}, error)
+        else:
+            yield Outcome(subject, outputs.label(chosen), {}, measured=measured)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A subject with its scan, and the map of a quantity (X, Y, Z) where that is measured."""
+
+    subject: Subject
+    scan: Volume
+    quantity: NDArray | None = None
+
+
+@dataclass(frozen=True)
+class _Written:
+    path: Path
+    review: Review
+    measured: Mapping[str, Measurement]
+
+
+def _map_of(subject: Subject, quantity: QuantityMap, other: str, grid: Grid) -> NDArray:
+    values = load_map(subject, quantity.channel, other, grid)
+    quantity.check(values, subject.id)
+    return values
+
+
+def _measure(
+    outputs: Outputs, subject: Subject, label: LabelVolume, targets: Targets, values: NDArray
+) -> dict[str, Measurement]:
+    """Measure a label that has been written, and enter it."""
+    assert outputs.quantity is not None
+    measured = measure_label(label, targets, values, outputs.quantity)
+    rows = rows_of(subject.id, measured, outputs.quantity, made_from=outputs.made_from(subject))
+    write_measurements(outputs.measurements, rows)
+    return measured
 
 
 @contextmanager
@@ -235,7 +334,7 @@ def _write_probabilities(path: Path, prediction: Prediction, source: Path) -> No
 
 
 def _submit_next(
-    pool: ThreadPoolExecutor, read: Callable[[Subject], tuple[Subject, Volume]], queue: Iterator[Subject]
-) -> tuple[Subject, Future[tuple[Subject, Volume]]] | None:
+    pool: ThreadPoolExecutor, read: Callable[[Subject], _Read], queue: Iterator[Subject]
+) -> tuple[Subject, Future[_Read]] | None:
     subject = next(queue, None)
     return None if subject is None else (subject, pool.submit(read, subject))

@@ -16,12 +16,15 @@ from delineate.bundle import Bundle
 from delineate.core.subject import Subject
 from delineate.core.text import from_cell, printable
 from delineate.errors import BadFormat, DelineateError, MissingFile, OutputError
+from delineate.inference.measurements import beside_as_json, read_measurements
 from delineate.inference.review import read_queue
 from delineate.io.exports import exported_files
 from delineate.io.formats import DICOM_SUFFIXES, is_series, parts_of
 from delineate.io.overwriting import check_folder, check_outputs
+from delineate.metrics.quantities import QuantityMap
 
 REVIEW = "review.csv"
+MEASUREMENTS = "measurements.csv"
 
 _LABELS = re.compile(
     r"(labels?|masks?|annotations?|references?|ground.?truths?|gts?)([-_. ]?(tr|ts|train|test|val))?", re.I
@@ -30,18 +33,22 @@ _LABELS = re.compile(
 
 
 class Planned(NamedTuple):
-    """Subjects to predict, those whose prediction is there already, and those that cannot be predicted, with why."""
+    """Subjects to predict, those whose prediction is there already, and those that cannot be predicted, with why.
+
+    Of those that are done, ``unmeasured`` have a label whose quantity was not measured as it now is.
+    """
 
     ahead: list[Subject]
     done: list[Subject]
     failed: list[tuple[Subject, DelineateError]]
+    unmeasured: list[Subject]
 
 
 @dataclass(frozen=True)
 class Outputs:
     """The files of predictions in ``folder``, in the format of ``suffix``, and probabilities if they are kept.
 
-    ``settings`` are what a label depends on beside the bundles and the scan.
+    ``settings`` are what a label depends on beside the bundles and the scan; ``quantity`` is measured within it.
     """
 
     folder: Path
@@ -49,6 +56,12 @@ class Outputs:
     probabilities: Path | None = None
     bundles: Sequence[Bundle] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
+    quantity: QuantityMap | None = None
+
+    @property
+    def measurements(self) -> Path:
+        """What was measured of each target; the same for programs lies beside it."""
+        return self.folder / MEASUREMENTS
 
     @property
     def review(self) -> Path:
@@ -71,7 +84,8 @@ class Outputs:
         """Raise what would keep a subject from being written, as far as is known without reading it."""
         for path in self.files(subject):
             _check_name(path)
-        channels = self.bundles[0].channels if self.bundles else ()
+        channels = [*(self.bundles[0].channels if self.bundles else ())]
+        channels += [] if self.quantity is None else [self.quantity.channel]
         if missing := [channel for channel in channels if channel not in subject.scans]:
             raise MissingFile(f"'{printable(subject.id)}' lacks {', '.join(missing)}", fix="add them, or leave it out")
         source = next(iter(subject.scans.values()), None)
@@ -83,14 +97,15 @@ class Outputs:
 
     def made_by(self, subject: Subject) -> str:
         """A digest of the bundles, the settings and the scan's files, by which a prediction is known again."""
-        files = sorted(
-            (file.name, found.st_size, found.st_mtime_ns)
-            for path in dict.fromkeys(subject.scans.values())
-            for file in _scan_files(path)
-            if (found := file.stat())
-        )
-        text = json.dumps([self._bundles, self.suffix, self.probabilities is not None, dict(self.settings), files])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        channels = self.bundles[0].channels if self.bundles else subject.channels
+        files = _described([subject.scans[channel] for channel in channels if channel in subject.scans])
+        return _digest([self._bundles, self.suffix, self.probabilities is not None, dict(self.settings), files])
+
+    def made_from(self, subject: Subject) -> str:
+        """A digest of the label, the map and the settings, by which a measurement is known again."""
+        assert self.quantity is not None
+        files = _described([self.label(subject), subject.scans[self.quantity.channel]])
+        return _digest([self.quantity.as_dict(), files])
 
     @cached_property
     def _bundles(self) -> list[list[object]]:
@@ -105,7 +120,12 @@ class Outputs:
         """
         check_folder(self.folder)
         rows = {from_cell(row["subject"]): row for row in read_queue(self.review)}
-        planned = Planned([], [], [])
+        measured: dict[str, str] = {}
+        if self.quantity is not None:
+            tables = [self.measurements, beside_as_json(self.measurements)]
+            check_outputs(tables, kept, overwrite=True)
+            measured = {from_cell(row["subject"]): row.get("made_from", "") for row in read_measurements(tables[0])}
+        planned = Planned([], [], [], [])
         outputs: list[Path] = []
         for subject in subjects:
             try:
@@ -118,6 +138,8 @@ class Outputs:
             there, made_by = all(map(os.path.lexists, files)), row.get("made_by")
             if there and made_by and not overwrite and made_by == self._known(subject):
                 planned.done.append(subject)
+                if self.quantity is not None and measured.get(printable(subject.id)) != self.made_from(subject):
+                    planned.unmeasured.append(subject)
                 continue
             planned.ahead.append(subject)
             outputs += files
@@ -131,6 +153,16 @@ class Outputs:
             return self.made_by(subject)
         except (DelineateError, OSError):
             return None  # it cannot be read, as predicting it will say
+
+
+def _described(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of all files of some scans."""
+    files = [file for path in dict.fromkeys(paths) for file in _scan_files(path)]
+    return sorted((file.name, found.st_size, found.st_mtime_ns) for file in files if (found := file.stat()))
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _scan_files(path: Path) -> list[Path]:

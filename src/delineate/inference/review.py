@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
 from delineate.calibration import Calibration, Confidence
-from delineate.core.text import cell, from_cell, printable
-from delineate.errors import DelineateError, OutputError
+from delineate.errors import DelineateError
 from delineate.fingerprint import Oddity
-from delineate.io.files import writing_beside
+from delineate.io.tables import growing_rows, put_rows
 
 COLUMNS = (
     "subject", "target", "need", "volume_ml", "expected_dice", "mutual_dice", "seam", "volume_low_ml", "volume_high_ml",
@@ -110,23 +106,9 @@ def review(
 
 
 def write_queue(path: Path, reviews: Sequence[Review]) -> None:
-    """Put reviews into a CSV with a row for each subject and target, the neediest first; undefined is left empty.
-
-    Rows of the same subjects are replaced; others, and columns that somebody added, stay as they are.
-    The file is whole at any moment, whoever else writes into the folder. Raises :class:`OutputError`.
-    """
-    if not reviews:
-        return
-    now = {printable(one.subject) for one in reviews}
-    with _alone_in(path.parent):
-        there = read_queue(path)
-        rows = [row for row in there if from_cell(row["subject"]) not in now]
-        rows += [{key: _as_cell(value) for key, value in row.items()} for one in reviews for row in one.rows()]
-        columns = dict.fromkeys((*COLUMNS, *(there[0] if there else ())))
-        with writing_beside(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(sorted(rows, key=_most_urgent))
+    """Put reviews into a CSV with a row for each subject and target, the neediest first (:func:`put_rows`)."""
+    if reviews:
+        put_rows(path, COLUMNS, [row for one in reviews for row in one.rows()], _most_urgent)
 
 
 def read_queue(path: Path) -> list[dict[str, str]]:
@@ -134,18 +116,7 @@ def read_queue(path: Path) -> list[dict[str, str]]:
 
     Raises :class:`OutputError` for a file that is something else.
     """
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file, restkey="", restval="")
-            rows = [{key: value for key, value in row.items() if key} for row in table]
-            known = {"subject", "target", "need"} <= set(table.fieldnames or ())
-    except (OSError, ValueError, csv.Error) as error:
-        raise OutputError(f"'{path}' cannot be read ({error})", fix="move it away, or choose another folder") from error
-    if not known:
-        raise OutputError(f"'{path}' is not a list that predict wrote", fix="move it away, or choose another folder")
-    return rows
+    return growing_rows(path, COLUMNS[:3])
 
 
 def queue(reviews: Sequence[Review]) -> list[Review]:
@@ -159,30 +130,3 @@ def _most_urgent(row: Mapping[str, str]) -> tuple[bool, float, str]:
     except ValueError:
         need = inf
     return not row.get("error"), -need, row["subject"]
-
-
-def _as_cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if value != value else str(round(value, 4))
-    return cell(str(value))
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes that add to the same file, where the system can lock."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError(f"'{folder}' cannot be written to: {error.strerror}", fix="choose another folder") from error
-    try:
-        with suppress(OSError):  # not every network's disk can
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

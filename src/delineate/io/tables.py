@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from delineate.core.text import cell, from_cell
-from delineate.errors import BadFormat
+from delineate.core.text import cell, from_cell, printable
+from delineate.errors import BadFormat, OutputError
 from delineate.io.files import parsing, read_text, writing_beside
 
 
@@ -38,3 +40,77 @@ def read_table(path: Path) -> list[dict[str, str]]:
                 f"'{path}' is no table: a row is longer or shorter than the first, or a column is there twice"
             )
         return [dict(zip(columns, map(from_cell, row), strict=True)) for row in rows]
+
+
+def put_rows(
+    path: Path,
+    columns: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    order: Callable[[Mapping[str, str]], Any],
+    after: Callable[[list[dict[str, str]]], None] = lambda rows: None,
+) -> None:
+    """Put rows into a table that grows, in this order. The first column names a subject.
+
+    Rows of the same subjects are replaced; others, and columns that somebody added, stay as they are; numbers have
+    four decimals, undefined ones are left empty. The file is whole at any moment, whoever else writes into the folder.
+    ``after`` is given all rows before anybody else writes. Raises :class:`OutputError`.
+    """
+    key = columns[0]
+    now = {printable(str(row[key])) for row in rows}
+    with _alone_in(path.parent):
+        there = growing_rows(path, columns[:3])
+        kept = [row for row in there if from_cell(row[key]) not in now]
+        kept += [{name: _as_text(value) for name, value in row.items()} for row in rows]
+        kept.sort(key=order)
+        with writing_beside(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+            everything = dict.fromkeys((*columns, *(there[0] if there else ())))
+            writer = csv.DictWriter(file, everything, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        after(kept)
+
+
+def growing_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of :func:`put_rows`'s file as they stand in it; none where there is no file.
+
+    Raises :class:`OutputError` for a file that lacks one of the ``needed`` columns: it is something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file, restkey="", restval="")
+            rows = [{name: value for name, value in row.items() if name} for row in table]
+            known = set(needed) <= set(table.fieldnames or ())
+    except (OSError, ValueError, csv.Error) as error:
+        raise OutputError(f"'{path}' cannot be read ({error})", fix="move it away, or choose another folder") from error
+    if not known:
+        raise OutputError(f"'{path}' is not a list that predict wrote", fix="move it away, or choose another folder")
+    return rows
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else str(round(value, 4))
+    return cell(str(value))
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder against other processes that add to the same file, where the system can lock."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"'{folder}' cannot be written to: {error.strerror}", fix="choose another folder") from error
+    try:
+        with suppress(OSError):  # not every network's disk can
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -199,10 +199,6 @@ class Crossing:
         return self.n - len(self.over) - len(self.under)
 
 
-FATTY_LIVER_PERCENT = 5.56
-"""Fat fraction from which a liver counts as fatty (Szczepaniak et al. 2005)."""
-
-
 def crossing(predicted: Sequence[float] | NDArray, true: Sequence[float] | NDArray, threshold: float) -> Crossing:
     """Which pairs the prediction puts on the wrong side of ``threshold``; undefined ones are left out."""
     a, b = np.asarray(predicted, float), np.asarray(true, float)

@@ -12,7 +12,7 @@ from delineate.core.targets import Targets
 from delineate.core.text import near
 from delineate.errors import RecipeError
 from delineate.metrics.comparison import Comparison, Part
-from delineate.metrics.quantities import error_percent
+from delineate.metrics.quantities import QuantityMap, error_percent
 from delineate.metrics.regions import BRATS, LITS, PROMISE12, WMH2017, Regions
 from delineate.plugins import Parts
 
@@ -59,6 +59,18 @@ QUANTITIES = (
     "quantity_median",
     "reference_quantity_median",
 )
+
+
+def named_metric(name: str, quantity: QuantityMap | None) -> Metric:
+    """A metric; one of a quantity by the name of that, with its unit."""
+    metric = METRICS[name]
+    if quantity is None or name not in QUANTITIES:
+        return metric
+    title = quantity.title
+    label = metric.label.replace("Quantity", title[:1].upper() + title[1:]).replace("quantity", title)
+    unit = "percentage points" if quantity.unit == "%" and name == "quantity_error" else quantity.unit
+    return replace(metric, label=label, unit=unit)
+
 
 _SURFACE = "between centres of surface voxels (6-neighbourhood), both directions"
 _LESION = "lesions are 26-connected; matched by any overlap, or by more than the asked share of their voxels"

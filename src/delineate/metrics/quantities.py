@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import nan
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from delineate.core.grid import box_around
-from delineate.metrics.surface import ROUNDING, Spacing, steps_of
+from delineate.core.grid import Grid, box_around
+from delineate.errors import DatasetError, RecipeError
+from delineate.metrics.surface import ROUNDING, steps_of
 
 
 def volume_ml(mask: NDArray[np.bool_], voxel_ml: float, known: NDArray[np.bool_] | None = None) -> float:
@@ -19,22 +22,125 @@ def volume_ml(mask: NDArray[np.bool_], voxel_ml: float, known: NDArray[np.bool_]
     return int(np.count_nonzero(mask if known is None else mask & known)) * voxel_ml
 
 
-def within(
-    values: NDArray, mask: NDArray[np.bool_], spacing_mm: Spacing, margin_mm: float = 0.0
-) -> tuple[float, float]:
-    """Mean and median of a map of a quantity (X, Y, Z) in a mask, ``margin_mm`` or more inside its surface.
+FATTY_LIVER_PERCENT = 5.56
+"""Fat fraction from which a liver counts as fatty (Szczepaniak et al. 2005)."""
 
-    The margin keeps out voxels that hold part of what lies around. Nothing left: undefined (NaN).
-    ``spacing_mm`` as for :func:`delineate.metrics.surface.surface_distances`.
+_KNOWN = dict.fromkeys(("fat_fraction", "pdff"), ("fat fraction", "%", FATTY_LIVER_PERCENT))
+"""Channels whose name says what they hold: its title, unit and threshold."""
+
+_LARGEST_SHARE = 1.5
+"""Shares of 1 reach a little beyond it, by noise; percent of fat reach far beyond this below anybody's skin."""
+
+
+@dataclass(frozen=True)
+class QuantityMap:
+    """A channel of the scans, such as a fat fraction, that is read within each target.
+
+    ``margin_mm`` or more inside the target's surface. ``threshold`` divides patients, and a target's voxels: at or
+    above it, or below; None: the quantity's own, where it has one. ``maps``, where the channel lies beside the scans,
+    is a file or a folder of one for each subject.
     """
+
+    channel: str
+    margin_mm: float = 0.0
+    threshold: float | None = None
+    maps: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is None and self._known:
+            object.__setattr__(self, "threshold", self._known[2])
+
+    @property
+    def _known(self) -> tuple[str, str, float] | None:
+        return _KNOWN.get(self.channel.lower().replace("-", "_").replace(" ", "_"))
+
+    @property
+    def title(self) -> str:
+        """What a reader calls it."""
+        return self._known[0] if self._known else self.channel
+
+    @property
+    def unit(self) -> str:
+        """Of its values; empty where it is not known."""
+        return self._known[1] if self._known else ""
+
+    def with_unit(self, value: float) -> str:
+        """A value as text, such as ``5.56 %``."""
+        return f"{value:g} {self.unit}".rstrip()
+
+    def check(self, values: NDArray, subject: str) -> None:
+        """Raise :class:`DatasetError` for a map of percent whose values are shares of 1."""
+        largest = float(values.max(initial=0))
+        if self.unit == "%" and 0 < largest <= _LARGEST_SHARE:
+            raise DatasetError(
+                f"'{self.channel}' of '{subject}' reaches {largest:.3g}: shares of 1, where percent are expected",
+                fix="multiply it by 100, or call the channel something else",
+            )
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values; where the maps lie is nobody else's."""
+        return {"channel": self.channel, "unit": self.unit, "margin_mm": self.margin_mm, "threshold": self.threshold}
+
+    def __str__(self) -> str:
+        about = ", ".join(filter(None, [f"channel {self.channel}" * (self.title != self.channel), self.unit]))
+        inside = f"{self.margin_mm:g} mm or more inside the surface" if self.margin_mm else "within the target"
+        limit = "" if self.threshold is None else f"; threshold {self.with_unit(self.threshold)}"
+        return f"{self.title}{f' ({about})' if about else ''}, {inside}{limit}"
+
+
+def quantity_map(
+    channel: str | None, margin_mm: float, threshold: float | None, maps: str | Path | None
+) -> QuantityMap | None:
+    """What is asked for, where a channel is named. Raises :class:`RecipeError` for the rest without it."""
+    if channel is not None:
+        return QuantityMap(channel, margin_mm, threshold, None if maps is None else Path(maps))
+    if threshold is not None or maps is not None or margin_mm:
+        raise RecipeError("margin_mm, threshold and maps are of a quantity, and none is named", fix="name its channel")
+    return None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A target of one scan: its volume, and a quantity within it.
+
+    Read in ``measured_ml`` of it, what a margin leaves: ``mean``, ``median`` and standard deviation ``sd`` of the
+    voxels, and the percentage of them at or above the threshold. Of an empty target 0 ml; the rest is undefined (NaN)
+    where nothing is read, ``above_threshold_percent`` also without a threshold.
+    """
+
+    volume_ml: float
+    measured_ml: float
+    mean: float
+    median: float
+    sd: float
+    above_threshold_percent: float
+
+
+def measure_target(mask: NDArray[np.bool_], values: NDArray, grid: Grid, quantity: QuantityMap) -> Measurement:
+    """Measure the target of a boolean mask (X, Y, Z) with the map of a quantity (X, Y, Z), both on ``grid``.
+
+    The margin keeps out voxels that hold part of what lies around.
+    """
+    found = _within(values, mask, grid.affine[:3, :3], quantity.margin_mm)
+    whole_ml = volume_ml(mask, grid.voxel_ml)
+    if not found.size:
+        return Measurement(whole_ml, 0.0, nan, nan, nan, nan)
+    above = nan if quantity.threshold is None else 100 * float(np.mean(found >= quantity.threshold))
+    mean, median, sd = float(found.mean()), float(np.median(found)), float(found.std())
+    return Measurement(whole_ml, found.size * grid.voxel_ml, mean, median, sd, above)
+
+
+def _within(
+    values: NDArray, mask: NDArray[np.bool_], steps_mm: NDArray[np.float64], margin_mm: float
+) -> NDArray[np.float64]:
+    """Values (n,) of a map in a mask, ``margin_mm`` or more inside its surface."""
     box = box_around(mask)
     if box is None:
-        return nan, nan
+        return np.empty(0)
     inner = mask[box]
     if margin_mm > 0:
-        inner = _inside(inner, steps_of(spacing_mm, 3), margin_mm)
-    chosen = values[box][inner].astype(np.float64)
-    return (float(chosen.mean()), float(np.median(chosen))) if chosen.size else (nan, nan)
+        inner = _inside(inner, steps_of(steps_mm, 3), margin_mm)
+    return values[box][inner].astype(np.float64)
 
 
 def _inside(mask: NDArray[np.bool_], steps_mm: NDArray[np.float64], margin_mm: float) -> NDArray[np.bool_]:

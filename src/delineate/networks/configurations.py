@@ -84,7 +84,7 @@ CONFIGURATIONS: Mapping[str, Configuration] = MappingProxyType(
         "liver-unet-v4": Configuration(_liver(), 9, 2, (256, 256), 1),
         "liver-unet-r": Configuration(_liver(short_skips=True), 1, 2, (256, 256), 1),
         "liver-unet-t": Configuration(VGGUNetSpec(), 1, 2, (256, 256), 1),
-        "liver-unet-tr": Configuration(VGGUNetSpec(short_skips=True), 1, 2, (256, 256), 1),
+        "liver-unet-tr": Configuration(VGGUNetSpec(short_skips="encoder"), 1, 2, (256, 256), 1),
         "liver-tumour": Configuration(ResidualUNetSpec(), 1, 2, (264, 320), 18),
         "liver-tumour-1": Configuration(ResidualUNetSpec(), 1, 1, (264, 320), 18),
         "wmh-dense": Configuration(DenseUNetSpec(batch_norm="keras", vgg_input="caffe"), 1, 1, (224, 224), 8),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from delineate.networks.base import Architecture, Step
@@ -16,12 +16,17 @@ BLOCKS = ((0,), (3,), (6, 8), (11, 13), (16, 18))
 WIDTHS = (64, 128, 256, 512, 512)
 
 
+def _in_words(value: Any) -> Any:
+    """Bundles of earlier versions say true and false."""
+    return ("encoder" if value else "none") if isinstance(value, bool) else value
+
+
 class VGGUNetSpec(Architecture):
     """TernausNet (Iglovikov & Shvets 2018): VGG11 without BatchNorm as encoder, five pools.
 
     A 1-convolution brings the image to VGG's three channels. It starts as the fixed rule would have
     it (one channel repeats, of two the first is appended, three pass; of more each of the three
-    takes an equal share) and is learned from there. ``short_skips`` adds 1-convolutions around the
+    takes an equal share) and is learned from there. ``short_skips: encoder`` adds 1-convolutions around the
     encoder's blocks from the second on, before the last ReLU. ``dropout`` acts on the outputs of
     the two deepest of them, as in the study's own U-Net. ``weights``: ``imagenet``, ``random``, or
     the path of a VGG11 file.
@@ -29,7 +34,7 @@ class VGGUNetSpec(Architecture):
 
     kind: Literal["vgg_unet"] = "vgg_unet"
     dimensions: Literal[2] = 2
-    short_skips: bool = False
+    short_skips: Annotated[Literal["none", "encoder"], BeforeValidator(_in_words)] = "none"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     weights: str = "imagenet"
 
@@ -65,7 +70,7 @@ class VGGUNet(nn.Module):
             for i, index in enumerate(indices):
                 before = widths[level] if i == 0 else WIDTHS[level]
                 self.features[str(index)] = nn.Conv2d(before, WIDTHS[level], 3, padding=1)
-            if spec.short_skips and level > 0:
+            if spec.short_skips == "encoder" and level > 0:
                 self.shortcuts.append(nn.Conv2d(widths[level], WIDTHS[level], 1))
         self.pool, self.relu = nn.MaxPool2d(2), nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(spec.dropout)

@@ -230,7 +230,7 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
     """
     compared, found, true = agreeing.compared, agreeing.shown, agreeing.reference
     difference = agreeing.predicted - true
-    unit = compared.unit
+    unit = compared.difference_unit
     if agreeing.in_percent:
         with np.errstate(divide="ignore", invalid="ignore"):  # percent of nothing is not drawn
             difference, unit = 100 * difference / true, "%"
@@ -243,10 +243,15 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
             axes.axhspan(-band_percent, band_percent, color=SERIES[2], alpha=0.15, linewidth=0)
         for interval in (found.low_ci95, found.high_ci95, found.bias_ci95):
             axes.axhspan(*interval, color=SERIES[0], alpha=0.12, linewidth=0)
-        for value, name in ((found.bias, "bias"), (low, "−1.96 SD"), (high, "+1.96 SD")):
+        lines, largest = [(found.bias, "bias"), (low, "−1.96 SD"), (high, "+1.96 SD")], np.abs(true[drawn]).max()
+        if high - low <= 1e-9 * largest:  # one line, but for rounding, as of maps of whole percents
+            lines = lines[:1]
+            axes.set_ylim(found.bias - 0.1 * largest, found.bias + 0.1 * largest)
+        for value, name in lines:
             axes.axhline(value, color=SERIES[0], linewidth=1.6 if name == "bias" else 1, linestyle="-")
+            text = f"{name}\n{value:+.{_DECIMALS[unit]}f} {_SHORT.get(unit, unit)}".replace("-", "−").rstrip()
             axes.annotate(
-                f"{name}\n{value:+.{_DECIMALS[unit]}f} {unit}".replace("-", "−").rstrip(), (1, value), (4, 0),
+                text, (1, value), (4, 0),
                 ("axes fraction", "data"), "offset points", va="center", fontsize=8, color=MUTED, annotation_clip=False,
             )  # fmt: skip
         shades = [colours.get(site, INK) for site, use in zip(agreeing.sites, drawn, strict=True) if use]
@@ -274,11 +279,15 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
     return _chart(draw, text, height=2.9)
 
 
-_DECIMALS = {"%": 1, "ml": 2, "": 2}
+_DECIMALS = {"%": 1, "ml": 2, "": 2, "percentage points": 2}
+_SHORT = {"percentage points": "pp"}
 
 
 def identity_chart(agreeing: Agreeing) -> str:
-    """Predicted over true value of each subject, the line of identity, and the concordance correlation."""
+    """Predicted over true value of each subject, the line of identity, and the concordance correlation.
+
+    Where there is a threshold it is drawn both ways, and who lies on another side by the prediction is named.
+    """
     compared, found = agreeing.compared, agreeing.concordance
     said, true = agreeing.predicted, agreeing.reference
     colours = _site_colours(agreeing.sites)
@@ -288,11 +297,20 @@ def identity_chart(agreeing: Agreeing) -> str:
         ends = [least, most + 0.05 * (most - least)]
         axes.plot(ends, ends, color=MUTED, linewidth=1)
         axes.scatter(true, said, s=14, c=[colours.get(s, SERIES[0]) for s in agreeing.sites], alpha=0.7, linewidths=0)
+        if compared.threshold is not None:
+            for line in (axes.axvline, axes.axhline):
+                line(compared.threshold, color=MUTED, linewidth=1, linestyle="--")
+            axes.annotate(
+                f"threshold {compared.threshold:g} {compared.unit}".rstrip(), (1, compared.threshold), (0, 3),
+                ("axes fraction", "data"), "offset points", ha="right", fontsize=8, color=MUTED,
+            )  # fmt: skip
+            for i in np.flatnonzero((said >= compared.threshold) != (true >= compared.threshold))[:6]:
+                axes.annotate(agreeing.subjects[i], (true[i], said[i]), (5, -3), textcoords="offset points", fontsize=8)
         if colours:
-            _site_legend(axes, colours, loc="lower right")
+            _site_legend(axes, colours, loc="lower right" if compared.threshold is None else "center right")
         axes.set(
             xlabel=_with_unit(f"{agreeing.target}, {compared.name} by the reference", compared.unit),
-            ylabel=_with_unit("predicted", compared.unit),
+            ylabel=_with_unit(f"{compared.name}, predicted", compared.unit),
             xlim=ends,
             ylim=ends,
         )
@@ -370,6 +388,9 @@ def confusion_chart(evaluation: Evaluation) -> str:
     return _chart(draw, f"Confusion of classes by voxels: {said}", height=0.9 + 0.45 * len(names))
 
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 def class_chart(evaluation: Evaluation) -> str:
     """Voxels of each class in the references of all subjects together, on a logarithmic scale."""
     voxels = evaluation.confusion.groupby("reference", sort=False)["voxels"].sum()
@@ -384,6 +405,7 @@ def class_chart(evaluation: Evaluation) -> str:
             )
         axes.set_xscale("log")
         axes.set_xlim(0.5, 12 * max(counts.max(), 1))
+        axes.xaxis.set_major_formatter(lambda value, _: f"10{str(round(np.log10(value))).translate(_RAISED)}")
         _name_rows(axes, names)
         axes.set_xlabel("voxels of the references, logarithmic")
 

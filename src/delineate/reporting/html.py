@@ -18,6 +18,7 @@ from delineate.calibration import Intervals
 from delineate.compute import Choice
 from delineate.core.text import printable_lines
 from delineate.datasets.inspection import SubjectRow
+from delineate.evaluation.agreement import crossings, signed
 from delineate.evaluation.methods import MethodDifference
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary, averaged
 from delineate.io.files import writing_beside
@@ -168,15 +169,33 @@ def _measured(
             "pooled": evaluation.described_pooled(),
             "lesions": evaluation.described_lesions(),
             "crossings": evaluation.crossings(),
+            "quantity": _quantity_headline(evaluation),
             "rows": evaluation.table.to_dict("records"),
             "unpaired": evaluation.unpaired,
-            "columns": [METRICS[name] for name in evaluation.metrics],
+            "columns": [evaluation.described_metric(name) for name in evaluation.metrics],
             "legend": _legend(overlays, palette),
             "pictures": [one for one in shown if one[0].rank],
             "others": [one for one in shown if not one[0].rank],
             "anchors": anchors,
         }
     }
+
+
+def _quantity_headline(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """What a reader of a quantity wants to know first, for one target: how far off it is, and who changes sides."""
+    quantity = evaluation.quantity
+    if quantity is None or len(evaluation.targets) > 1:
+        return []
+    shown = [
+        (", ".join(filter(None, [f"Bias of {compared.name}", compared.difference_unit])), signed(agreeing.shown.bias))
+        for agreeing in evaluation.agreements
+        if (compared := agreeing.compared).predicted == "quantity_mean"
+    ]
+    if quantity.threshold is not None:
+        for found in crossings(evaluation.table, quantity.threshold).values():
+            limit = quantity.with_unit(quantity.threshold)
+            shown.append((f"On the right side of {limit}", f"{found['right']} of {found['n']}"))
+    return shown
 
 
 _LEAST_FOR_BINS = 6
@@ -240,7 +259,7 @@ def _whole(evaluation: Evaluation, summary: Summary) -> dict[str, Estimate]:
 
 def _summary_rows(evaluation: Evaluation, summary: Summary) -> list[dict[str, Any]]:
     return [
-        {"target": target, **_estimate(METRICS[name], estimate)}
+        {"target": target, **_estimate(evaluation.described_metric(name), estimate)}
         for target, estimates in summary.items()
         if target != MEAN_OF_TARGETS or len(evaluation.targets) > 1
         for name, estimate in estimates.items()

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
 from delineate.core.grid import AXES
@@ -29,9 +29,9 @@ class SpatialSpec(Specification):
     """Geometric changes. Angles turn about each axis of the volume (2D: about the slice axis alone).
 
     ``elastic_mm`` is the standard deviation of the displacement of ``elastic_points`` control
-    points along each axis of a tile. ``mirror`` lists axes (x, y, z) flipped with probability 1/2.
-    ``rotate_in`` says what keeps its length as an image turns: millimetres, or ``voxels``, as image
-    libraries turn arrays whatever their spacing.
+    points along each axis of a tile; ``elastic_voxels`` is the same in voxels, whatever their size.
+    ``mirror`` lists axes (x, y, z) flipped with probability 1/2. ``rotate_in`` says what keeps its length as an
+    image turns: millimetres, or ``voxels``, as image libraries turn arrays whatever their spacing.
     """
 
     probability: Probability = 0.7
@@ -39,8 +39,26 @@ class SpatialSpec(Specification):
     rotate_in: Literal["mm", "voxels"] = "mm"
     scale: Factors = (0.85, 1.18)
     elastic_mm: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    elastic_voxels: Annotated[float, Field(ge=0, le=1000)] = 0.0
     elastic_points: Annotated[int, Field(ge=2, le=64)] = 5
     mirror: Annotated[tuple[Literal["x", "y", "z"], ...], Field(max_length=3)] = ()
+
+    @model_validator(mode="after")
+    def _has_one_unit(self) -> SpatialSpec:
+        if self.elastic_mm and self.elastic_voxels:
+            raise ValueError(
+                f"elastic_mm is {self.elastic_mm:g} and elastic_voxels {self.elastic_voxels:g}; give one of them"
+            )
+        return self
+
+    @property
+    def elastic(self) -> bool:
+        """Whether control points are displaced."""
+        return self.elastic_mm > 0 or self.elastic_voxels > 0
+
+    def displacement_voxels(self, spacing_mm: Tensor) -> Tensor:
+        """Standard deviation of the control points' displacement along each axis."""
+        return self.elastic_mm / spacing_mm + self.elastic_voxels
 
 
 class IntensitySpec(Specification):
@@ -132,13 +150,13 @@ def _sampling_grid(
     matrix = _affine(spec, n, d, generator, device, axes)
     if spec.rotate_in == "mm":
         matrix = matrix * spacing / spacing[:, None]  # voxels → mm → turned → voxels
-    points = [min(spec.elastic_points if spec.elastic_mm > 0 else 2, side) for side in shape]
+    points = [min(spec.elastic_points if spec.elastic else 2, side) for side in shape]
     lines = [torch.linspace(-1, 1, p, device=device) * (side - 1) / 2 for p, side in zip(points, shape, strict=True)]
     control = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).reshape(-1, d)
     source = (control @ matrix.transpose(1, 2)).reshape(n, *points, d)
-    if spec.elastic_mm > 0:
-        shift = torch.randn(n, *points, d, generator=generator, device=device) * spec.elastic_mm
-        source = source + shift * _chosen(n, spec.probability, generator, device).view(n, *[1] * (d + 1)) / spacing
+    if spec.elastic:
+        shift = torch.randn(n, *points, d, generator=generator, device=device) * spec.displacement_voxels(spacing)
+        source = source + shift * _chosen(n, spec.probability, generator, device).view(n, *[1] * (d + 1))
     size = torch.tensor(image.shape[2:], dtype=torch.float32, device=device)
     # grid_sample counts from -1 at the first border to 1 at the last, innermost axis first.
     grid = (source * 2 / size).flip(-1)
