@@ -98,7 +98,7 @@ _BRATS_CHANNELS: Mapping[str, tuple[str, ...]] = {
     "T2": ("t2", "t2w"),
 }
 _BRATS_TARGETS: Mapping[str, Targets] = {
-    # The word in the label's name, by year: 2012–2016, 2017–2021, 2023 on (told by "t2f" beside it).
+    # The word in the label's name, by year: 2012–2016, 2017–2021, since 2023 (recognised by "t2f" beside it).
     "ot": Targets({"necrosis": (1,), "edema": (2,), "non_enhancing": (3,), "enhancing": (4,)}),
     "seg": Targets({"necrotic_core": (1,), "edema": (2,), "enhancing": (4,)}),
     "seg 2023": Targets({"necrotic_core": (1,), "edema": (2,), "enhancing": (3,)}),

@@ -7,6 +7,7 @@ are worth a look:
 W_EMPTY_LABEL       a label marks nothing
 W_CONSTANT          one channel of several has the same value everywhere
 W_LABEL_OFF_IMAGE   more than half of a label lies where the image shows nothing
+W_MIRRORED          a label's border follows the image flipped, not where its header places it
 W_OUTLIER_SPACING   voxels 2.5 × larger or smaller than the data set's median
 W_OUTLIER_SHAPE     2.5 × more or fewer voxels along an axis than the data set's median
 W_DUPLICATE_SCAN    the same voxels under two subjects

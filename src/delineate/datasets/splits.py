@@ -44,19 +44,21 @@ class Split:
         return frozenset(self.test).union(*self.folds)
 
     def unassigned(self, subjects: Iterable[Subject]) -> tuple[str, ...]:
-        """Subjects that came after the split was made: in no fold and not in the test set."""
+        """Subjects added after the split was made: in no fold and not in the test set."""
         return tuple(subject.id for subject in subjects if subject.id not in self.subjects)
 
 
 def make_split(subjects: Sequence[Subject], folds: int = 5, test_fraction: float = 0.0, seed: int = 0) -> Split:
-    """Patients in k folds, each with its share of every site; a share of every site locked away first.
+    """Assign patients to k folds, balanced over sites, after locking away a test set with a share of every site.
 
-    A pure function of the subjects' names, patients and sites, in any order, and of the seed. Of
-    one site, folds differ by at most one patient; in all, by at most one too. Raises
+    A pure function of the subjects' names, patients and sites, in any order, and of the seed. Folds
+    differ by at most one patient from each site, and by at most one in all. Raises
     :class:`BadSplit` where there are fewer patients than folds.
     """
     if folds < 2 or not 0 <= test_fraction < 1:
-        raise BadSplit(f"{folds} folds, test fraction {test_fraction:g}: give two or more, and a fraction from 0 to 1")
+        raise BadSplit(
+            f"{folds} folds, test fraction {test_fraction:g}", fix="give at least two folds, and a fraction from 0 to 1"
+        )
     rng = np.random.default_rng(seed)
     by_site = {site: [groups[i] for i in rng.permutation(len(groups))] for site, groups in _patients(subjects).items()}
     test: list[str] = []
@@ -87,11 +89,13 @@ def sites_of(subjects: Iterable[Subject]) -> tuple[str, ...]:
 def leave_one_site_out(subjects: Sequence[Subject]) -> Split:
     """A fold for each site of :func:`sites_of`.
 
-    Raises :class:`BadSplit` where there is one site only, or a patient was seen at several.
+    Raises :class:`BadSplit` where there is only one site, or a patient was scanned at several.
     """
     sites = sites_of(subjects)
     if len(sites) < 2:
-        raise BadSplit(f"all subjects are of one site ({sites[0] if sites else 'none'})", fix="name sites in sites.csv")
+        raise BadSplit(
+            f"all subjects are from one site ({sites[0] if sites else 'none'})", fix="name sites in sites.csv"
+        )
     _refuse_straddling({site: [s for s in subjects if s.site == site] for site in sites})
     return Split(tuple(tuple(sorted(s.id for s in subjects if s.site == site)) for site in sites))
 
@@ -104,12 +108,12 @@ def load_or_make_split(
     test_fraction: float | None = None,
     seed: int = 0,
 ) -> Split:
-    """The split in a JSON file, made (five folds, no test set, if not told otherwise) where there is none.
+    """The split in a JSON file, which is made (by default with five folds and no test set) if it does not exist.
 
-    A file that is there decides; the seed is for making one. Raises :class:`BadSplit` where it is
-    damaged, names subjects that the data set does not have, parts a patient, or does not have the
-    folds or test set asked for. Subjects that came later stay in no part, and a warning is logged:
-    to take them in, delete the file and accept new folds.
+    An existing file decides; the seed is only for making one. Raises :class:`BadSplit` where it is
+    damaged, names subjects that the data set does not have, separates a patient's scans, or lacks the
+    folds or test set asked for. Subjects added later are left out with a logged warning: to include
+    them, delete the file and accept new folds.
     """
     if not path.exists():
         split = make_split(dataset.subjects, folds or 5, test_fraction or 0.0, seed)
@@ -122,9 +126,9 @@ def load_or_make_split(
             f"'{path}' has {len(split.folds)} folds, {folds} are asked for", fix="ask for these, or name another"
         )
     if test_fraction and not split.test:
-        raise BadSplit(f"'{path}' has no test set, one is asked for", fix="do without, or name another file")
+        raise BadSplit(f"'{path}' has no test set, but one is asked for", fix="do without, or name another file")
     if new := split.unassigned(dataset.subjects):
-        _log.warning("%d subjects are in no part of '%s' and stay out: %s", len(new), path, ", ".join(new))
+        _log.warning("%d subjects are in no part of '%s' and are left out: %s", len(new), path, ", ".join(new))
     return split
 
 
@@ -140,7 +144,7 @@ def load_split(path: Path) -> Split:
     about = read_json(path, BadSplit, fix=_FIX)
     folds, test, seed = (about.get(key) for key in ("folds", "test", "seed"))
     if not (isinstance(folds, list) and folds and all(map(_is_names, (*folds, test))) and type(seed) is int):
-        raise BadSplit(f"'{path}' is no split: it needs folds, test (lists of names) and seed", fix=_FIX)
+        raise BadSplit(f"'{path}' is not a split: it needs folds, test (lists of names) and seed", fix=_FIX)
     parts = [tuple(names) for names in (*folds, test)]
     split = Split(tuple(parts[:-1]), parts[-1], seed)
     counts = Counter(name for part in parts for name in part)
@@ -154,7 +158,7 @@ def _is_names(part: object) -> bool:
 
 
 def check_split(split: Split, dataset: Dataset, where: str = "the split") -> None:
-    """Raise :class:`BadSplit` where the split names strangers or parts a patient."""
+    """Raise :class:`BadSplit` where the split names unknown subjects or separates a patient's scans."""
     by_name = {subject.id: subject for subject in dataset.subjects}
     if strangers := sorted(split.subjects - set(by_name)):
         raise BadSplit(
@@ -175,7 +179,7 @@ def _refuse_straddling(parts: dict[str, list[Subject]]) -> None:
 
 
 def _patients(subjects: Sequence[Subject]) -> dict[str, list[list[str]]]:
-    """Subjects' names by patient, by site; a patient seen at several sites counts where most subjects are."""
+    """Subjects' names by patient, by site; a patient scanned at several sites counts at the one with most scans."""
     patients: dict[str, list[Subject]] = defaultdict(list)
     for subject in sorted(subjects, key=lambda s: s.id):
         patients[subject.patient].append(subject)
@@ -187,7 +191,7 @@ def _patients(subjects: Sequence[Subject]) -> dict[str, list[list[str]]]:
 
 
 def _shares(counts: dict[str, int], fraction: float) -> dict[str, int]:
-    """How many of each site, rounded so that the sum is right too (largest remainders)."""
+    """How many from each site, rounded so that the sum is right too (largest remainders)."""
     exact = {site: count * fraction for site, count in counts.items()}
     shares = {site: int(share) for site, share in exact.items()}
     # Whoever asks for a test set gets one.

@@ -17,9 +17,9 @@ from delineate.specification import Kinds, Specification
 
 
 class SamplerSpecification(Specification):
-    """The fields of a sampler, which either lists the tiles of a pass or draws one of each subject.
+    """The fields of a sampler, which either lists the tiles of a pass or draws one from each subject.
 
-    The order of a pass, and the numbers that :meth:`draw` is given, depend on the seed and the sample alone.
+    The order of a pass, and the random numbers given to :meth:`draw`, depend only on the seed and the sample.
     """
 
     if TYPE_CHECKING:
@@ -33,12 +33,12 @@ class SamplerSpecification(Specification):
         return []
 
     def draw(self, subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
-        """A tile of a subject, inside its volume where it fits, else around it."""
+        """A tile of a subject: inside its volume if it fits, otherwise around it."""
         return drawn(subject, geometry, rng)
 
 
 class AllTiles(SamplerSpecification):
-    """Every tile of every subject once a pass, in a new order each pass."""
+    """Every tile of every subject once per pass, in a new order each time."""
 
     kind: Literal["all"] = "all"
     overlap: Annotated[float, Field(ge=0, le=0.95)] = 0.0
@@ -52,13 +52,13 @@ class AllTiles(SamplerSpecification):
 
 
 class RandomTiles(SamplerSpecification):
-    """Every subject once a pass, at a place drawn uniformly."""
+    """Every subject once per pass, at a position drawn uniformly."""
 
     kind: Literal["random"] = "random"
 
 
 class ClassBalancedTiles(SamplerSpecification):
-    """Every subject once a pass; a ``foreground_fraction`` of the tiles is centred near a target's voxel.
+    """Every subject once per pass; a ``foreground_fraction`` of the tiles is centred near a target's voxel.
 
     The target is drawn with equal chances from those the subject has, then one of its voxels.
     """
@@ -76,10 +76,10 @@ class ClassBalancedTiles(SamplerSpecification):
 
 
 class ChosenSlices(SamplerSpecification):
-    """Some slices of every subject once a pass, in a new order each pass; for tiles that are slices.
+    """Some slices of every subject once per pass, in a new order each time; for tiles that are slices.
 
-    Of each subject ``with_target`` slices that hold a target, evenly spread, and ``adjacent`` ones
-    without, those nearest to any with. ``at_most`` so many slices in all, subjects in their order.
+    From each subject, ``with_target`` slices that hold a target, evenly spread, and ``adjacent`` slices without
+    one, those nearest to any that has one. In all ``at_most`` this many slices, subjects in their order.
     """
 
     kind: Literal["chosen_slices"] = "chosen_slices"
@@ -154,7 +154,7 @@ class Sampler:
 
 
 def drawn(subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
-    """A tile at a place drawn uniformly."""
+    """A tile at a position drawn uniformly."""
     return _tile([int(rng.integers(low, high + 1)) for low, high in _range(subject, geometry)], geometry.shape)
 
 
