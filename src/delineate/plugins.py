@@ -109,7 +109,7 @@ class Parts(Mapping[str, T], Generic[T]):
             ) from error
         if self.name_of(part) != name:
             raise RecipeError(
-                f"{self.what} '{name}' from {by[0]} is {points[0].value}, which is no {self.what} of that name",
+                f"{self.what} '{name}' from {by[0]} is {points[0].value}, which is not a {self.what} of that name",
                 fix=f"give its entry point the part's own name, {self.name_of(part)!r}",
             )
         _requirements[id(part)] = (part, by[0])

@@ -219,7 +219,7 @@ def test_the_example_package_trains_predicts_and_is_asked_for_where_it_is_absent
     ("value", "message"),
     [
         ("no_such_module:Net", r"network 'strange' from odd-one==2\.0 cannot be loaded: ModuleNotFoundError"),
-        ("json:dumps", "is json:dumps, which is no network of that name"),
+        ("json:dumps", "is json:dumps, which is not a network of that name"),
         ("delineate.networks.unet:UNetSpec", "give its entry point the part's own name, 'unet'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""DICOM-SEG: a label to segments that refer to the series it was drawn on, and back."""
+"""DICOM-SEG: labels as segments that refer to the series they were drawn on, and back."""
 
 from __future__ import annotations
 

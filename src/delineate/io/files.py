@@ -45,7 +45,7 @@ class Limits:
 MOST_TEXT = 2**26
 """Most bytes of a text file that is read as a whole, such as a table or a description."""
 
-_MOST_FOLDERS = 100_000  # within one folder
+_MOST_FOLDERS = 100_000  # below one folder
 
 
 def home_folder() -> Path:

@@ -99,7 +99,7 @@ class Format:
     def __post_init__(self) -> None:
         if not self.suffix.startswith(".") or self.suffix != self.suffix.lower() or len(self.suffix) < 2:
             raise BadFormat(
-                f"a format has '{self.suffix}' for its suffix", fix="give it a dot and small letters, as in .own"
+                f"a format has '{self.suffix}' for its suffix", fix="give it a dot and lower-case letters, as in .own"
             )
 
 
@@ -110,7 +110,7 @@ FORMATS: Parts[Format] = Parts(
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix, in small letters, that identifies a scan's format; ``""`` if the file is not a scan.
+    """The suffix, in lower case, that identifies a scan's format; ``""`` if the file is not a scan.
 
     Hidden files do not count as scans: archives made on a Mac hold ``._case.nii.gz`` beside ``case.nii.gz``.
     """
@@ -159,7 +159,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_header(path: Path, limits: Limits = _LIMITS, *, orientation: Orientation = "refuse") -> Header:
-    """Grid, channels and dtype, checked, as is that the file is complete; voxels stay on the disk.
+    """Grid, channels and dtype, after checking them and that the file is complete; voxels stay on the disk.
 
     Raises what :func:`read_volume` raises, except for faults that only voxels and checksums reveal.
     """

@@ -149,7 +149,7 @@ def write(path: Path, voxels: NDArray, grid: Grid, about: Mapping[str, str] = Ma
 
 
 def _fields(path: Path) -> tuple[dict[str, str], int]:
-    """The header's fields, names in small letters, and where the header ends: at an empty line or at the file's end."""
+    """The header's fields, names in lower case, and where the header ends: at an empty line or at the file's end."""
     fields: dict[str, str] = {}
     with open_file(path) as file:
         if not re.fullmatch(rb"NRRD000\d\r?\n", file.readline(_LONGEST_LINE)):

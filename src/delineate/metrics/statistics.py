@@ -128,7 +128,7 @@ class Difference:
     ``p`` is from Wilcoxon's signed-rank test over all ``n``, two-sided, Holm-corrected for ``comparisons``.
     A patient for whom one method failed on more scans than the other ranks beyond every finite difference;
     ``decided_by_failure`` counts such patients. Differences within 1e-9 of the largest value are zero, which
-    take ranks but no side (Pratt 1959), and those that close to each other tie. The distribution is exact,
+    take ranks but no side (Pratt 1959); values that close to each other tie. The distribution is exact,
     given the ranks, for up to 100 patients. ``effect`` is the matched-pairs rank-biserial correlation
     (−1 … 1; Kerby 2014).
     """

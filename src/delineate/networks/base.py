@@ -28,8 +28,8 @@ class Architecture(Specification):
     """Fields that define a network, and the geometry that tilings derive from them.
 
     ``project_inputs_to``: a learned 1-convolution first maps the image to this many channels, for weights
-    that were trained with that number. It is initialised to repeat the channels, or to average them if there
-    are more.
+    that were trained with that number. It is initialised to repeat the channels or, if there are more than
+    that, to average them.
     """
 
     if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Architecture(Specification):
         parameters = sum(parameter.numel() for parameter in network.parameters())
         if parameters > MOST_PARAMETERS:
             raise RecipeError(
-                f"the network has {parameters:,} parameters", fix=f"reduce its widths: {MOST_PARAMETERS:,} are allowed"
+                f"the network has {parameters:,} parameters", fix=f"reduce its widths: {MOST_PARAMETERS:,} is the limit"
             )
 
     def body(self, inputs: int, outputs: int) -> nn.Module:
