@@ -133,7 +133,7 @@ def test_new_weights_leave_the_rest_as_it_is(saved) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bundle.json", "{", "no JSON"),
+        ("bundle.json", "{", "not readable JSON"),
         ("bundle.json", json.dumps({"format": 99}), "format 99"),
         ("recipe.yaml", None, "recipe.yaml' is missing"),
     ],

@@ -15,7 +15,7 @@
      │    ├── BadFormat                E_FORMAT
      │    ├── GridMismatch             E_GRID_MISMATCH
      │    ├── BadLabelValue            E_LABEL_VALUE
-     │    └── SeriesError              slices of DICOM that form no volume
+     │    └── SeriesError              DICOM slices that do not form one volume
      │         ├── SeveralSeries       E_SEVERAL_SERIES
      │         ├── MissingSlice        E_MISSING_SLICE
      │         ├── DuplicateSlice      E_DUPLICATE_SLICE
@@ -31,11 +31,11 @@
      │    └── BadSplit                 E_SPLIT
      ├── RecipeError                 E_RECIPE      a recipe or setting is not valid
      ├── BundleError                 E_BUNDLE      a bundle is damaged or does not fit
-     ├── UnknownKey                  E_KEY         the key that hides names is damaged, or another one
-     ├── WeightsError                E_WEIGHTS     published weights are missing, damaged or of another network
-     ├── CannotUndo                  E_UNDO        a preprocessing step has no way back
-     ├── TrainingError               E_TRAINING    training cannot go on
-     ├── RunInUse                    E_IN_USE      another training is running in the folder
+     ├── UnknownKey                  E_KEY         the key that hides names is damaged, or is a different one
+     ├── WeightsError                E_WEIGHTS     published weights are missing, damaged or for another network
+     ├── CannotUndo                  E_UNDO        a preprocessing step cannot be undone
+     ├── TrainingError               E_TRAINING    training cannot continue
+     ├── RunInUse                    E_IN_USE      another training run is using the folder
      ├── OutputError                 E_OUTPUT      a result cannot be written
      └── Cancelled                   E_CANCELLED   the caller cancelled it
 
@@ -55,9 +55,9 @@ _MOST_CHARACTERS = 4000
 
 
 class DelineateError(Exception):
-    """Base of all errors raised on purpose: ``code``, ``message`` and ``fix``, which are printed as one sentence.
+    """Base of all errors raised on purpose: a ``code``, a ``message`` and a ``fix``, printed as one sentence.
 
-    ``fix`` is "" where the message says it all.
+    ``fix`` is empty where the message says it all.
     """
 
     code = "E_DELINEATE"
@@ -73,7 +73,7 @@ class DelineateError(Exception):
     def text(self) -> str:
         """What is wrong and what to do about it, without the code.
 
-        Cut off where names or lists from outside make it longer than anybody reads.
+        Cut short where names or lists from outside make it longer than anybody would read.
         """
         text = f"{self.message}; {self.fix}" if self.fix else self.message
         return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
@@ -104,7 +104,7 @@ class AmbiguousOrientation(ScanError):
 
 
 class BadShape(ScanError):
-    """The array has an empty axis, or more axes than the layout knows."""
+    """The array has an empty axis, or more axes than the layout allows."""
 
     code = "E_SHAPE"
 
@@ -122,13 +122,13 @@ class BadPath(ScanError):
 
 
 class BadVoxels(ScanError):
-    """Voxels are NaN or infinite."""
+    """Some voxels are NaN or infinite."""
 
     code = "E_NONFINITE"
 
 
 class ConstantScan(ScanError):
-    """Every voxel of every channel has the channel's one value, zero or another: nothing is seen."""
+    """Each channel has a single value throughout, zero or another: there is nothing to see."""
 
     code = "E_CONSTANT"
 
@@ -140,25 +140,25 @@ class BadFormat(ScanError):
 
 
 class GridMismatch(ScanError):
-    """Two volumes that must share a grid do not."""
+    """Two volumes that must share a grid do not share one."""
 
     code = "E_GRID_MISMATCH"
 
 
 class BadLabelValue(ScanError):
-    """A label holds a value that is not an integer, or that the targets do not know."""
+    """A label holds a value that is not an integer, or that no target includes."""
 
     code = "E_LABEL_VALUE"
 
 
 class SeriesError(ScanError):
-    """Slices of DICOM do not form one volume."""
+    """DICOM slices do not form one volume."""
 
     code = "E_SERIES"
 
 
 class SeveralSeries(SeriesError):
-    """A place holds several series where one is meant."""
+    """A folder or zip holds several series where one is expected."""
 
     code = "E_SEVERAL_SERIES"
 
@@ -170,7 +170,7 @@ class MissingSlice(SeriesError):
 
 
 class DuplicateSlice(SeriesError):
-    """Two slices lie at one position."""
+    """Two slices lie at the same position."""
 
     code = "E_DUPLICATE_SLICE"
 
@@ -182,13 +182,13 @@ class MixedOrientations(SeriesError):
 
 
 class SeveralTimes(SeriesError):
-    """Each position has several slices: times, echoes or repetitions."""
+    """Each position has several slices: time points, echoes or repetitions."""
 
     code = "E_SEVERAL_TIMES"
 
 
 class TiltedGantry(SeriesError):
-    """Slices are shifted within their plane from one to the next."""
+    """Each slice is shifted within its plane relative to the one before."""
 
     code = "E_GANTRY_TILT"
 
@@ -230,7 +230,7 @@ class BrokenSubjects(DatasetError):
 
 
 class BadSplit(DatasetError):
-    """A split cannot be made, or a split file does not fit the data set."""
+    """A split cannot be made, or a split file does not match the data set."""
 
     code = "E_SPLIT"
 
@@ -248,31 +248,31 @@ class BundleError(DelineateError):
 
 
 class UnknownKey(DelineateError):
-    """The key that hides names is damaged, or not the one that a bundle's were hidden with."""
+    """The key that hides names is damaged, or is not the one that hid a bundle's names."""
 
     code = "E_KEY"
 
 
 class WeightsError(DelineateError):
-    """Published weights are missing, damaged, or those of another network."""
+    """Published weights are missing, damaged, or for another network."""
 
     code = "E_WEIGHTS"
 
 
 class CannotUndo(DelineateError):
-    """A preprocessing step has no way back."""
+    """A preprocessing step cannot be undone."""
 
     code = "E_UNDO"
 
 
 class TrainingError(DelineateError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
     code = "E_TRAINING"
 
 
 class RunInUse(DelineateError):
-    """Another training is running in this run folder."""
+    """Another training run is using this folder."""
 
     code = "E_IN_USE"
 
@@ -284,6 +284,6 @@ class OutputError(DelineateError):
 
 
 class Cancelled(DelineateError):
-    """The caller's cancel token was set; nothing is left half-written."""
+    """The caller's cancel token was set; nothing is left half written."""
 
     code = "E_CANCELLED"

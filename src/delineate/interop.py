@@ -1,6 +1,6 @@
-"""Images of other libraries, in and out: voxels and world coordinates stay exactly as they are.
+"""Images from and to other libraries: voxels and world coordinates stay exactly as they are.
 
-A library is imported when one of its images is made, and none has to be installed for the others.
+A library is imported only when one of its images is made, so none has to be installed for the others.
 :func:`volume_of` takes any of their images, as :func:`delineate.predict` and :func:`delineate.write` do.
 """
 
@@ -39,7 +39,7 @@ _WHERE = Path("the image")
 
 @runtime_checkable
 class NibabelImage(Protocol):
-    """What is needed of nibabel's spatial images."""
+    """The part of nibabel's spatial images that is used here."""
 
     @property
     def dataobj(self) -> Any: ...
@@ -50,7 +50,7 @@ class NibabelImage(Protocol):
 
 @runtime_checkable
 class SimpleITKImage(Protocol):
-    """What is needed of a ``SimpleITK.Image``."""
+    """The part of a ``SimpleITK.Image`` that is used here."""
 
     def GetDirection(self) -> Any: ...  # noqa: N802
 
@@ -63,7 +63,7 @@ class SimpleITKImage(Protocol):
 
 @runtime_checkable
 class TorchIOImage(Protocol):
-    """What is needed of TorchIO's ``ScalarImage`` and ``LabelMap``: ``data`` (C, X, Y, Z), RAS."""
+    """The part of TorchIO's ``ScalarImage`` and ``LabelMap`` that is used here: ``data`` (C, X, Y, Z), RAS."""
 
     @property
     def data(self) -> Any: ...
@@ -83,24 +83,25 @@ def from_numpy(voxels: ArrayLike, affine: ArrayLike) -> Volume:
     4 × 5 × 6 voxels of 1 × 1 × 3 mm, RAS
 
     Raises :class:`~delineate.errors.BadShape`, :class:`~delineate.errors.BadGeometry` and
-    :class:`~delineate.errors.BadVoxels` for what no scan has.
+    :class:`~delineate.errors.BadVoxels` for what no scan can have.
     """
     array, to_world = np.asarray(voxels), np.asarray(affine, np.float64)
     array = array[None] if array.ndim == 3 else array
     if array.ndim != 4 or 0 in array.shape:
         raise BadShape(f"the image has voxels {array.shape}", fix="give (X, Y, Z), or channels first (C, X, Y, Z)")
     if array.dtype.kind not in "biuf":
-        raise BadVoxels(f"the image has voxels of {array.dtype}", fix="give whole or real numbers")
+        raise BadVoxels(f"the image has voxels of type {array.dtype}", fix="give integers or real numbers")
     if to_world.shape != (4, 4) or not np.array_equal(to_world[3], (0, 0, 0, 1)):
         raise BadShape(
-            f"the affine has the shape {to_world.shape} or another last row", fix="give (4, 4), ending in 0 0 0 1"
+            f"the affine has shape {to_world.shape}, or its last row is not 0 0 0 1",
+            fix="give (4, 4), ending in 0 0 0 1",
         )
     x, y, z = array.shape[1:]
     return Volume(array, check_grid(_WHERE, (x, y, z), to_world))
 
 
 def to_numpy(volume: Volume | LabelVolume) -> tuple[NDArray, NDArray[np.float64]]:
-    """The voxels, (C, X, Y, Z) of a scan and (X, Y, Z) of a label, and the affine to RAS+ millimetres."""
+    """The voxels, (C, X, Y, Z) for a scan or (X, Y, Z) for a label, and the affine to RAS+ millimetres."""
     return volume.voxels, np.array(volume.grid.affine)
 
 
@@ -115,7 +116,7 @@ def from_nibabel(image: NibabelImage) -> Volume:
     elif voxels.ndim != 3:
         raise BadShape(f"the image has {voxels.ndim} axes", fix="choose one volume (x, y, z), or (x, y, z, channel)")
     if image.affine is None:
-        raise BadFormat("the image has no affine", fix="give from_numpy its voxels and where they lie")
+        raise BadFormat("the image has no affine", fix="pass its voxels to from_numpy, with the affine")
     units = getattr(getattr(image, "header", None), "get_xyzt_units", lambda: ("mm",))
     if (unit := units()[0]) in ("meter", "micron"):
         raise BadGeometry(f"the image measures in {unit}s", fix="convert it to millimetres")
@@ -125,7 +126,7 @@ def from_nibabel(image: NibabelImage) -> Volume:
 def to_nibabel(volume: Volume | LabelVolume) -> Any:
     """A ``nibabel.Nifti1Image``; several channels become its fourth axis.
 
-    The image in memory has the affine to the last bit; a NIfTI file keeps 32 bits of it.
+    The image in memory has the affine to the last bit; a NIfTI file keeps it to 32 bits.
     """
     import nibabel
 
@@ -136,14 +137,14 @@ def to_nibabel(volume: Volume | LabelVolume) -> Any:
 
 
 def from_simpleitk(image: SimpleITKImage) -> Volume:
-    """A scan from a SimpleITK image, whose world is LPS; components of a voxel are channels.
+    """A scan from a SimpleITK image, whose world is LPS; a voxel's components are channels.
 
     Raises what :func:`from_numpy` raises, and :class:`~delineate.errors.BadShape` unless it has three axes.
     """
     import SimpleITK
 
     if image.GetDimension() != 3:
-        raise BadShape(f"the image has {image.GetDimension()} axes", fix="choose one volume with three")
+        raise BadShape(f"the image has {image.GetDimension()} axes", fix="choose one volume with three axes")
     voxels = SimpleITK.GetArrayFromImage(cast(Any, image))  # (Z, Y, X) or (Z, Y, X, C)
     voxels = voxels.transpose(2, 1, 0) if voxels.ndim == 3 else voxels.transpose(3, 2, 1, 0)
     affine = np.eye(4)
@@ -154,7 +155,7 @@ def from_simpleitk(image: SimpleITKImage) -> Volume:
 
 
 def to_simpleitk(volume: Volume | LabelVolume) -> Any:
-    """A ``SimpleITK.Image``, whose world is LPS; several channels become components of a voxel."""
+    """A ``SimpleITK.Image``, whose world is LPS; several channels become a voxel's components."""
     import SimpleITK
 
     voxels, affine = to_numpy(volume)
@@ -172,17 +173,17 @@ def to_simpleitk(volume: Volume | LabelVolume) -> Any:
 
 
 def from_torchio(image: TorchIOImage) -> Volume:
-    """A scan from one of TorchIO's images. A subject's are its values; several go in as a mapping by channel."""
+    """A scan from a TorchIO image. A subject's images are its values; pass several as a mapping by channel."""
     return from_numpy(np.asarray(image.data), image.affine)
 
 
 def to_torchio(volume: Volume | LabelVolume) -> Any:
-    """A ``torchio.ScalarImage``, or a ``LabelMap`` of a label. TorchIO has to be installed."""
+    """A ``torchio.ScalarImage``, or for a label a ``LabelMap``. TorchIO has to be installed."""
     try:
         import torchio
     except ModuleNotFoundError as error:
         raise BadFormat(
-            "an image of TorchIO's needs its package, which is missing", fix="pip install torchio"
+            "a TorchIO image needs the package torchio, which is missing", fix="pip install torchio"
         ) from error
     import torch
 
@@ -193,7 +194,7 @@ def to_torchio(volume: Volume | LabelVolume) -> Any:
 
 
 def volume_of(image: Image | Volume) -> Volume:
-    """A scan from an image of any of these libraries. Raises :class:`~delineate.errors.BadFormat` for anything else.
+    """A scan from any of these libraries' images. Raises :class:`~delineate.errors.BadFormat` for anything else.
 
     >>> import numpy as np
     >>> scan = from_numpy(np.zeros((4, 5, 6), np.int16), np.diag([1, 1, 3, 1]))
@@ -209,16 +210,16 @@ def volume_of(image: Image | Volume) -> Volume:
     if isinstance(image, TorchIOImage) and not isinstance(image, Mapping | np.ndarray):
         return from_torchio(image)
     raise BadFormat(
-        f"{type(image).__name__} is no scan",
+        f"a {type(image).__name__} is not a scan",
         fix=(
-            "give a file, a delineate.Volume, an image of nibabel, SimpleITK or "
-            "TorchIO, or an array with its affine by delineate.interop.from_numpy"
+            "give a file, a delineate.Volume, a nibabel, SimpleITK or TorchIO image, "
+            "or an array with its affine by delineate.interop.from_numpy"
         ),
     )
 
 
 def as_label(volume: Volume) -> LabelVolume:
-    """A scan of whole numbers as the label that it is.
+    """A scan of whole numbers as a label.
 
     >>> import numpy as np
     >>> as_label(from_numpy(np.ones((2, 2, 2)), np.eye(4))).voxels.dtype
@@ -236,14 +237,14 @@ def as_label(volume: Volume) -> LabelVolume:
         whole = np.rint(voxels)
         if not np.array_equal(voxels, whole) or np.abs(whole).max() > 2**31:
             raise BadLabelValue(
-                "the label has values that are no whole numbers", fix="resample it with nearest neighbours"
+                "the label has values that are not whole numbers", fix="resample it with nearest neighbours"
             )
         voxels = whole.astype(np.uint8 if whole.min() >= 0 and whole.max() < 256 else np.int32)
     return LabelVolume(voxels, volume.grid)
 
 
 def _storable(voxels: NDArray) -> NDArray:
-    """Voxels in a type that every library has."""
+    """Voxels in a type that every library supports."""
     if voxels.dtype.kind == "b":
         return voxels.astype(np.uint8)
     return voxels.astype(np.float32) if voxels.dtype == np.float16 else voxels

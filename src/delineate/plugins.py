@@ -1,9 +1,9 @@
-"""Parts of other packages: found by their entry points, or in modules that the user names. Nothing else imports them.
+"""Parts from other packages, found by entry points or in modules that the user names. Nothing else imports them.
 
-A package offers a network, say, by an entry point of the group ``delineate.networks`` that has the network's ``kind``
-as its name. A module is named by ``--plugin``, by the variable ``DELINEATE_PLUGINS`` (several are joined by commas)
-or by :func:`use`; every part that stands in it counts. Neither is looked at before a name is asked for that
-Delineate does not have itself, or before everything is listed.
+A package offers a network, for example, by an entry point in the group ``delineate.networks`` whose name is the
+network's ``kind``. A module is named with ``--plugin``, in the variable ``DELINEATE_PLUGINS`` (separate several with
+commas) or with :func:`use`; every part defined in it counts. Neither is looked at until somebody asks for a name that
+Delineate itself does not have, or for a list of everything.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from delineate.errors import RecipeError
 T = TypeVar("T")
 
 VARIABLE = "DELINEATE_PLUGINS"
-"""Names the modules of the user's own parts; processes that a training starts inherit it."""
+"""The environment variable that names the user's own modules; processes that training starts inherit it."""
 
 GROUPS = ("networks", "losses", "metrics", "steps", "samplers", "layouts", "formats")
-"""The kinds of parts; entry points are called ``delineate.`` and one of these."""
+"""The kinds of parts; an entry point's group is ``delineate.`` followed by one of these."""
 
-_requirements: dict[int, tuple[object, str]] = {}  # by identity; holds the part, so that it keeps it
+_requirements: dict[int, tuple[object, str]] = {}  # by id(part); holding the part keeps its id from being reused
 
 
 class Parts(Mapping[str, T], Generic[T]):
-    """The parts of one kind by name: Delineate's own, and those of others, which are loaded when they are asked for.
+    """The parts of one kind by name: Delineate's own, and those of other packages, which are loaded when asked for.
 
-    ``what`` is the kind in words, for errors. ``name_of`` gives the name of a part, and None for what is none.
-    Raises :class:`RecipeError` where a part of another package cannot be loaded.
+    ``what`` is the kind in words, for errors. ``name_of`` returns a part's name, or None for an object that is no
+    such part. Raises :class:`RecipeError` where a part from another package cannot be loaded.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class Parts(Mapping[str, T], Generic[T]):
     def __contains__(self, name: object) -> bool:
         return name in self.packaged or name in self.foreign()
 
-    # One of these is itself alone, and may be part of an annotation.
+    # Compared by identity and hashable, since it may be part of an annotation.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     def foreign(self) -> tuple[str, ...]:
-        """Names of the parts of others, of which none is loaded for that."""
+        """Names of the parts from other packages; none is loaded to find out."""
         found = [name for module in _modules() for name in self._within(module)]
         return tuple(dict.fromkeys([*found, *(name for name in _offered(self.group) if name not in self.packaged)]))
 
     def usable(self) -> list[T]:
-        """The parts of others; one that cannot be loaded is left out with a warning."""
+        """The parts from other packages; any that cannot be loaded is left out with a warning."""
         parts = []
         for name in self.foreign():
             try:
@@ -90,7 +90,7 @@ class Parts(Mapping[str, T], Generic[T]):
                 continue
             if name in self.packaged:
                 raise RecipeError(
-                    f"module '{module.__name__}' has a {self.what} '{name}', as Delineate has itself",
+                    f"module '{module.__name__}' has a {self.what} '{name}', a name that Delineate itself uses",
                     fix="give it another name",
                 )
             parts[name] = part
@@ -104,20 +104,20 @@ class Parts(Mapping[str, T], Generic[T]):
             part = points[0].load()
         except Exception as error:
             raise RecipeError(
-                f"{self.what} '{name}' of {by[0]} cannot be loaded: {type(error).__name__}: {error}",
+                f"{self.what} '{name}' from {by[0]} cannot be loaded: {type(error).__name__}: {error}",
                 fix="install what it needs, or uninstall that package",
             ) from error
         if self.name_of(part) != name:
             raise RecipeError(
-                f"{self.what} '{name}' of {by[0]} is {points[0].value}, which is no {self.what} of that name",
-                fix=f"its entry point must have the name of the part, which is {self.name_of(part)!r}",
+                f"{self.what} '{name}' from {by[0]} is {points[0].value}, which is not a {self.what} of that name",
+                fix=f"give its entry point the part's own name, {self.name_of(part)!r}",
             )
         _requirements[id(part)] = (part, by[0])
         return part
 
 
 def use(*modules: str) -> None:
-    """Import modules for the parts that stand in them, here and in the processes that this one starts.
+    """Import modules for the parts defined in them, here and in the processes that this one starts.
 
     Raises :class:`RecipeError` where one cannot be imported.
     """
@@ -125,13 +125,13 @@ def use(*modules: str) -> None:
     for module in modules:
         if "," in module or not module:
             raise RecipeError(
-                f"plugin '{module}' is not one module", fix="name each by itself, such as --plugin my_module"
+                f"plugin '{module}' is not one module", fix="name each separately, such as --plugin my_module"
             )
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*named, *modules]))
     try:
         _modules()
-    except RecipeError:  # what cannot be imported is not asked for again
+    except RecipeError:  # do not try again to import what cannot be imported
         del os.environ[VARIABLE]
         if before is not None:
             os.environ[VARIABLE] = before
@@ -139,9 +139,9 @@ def use(*modules: str) -> None:
 
 
 def requirement_of(part: object) -> str | None:
-    """What must be there for a part of another package, ``package==version``; None for Delineate's own.
+    """What a part from another package needs installed, as ``package==version``; None for Delineate's own.
 
-    Of a module that belongs to no package it is the module's name.
+    For a module that belongs to no package, it is the module's name.
     """
     found = _requirements.get(id(part))
     return None if found is None else found[1]
@@ -168,20 +168,20 @@ def _imported(name: str) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     here = os.getcwd()
-    sys.path.append(here)  # last, so that nothing there stands for an installed module
+    sys.path.append(here)  # last, so that nothing there shadows an installed module
     try:
         return importlib.import_module(name)
     except Exception as error:
         raise RecipeError(
             f"plugin '{name[:100]}' cannot be imported: {type(error).__name__}: {error}",
-            fix=("give the name of a module that is installed or lies in this folder, without .py"),
+            fix=("give the name, without .py, of a module that is installed or in this folder"),
         ) from error
     finally:
         sys.path.remove(here)
 
 
 def _offered(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
-    """The entry points of a group by name."""
+    """A group's entry points by name."""
     return _all_offered(tuple(sys.path)).get(group, {})
 
 

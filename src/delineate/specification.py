@@ -1,4 +1,4 @@
-"""What is written down: known fields, finite numbers in bounds, lists that end, open kinds, one JSON."""
+"""What all specifications share: known fields, finite bounded numbers, bounded lists, open kinds, one JSON form."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ T = TypeVar("T")
 
 
 class Specification(BaseModel):
-    """Fields of a recipe; nothing unknown is taken, and nothing changes once it is there.
+    """Fields of a recipe: unknown ones are refused, and none can be changed later.
 
-    Every number has a lower and an upper bound and every list a longest length, which lie far beyond what
-    anybody uses: what is beyond them is a slip, or meant to use up memory or time.
+    Every number has a lower and an upper bound and every list a longest length, all far beyond what anybody
+    uses: a value outside them is a slip, or an attempt to use up memory or time.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=10_000)
 
 
 def to_json(value: Any, indent: int | None = 1) -> str:
-    """JSON of a specification or of a dataclass of typed fields; :func:`from_json` gives back an equal one."""
+    """A specification, or a dataclass with typed fields, as JSON; :func:`from_json` returns an equal one."""
     return _adapter(type(value)).dump_json(value, indent=indent).decode()
 
 
@@ -38,7 +38,7 @@ _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    """Made once for each type: it takes milliseconds."""
+    """A type's adapter, made only once since that takes milliseconds."""
     if kind not in _ADAPTERS:
         _ADAPTERS[kind] = TypeAdapter(kind)
     return _ADAPTERS[kind]
@@ -48,10 +48,10 @@ S = TypeVar("S", bound=Specification)
 
 
 class Kinds(Parts[type[S]]):
-    """Specifications told apart by ``kind``: Delineate's own, and those of others that are found by their name.
+    """Specifications told apart by ``kind``: Delineate's own, and those from other packages, found by name.
 
-    As an annotation, ``Annotated[Base, KINDS]``, it is a union that stays open: a kind that is not packaged is looked
-    up when it is met.
+    As an annotation, ``Annotated[Base, KINDS]``, it is an open union: a kind that is not packaged is looked up
+    when it is met.
     """
 
     def __init__(self, group: str, what: str, base: type, packaged: tuple[type[S], ...]) -> None:
@@ -66,7 +66,7 @@ class Kinds(Parts[type[S]]):
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         kinds = {kind: handler.generate_schema(part) for kind, part in self.packaged.items()}
         packaged = core_schema.tagged_union_schema(kinds, discriminator="kind", from_attributes=True)
-        # Each is written by its own class, whatever that is.
+        # Each value is serialised by its own class, whichever that is.
         written = core_schema.simple_ser_schema("any")
         return core_schema.no_info_wrap_validator_function(self._validated, packaged, serialization=written)
 
@@ -83,7 +83,7 @@ class Kinds(Parts[type[S]]):
 
 
 def specifications_in(value: object) -> Iterator[Specification]:
-    """A specification and all that stand in it."""
+    """A specification and every one nested in it."""
     if isinstance(value, Specification):
         yield value
         for name in type(value).model_fields:

@@ -180,7 +180,7 @@ def test_a_series_is_its_folder_and_what_is_no_file_is_never_replaced(tmp_path: 
     for given in (tmp_path / "series", tmp_path / "series/1.dcm"):
         with pytest.raises(OutputError, match="an input"):
             check_outputs([tmp_path / "series/../series/2.dcm"], [given], overwrite=True)
-    with pytest.raises(OutputError, match="no plain file"):
+    with pytest.raises(OutputError, match="not a plain file"):
         check_outputs([Path("/dev/null")], [], overwrite=True)
     files = [tmp_path / f"{i}.txt" for i in range(7)]
     for file in files:

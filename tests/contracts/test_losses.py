@@ -121,5 +121,5 @@ class Upside(DiceSpec):
 
 
 def test_a_loss_that_breaks_a_promise_is_told_which() -> None:
-    with pytest.raises(AssertionError, match=r"perfection_is_the_minimum.*what is right costs 1"):
+    with pytest.raises(AssertionError, match=r"perfection_is_the_minimum.*a perfect prediction costs 1"):
         check_loss(Upside())

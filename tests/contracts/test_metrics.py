@@ -31,5 +31,5 @@ def test_a_metric_that_breaks_a_promise_is_told_which(changes, law) -> None:
 
 
 def test_a_metric_may_not_take_another_s_name() -> None:
-    with pytest.raises(AssertionError, match="'dice' is a metric of Delineate's own"):
+    with pytest.raises(AssertionError, match="'dice' is one of Delineate's own metric names"):
         check_metric(replace(METRICS["recall"], name="dice"))

@@ -145,7 +145,7 @@ def test_a_part_may_not_take_a_name_of_delineates(tmp_path, monkeypatch) -> None
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv(plugins.VARIABLE, "clashing")
-    with pytest.raises(RecipeError, match="module 'clashing' has a network 'unet', as Delineate has itself"):
+    with pytest.raises(RecipeError, match="module 'clashing' has a network 'unet', a name that Delineate itself uses"):
         load_recipe("hippocampus", ["network.kind=unett"])
 
 
@@ -225,9 +225,9 @@ def test_the_example_package_trains_predicts_and_is_asked_for_where_it_is_absent
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("no_such_module:Net", r"network 'strange' of odd-one==2\.0 cannot be loaded: ModuleNotFoundError"),
-        ("json:dumps", "is json:dumps, which is no network of that name"),
-        ("delineate.networks.unet:UNetSpec", "must have the name of the part, which is 'unet'"),
+        ("no_such_module:Net", r"network 'strange' from odd-one==2\.0 cannot be loaded: ModuleNotFoundError"),
+        ("json:dumps", "is json:dumps, which is not a network of that name"),
+        ("delineate.networks.unet:UNetSpec", "give its entry point the part's own name, 'unet'"),
     ],
 )
 def test_an_entry_point_that_leads_nowhere_is_told_by_its_package(value, message, tmp_path, monkeypatch) -> None:

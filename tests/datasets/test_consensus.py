@@ -60,7 +60,7 @@ def test_staple_trusts_the_careful_more_than_the_careless(rng: np.random.Generat
 
 def test_one_annotator_or_two_grids_are_no_consensus() -> None:
     one = label(np.zeros(GRID.shape))
-    with pytest.raises(DatasetError, match="two or more"):
+    with pytest.raises(DatasetError, match="at least two"):
         consensus([one])
     with pytest.raises(GridMismatch, match="annotator 2"):
         consensus([one, LabelVolume(one.voxels, GRID.crop((2, 0, 0), GRID.shape))])

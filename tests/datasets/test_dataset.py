@@ -74,12 +74,12 @@ def test_channels_on_different_grids_are_refused_with_both_named(save_scan) -> N
         load_scan(subject)
     tilted = grid.permute((0, 1, 2), (True, False, False))
     turned = Subject("a", {"A": save_scan("c.nii"), "B": save_scan("d.nii", grid=tilted)})
-    with pytest.raises(GridMismatch, match=r"one grid in two orientations: save 'd\.nii' again as RAS"):
+    with pytest.raises(GridMismatch, match=r"the same grid in two orientations: save 'd\.nii' again as RAS"):
         load_scan(turned)
 
 
 def test_a_file_with_another_number_of_channels_than_named_is_refused(one_file: Subject) -> None:
-    with pytest.raises(BadShape, match="holds 3 channels, the data set names 1"):
+    with pytest.raises(BadShape, match="holds 3 channels, but the data set names 1"):
         load_scan(Subject("a", {"image": one_file.scans["T1"]}))
 
 

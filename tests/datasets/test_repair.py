@@ -106,7 +106,7 @@ def test_the_real_mixed_orientations_are_turned(real_data: Path, tmp_path: Path)
     dataset = open_dataset(folder.parent, images=patterns, labels="*/105465_WMHmask.nii.gz")
     assert {p.code for p in inspect(dataset).errors} == {"E_GRID_MISMATCH"}
     done = {r.file: r.why for r in repair(dataset, tmp_path / "mended")}
-    assert done["case/105465_T1_to_FLAIR.nii.gz"] == "turned from LPS to LAS"
+    assert done["case/105465_T1_to_FLAIR.nii.gz"] == "reoriented from LPS to LAS"
     before = read_volume(folder / "105465_T1_to_FLAIR.nii.gz")
     after = read_volume(tmp_path / "mended/case/105465_T1_to_FLAIR.nii.gz")
     assert np.array_equal(after.voxels, before.voxels[:, :, ::-1])

@@ -42,7 +42,7 @@ def test_whatever_goes_wrong_the_old_file_stays_alone(error: type[BaseException]
 def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path / "file" / "scan.nii", tmp_path / "file" / "folder" / "scan.nii"):
-        with pytest.raises(OutputError, match="a file stands where a folder is needed"), writing_beside(path) as beside:
+        with pytest.raises(OutputError, match="a file is where a folder is needed"), writing_beside(path) as beside:
             beside.write_bytes(b"voxels")
 
 

@@ -63,7 +63,7 @@ def test_voxels_that_are_no_numbers_are_counted_and_refused(value: float, tmp_pa
 
 
 def test_a_channel_without_any_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadVoxels, match="all of a channel"):
+    with pytest.raises(BadVoxels, match="a whole channel among them"):
         read_volume(save(tmp_path / "scan.nii", np.full(60, np.nan)), nan="fill")
 
 

@@ -340,7 +340,7 @@ def test_a_region_s_box_and_margin() -> None:
 
 
 def test_an_unknown_region_is_refused() -> None:
-    with pytest.raises(RecipeError, match="region 'lung' is no target"):
+    with pytest.raises(RecipeError, match="region 'lung' is not a target"):
         build_loss(RegionSpec(loss=DiceSpec(), within=("lung",)), ONE)
 
 

@@ -96,7 +96,7 @@ def test_frozen_parts_keep_weights_and_statistics() -> None:
 
 
 def test_a_pattern_that_freezes_nothing_is_refused() -> None:
-    with pytest.raises(RecipeError, match="no parameter fits 'encodr"):
+    with pytest.raises(RecipeError, match="no parameter matches 'encodr"):
         freeze(SPEC.build(1, 2), ["encodr.*"])
 
 

@@ -137,7 +137,7 @@ class TestCohort:
             step.fit([volume, volume_of(volume.voxels[:1])])
 
     def test_refuses_a_scan_of_other_channels(self, step: Step, volume: Volume) -> None:
-        with pytest.raises(RecipeError, match="fitted on 2 channels, this scan has 1"):
+        with pytest.raises(RecipeError, match="fitted on 2 channels, but this scan has 1"):
             step.fit([volume]).apply(volume_of(volume.voxels[:1]))
 
 

@@ -38,7 +38,7 @@ class TestReorient:
 
     @pytest.mark.parametrize("to", ["RAL", "RA", "ras", "XYZ"])
     def test_refuses_what_is_no_orientation(self, to: str) -> None:
-        with pytest.raises(ValidationError, match="is no orientation"):
+        with pytest.raises(ValidationError, match="is not an orientation"):
             Reorient(to=to)
 
 

@@ -96,7 +96,7 @@ def test_every_misfit_is_named(tensors, tmp_path) -> None:
     text = str(error.value)
     assert "features.0.weight is 64×1×3×3, not 64×3×3×3" in text
     assert "features.3.bias is missing" in text
-    assert "features.99.weight is not of vgg11" in text
+    assert "features.99.weight is not in vgg11" in text
     assert store.list_weights() == []
 
 

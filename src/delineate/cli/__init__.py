@@ -13,7 +13,7 @@ from types import FrameType
 from delineate.cli import started  # noqa: F401 - from here on time is counted
 
 PIPE_CLOSED = 128 + 13
-"""Exit status where whoever read the output has closed it, as ``| head`` does: the signal is called SIGPIPE."""
+"""Exit status if whoever reads the output closes it, as ``| head`` does; the signal is SIGPIPE."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -34,7 +34,7 @@ def main() -> None:
         finally:
             sys.stdout.flush()
     except (BrokenPipeError, SystemExit) as end:
-        # Typer and rich make a status of their own of a closed pipe.
+        # Typer and rich turn a closed pipe into their own exit status.
         if not isinstance(end, BrokenPipeError) and not isinstance(end.__context__, BrokenPipeError):
             raise
         _forget_what_is_left(sys.stdout)
@@ -58,7 +58,7 @@ def _run(*, as_json: bool) -> None:
         print_error(error, error.code, error.message, getattr(error, "fix", ""), as_json=as_json)
         sys.exit(2 if isinstance(error, RecipeError) else 1)
     except OSError as error:
-        # From writers that are not ours, such as the compiler's cache.
+        # Raised by other libraries' writers, such as the compiler's cache.
         if error.errno not in _FULL:
             raise
         where = f"'{os.fspath(error.filename)}'" if error.filename else "a file"
@@ -74,13 +74,13 @@ def _run(*, as_json: bool) -> None:
 
 
 def _forget_what_is_left(stream: object) -> None:
-    """Let the interpreter flush its buffers into nothing at its end, rather than complain."""
+    """Let the interpreter flush its buffers into nothing at exit, rather than complain."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[attr-defined]
 
 
 def _listen() -> None:
-    """Let Ctrl-C and SIGTERM unwind, so that nothing half-written stays; a training waits for its step first."""
+    """Let Ctrl-C and SIGTERM unwind, so that nothing is left half written; training finishes its step first."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
         signal.signal(signal.SIGINT, _end)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

@@ -28,11 +28,11 @@ def _verbose(ctx: typer.Context, value: bool) -> None:
 
 
 def _speak(ctx: typer.Context, asked: Loudness | None) -> None:
-    """Take what was asked for, before the command's name or after it."""
+    """Set the loudness, whether asked for before the command's name or after it."""
     said = ctx.find_root().meta.setdefault("loudness", [])
     said += [] if asked is None else [asked]
     if len(set(said)) > 1:
-        ctx.fail("--quiet and --verbose contradict each other; give one of them")
+        ctx.fail("--quiet and --verbose contradict each other; give only one")
     speak(said[0] if said else Loudness.NORMAL)
 
 

@@ -1,4 +1,4 @@
-"""What all commands have in common: each option counts once, near names are offered, and -q and -v work everywhere."""
+"""What all commands have in common: each option is given once, near names are suggested, -q and -v work everywhere."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ else:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """For imports that take seconds, of which much was a search for garbage: in the meantime, and at the end of all.
+    """Pause garbage collection during imports that take seconds, much of it spent looking for garbage.
 
-    They leave no garbage, and what they define stays until the process ends.
+    They leave no garbage, and what they define stays until the process ends, so it is exempt from later searches.
     """
     gc.disable()
     try:
@@ -69,11 +69,11 @@ class _Group(_Checked, TyperGroup):
 
 
 EVERYWHERE = ("quiet", "verbose")
-"""Options of the root that may stand after any command's name, too."""
+"""Root options that may also follow any command's name."""
 
 
 def adds_up(param: Any) -> bool:
-    """Whether an option may be given several times: all of its values count, or it answers at once, as --help does."""
+    """Whether an option may be given several times: all its values count, or it acts at once, as --help does."""
     return bool(param.multiple or param.is_eager)
 
 
@@ -84,7 +84,7 @@ def _check_given_once(ctx: Any, given: Sequence[Any]) -> None:
 
 
 def choices_of(param: Any) -> list[str]:
-    """The words that an option or argument takes, where they are fixed."""
+    """The words that an option or argument accepts, if they are fixed."""
     return [str(choice) for choice in getattr(getattr(param, "type_descriptor", None), "choices", None) or ()]
 
 

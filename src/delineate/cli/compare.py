@@ -45,12 +45,12 @@ def compare(
         inside = folder / "evaluation" if (folder / "evaluation" / "metrics.csv").exists() else folder
         if not (inside / "metrics.csv").exists():
             raise MissingFile(
-                f"'{folder}' holds no metrics.csv", fix="give a run, or what `delineate evaluate -o` wrote"
+                f"'{folder}' holds no metrics.csv", fix="give a run, or a folder written by `delineate evaluate -o`"
             )
         inputs += [inside / file for file in FILES]
         named[name if equals else folder.name] = Evaluation.read(inside)
     if len(named) < 2:
-        raise typer.BadParameter("give two or more evaluations of different names, such as a=RUN1 b=RUN2")
+        raise typer.BadParameter("give at least two evaluations with different names, such as a=RUN1 b=RUN2")
     check_outputs([report] if report is not None else [], inputs, overwrite=overwrite)
     found = compare_methods(named, None if metrics is None else metric_names(metrics))
     if report is not None:

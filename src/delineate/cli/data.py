@@ -141,7 +141,7 @@ def split(
 def series(
     path: Annotated[Path, typer.Argument(help="A folder, a zip, or any file of a series.")], json: Json = False
 ) -> None:
-    """List the DICOM series in a folder or zip, with what tells them apart."""
+    """List the DICOM series in a folder or zip, with the details that tell them apart."""
     from delineate.cli.terminal import print_json, print_table
     from delineate.io.dicom_series import find_series
 
@@ -215,7 +215,7 @@ def convert(
 
 @app.command("consensus")
 def make_consensus(
-    annotators: Annotated[list[Path], typer.Argument(help="Two or more folders of labels, one for each annotator.")],
+    annotators: Annotated[list[Path], typer.Argument(help="Two or more folders of labels, one per annotator.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write the labels that they agree on to this folder.")],
     method: Annotated[
         Literal["majority", "staple"], typer.Option("--method", help="Combine labels by this method.")
@@ -236,7 +236,7 @@ def make_consensus(
     files = [labels_in(folder) for folder in annotators]
     subjects = sorted(set.intersection(*(set(found) for found in files)))
     if len(annotators) < 2 or not subjects:
-        raise MissingFile("no subject has labels of two annotators", fix="give folders whose files have the same names")
+        raise MissingFile("no subject has labels of two annotators", fix="give folders with the same file names")
     inputs = [file for found in files for file in found.values()]
     check_outputs([out / f"{subject}.nii.gz" for subject in subjects], inputs, overwrite=overwrite)
     for subject in subjects:
@@ -292,7 +292,7 @@ def phantom(
 
 
 def _print(inspection: Inspection) -> None:
-    """The table of subjects, then the problems; many alike are shown by their first few."""
+    """Print the table of subjects, then the problems; of many alike, only the first few."""
     from delineate.cli.terminal import print_table
 
     rows = []

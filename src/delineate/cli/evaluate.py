@@ -96,7 +96,7 @@ def evaluate(
 def _check_outputs(
     out: Path | None, report: Path | None, predictions: Sequence[Path], known: Path | Dataset, overwrite: bool
 ) -> None:
-    """Labels and scans stay as they are, and other files unless they may be replaced."""
+    """Raise where labels or scans would be overwritten, or other files that may not be replaced."""
     from delineate.evaluation.table import FILES
     from delineate.io.formats import suffix_of
     from delineate.io.overwriting import check_outputs
@@ -115,7 +115,7 @@ def _check_outputs(
 
 
 def _print_details(evaluation: Evaluation) -> None:
-    """What there is beside means: limits of agreement, lesions by size, calibration, sides of a threshold."""
+    """Print everything but means: limits of agreement, lesions by size, calibration, sides of a threshold."""
     from delineate.cli.terminal import print_table
 
     rows = [list(row.values()) for agreeing in evaluation.agreements for row in agreeing.described()]
@@ -136,7 +136,7 @@ def _print_details(evaluation: Evaluation) -> None:
 
 
 def print_evaluation(evaluation: Evaluation, *, subjects: bool = False) -> None:
-    """The summary as a table on standard output, after the rows of every subject where asked for."""
+    """Print the summary as a table on standard output, after the rows of every subject if asked for."""
     from delineate.cli.terminal import print_table
     from delineate.metrics.catalogue import formatted
 

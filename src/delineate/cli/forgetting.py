@@ -23,7 +23,7 @@ def forgetting(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Measure what fine-tuning has cost on the original data, on scans that neither bundle was trained on."""
+    """Measure what fine-tuning cost on the original data, using scans that neither bundle was trained on."""
     from delineate.bundle import Bundle, bundle_folder
     from delineate.cli.terminal import Terminal, print_json
     from delineate.compute import check_device, plan_compute, torch_threads

@@ -1,4 +1,4 @@
-"""``delineate metrics``: every metric and set of metrics by name."""
+"""``delineate metrics``: all metrics and sets of metrics by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, so that each is named and explained once, and what a shell completes."""
+"""Options that several commands share, each named and explained once, and their shell completions."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import typer
 
 
 def packaged(incomplete: str) -> list[str]:
-    """Packaged recipes that begin so; found by their files, since reading them takes seconds."""
+    """Packaged recipes that begin this way; found by their files, since reading them takes seconds."""
     folder = Path(str(resources.files("delineate") / "recipes"))
     return _beginning(incomplete, sorted(file.stem for file in folder.rglob("*.yaml")))
 
 
 def trainable(incomplete: str) -> list[str]:
-    """What ``delineate train`` takes by name."""
+    """Names that ``delineate train`` accepts."""
     return _beginning(incomplete, ["auto", *packaged("")])
 
 
 def layouts(incomplete: str) -> list[str]:
-    """Layouts of data sets that begin so."""
+    """Data set layouts that begin this way."""
     from delineate.datasets.layouts import LAYOUTS
 
     return _beginning(incomplete, ["auto", *LAYOUTS])
@@ -36,7 +36,7 @@ def label_formats(incomplete: str) -> list[str]:
 
 
 def metrics(incomplete: str) -> list[str]:
-    """Sets and single metrics for the last of several names joined by commas."""
+    """Sets and single metrics that complete the last of several names joined by commas."""
     from delineate.metrics.catalogue import METRICS, SETS
 
     before, comma, last = incomplete.rpartition(",")
@@ -44,7 +44,7 @@ def metrics(incomplete: str) -> list[str]:
 
 
 def phantoms(incomplete: str) -> list[str]:
-    """Kinds of simulated scans that begin so."""
+    """Kinds of simulated scans that begin this way."""
     from delineate.datasets.phantoms.kinds import KINDS
 
     return _beginning(incomplete, KINDS)
@@ -98,7 +98,7 @@ MarginMm = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text, for errors too.")]
 Device = Annotated[
-    str, typer.Option("--device", help="Compute on auto (a GPU where there is one), cpu, cuda, cuda:1 or mps.")
+    str, typer.Option("--device", help="Compute on auto (a GPU if there is one), cpu, cuda, cuda:1 or mps.")
 ]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
@@ -106,7 +106,7 @@ Precision = Annotated[
 ]
 Compile = Annotated[
     Literal["auto", "on", "off"],
-    typer.Option("--compile", help="Compile the network first (auto: where a long run makes up for it)."),
+    typer.Option("--compile", help="Compile the network first (auto: if the run is long enough to gain from it)."),
 ]
 Threads = Annotated[
     int | None,

@@ -1,4 +1,4 @@
-"""Options that need more than a type: targets, and where a data set's files are."""
+"""Options that need more than a type: targets, and patterns for a data set's files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from delineate.metrics.quantities import QuantityMap
 
 
 def parse_targets(text: str | None) -> Targets | None:
-    """``liver=1,tumour=2`` or, overlapping, ``whole=1+2+4,core=1+4``.
+    """Targets from ``liver=1,tumour=2`` or, overlapping, ``whole=1+2+4,core=1+4``.
 
-    Raises :class:`RecipeError` that shows the form.
+    Raises a :class:`RecipeError` that shows the form.
     """
     if not text:
         return None
@@ -25,9 +25,11 @@ def parse_targets(text: str | None) -> Targets | None:
     for part in text.split(","):
         name, equals, numbers = part.partition("=")
         name = name.strip()
-        # So many digits as no label value has.
+        # More digits than any label value has.
         if not (name and equals) or not all(re.fullmatch("[0-9]{1,9}", n.strip()) for n in numbers.split("+")):
-            raise RecipeError(f"'{part[:100]}' is not name=value", fix="write for example --targets 'liver=1,tumour=2'")
+            raise RecipeError(
+                f"'{part[:100]}' is not name=value", fix="write, for example, --targets 'liver=1,tumour=2'"
+            )
         if name in values:
             raise RecipeError(f"target '{name}' is given twice", fix=f"join its values: {name}=1+2")
         values[name] = tuple(int(n.strip()) for n in numbers.split("+"))
@@ -36,13 +38,13 @@ def parse_targets(text: str | None) -> Targets | None:
 
 
 def parse_patterns(texts: Sequence[str] | None) -> str | dict[str, str] | None:
-    """``*/artery.nii``, or ``T1=*/t1.nii`` and more such. Raises :class:`RecipeError` for a mixture."""
+    """Patterns from ``*/artery.nii``, or from ``T1=*/t1.nii`` and others. Raises :class:`RecipeError` for a mixture."""
     if not texts:
         return None
     if len(texts) == 1 and "=" not in texts[0]:
         return texts[0]
     if bad := [text for text in texts if "=" not in text]:
-        raise RecipeError(f"'{bad[0]}' does not name its channel", fix="write for example --images T1='*/t1.nii'")
+        raise RecipeError(f"'{bad[0]}' does not name its channel", fix="write, for example, --images T1='*/t1.nii'")
     pairs = [(name, pattern) for name, _, pattern in (text.partition("=") for text in texts)]
     if len(dict(pairs)) < len(pairs) or not all(name and pattern for name, pattern in pairs):
         raise RecipeError(f"{', '.join(texts)[:300]} gives a channel twice, or none", fix="name each channel once")
@@ -62,7 +64,7 @@ def parse_quantity(text: str | None, margin_mm: float, threshold: float | None) 
 
 
 def data_changes(layout: str, images: str | None, labels: str | None, targets: str | None) -> list[str]:
-    """The options as changes of a recipe's ``data``, so that the recipe alone reproduces the run."""
+    """The options as changes to a recipe's ``data``, so that the recipe alone reproduces the run."""
     asked = parse_targets(targets)
     values = {
         "layout": None if layout == "auto" else layout,
@@ -70,5 +72,5 @@ def data_changes(layout: str, images: str | None, labels: str | None, targets: s
         "labels": labels,
         "targets": None if asked is None else asked.as_dict(),
     }
-    # JSON is YAML, with every quote in its place.
+    # JSON is valid YAML, and quotes everything that needs quoting.
     return [f"data.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]

@@ -41,7 +41,7 @@ Flips = Annotated[
 
 
 def predict(
-    bundle: Annotated[Path, typer.Argument(help="A run, or its folder bundle/.")],
+    bundle: Annotated[Path, typer.Argument(help="A run, or its bundle/ folder.")],
     inputs: Annotated[list[Path], typer.Argument(help="Scans, or folders of them in any known layout.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write a label for each subject to this folder.")],
     format: Annotated[
@@ -126,7 +126,7 @@ def predict(
 
     stages = Stages(STARTED)
     stages.lap("start-up")
-    # What cannot work is said before anything runs.
+    # Report what cannot work before anything runs.
     check_device(device)
     read_within = parse_quantity(quantity, margin_mm, threshold)
     folders = [bundle_folder(folder) for folder in [bundle, *(also or [])]]
@@ -181,7 +181,7 @@ def predict(
                 precision=precision,
                 compile=compile,
                 threads=threads,
-                expected_seconds=float(len(planned.ahead)),  # about a second a scan
+                expected_seconds=float(len(planned.ahead)),  # about a second per scan
             )
             for choice in plan.choices:
                 terminal.say(f"{choice.what}: {choice.choice} ({choice.why})")
@@ -218,7 +218,7 @@ def predict(
                             }
                         )
                 except OutputError as error:
-                    full = error  # no more can be written; what was written stays
+                    full = error  # nothing more can be written; what has been written stays
                 stages.lap("reading and writing", beside=[row["seconds"] for row in rows])
     if json:
         skipped = [subject.id for subject in planned.done]
@@ -240,12 +240,12 @@ def predict(
         print_table("", ["stage", "s", "%"], [[s, f"{t:.2f}", f"{100 * t / total:.0f}"] for s, t in laps.items()])
         seams = [t["seam"] for row in rows for t in row["targets"].values() if t["seam"] == t["seam"]]
         if seams:
-            from statistics import median  # half a tenth of a second
+            from statistics import median  # takes 50 ms to import
 
             typer.echo(
                 f"probabilities change {median(seams):.2f} times as much across the borders of tiles as beside them"
             )
-        counts = [f"{len(planned.done)} there before"] * bool(planned.done) + [f"{len(failed)} failed"] * bool(failed)
+        counts = [f"{len(planned.done)} already there"] * bool(planned.done) + [f"{len(failed)} failed"] * bool(failed)
         typer.echo(", ".join([f"{len(rows)} predictions in {printable(str(out))}", *counts]))
     if full is not None:
         typer.echo(f"error {full}; run the same command again to resume", err=True)
@@ -254,16 +254,16 @@ def predict(
 
 
 class Stages:
-    """Seconds by stage, which add up to the time that has passed since the command began."""
+    """Seconds by stage, which add up to the time since the command began."""
 
     def __init__(self, began: float) -> None:
         self.seconds: dict[str, float] = {}
         self._last = began
 
     def lap(self, stage: str, beside: Sequence[Mapping[str, float]] = ()) -> None:
-        """Count the time since the last lap as ``stage``, but for what ``beside`` has of it, by stages of its own.
+        """Count the time since the last lap as ``stage``, except for the parts that ``beside`` gives to other stages.
 
-        Scans are read and written while the network works: only the time that is waited for them is counted.
+        Scans are read and written while the network works: only time spent waiting for that is counted.
         """
         now = time.perf_counter()
         left = now - self._last
@@ -279,7 +279,7 @@ _SHOWN = 10
 
 
 def _print_queue(reviews: list[Review]) -> None:
-    """What to look at first, the neediest on top: what is measured, then what is calibrated."""
+    """Print what to look at first, the most urgent on top: first what is measured, then what is calibrated."""
     from delineate.calibration import LEVEL
     from delineate.cli.terminal import print_table
     from delineate.core.text import printable

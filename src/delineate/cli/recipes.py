@@ -1,4 +1,4 @@
-"""``delineate recipes``: what is packaged, and what is in it."""
+"""``delineate recipes``: the packaged recipes and their contents."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""When the command began: imported before anything else is."""
+"""When the command began; imported before anything else."""
 
 from __future__ import annotations
 
 import time
 
 STARTED = time.perf_counter()
-"""As :func:`time.perf_counter` counts."""
+"""In seconds of :func:`time.perf_counter`."""

@@ -1,4 +1,4 @@
-"""What a person sees: results, messages, one progress line with an ETA; never what a name would have a terminal do."""
+"""What a person sees: results, messages and a progress line with an ETA, but never a terminal command in a name."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 SECONDS_BETWEEN_LINES = 30.0
-"""How often progress is printed where there is no terminal to redraw, such as a log file."""
+"""How often progress is printed where there is no terminal to redraw, as in a log file."""
 
 
 class Loudness(IntEnum):
-    """How much is said beside results and errors."""
+    """How much is printed besides results and errors."""
 
     QUIET, NORMAL, VERBOSE = range(3)
 
@@ -30,17 +30,17 @@ _loudness = Loudness.NORMAL
 
 
 def speak(loudness: Loudness) -> None:
-    """From here on, say so much."""
+    """Set how much is printed from now on."""
     global _loudness
     _loudness = loudness
 
 
 class Guarded:
-    """A text stream that spells out control characters: whatever is printed, a terminal takes it for text.
+    """A text stream that spells out control characters: a terminal takes everything printed to it for text.
 
-    Names of files, subjects and targets come from outside and may hold escape sequences. All that is
-    printed passes here once :func:`guard` has been called, but for what rich draws, which has escape
-    sequences of its own: :class:`Terminal` and :func:`print_table` guard its parts.
+    Names of files, subjects and targets come from outside and may hold escape sequences. Once :func:`guard`
+    has been called, everything printed passes through here, except what rich draws with escape sequences of
+    its own: :class:`Terminal` and :func:`print_table` guard the parts of that.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -73,12 +73,12 @@ class Guarded:
 
 
 def guard() -> None:
-    """From here on, nothing that is printed, warned of or logged steers the terminal."""
+    """From now on, nothing that is printed, logged or issued as a warning controls the terminal."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Guarded):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")  # a name in letters that the terminal does not have
+                stream.reconfigure(errors="backslashreplace")  # for letters that the terminal's encoding lacks
             setattr(sys, name, Guarded(stream))
 
 
@@ -90,7 +90,7 @@ class Terminal:
     """Progress and messages on standard error, so that standard output carries results only."""
 
     def __init__(self) -> None:
-        from rich.console import Console  # a tenth of a second, which --help need not take
+        from rich.console import Console  # takes a tenth of a second, which --help can do without
 
         self.console = Console(file=_raw(sys.stderr), highlight=False, markup=False, emoji=False)
         self._bar: Progress | None = None
@@ -111,7 +111,7 @@ class Terminal:
             )
             self._bar = Progress(*columns, console=self.console, transient=True, speed_estimate_period=120)
             self._bar.start()
-            sys.stdout, sys.stderr = Guarded(sys.stdout), Guarded(sys.stderr)  # above those that keep the bar below
+            sys.stdout, sys.stderr = Guarded(sys.stdout), Guarded(sys.stderr)  # around rich's, which keep the bar below
         return self
 
     def __exit__(
@@ -122,20 +122,20 @@ class Terminal:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Print a line above the progress, unless only results and errors are wanted."""
+        """Print a line above the progress, except with --quiet."""
         if _loudness > Loudness.QUIET:
             self.say_failure(text)
 
     def say_failure(self, text: str) -> None:
-        """Print a line above the progress, whatever is wanted."""
+        """Print a line above the progress, even with --quiet."""
         self.console.print(printable_lines(text), soft_wrap=True)
 
     def status(self, text: str) -> None:
-        """What there is to say of a stage, shown with the progress that follows."""
+        """Set a note about a stage, shown with the progress that follows."""
         self._status = printable(text)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Show how far a stage is."""
+        """Show how far a stage has got."""
         stage = printable(what)
         what, self._status = f"{stage}: {self._status}" if self._status else stage, ""
         if self._bar is None:
@@ -158,13 +158,13 @@ class Terminal:
 
 
 def print_json(value: Any) -> None:
-    """Strict JSON on standard output: numbers that JSON lacks become null."""
+    """Print strict JSON on standard output: numbers that JSON lacks become null."""
     # JSON spells out all control characters but this one.
     print(json.dumps(_strict(value), indent=1).replace("\x7f", "\\u007f"))
 
 
 def print_error(error: BaseException, code: str, message: str, fix: str = "", *, as_json: bool) -> None:
-    """One line on standard error, after the traceback with --verbose; with --json, JSON on standard output as well."""
+    """Print a line on standard error, after a traceback with --verbose; with --json, also JSON on standard output."""
     if _loudness is Loudness.VERBOSE:
         traceback.print_exception(error, file=sys.stderr)
     print(f"error {error}" if str(error).startswith(code) else f"error {code}: {message}", file=sys.stderr)
@@ -173,7 +173,7 @@ def print_error(error: BaseException, code: str, message: str, fix: str = "", *,
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on standard output; numbers are right-aligned by their column's look."""
+    """Print a table on standard output; columns that look like numbers are right-aligned."""
     from rich.console import Console
     from rich.table import Table
 

@@ -82,7 +82,7 @@ def train(
             "--cache", help="Keep prepared subjects in this folder, which runs can share (default: your cache)."
         ),
     ] = None,
-    mlflow: Annotated[str | None, typer.Option("--mlflow", help="Log to MLflow at this tracking address, too.")] = None,
+    mlflow: Annotated[str | None, typer.Option("--mlflow", help="Log to MLflow at this tracking address too.")] = None,
     json: Json = False,
 ) -> None:
     """Train on a folder of scans, measure the held-out fold and write a report.
@@ -98,7 +98,7 @@ def train(
     from delineate.training.preparation import budget_changes
 
     changes = [*budget_changes(minutes, steps, epochs), *data_changes(layout, images, labels, targets), *(set or [])]
-    # What is quick to find wrong comes first.
+    # Quick checks come first.
     options = RunOptions(
         fold=None if fold == "all" else _fold(fold),
         split_file=split,
@@ -121,7 +121,7 @@ def train(
             named, dataset, out, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changes
         )
     if result.helper:
-        return  # with status 0 even where it was stopped: another would be taken for a failure by the first
+        return  # with status 0 even if stopped: the first process would take any other for a failure
     if json:
         measured = None if result.evaluation is None else result.evaluation.as_dict()
         print_json({"run": str(out), "steps": result.steps, "finished": result.finished, "evaluation": measured})

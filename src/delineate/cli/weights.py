@@ -1,4 +1,4 @@
-"""``delineate weights``: what networks and losses start from."""
+"""``delineate weights``: the weights that networks and losses start from."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def import_file(
 
 @app.command("export")
 def export(
-    bundle: Annotated[Path, typer.Argument(help="A run, or its folder bundle/.")],
+    bundle: Annotated[Path, typer.Argument(help="A run, or its bundle/ folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write this safetensors file.")],
     include: Annotated[
         list[str] | None,
         typer.Option(
-            "--include", help="Export only tensors with such names, as 'encoder.*' (default: all). Can be repeated."
+            "--include", help="Export only tensors with names like 'encoder.*' (default: all). Can be repeated."
         ),
     ] = None,
     overwrite: Overwrite = False,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 AXES = "xyz"
-"""The axes of an array (X, Y, Z), by their names in recipes and options."""
+"""An array's axes (X, Y, Z), by their names in recipes and options."""
 
 Shape3 = tuple[int, int, int]
 Affine = NDArray[np.float64]
@@ -18,10 +18,10 @@ Affine = NDArray[np.float64]
 _NEGATIVE, _POSITIVE = "LPI", "RAS"
 
 SAME_SPACING = 0.01
-"""Spacings that differ by no more than this share are the same: headers round them."""
+"""Spacings that differ by no more than this fraction count as the same: headers round them."""
 
 _SAME_COSINE = 1e-3
-"""Directions are rounded by up to some millionths, and by far less than this."""
+"""Rounding changes directions by a few millionths at most, far less than this."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Grid:
     """A box of voxels in the patient.
 
     ``shape`` counts voxels along (x, y, z); ``affine`` (4, 4) maps a voxel index to world
-    millimetres, RAS+. Two grids are compared with :meth:`matches`, by the distance of their
+    millimetres, RAS+. Compare two grids with :meth:`matches`, which goes by the distance between
     corners, never by exact equality of floats.
 
     >>> grid = Grid.of_spacing((100, 80, 20), spacing_mm=(1, 1, 5))
@@ -56,7 +56,7 @@ class Grid:
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Distance of neighbouring voxel centres along each axis."""
+        """Distance between neighbouring voxel centres along each axis."""
         x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
         return float(x), float(y), float(z)
 
@@ -67,10 +67,10 @@ class Grid:
 
     @property
     def slice_axis(self) -> int:
-        """The axis across the slices: that of the largest spacing.
+        """The axis across the slices: the one with the largest spacing.
 
-        Where spacings are the same within :data:`SAME_SPACING`, it is the one of these that runs nearest to
-        the body's feet–head axis (then front–back, then the array's last). Rounding in a header changes nothing.
+        Among axes whose spacings are the same within :data:`SAME_SPACING`, it is the one nearest to the body's
+        feet–head axis (then front–back, then the array's last). Rounding in a header does not change it.
         """
         spacing, cosines = np.array(self.spacing_mm), np.abs(self._cosines)
         axes = [axis for axis in range(3) if spacing[axis] >= (1 - SAME_SPACING) * spacing.max()]
@@ -106,14 +106,14 @@ class Grid:
         return self.corner_distance_mm(other) <= tolerance_mm
 
     def crop(self, start: Sequence[int], shape: Sequence[int]) -> Grid:
-        """The grid of a box from ``start`` (negative: outside, that is padding) with ``shape``."""
+        """The grid of the box of ``shape`` that begins at ``start`` (negative: outside the grid, that is, padding)."""
         affine = self.affine.copy()
         affine[:3, 3] = self.world(np.array([start], dtype=np.float64))[0]
         x, y, z = shape
         return Grid((x, y, z), affine)
 
     def resample(self, shape: Sequence[int]) -> Grid:
-        """The grid with other voxel counts over the same extent (outer voxel borders kept)."""
+        """The grid with a different number of voxels over the same extent (outer voxel borders kept)."""
         scale = np.array(self.shape, dtype=np.float64) / np.array(shape)
         affine = self.affine.copy()
         affine[:3, :3] = self.affine[:3, :3] * scale
@@ -156,21 +156,21 @@ class Grid:
         """For each voxel axis, the world axis it runs along, and its sign."""
         cosines = self._cosines
         orders = {order: sum(abs(cosines[order[i], i]) for i in range(3)) for order in permutations(range(3))}
-        # Turned by 45° several are as near; rounding must not choose among them.
+        # At 45° several orders are equally near; rounding must not choose among them.
         world = next(order for order, near in orders.items() if near >= max(orders.values()) - _SAME_COSINE)
         return world, tuple(1 if cosines[world[i], i] >= 0 else -1 for i in range(3))
 
     @property
     def _cosines(self) -> NDArray[np.float64]:
-        """Direction of each voxel axis in the world, a column each."""
+        """World direction of each voxel axis, one column each."""
         cosines: NDArray[np.float64] = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
         return cosines
 
 
 def orthogonal(steps_mm: NDArray[np.float64]) -> bool:
-    """Whether axes, whose steps from voxel to voxel are the columns (d, d), stand at right angles.
+    """Whether axes are at right angles, given their steps from voxel to voxel as columns (d, d).
 
-    Distances from spacings alone are then right to a millionth.
+    If so, distances computed from spacings alone are right to a millionth.
     """
     cosines = steps_mm / np.linalg.norm(steps_mm, axis=0)
     return bool(np.abs(cosines.T @ cosines - np.eye(len(cosines))).max() <= 1e-6)
@@ -191,7 +191,7 @@ def permute_axes_back(array: NDArray, order: Sequence[int], flip: Sequence[bool]
 
 
 def box_around(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, ...] | None:
-    """The smallest box around the true voxels of ``mask``, widened as far as there are voxels; None without any."""
+    """The smallest box around the true voxels of ``mask``, widened by ``margin`` within the array; None if empty."""
     plane = np.logical_or.reduce(mask, axis=-1)  # once: the last axis is the longest way through memory
     axes = range(plane.ndim)
     lines = [plane.any(axis=tuple(other for other in axes if other != axis)) for axis in axes]

@@ -1,4 +1,4 @@
-"""One patient's examination: which files are its channels and its label, and what is known of it."""
+"""One examination of a patient: which files are its channels and its label, and what is known about it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from delineate.errors import MissingFile
 
 @dataclass(frozen=True)
 class Subject:
-    """An examination, by its files; nothing is read until it is asked for.
+    """An examination, as its files; nothing is read until it is needed.
 
     ``id`` is unique in its data set and names the files of its predictions. ``scans`` maps channel
     names to files, in channel order; several names may share one file that holds all channels (4D):
-    ``file_channels`` are then all of that file's, in its own order, whichever ``scans`` are taken.
-    ``patient`` groups examinations of one person: they never part in a split. ``site`` is the
-    scanner or centre. In all these names, what a terminal would
-    take for a command is spelled out. ``resample``: channels on other grids than the first one's are brought onto it.
+    ``file_channels`` then lists all of that file's channels in its own order, whichever ``scans`` use.
+    ``patient`` groups examinations of one person, which a split never separates. ``site`` is the
+    scanner or centre. In all these names, characters that a terminal would take for a command are
+    spelled out. ``resample``: channels on a different grid are resampled to the first channel's.
 
     >>> from pathlib import Path
     >>> subject = Subject("case7", {"T1": Path("t1.nii.gz"), "FLAIR": Path("flair.nii.gz")}, site="Utrecht")
@@ -37,7 +37,7 @@ class Subject:
     resample: bool = False
 
     def __post_init__(self) -> None:
-        # Names of files and of people's tables: here they become text that can be shown and written anywhere.
+        # Names from files and tables become text here that can be shown and written anywhere.
         for name in ("id", "site", "patient"):
             object.__setattr__(self, name, printable(getattr(self, name)))
         object.__setattr__(self, "scans", {printable(channel): file for channel, file in self.scans.items()})
@@ -60,13 +60,13 @@ class Subject:
         missing = [channel for channel in channels if channel not in self.scans]
         if missing:
             raise MissingFile(
-                f"subject '{self.id}' has channels {list(self.scans)}, lacks {missing}",
-                fix="add them, or rename the channels of the data set",
+                f"subject '{self.id}' has channels {list(self.scans)} but lacks {missing}",
+                fix="add them, or rename the data set's channels",
             )
         return replace(self, scans={channel: self.scans[channel] for channel in channels})
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file of the subject, once, the label last."""
+        """Every file of the subject, each once, the label last."""
         label = () if self.label is None else (self.label,)
         return (*dict.fromkeys(self.scans.values()), *label)

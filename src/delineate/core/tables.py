@@ -1,4 +1,4 @@
-"""Tables as a notebook shows them."""
+"""Tables for display in a notebook."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from delineate.core.text import printable
 
 
 def html_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in HTML; whatever a name holds, it is shown as text."""
+    """A table in HTML; names are shown as text, whatever they contain."""
 
     def line(kind: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{kind}>{html_text(cell)}</{kind}>" for cell in cells) + "</tr>"
@@ -19,5 +19,5 @@ def html_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str
 
 
 def html_text(text: str) -> str:
-    """``text`` to be shown as it is: neither a tag nor an invisible character."""
+    """``text`` escaped so that it is shown as it is, without tags or invisible characters."""
     return escape(printable(text))

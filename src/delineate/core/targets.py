@@ -13,18 +13,18 @@ from delineate.core.text import printable
 from delineate.errors import BadLabelValue, RecipeError
 
 IGNORED = 255
-"""Encoded value of a voxel that neither loss nor metric may see."""
+"""Encoded value of a voxel that losses and metrics must ignore."""
 
 MOST_TARGETS = 254
-"""Their numbers are encoded in a byte, beside the background's and :data:`IGNORED`."""
+"""Target numbers are encoded in one byte, with the background's and :data:`IGNORED`."""
 
 MOST_VALUE = 2**16 - 1
-"""Of a label: what is predicted is written in 16 bits at most."""
+"""The largest label value: predictions are written with 16 bits at most."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """A concept of a coding scheme, as DICOM writes it: ``Code("10200004", "SCT", "Liver")`` of SNOMED CT."""
+    """A concept of a coding scheme, as in DICOM: ``Code("10200004", "SCT", "Liver")`` from SNOMED CT."""
 
     value: str
     scheme: str
@@ -33,7 +33,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Coding:
-    """What a target is, in codes: a category of the standard's (CID 7150) and what it is of that category."""
+    """What a target is, in codes: a category from the DICOM standard (CID 7150) and a type within it."""
 
     category: Code
     type: Code
@@ -65,7 +65,7 @@ class Targets:
         if not values:
             raise RecipeError("no target is named", fix="give at least one, such as {liver: [1]}")
         if len(values) > MOST_TARGETS:
-            raise RecipeError(f"{len(values)} targets are named", fix=f"{MOST_TARGETS} are the most")
+            raise RecipeError(f"{len(values)} targets are named", fix=f"name {MOST_TARGETS} at most")
         if beyond := [v for v in (*self.ignore, *(v for n in values.values() for v in n)) if abs(v) > MOST_VALUE]:
             raise RecipeError(
                 f"label value {str(beyond[0])[:20]} is beyond {MOST_VALUE}", fix="number the structures from 1"
@@ -73,7 +73,7 @@ class Targets:
         for name, numbers in values.items():
             if any(v < 0 for v in numbers):
                 raise RecipeError(
-                    f"target '{name}' has values {list(numbers)}, of which some are negative", fix="renumber them"
+                    f"target '{name}' has values {list(numbers)}, some of them negative", fix="renumber them"
                 )
             if not numbers or 0 in numbers:
                 raise RecipeError(
@@ -99,7 +99,7 @@ class Targets:
 
     @property
     def outputs(self) -> int:
-        """Channels of the network's output: background and targets, or a sigmoid a target."""
+        """Number of the network's output channels: background and targets, or one sigmoid per target."""
         return len(self.values) + (1 if self.exclusive else 0)
 
     @property
@@ -107,26 +107,26 @@ class Targets:
         return frozenset({0, *self.ignore, *(v for numbers in self.values.values() for v in numbers)})
 
     def check(self, label: NDArray, subject: str) -> None:
-        """Raise :class:`BadLabelValue` where ``label`` holds a value that no target knows."""
+        """Raise :class:`BadLabelValue` where ``label`` holds a value that no target includes."""
         values, counts = np.unique(label, return_counts=True)
         unknown = {int(v): int(n) for v, n in zip(values, counts, strict=True) if int(v) not in self.known_values}
         if unknown:
             found = ", ".join(f"{v} ({n} voxels)" for v, n in unknown.items())
             raise BadLabelValue(
-                f"label of '{subject}' has values the targets do not know: {found}; "
-                f"known are {sorted(self.known_values)}",
+                f"the label of '{subject}' has values that no target includes: {found}; "
+                f"known values are {sorted(self.known_values)}",
                 fix="add them to a target or to 'ignore'",
             )
 
     def encode(self, label: NDArray) -> NDArray[np.uint8]:
-        """Training form (T, X, Y, Z) of a label (X, Y, Z).
+        """A label (X, Y, Z) as training uses it, (T, X, Y, Z).
 
-        Exclusive: T = 1, 0 background, 1… the targets in order. Overlapping: T targets, each 0 or
-        1. Ignored voxels are :data:`IGNORED` everywhere.
+        Exclusive: T = 1, with 0 for background and 1… for the targets in order. Overlapping: T targets,
+        each 0 or 1. Ignored voxels are :data:`IGNORED` in every channel.
         """
         planes = 1 if self.exclusive else len(self.values)
         least, most = (int(label.min()), int(label.max())) if label.size else (0, 0)
-        # One table look-up a voxel, whatever the number of values.
+        # One table look-up per voxel, however many values there are.
         table = np.zeros((planes, most - least + 1), dtype=np.uint8)
         for index, numbers in enumerate(self.values.values()):
             inside = [v - least for v in numbers if least <= v <= most]
@@ -136,7 +136,7 @@ class Targets:
         return np.stack([row[position] for row in table])
 
     def masks(self, label: NDArray) -> dict[str, NDArray[np.bool_]]:
-        """Boolean mask (X, Y, Z) of each target in a label with the data set's own values."""
+        """Each target's boolean mask (X, Y, Z) in a label with the data set's own values."""
         return {name: np.isin(label, numbers) for name, numbers in self.values.items()}
 
     def class_voxels(self, by_value: Mapping[int, int]) -> dict[str, int]:
@@ -159,9 +159,9 @@ class Targets:
     def decode(self, masks: NDArray) -> NDArray[np.unsignedinteger]:
         """Label values (X, Y, Z) from target masks (T, X, Y, Z), T in the order of ``names``.
 
-        Each target writes the first of its values; later targets lie on top, so list the larger
-        target first (liver before tumour). A reference with the same convention reads back the
-        same masks as long as an inner target lies within the outer and shares its value list.
+        Each target writes the value that :meth:`written_value` gives; later targets lie on top, so list
+        the larger target first (liver before tumour). Reading the label back gives the same masks as
+        long as an inner target lies within the outer one, which lists the inner one's values too.
         """
         largest = max(self.written_value(name) for name in self.names)
         label = np.zeros(masks.shape[1:], dtype=np.uint8 if largest < 256 else np.uint16)

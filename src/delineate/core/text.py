@@ -1,44 +1,44 @@
-"""Text that came from outside, such as a file's name, on its way to a terminal or a spreadsheet."""
+"""Text from outside, such as a file name, made safe for a terminal or a spreadsheet."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
-"""First characters that make a spreadsheet take a cell for a formula, and the mark that prevents it."""
+"""First characters that make a spreadsheet treat a cell as a formula, and the apostrophe that prevents it."""
 
 
 def printable(text: str) -> str:
     """``text`` with control characters, lone surrogates and other invisible ones spelled out, such as ``\\x1b``.
 
-    A terminal runs escape sequences that are printed, and a name may hold them. Line breaks are
-    spelled out, too: a name has none.
+    A terminal obeys escape sequences that are printed, and a name may contain them. Line breaks are
+    spelled out too, since no name has any.
     """
     return "".join(c if c.isprintable() else _spelled(c) for c in text)
 
 
 def printable_lines(text: str) -> str:
-    """Every line of ``text`` printable; where lines end is kept."""
+    """``text`` with each line made printable; line breaks stay."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def cell(text: str) -> str:
-    """``text`` as a spreadsheet's cell: printable, and no formula whatever it begins with.
+    """``text`` as a spreadsheet cell: printable, and never a formula.
 
-    What begins like a formula gets an apostrophe before it, which spreadsheets take for "this is
-    text". :func:`from_cell` takes it off again.
+    Text that begins like a formula is prefixed with an apostrophe, which spreadsheets understand as
+    "this is text". :func:`from_cell` removes it again.
     """
     text = printable(text)
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def from_cell(text: str) -> str:
-    """The printable text that :func:`cell` was given."""
+    """The printable text that was given to :func:`cell`."""
     return text.removeprefix("'")
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` to end a message with: the known name most like ``name``. Empty where none is."""
+    """``; did you mean 'x'?`` to end a message with, x being the known name closest to ``name``; empty if none is."""
     import difflib
 
     lower = {one.lower(): one for one in known}

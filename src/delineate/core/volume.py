@@ -1,4 +1,4 @@
-"""Voxels together with their grid: scans (channels first) and labels."""
+"""Voxels with their grid: scans (channels first) and labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Challenges' data sets as they come when unpacked: PROMISE12, WMH 2017, LiTS, BraTS."""
+"""Challenge data sets as they unpack: PROMISE12, WMH 2017, LiTS, BraTS."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_promise12(folder: Folder) -> Dataset | None:
         match = re.fullmatch(r"(Case\d+)(_segmentation)?", name_of(path), re.IGNORECASE)
         if match and (match[2] or not folder.like_label(path)):
             (labels if match[2] else scans).append((match[1], path))
-    # A name such as case01 is anybody's: a pair tells, or that every scan is a case's .mhd, as in the test set.
+    # A name like case01 proves nothing: a pair does, or that every scan is a case's .mhd, as in the test set.
     whole = len(scans) == len(for_training(folder.scans)) and all(suffix_of(path) == ".mhd" for _, path in scans)
     if not ({case for case, _ in scans} & {case for case, _ in labels} or (scans and whole)):
         return None
@@ -49,7 +49,7 @@ def read_wmh(folder: Folder) -> Dataset | None:
         found.append((above, kind, path))
     if not any(kind == "FLAIR" for _, kind, _ in found):
         return None
-    # Folders around the sites are no part of a name: which of them was given makes no difference.
+    # Folders above the sites are not part of a name, so it does not matter which of them was given.
     around = 0
     while (
         len({tuple(above[: around + 1]) for above, _, _ in found}) == 1
@@ -57,7 +57,7 @@ def read_wmh(folder: Folder) -> Dataset | None:
     ):
         around += 1
     for above, kind, path in found:
-        # A site's own folder may be opened too: then the site is its name.
+        # A site's own folder may be opened too: the site is then the folder's name.
         place = above[around:] if len(above) > 1 else [folder.name, *above]
         place = place[:-1][:2] + place[-1:]
         subject = "_".join(place)
@@ -68,7 +68,7 @@ def read_wmh(folder: Folder) -> Dataset | None:
             scans.append(((subject, kind), path))
     sites = {subject: place[0] for subject, place in places.items() if len(place) > 1}
     subjects = subjects_of(folder.root, by_key(scans), by_key(labels), ("FLAIR", "T1"), sites)
-    # 2 is other pathology: the challenge takes no notice of what is found there.
+    # 2 is other pathology: the challenge ignores whatever is predicted there.
     targets = Targets({"lesion": (1,)}, ignore=(2,))
     reason = f"{len(labelled(subjects))} of {len(subjects)} folders are pairs of pre/FLAIR with wmh"
     return Dataset(folder.name, folder.root, "wmh2017", subjects, targets, "MR", reason=reason)
@@ -98,7 +98,7 @@ _BRATS_CHANNELS: Mapping[str, tuple[str, ...]] = {
     "T2": ("t2", "t2w"),
 }
 _BRATS_TARGETS: Mapping[str, Targets] = {
-    # The word in the label's name, by year: 2012–2016, 2017–2021, 2023 on (told by "t2f" beside it).
+    # The word in the label's name, by year: 2012–2016, 2017–2021, since 2023 (recognised by "t2f" beside it).
     "ot": Targets({"necrosis": (1,), "edema": (2,), "non_enhancing": (3,), "enhancing": (4,)}),
     "seg": Targets({"necrotic_core": (1,), "edema": (2,), "enhancing": (4,)}),
     "seg 2023": Targets({"necrotic_core": (1,), "edema": (2,), "enhancing": (3,)}),
@@ -109,11 +109,11 @@ _BRATS_KIND = {word: channel for channel, words in _BRATS_CHANNELS.items() for w
 
 
 def read_brats(folder: Folder) -> Dataset | None:
-    """Menze et al. 2015, The Multimodal Brain Tumor Image Segmentation Benchmark; and the years after."""
+    """Menze et al. 2015, The Multimodal Brain Tumor Image Segmentation Benchmark, and later years."""
     scans, labels, words = [], [], set()
     for path in folder.scans:
         found = {_BRATS_KIND[word]: word for word in _words(path) if word in _BRATS_KIND}
-        # BraTS 2015 as published has a folder for each file within the case's.
+        # BraTS 2015 as published has a folder for each file inside the case's folder.
         place = path.parent.parent if path.parent.name == name_of(path) else path.parent
         if len(found) != 1:
             continue
@@ -127,7 +127,7 @@ def read_brats(folder: Folder) -> Dataset | None:
         else:
             scans.append(((case, kind), path))
     cases = Counter(case for case, _ in {key for key, _ in scans})
-    # Folders that hold many subjects' T1 and T2 side by side are no cases.
+    # A folder that holds many subjects' T1 and T2 side by side is not a case.
     if max(cases.values(), default=0) < 2 or len(scans) > 1.5 * cases.total():
         return None
     subjects = subjects_of(folder.root, by_key(scans), by_key(labels), tuple(_BRATS_CHANNELS))
@@ -141,7 +141,7 @@ def _words(path: Path) -> list[str]:
 
 
 FOLDERS_OF_CASES = ("wmh2017", "brats")
-"""Layouts in which a subject has a folder of its own, with files in it that nobody asks for."""
+"""Layouts in which each subject has its own folder, which may hold other files too."""
 
 CHALLENGES = (
     Layout(

@@ -1,4 +1,4 @@
-"""One label from several annotators: by majority, or by STAPLE."""
+"""One label from several annotators, by majority or by STAPLE."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def consensus(labels: Sequence[LabelVolume], method: Method = "majority", *, sub
     """What several annotators agree on, on the first one's grid; background (0) wins a tie.
 
     ``majority``: the value that most of them gave a voxel; a tie between targets goes to the
-    smaller value. ``staple``: where the probability that a value is true, estimated together with
-    each annotator's sensitivity and specificity (Warfield et al. 2004, SimpleITK's), exceeds one half;
-    a voxel that two values claim goes to the likelier.
+    smaller value. ``staple``: the value whose probability of being true exceeds one half, estimated
+    together with each annotator's sensitivity and specificity (Warfield et al. 2004, SimpleITK's
+    implementation); where two values do, the likelier.
 
     Raises :class:`GridMismatch` where labels lie on different grids, :class:`DatasetError` for fewer
     than two.
     """
     if len(labels) < 2:
-        raise DatasetError(f"'{subject}' has {len(labels)} annotators", fix="a consensus takes two or more")
+        raise DatasetError(f"'{subject}' has {len(labels)} annotators", fix="give at least two for a consensus")
     first = labels[0]
     for number, other in enumerate(labels[1:], start=2):
         check_grids(subject, f"label of annotator {number}", other.grid, "that of the first", first.grid)
@@ -52,10 +52,10 @@ def _staple(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.float64]:
     """Probability of being true, voxel by voxel, given each annotator's mask."""
     import SimpleITK  # slow to import
 
-    # Far from anything marked all agree; there the estimate of specificity would drown in background.
+    # Far from any mark all annotators agree; including that background would push specificity to 1.
     union = np.logical_or.reduce(masks)
     box = box_around(union, margin=2)
-    assert box is not None  # nothing marked is no case for an estimate
+    assert box is not None  # each value was marked by somebody
     images = [SimpleITK.GetImageFromArray(mask[box].astype(np.uint8)) for mask in masks]
     probability = np.zeros(union.shape)
     probability[box] = SimpleITK.GetArrayFromImage(SimpleITK.STAPLE(images, 1.0))  # type: ignore[no-untyped-call]

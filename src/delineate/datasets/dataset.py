@@ -1,4 +1,4 @@
-"""A data set: subjects and what is segmented in them, and reading one subject's scan and label."""
+"""A data set: its subjects and what is segmented in them, and reading a subject's scan and label."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from delineate.errors import BadShape, ConstantScan, DatasetError, GridMismatch,
 from delineate.io.formats import is_dicom, is_series, name_of, read_label, read_volume, suffix_of
 
 SAME_GRID_MM = 0.1
-"""How far corners of a subject's channels and label may lie apart. Headers that were rewritten by
-another program differ by up to some hundredths of a millimetre (32-bit quaternions, rounded
-offsets), which no voxel notices; a label drawn on another grid is off by voxels."""
+"""How far apart the corners of a subject's channels and label may lie. Headers rewritten by another
+program differ by up to some hundredths of a millimetre (32-bit quaternions, rounded offsets), which
+is negligible; a label drawn on another grid is off by voxels."""
 
 Orientation = Literal["refuse", "sform", "qform"]
 NonFinite = Literal["refuse", "fill"]
@@ -29,11 +29,11 @@ NonFinite = Literal["refuse", "fill"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Subjects in one folder. ``targets`` and ``modality`` ("MR", "CT" or "") are what the folder tells.
+    """Subjects in one folder. ``targets`` and ``modality`` ("MR", "CT" or "") are what the folder states.
 
-    ``notes`` name what lies in the folder but belongs to no subject; inspection reports them.
-    ``simulated``: no patient was imaged. ``reason``: why it was taken for this layout. ``described``: channels
-    are called after the descriptions of DICOM series, which may name a person.
+    ``notes`` list what is in the folder but belongs to no subject; inspection reports them.
+    ``simulated``: no patient was imaged. ``reason``: how the layout was recognised. ``described``: channels
+    are named after the descriptions of DICOM series, which may name a person.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Dataset:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Every channel that some subject has, in order of the first that has most of them."""
+        """Every channel that any subject has, in the order of the first subject with the most channels."""
         fullest = max((s.channels for s in self.subjects), key=len, default=())
         return tuple(dict.fromkeys((*fullest, *(c for s in self.subjects for c in s.channels))))
 
@@ -63,10 +63,10 @@ def load_scan(
 ) -> Volume:
     """The named channels (all by default) as one volume (C, X, Y, Z), in the order asked for.
 
-    Names that share a file are its channels, in the order of ``subject.file_channels``. Of a subject
-    with ``resample``, files on other grids are brought onto the first one's, linearly. Raises
-    :class:`MissingFile` for a channel that the subject lacks, :class:`BadShape` where a file holds
-    another number of channels than it has names, :class:`GridMismatch` where files differ by more
+    Names that share a file are its channels, in the order of ``subject.file_channels``. If the subject
+    has ``resample``, files on other grids are resampled linearly to the first one's. Raises
+    :class:`MissingFile` for a channel that the subject lacks, :class:`BadShape` where a file's number
+    of channels differs from its number of names, :class:`GridMismatch` where files differ by more
     than :data:`SAME_GRID_MM`, and whatever reading a file raises.
     """
     channels = subject.channels if channels is None else tuple(channels)
@@ -93,7 +93,7 @@ def load_scan(
     grid, dtypes = reference[1].grid, {volume.voxels.dtype for volume in volumes.values()}
     if not others and channels == channels_in(subject, reference[0]):
         return reference[1]
-    # Fortran order within each channel, as files have it, so that copying runs along memory.
+    # Fortran order within each channel, as in the files, so that copying is contiguous.
     voxels = np.empty((len(channels), *grid.shape[::-1]), dtypes.pop() if len(dtypes) == 1 else np.float32)
     stacked = voxels.transpose(0, 3, 2, 1)
     for plane, channel in zip(stacked, channels, strict=True):
@@ -148,11 +148,11 @@ def load_label(
     *,
     orientation: Orientation = "refuse",
 ) -> LabelVolume:
-    """The label, on the image's ``grid`` where that is given.
+    """The label, on the image's ``grid`` if that is given.
 
     Raises :class:`MissingFile` where there is none, :class:`GridMismatch` where it lies more than
-    :data:`SAME_GRID_MM` off the grid, :class:`BadLabelValue` for values that ``targets`` do not
-    know, and whatever reading the file raises.
+    :data:`SAME_GRID_MM` off the grid, :class:`BadLabelValue` for values that no target includes, and
+    whatever reading the file raises.
     """
     if subject.label is None:
         raise MissingFile(f"'{subject.id}' has no label", fix="add one, or leave the subject out")
@@ -161,33 +161,33 @@ def load_label(
         check_grids(subject.id, "label", label.grid, "image", grid)
     if targets is not None:
         targets.check(label.voxels, subject.id)
-    # Within the tolerance they are one grid: from here on it is the image's, exactly.
+    # Within the tolerance they are the same grid: from here on, exactly the image's.
     return LabelVolume(label.voxels, grid or label.grid)
 
 
 def channels_in(subject: Subject, path: Path) -> tuple[str, ...]:
-    """Names of the channels that a file holds, in their order in it."""
+    """Names of the channels that a file holds, in the file's order."""
     names = tuple(channel for channel, file in subject.scans.items() if file == path)
-    # Channels that were given other names are known by their place in ``scans`` only.
+    # Renamed channels are known only by their place in ``scans``.
     return subject.file_channels if set(names) <= set(subject.file_channels) else names
 
 
 def check_channels(subject: Subject, path: Path, found: int) -> None:
-    """Raise :class:`BadShape` where a file holds another number of channels than the subject names."""
+    """Raise :class:`BadShape` where a file's number of channels differs from the subject's names for it."""
     names = channels_in(subject, path)
     if found != len(names):
         raise BadShape(
-            f"'{path.name}' of '{subject.id}' holds {found} channels, the data set names {len(names)} "
+            f"'{path.name}' of '{subject.id}' holds {found} channels, but the data set names {len(names)} "
             f"({', '.join(names)})",
-            fix="name each in dataset.json, or save the one that is meant",
+            fix="name each in dataset.json, or save only the one you want",
         )
 
 
 def check_shows_something(name: str, volume: Volume) -> None:
     """Raise :class:`ConstantScan` or :class:`BadShape` for a scan in which nothing can be seen.
 
-    That is one whose channels all have a single value, as a single voxel has, and one that is no more
-    than a line of voxels. Inspection warns of a channel that is constant beside others that are not.
+    That is one whose channels each have a single value, as a single voxel does, and one that is only a
+    line of voxels. Inspection warns about a constant channel beside others that are not.
     """
     if all(channel.min() == channel.max() for channel in volume.voxels):
         value = f"{float(volume.voxels.flat[0]):g}"
@@ -196,24 +196,24 @@ def check_shows_something(name: str, volume: Volume) -> None:
         )
     if is_line(volume.grid):
         shape = " × ".join(map(str, volume.grid.shape))
-        raise BadShape(f"'{name}' is a line of {shape} voxels, which shows no picture", fix="export the whole scan")
+        raise BadShape(f"'{name}' is a line of {shape} voxels, not an image", fix="export the whole scan")
 
 
 def is_line(grid: Grid) -> bool:
-    """Whether voxels lie along one axis only."""
+    """Whether the voxels lie along a single axis."""
     return sum(side > 1 for side in grid.shape) < 2
 
 
 def check_grids(subject: str, what: str, grid: Grid, other_what: str, other: Grid) -> None:
-    """Raise :class:`GridMismatch`, naming both grids, where they are more than the tolerance apart."""
+    """Raise :class:`GridMismatch`, describing both grids, where they are further apart than the tolerance."""
     distance = grid.corner_distance_mm(other)
     if distance <= SAME_GRID_MM:
         return
     apart = "" if np.isinf(distance) else f", corners up to {distance:.3g} mm apart"
     fix = f"resample {what} to {other_what}, or leave out '{subject}'"
     if grid.orientation != other.orientation and _reoriented(grid).matches(_reoriented(other), SAME_GRID_MM):
-        fix = f"they are one grid in two orientations: save {what} again as {other.orientation}"
-    raise GridMismatch(f"{what} of '{subject}' is {grid}, {other_what} {other}{apart}", fix=fix)
+        fix = f"they are the same grid in two orientations: save {what} again as {other.orientation}"
+    raise GridMismatch(f"{what} of '{subject}' is {grid}, {other_what} is {other}{apart}", fix=fix)
 
 
 def _reoriented(grid: Grid) -> Grid:
@@ -221,7 +221,7 @@ def _reoriented(grid: Grid) -> Grid:
 
 
 def resample_onto(voxels: NDArray, source: Grid, target: Grid, *, order: int) -> NDArray:
-    """Voxels (X, Y, Z) of one grid at the places of another, linearly (1) or nearest (0); 0 outside."""
+    """Voxels (X, Y, Z) resampled from one grid to another, linearly (order 1) or nearest (0); 0 outside."""
     from scipy.ndimage import affine_transform  # slow to import
 
     back = np.linalg.inv(source.affine) @ target.affine

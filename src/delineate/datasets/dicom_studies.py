@@ -1,4 +1,4 @@
-"""DICOM studies as subjects: channels are series, chosen by patterns of their descriptions."""
+"""DICOM studies as subjects: channels are series, chosen by patterns that their descriptions match."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from delineate.io.dicom_series import Series
 
 LABELS = ("*mask*", "*segmentation*")
-"""Descriptions of series that are labels where no pattern names them; DICOM-SEG is one by its modality."""
+"""Descriptions of series that are labels unless a pattern names them; a DICOM-SEG is one by its modality."""
 
 
 def read_studies(
     root: Path, images: str | Mapping[str, str] | None = None, labels: str | None = None
 ) -> Dataset | None:
-    """Every study below ``root`` as a subject; None where there is no DICOM.
+    """Every study below ``root`` as a subject; None if there is no DICOM.
 
     ``images`` has a pattern for each channel, such as ``{"T1": "*t1*pre*", "FLAIR": "*flair*"}``;
-    without it every series is a channel called by its description. A subject is called after the
-    folders its files lie in, whichever of them is the root, never after a person in a header. Raises
-    :class:`SeveralSeries` where a pattern fits several of one study, :class:`UnknownLayout` where
-    it fits none of any.
+    without it every series is a channel named by its description. A subject is named after the
+    folders that hold its files, whichever of them is the root, never after a person in a header. Raises
+    :class:`SeveralSeries` where a pattern matches several series of a study, :class:`UnknownLayout`
+    where it matches none in any study.
     """
     if not first_dicom(root):
         return None
@@ -47,7 +47,7 @@ def read_studies(
     shared = Counter(series.folder for series in found)
 
     def place(series: Series) -> Path:
-        """One path that stands for the series: its folder, or a file where others lie there too."""
+        """A path that stands for the series: its folder, or one of its files if other series share the folder."""
         alone = shared[series.folder] == 1 and not any(series.folder in other.parents for other in shared)
         return series.folder if alone else series.instances[0].path
 
@@ -82,7 +82,7 @@ def read_studies(
     if not any(subject.scans for subject in subjects):
         there = sorted({series.description for series in found})
         raise UnknownLayout(
-            f"no series of '{root}' fits {patterns}", fix=f"descriptions there are {', '.join(there[:12])}"
+            f"no series in '{root}' matches {patterns}", fix=f"descriptions there are {', '.join(there[:12])}"
         )
     modality = found[0].modality if found[0].modality in ("CT", "MR") else ""
     ordered = tuple(sorted(subjects, key=lambda subject: subject.id))
@@ -92,7 +92,7 @@ def read_studies(
 
 
 def first_dicom(root: Path) -> list[Path]:
-    """The first DICOM file below ``root`` that is found, if there is one."""
+    """The first DICOM file found below ``root``, if there is one."""
     files = (place / name for place, names in walk(root, links=False) for name in names)
     return list(islice(filter(is_dicom, files), 1))
 
@@ -101,20 +101,20 @@ _UNTELLING = re.compile(
     r"""\d+(\.\d+){3,}                              # a UID
     | (19|20)\d{6} | (19|20)\d\d[-._]\d\d[-._]\d\d\b.* | \d\d[-._]\d\d[-._](19|20)\d\d\b.*    # a date
     | \d+(\.\d+)?-.*-\d{5}                        # number, description and the end of a UID: a series
-    | dicom(dir)? | dcm | (pat?|stu?|ser?|img?)\d+  # what they are called on disks: DICOM/PA000/ST000/SE000
+    | dicom(dir)? | dcm | (pat?|stu?|ser?|img?)\d+  # names on disks: DICOM/PA000/ST000/SE000
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-"""Names of folders that say what lies there, and not whose. A date is one, and no result is called after it."""
+"""Folder names that say what is in them but not whose it is, such as a date. No result is named after one."""
 
 _LEVELS = 4
-"""How far up a telling name is looked for: disk, patient, study, series."""
+"""How many folders up to look for a telling name: disk, patient, study, series."""
 
 
 def name_of_study(path: Path) -> str:
-    """What a result of one series (a zip, or one of its files) is called: as if its folder had been given.
+    """The name for a result from one series (a zip, or one of its files): the same as if its folder had been given.
 
-    Raises what reading DICOM's headers raises.
+    Raises what reading DICOM headers raises.
     """
     from delineate.io.dicom_series import the_series
 
@@ -122,14 +122,14 @@ def name_of_study(path: Path) -> str:
     if series.instances[0].archive is None:
         together = [file for file in path.parent.iterdir() if file.is_file() and is_dicom(file)]
         if len(together) > len(series.instances):
-            return name_of(path)  # several series in one folder: only their files' names tell them apart
+            return name_of(path)  # several series in one folder: only file names tell them apart
     return _folders([series])[0]
 
 
 def _names(studies: Mapping[str, Sequence[Series]]) -> dict[str, str]:
-    """What each study is called: the innermost folder around it whose name tells, whichever folder was given.
+    """A name for each study: the innermost folder around it with a telling name, whichever folder was given.
 
-    Where several have the same, the folders below it are added until they differ, and numbers where they never do.
+    Where several have the same name, folders below are added until they differ, and numbers if they never do.
     """
     chains = {uid: _folders(members) for uid, members in studies.items()}
     depth = max(map(len, chains.values()), default=0)
@@ -146,7 +146,7 @@ def _names(studies: Mapping[str, Sequence[Series]]) -> dict[str, str]:
 
 
 def _folders(members: Sequence[Series]) -> tuple[str, ...]:
-    """The names of the folders from the first that tells down to the one that holds all of a study."""
+    """Folder names from the first telling one down to the one that holds all of a study."""
     parts = Path(os.path.commonpath([_place(series) for series in members])).parts
     descriptions = {series.description for series in members}
     for k in range(1, min(_LEVELS, len(parts) - 1) + 1):
@@ -156,7 +156,7 @@ def _folders(members: Sequence[Series]) -> tuple[str, ...]:
 
 
 def _place(series: Series) -> str:
-    """A series' folder; that within a zip as if it had been unpacked."""
+    """A series' folder; inside a zip, the folder as if it had been unpacked."""
     if series.instances[0].archive is None:
         return os.path.abspath(series.folder)
     inside = [str(PurePosixPath(instance.member.replace("\\", "/")).parent) for instance in series.instances]
@@ -164,7 +164,7 @@ def _place(series: Series) -> str:
 
 
 def _channel_names(series: Sequence) -> list[str]:
-    """Descriptions, or modality and number where there is none or another has the same."""
+    """Descriptions, or modality and number where a description is missing or not unique."""
     count = Counter(s.description for s in series)
     return [
         s.description if s.description and count[s.description] == 1 else f"{s.modality}_{s.number}" for s in series

@@ -1,4 +1,4 @@
-"""One subject's examination: what its files hold, and everything that is wrong with them."""
+"""Examining one subject: what its files hold, and everything that is wrong with them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from delineate.errors import BadVoxels, DelineateError
 from delineate.io.formats import read_label, read_volume
 
 LEAST_ON_IMAGE = 0.5
-"""Share of a label that should lie where the image shows something."""
+"""Fraction of a label that should lie where the image shows something."""
 
 Severity = Literal["error", "warning"]
 _LEAVE_OUT = "fix it, or leave the subject out"
@@ -46,7 +46,7 @@ _LEAVE_OUT = "fix it, or leave the subject out"
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong: ``subject`` is "" where it concerns the whole data set; ``fix`` says what to do."""
+    """A problem: ``subject`` is "" if it concerns the whole data set; ``fix`` says what to do."""
 
     code: str
     severity: Severity
@@ -59,9 +59,9 @@ class Problem:
 class SubjectRow:
     """What one readable subject holds; axes are the file's own.
 
-    ``foreground_shape`` is the box of voxels above the background in any channel,
-    ``label_box_shape`` that of the targets, (0, 0, 0) where there are none. ``hashes`` are BLAKE2b
-    of the files' bytes, by channel and "label".
+    ``foreground_shape`` is the shape of the box around voxels above the background in any channel,
+    ``label_box_shape`` that of the box around the targets, (0, 0, 0) if there are none. ``hashes`` are
+    BLAKE2b hashes of the files' bytes, by channel and "label".
     """
 
     subject: str
@@ -82,7 +82,7 @@ class SubjectRow:
 
 @dataclass(frozen=True)
 class Rules:
-    """What every subject is held against."""
+    """The rules that every subject is checked against."""
 
     channels: Sequence[str]
     targets: Targets | None
@@ -93,7 +93,7 @@ class Rules:
 
 @dataclass
 class Examination:
-    """One subject, as far as it can be read: whatever is wrong is noted, and the next thing looked at."""
+    """One subject, as far as it can be read: each problem is noted, and the examination continues."""
 
     subject: Subject
     rules: Rules
@@ -103,7 +103,7 @@ class Examination:
     dtypes: set[str] = field(default_factory=set)
     intensities: dict[str, Intensity] = field(default_factory=dict)
     foreground: Foreground | None = None
-    # Each channel in 256 grey levels, until the label has been held against them.
+    # Each channel in 256 grey levels, until the label has been compared with them.
     grey: list[NDArray[np.uint8]] = field(default_factory=list)
     label_voxels: dict[int, int] = field(default_factory=dict)
     label_box: Shape3 = (0, 0, 0)
@@ -124,9 +124,9 @@ class Examination:
         self.problems.append(Problem(code, severity, self.subject.id, message, fix))
 
     def guarded(self, examine: Callable[[Path], None], path: Path, what: str) -> None:
-        """Whatever a file does, the others are looked at too."""
+        """Examine a file and note any failure, so that the other files are examined too."""
         if not path.exists():
-            self.note("E_MISSING", f"{what} is missing: there is no '{path}'", "restore it, or leave the subject out")
+            self.note("E_MISSING", f"{what} is missing: no '{path}'", "restore it, or leave the subject out")
             return
         try:
             examine(path)
@@ -150,7 +150,7 @@ class Examination:
         if self.grid is None:
             self.grid, self.grid_of = volume.grid, f"'{path.name}'"
         elif self.subject.resample and not volume.grid.matches(self.grid, SAME_GRID_MM):
-            return  # brought onto the first one's grid; held against the label there, it would take memory
+            return  # to be resampled to the first one's grid; comparing it with the label there would take memory
         check_grids(self.subject.id, f"'{path.name}'", volume.grid, self.grid_of, self.grid)
         for name in taken:
             if self.subject.label is not None:
@@ -159,7 +159,7 @@ class Examination:
             self.foreground = self.foreground | found if self.foreground else found
 
     def read(self, path: Path) -> Volume:
-        """The scan; one with voxels that are not finite is noted, and measured with them filled."""
+        """The scan; voxels that are not finite are noted, and filled so that the scan can be measured."""
         try:
             return read_volume(path, orientation=self.rules.orientation)
         except BadVoxels as error:
@@ -169,7 +169,7 @@ class Examination:
     def check_constant(self) -> None:
         constant = [name for name, intensity in self.intensities.items() if intensity.constant]
         if self.grid is not None and is_line(self.grid) and len(constant) < len(self.intensities):
-            self.note("E_SHAPE", "the scan is a line of voxels, which shows no picture", "export the whole scan")
+            self.note("E_SHAPE", "the scan is a line of voxels, not an image", "export the whole scan")
         if not constant:
             return
         message = f"channel {', '.join(constant)} has the same value everywhere"
@@ -190,21 +190,21 @@ class Examination:
         if targets and unknown:
             found = ", ".join(f"{value} ({n} voxels)" for value, n in unknown.items())
             known = ", ".join(map(str, sorted(targets.known_values)))
-            message = f"the label has values the targets do not know: {found}; known are {known}"
+            message = f"the label has values that no target includes: {found}; known values are {known}"
             self.note("E_LABEL_VALUE", message, "add them to a target or to 'ignore'")
         wanted = {v for v in self.label_voxels if v != 0 and not (targets and v in targets.ignore)}
         if not wanted:
-            self.note("W_EMPTY_LABEL", "the label marks nothing", "check that this is so", "warning")
+            self.note("W_EMPTY_LABEL", "the label marks nothing", "check that this is right", "warning")
             return
         marked = np.isin(label.voxels, list(wanted))
         self.label_box = box_shape(marked)
         share = self.foreground.share_of(marked) if self.foreground else 1.0
         if share < LEAST_ON_IMAGE:
             message = f"only {share:.0%} of the label lies where the image shows something"
-            self.note("W_LABEL_OFF_IMAGE", message, "look at them together: is the label mirrored?", "warning")
+            self.note("W_LABEL_OFF_IMAGE", message, "view them together: is the label mirrored?", "warning")
 
     def check_mirrored(self, label: LabelVolume) -> None:
-        """Note evidence that the label's voxels and its header do not belong together."""
+        """Note evidence that the label's header does not belong to its voxels."""
         targets = self.rules.targets
         mask = label.voxels > 0 if targets is None else targets.foreground(label.voxels)
         assert self.grid is not None
@@ -214,7 +214,7 @@ class Examination:
             self.note(
                 "W_MIRRORED",
                 str(found),
-                "look at them together; `delineate data inspect --repair` writes a copy that is turned",
+                "view them together; `delineate data inspect --repair` writes a corrected copy",
                 "warning",
             )
 
@@ -245,5 +245,5 @@ class Examination:
 
 
 def named_by_value(values: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
-    """A target for each label value, for data sets that name none."""
+    """A target for each label value, for a data set that names none."""
     return {f"label_{value}": (value,) for value in sorted(values) if value != 0}

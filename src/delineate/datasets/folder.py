@@ -1,4 +1,4 @@
-"""A folder of scans as layouts see it: walked once, with what its dataset.json and sites.csv say."""
+"""A folder of scans as layouts see it: walked once, with the content of its dataset.json and sites.csv."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from delineate.io.files import parsing, read_json, read_text, walk
 from delineate.io.formats import PICTURE_SUFFIXES, name_of, suffix_of
 
 SIMULATED = "simulated.json"
-"""Lies at the root of simulated scans, and says how they were made."""
+"""A file at the root of simulated scans that says how they were made."""
 
 _DEPTH = 6  # folders below the root; challenges nest up to four
 
@@ -36,7 +36,7 @@ _LABEL_NAME = re.compile(
     rf"(?:(?P<before>.+?)[^a-z0-9]+)?{_ENDING}|{_BEGINNING}[^a-z0-9]+(?P<after>.+)|wmh", re.IGNORECASE
 )
 NUMBERED = re.compile(r"(.+)_(\d{4})")
-"""nnU-Net's names of files, SUBJECT_0000: subject and number of the channel."""
+"""nnU-Net's file names, SUBJECT_0000: subject and channel number."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -45,7 +45,7 @@ Key = TypeVar("Key", bound=Hashable)
 class Folder:
     """``scans``: every scan below ``root``, sorted, relative to it. ``about``: its dataset.json, or {}.
 
-    Pictures are scans only where there are no volumes: beside those they are previews.
+    Pictures count as scans only where there are no volumes; beside volumes they are previews.
     """
 
     root: Path
@@ -54,7 +54,7 @@ class Folder:
 
     @classmethod
     def walk(cls, root: Path) -> Folder:
-        """Look at a folder. Raises :class:`MissingFile` where there is none."""
+        """Walk a folder. Raises :class:`MissingFile` if it does not exist."""
         if not root.is_dir():
             raise MissingFile(f"no folder at '{root}'", fix="check the path")
         scans: list[Path] = []
@@ -65,11 +65,11 @@ class Folder:
         return cls(root, tuple(sorted(volumes or scans)), description(root))
 
     def like_label(self, path: Path) -> bool:
-        """Whether one of ``scans`` looks like a label; those directly in the root, by the root's name too."""
+        """Whether one of ``scans`` looks like a label; for those directly in the root, by the root's name too."""
         return looks_like_label(Path(self.name, path) if len(path.parts) == 1 else path)
 
     def within(self, *parts: str) -> list[Path]:
-        """Scans directly in the folder of this name (the root itself without one)."""
+        """Scans directly in the folder with this name (without one, in the root itself)."""
         return [path for path in self.scans if path.parent.parts == parts]
 
     @property
@@ -82,7 +82,7 @@ class Layout:
     """A way to arrange scans on disk.
 
     ``tree`` shows it, in the documentation and in errors. ``read`` returns ``None`` for a folder
-    that is not arranged so.
+    that is not arranged this way.
     """
 
     name: str
@@ -91,9 +91,9 @@ class Layout:
 
 
 def own_folder(root: Path) -> Path:
-    """The folder that a data set fills: ``root``, or the one folder in it that holds every scan and says what they are.
+    """The data set's own folder: ``root``, or the only folder in it that holds every scan and says what they are.
 
-    So that a data set unpacked one level deeper keeps its subjects, its sites and that it is simulated.
+    A data set unpacked one level deeper thus keeps its subjects, its sites and the mark that it is simulated.
     """
     while True:
         scans = Folder.walk(root).scans
@@ -108,22 +108,22 @@ def own_folder(root: Path) -> Path:
 
 
 def bare_name(path: Path) -> str:
-    """The name of a file without the word that says it is a label: ``case`` of ``case_seg.nii.gz``; ``""`` for
-    nothing but that word. Of a file that is not called a label, its name."""
+    """A file's name without the word that marks it as a label: ``case`` for ``case_seg.nii.gz``, ``""`` for that
+    word alone, and the whole name for a file not called a label."""
     name = name_of(path)
     match = _LABEL_NAME.fullmatch(name)
     return name if match is None else match["before"] or match["after"] or ""
 
 
 def looks_like_label(path: Path) -> bool:
-    """Whether a file below a data set's root, by its name or a folder's, is a label: ``case_seg.nii.gz``,
-    ``labelsTr/case.nii.gz``. What does is nowhere taken for a scan."""
+    """Whether a file below a data set's root looks like a label, by its name or a folder's: ``case_seg.nii.gz``,
+    ``labelsTr/case.nii.gz``. No layout takes such a file for a scan."""
     name = numbered[1] if (numbered := NUMBERED.fullmatch(name_of(path))) else name_of(path)
     return _LABEL_NAME.fullmatch(name) is not None or any(map(_LABEL_FOLDER.fullmatch, path.parts[:-1]))
 
 
 def description(root: Path) -> dict[str, Any]:
-    """Contents of dataset.json, {} where there is none. Raises :class:`UnknownLayout` if it is damaged."""
+    """Contents of dataset.json, {} if there is none. Raises :class:`UnknownLayout` if it is damaged."""
     path = root / "dataset.json"
     return read_json(path, UnknownLayout, fix="repair it") if path.exists() else {}
 
@@ -152,7 +152,7 @@ def subjects_of(
 ) -> tuple[Subject, ...]:
     """Subjects from files by (subject, channel) and by subject.
 
-    A subject that has a label but no scan is one too, so that inspection finds it.
+    A label without a scan is a subject too, so that inspection finds it.
     """
     ids = sorted({subject for subject, _ in scans} | set(labels))
     return tuple(
@@ -167,18 +167,18 @@ def subjects_of(
 
 
 def labelled(subjects: Iterable[Subject]) -> list[Subject]:
-    """Subjects that are a pair: of scan and label."""
+    """Subjects that have both a scan and a label."""
     return [subject for subject in subjects if subject.scans and subject.label is not None]
 
 
 def channel_names(names: Mapping[str, str] | Sequence[str]) -> tuple[str, ...]:
-    """Channels of a dataset.json, in the order of their numbers; a name used twice gets its number."""
+    """A dataset.json's channels, in the order of their numbers; a number is added to a name used twice."""
     ordered = [str(names[k]) for k in sorted(names, key=int)] if isinstance(names, Mapping) else list(map(str, names))
     return tuple(f"{name}_{i}" if ordered.count(name) > 1 else name for i, name in enumerate(ordered))
 
 
 def modality_of(channels: Iterable[str]) -> str:
-    """CT, MR, or nothing, by the names of channels."""
+    """CT, MR or nothing, by the names of the channels."""
     names = [channel.upper() for channel in channels]
     if any(name.startswith("CT") for name in names):
         return "CT"
@@ -189,8 +189,8 @@ def modality_of(channels: Iterable[str]) -> str:
 def targets_of(labels: Any) -> Targets | None:
     """Targets of a dataset.json's ``labels``: value → name (MSD) or name → value or values (nnU-Net).
 
-    The value 0 is background; the name ``ignore`` means what nobody labelled. Targets that share
-    values overlap. ``None`` where no target is named; :class:`UnknownLayout` for other contents.
+    The value 0 is background; the name ``ignore`` marks voxels that nobody labelled. Targets that share
+    values overlap. ``None`` where no target is named; raises :class:`UnknownLayout` for other contents.
     """
     values: dict[str, tuple[int, ...]] = defaultdict(tuple)
     try:
@@ -210,14 +210,14 @@ def targets_of(labels: Any) -> Targets | None:
 
 
 def for_training(scans: Sequence[Path]) -> list[Path]:
-    """Scans outside folders named ``test…``, where there are any: challenges' test sets have no labels."""
+    """Scans outside folders named ``test…``, if there are any: challenges' test sets have no labels."""
     return [p for p in scans if not any(part.lower().startswith("test") for part in p.parts[:-1])] or list(scans)
 
 
 def with_sites(dataset: Dataset) -> Dataset:
-    """Sites, patients and attributes from the root's sites.csv, where there is one.
+    """The data set with sites, patients and attributes from the root's sites.csv, if there is one.
 
-    Its columns are ``subject,site[,patient]``; further ones become attributes. Raises
+    Its columns are ``subject,site[,patient]``; any others become attributes. Raises
     :class:`UnknownLayout` for other columns, :class:`DuplicateSubject` for a subject with two rows.
     """
     path = dataset.root / "sites.csv"

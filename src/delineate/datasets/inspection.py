@@ -1,18 +1,19 @@
 """What a data set holds and what is wrong with it: every subject, all problems at once.
 
-Errors make a subject unusable for training. They carry the codes of :mod:`delineate.errors`, and
-``E_CONSTANT``: a scan with the same value everywhere. Warnings are worth a look:
+Errors make a subject unusable for training; their codes are those of :mod:`delineate.errors`. Warnings
+are worth a look:
 
 ==================  ================================================================
 W_EMPTY_LABEL       a label marks nothing
 W_CONSTANT          one channel of several has the same value everywhere
 W_LABEL_OFF_IMAGE   more than half of a label lies where the image shows nothing
+W_MIRRORED          a label's border follows the image flipped, not where its header places it
 W_OUTLIER_SPACING   voxels 2.5 × larger or smaller than the data set's median
-W_OUTLIER_SHAPE     2.5 × more or fewer voxels along an axis than the median
+W_OUTLIER_SHAPE     2.5 × more or fewer voxels along an axis than the data set's median
 W_DUPLICATE_SCAN    the same voxels under two subjects
-W_EXTREME_MAXIMUM   few voxels far above all others: clip percentiles
-W_INTENSITY_SCALE   intensities that differ by more than 10 × among scans: normalise each
-W_STRAY             what lies in the folder but belongs to no subject
+W_EXTREME_MAXIMUM   a few voxels far above all others: clip percentiles
+W_INTENSITY_SCALE   intensities that differ by more than 10 × between scans: normalise each scan
+W_STRAY             a file in the folder that belongs to no subject
 ==================  ================================================================
 """
 
@@ -38,9 +39,9 @@ __all__ = ["Inspection", "Intensity", "Problem", "SubjectRow", "inspect"]
 
 OUTLIER_RATIO = 2.5
 OUTLIER_SUBJECTS = 5
-"""Among fewer subjects than this, none is called an outlier."""
+"""With fewer subjects than this, none is called an outlier."""
 EXTREME_MAXIMUM = 5.0
-"""Times as far above the median as the 99.5th percentile lies."""
+"""A far maximum lies this many times as far above the median as the 99.5th percentile does."""
 SCALE_RATIO = 10.0
 
 
@@ -60,7 +61,7 @@ class InspectionFile(Document):
 
 @dataclass(frozen=True)
 class Inspection:
-    """``rows`` of the subjects that could be read, in the data set's order, and all problems."""
+    """A row for each subject that could be read, in the data set's order, and all problems."""
 
     dataset: str
     rows: tuple[SubjectRow, ...]
@@ -68,7 +69,7 @@ class Inspection:
     targets: Targets | None = None
     layout: str = ""
     reason: str = ""
-    """Why the folder was taken for that layout."""
+    """How the folder's layout was recognised."""
 
     @property
     def errors(self) -> tuple[Problem, ...]:
@@ -98,7 +99,7 @@ class Inspection:
 
     @property
     def class_fractions(self) -> dict[str, float]:
-        """Share of all labelled subjects' voxels, by target (by value where no targets are known)."""
+        """Fraction of all labelled subjects' voxels, by target (by value if no targets are known)."""
         counts = self.label_voxels
         total = sum(counts.values())
         if self.targets:
@@ -143,7 +144,7 @@ class Inspection:
         problems = [(p.severity, p.code, p.subject, p.message, p.fix) for p in self.problems]
         found = f"{len(self.errors)} errors, {len(self.warnings)} warnings"
         return html_table(f"{self.dataset}: {len(self.rows)} subjects", columns, subjects) + html_table(
-            found, ("severity", "code", "subject", "what", "what to do"), problems
+            found, ("severity", "code", "subject", "problem", "what to do"), problems
         )
 
 
@@ -157,11 +158,11 @@ def inspect(
     threads: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Read every subject and say what it holds and what is wrong; a bad subject never raises.
+    """Read every subject and report what it holds and what is wrong; a bad subject never raises.
 
     ``targets`` replace the data set's own. With ``for_training`` a missing label is an error.
-    ``nan`` and ``orientation`` are as for :func:`~delineate.datasets.dataset.load_scan`: what a
-    training accepts is no error here (voxels to be filled are a warning). ``progress(done, total)``
+    ``nan`` and ``orientation`` are as for :func:`~delineate.datasets.dataset.load_scan`: what training
+    accepts is not an error here (voxels to be filled are a warning). ``progress(done, total)``
     is called after each subject. Each thread holds one file in memory.
     """
     targets = targets or dataset.targets
@@ -184,7 +185,7 @@ def inspect(
 
 
 def _compare(dataset: Dataset, rows: Sequence[SubjectRow]) -> Iterator[Problem]:
-    """What is only seen by setting subjects beside each other."""
+    """Problems that show only when subjects are compared."""
     for subject, times in Counter(subject.id for subject in dataset.subjects).items():
         if times > 1:
             yield Problem("E_DUPLICATE", "error", subject, f"{times} subjects share this name", "rename all but one")
@@ -205,7 +206,7 @@ def _outliers(
 ) -> Iterator[Problem]:
     if len(rows) < OUTLIER_SUBJECTS:
         return
-    # Along the patient's axes, so that a scan stored in another orientation is none.
+    # Along the patient's axes, so that a scan stored in another orientation is not an outlier.
     values = np.array([np.array(numbers(row), dtype=float)[_patient_axes(row.orientation)] for row in rows])
     median = np.median(values, axis=0)
     for row, value in zip(rows, values, strict=True):
@@ -215,7 +216,7 @@ def _outliers(
 
 
 def _duplicates(rows: Sequence[SubjectRow]) -> Iterator[Problem]:
-    """The same statistics to the last digit are the same voxels, even in a file compressed anew."""
+    """Statistics equal to the last digit mean the same voxels, even if the file was recompressed."""
     seen: dict[tuple[Shape3, Intensity], list[str]] = defaultdict(list)
     for row in rows:
         for intensity in row.intensities.values():
@@ -223,7 +224,7 @@ def _duplicates(rows: Sequence[SubjectRow]) -> Iterator[Problem]:
                 seen[row.shape, intensity].append(row.subject)
     for subjects in dict.fromkeys(tuple(subjects) for subjects in seen.values() if len(subjects) > 1):
         message = f"holds the same scan as {', '.join(subjects[:-1])}"
-        fix = "leave one out, or give both one patient in sites.csv"
+        fix = "leave one out, or give both the same patient in sites.csv"
         yield Problem("W_DUPLICATE_SCAN", "warning", subjects[-1], message, fix)
 
 
@@ -239,8 +240,8 @@ def _unlike_intensities(rows: Sequence[SubjectRow]) -> Iterator[Problem]:
                 ranges[name].append(max(abs(intensity.p0_5), abs(intensity.p99_5)))
     for name, found in ranges.items():
         if max(found) > SCALE_RATIO * min(found):
-            message = f"99.5th percentiles of {name} reach from {min(found):.4g} to {max(found):.4g}"
-            yield Problem("W_INTENSITY_SCALE", "warning", "", message, "normalise each scan by itself")
+            message = f"99.5th percentiles of {name} range from {min(found):.4g} to {max(found):.4g}"
+            yield Problem("W_INTENSITY_SCALE", "warning", "", message, "normalise each scan separately")
 
 
 def _far_maximum(intensity: Intensity) -> bool:

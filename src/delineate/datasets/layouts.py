@@ -1,4 +1,4 @@
-"""Ways to arrange scans on disk, and opening a folder in whichever of them it is."""
+"""Ways to arrange scans on disk, and opening a folder in whichever of them it uses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def open_dataset(
     labels: str | None = None,
     targets: Targets | None = None,
 ) -> Dataset:
-    """The data set in a folder (or the one scan in a file), in whichever of :data:`LAYOUTS` it is.
+    """Open the data set in a folder (or the one scan in a file), in whichever of :data:`LAYOUTS` it uses.
 
     >>> import delineate
     >>> dataset = delineate.open_dataset("scans")
@@ -57,24 +57,24 @@ def open_dataset(
     'case0'
 
     ``images`` and ``labels`` are patterns such as ``*/artery.nii`` and ``*/label.nii``, relative to
-    ``path``: files belong together where their wildcards match the same text. Several channels
-    have a pattern each, ``{"T1": "*/t1.nii", "T2": "*/t2.nii"}``. Of DICOM, patterns are matched with
-    the series' descriptions. ``targets`` replace those that the data set names. Nothing but names
-    (and DICOM's headers) is read, except where only voxels tell a scan from its label: what is wrong
-    with a subject, a missing label included, is found by :func:`delineate.datasets.inspection.inspect`.
+    ``path``: files belong together if their wildcards match the same text. Give each of several channels
+    its own pattern, ``{"T1": "*/t1.nii", "T2": "*/t2.nii"}``. For DICOM, patterns are matched against
+    series descriptions. ``targets`` replace those that the data set names. Only names (and DICOM headers)
+    are read, except where only voxels tell a scan from its label: problems with a subject, including a
+    missing label, are found by :func:`delineate.datasets.inspection.inspect`.
 
-    A layout is recognised by its pairs of scans and labels, and ``reason`` says by which. What looks
-    like a label is never a scan, unless ``images`` asks for it or it is the one file given.
+    A layout is recognised by its pairs of scans and labels; ``reason`` says by which. A file that looks
+    like a label is never a scan, unless ``images`` asks for it or it is the single file given.
 
-    Raises :class:`MissingFile` where there is no folder, :class:`UnknownLayout` where it is in no
-    known layout, or in several, :class:`DuplicateSubject` where subjects share a name.
+    Raises :class:`MissingFile` where there is no folder, :class:`UnknownLayout` where it has no known
+    layout, or several, and :class:`DuplicateSubject` where subjects share a name.
     """
     root = Path(path)
     if layout not in ("auto", *LAYOUTS):
         known = f"auto, {', '.join(LAYOUTS)}"
-        raise UnknownLayout(f"no layout is called '{layout}'", fix=f"known are {known}{near(layout, LAYOUTS)}")
+        raise UnknownLayout(f"there is no layout '{layout}'", fix=f"known are {known}{near(layout, LAYOUTS)}")
     if labels is not None and images is None:
-        raise UnknownLayout(f"labels are given by a pattern ({labels}), images are not", fix="give both")
+        raise UnknownLayout(f"there is a pattern for labels ({labels}) but none for images", fix="give both")
     with parsing(root, UnknownLayout, fix="repair its dataset.json, or give patterns"):
         dataset = _opened(root, layout, images, labels)
     return dataset if targets is None else replace(dataset, targets=targets)
@@ -87,7 +87,7 @@ def _opened(root: Path, layout: str, images: str | Mapping[str, str] | None, lab
         # Patterns are relative to the folder that was given.
         root = root if images is not None else own_folder(root)
         folder = Folder.walk(root)
-        # DICOM has no suffix to be known by: it is looked for where nothing else is.
+        # DICOM has no suffix to recognise it by: it is looked for only if nothing else is found.
         wanted = layout == "dicom" or (layout == "auto" and not folder.scans)
         studies = read_studies(root, images, labels) if wanted else None
         if studies is not None:
@@ -101,13 +101,13 @@ def _opened(root: Path, layout: str, images: str | Mapping[str, str] | None, lab
 
 
 def _automatic(folder: Folder) -> list[Layout]:
-    """The layouts in the order in which they are tried: others' before what is nothing but scans."""
+    """The layouts in the order in which they are tried: those of other packages before loose scans."""
     *special, scans, dicom = LAYOUTS.packaged.values()
     return [*special, *LAYOUTS.usable(), scans, *([] if folder.scans else [dicom])]
 
 
 def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
-    """The folder in the one layout that all of its pairs are of; without any pair, in the first that fits."""
+    """The folder in the layout that covers all of its pairs; if it has no pairs, in the first layout that fits."""
     found: list[Dataset] = []
     refusal: DatasetError | None = None
     for layout in layouts:
@@ -115,7 +115,7 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
             dataset = layout.read(folder)
         except (DuplicateSubject, UnknownLayout) as error:
             if isinstance(error, UnknownLayout) and layout.name != "scans":
-                raise  # what its own files say of themselves is wrong
+                raise  # the layout fits, but the folder's own description is wrong
             refusal = refusal or error
             continue
         except Exception as error:
@@ -124,7 +124,7 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
             raise UnknownLayout(
                 f"layout '{layout.name}' of {requirement_of(layout)} fails on '{folder.root}': {type(error).__name__}: "
                 f"{error}",
-                fix="name the layout that is meant by --layout, or uninstall that package",
+                fix="name the right layout with --layout, or uninstall that package",
             ) from error
         if dataset is not None:
             found.append(dataset)
@@ -136,7 +136,7 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
             what = " and ".join(f"{dataset.layout} ({dataset.reason})" for dataset in paired)
             raise UnknownLayout(
                 f"'{folder.root}' mixes layouts: {what}",
-                fix="put them into folders of their own, or name one with --layout",
+                fix="put them into separate folders, or name one with --layout",
             )
         found = whole
     elif refusal is not None:
@@ -146,26 +146,26 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
     if folder.scans and all(map(folder.like_label, folder.scans)):
         raise UnknownLayout(
             f"every scan in '{folder.root}' looks like a label ({_summary(folder)})",
-            fix="give the folder that the scans are in, or name a single file to take it for a scan",
+            fix="give the folder with the scans, or name a single file to have it taken for a scan",
         )
     shown = layouts if len(layouts) == 1 else [*LAYOUTS.packaged.values(), *LAYOUTS.usable()]
     trees = "\n\n".join(f"{layout.name}:\n{_indented(layout.tree)}" for layout in shown)
     raise UnknownLayout(
-        f"'{folder.root}' is in no known layout: found {_summary(folder)}. "
+        f"'{folder.root}' has no known layout: found {_summary(folder)}. "
         "Arrange it as one of these, or give patterns such as "
         f"--images '*/artery.nii' --labels '*/label.nii':\n\n{trees}"
     )
 
 
 def _without_labels_as_scans(folder: Folder, dataset: Dataset) -> Dataset:
-    """The data set, of whatever layout; raises :class:`UnknownLayout` where a scan of it looks like a label."""
+    """The data set, whatever its layout; raises :class:`UnknownLayout` where one of its scans looks like a label."""
     files = {path for subject in dataset.subjects for path in subject.scans.values()}
     scans = {path.relative_to(folder.root) if path.is_relative_to(folder.root) else path for path in files}
     if suspects := sorted(path.as_posix() for path in scans if folder.like_label(path)):
         raise UnknownLayout(
-            f"'{folder.root}' as {dataset.layout} would take for scans what looks like labels: {_some(suspects)}",
+            f"read as {dataset.layout}, '{folder.root}' has scans that look like labels: {_some(suspects)}",
             fix=(
-                "rename the files or their folder, or name each by patterns such as "
+                "rename the files or their folder, or give patterns such as "
                 f"--images '{Path(suspects[0]).parent.joinpath('*').as_posix()}'"
             ),
         )
@@ -173,11 +173,11 @@ def _without_labels_as_scans(folder: Folder, dataset: Dataset) -> Dataset:
 
 
 def _with_strays(folder: Folder, dataset: Dataset) -> Dataset:
-    """The data set with a note of the scans that are none of its subjects'.
+    """The data set with a note about scans that belong to no subject.
 
-    Test sets are left out, and so is what else lies in a subject's own folder.
+    Test sets are not mentioned, nor are other files in a subject's own folder.
     """
-    if dataset.layout == "scans":  # tells of them itself
+    if dataset.layout == "scans":  # reports them itself
         return dataset
     taken = {path for subject in dataset.subjects for path in subject.files}
     own = set()
@@ -197,7 +197,7 @@ def _with_strays(folder: Folder, dataset: Dataset) -> Dataset:
 def read_msd(folder: Folder) -> Dataset | None:
     """Antonelli et al. 2022, The Medical Segmentation Decathlon. dataset.json decides which files count.
 
-    Without one, scans and labels of the same name are subjects, whose one channel and targets have no names.
+    Without one, scans and labels with the same name are subjects, whose channel and targets have no names.
     """
     about = folder.about
     if not about:
@@ -205,15 +205,13 @@ def read_msd(folder: Folder) -> Dataset | None:
     if not isinstance(about.get("training"), list) or "modality" not in about:
         return None
     if any("_0000" in path.name for path in folder.within("imagesTr")):
-        return None  # nnU-Net's files under an MSD's description, as its first version had them
+        return None  # nnU-Net's files with an MSD description, as in its first version
     channels = channel_names(about["modality"])
-    # Test images have no labels: they are the data set only where there is nothing else.
+    # Test images have no labels: they are the data set only if there is nothing else.
     entries = [_entry(entry) for entry in about["training"] or about.get("test") or []]
     for file in (file for entry in entries for file in entry if file):
         if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise BadPath(
-                f"dataset.json lists '{file[:300]}', outside of its folder", fix="put the files into the folder"
-            )
+            raise BadPath(f"dataset.json lists '{file[:300]}', outside its folder", fix="put the files into the folder")
     images = by_key((name_of(Path(image)), Path(image)) for image, _ in entries)
     labels = {name_of(Path(image)): label for image, label in entries if label}
     subjects = tuple(
@@ -229,14 +227,14 @@ def read_msd(folder: Folder) -> Dataset | None:
     if listed and not any((folder.root / image).is_file() for image in listed):
         raise UnknownLayout(
             f"'{folder.root / 'dataset.json'}' lists {len(listed)} scans such as {_some(sorted(map(str, listed)), 2)}, "
-            f"none of which is there",
+            f"none of which exists",
             fix=f"found {_summary(folder)}: rename the folder, or correct the list",
         )
     expected = {Path(label).name for label in labels.values()}
     moved = [path.as_posix() for path in folder.scans if path.name in expected and path not in listed]
     if moved and not any((folder.root / label).is_file() for label in labels.values()):
         raise UnknownLayout(
-            f"'{folder.root / 'dataset.json'}' lists {len(labels)} labels, none of which is there",
+            f"'{folder.root / 'dataset.json'}' lists {len(labels)} labels, none of which exists",
             fix=f"found {_some(moved, 2)}: rename the folder, or correct the list",
         )
     reason = f"dataset.json lists {len(labels)} pairs of scan and label, {len(subjects)} scans"
@@ -245,7 +243,7 @@ def read_msd(folder: Folder) -> Dataset | None:
 
 
 def _pairs_by_name(folder: Folder) -> Dataset | None:
-    """imagesTr/SUBJECT with labelsTr/SUBJECT, for want of a dataset.json."""
+    """imagesTr/SUBJECT with labelsTr/SUBJECT, in the absence of a dataset.json."""
     scans = by_key((name_of(path), path) for path in folder.within("imagesTr"))
     labels = by_key((name_of(path), path) for path in folder.within("labelsTr"))
     if not set(scans) & set(labels):
@@ -261,7 +259,7 @@ def _paired(subjects: Sequence[Subject]) -> str:
 
 
 def _entry(entry: Any) -> tuple[str, str | None]:
-    """Image and label of one line of an MSD's list, relative to its folder."""
+    """Image and label of one entry in an MSD list, relative to its folder."""
     if isinstance(entry, str):
         return entry, None
     image, label = (entry.get("image"), entry.get("label")) if isinstance(entry, Mapping) else (None, None)
@@ -271,7 +269,7 @@ def _entry(entry: Any) -> tuple[str, str | None]:
 
 
 def read_nnunet(folder: Folder) -> Dataset | None:
-    """Isensee et al. 2021, nnU-Net: its raw format, of either version.
+    """Isensee et al. 2021, nnU-Net: its raw format, either version.
 
     Without a dataset.json that names them, channels are known by their numbers.
     """
@@ -283,10 +281,10 @@ def read_nnunet(folder: Folder) -> Dataset | None:
         return None
     labels = by_key((name_of(path), path) for path in folder.within("labelsTr"))
     if labels and not training:
-        raise UnknownLayout(f"'{folder.root}' has labelsTr and no imagesTr", fix="name the scans' folder imagesTr")
+        raise UnknownLayout(f"'{folder.root}' has labelsTr but no imagesTr", fix="name the scans' folder imagesTr")
     if training and not labels and (other := _labels_elsewhere(folder, images)):
         raise UnknownLayout(
-            f"'{folder.root}' has no labelsTr, but {_some(other, 3)} with the names of scans in imagesTr",
+            f"'{folder.root}' has no labelsTr, but {_some(other, 3)}, named like scans in imagesTr",
             fix="name that folder labelsTr if these are the labels, or move it away",
         )
     channels = channel_names(names) if names is not None else _unnamed(max(numbers) + 1)
@@ -300,19 +298,19 @@ def read_nnunet(folder: Folder) -> Dataset | None:
 
 
 def _labels_elsewhere(folder: Folder, images: Sequence[Path]) -> list[str]:
-    """Files outside imagesTr and imagesTs that are called after its subjects."""
+    """Files outside imagesTr and imagesTs that are named after its subjects."""
     subjects = {match[1] for path in images if (match := NUMBERED.fullmatch(name_of(path)))}
     others = [path for path in folder.scans if path.parts[0] not in ("imagesTr", "imagesTs") and len(path.parts) > 1]
     return [path.as_posix() for path in others if bare_name(path) in subjects]
 
 
 def _unnamed(count: int) -> tuple[str, ...]:
-    """Names of channels that nobody named."""
+    """Names for channels that have none."""
     return ("image",) if count == 1 else tuple(f"channel_{i}" for i in range(count))
 
 
 def _numbered(images: list[Path], channels: tuple[str, ...]) -> Iterator[tuple[tuple[str, str], Path]]:
-    """((subject, channel), file) of files named SUBJECT_0000; those with other names or numbers are left aside."""
+    """((subject, channel), file) for files named SUBJECT_0000; those with other names or numbers are skipped."""
     for path in images:
         match = NUMBERED.fullmatch(name_of(path))
         if match and int(match[2]) < len(channels):
@@ -320,11 +318,11 @@ def _numbered(images: list[Path], channels: tuple[str, ...]) -> Iterator[tuple[t
 
 
 def read_scans(folder: Folder) -> Dataset | None:
-    """Loose scans, with their labels where those lie beside them; for prediction, mostly without.
+    """Loose scans, with their labels where those lie beside them; mostly for prediction, without labels.
 
-    Channels' names are from a dataset.json here or one folder up. What looks like a label is one, of the
-    scan that it is called after, or of none. So is a file that is called after a scan and holds few whole
-    numbers. Raises :class:`UnknownLayout` where there is more in folders below than copies of these names.
+    Channel names come from a dataset.json here or one folder up. A file that looks like a label is one, belonging
+    to the scan that it is named after, or to none; a file that is named after a scan and holds only a few whole
+    numbers is a label too. Raises :class:`UnknownLayout` where folders below hold scans with other names.
     """
     here = folder.within()
     named = [path for path in here if folder.like_label(path)]
@@ -332,7 +330,7 @@ def read_scans(folder: Folder) -> Dataset | None:
     if scans and (other := _label_of_a_sibling(folder.root, scans[0])):
         raise UnknownLayout(
             f"'{folder.root / scans[0]}' is the label of '{other}'",
-            fix="give the folder that the scans are in, or name the file itself to take it for a scan",
+            fix="give the folder with the scans, or name the file itself to have it taken for a scan",
         )
     masks = _masks_among(folder.root, scans)
     scans, named = [path for path in scans if path not in masks], [*named, *masks]
@@ -360,7 +358,7 @@ def read_scans(folder: Folder) -> Dataset | None:
 
 
 def _label_of_a_sibling(root: Path, path: Path) -> Path | None:
-    """The scan of the same name in a folder beside ``root``, where the file holds what only labels hold."""
+    """The scan with the same name in a folder beside ``root``, if the file's voxels look like a label's."""
     name, suffix = name_of(path), path.name[len(name_of(path)) :]
     for folder in sorted(folder for folder in root.resolve().parent.iterdir() if folder.is_dir()):
         for other in (folder / path.name, folder / f"{name}_0000{suffix}"):
@@ -370,10 +368,10 @@ def _label_of_a_sibling(root: Path, path: Path) -> Path | None:
 
 
 def _masks_among(root: Path, scans: Sequence[Path]) -> dict[Path, str]:
-    """Files that are called after another one, or another one after them, and hold what only labels hold.
+    """Files named after another one, or the other way round, whose voxels look like a label's.
 
-    By file the name of the scan: ``case_tumour.nii.gz`` beside ``case.nii.gz``, or ``case.nii.gz`` beside
-    ``case_0000.nii.gz``.
+    Maps each file to its scan's name: ``case_tumour.nii.gz`` beside ``case.nii.gz``, or ``case.nii.gz``
+    beside ``case_0000.nii.gz``.
     """
     names = {name_of(path): path for path in scans}
     masks: dict[Path, str] = {}
@@ -391,36 +389,34 @@ def _masks_among(root: Path, scans: Sequence[Path]) -> dict[Path, str]:
 def _labels_beside(
     subjects: Set[str], named: Sequence[Path], masks: Mapping[Path, str]
 ) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The label of each subject that has one, and notes of labels that belong to none or compete for one."""
+    """Each subject's label, if it has one, and notes about labels that belong to no subject or compete for one."""
     candidates: dict[str, list[Path]] = defaultdict(list)
     for path in named:
         candidates[masks.get(path) or bare_name(path)].append(path)
     labels = {subject: paths[0] for subject, paths in candidates.items() if subject in subjects and len(paths) == 1}
     notes = []
     if strangers := [path.name for subject, paths in candidates.items() if subject not in subjects for path in paths]:
-        notes.append(f"{len(strangers)} files look like labels of no scan: {_some(strangers)}")
+        notes.append(f"{len(strangers)} files look like labels but belong to no scan: {_some(strangers)}")
     for subject, paths in candidates.items():
         if subject in subjects and len(paths) > 1:
-            notes.append(
-                f"'{subject}' has several labels beside it, of which none is taken: {_some([p.name for p in paths])}"
-            )
+            notes.append(f"'{subject}' has several labels beside it, so none is used: {_some([p.name for p in paths])}")
     return labels, tuple(notes)
 
 
 def _refuse_more_below(folder: Folder, names: Set[str]) -> None:
-    """Loose scans are all there is, but for files of their names in folders below, as predictions are."""
+    """Raise unless loose scans are all there is, apart from files with their names in folders below (predictions)."""
     below = [path.as_posix() for path in folder.scans if len(path.parts) > 1 and name_of(path) not in names]
     if not below:
         below = [str(found.relative_to(folder.root)) for found in first_dicom(folder.root)]
     if below:
         raise UnknownLayout(
             f"'{folder.root}' holds loose scans and, in folders below, others such as {_some(below, 3)}",
-            fix="give the folder that is meant, or patterns such as --images '*.nii.gz' for the loose ones",
+            fix="give the right folder, or a pattern such as --images '*.nii.gz' for the loose ones",
         )
 
 
 def _channels_by_number(images: list[Path], channels: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the channels if every file is SUBJECT_0000 … and every subject has the same numbers, else none."""
+    """Channel names if every file is SUBJECT_0000 … and all subjects have the same numbers, otherwise none."""
     matches = [NUMBERED.fullmatch(name_of(path)) for path in images]
     numbers: dict[str, list[int]] = {}
     for match in matches:
@@ -437,16 +433,18 @@ def _channels_by_number(images: list[Path], channels: tuple[str, ...]) -> tuple[
 
 def _read_file(path: Path) -> Dataset:
     name = name_of(path)
-    return Dataset(name, path.parent, "scans", (Subject(name, {"image": path}),), reason="the one file that was given")
+    return Dataset(
+        name, path.parent, "scans", (Subject(name, {"image": path}),), reason="the single file that was given"
+    )
 
 
 def _read_patterns(folder: Folder, images: str | Mapping[str, str], labels: str | None) -> Dataset:
-    """Files by patterns; a label that the pattern of images matches too is no image."""
+    """Files by patterns; a label that the images' pattern also matches is not an image."""
     patterns = {"image": images} if isinstance(images, str) else dict(images)
     asked = (*patterns.values(), *([labels] if labels else []))
     if long := [pattern for pattern in asked if len(pattern) > _LONGEST_PATTERN]:
         raise UnknownLayout(
-            f"pattern '{long[0][:60]}…' has {len(long[0])} characters", fix=f"{_LONGEST_PATTERN} are the most"
+            f"pattern '{long[0][:60]}…' has {len(long[0])} characters", fix=f"use {_LONGEST_PATTERN} at most"
         )
     wildcards = {pattern: Pattern(pattern) for pattern in asked}
     if len({matcher.wildcards for matcher in wildcards.values()}) > 1 or not all(
@@ -458,7 +456,7 @@ def _read_patterns(folder: Folder, images: str | Mapping[str, str], labels: str 
         )
     label_files = by_key(_matching(folder, wildcards[labels])) if labels else {}
     taken = set(label_files.values())
-    # What looks like a label is a scan only where the pattern itself says so: '*_mask.nii', 'labelsTr/*'.
+    # A file that looks like a label is a scan only if the pattern itself says so: '*_mask.nii', 'labelsTr/*'.
     asks = {pattern: looks_like_label(Path(re.sub(r"[*?]+", "x", pattern))) for pattern in patterns.values()}
     matched = [
         ((key, channel), path)
@@ -477,7 +475,7 @@ def _read_patterns(folder: Folder, images: str | Mapping[str, str], labels: str 
     subjects = subjects_of(folder.root, scans, label_files, tuple(patterns))
     shown = ", ".join(patterns.values()) + (f" with {labels}" if labels else "")
     reason = f"{_paired(subjects)} by the patterns {shown}"
-    notes = (f"{len(suspects)} files look like labels and were no scans: {_some([p.name for p in suspects])}",)
+    notes = (f"{len(suspects)} files look like labels and were left out: {_some([p.name for p in suspects])}",)
     modality = modality_of(patterns)
     return Dataset(
         folder.name, folder.root, "patterns", subjects, None, modality, notes if suspects else (), reason=reason
@@ -489,10 +487,10 @@ _WILDCARDS = ("**/", "**", "*", "?")
 
 
 class Pattern:
-    """A pattern of paths and what its wildcards match; ``.nii*`` is .nii or .nii.gz.
+    """A pattern for paths and what its wildcards match; ``.nii*`` is .nii or .nii.gz.
 
-    A regular expression would try every way to share a path out among the wildcards, which takes
-    for ever for some; this one remembers from where on the rest does not fit.
+    A regular expression would try every way to divide a path among the wildcards, which for some takes
+    forever; this class remembers from which positions the rest cannot match.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -506,12 +504,12 @@ class Pattern:
         return sum(piece in _WILDCARDS for piece in self.pieces)
 
     def match(self, path: str) -> tuple[str, ...] | None:
-        """What each wildcard matches, the first ones as much as they can; None where the path does not fit."""
+        """What each wildcard matches, earlier ones greedily; None where the path does not match."""
         found = self._match(path)
         return self._match(path.removesuffix(".gz")) if found is None and self.either else found
 
     def _match(self, path: str) -> tuple[str, ...] | None:
-        # For each piece the ends still to be tried, the longest last; what is left of a place leads nowhere.
+        # For each piece, the ends still to be tried, the longest last; an exhausted position is a dead end.
         tried: set[tuple[int, int]] = set()
         ends: list[list[int]] = [[0]]
         places: list[int] = []
@@ -537,7 +535,7 @@ class Pattern:
 
     @staticmethod
     def _ends(path: str, piece: str, at: int) -> list[int]:
-        """Where a piece that begins ``at`` a place may end, the longest last."""
+        """Where a piece that begins ``at`` a position may end, the longest last."""
         if piece not in _WILDCARDS:
             return [at + len(piece)] if path.startswith(piece, at) else []
         slash = path.find("/", at)
@@ -563,7 +561,7 @@ def _matching(folder: Folder, pattern: Pattern) -> Iterator[tuple[str, Path]]:
 
 def _summary(folder: Folder) -> str:
     if not folder.scans:
-        return "no scan in it"
+        return "no scans"
     about = f"; dataset.json with {', '.join(folder.about)}" if folder.about else ""
     return f"{len(folder.scans)} scans such as {_some([p.as_posix() for p in folder.scans], 4)}{about}"
 

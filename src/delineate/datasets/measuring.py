@@ -1,4 +1,4 @@
-"""Numbers that describe one scan or label: intensities, where there is something, and the file's content."""
+"""Numbers that describe a scan or label: intensities, where it shows something, and a hash of the file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from delineate.io.formats import parts_of
 Planes = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
 
 _SAMPLED = 2**20  # voxels from which percentiles, mean and deviation are taken
-_COARSE = 64  # voxels along an axis of the mask that labels are held against
+_COARSE = 64  # voxels along an axis of the mask that labels are compared with
 
 
 @dataclass(frozen=True)
 class Intensity:
-    """One channel's values. ``nonzero`` is the share of voxels that are not 0.
+    """One channel's values. ``nonzero`` is the fraction of voxels that are not 0.
 
-    Extremes and ``nonzero`` are of all voxels. Percentiles, mean and deviation of a scan above 10⁶
-    voxels are those of every k-th, a million evenly spread: within 0.1 % of the exact rank.
+    Extremes and ``nonzero`` take in all voxels. For a scan of more than 10⁶ voxels, percentiles, mean and
+    standard deviation come from every k-th, a million evenly spread: within 0.1 % of the exact rank.
     """
 
     min: float
@@ -59,7 +59,7 @@ def measure_intensity(voxels: NDArray) -> Intensity:
 
 
 def in_grey(voxels: NDArray, intensity: Intensity) -> NDArray[np.uint8]:
-    """Voxels in 256 levels between their outer percentiles."""
+    """Voxels in 256 grey levels between the outer percentiles."""
     low, high = intensity.p0_5, intensity.p99_5
     scale = 255 / (high - low) if high > low else 0.0
     return np.clip((voxels.astype(np.float32) - low) * scale, 0, 255).astype(np.uint8)
@@ -70,7 +70,7 @@ class Foreground:
     """Where a scan shows something.
 
     ``occupied`` says for each axis which planes hold voxels above the background. ``coarse`` is a
-    mask of every ``stride``-th voxel that is bright against the noise of the background.
+    mask, of every ``stride``-th voxel, that is true where the scan is brighter than background noise.
     """
 
     occupied: Planes
@@ -78,7 +78,7 @@ class Foreground:
     stride: Shape3
 
     def __or__(self, other: Foreground) -> Foreground:
-        """Of two channels on one grid: what either shows."""
+        """The foreground of two channels on the same grid: wherever either shows something."""
         x, y, z = (a | b for a, b in zip(self.occupied, other.occupied, strict=True))
         return Foreground((x, y, z), self.coarse | other.coarse, self.stride)
 
@@ -87,7 +87,7 @@ class Foreground:
         return _box(self.occupied)
 
     def share_of(self, mask: NDArray[np.bool_]) -> float:
-        """How much of ``mask`` (X, Y, Z) lies on the foreground, holes in it filled; 1 for an empty mask."""
+        """Fraction of ``mask`` (X, Y, Z) that lies on the foreground, its holes filled; 1 for an empty mask."""
         marked = mask[tuple(slice(None, None, step) for step in self.stride)]
         count = np.count_nonzero(marked)
         if not count:
@@ -103,9 +103,9 @@ class Foreground:
 def find_foreground(voxels: NDArray, intensity: Intensity) -> Foreground:
     """Foreground of one channel (X, Y, Z).
 
-    The background is what all eight corners hold, as after masking, else the least value. Scans
-    with a noisy background have no sharp one: for ``coarse``, bright is above a tenth of the range
-    of percentiles, unless corners were masked to a value within that range.
+    The background is the value in all eight corners, as after masking, otherwise the smallest value.
+    A noisy background has no single value: for ``coarse``, a voxel counts as bright above a tenth of the
+    percentile range, unless the corners were masked to a value within that range.
     """
     corners = voxels[:: max(voxels.shape[0] - 1, 1), :: max(voxels.shape[1] - 1, 1), :: max(voxels.shape[2] - 1, 1)]
     masked = bool((corners == corners.flat[0]).all())
@@ -125,7 +125,7 @@ def box_shape(mask: NDArray[np.bool_]) -> Shape3:
 
 
 def count_values(label: NDArray) -> dict[int, int]:
-    """Voxels by value of an integer label."""
+    """Number of voxels by value in an integer label."""
     if label.dtype.kind == "u" and label.dtype.itemsize <= 2:
         counts = np.bincount(label.ravel(order="K"))
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
@@ -134,7 +134,7 @@ def count_values(label: NDArray) -> dict[int, int]:
 
 
 def scan_hash(path: Path) -> str:
-    """The file's content hash; where a header names files beside it, one hash of those of all."""
+    """The file's content hash; if its header names files beside it, one hash of all their hashes."""
     hashes = [content_hash(file) for file in parts_of(path)]
     return hashes[0] if len(hashes) == 1 else hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
 

@@ -1,8 +1,8 @@
-"""Is a label mirrored against its image? Where its border follows the image's own says so.
+"""Is a label mirrored relative to its image? Tested by whether its border follows edges in the image.
 
 A label whose header was rewritten without its voxels (or the other way round) still fits its image
-when it is flipped back: inside and just outside of it the image then differs. Flipped wrongly, it
-lies across whatever is there, and the image hardly changes at its border.
+when flipped back: the image then differs between the label's inside and its surroundings. Flipped
+wrongly, the label lies across unrelated structures, and the image hardly changes at its border.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from delineate.core.grid import AXES, Grid
 Flip = tuple[bool, bool, bool]
 
 CLEAR = 1.0
-"""Contrast that a border in the right place has, in deviations of the image on both sides of it."""
+"""Least contrast of a border in the right place, in standard deviations of the image on either side."""
 TIMES = 2.0
-"""A flip is believed where its contrast is so many times that of the label as its header places it."""
+"""A flip is believed if its contrast is this many times that of the label where its header places it."""
 
 _SAMPLED = 50_000
 _SHELL = 2  # voxels
@@ -29,7 +29,7 @@ _SHELL = 2  # voxels
 
 @dataclass(frozen=True)
 class Suspicion:
-    """The label fits the image better voxel by voxel, its axes flipped by ``flip``, than where its header places it.
+    """The label fits the image better voxel by voxel, with its axes flipped by ``flip``, than where its header says.
 
     ``flipped`` and ``as_said`` are the two contrasts.
     """
@@ -50,8 +50,8 @@ class Suspicion:
 def suspicion(channels: Sequence[NDArray], image: Grid, mask: NDArray[np.bool_], label: Grid) -> Suspicion | None:
     """Whether the header of ``mask`` (X, Y, Z) misplaces it on the channels (X, Y, Z) of a scan.
 
-    ``flip`` is what its voxels need to fit the image's, one by one. None where nothing speaks for that,
-    or where shapes differ.
+    ``flip`` makes its voxels match the image's one by one. None where there is no evidence for that, or
+    where the shapes differ.
     """
     if mask.shape != image.shape or not mask.any():
         return None
@@ -62,7 +62,7 @@ def suspicion(channels: Sequence[NDArray], image: Grid, mask: NDArray[np.bool_],
 
     def contrast(place: Callable[[NDArray[np.intp]], NDArray[np.intp]]) -> float:
         a, b = place(inside), place(outside)
-        if 2 * a.shape[1] < inside.shape[1]:  # most of it lies beside the scan
+        if 2 * a.shape[1] < inside.shape[1]:  # most of it lies outside the scan
             return 0.0
         return max(_contrast(channel[tuple(a)], channel[tuple(b)]) for channel in channels)
 
@@ -76,7 +76,7 @@ def suspicion(channels: Sequence[NDArray], image: Grid, mask: NDArray[np.bool_],
 
 
 def _by_header(index: NDArray[np.intp], label: Grid, image: Grid) -> NDArray[np.intp]:
-    """The image's voxels (3, n) nearest to the label's, as far as it has them."""
+    """Indices (3, n) of the image's voxels nearest to the label's, where those lie inside it."""
     world = label.world(index.T.astype(np.float64))
     back = np.linalg.inv(image.affine)
     found = np.rint(world @ back[:3, :3].T + back[:3, 3]).astype(np.intp).T
@@ -85,7 +85,7 @@ def _by_header(index: NDArray[np.intp], label: Grid, image: Grid) -> NDArray[np.
 
 
 def _some_of(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Voxel indices (3, n), at most so many, evenly spread."""
+    """Voxel indices (3, n) in the mask, evenly spread, :data:`_SAMPLED` at most."""
     flat = np.flatnonzero(mask)
     flat = flat[:: -(-len(flat) // _SAMPLED) or 1]
     return np.array(np.unravel_index(flat, mask.shape))
@@ -96,7 +96,7 @@ def _flipped(index: NDArray[np.intp], shape: Sequence[int], flip: Flip) -> NDArr
 
 
 def _contrast(inside: NDArray, outside: NDArray) -> float:
-    """Difference of the means, in deviations within both sides."""
+    """Difference of the means, in standard deviations within the two sides."""
     if not inside.size or not outside.size:
         return 0.0
     a, b = inside.astype(np.float64), outside.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Repaired copies of a data set: only on request, nothing overwritten, and a manifest of what was done and why."""
+"""Repaired copies of data sets: only on request, overwriting nothing, with a manifest of what was done and why."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MANIFEST = "repairs.json"
 
 @dataclass(frozen=True)
 class Repair:
-    """What became of one file: ``copied``, ``repaired`` or ``left out``, and why. ``file`` is below the folder."""
+    """What happened to a file: ``copied``, ``repaired`` or ``left out``, and why. ``file`` is relative to the root."""
 
     subject: str
     file: str
@@ -42,13 +42,13 @@ def repair(
     orientation: Orientation = "refuse",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Repair]:
-    """Write the data set into ``out`` with what can be repaired repaired, under the names it has.
+    """Write a copy of the data set to ``out``, under the same names, with everything repaired that can be.
 
-    A channel or label that lies on the first channel's grid in another orientation is turned; one on
-    another grid is resampled onto it (channels linearly, labels to the nearest voxel); a label whose
-    border says that it is mirrored is turned back; voxels that are not finite become the least
-    finite one; a label's values are rounded. A file with two orientations is repaired where
-    ``orientation`` chooses one. What cannot be repaired leaves its subject out. Raises
+    A channel or label on the first channel's grid, but in another orientation, is reoriented; one on
+    another grid is resampled to it (channels linearly, labels to the nearest voxel); a label whose
+    border shows that it is mirrored is flipped back; voxels that are not finite become the smallest
+    finite value; a label's values are rounded. A file with two orientations is repaired if
+    ``orientation`` chooses one. A subject with anything that cannot be repaired is left out. Raises
     :class:`OutputError` where ``out`` is not empty.
     """
     check_new(out)
@@ -69,19 +69,19 @@ def check_new(folder: Path) -> None:
     """Raise :class:`OutputError` where ``folder`` is not empty or cannot be made."""
     check_folder(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise OutputError(f"'{folder}' is not empty", fix="give a new folder, so that nothing is lost")
+        raise OutputError(f"'{folder}' is not empty", fix="give a new folder, so that nothing is overwritten")
 
 
 def _repair_subject(
     subject: Subject, root: Path, out: Path, targets: Targets | None, orientation: Orientation
 ) -> Iterator[Repair]:
-    """Nothing is written of a subject before all of its files are known to be good."""
+    """Repair a subject's files; none is written before all are known to be good."""
     made: list[tuple[Path, Volume | LabelVolume, str]] = []
     first: Grid | None = None
     shown: list[NDArray] = []
     try:
         if not subject.scans:
-            raise OutputError("it has a label and no scan", fix="add the scan")
+            raise OutputError("it has a label but no scan", fix="add the scan")
         for path in subject.files:
             _check_inside(root, path)
         for path in dict.fromkeys(subject.scans.values()):
@@ -105,7 +105,7 @@ def _repair_subject(
             yield Repair(subject.id, name, "copied")
             continue
         place = out / (f"{name}.nii.gz" if is_series(path) else name)
-        on_its_grid = made[0][0]  # the first channel: all the others were brought onto its grid
+        on_its_grid = made[0][0]  # the first channel, whose grid the others now share
         if isinstance(content, Volume):
             write_volume(place, content, like=on_its_grid)
         else:
@@ -114,16 +114,16 @@ def _repair_subject(
 
 
 def _readable(path: Path, orientation: Orientation) -> tuple[Volume, str]:
-    """A scan without voxels that are not finite, and what that took."""
+    """A scan with only finite voxels, and what it took."""
     try:
         return read_volume(path, orientation="refuse"), ""
     except DelineateError as error:
-        # A second reading with everything allowed that has one right answer; it raises what has none.
+        # Read again, allowing every fault with a single right answer; any other raises.
         return read_volume(path, orientation=orientation, nan="fill"), str(error)
 
 
 def _onto(volume: Volume, grid: Grid) -> tuple[Volume, str]:
-    """A scan on the grid of the first, and what that took."""
+    """A scan on the first one's grid, and what it took."""
     turned = _turned(volume, grid)
     if turned is not None:
         return turned
@@ -132,25 +132,25 @@ def _onto(volume: Volume, grid: Grid) -> tuple[Volume, str]:
 
 
 def _turned(volume: Volume, grid: Grid) -> tuple[Volume, str] | None:
-    """A scan that lies on ``grid``, if need be in another orientation, and what that took; None for any other."""
+    """A scan that lies on ``grid``, perhaps in another orientation, and what it took; None for any other."""
     if volume.grid.matches(grid, SAME_GRID_MM):
         return volume, ""
     order, flip = volume.grid.axes_to(grid.orientation)
     turned = Volume(permute_axes(volume.voxels, order, flip), volume.grid.permute(order, flip))
     if turned.grid.matches(grid, SAME_GRID_MM):
-        return Volume(turned.voxels, grid), f"turned from {volume.grid.orientation} to {grid.orientation}"
+        return Volume(turned.voxels, grid), f"reoriented from {volume.grid.orientation} to {grid.orientation}"
     return None
 
 
 def _label_onto(
     label: LabelVolume, grid: Grid, shown: list[NDArray], targets: Targets | None
 ) -> tuple[LabelVolume, str]:
-    """A label on the grid of the scan, and what that took."""
+    """A label on the scan's grid, and what it took."""
     mask = label.voxels > 0 if targets is None else targets.foreground(label.voxels)
     mirrored = suspicion(shown, grid, mask, label.grid)
     if mirrored is not None:
         turned = permute_axes(label.voxels, (0, 1, 2), mirrored.flip)
-        return LabelVolume(turned, grid), f"put on the image's grid: {mirrored}"
+        return LabelVolume(turned, grid), f"moved onto the image's grid: {mirrored}"
     on_grid = _turned(Volume(label.voxels[None], label.grid), grid)
     if on_grid is not None:
         moved, why = on_grid
@@ -160,7 +160,7 @@ def _label_onto(
     had = np.count_nonzero(label.voxels) * label.grid.voxel_ml
     if kept < 0.5 * had:
         raise OutputError(
-            f"its label marks {had:.3g} ml, {kept:.3g} ml of it on the scan: it is another patient's",
+            f"its label marks {had:.3g} ml, only {kept:.3g} ml of it on the scan: it is another patient's",
             fix="find this patient's label",
         )
     return LabelVolume(voxels, grid), f"resampled to the nearest voxel from {label.grid} to {grid}"
@@ -180,6 +180,6 @@ def _below(root: Path, path: Path) -> str:
 
 
 def _check_inside(root: Path, path: Path) -> None:
-    """A file that dataset.json names elsewhere would be written elsewhere, over itself for example."""
+    """Raise for a file outside the data set: its copy would lie outside too, perhaps overwriting the original."""
     if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:
-        raise BadPath(f"'{path}' lies outside of '{root}'", fix="move it into the data set")
+        raise BadPath(f"'{path}' lies outside '{root}'", fix="move it into the data set")

@@ -86,7 +86,7 @@ class Split:
         return folds | others
 
     def unassigned(self, subjects: Iterable[Subject]) -> tuple[str, ...]:
-        """Subjects that came after the split was made: in no fold and not in the test set."""
+        """Subjects added after the split was made: in no fold and not in the test set."""
         return tuple(subject.id for subject in subjects if subject.id not in self.subjects)
 
 
@@ -99,24 +99,26 @@ def make_split(
     test_last: int = 0,
     validation_fraction: float = 0.0,
 ) -> Split:
-    """Patients in k folds, each with its share of every site; a share of every site locked away first.
+    """Assign patients to k folds, balanced over sites, after locking away a test set with a share of every site.
 
-    A pure function of the subjects' names, patients and sites, in any order, and of the seed. Of
-    one site, folds differ by at most one patient; in all, by at most one too. ``test_last`` locks the last so many
-    subjects away instead, by name, numbers counted as numbers. ``validation_fraction`` sets a share of every site
-    aside to validate on. One fold is a fixed split, which needs a test set. Raises :class:`BadSplit` where there are
-    fewer patients than folds.
+    A pure function of the subjects' names, patients and sites, in any order, and of the seed. Folds differ by at
+    most one patient from each site, and by at most one in all. ``test_last`` locks away the last subjects by name
+    instead (numbers counted as numbers). ``validation_fraction`` sets aside a share of every site to validate on.
+    One fold is a fixed split, which needs a test set. Raises :class:`BadSplit` where there are fewer patients than
+    folds.
     """
     shares = (test_fraction, validation_fraction)
     if folds < 1 or not all(0 <= share < 1 for share in shares) or sum(shares) >= 1:
         raise BadSplit(
             f"{folds} folds, test fraction {test_fraction:g}, validation fraction {validation_fraction:g}",
-            fix="give one fold or more, and fractions from 0 to 1, less than 1 together",
+            fix="give at least one fold, and fractions from 0 to 1 that add up to less than 1",
         )
     if test_fraction and test_last:
-        raise BadSplit("a test set of a share of the patients and of the last subjects", fix="ask for one of them")
+        raise BadSplit(
+            "both a fraction of the patients and the last subjects are asked for as test set", fix="choose one"
+        )
     if folds == 1 and not (test_fraction or test_last):
-        raise BadSplit("one fold and no test set hold nothing out", fix="ask for two folds, or for a test set")
+        raise BadSplit("one fold without a test set holds nothing out", fix="ask for two folds, or for a test set")
     rng = np.random.default_rng(seed)
     test = _last(subjects, test_last)
     rest = [subject for subject in subjects if subject.id not in test]
@@ -165,11 +167,13 @@ def sites_of(subjects: Iterable[Subject]) -> tuple[str, ...]:
 def leave_one_site_out(subjects: Sequence[Subject]) -> Split:
     """A fold for each site of :func:`sites_of`.
 
-    Raises :class:`BadSplit` where there is one site only, or a patient was seen at several.
+    Raises :class:`BadSplit` where there is only one site, or a patient was scanned at several.
     """
     sites = sites_of(subjects)
     if len(sites) < 2:
-        raise BadSplit(f"all subjects are of one site ({sites[0] if sites else 'none'})", fix="name sites in sites.csv")
+        raise BadSplit(
+            f"all subjects are from one site ({sites[0] if sites else 'none'})", fix="name sites in sites.csv"
+        )
     _refuse_straddling({site: [s for s in subjects if s.site == site] for site in sites})
     return Split(tuple(tuple(sorted(s.id for s in subjects if s.site == site)) for site in sites))
 
@@ -185,12 +189,12 @@ def load_or_make_split(
     validation_fraction: float = 0.0,
     always_train: Sequence[str] = (),
 ) -> Split:
-    """The split in a JSON file, made (five folds, no test set, if not told otherwise) where there is none.
+    """The split in a JSON file, which is made (by default with five folds and no test set) if it does not exist.
 
-    A file that is there decides; the seed is for making one. Raises :class:`BadSplit` where it is
-    damaged, names subjects that the data set does not have, parts a patient, or does not have the
-    folds or sets asked for. Subjects that came later stay in no part, and a warning is logged:
-    to take them in, delete the file and accept new folds.
+    An existing file decides; the seed is only for making one. Raises :class:`BadSplit` where it is
+    damaged, names subjects that the data set does not have, separates a patient's scans, or lacks the
+    folds or sets asked for. Subjects added later are left out with a logged warning: to include
+    them, delete the file and accept new folds.
     """
     if not path.exists():
         split = make_split(
@@ -218,7 +222,7 @@ def load_or_make_split(
         if asked and not part:
             raise BadSplit(f"'{path}' has no {what}, as is asked for", fix="do without, or name another file")
     if new := split.unassigned(dataset.subjects):
-        _log.warning("%d subjects are in no part of '%s' and stay out: %s", len(new), path, ", ".join(new))
+        _log.warning("%d subjects are in no part of '%s' and are left out: %s", len(new), path, ", ".join(new))
     return split
 
 
@@ -262,7 +266,7 @@ def _is_names(part: object) -> bool:
 
 
 def check_split(split: Split, dataset: Dataset, where: str = "the split") -> None:
-    """Raise :class:`BadSplit` where the split names strangers or parts a patient."""
+    """Raise :class:`BadSplit` where the split names unknown subjects or separates a patient's scans."""
     by_name = {subject.id: subject for subject in dataset.subjects}
     if strangers := sorted(split.subjects - set(by_name)):
         raise BadSplit(
@@ -282,7 +286,7 @@ def _refuse_straddling(parts: dict[str, list[Subject]]) -> None:
 
 
 def _patients(subjects: Sequence[Subject]) -> dict[str, list[list[str]]]:
-    """Subjects' names by patient, by site; a patient seen at several sites counts where most subjects are."""
+    """Subjects' names by patient, by site; a patient scanned at several sites counts at the one with most scans."""
     patients: dict[str, list[Subject]] = defaultdict(list)
     for subject in sorted(subjects, key=lambda s: s.id):
         patients[subject.patient].append(subject)
@@ -323,7 +327,7 @@ def _last(subjects: Sequence[Subject], count: int) -> list[str]:
 
 
 def _shares(counts: dict[str, int], fraction: float) -> dict[str, int]:
-    """How many of each site, rounded so that the sum is right too (largest remainders)."""
+    """How many from each site, rounded so that the sum is right too (largest remainders)."""
     exact = {site: count * fraction for site, count in counts.items()}
     shares = {site: int(share) for site, share in exact.items()}
     # Whoever asks for a test set gets one.

@@ -1,6 +1,6 @@
 """A DICOM series as a volume.
 
-Order, spacing and direction come from each slice's own position, never from names or numbers of files.
+Order, spacing and direction come from each slice's own position, never from file names or numbers.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 UNIFORMITY = 0.01
-"""How far a distance between slices may differ from the usual one, as a share of it."""
+"""How far a distance between slices may differ from the usual one, as a fraction of it."""
 
-_PARALLEL = 1e-3  # difference of direction cosines that rounding in headers leaves
+_PARALLEL = 1e-3  # largest difference of direction cosines that rounding in headers explains
 
 
 def describe_series(series: Series, limits: Limits = Limits()) -> tuple[Grid, np.dtype]:  # noqa: B008
-    """Grid and type of what :func:`read_series` returns, from the headers alone."""
+    """Grid and dtype of what :func:`read_series` returns, from the headers alone."""
     frames = frames_of(series)
     return _grid(series, frames, limits), _dtype(frames)
 
@@ -51,7 +51,7 @@ def describe_series(series: Series, limits: Limits = Limits()) -> tuple[Grid, np
 def read_series(series: Series, limits: Limits = Limits()) -> tuple[NDArray, Grid]:  # noqa: B008
     """Voxels (1, X, Y, Z), rescaled, and their grid; see :func:`frames_of` for the order and the errors.
 
-    Integers stay integers where every slice has slope 1 and one whole intercept; else float32.
+    Integers stay integers where all slices have slope 1 and the same whole intercept; otherwise float32.
     """
     frames = frames_of(series)
     grid = _grid(series, frames, limits)
@@ -72,7 +72,7 @@ def read_series(series: Series, limits: Limits = Limits()) -> tuple[NDArray, Gri
 
 
 def _dtype(frames: Sequence[Frame]) -> np.dtype:
-    """What the rescaled values are kept as."""
+    """The dtype of the rescaled values."""
     scales = {(f.slope, f.inter) for f in frames}
     slope, inter = next(iter(scales))
     if len(scales) > 1 or slope != 1 or not float(inter).is_integer():
@@ -93,11 +93,11 @@ class Frame:
     position: NDArray[np.float64]
     across: NDArray[np.float64]  # direction of increasing column
     down: NDArray[np.float64]  # direction of increasing row
-    spacing_mm: tuple[float, float]  # of columns, of rows
+    spacing_mm: tuple[float, float]  # between columns, between rows
     thickness_mm: float
     slope: float
     inter: float
-    value_range: tuple[int, int]  # of the values that its bits can hold
+    value_range: tuple[int, int]  # smallest and largest value that its bits can hold
     time: tuple[str, ...]
 
     @property
@@ -106,10 +106,10 @@ class Frame:
 
 
 def frames_of(series: Series) -> list[Frame]:
-    """Every image of a series, in order along the slices' normal.
+    """Every image of a series, in order along the slice normal.
 
     Raises :class:`BadGeometry` where a position or spacing is missing, :class:`BadShape` where
-    sizes differ or pixels have colours, and :class:`BadFormat` for a header that makes no sense.
+    sizes differ or pixels are in colour, and :class:`BadFormat` for a header that makes no sense.
     """
     frames: list[Frame] = []
     for instance, header in zip(series.instances, series.headers, strict=True):
@@ -123,7 +123,7 @@ def frames_of(series: Series) -> list[Frame]:
 
 
 def _grid(series: Series, frames: Sequence[Frame], limits: Limits) -> Grid:
-    """The frames' common grid, in RAS+ millimetres, once nothing is wrong with it."""
+    """The frames' common grid, in RAS+ millimetres, once checked."""
     first, name, n = frames[0], series.name, len(frames)
     check_size(name, (first.columns, first.rows, n), limits)
     for frame in frames:
@@ -131,14 +131,14 @@ def _grid(series: Series, frames: Sequence[Frame], limits: Limits) -> Grid:
         if turned > _PARALLEL:
             raise MixedOrientations(f"{name} has slices in different planes, as localisers do", fix="leave it out")
         if not np.allclose(frame.spacing_mm, first.spacing_mm, rtol=UNIFORMITY):
-            raise BadGeometry(f"{name} has slices of different pixel spacing", fix="export one spacing")
+            raise BadGeometry(f"{name} has slices with different pixel spacings", fix="export one spacing")
     check_spacing(Path(name), first.spacing_mm)
     step = first.normal * first.thickness_mm
     if n > 1:
         _check_places(name, frames)
         step = (frames[-1].position - first.position) / (n - 1)
     elif not np.isfinite(first.thickness_mm):
-        raise BadGeometry(f"{name} is one slice without a thickness", fix="export it with its geometry")
+        raise BadGeometry(f"{name} is a single slice without a thickness", fix="export it with its geometry")
     affine = np.eye(4)
     columns = (first.across * first.spacing_mm[0], first.down * first.spacing_mm[1], step, first.position)
     affine[:3] = LPS_TO_RAS[:, None] * np.array(columns).T
@@ -146,7 +146,7 @@ def _grid(series: Series, frames: Sequence[Frame], limits: Limits) -> Grid:
 
 
 def _check_places(name: str, frames: Sequence[Frame]) -> None:
-    """Whether the slices lie one after the other at even distances, straight above each other."""
+    """Check that the slices lie one after the other, evenly spaced and straight above each other."""
     places = np.array([f.position @ frames[0].normal for f in frames])
     gaps = np.diff(places)
     usual = float(np.median(gaps[gaps > 1e-3])) if (gaps > 1e-3).any() else 0.0
@@ -180,21 +180,21 @@ def _check_places(name: str, frames: Sequence[Frame]) -> None:
     if aside > UNIFORMITY * usual:
         degrees = np.degrees(np.arctan2(aside, usual))
         raise TiltedGantry(
-            f"{name} was taken with a tilted gantry ({degrees:.1f}°)", fix="export it corrected for the tilt"
+            f"{name} was acquired with a tilted gantry ({degrees:.1f}°)", fix="export it corrected for the tilt"
         )
 
 
 def _frames(instance: Instance, header: Dataset) -> Iterator[Frame]:
-    """The images of one file: one, or many with a place each in the enhanced objects."""
+    """The images in one file: one, or in enhanced objects many, each with its own position."""
     if int(header.get("SamplesPerPixel", 1)) != 1:
-        raise BadShape(f"'{instance}' has colours", fix="give the scan itself, not a picture of it")
+        raise BadShape(f"'{instance}' is in colour", fix="give the scan itself, not a picture of it")
     per_frame = header.get("PerFrameFunctionalGroupsSequence")
     shared = header.get("SharedFunctionalGroupsSequence") or []
     count = int(header.get("NumberOfFrames", 1) or 1)
     if count < 1:
         raise BadShape(f"'{instance}' has {count} frames", fix="export it again")
     if count > 1 and (per_frame is None or len(per_frame) != count):
-        raise BadGeometry(f"'{instance}' has {count} frames without a place each", fix="export it with its geometry")
+        raise BadGeometry(f"'{instance}' has {count} frames without a position each", fix="export it with its geometry")
     for index in range(count):
         groups = (per_frame[index], *shared[:1], header) if per_frame is not None else (header,)
         yield _frame(instance, index, header, groups)
@@ -224,14 +224,14 @@ def _frame(instance: Instance, index: int, header: Dataset, groups: Sequence[Dat
     across, down = cosines[:3], cosines[3:]
     if not (np.allclose([across @ across, down @ down], 1, atol=0.01) and abs(across @ down) < 0.01):
         raise BadGeometry(
-            f"'{instance}' has directions that are not at right angles", fix="export it with its geometry"
+            f"'{instance}' has row and column directions not at right angles", fix="export it with its geometry"
         )
     row_mm, column_mm = numbers("PixelSpacing", "PixelMeasuresSequence", 2)
     thickness = of("SpacingBetweenSlices", "PixelMeasuresSequence") or of("SliceThickness", "PixelMeasuresSequence")
     slope, inter = (of(f"Rescale{what}", "PixelValueTransformationSequence") for what in ("Slope", "Intercept"))
     scale = [1.0 if slope is None else float(str(slope)), 0.0 if inter is None else float(str(inter))]
     if scale[0] == 0 or not np.isfinite(scale).all():
-        raise BadFormat(f"'{instance}' has values scaled by {scale[0]:g} plus {scale[1]:g}", fix="export it again")
+        raise BadFormat(f"'{instance}' has rescale slope {scale[0]:g}, intercept {scale[1]:g}", fix="export it again")
     time = ("TemporalPositionIdentifier", "AcquisitionNumber", "EchoNumbers", "AcquisitionTime")
     bits, signed = int(header.get("BitsStored") or header.BitsAllocated), bool(header.get("PixelRepresentation"))
     return Frame(
@@ -261,12 +261,12 @@ def _pixels(instance: Instance, shape: tuple[int, int], limits: Limits) -> NDArr
         frames, rows, columns = int(dataset.get("NumberOfFrames", 1) or 1), int(dataset.Rows), int(dataset.Columns)
         check_size(f"'{instance}'", (columns, rows, frames), limits)
         if "PixelData" not in dataset:
-            raise Truncated(f"'{instance}' holds no pixels", fix="send it again")
+            raise Truncated(f"'{instance}' has no pixels", fix="send it again")
         if not dataset.file_meta.TransferSyntaxUID.is_compressed:
             there, expected = len(dataset.PixelData), frames * rows * columns * int(dataset.BitsAllocated) // 8
             if there < expected:
-                raise Truncated(f"'{instance}' holds {there} of {expected} bytes of pixels", fix="send it again")
-    # Decoders of many libraries, each with its own errors.
+                raise Truncated(f"'{instance}' holds {there} of {expected} bytes of pixel data", fix="send it again")
+    # Decoders come from many libraries, each with its own errors.
     with files.parsing(
         f"{instance} ({dataset.file_meta.TransferSyntaxUID.name})", BadFormat, fix="send it uncompressed"
     ):
@@ -274,7 +274,7 @@ def _pixels(instance: Instance, shape: tuple[int, int], limits: Limits) -> NDArr
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
     if pixels.shape != (frames, *shape):
         raise BadShape(
-            f"'{instance}' decodes to {pixels.shape}, its header says {(frames, *shape)}", fix="send it again"
+            f"'{instance}' decodes to {pixels.shape}, but its header says {(frames, *shape)}", fix="send it again"
         )
     return pixels
 
@@ -284,7 +284,7 @@ def _fits(dtype: np.dtype, least: int, most: int) -> bool:
 
 
 def check_size(name: str, shape: tuple[int, int, int], limits: Limits) -> None:
-    """Raise :class:`BadShape` and :class:`TooLarge` for what should not be allocated."""
+    """Raise :class:`BadShape` or :class:`TooLarge` for a shape that should not be allocated."""
     text = " × ".join(map(str, shape))
     if min(shape) < 1:
         raise BadShape(f"{name} has {text} voxels: an axis is empty", fix="export it again")

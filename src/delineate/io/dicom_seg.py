@@ -1,4 +1,4 @@
-"""DICOM-SEG: a label as segments that refer to the series it was drawn on, and back."""
+"""DICOM-SEG: labels as segments that refer to the series they were drawn on, and back."""
 
 from __future__ import annotations
 
@@ -31,24 +31,25 @@ from delineate.io.voxels import LPS_TO_RAS, check_grid
 SegmentationKind = Literal["BINARY", "LABELMAP"]
 
 REGION = Coding(Code("309825002", "SCT", "Spatial and Relational Concept"), Code("111099", "DCM", "Selected region"))
-"""What is known of a target that nobody coded: that it is a region. Its name stays the segment's label."""
+"""The code for a target that nobody coded: some region. The segment's label is still the target's name."""
 
 
 _MAY_BE_EMPTY = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
     "AccessionNumber", "ReferringPhysicianName",
 )  # fmt: skip
-"""What every image must say of its patient and study, if only that it is unknown; some leave it out."""
+"""What every image must say about its patient and study, if only that it is unknown; some leave it out."""
 
 
 @contextmanager
 def _copying(source: Series) -> Iterator[None]:
-    """Copy a header's fields into a DICOM-SEG: what the library says of strange ones may quote the patient."""
+    """Guard copying header fields into a DICOM-SEG: the library's errors about odd ones may quote the patient."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadFormat(
-            f"the headers of {source} lack or garble what a DICOM-SEG has to copy from them ({type(error).__name__})",
+            f"in the headers of {source}, fields that a DICOM-SEG has to copy are missing or garbled "
+            f"({type(error).__name__})",
             fix="export the series again, or choose another --format",
         ) from error
 
@@ -62,21 +63,21 @@ def write_segmentation(
     kind: SegmentationKind = "BINARY",
     codes: Mapping[str, Coding] = MappingProxyType({}),
 ) -> None:
-    """Write masks (X, Y, Z) by target name as segments 1, 2, … of the series they were found in.
+    """Write masks (X, Y, Z) by target name as segments 1, 2, … that refer to the series they were found in.
 
-    ``codes`` say what targets are; one without is a :data:`REGION`, whatever its name.
+    ``codes`` say what the targets are; one without a code is a :data:`REGION`, whatever its name.
     Empty frames are kept, so that every reader finds as many slices as the source has. A ``LABELMAP``
-    holds one value a voxel, so that its targets may not overlap.
+    holds one value per voxel, so its targets must not overlap.
 
-    Patient, study and frame of reference are the source's, with all that its headers say of them:
-    docs/privacy.md lists the fields.
+    Patient, study and frame of reference are the source's, with everything that its headers say about
+    them: docs/privacy.md lists the fields.
     Raises :class:`GridMismatch` where the masks are not on the series' grid, :class:`RecipeError`
-    for overlapping masks in a label map, :class:`OutputError`.
+    for overlapping masks in a label map, and :class:`OutputError`.
     """
     series_grid, _ = describe_series(source)
     if not grid.matches(series_grid, 0.1):
         raise GridMismatch(
-            f"the label is {grid}, series '{source.description}' {series_grid}", fix="predict on the series"
+            f"the label is {grid}, the series '{source.description}' is {series_grid}", fix="predict on the series"
         )
     planes = np.stack([mask.transpose(2, 1, 0) for mask in masks.values()], axis=-1).astype(np.uint8)
     pixels: NDArray = planes
@@ -106,7 +107,7 @@ def write_segmentation(
         spacing_between_slices=grid.spacing_mm[2],
     )
     with warnings.catch_warnings():
-        # The library warns of unusual names by printing the patient's.
+        # The library's warning about an unusual name prints the patient's name.
         warnings.filterwarnings("ignore", message="The string .* person name", category=UserWarning)
         with _copying(source):
             segmentation = highdicom.seg.Segmentation(
@@ -123,7 +124,7 @@ def write_segmentation(
                 manufacturer="Delineate",
                 manufacturer_model_name="Delineate",
                 software_versions=version("delineate"),
-                device_serial_number=version("delineate"),  # required; a program has no other
+                device_serial_number=version("delineate"),  # required; the closest thing that a program has
                 plane_positions=positions,
                 pixel_measures=measures,
                 omit_empty_frames=False,
@@ -138,12 +139,12 @@ def write_segmentation(
 def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVolume:  # noqa: B008 - frozen
     """A label of segment numbers (X, Y, Z) on the grid of its frames; the higher number where segments overlap.
 
-    Raises :class:`BadFormat` for what is no segmentation, :class:`TooLarge` and :class:`BadGeometry`.
+    Raises :class:`BadFormat` for anything but a segmentation, :class:`TooLarge` and :class:`BadGeometry`.
     """
     with parsing(instance):
         with instance.open() as file:
             segmentation = highdicom.seg.segread(file)
-        # A label map has a frame for each slice, other kinds one for each segment in it.
+        # A label map has one frame per slice, other kinds one for each segment in the slice.
         segments = 1 if segmentation.SegmentationType == "LABELMAP" else max(1, segmentation.number_of_segments)
         slices = -(-segmentation.number_of_frames // segments)
         check_size(f"'{instance}'", (segmentation.Columns, segmentation.Rows, slices), limits)
@@ -154,7 +155,7 @@ def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVol
     voxels = volume.array.transpose(2, 1, 0)
     x, y, z = voxels.shape
     grid = check_grid(instance.path, (x, y, z), affine + 0.0)
-    # Slices in the order in which a series is read: along the normal of their rows and columns.
+    # Slices in the order in which a series is read: along the normal to their rows and columns.
     backwards = np.linalg.det(affine[:3, :3]) < 0
     order, flip = (0, 1, 2), (False, False, bool(backwards))
     return LabelVolume(np.asfortranarray(permute_axes(voxels, order, flip)), grid.permute(order, flip))

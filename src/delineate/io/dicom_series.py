@@ -1,6 +1,6 @@
 """DICOM: the series in a folder or a zip, without their pixels.
 
-Nothing that identifies a patient is read, but for the patient's number, of which a pseudonym is kept.
+Nothing that identifies a patient is read except the patient ID, of which only a pseudonym is kept.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ try:
 except ModuleNotFoundError as error:
     raise BadFormat("DICOM needs more libraries", fix="pip install 'delineate[dicom]'") from error
 
-# The library logs what it could not decode, stack and all; without a handler that would go to the terminal.
+# The library logs what it could not decode, with tracebacks; without a handler they would go to the terminal.
 logging.getLogger("pydicom").addHandler(logging.NullHandler())
 
 _MOST_FILES = 100_000
 _RATIO, _RATIO_FROM = 100, 2**28
-"""How many times its size a zip of scans may unpack to, and from how many bytes on that is asked."""
+"""How many times its own size a zip of scans may unpack to, and up to how many bytes any ratio is allowed."""
 _TAGS = [
     "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "SeriesDescription", "SeriesNumber",
     "StudyDate", "SeriesDate", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored",
@@ -61,11 +61,11 @@ class Instance:
     archive: zipfile.ZipFile | None = field(default=None, compare=False, repr=False)
 
     def open(self) -> BinaryIO:
-        """To be read from its beginning; a zip's member is unpacked only as far as it is read."""
+        """Open the file at its beginning; a member of a zip is unpacked only as far as it is read."""
         return open_file(self.path) if self.archive is None else self.archive.open(self.member)  # type: ignore[return-value]
 
     def read(self, limits: Limits = Limits()) -> Dataset:  # noqa: B008 - frozen
-        """All of it, the pixels as they are packed. Raises :class:`TooLarge` before more is read than a scan has."""
+        """The whole data set, pixels still compressed. Raises :class:`TooLarge` before reading more than a scan has."""
         with self.open() as file:
             size = (
                 os.fstat(file.fileno()).st_size if self.archive is None else self.archive.getinfo(self.member).file_size
@@ -82,10 +82,10 @@ class Instance:
 
 @dataclass(frozen=True)
 class Series:
-    """What a series says of itself. ``patient`` is a pseudonym of the patient's number, not the number.
+    """What a series says about itself. ``patient`` is a pseudonym of the patient ID, not the ID.
 
-    ``slices`` counts its images; ``shape`` is (columns, rows). ``headers`` go with ``instances`` and
-    hold what tells where each image lies, nothing of a person.
+    ``slices`` counts its images; ``shape`` is (columns, rows). ``headers`` match ``instances`` and
+    hold what is needed to place each image, nothing about a person.
     """
 
     uid: str
@@ -103,7 +103,7 @@ class Series:
 
     @property
     def folder(self) -> Path:
-        """The innermost folder (or zip) that holds all of it."""
+        """The innermost folder (or zip) that holds all of the series."""
         first = self.instances[0].path
         if first.suffix.lower() == ".zip":
             return first
@@ -111,7 +111,7 @@ class Series:
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """What errors call the series."""
         return f"series {self.description or self.uid}"
 
     def __str__(self) -> str:
@@ -121,12 +121,12 @@ class Series:
 def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa: B008 - frozen
     """Every series of images in a folder and those below it, in a zip, or beside one of its files.
 
-    Sorted by study and number; files that are not DICOM, and objects without images, are passed
-    over. Raises :class:`BadPath` and :class:`TooLarge` for a zip that would leave its folder or
+    Sorted by study and series number; files that are not DICOM, and objects without images, are
+    skipped. Raises :class:`BadPath` and :class:`TooLarge` for a zip that would leave its folder or
     unpack to too much, and :class:`MissingFile` where nothing is found.
     """
     if not path.exists():
-        raise MissingFile(f"'{path}' is not there", fix="check the name")
+        raise MissingFile(f"'{path}' does not exist", fix="check the name")
     found: dict[str, list[tuple[Instance, Dataset]]] = defaultdict(list)
     if not (path.is_dir() or path.is_file()):
         raise BadFormat(f"'{path}' is neither a file nor a folder", fix="give the folder, or the zip, of a series")
@@ -147,10 +147,10 @@ def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa:
 
 
 def the_series(path: Path, pattern: str | None = None, limits: Limits = Limits()) -> Series:  # noqa: B008
-    """The one series of a place, or the one whose description or UID fits a pattern.
+    """The only series in a file, folder or zip, or the one whose description or UID matches a pattern.
 
-    Patterns are as in a shell, letters large or small. Raises :class:`SeveralSeries`, listing them,
-    and :class:`MissingFile`.
+    Patterns are as in a shell, but ignore case. Raises :class:`SeveralSeries`, listing them, and
+    :class:`MissingFile`.
     """
     series = find_series(path, limits)
     fitting = series if pattern is None else [s for s in series if fits(s, pattern)]
@@ -158,14 +158,14 @@ def the_series(path: Path, pattern: str | None = None, limits: Limits = Limits()
         return fitting[0]
     listed = ", ".join(map(str, (fitting or series)[:8]))
     if not fitting:
-        raise MissingFile(f"no series of '{path}' fits '{pattern}'", fix=f"there are {listed}")
+        raise MissingFile(f"no series in '{path}' matches '{pattern}'", fix=f"choose from {listed}")
     raise SeveralSeries(
-        f"'{path}' holds {len(fitting)} series: {listed}", fix="name one by a pattern of its description"
+        f"'{path}' holds {len(fitting)} series: {listed}", fix="choose one by a pattern that its description matches"
     )
 
 
 def fits(series: Series, pattern: str) -> bool:
-    """Whether a series' description or UID fits a shell pattern, whatever the case of letters."""
+    """Whether a series' description or UID matches a shell pattern, ignoring case."""
     from fnmatch import fnmatch
 
     return series.uid == pattern or fnmatch(series.description.lower(), pattern.lower())
@@ -175,7 +175,7 @@ def _described(uid: str, members: list[tuple[Instance, Dataset]]) -> Series:
     members = sorted(members, key=lambda member: str(member[0]))
     header = members[0][1]
     spacing, study = header.get("PixelSpacing"), str(header.get("StudyInstanceUID", ""))
-    # Without a number, as after some ways of removing names, all that is known is that studies differ.
+    # Without a patient ID, which some anonymisers remove, all that is known is that studies differ.
     patient = pseudonym("patient", str(header.get("PatientID") or study))
     for _, other in members:
         other.pop("PatientID", None)
@@ -196,7 +196,7 @@ def _described(uid: str, members: list[tuple[Instance, Dataset]]) -> Series:
 
 
 def _header(instance: Instance, limits: Limits) -> Dataset | None:
-    """The tags that describe an image, None for what is not DICOM."""
+    """The tags that describe an image; None for a file that is not DICOM."""
     with instance.open() as file:
         if file.read(132)[128:] != b"DICM":
             return None
@@ -205,13 +205,13 @@ def _header(instance: Instance, limits: Limits) -> Dataset | None:
         header = dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
     kind = header.file_meta.get("MediaStorageSOPClassUID")
     if kind is None or ("Rows" not in header and "Image Storage" in kind.name):
-        # Passed over, it would be a volume that lacks its last slice.
+        # If it were skipped, the volume would lack its last slice.
         raise EOFError("it ends before its header does")
     return header
 
 
 def parsing(instance: object) -> AbstractContextManager[None]:
-    """Any failure to understand a file's bytes, as one of ours."""
+    """Turn any failure to understand a file's bytes into a :class:`ScanError`."""
     damaged = (EOFError, zlib.error, zipfile.BadZipFile, OSError)
     return files.parsing(instance, BadFormat, cut_short=damaged, fix="send it again")
 
@@ -220,7 +220,7 @@ def _check_deflated(instance: Instance, file: BinaryIO, limits: Limits) -> None:
     """Raise :class:`TooLarge` before a compressed data set is unpacked to more than a scan can be."""
     file.seek(132)
     head = file.read(2**16)
-    # The group's first element is its length: tag, VR, length of the value, value.
+    # The group's first element is its length: tag, VR, value length, value.
     end = 12 + int.from_bytes(head[8:12], "little")
     if DeflatedExplicitVRLittleEndian.encode() not in head[:end]:
         return
@@ -242,7 +242,7 @@ def _instances(path: Path, limits: Limits) -> Iterator[Instance]:
         for place, names in walk(path, links=False):
             for name in names:
                 file = place / name
-                if name == "DICOMDIR" or (file.exists() and not file.is_file()):  # a pipe would keep us waiting
+                if name == "DICOMDIR" or (file.exists() and not file.is_file()):  # reading a pipe would block
                     continue
                 count += 1
                 if count > _MOST_FILES:
@@ -255,14 +255,14 @@ def _instances(path: Path, limits: Limits) -> Iterator[Instance]:
 
 
 class _Kept(io.FileIO):
-    """A file that the instances in it share: open for as long as one refers to it, and closed with the last."""
+    """A file shared by the instances in it: open as long as one refers to it, and closed with the last."""
 
     def __del__(self) -> None:
         self.close()
 
 
 def _members(path: Path, limits: Limits) -> Iterator[Instance]:
-    """The files of a zip, once its names stay inside and its sizes within the limits."""
+    """The files in a zip, once checked that their names stay inside it and their sizes within the limits."""
     with parsing(path):
         open_file(path).close()  # only a regular file
         archive = zipfile.ZipFile(_Kept(path))
@@ -271,13 +271,13 @@ def _members(path: Path, limits: Limits) -> Iterator[Instance]:
     if len(entries) > _MOST_FILES or size > 2 * limits.max_bytes:
         raise TooLarge(f"'{path}' unpacks to more than {limits.max_bytes // 2**29} GiB", fix="pack one study")
     if size > max(_RATIO_FROM, _RATIO * packed):
-        raise TooLarge(f"'{path}' unpacks to {size / packed:.0f} times its size, as no scans do", fix="pack one study")
+        raise TooLarge(f"'{path}' unpacks to {size / packed:.0f} times its size: no scans do", fix="pack one study")
     if len({entry.filename for entry in entries}) < len(entries):
-        raise BadFormat(f"'{path}' holds several files of one name", fix="pack it again")
+        raise BadFormat(f"'{path}' holds several files with the same name", fix="pack it again")
     for entry in entries:
         place = PurePosixPath(entry.filename.replace("\\", "/"))
         if place.is_absolute() or ".." in place.parts or re.match("[A-Za-z]:", entry.filename):
-            raise BadPath(f"'{path}' holds '{entry.filename}', outside of itself", fix="pack it again")
+            raise BadPath(f"'{path}' holds '{entry.filename}', which points outside it", fix="pack it again")
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise BadPath(f"'{path}' holds a link, '{entry.filename}'", fix="pack the files themselves")
         if not place.name.startswith(".") and place.name != "DICOMDIR":

@@ -1,4 +1,4 @@
-"""A label in whatever format its reader wants, with what that format cannot say beside it."""
+"""A label in whatever format its reader wants, with a file beside it for what that format cannot hold."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _check_one_layer(targets: Targets, what: object) -> None:
     used = [value for numbers in targets.values.values() for value in numbers]
     if len(set(used)) < len(used):
         raise BadFormat(
-            f"'{what}' would hold targets that overlap ({', '.join(targets.names)}), which one layer cannot",
+            f"'{what}' would hold overlapping targets ({', '.join(targets.names)}), which one layer cannot hold",
             fix="write .nii.gz, or .dcm for a DICOM series",
         )
 
@@ -78,13 +78,13 @@ def export_label(
     about: Mapping[str, Any] | None = None,
     codes: Mapping[str, Coding] = MappingProxyType({}),
 ) -> list[Path]:
-    """Write a label by the suffix of ``path``; returns the files, that one first.
+    """Write a label in the format of ``path``'s suffix; returns the files, that one first.
 
-    Where ``source`` is the NIfTI scan that the label is of, a NIfTI label has the geometry of its header
-    to the letter. A ``.vtk`` comes with a ``.nii.gz`` of the same name, since legacy VTK knows no
-    directions, and ``.vtk`` and ``.vti`` with a ``.json``: affine, values and volumes of the targets,
-    and ``about``. A ``.dcm`` is a DICOM-SEG that refers to the series at ``source`` and says by
-    ``codes`` what targets are. A ``.seg.nrrd`` names its segments, as 3D Slicer does.
+    Where ``source`` is the NIfTI scan that was segmented, a NIfTI label copies its header's geometry
+    exactly. A ``.vtk`` comes with a ``.nii.gz`` of the same name, since legacy VTK has no directions,
+    and ``.vtk`` and ``.vti`` with a ``.json``: the affine, the targets' values and volumes, and
+    ``about``. A ``.dcm`` is a DICOM-SEG that refers to the series at ``source`` and says with
+    ``codes`` what the targets are. A ``.seg.nrrd`` names its segments, as 3D Slicer does.
 
     Raises :class:`BadFormat` where a DICOM-SEG's series is missing, or a ``.seg.nrrd``'s targets share
     values, and what writing raises.
@@ -94,7 +94,8 @@ def export_label(
     if suffix in DICOM_SUFFIXES:
         if source is None or not is_series(source):
             raise BadFormat(
-                f"'{path}' would be a DICOM-SEG, which refers to a series", fix="give the DICOM series it is of"
+                f"'{path}' would be a DICOM-SEG, which refers to a series",
+                fix="give the DICOM series that it segments",
             )
         check_installed(suffix)
         from delineate.io.dicom_seg import write_segmentation

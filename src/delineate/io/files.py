@@ -1,4 +1,4 @@
-"""Files as a whole: opening and parsing what came from outside, and writing that leaves nothing half-written."""
+"""Whole files: opening and parsing what came from outside, and writing without leaving anything half written."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _FIXES = {
     errno.EPERM: "change the folder's permissions, or choose another folder",
     errno.EROFS: "the disk is read-only; choose another folder",
     errno.EISDIR: "a folder has this name; choose another name",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
-    errno.EEXIST: "a file stands where a folder is needed; choose another folder",
+    errno.ENOTDIR: "a file is where a folder is needed; choose another folder",
+    errno.EEXIST: "a file is where a folder is needed; choose another folder",
 }
 
 
@@ -35,7 +35,7 @@ _FIXES = {
 class Limits:
     """What a scan's header may ask for; checked before anything is allocated.
 
-    ``max_axis`` voxels or channels along one axis, ``max_bytes`` of voxels as they are stored.
+    ``max_axis`` voxels or channels along one axis, ``max_bytes`` of stored voxels.
     """
 
     max_axis: int = 1024
@@ -43,13 +43,13 @@ class Limits:
 
 
 MOST_TEXT = 2**26
-"""Bytes of a text file that is read as a whole, such as a table or a description."""
+"""Most bytes of a text file that is read as a whole, such as a table or a description."""
 
-_MOST_FOLDERS = 100_000  # below one
+_MOST_FOLDERS = 100_000  # below one folder
 
 
 def home_folder() -> Path:
-    """Where prepared scans and imported weights are: ``DELINEATE_HOME``, else ``delineate`` in the user's cache."""
+    """The folder of prepared scans and imported weights: ``DELINEATE_HOME``, else ``delineate`` in the user's cache."""
     if named := os.environ.get("DELINEATE_HOME"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "delineate"
@@ -59,12 +59,12 @@ def home_folder() -> Path:
 def parsing(
     source: object, kind: type[DelineateError], *, cut_short: tuple[type[Exception], ...] = (), fix: str = ""
 ) -> Iterator[None]:
-    """Whatever a parser raises about ``source`` becomes ``kind``: the one place where that happens.
+    """Turn whatever a parser raises about ``source`` into ``kind``: the one place where that happens.
 
-    Parsers let through whatever strange bytes lead to, so every :class:`Exception` counts, and what
-    caused it stays attached. ``cut_short`` are those that mean a file ends too early or fails its
-    checksum: :class:`Truncated`. Memory and depth of nesting that run out are :class:`TooLarge`. Our
-    own errors pass, and so do a keyboard's interrupt and all that is no :class:`Exception`.
+    Odd bytes can make a parser raise anything, so every :class:`Exception` counts, and its cause stays
+    attached. The types in ``cut_short`` mean that a file ends too early or fails its checksum:
+    :class:`Truncated`. Running out of memory or nesting depth is :class:`TooLarge`. Delineate's own
+    errors pass through, as do keyboard interrupts and anything else that is not an :class:`Exception`.
     """
     fix = fix or "copy or export it again"
     try:
@@ -72,7 +72,7 @@ def parsing(
     except DelineateError:
         raise
     except (MemoryError, RecursionError) as error:
-        raise TooLarge(f"'{source}' needs more memory or deeper nesting than there is", fix=fix) from error
+        raise TooLarge(f"'{source}' needs more memory or deeper nesting than is available", fix=fix) from error
     except cut_short as error:
         raise Truncated(f"'{source}' is damaged or cut short: {_brief(error)}", fix=fix) from error
     except Exception as error:
@@ -80,7 +80,7 @@ def parsing(
 
 
 def _brief(error: Exception) -> str:
-    """What a library says, which may quote a whole file."""
+    """A library's message, shortened since it may quote a whole file."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}…"
 
@@ -90,15 +90,15 @@ def open_file(path: Path) -> BufferedReader: ...
 @overload
 def open_file(path: Path, buffering: Literal[0]) -> FileIO: ...
 def open_file(path: Path, buffering: int = -1) -> BufferedReader | FileIO:
-    """Open a regular file for reading; a pipe, a socket or a device would keep us waiting, or never end.
+    """Open a regular file for reading. Reading a pipe, a socket or a device could block, or never end.
 
-    Raises :class:`BadFormat` for these, and :class:`OSError`.
+    Raises :class:`BadFormat` for those, and :class:`OSError`.
     """
-    # Without waiting for somebody to write, as opening a pipe does; of regular files nothing changes.
+    # Opening a pipe would otherwise wait for a writer; for regular files this changes nothing.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise BadFormat(f"'{path}' is no regular file but a folder, pipe or device", fix="give a file")
+            raise BadFormat(f"'{path}' is not a regular file but a folder, pipe or device", fix="give a file")
         return FileIO(descriptor, "rb") if buffering == 0 else open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -106,21 +106,21 @@ def open_file(path: Path, buffering: int = -1) -> BufferedReader | FileIO:
 
 
 def read_bytes(path: Path, most: int = MOST_TEXT) -> bytes:
-    """Contents of a regular file. Raises :class:`TooLarge` beyond ``most`` bytes, and what :func:`open_file` does."""
+    """Contents of a regular file. Raises :class:`TooLarge` beyond ``most`` bytes, else as :func:`open_file`."""
     with open_file(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise TooLarge(f"'{path}' has more than {most:,} bytes", fix="is it the right file?")
+        raise TooLarge(f"'{path}' has more than {most:,} bytes", fix="check that it is the right file")
     return content
 
 
 def read_text(path: Path, most: int = MOST_TEXT) -> str:
-    """Contents of a regular text file in UTF-8; a mark at its beginning is left out."""
+    """Contents of a regular text file in UTF-8, without its byte order mark."""
     return read_bytes(path, most).decode("utf-8-sig")
 
 
 def read_json(path: Path, kind: type[DelineateError], fix: str = "") -> dict[str, Any]:
-    """A JSON file that holds an object. Raises ``kind``."""
+    """The object in a JSON file. Raises ``kind``."""
     with parsing(path, kind, fix=fix):
         try:
             content = json.loads(read_text(path))
@@ -132,17 +132,17 @@ def read_json(path: Path, kind: type[DelineateError], fix: str = "") -> dict[str
 
 
 def content_hash(path: Path) -> str:
-    """BLAKE2b of a file's bytes, as 32 hexadecimal digits. Raises :class:`OSError`, and what :func:`open_file` does."""
+    """BLAKE2b of a file's bytes, as 32 hexadecimal digits. Raises as :func:`open_file` does."""
     with open_file(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def walk(root: Path, depth: int | None = None, *, links: bool = True) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder from ``root`` on, ``depth`` levels deep, with its files' names; both sorted, hidden ones left out.
+    """Yield ``root`` and the folders in it, ``depth`` levels deep, with their file names; sorted, without hidden ones.
 
-    Links to folders are followed unless told otherwise, but never back to one that they lie in.
-    Raises :class:`TooLarge` for more folders than any data set has, as some that are linked to each
-    other may seem to hold.
+    Links to folders are followed unless ``links`` is false, but never back to a folder that contains them.
+    Raises :class:`TooLarge` for more folders than any data set has, which folders linked to each other
+    may seem to hold.
     """
     count = 0
     above: list[tuple[Path, frozenset[tuple[int, int]]]] = [(root, frozenset())]
@@ -151,7 +151,7 @@ def walk(root: Path, depth: int | None = None, *, links: bool = True) -> Iterato
         try:
             this = place.stat()
             entries = sorted((entry for entry in os.scandir(place)), key=lambda entry: entry.name)
-        except OSError:  # gone meanwhile, or not for us to see
+        except OSError:  # deleted meanwhile, or not readable
             continue
         if (here := (this.st_dev, this.st_ino)) in inside:
             continue
@@ -178,12 +178,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def writing_beside(path: Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to, with the same suffixes; rename it at the end.
 
-    The folder is created. The file is on the disk before it takes its name, so that at any moment,
-    power cuts included, ``path`` is the old file, or the new one, or absent. Whatever goes wrong,
-    nothing of the new file stays. :class:`OutputError` says why a file cannot be written.
+    The folder is created. The file is flushed to disk before it takes its name, so that at any moment,
+    power cuts included, ``path`` is the old file, or the new one, or absent. If anything goes wrong,
+    nothing of the new file remains. :class:`OutputError` says why a file cannot be written.
     """
-    # Hidden, so that no listing of scans takes it for one; with the end of the name alone, since a
-    # name may be as long as the disk allows.
+    # Hidden, so that no listing takes it for a scan; with only the end of the name, since a name may be
+    # as long as the disk allows.
     beside = path.with_name(f".{token_hex(4)}-{path.name[-32:]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def writing_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def appending(path: Path) -> Iterator[BinaryIO]:
-    """Open ``path`` to append to; what cannot be appended whole leaves the file as it was.
+    """Open ``path`` for appending; if not everything can be written, the file stays as it was.
 
     The folder is created. Raises :class:`OutputError`.
     """
@@ -220,21 +220,21 @@ def appending(path: Path) -> Iterator[BinaryIO]:
 
 
 def reserve(file: IO[bytes], size: int) -> None:
-    """Have the disk promise ``size`` bytes of ``file``. Raises :class:`OutputError`.
+    """Reserve ``size`` bytes on disk for ``file``. Raises :class:`OutputError`.
 
-    Writing through a memory map to a file with holes ends the process where the disk is full.
+    Writing through a memory map to a sparse file kills the process when the disk is full.
     """
     if not hasattr(os, "posix_fallocate"):
         return
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems promise nothing
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot reserve
             raise _refused(Path(tempfile.gettempdir()), error) from error
 
 
 def _refused(path: Path, reason: OSError) -> OutputError:
-    # numpy says only how many bytes were written, without the system's number.
+    # numpy says only how many bytes were written, and leaves errno unset.
     fix = _FIXES.get(reason.errno or 0, "free some space, or choose another place")
     return OutputError(f"'{path}' cannot be written: {reason.strerror or reason}", fix=fix)
 

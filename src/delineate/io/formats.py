@@ -45,38 +45,38 @@ SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
 DICOM_SUFFIXES = (".dcm", ".ima")
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
 VTK_SUFFIXES = (".vtk", ".vti")
-"""Formats that are written, for viewers, and not read."""
+"""Formats that are written for viewers, but not read."""
 
 SEGMENTATION_SUFFIX = ".seg.nrrd"
-"""A label whose header names its segments: :func:`delineate.io.exports.export_label` writes it."""
+"""A label whose header names its segments, written by :func:`delineate.io.exports.export_label`."""
 _FOREIGN = {
-    ".seg.nhdr": "a segmentation of 3D Slicer's in two files; write .seg.nrrd",
+    ".seg.nhdr": "a 3D Slicer segmentation in two files; write .seg.nrrd",
     ".seq.nrrd": "a sequence of volumes; write each as .nrrd",
     ".seq.nhdr": "a sequence of volumes; write each as .nrrd",
-    ".ome.tif": "OME-TIFF, which has a description inside; write .tif",
-    ".ome.tiff": "OME-TIFF, which has a description inside; write .tif",
+    ".ome.tif": "OME-TIFF, which contains a description; write .tif",
+    ".ome.tiff": "OME-TIFF, which contains a description; write .tif",
     **dict.fromkeys(
         (
             f".{kind}.nii"
             for kind in ("dscalar", "dtseries", "dlabel", "dconn", "pscalar", "ptseries", "plabel", "pconn")
         ),
-        "CIFTI-2, of surfaces and voxels; write .nii.gz",
+        "CIFTI-2, which holds surfaces and voxels; write .nii.gz",
     ),
 }
-"""Endings that promise more than the last part of them says, and what they are."""
+"""Endings that mean more than their last part says, and what they are."""
 
 _LIMITS = Limits()
 _FIX = "check disk and permissions, or export it again"
 _LABEL_TOLERANCE = 1e-3
 _LABEL_VALUES = 32
 _LOOKED_AT = 10_000
-"""Voxels that tell most scans from labels."""
+"""How many voxels are enough to tell most scans from labels."""
 _LABEL_DTYPES = (np.uint8, np.uint16, np.uint32, np.int8, np.int16, np.int32)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its voxels: ``dtype`` is what :func:`read_volume` returns."""
+    """What a file says about its voxels: ``dtype`` is what :func:`read_volume` returns."""
 
     grid: Grid
     channels: int
@@ -85,11 +85,11 @@ class Header:
 
 @dataclass(frozen=True)
 class Format:
-    """A format of another package, known by ``suffix``, such as ``.own``; the suffix without its dot is its name.
+    """A format from another package, recognised by ``suffix``, such as ``.own``; without its dot, that is its name.
 
-    ``read`` gives voxels (C, X, Y, Z) in RAS+ millimetres; ``write`` writes what ``read`` then gives again, voxels and
-    affine alike. Shape, size and geometry are checked here, and whatever else ``read`` raises is ``E_FORMAT``.
-    Without ``write``, nothing is written with that suffix.
+    ``read`` returns voxels (C, X, Y, Z) in RAS+ millimetres; ``write`` writes a file from which ``read`` returns the
+    same voxels and affine. Shape, size and geometry are checked here, and whatever else ``read`` raises is
+    ``E_FORMAT``. Without ``write``, nothing is written with that suffix.
     """
 
     suffix: str
@@ -99,20 +99,20 @@ class Format:
     def __post_init__(self) -> None:
         if not self.suffix.startswith(".") or self.suffix != self.suffix.lower() or len(self.suffix) < 2:
             raise BadFormat(
-                f"suffix '{self.suffix}' of a format is not one", fix="give it a dot and small letters, as in .own"
+                f"a format has '{self.suffix}' for its suffix", fix="give it a dot and lower-case letters, as in .own"
             )
 
 
 FORMATS: Parts[Format] = Parts(
     "formats", "file format", {}, lambda part: part.suffix[1:] if isinstance(part, Format) else None
 )
-"""Formats of other packages; Delineate's own are modules of ``io``."""
+"""Formats from other packages; Delineate's own are modules in ``io``."""
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix, in small letters, by which a scan's format is known; ``""`` if the file is no scan.
+    """The suffix, in lower case, that identifies a scan's format; ``""`` if the file is not a scan.
 
-    Hidden files are no scans: archives made on a Mac hold ``._case.nii.gz`` beside ``case.nii.gz``.
+    Hidden files do not count as scans: archives made on a Mac hold ``._case.nii.gz`` beside ``case.nii.gz``.
     """
     name = path.name.lower()
     if name.startswith(".") or "." not in name:
@@ -122,7 +122,7 @@ def suffix_of(path: Path) -> str:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The file itself and, of a header apart from its voxels, the files beside it that it names; a series' files."""
+    """The file itself and, if it is a detached header, the files beside it that it names; for a series, its files."""
     if is_series(path):
         from delineate.io.dicom_series import the_series
 
@@ -135,13 +135,13 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def name_of(path: Path) -> str:
-    """The file's name without its suffix, printable: ``case`` of ``case.nii.gz``."""
+    """The file's name without its suffix, printable: ``case`` for ``case.nii.gz``."""
     suffix = suffix_of(path) or next((s for s in (*DICOM_SUFFIXES, ".zip") if path.name.lower().endswith(s)), "")
     return printable(path.name[: len(path.name) - len(suffix)])
 
 
 def is_series(path: Path) -> bool:
-    """Whether a path stands for a DICOM series: its folder, a zip of it, or any one of its files."""
+    """Whether a path stands for a DICOM series: its folder, a zip, or any one of its files."""
     if suffix_of(path):
         return False
     if path.is_dir() or path.name.lower().endswith((*DICOM_SUFFIXES, ".zip")):
@@ -159,9 +159,9 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_header(path: Path, limits: Limits = _LIMITS, *, orientation: Orientation = "refuse") -> Header:
-    """Grid, channels and dtype, all checked, and whether the file is complete; voxels stay on the disk.
+    """Grid, channels and dtype, after checking them and that the file is complete; voxels stay on the disk.
 
-    Raises what :func:`read_volume` raises, but for what only voxels and checksums tell.
+    Raises what :func:`read_volume` raises, except for faults that only voxels and checksums reveal.
     """
     with parsing(path, BadFormat, fix=_FIX):
         if is_series(path):
@@ -172,7 +172,7 @@ def read_header(path: Path, limits: Limits = _LIMITS, *, orientation: Orientatio
             return Header(grid, 1, dtype)
         suffix = suffix_of(path)
         if suffix in PICTURE_SUFFIXES or suffix[1:] in FORMATS:
-            voxels, grid = _read(path, limits, orientation)  # only reading tells
+            voxels, grid = _read(path, limits, orientation)  # only reading can tell
             return Header(grid, len(voxels), voxels.dtype)
         stored = _describe(path, limits, orientation)
         check_complete(stored)
@@ -189,10 +189,10 @@ def read_volume(
     """A scan: voxels (C, X, Y, Z), each channel Fortran-ordered, in RAS+ millimetres.
 
     Integers keep their type; scaled values and floats are float32. A fourth axis is channels.
-    ``orientation`` chooses between a NIfTI file's two where they disagree by more than 0.01 mm.
-    ``nan="fill"`` puts the channel's least finite value, its background, where voxels are not finite.
+    ``orientation`` chooses between a NIfTI file's sform and qform where they disagree by more than 0.01 mm.
+    ``nan="fill"`` replaces voxels that are not finite by the channel's smallest finite value, its background.
 
-    Raises :class:`ScanError`'s family, by cause: ``Truncated``, ``BadGeometry``,
+    Raises a :class:`ScanError`, by cause: ``Truncated``, ``BadGeometry``,
     ``AmbiguousOrientation``, ``BadShape``, ``TooLarge``, ``BadPath``, ``BadVoxels``, ``BadFormat``;
     and :class:`MissingFile`.
     """
@@ -209,8 +209,8 @@ def read_label(
 ) -> LabelVolume:
     """A label: voxels (X, Y, Z) in the smallest integer type, unsigned if it can be.
 
-    Values within 1e-3 of an integer are rounded, as 254.99999994 is; others raise
-    :class:`BadLabelValue`. For the rest as :func:`read_volume`.
+    Values within 1e-3 of an integer are rounded, such as 254.99999994; others raise
+    :class:`BadLabelValue`. Otherwise like :func:`read_volume`.
     """
     with parsing(path, BadFormat, fix=_FIX):
         if is_series(path):
@@ -226,20 +226,20 @@ def read_label(
         else:
             voxels, grid = _read(path, limits, orientation)
         if len(voxels) != 1:
-            raise BadShape(f"label '{path}' has {len(voxels)} channels", fix="save one label of values as (x, y, z)")
+            raise BadShape(f"label '{path}' has {len(voxels)} channels", fix="save one label (x, y, z)")
     return LabelVolume(_smallest(path, _rounded(path, voxels[0])), grid)
 
 
 def holds_label(path: Path) -> bool:
-    """Whether a file's voxels are what labels hold and scans do not: one channel of two or a few whole numbers.
+    """Whether a file's voxels look like a label's, not a scan's: one channel with only a few different whole numbers.
 
-    A file that cannot be read is none.
+    A file that cannot be read does not count as a label.
     """
     try:
         voxels = read_volume(path).voxels
     except DelineateError:
         return False
-    few = np.unique(voxels.ravel(order="K")[:: max(1, voxels.size // _LOOKED_AT)])  # most scans end here
+    few = np.unique(voxels.ravel(order="K")[:: max(1, voxels.size // _LOOKED_AT)])  # settles it for most scans
     if len(voxels) > 1 or len(few) > _LABEL_VALUES:
         return False
     values = np.unique(voxels)
@@ -248,13 +248,13 @@ def holds_label(path: Path) -> bool:
 
 
 def write_volume(path: Path, volume: Volume, *, like: Path | None = None) -> None:
-    """Write a scan; integers keep their type, floats become float32. Reads back exactly, grid included.
+    """Write a scan; integers keep their type, floats become float32. It reads back exactly, grid included.
 
-    NIfTI keeps an affine bit for bit if it came from NIfTI-1, and others to 32-bit precision. Where
-    ``like`` is a NIfTI file on the same grid, its header's geometry is kept to the letter.
-    MetaImage and NRRD become one uncompressed file, even as ``.mhd`` or ``.nhdr``. ``.vtk`` and
-    ``.vti`` are for viewers; PNG and TIFF hold one slice and no grid. All of the file appears, or
-    nothing: :class:`OutputError`.
+    NIfTI keeps an affine bit for bit if it came from NIfTI-1, and any other to 32-bit precision. Where
+    ``like`` is a NIfTI file on the same grid, its header's geometry is copied exactly. MetaImage and
+    NRRD become one uncompressed file, even as ``.mhd`` or ``.nhdr``. ``.vtk`` and ``.vti`` are for
+    viewers; PNG and TIFF hold one slice and no grid. The file appears complete or not at all:
+    :class:`OutputError`.
     """
     voxels = volume.voxels
     if voxels.dtype.kind not in "iu":
@@ -263,7 +263,7 @@ def write_volume(path: Path, volume: Volume, *, like: Path | None = None) -> Non
 
 
 def write_label(path: Path, label: LabelVolume, *, like: Path | None = None) -> None:
-    """Write a label in the smallest integer type that holds its values; otherwise as :func:`write_volume`."""
+    """Write a label in the smallest integer type that holds its values; otherwise like :func:`write_volume`."""
     _write(path, _smallest(path, label.voxels)[None], label.grid, like)
 
 
@@ -296,7 +296,7 @@ def _format_of(path: Path) -> _Format:
 
 def _describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
     if not path.is_file():
-        raise MissingFile(f"'{path}' is no file", fix="check the name")
+        raise MissingFile(f"'{path}' is not a file", fix="check the name")
     return _format_of(path).describe(path, limits, orientation)
 
 
@@ -311,7 +311,7 @@ def _read(path: Path, limits: Limits, orientation: Orientation) -> tuple[NDArray
         from delineate.io import pictures
 
         if not path.is_file():
-            raise MissingFile(f"'{path}' is no file", fix="check the name")
+            raise MissingFile(f"'{path}' is not a file", fix="check the name")
         return pictures.read_picture(path, limits)
     if suffix_of(path)[1:] in FORMATS:
         return _read_foreign(path, FORMATS[suffix_of(path)[1:]], limits)
@@ -320,22 +320,22 @@ def _read(path: Path, limits: Limits, orientation: Orientation) -> tuple[NDArray
 
 
 def _read_foreign(path: Path, format: Format, limits: Limits) -> tuple[NDArray, Grid]:
-    """What another package reads, held to what is asked of our own formats."""
+    """What another package's format reads, held to the same rules as Delineate's own formats."""
     if not path.is_file():
-        raise MissingFile(f"'{path}' is no file", fix="check the name")
+        raise MissingFile(f"'{path}' is not a file", fix="check the name")
     volume = format.read(path)
     if not isinstance(volume, Volume):
         raise BadFormat(
-            f"'{path}' was read as {type(volume).__name__}, not as a Volume", fix="ask the authors of its format"
+            f"'{path}' was read as a {type(volume).__name__}, not a Volume", fix="ask the authors of its format"
         )
     voxels = np.asarray(volume.voxels)
     check_shape(path, voxels.shape[1:], voxels.dtype.itemsize * len(voxels), limits)
     if not len(voxels) or voxels.dtype.kind not in "iuf":
         raise BadFormat(
-            f"'{path}' has {len(voxels)} channels of {voxels.dtype}", fix="numbers in one channel or more are read"
+            f"'{path}' has {len(voxels)} channels of type {voxels.dtype}", fix="give numbers in at least one channel"
         )
     dtype = np.dtype(np.float32) if voxels.dtype.kind == "f" else voxels.dtype.newbyteorder("=")
-    ours = np.empty((len(voxels), *voxels.shape[:0:-1]), dtype).transpose(0, 3, 2, 1)  # in Fortran's order, writeable
+    ours = np.empty((len(voxels), *voxels.shape[:0:-1]), dtype).transpose(0, 3, 2, 1)  # Fortran order, writeable
     ours[...] = voxels
     return ours, check_grid(path, volume.grid.shape, volume.grid.affine)
 
@@ -352,13 +352,13 @@ def _write(path: Path, voxels: NDArray, grid: Grid, like: Path | None) -> None:
 
 
 def check_writable(path: Path, *, segments: bool = False) -> None:
-    """Raise :class:`BadFormat` for a suffix that is not written; with ``segments`` those of labels with names are."""
+    """Raise :class:`BadFormat` for a suffix that cannot be written; ``segments`` allows labels with named segments."""
     name = path.name.lower()
     for ending, what in _FOREIGN.items():
         if name.endswith(ending):
             raise BadFormat(f"'{path}' would be {what}")
     if name.endswith(SEGMENTATION_SUFFIX) and not segments:
-        raise BadFormat(f"'{path}' names its segments: export it as a label with its targets, or write .nrrd")
+        raise BadFormat(f"'{path}' names its segments", fix="export it as a label with its targets, or write .nrrd")
     if not (segments and name.endswith(DICOM_SUFFIXES)):
         _writer_of(path)
 
@@ -378,7 +378,7 @@ def _writer_of(path: Path) -> Callable[[Path, NDArray, Grid], None]:
 def _foreign_writer(path: Path, format: Format) -> Callable[[Path, NDArray, Grid], None]:
     write_foreign = format.write
     if write_foreign is None:
-        raise BadFormat(f"'{path}': {format.suffix} is read and not written", fix="write .nii.gz")
+        raise BadFormat(f"'{path}' cannot be written: {format.suffix} is only read", fix="write .nii.gz")
 
     def write(beside: Path, voxels: NDArray, grid: Grid) -> None:
         try:
@@ -388,7 +388,7 @@ def _foreign_writer(path: Path, format: Format) -> Callable[[Path, NDArray, Grid
         except Exception as error:
             raise OutputError(
                 f"'{path}' cannot be written: {type(error).__name__}: {error}",
-                fix=(f"write .nii.gz, or ask the authors of the format {format.suffix}"),
+                fix=(f"write .nii.gz, or ask the authors of the {format.suffix} format"),
             ) from error
 
     return write
@@ -398,7 +398,7 @@ def _write_vtk(path: Path, voxels: NDArray, grid: Grid) -> None:
     from delineate.io import vtk
 
     if len(voxels) != 1:
-        raise BadShape(f"'{path}' would hold {len(voxels)} channels", fix="write each to a file of its own")
+        raise BadShape(f"'{path}' would hold {len(voxels)} channels", fix="write each to its own file")
     (vtk.write_legacy if path.suffix.lower() == ".vtk" else vtk.write_xml)(path, voxels[0], grid)
 
 
@@ -413,13 +413,13 @@ def _finite(path: Path, voxels: NDArray, nan: Literal["refuse", "fill"]) -> NDAr
         raise BadVoxels(f"'{path}' has {count}", fix="export the scan again, or fill them (nan: fill)")
     for channel, good in zip(voxels, finite, strict=True):
         if not good.any():
-            raise BadVoxels(f"'{path}' has {count}, all of a channel", fix="leave the scan out")
+            raise BadVoxels(f"'{path}' has {count}, a whole channel among them", fix="leave the scan out")
         channel[~good] = channel[good].min()
     return voxels
 
 
 def _rounded(path: Path, voxels: NDArray) -> NDArray:
-    """Whole numbers, where all are within the tolerance of one."""
+    """The voxels rounded, provided that each is within the tolerance of a whole number."""
     if voxels.dtype.kind != "f":
         return voxels
     rounded = np.rint(voxels)
@@ -428,7 +428,7 @@ def _rounded(path: Path, voxels: NDArray) -> NDArray:
     if bad.any():
         values = ", ".join(f"{v:g}" for v in np.unique(voxels[bad])[:5])
         raise BadLabelValue(
-            f"label '{path}' has {np.count_nonzero(bad)} voxels that are no whole numbers ({values}, …)",
+            f"label '{path}' has {np.count_nonzero(bad)} voxels that are not whole numbers ({values}, …)",
             fix="resample it with nearest neighbours, or draw the label again",
         )
     return rounded

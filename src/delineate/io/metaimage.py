@@ -40,13 +40,13 @@ _LONGEST_LINE, _LONGEST_HEADER = 2**14, 2**20
 
 
 def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
-    """What the header says, checked. It knows one position, so that ``orientation`` is not asked."""
+    """What the header says, checked. It has only one position, so ``orientation`` is not used."""
     fields, end = _fields(path)
     name = fields["ElementDataFile"]
     if not _is_true(fields.get("BinaryData", "True")):
         raise BadFormat(f"'{path}' holds its voxels as text", fix="save it in binary")
     if name.upper().startswith("LIST") or _parsed(path, fields, "HeaderSize", int, "0") != [0]:
-        raise BadFormat(f"'{path}' spreads its voxels over files or behind foreign headers", fix="save it as one .mha")
+        raise BadFormat(f"'{path}' has voxels in several files or behind foreign headers", fix="save it as one .mha")
     if fields.get("ElementType") not in _DTYPES:
         raise BadFormat(
             f"'{path}' has voxels of type '{fields.get('ElementType')}'", fix="save numbers of one known type"
@@ -62,7 +62,7 @@ def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
     if interleaved != 1:
         if channels != 1 or not 1 <= interleaved <= limits.max_axis:
             raise BadShape(
-                f"'{path}' has {interleaved} channels in each of {sizes} voxels", fix="save channels in one way"
+                f"'{path}' has {interleaved} channels in each of {sizes} voxels", fix="save channels one way only"
             )
         channels = interleaved
     grid = check_grid(path, shape, _affine(path, fields, len(sizes)))
@@ -80,7 +80,7 @@ def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
 
 
 def write(path: Path, voxels: NDArray, grid: Grid) -> None:
-    """Write voxels (C, X, Y, Z) behind the header, in one file whatever its suffix, not compressed."""
+    """Write voxels (C, X, Y, Z) after the header, in one uncompressed file whatever its suffix."""
     names = {np.dtype(code): name for name, code in reversed(_DTYPES.items())}
     spacing, directions = zip(*map(_split, (LPS_TO_RAS[:, None] * grid.affine[:3, :3]).T), strict=True)
     fields = {
@@ -103,7 +103,7 @@ def write(path: Path, voxels: NDArray, grid: Grid) -> None:
 
 
 def _fields(path: Path) -> tuple[dict[str, str], int]:
-    """The header's fields under their first names, and where the header ends."""
+    """The header's fields, each under the first of its names, and where the header ends."""
     fields: dict[str, str] = {}
     with open_file(path) as file:
         while file.tell() < _LONGEST_HEADER and (line := file.readline(_LONGEST_LINE)):
@@ -112,14 +112,14 @@ def _fields(path: Path) -> tuple[dict[str, str], int]:
                 break
             key = _SYNONYMS.get(key.strip(), key.strip())
             if fields.setdefault(key, value.strip()) != value.strip() and key != "Comment":
-                raise BadFormat(f"'{path}' gives {key} twice, differently", fix="leave one")
+                raise BadFormat(f"'{path}' gives {key} twice, differently", fix="keep one")
             if key == "ElementDataFile":
                 return fields, file.tell()
     raise BadFormat(f"'{path}' has no MetaImage header that ends in ElementDataFile", fix="export the scan again")
 
 
 def _affine(path: Path, fields: dict[str, str], axes: int) -> Affine:
-    """Index to RAS millimetres. MetaImage positions are LPS; a row of its matrix is an axis' direction."""
+    """Index to RAS millimetres. MetaImage positions are LPS; each row of its matrix is an axis's direction."""
     if "ElementSpacing" not in fields:
         raise BadGeometry(f"'{path}' has no ElementSpacing", fix="export the scan again with its geometry")
     identity = _text(np.eye(axes).ravel())
@@ -133,9 +133,9 @@ def _affine(path: Path, fields: dict[str, str], axes: int) -> Affine:
 
 
 def _split(column: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    """Spacing and direction of an axis, whose product is the column bit for bit (or nearly, if none is found)."""
+    """An axis's spacing and direction, whose product is the column bit for bit (or nearly, if none is found)."""
     length = float(np.linalg.norm(column))
-    # Not every spacing has a direction that multiplies back exactly; one a few bits away has.
+    # Not every spacing has a direction that multiplies back exactly; one a few bits away does.
     lengths = length * (1 + np.arange(-64, 65) * np.finfo(float).eps)
     lengths = lengths[np.argsort(abs(lengths - length), kind="stable"), None]
     direction = column / lengths

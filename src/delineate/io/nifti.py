@@ -1,4 +1,4 @@
-"""NIfTI-1 and NIfTI-2 in one file (``.nii``, ``.nii.gz``): headers by nibabel, checked here."""
+"""Single-file NIfTI-1 and NIfTI-2 (``.nii``, ``.nii.gz``): headers are parsed by nibabel and checked here."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _DTYPES = {
 }  # fmt: skip
 _TOLERANCE_MM = 0.01  # between qform and sform, at the corners
 _NOT_MM = {1: "metres", 3: "micrometres"}
-_CODES = range(6)  # meanings of a qform or sform: 0 is none
+_CODES = range(6)  # meanings of a qform or sform; 0 means none
 _LONGEST_EXTENSION = 2**26  # bytes
 _GZIP_LEVEL = 1
 _GEOMETRY = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
-"""Fields that a label has from its scan. Not among them: whatever may hold text about a patient."""
+"""Fields that a label copies from its scan: none that may hold text about a patient."""
 
 
 def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
@@ -65,9 +65,9 @@ def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
 def write(path: Path, voxels: NDArray, grid: Grid, like: Path | None = None) -> None:
     """Write voxels (C, X, Y, Z), whose dtype NIfTI knows, gzipped if the name ends in ``.gz``.
 
-    The affine reads back bit for bit if it is of 32-bit numbers, or came from another NIfTI-1
-    file; else to 32-bit precision. The same voxels and grid give the same bytes. Of ``like``, a
-    NIfTI file on this very grid, the header's geometry is kept to the letter, and nothing else.
+    The affine reads back bit for bit if its numbers have 32 bits, or came from another NIfTI-1
+    file; otherwise to 32-bit precision. The same voxels and grid give the same bytes. From ``like``,
+    a NIfTI file on this very grid, the header's geometry is copied exactly, and nothing else.
     """
     geometry = None if like is None else _geometry_of(like, grid)
     header = Nifti1Header() if geometry is None else type(geometry)()
@@ -81,7 +81,7 @@ def write(path: Path, voxels: NDArray, grid: Grid, like: Path | None = None) -> 
         for field in _GEOMETRY:
             header[field] = geometry[field]
         if len(voxels) == 1 and math.prod(_shape(path, geometry)) == math.prod(grid.shape):
-            header["dim"] = geometry["dim"]  # of two axes, or with trailing ones
+            header["dim"] = geometry["dim"]  # it may have two axes, or trailing ones
     no_extensions = bytes(4)
     head = header.as_byteswapped("<").binaryblock + no_extensions
     with path.open("wb") as file:
@@ -93,7 +93,7 @@ def write(path: Path, voxels: NDArray, grid: Grid, like: Path | None = None) -> 
 
 
 def _geometry_of(path: Path, grid: Grid) -> Nifti1Header | None:
-    """The header of a NIfTI file if it puts voxels on this very grid, without a choice to be made."""
+    """A NIfTI file's header if it puts the voxels on this very grid, unambiguously."""
     try:
         header = _header(path, "gzip" if path.name.lower().endswith(".gz") else "raw")
         x, y, z, *_ = _shape(path, header)
@@ -117,7 +117,7 @@ def _header(path: Path, encoding: Encoding) -> Nifti1Header:
                 raise Truncated(f"'{path}' ends within its header", fix="copy or export it again")
             header = kind(block[:size], endianness, check=False)
             if not header["magic"].item().startswith(b"n+"):
-                raise BadFormat(f"'{path}' is not a NIfTI file of one piece", fix="convert it to .nii.gz")
+                raise BadFormat(f"'{path}' is not a single-file NIfTI", fix="convert it to .nii.gz")
             return header
     raise BadFormat(f"'{path}' does not begin as NIfTI does", fix="rename it to what it is, or export it again")
 
@@ -144,7 +144,7 @@ def _dtype(path: Path, header: Nifti1Header) -> np.dtype:
 def _shape(path: Path, header: Nifti1Header) -> tuple[int, ...]:
     axes, *shape = map(int, header["dim"])
     if not 1 <= axes <= 7:
-        raise BadShape(f"'{path}' claims {axes} axes, of 1 to 7", fix="export the scan again")
+        raise BadShape(f"'{path}' claims {axes} axes, not 1 to 7", fix="export the scan again")
     return (*shape[:axes], 1, 1)[: max(axes, 3)]
 
 
@@ -157,7 +157,7 @@ def _scaling(path: Path, header: Nifti1Header) -> tuple[float, float]:
 
 
 def _grid(path: Path, header: Nifti1Header, shape: Shape3, orientation: Orientation) -> Grid:
-    """The grid by sform, else qform, else spacing alone, as nibabel does; checked as it does not."""
+    """The grid from the sform, else the qform, else spacing alone, as in nibabel; unlike there, it is checked."""
     check_spacing(path, header["pixdim"][1:4].tolist())
     if unit := _NOT_MM.get(int(header["xyzt_units"]) & 7):
         raise BadGeometry(f"'{path}' measures in {unit}", fix="convert it to millimetres")
@@ -165,7 +165,7 @@ def _grid(path: Path, header: Nifti1Header, shape: Shape3, orientation: Orientat
     for name, code in codes.items():
         if code not in _CODES:
             raise BadGeometry(
-                f"'{path}' has {name} code {code}, of 0 to 5", fix="export the scan again with its geometry"
+                f"'{path}' has {name} code {code}, not 0 to 5", fix="export the scan again with its geometry"
             )
     if not any(codes.values()):
         return check_grid(path, shape, header.get_base_affine())
@@ -178,14 +178,14 @@ def _grid(path: Path, header: Nifti1Header, shape: Shape3, orientation: Orientat
             raise AmbiguousOrientation(
                 f"'{path}' has two positions: sform ({first.orientation}) and qform ({other.orientation}) differ by "
                 f"{first.corner_distance_mm(other):.3g} mm",
-                fix="look which is right and choose orientation sform or qform",
+                fix="check which is right, and choose orientation sform or qform",
             )
     return first
 
 
 def _qform(path: Path, header: Nifti1Header) -> Affine:
     if header["pixdim"][0] not in (-1, 1):
-        header["pixdim"][0] = 1  # as the standard says of 0
+        header["pixdim"][0] = 1  # what the standard says 0 means
     try:
         return header.get_qform()
     except ValueError as error:
@@ -193,7 +193,7 @@ def _qform(path: Path, header: Nifti1Header) -> Affine:
 
 
 def _store_affine(header: Nifti1Header, grid: Grid) -> None:
-    """Choose the codes and numbers from which a reader gets the grid's affine, bit for bit if it can be."""
+    """Choose the codes and numbers from which a reader gets the grid's affine, bit for bit if possible."""
     for _ in _ways_to_store(header, grid):
         if np.array_equal(header.get_best_affine(), grid.affine):
             return
@@ -201,7 +201,7 @@ def _store_affine(header: Nifti1Header, grid: Grid) -> None:
 
 
 def _ways_to_store(header: Nifti1Header, grid: Grid) -> Iterator[None]:
-    """Set the header one way after another: the best known to readers first, then the exotic ones."""
+    """Set the header one way after another, from the way that readers know best to the exotic ones."""
     affine, scanner, none = grid.affine, 1, 0
     header.set_sform(affine, scanner)
     header.set_qform(affine, scanner)  # and the spacing
@@ -212,7 +212,7 @@ def _ways_to_store(header: Nifti1Header, grid: Grid) -> Iterator[None]:
     if not close:  # sheared
         header["qform_code"] = none
     yield
-    # The rest is for affines of 64-bit numbers, which a sform cannot hold. A reader computed them
+    # The rest is for affines with 64-bit numbers, which an sform cannot hold. A reader computed them
     # from 32-bit spacing and shape alone …
     header["sform_code"] = header["qform_code"] = none
     yield
@@ -221,9 +221,9 @@ def _ways_to_store(header: Nifti1Header, grid: Grid) -> Iterator[None]:
     rotation = affine[:3, :3] / header["pixdim"][1:4].astype(np.float64)
     rotation[:, 2] *= header["pixdim"][0]
     quaternion = _quaternion(rotation)
-    # What lies below the rotation's precision was most likely zero: tried first.
+    # Components below the rotation's precision were most likely zero: try that first.
     rounded = np.where(np.abs(quaternion) < 1e-15, 0.0, quaternion)
-    # Stored quaternions are of unit length to 32 bits only; the rotation has forgotten the rest.
+    # Stored quaternions have unit length to 32 bits only; the rotation does not hold the rest.
     for tried, step in product((rounded, quaternion), sorted(range(-16, 17), key=abs)):
         b, c, d = tried[1:] * (1 + step * 2.0**-26)
         header["quatern_b"], header["quatern_c"], header["quatern_d"] = b, c, d
@@ -238,7 +238,7 @@ def _quaternion(rotation: NDArray[np.float64]) -> NDArray[np.float64]:
     """Unit quaternion (a ≥ 0, b, c, d) of a rotation (3, 3); small parts to full relative precision.
 
     Shepperd 1978: each product 4·q_i·q_j is a sum of matrix elements; divide by the largest. An
-    eigenvector, as nibabel's mat2quat takes, has absolute precision, which changes small parts.
+    eigenvector, which nibabel's mat2quat uses, has absolute precision, which changes small parts.
     """
     products = np.empty((4, 4))
     trace = np.trace(rotation)

@@ -46,7 +46,7 @@ _LONGEST_LINE, _LONGEST_HEADER = 2**14, 2**20
 
 
 def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
-    """What the header says, checked. It knows one position, so that ``orientation`` is not asked."""
+    """What the header says, checked. It has only one position, so ``orientation`` is not used."""
     fields, end = _fields(path)
     for skip in ("line skip", "lineskip", "byte skip", "byteskip"):
         if fields.get(skip, "0") != "0":
@@ -72,7 +72,7 @@ def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
 
     name = fields.get("data file", fields.get("datafile"))
     if name is not None and name.upper().startswith("LIST"):
-        raise BadFormat(f"'{path}' spreads its voxels over files", fix="save it as one .nrrd")
+        raise BadFormat(f"'{path}' has its voxels in several files", fix="save it as one .nrrd")
     return Stored(
         file=path if name is None else sibling(path, name),
         grid=grid,
@@ -85,20 +85,20 @@ def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
 
 
 def write_segments(path: Path, masks: Mapping[str, NDArray[np.bool_]], values: Mapping[str, int], grid: Grid) -> None:
-    """Write masks (X, Y, Z) by target name, which do not overlap, as a segmentation of 3D Slicer's in one layer.
+    """Write non-overlapping masks (X, Y, Z) by target name as a 3D Slicer segmentation in one layer.
 
-    ``values`` are the voxels' in each.
+    ``values`` are the voxel values of each.
     """
     label = np.zeros(grid.shape, np.result_type(*map(np.min_scalar_type, values.values())))
     about = {
         "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
-        "Segmentation_MasterRepresentation": "Binary labelmap",  # as Slicer called it before 5.2 …
+        "Segmentation_MasterRepresentation": "Binary labelmap",  # Slicer's name for it before 5.2 …
         "Segmentation_SourceRepresentation": "Binary labelmap",  # … and since
         "Segmentation_ReferenceImageExtentOffset": "0 0 0",
     }
     for i, (name, mask) in enumerate(masks.items()):
         label[mask] = values[name]
-        color = colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.6, 0.9)  # turns of the golden ratio: far from each other
+        color = colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.6, 0.9)  # steps by the golden ratio keep colours far apart
         about |= {
             f"Segment{i}_ID": f"Segment_{i + 1}",
             f"Segment{i}_Name": " ".join(name.split()) or f"target {i + 1}",
@@ -114,7 +114,7 @@ def write_segments(path: Path, masks: Mapping[str, NDArray[np.bool_]], values: M
 
 
 def _extent(mask: NDArray[np.bool_]) -> str:
-    """First and last voxel along x, y and z, as ``0 -1 0 -1 0 -1`` for none."""
+    """First and last voxel along x, y and z; ``0 -1 0 -1 0 -1`` for none."""
     if not mask.any():
         return "0 -1 0 -1 0 -1"
     ends = (np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))[[0, -1]] for axis in range(3))
@@ -122,7 +122,7 @@ def _extent(mask: NDArray[np.bool_]) -> str:
 
 
 def write(path: Path, voxels: NDArray, grid: Grid, about: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write voxels (C, X, Y, Z) behind the header, in one file whatever its suffix, not compressed.
+    """Write voxels (C, X, Y, Z) after the header, in one uncompressed file whatever its suffix.
 
     ``about`` becomes key:=value lines.
     """
@@ -149,7 +149,7 @@ def write(path: Path, voxels: NDArray, grid: Grid, about: Mapping[str, str] = Ma
 
 
 def _fields(path: Path) -> tuple[dict[str, str], int]:
-    """The header's fields in small letters, and where the header ends: at an empty line, or with the file."""
+    """The header's fields, names in lower case, and where the header ends: at an empty line or at the file's end."""
     fields: dict[str, str] = {}
     with open_file(path) as file:
         if not re.fullmatch(rb"NRRD000\d\r?\n", file.readline(_LONGEST_LINE)):
@@ -158,13 +158,13 @@ def _fields(path: Path) -> tuple[dict[str, str], int]:
             line = file.readline(_LONGEST_LINE).decode("utf-8", "replace").rstrip("\r\n")
             if not line:
                 return fields, file.tell()
-            # '#' begins a comment, and 'key:=value' is nothing of the format's.
+            # '#' begins a comment, and 'key:=value' is the user's own.
             if not line.startswith("#") and not re.match("[^:]*:=", line):
                 key, _, value = line.partition(":")
                 key = key.strip().lower()
                 if fields.setdefault(key, value.strip()) != value.strip():
-                    raise BadFormat(f"'{path}' gives '{key}' twice, differently", fix="leave one")
-    raise BadFormat(f"'{path}' has a header without end", fix="export the scan again")
+                    raise BadFormat(f"'{path}' gives '{key}' twice, differently", fix="keep one")
+    raise BadFormat(f"'{path}' has a header without an end", fix="export the scan again")
 
 
 def _affine(path: Path, fields: dict[str, str], directions: list[NDArray[np.float64] | None]) -> Affine:

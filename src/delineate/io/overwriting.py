@@ -1,4 +1,4 @@
-"""What a command may not write over: its inputs never, other files that exist only where that was asked for."""
+"""What a command may overwrite: never its inputs, and other existing files only when asked to."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ _LISTED = 5
 
 
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite: bool = False) -> None:
-    """Raise :class:`OutputError` where an output would replace what must stay, or its folder cannot be written to.
+    """Raise :class:`OutputError` where an output would replace a file that must stay, or cannot be written.
 
-    Called before any work is done. ``inputs`` are files, headers with voxels beside them, or folders of
-    DICOM. They are recognised as the file system knows them, whatever path leads there: links, ``..``
-    and letter case make no difference. With ``overwrite`` other files may be replaced; what is not a
-    plain file never is.
+    Call this before any work is done. ``inputs`` are files, headers with voxels beside them, or folders of
+    DICOM. They are recognised by their identity in the file system, whatever path leads there: links, ``..``
+    and letter case make no difference. With ``overwrite`` other files may be replaced, but only plain ones.
     """
     outputs = list(outputs)
     for folder in dict.fromkeys(path.parent for path in outputs):
@@ -29,11 +28,11 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite:
     kept = {identity for path in inputs for file in _files(path) if (identity := _identity(file))}
     if taken := [path for path in there if _identity(path) in kept]:
         raise OutputError(
-            f"{_listed(taken)} would be written over, and {_are(taken)} an input or a label, which no result replaces",
+            f"{_listed(taken)} would be overwritten, but {_are(taken)} an input or label, which no result may replace",
             fix="choose another place",
         )
     if strange := [path for path in there if path.exists() and not path.is_file()]:
-        raise OutputError(f"{_listed(strange)} {_are(strange)} no plain file", fix="choose another name")
+        raise OutputError(f"{_listed(strange)} {_are(strange)} not a plain file", fix="choose another name")
     if not overwrite:
         exist = "exists" if len(there) == 1 else "exist"
         raise OutputError(
@@ -42,7 +41,7 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path], *, overwrite:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise :class:`OutputError` where no file can be written to ``folder``, which need not be there yet."""
+    """Raise :class:`OutputError` where no file can be written to ``folder``, which need not exist yet."""
     place = folder
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
@@ -61,7 +60,7 @@ def _files(path: Path) -> Iterator[Path]:
     try:
         yield from parts_of(path)
     except (DelineateError, OSError):
-        # A damaged series: whatever lies beside the file may be of it.
+        # The series is damaged: any file beside this one may belong to it.
         if is_dicom(path):
             yield from path.parent.iterdir()
 

@@ -1,7 +1,7 @@
 """PNG and TIFF: single grey slices as volumes one voxel deep.
 
-A picture knows neither place nor direction: it is taken as an axial slice as radiologists look at
-it, its columns running to the patient's left and its rows to the back. TIFF may know its spacing.
+A picture has neither position nor direction: it is taken as an axial slice as radiologists view it,
+columns running to the patient's left and rows to the back. TIFF may state its spacing.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _RESOLUTION, _UNIT, _MM = 282, 296, {2: 25.4, 3: 10.0}  # TIFF's tags; pixels pe
 
 
 def read_picture(path: Path, limits: Limits) -> tuple[NDArray, Grid]:
-    """Voxels (1, X, Y, 1) and the grid: 1 mm apart where the file says nothing else.
+    """Voxels (1, X, Y, 1) and the grid, with a spacing of 1 mm unless the file states another.
 
-    A palette's numbers are taken, not its colours. Raises :class:`BadShape` for colours and for
+    A palette's numbers are read, not its colours. Raises :class:`BadShape` for colours and for
     several pages, :class:`TooLarge`, :class:`Truncated`, :class:`BadFormat`.
     """
     try:
@@ -43,7 +43,7 @@ def read_picture(path: Path, limits: Limits) -> tuple[NDArray, Grid]:
                 )
             if picture.mode not in _GREY and picture.mode != _PALETTE:
                 raise BadShape(
-                    f"'{path}' has colours ({picture.mode})", fix="save the grey values, or the label's numbers"
+                    f"'{path}' is in colour ({picture.mode})", fix="save the grey values, or the label's numbers"
                 )
             if getattr(picture, "n_frames", 1) > 1:
                 raise BadShape(f"'{path}' has {picture.n_frames} pages", fix="save each slice as a file, or one NIfTI")  # type: ignore[attr-defined]
@@ -51,8 +51,8 @@ def read_picture(path: Path, limits: Limits) -> tuple[NDArray, Grid]:
             check_spacing(path, [spacing])
             pixels = np.asarray(picture)
     except UnidentifiedImageError as error:
-        raise BadFormat(f"'{path}' is no PNG or TIFF that can be read", fix="export it again") from error
-    # A warning is of metadata that contradict each other, or of data that end too early.
+        raise BadFormat(f"'{path}' is not a readable PNG or TIFF", fix="export it again") from error
+    # A warning means contradictory metadata, or data that end too early.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Warning) as error:
         raise Truncated(f"'{path}' is damaged: {error}", fix="copy it again") from error
     if pixels.dtype == bool:
@@ -64,7 +64,7 @@ def read_picture(path: Path, limits: Limits) -> tuple[NDArray, Grid]:
 def write_picture(path: Path, voxels: NDArray, grid: Grid) -> None:
     """Write one slice (1, X, Y, 1) of whole numbers from 0 to 65535. Raises :class:`BadShape` for anything else."""
     if voxels.shape[0] != 1 or voxels.shape[3] != 1 or voxels.dtype.kind not in "iu":
-        raise BadShape(f"voxels {voxels.shape} of {voxels.dtype} are no picture", fix="save one slice of whole numbers")
+        raise BadShape(f"voxels {voxels.shape} of {voxels.dtype} fit no picture", fix="save one slice of whole numbers")
     plane = voxels[0, :, :, 0].T
     if plane.min() < 0 or plane.max() > 65535:
         raise BadShape(f"values from {plane.min()} to {plane.max()} fit no picture", fix="shift them to 0 … 65535")
@@ -76,7 +76,7 @@ def _spacing(picture: Image.Image) -> float:
     unit = _MM.get(tags.get(_UNIT, 0))
     try:
         resolution = float(tags.get(_RESOLUTION, 0) or 0)
-    except (TypeError, ZeroDivisionError):  # no fraction, or one of nothing
+    except (TypeError, ZeroDivisionError):  # not a fraction, or one over zero
         resolution = 0.0
-    # 72 pixels an inch is what programs write that know nothing.
+    # 72 pixels per inch is what programs write that do not know the resolution.
     return unit / resolution if unit and resolution and round(resolution) != 72 else 1.0

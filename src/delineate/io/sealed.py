@@ -1,13 +1,13 @@
-"""A folder whose manifest seals it: any change to any of its files is noticed when it is opened.
+"""A folder sealed by its manifest: any change to any of its files is noticed on reading.
 
-The manifest names the SHA-256 and size of every file, and holds a digest of itself. It is written
-before the files that it names, so that a process killed at any moment leaves either a whole folder
-or one that says it was not written to its end:
+The manifest gives the SHA-256 and size of every file, and a digest of itself. It is written before
+the files that it names, so that a process killed at any moment leaves either a complete folder or
+one that says it is incomplete:
 
-- :func:`seal` writes a folder anew: first a manifest that says ``"complete": false``, then the
+- :func:`seal` writes a new folder: first a manifest that says ``"complete": false``, then the
   files, then the manifest again.
-- :func:`replace_file` replaces one file of a sealed folder: meanwhile the manifest allows the file as it
-  was and as it will be.
+- :func:`replace_file` replaces one file of a sealed folder: meanwhile the manifest allows both the
+  old and the new file.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from delineate.io.files import open_file, writing_beside
 
 MANIFEST = "bundle.json"
 AGAIN = "copy the bundle again from where it was made"
-_MOST_BYTES = 8 * 2**20  # of a manifest, and of any file that is read as a whole
+_MOST_BYTES = 8 * 2**20  # for a manifest, and any other file that is read as a whole
 
 Write = Callable[[Path], object]
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a file must be."""
+    """What a file must contain: its SHA-256 and size."""
 
     sha256: str
     bytes: Annotated[int, Field(ge=0)]
 
     @classmethod
     def of(cls, path: Path) -> Stamp:
-        """Of a file as it is. Raises :class:`BundleError` where it cannot be read."""
+        """The stamp of a file as it is now. Raises :class:`BundleError` where it cannot be read."""
         with opened(path) as file:
             return cls(hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size)
 
 
 @dataclass(frozen=True)
 class Sealed:
-    """A manifest: ``about`` is its content; of each file ``stamps`` names what it may be, None for not there."""
+    """A manifest: ``about`` is its content; ``stamps`` lists what each file may be, with None for "missing"."""
 
     folder: Path
     about: Mapping[str, Any]
@@ -59,24 +59,24 @@ class Sealed:
 
     @classmethod
     def open(cls, folder: Path) -> Sealed:
-        """The manifest of a folder; files are checked when they are read.
+        """A folder's manifest; files are checked when they are read.
 
-        Raises :class:`BundleError` where it is damaged or the folder was not written to its end.
+        Raises :class:`BundleError` where it is damaged or the folder is incomplete.
         """
         contents = read_json(read_small(folder / MANIFEST), folder / MANIFEST)
         digest = contents.pop("sha256", None)
         if digest != _digest(contents):
             raise BundleError(
-                f"'{folder / MANIFEST}' was changed after it was written, or damaged: its digest differs", fix=AGAIN
+                f"'{folder / MANIFEST}' was changed or damaged after it was written: its digest differs", fix=AGAIN
             )
         files, complete = contents.pop("files", None), contents.pop("complete", None)
         try:
             stamps = _STAMPS.validate_json(json.dumps(files), strict=True)
         except ValidationError as error:
-            raise BundleError(f"'{folder / MANIFEST}' does not say what its files are", fix=AGAIN) from error
+            raise BundleError(f"'{folder / MANIFEST}' has no valid list of files", fix=AGAIN) from error
         if complete is not True:
             raise BundleError(
-                f"'{folder}' was not written to its end", fix=f"run the command again that was writing it, or {AGAIN}"
+                f"'{folder}' is incomplete: writing it was interrupted", fix=f"run the command again, or {AGAIN}"
             )
         return cls(folder, contents, stamps)
 
@@ -89,7 +89,7 @@ class Sealed:
         return any(stamp is not None for stamp in self.stamps.get(name, ()))
 
     def read(self, name: str) -> bytes:
-        """A small file, once it is found to be what it must be."""
+        """The content of a small file, once checked against its stamp."""
         if name not in self:
             raise BundleError(f"'{self.folder}' has no {name}", fix=AGAIN)
         content = read_small(self.folder / name, max(s.bytes for s in self.stamps[name] if s is not None))
@@ -97,13 +97,13 @@ class Sealed:
         return content
 
     def stamp(self, name: str) -> Stamp | None:
-        """What a file is, once it is found to be what it may be; None where it may be missing and is."""
+        """A file's stamp, once checked against those allowed; None where it is missing and may be."""
         path = self.folder / name
         found = None
         if os.path.lexists(path):
             with opened(path) as file:
                 size = os.fstat(file.fileno()).st_size
-            # What has another size need not be read.
+            # A file of another size need not be read.
             right = any(stamp is not None and stamp.bytes == size for stamp in self.stamps.get(name, ()))
             found = Stamp.of(path) if right else Stamp("", size)
         return self._check(name, found)
@@ -115,9 +115,9 @@ class Sealed:
         if found is None:
             raise BundleError(f"'{path}' is missing", fix=AGAIN)
         if name not in self:
-            raise BundleError(f"'{path}' does not belong to this bundle, which was saved without it", fix="remove it")
+            raise BundleError(f"'{path}' does not belong to this bundle: it was saved without it", fix="remove it")
         raise BundleError(
-            f"'{path}' is not what was saved: it was changed, or damaged on the way",
+            f"'{path}' is not what was saved: it was edited, or damaged on the way",
             fix=(
                 f"{AGAIN}. A trained bundle "
                 "cannot be edited: change the recipe and train, or use the options of the command that reads it"
@@ -137,15 +137,15 @@ _STAMPS = TypeAdapter(dict[str, tuple[Stamp | None, ...]])
 
 
 def seal(folder: Path, about: Mapping[str, Any], files: Mapping[str, Write], keep: tuple[str, ...] = ()) -> None:
-    """Write a folder: each of ``files`` by a function that is given the path to write to.
+    """Write a folder: each of ``files`` with a function that is passed the path to write to.
 
-    Those of ``keep`` that are there stay, and are sealed as they are. Files appear in the given order.
+    Existing files among ``keep`` stay, and are sealed as they are. Files appear in the given order.
     """
     kept = {name: (Stamp.of(folder / name),) for name in keep if (folder / name).exists()}
-    if not files:  # the manifest alone is written, in one rename
+    if not files:  # only the manifest is written, in one rename
         Sealed(folder, about, kept).write()
         return
-    with ExitStack() as renames:  # which happen when it is left, the last first
+    with ExitStack() as renames:  # done on exit, the last one first
         stamps: dict[str, tuple[Stamp | None, ...]] = {}
         for name, write in reversed(list(files.items())):
             path = renames.enter_context(writing_beside(folder / name))
@@ -157,25 +157,25 @@ def seal(folder: Path, about: Mapping[str, Any], files: Mapping[str, Write], kee
 
 
 def replace_file(folder: Path, name: str, write: Write) -> None:
-    """Replace, or add, one file of a sealed folder, by a function that is given the path to write to."""
+    """Replace or add one file of a sealed folder, with a function that is passed the path to write to."""
     sealed = Sealed.open(folder)
     with writing_beside(folder / name) as path:
         write(path)
         before = Stamp.of(folder / name) if (folder / name).exists() else None
         after = Stamp.of(path)
-        # Only what was right before stays right.
+        # A file that was damaged before must not be accepted as the old one.
         allowed = [stamp for stamp in sealed.stamps.get(name, (None,)) if stamp == before]
         replace(sealed, stamps={**sealed.stamps, name: (*allowed, after)}).write()
     replace(sealed, stamps={**sealed.stamps, name: (after,)}).write()
 
 
 def opened(path: Path) -> BufferedReader:
-    """A regular file, open to be read. Raises :class:`BundleError` for anything else, at once."""
+    """A regular file, open for reading. Raises :class:`BundleError` for anything else, without waiting."""
     try:
         return open_file(path)
     except FileNotFoundError as error:
         raise BundleError(
-            f"'{path.parent}' is not a bundle: {path.name} is missing", fix="give a run's folder bundle/"
+            f"'{path.parent}' is not a bundle: {path.name} is missing", fix="give a run's bundle/ folder"
         ) from error
     except BadFormat as error:
         raise BundleError(f"'{path}' is not a file", fix=AGAIN) from error
@@ -184,26 +184,26 @@ def opened(path: Path) -> BufferedReader:
 
 
 def read_json(content: bytes, path: Path) -> dict[str, Any]:
-    """An object of JSON, whose numbers are finite. Raises :class:`BundleError`."""
+    """A JSON object with finite numbers. Raises :class:`BundleError`."""
     try:
         found = json.loads(content, parse_constant=_refuse)
-        json.dumps(found)  # which may fail at fewer levels than reading
+        json.dumps(found)  # may fail at fewer nesting levels than reading
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise BundleError(f"'{path}' is no JSON that can be read ({reason})", fix=AGAIN) from error
+        raise BundleError(f"'{path}' is not readable JSON ({reason})", fix=AGAIN) from error
     if not isinstance(found, dict):
-        raise BundleError(f"'{path}' holds {type(found).__name__}, not fields", fix=AGAIN)
+        raise BundleError(f"'{path}' holds a {type(found).__name__}, not an object", fix=AGAIN)
     return found
 
 
 def _refuse(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a finite number")
 
 
 def read_small(path: Path, most: int = _MOST_BYTES) -> bytes:
-    """A file of at most ``most`` bytes; where it has more, the first of them and one more.
+    """A file's content, up to one byte more than ``most``, so that a longer file is noticed.
 
-    Raises :class:`BundleError` for what is not a file, or larger than any that a bundle has read as a whole.
+    Raises :class:`BundleError` for anything but a file, and for one larger than any that is read as a whole.
     """
     with opened(path) as file:
         try:
@@ -216,5 +216,5 @@ def read_small(path: Path, most: int = _MOST_BYTES) -> bytes:
 
 
 def _digest(contents: Mapping[str, Any]) -> str:
-    """Of values, however they are laid out in their file; the order of fields counts, as it does to targets."""
+    """A digest of values, however their file lays them out; the order of fields counts, as it does for targets."""
     return hashlib.sha256(json.dumps(contents, separators=(",", ":")).encode("ascii")).hexdigest()

@@ -1,4 +1,4 @@
-"""YAML as people write settings in it: plain values, in bounds that no recipe comes near."""
+"""YAML as people write settings in it: plain values, within limits that no recipe comes near."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _FASTEST: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def parse_yaml(text: str, what: str, kind: type[DelineateError]) -> Any:
-    """Values of YAML: dictionaries, lists, strings, numbers, booleans, null. Raises ``kind``, naming ``what``.
+    """Values in YAML: dictionaries, lists, strings, numbers, booleans, null. Raises ``kind``, naming ``what``.
 
-    A date is text, as no setting is a date. Tags, and more than :data:`MOST_VALUES` values once aliases
-    are replaced by what they stand for, are refused, and so is a key that is given twice.
+    A date is read as text, since no setting is a date. Refused are tags, a key given twice, and more than
+    :data:`MOST_VALUES` values once aliases are replaced by what they stand for.
     """
     if len(text) > MOST_CHARACTERS:
-        raise kind(f"'{what}' has {len(text):,} characters of YAML", fix=f"{MOST_CHARACTERS:,} are the most")
+        raise kind(f"'{what}' has {len(text):,} characters of YAML", fix=f"write {MOST_CHARACTERS:,} at most")
     with parsing(what, kind, fix="write plain YAML"):
         _check_size(text)
         return yaml.load(text, _Loader)
 
 
 def _check_size(text: str) -> None:
-    """Raise where there are too many values, each alias counted as all that it stands for, or too many levels."""
+    """Raise where there are too many levels, or too many values, counting an alias as all that it stands for."""
     sizes: dict[str, int] = {}
     around: list[tuple[str | None, int]] = []
     anchor: str | None
@@ -38,12 +38,12 @@ def _check_size(text: str) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             around.append((event.anchor, size))
             size = 1
-            if len(around) > MOST_LEVELS:  # at once: each further one costs more than the one before
+            if len(around) > MOST_LEVELS:  # stop now: each further level costs more than the last
                 raise yaml.YAMLError(f"it is nested in more than {MOST_LEVELS} levels")
             continue
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise yaml.YAMLError(f"alias '{event.anchor}' stands for nothing that ends before it")
+                raise yaml.YAMLError(f"alias '{event.anchor}' stands for nothing that is complete before it")
             size += sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
             size += 1

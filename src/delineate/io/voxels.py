@@ -1,4 +1,4 @@
-"""Voxels in a file: what a checked header says of them, and how they come into memory, byte for byte."""
+"""Voxels in a file: what a checked header says about them, and reading and writing them byte for byte."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from delineate.io.files import Limits, open_file
 Encoding = Literal["raw", "gzip", "zlib"]
 Orientation = Literal["refuse", "sform", "qform"]
 
-# isal declares its exception class as an instance.
+# isal's type stubs declare its exception class as an instance.
 DAMAGED: tuple[type[Exception], ...] = (EOFError, igzip.BadGzipFile, igzip_lib.error)  # type: ignore[assignment]
-"""What reading a gzip or zlib stream raises where it is cut short or its bytes are wrong."""
+"""What reading a gzip or zlib stream raises where it is cut short or damaged."""
 
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
-"""Factors of world coordinates between ITK's axes (left, posterior, superior) and ours; its own inverse."""
+"""Signs that turn ITK's world coordinates (left, posterior, superior) into RAS and back; its own inverse."""
 
 _MIN_SPACING_MM, _MAX_SPACING_MM = 0.01, 100.0
-_MIN_CELL = 1e-4  # volume of a voxel over the product of its sides; 0 when axes lie in one plane
-_CHUNK = 2**20  # voxels scaled, or bytes encoded, at once
+_MIN_CELL = 1e-4  # volume of a voxel over the product of its sides; 0 when the axes lie in one plane
+_CHUNK = 2**20  # voxels scaled, or bytes encoded, at a time
 
 
 @dataclass(frozen=True)
 class Stored:
     """Where a scan's voxels lie in a file, and how.
 
-    ``dtype`` is the stored one, byte order included. The encoded bytes run from byte ``start`` of
+    ``dtype`` is the stored type, byte order included. The encoded bytes run from byte ``start`` of
     ``file`` to its end; decoded, ``skip`` bytes come before the voxels. Axis x varies fastest;
     channels vary slowest, or before x if ``interleaved``. A value is ``slope`` × stored + ``inter``.
     """
@@ -54,7 +54,7 @@ class Stored:
 
     @property
     def size(self) -> int:
-        """Bytes from ``start`` on once decoded."""
+        """Number of decoded bytes from ``start`` on."""
         return self.skip + math.prod(self.grid.shape) * self.channels * self.dtype.itemsize
 
     @property
@@ -63,12 +63,12 @@ class Stored:
 
     @property
     def read_dtype(self) -> np.dtype:
-        """What :func:`read_voxels` returns: float32 for floats and scaled values, else as stored."""
+        """The dtype that :func:`read_voxels` returns: float32 for floats and scaled values, else as stored."""
         return np.dtype(np.float32) if self.scaled or self.dtype.kind == "f" else self.dtype.newbyteorder("=")
 
 
 def check_shape(path: Path, shape: Sequence[int], itemsize: int, limits: Limits) -> tuple[Shape3, int]:
-    """(X, Y, Z) and the number of channels of a stored shape, before anything is allocated.
+    """Split a stored shape into (X, Y, Z) and the number of channels, before anything is allocated.
 
     A fourth axis is channels; further axes must be 1. Raises :class:`BadShape`, :class:`TooLarge`.
     """
@@ -92,9 +92,7 @@ def check_shape(path: Path, shape: Sequence[int], itemsize: int, limits: Limits)
 def check_grid(path: Path, shape: Shape3, affine: Affine) -> Grid:
     """The grid, once its spacing, origin and directions make sense. Raises :class:`BadGeometry`."""
     if not np.isfinite(affine).all():
-        raise BadGeometry(
-            f"'{path}' has a position that is not a number", fix="export the scan again with its geometry"
-        )
+        raise BadGeometry(f"'{path}' has a position that is not finite", fix="export the scan again with its geometry")
     grid = Grid(shape, affine)
     check_spacing(path, grid.spacing_mm)
     if grid.voxel_ml * 1000 < _MIN_CELL * math.prod(grid.spacing_mm):
@@ -103,7 +101,7 @@ def check_grid(path: Path, shape: Shape3, affine: Affine) -> Grid:
 
 
 def check_spacing(path: Path, spacing_mm: Sequence[float]) -> None:
-    """Raise :class:`BadGeometry` unless every spacing is a number that a scanner can have."""
+    """Raise :class:`BadGeometry` unless every spacing is one that a scanner can have."""
     if not all(_MIN_SPACING_MM <= s <= _MAX_SPACING_MM for s in spacing_mm):
         text = " × ".join(f"{s:.4g}" for s in spacing_mm)
         raise BadGeometry(
@@ -115,23 +113,25 @@ def check_spacing(path: Path, spacing_mm: Sequence[float]) -> None:
 def sibling(path: Path, name: str) -> Path:
     """The data file that a header names: a plain name in the header's own folder.
 
-    Raises :class:`BadPath` for anything else, so that no header can make us read another file.
+    Raises :class:`BadPath` for anything else, so that no header can have another file read.
     """
     if not name or name in (".", "..") or any(c in name for c in "/\\:\0"):
         raise BadPath(
-            f"'{path}' names the data file '{name}'", fix="put the data beside the header and name it plainly"
+            f"'{path}' names the data file '{name}'", fix="put the data beside the header, and give only its name"
         )
     file = path.with_name(name)
     if not file.is_file():
-        raise MissingFile(f"'{path}' names the data file '{name}', which is not there", fix="copy it beside the header")
+        raise MissingFile(
+            f"'{path}' names the data file '{name}', which does not exist", fix="copy it beside the header"
+        )
     return file
 
 
 def check_complete(stored: Stored) -> None:
     """Raise :class:`Truncated` if the file cannot hold what its header promises; cheap where possible.
 
-    A raw file is measured; of gzip the size in its last bytes is compared. A zlib stream holds no
-    size: only :func:`read_voxels` finds it short.
+    For a raw file, its length is compared; for gzip, the size in its last bytes. A zlib stream holds
+    no size, so only :func:`read_voxels` can find it short.
     """
     file_size = stored.file.stat().st_size
     if stored.encoding == "raw" and file_size - stored.start != stored.size:
@@ -141,20 +141,20 @@ def check_complete(stored: Stored) -> None:
             file.seek(max(file_size - 4, stored.start))
             promised = int.from_bytes(file.read(4), "little")
         if promised != stored.size % 2**32:
-            _decoded(stored)  # cut short, or of several gzip members: only inflating tells
+            _decoded(stored)  # cut short, or several gzip members: only inflating can tell
 
 
 def read_voxels(stored: Stored) -> NDArray:
     """Voxels (C, X, Y, Z), x fastest in memory: as stored in native byte order, or float32.
 
-    float32 where values are scaled or stored as float64. Memory is bounded by the header's size,
-    whatever the file inflates to. Raises :class:`Truncated` unless the bytes are complete, no more,
-    and pass their checksum.
+    float32 where values are scaled or stored as float64. Memory is bounded by the size that the header
+    states, whatever the file inflates to. Raises :class:`Truncated` unless the bytes are complete, with
+    none left over, and pass their checksum.
     """
     voxels = np.require(_decoded(stored)[stored.skip : stored.size].view(stored.dtype), requirements="A")
     if not stored.dtype.isnative:
         voxels = voxels.byteswap(inplace=True).view(stored.dtype.newbyteorder("="))
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, as any reader sees
+    with np.errstate(over="ignore", invalid="ignore"):  # overflow becomes infinite, as in any reader
         voxels = _scaled(voxels, stored) if stored.scaled else voxels.astype(stored.read_dtype, copy=False)
     if stored.interleaved:
         return voxels.reshape((stored.channels, *stored.grid.shape), order="F")
@@ -170,7 +170,7 @@ def write_bytes(file: io.BufferedIOBase, header: bytes, voxels: NDArray) -> None
 
 
 def _scaled(voxels: NDArray, stored: Stored) -> NDArray[np.float32]:
-    """Values of a flat array, computed in float64 since a large intercept cancels, in little memory."""
+    """Scaled values of a flat array, computed in chunks and in float64, since a large intercept cancels."""
     slope, scaled = np.float64(stored.slope), np.empty(voxels.size, dtype=np.float32)
     for start in range(0, voxels.size, _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -179,8 +179,8 @@ def _scaled(voxels: NDArray, stored: Stored) -> NDArray[np.float32]:
 
 
 def _decoded(stored: Stored) -> NDArray[np.uint8]:
-    """The decoded bytes from ``start`` on, and one byte of room that must stay empty."""
-    # That byte of room tells a file that holds more; a bomb is cut off there.
+    """The decoded bytes from ``start`` on; one spare byte must stay empty."""
+    # The spare byte reveals a file that holds more; a decompression bomb is cut off there.
     buffer = np.empty(stored.size + 1, dtype=np.uint8)
     room, filled = buffer.data, 0
     try:
@@ -202,15 +202,15 @@ def _decoder(file: io.FileIO, stored: Stored) -> io.FileIO | igzip.IGzipFile | i
     if stored.encoding == "gzip":
         return open_gzip(stored.file, file)
     inflate = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_ZLIB)
-    # What cannot be compressed grows by 5 bytes in 16 KiB, far less than read here.
+    # Incompressible data grow by 5 bytes in 16 KiB, far less than is allowed for here.
     data = inflate.decompress(file.read(stored.size + stored.size // 1000 + _CHUNK), max_length=stored.size + 1)
     if len(data) <= stored.size and (inflate.unused_data or not inflate.eof):
-        raise EOFError("the compressed data end too early, or other bytes follow them")
+        raise EOFError("the compressed data end too early, or other bytes follow")
     return io.BytesIO(data)
 
 
 def open_gzip(path: Path, file: io.FileIO) -> igzip.IGzipFile:
-    """A reader of the gzip stream at the file's position. Raises :class:`BadFormat` where there is none."""
+    """A reader for the gzip stream at the file's position. Raises :class:`BadFormat` where there is none."""
     position = file.tell()
     if file.read(2) != b"\x1f\x8b":
         raise BadFormat(f"'{path}' is not gzip where it should be", fix="rename it to what it is, or export it again")

@@ -1,7 +1,7 @@
 """VTK images, written for viewers: legacy ``.vtk`` and XML ``.vti``, both binary.
 
-Legacy VTK knows no directions: its voxels are turned to the nearest right-handed axes of the
-patient (LPS, as viewers built on ITK expect), and what the axes still lean is lost; ``.vti`` keeps it.
+Legacy VTK has no directions: voxels are turned to the patient's nearest right-handed axes (LPS, as
+viewers built on ITK expect), and any remaining obliqueness is lost; ``.vti`` keeps it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _XML = {"u": "UInt", "i": "Int", "f": "Float"}
 def write_legacy(path: Path, voxels: NDArray, grid: Grid) -> None:
     """Write voxels (X, Y, Z) as STRUCTURED_POINTS, big-endian, in the nearest LPS order of axes.
 
-    Origin is the first voxel's centre in LPS millimetres. Turned by less than the axes lean, it is
-    no more than a picture of an oblique scan; keep the NIfTI file with it.
+    The origin is the first voxel's centre in LPS millimetres. For an oblique scan, this is only a
+    picture, not tilted as the scan is; keep the NIfTI file with it.
     """
     order, flip = grid.axes_to("LPS")
     turned, lps = permute_axes(voxels, order, flip), grid.permute(order, flip)

@@ -21,7 +21,7 @@ BACKGROUND = "background"
 
 
 class LossSpecification(Specification):
-    """The fields of a loss; ``build`` gives the loss for some targets."""
+    """The fields of a loss; ``build`` makes the loss for given targets."""
 
     if TYPE_CHECKING:
         kind: str  # every loss has its own
@@ -31,7 +31,7 @@ class LossSpecification(Specification):
 
 
 class Judged(NamedTuple):
-    """Class by class (N, K, *space): probabilities, the reference, and what counts (N, 1 or K, *space)."""
+    """Class by class (N, K, *space): probabilities, the reference, and which voxels count (N, 1 or K, *space)."""
 
     probability: Tensor
     reference: Tensor
@@ -57,7 +57,7 @@ def one_hot(target: Tensor, classes: int, dtype: torch.dtype = torch.float32) ->
 def judged(logits: Tensor, target: Tensor, targets: Targets, soft: tuple[float, float] | None) -> Judged:
     """Softmax probabilities with the background first, or a sigmoid for each overlapping target.
 
-    ``soft`` are the reference's values for absent and present, 0 and 1 unless given.
+    ``soft`` are the reference's values for absent and present, by default 0 and 1.
     """
     logits = full_precision(logits)
     if targets.exclusive:
@@ -72,14 +72,14 @@ def softened(reference: Tensor, soft: tuple[float, float] | None) -> Tensor:
 
 
 def class_weights(weights: Mapping[str, float] | None, targets: Targets) -> list[float]:
-    """The weight of the background and of each target in order; 1 where none is given.
+    """The weights of the background and each target in order; 1 where none is given.
 
-    Raises :class:`RecipeError` for a name that is no target.
+    Raises :class:`RecipeError` for a name that is not a target's.
     """
     weights = weights or {}
     unknown = set(weights) - {BACKGROUND, *targets.names}
     if unknown:
         raise RecipeError(
-            f"weights name {sorted(unknown)}, which are no targets", fix=f"known are {[BACKGROUND, *targets.names]}"
+            f"weights name {sorted(unknown)}, which are not targets", fix=f"known are {[BACKGROUND, *targets.names]}"
         )
     return [float(weights.get(name, 1.0)) for name in (BACKGROUND, *targets.names)]

@@ -14,7 +14,7 @@ from delineate.losses.base import Loss
 
 
 class Sum(nn.Module):
-    """A weighted sum of losses; a module, so that what its terms train is found."""
+    """A weighted sum of losses; a module, so that its terms' parameters are found."""
 
     def __init__(self, weights: Sequence[float], terms: Sequence[Loss]) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Sum(nn.Module):
 
 
 class Region(nn.Module):
-    """A loss that ignores what lies outside a region of the reference."""
+    """A loss that ignores everything outside a region of the reference."""
 
     def __init__(self, loss: Loss, classes: Sequence[int], exclusive: bool, dilate: int, box: bool) -> None:
         super().__init__()
@@ -58,10 +58,10 @@ def _box(region: Tensor) -> Tensor:
 
 
 class DeepSupervision(nn.Module):
-    """A loss of each of a network's answers, the finest first, against the target at its size.
+    """A loss for each of a network's outputs, the finest first, against the target at that size.
 
-    A coarser target takes the value at the voxel nearest to each place's centre. ``weights`` are
-    brought to the sum 1; by default each is half the one before. A single answer is judged alone.
+    A coarser target takes the value of the voxel nearest to each position's centre. ``weights`` are
+    scaled to a sum of 1; by default each is half the one before. For a single output it is the loss itself.
     """
 
     def __init__(self, loss: Loss, weights: Sequence[float] | None) -> None:
@@ -74,7 +74,8 @@ class DeepSupervision(nn.Module):
         weights = self.weights or [0.5**i for i in range(len(logits))]
         if len(weights) != len(logits):
             raise RecipeError(
-                f"deep supervision has {len(weights)} weights, the network {len(logits)} answers", fix="give as many"
+                f"deep supervision has {len(weights)} weights, but the network has {len(logits)} outputs",
+                fix="give one weight per output",
             )
         losses = []
         for answer, weight in zip(logits, weights, strict=True):
@@ -97,6 +98,6 @@ def target_indices(names: Sequence[str], targets: Targets) -> list[int]:
     """Class numbers (exclusive) or planes (overlapping) of targets; raises :class:`RecipeError` for another name."""
     unknown = [name for name in names if name not in targets.names]
     if unknown:
-        raise RecipeError(f"region '{unknown[0]}' is no target", fix=f"known are {', '.join(targets.names)}")
+        raise RecipeError(f"region '{unknown[0]}' is not a target", fix=f"known are {', '.join(targets.names)}")
     first = 1 if targets.exclusive else 0
     return [first + targets.names.index(name) for name in names]

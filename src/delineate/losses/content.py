@@ -1,4 +1,4 @@
-"""The Siamese content loss: masks judged by what a pre-trained network sees under them."""
+"""The Siamese content loss: masks are compared by what a pre-trained network sees through them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from delineate.pretrained.weights import load_features
 class SiameseContentSpec(LossSpecification):
     """Squared distance between VGG19's features of the image under the true and the predicted mask.
 
-    Features are the outputs of the first two max-pools, seen as one vector. ``reduction``: ``paper``
+    Features are the outputs of the first two max-pools, taken as one vector. ``reduction``: ``paper``
     divides the squared distance by that vector's length, ``sum`` by nothing, ``mean`` averages each
-    layer by itself and then the two. Mean over samples and targets. ``channel`` of the image is
-    shown to VGG as three equal ones (``null``: the middle one); the mask multiplies it before VGG's own
-    preprocessing, which expects 0…1. ``intensities``: ``prepared``, for recipes that bring scans to 0…1
-    themselves, shows the image as it is; ``stretched`` brings each sample's least and greatest value to 0 and 1.
-    Slices of a volume are judged one by one.
+    layer separately and then the two. The loss is a mean over samples and targets. ``channel`` of the image
+    (``null``: the middle one) is shown to VGG as three equal channels; the mask multiplies it before VGG's own
+    preprocessing, which expects 0…1. ``intensities``: ``prepared``, for recipes that scale scans to 0…1 themselves,
+    shows the image as it is; ``stretched`` scales each sample to 0…1. Slices of a volume are treated one by one.
 
     ``trained`` makes it a game: VGG's weights ascend the loss at ``learning_rate`` while the network
     descends it. Ignored voxels are masked in both.
@@ -99,7 +98,7 @@ class SiameseContent(nn.Module):
 
 
 def has_random_features(loss: nn.Module) -> bool:
-    """Whether a loss judges by features that nothing was ever learned for."""
+    """Whether a loss compares features with random, untrained weights."""
     return any(isinstance(m, SiameseContent) and m.spec.weights == "random" for m in loss.modules())
 
 

@@ -1,4 +1,4 @@
-"""Losses that judge the overlap of whole regions."""
+"""Losses from the overlap of whole regions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from delineate.specification import PositiveWeight, Weight
 
 
 class _Overlap(LossSpecification):
-    """Fields that the losses by overlap share.
+    """Fields that overlap losses share.
 
     ``smooth`` is added above and below: a target absent from both reference and prediction gives 0.
-    ``over_batch`` pools a target's voxels over the batch before dividing, steadier where a tile may
-    miss the target; otherwise each sample counts alone. The background is left out unless
-    ``include_background``. ``weights`` by target's name (or ``background``) weigh the mean over
+    ``over_batch`` pools a target's voxels over the batch before dividing, which is steadier where a tile
+    may miss the target; otherwise each sample counts separately. The background is left out unless
+    ``include_background``. ``weights`` by target name (or ``background``) weight the mean over
     targets. ``soft_labels`` are the reference's values for absent and present.
     """
 
@@ -71,7 +71,7 @@ class DiceSpec(_Overlap):
 
 
 class TverskySpec(_Overlap):
-    """Tversky loss (Salehi et al. 2017): false positives and false negatives weigh as told; 0.5 each is Dice."""
+    """Tversky loss (Salehi et al. 2017): false positives and negatives have the given weights; 0.5 each is Dice."""
 
     kind: Literal["tversky"] = "tversky"
     fp_weight: Weight = 0.3
@@ -98,7 +98,7 @@ class FocalTverskySpec(TverskySpec):
     def build(self, targets: Targets) -> Loss:
         def focal(overlap: Tensor, excess: Tensor, missed: Tensor) -> Tensor:
             wrong = self.one_minus_index(overlap, excess, missed)
-            # A root has no slope at 0: from here on a class counts as perfect.
+            # A root has no finite slope at 0: below this, a class counts as perfect.
             bent = wrong.clamp_min(1e-7) ** (1 / self.gamma)
             bent = torch.where(wrong > 1e-7, bent, torch.zeros_like(bent))
             return bent * bent.shape[-1] if self.reduction == "sum" else bent
@@ -109,8 +109,8 @@ class FocalTverskySpec(TverskySpec):
 class GeneralisedDiceSpec(LossSpecification):
     """Generalised Dice loss (Sudre et al. 2017): classes weighted by one over their squared volume.
 
-    The background is a class; for overlapping targets each target has its own. A class that the
-    reference lacks takes the greatest weight of those it has. Nothing that counts: 0.
+    The background is a class; each overlapping target has its own. A class that is absent from the
+    reference takes the largest weight of those present. If no voxel counts, the loss is 0.
     """
 
     kind: Literal["generalised_dice"] = "generalised_dice"
@@ -121,7 +121,7 @@ class GeneralisedDiceSpec(LossSpecification):
         def generalised_dice(logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
             seen = judged(logits, target, targets, self.soft_labels)
             if not targets.exclusive:
-                # Its own background for each target.
+                # Each target has its own background.
                 absent = softened((target == 0).to(seen.reference.dtype), self.soft_labels)
                 seen = Judged(
                     torch.cat([1 - seen.probability, seen.probability], 1),

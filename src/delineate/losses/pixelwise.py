@@ -1,4 +1,4 @@
-"""Losses that judge every voxel by itself."""
+"""Losses that treat every voxel separately."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class CrossEntropySpec(LossSpecification):
     """Cross entropy from logits, averaged over the voxels that count.
 
     Exclusive targets: softmax over background and targets. Overlapping: a binary cross entropy each.
-    ``weights`` by target's name or ``background``: a voxel weighs as its own class does (of
-    overlapping targets: as the target where it is present, as the background where it is not), and
+    ``weights`` by target name or ``background``: a voxel has the weight of its class (for
+    overlapping targets: the target's where it is present, the background's where it is not), and
     the average is over weights. ``soft_labels`` replace the reference's 0 and 1; for exclusive
-    targets they are brought to the sum 1. No voxel that counts: 0.
+    targets they are scaled to a sum of 1. If no voxel counts, the loss is 0.
     """
 
     kind: Literal["cross_entropy"] = "cross_entropy"
@@ -44,7 +44,7 @@ class CrossEntropySpec(LossSpecification):
 class FocalSpec(LossSpecification):
     """Focal loss (Lin et al. 2017): cross entropy times (1 - p)^``focusing`` of the right class.
 
-    ``weights`` and the empty case as those of cross entropy.
+    ``weights`` and the empty case are as for cross entropy.
     """
 
     kind: Literal["focal"] = "focal"
@@ -92,6 +92,6 @@ class Terms:
         return soft[1] + (self.classes - 1) * soft[0]
 
     def mean(self, loss: Tensor) -> Tensor:
-        # Nothing that counts: 0 / 1.
+        # If no voxel counts: 0 / 1.
         total = self.weight.sum()
         return (loss * self.weight).sum() / torch.where(total > 0, total, 1.0)

@@ -1,4 +1,4 @@
-"""The losses by kind: a new one of Delineate's is a class and one word here; others are found by entry points."""
+"""The losses by kind. To add one to Delineate takes a class and a word here; others are found by entry points."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class SumSpec(LossSpecification):
 
 
 class RegionSpec(LossSpecification):
-    """A loss that counts only within the reference's masks of some targets (any of them).
+    """A loss that counts only voxels within the reference's masks of some targets (any of them).
 
-    ``box`` takes their bounding box in each sample instead; ``dilate_voxels`` widens either on all
+    ``box`` uses their bounding box in each sample instead; ``dilate_voxels`` widens either on all
     sides. A sample without the region does not count.
     """
 
@@ -51,9 +51,9 @@ class RegionSpec(LossSpecification):
 
 
 class DeepSupervisionSpec(LossSpecification):
-    """States the ``weights`` of a deeply supervised network's answers, the finest first.
+    """Sets the ``weights`` of a deeply supervised network's outputs, the finest first.
 
-    Any loss takes such answers; without this, each weighs half the one before.
+    Any loss accepts such outputs; without this, each has half the weight of the one before.
     """
 
     kind: Literal["deep_supervision"] = "deep_supervision"
@@ -89,6 +89,6 @@ DICE_AND_CROSS_ENTROPY = SumSpec(terms=(WeightedLoss(loss=DiceSpec()), WeightedL
 
 
 def build_loss(spec: LossSpec, targets: Targets) -> DeepSupervision:
-    """The loss of ``spec``, which also takes the tuple of answers of a deeply supervised network."""
+    """The loss for ``spec``, which also accepts the tuple of outputs from a deeply supervised network."""
     loss = spec.build(targets)
     return loss if isinstance(loss, DeepSupervision) else DeepSupervision(loss, None)

@@ -1,7 +1,7 @@
-"""How well two ways of measuring one quantity agree: Bland and Altman's limits, and concordance.
+"""How well two ways of measuring a quantity agree: Bland and Altman's limits, and concordance.
 
-Patients are the unit: biases are means over patients of each patient's mean over its scans, and every
-interval widens with how alike the scans of one patient are.
+Patients are the unit: biases are means over patients of each patient's mean over their scans, and every
+interval is wider the more alike a patient's scans are.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from dataclasses import dataclass
 from math import atanh, hypot, nan, sqrt, tanh
 
 import numpy as np
-import scipy  # its parts are imported when first used
+import scipy  # loads its submodules on first use
 from numpy.typing import NDArray
 
 from delineate.metrics.statistics import counted, numbered
 
 Interval = tuple[float, float]
 LIMITS = 1.96
-"""Deviations from the bias to the limits of agreement: 95 % of normal differences lie within."""
+"""Standard deviations from the bias to the limits of agreement: 95 % of normal differences lie within."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Differences of predicted and true values of ``n`` scans of ``patients``: ``bias`` ± 1.96 ``sd``.
+    """Differences between predicted and true values of ``n`` scans of ``patients``: ``bias`` ± 1.96 ``sd``.
 
-    ``bias`` is the mean over patients of each one's mean difference, ``sd`` the deviation of a scan of a
-    patient, from the variance between patients and that within them (Bland & Altman 2007; Zou 2013).
+    ``bias`` is the mean over patients of each one's mean difference, ``sd`` the standard deviation of one
+    scan's difference, from the variances between and within patients (Bland & Altman 2007; Zou 2013).
 
-    Intervals are 95 %: of the bias by Student's t of the patients' means; of the limits exact where each
-    patient has one scan (noncentral t; Carkeet 2015), elsewhere from the intervals of both variances
+    Intervals are 95 %: for the bias, Student's t on the patients' means; for the limits, exact where each
+    patient has one scan (noncentral t; Carkeet 2015), otherwise from the intervals of both variances
     (MOVER; Zou 2013). ``outliers`` are the indices of pairs beyond the limits. ``left_out`` counts pairs
-    that have no difference. All but counts are NaN for fewer than two patients.
+    that have no difference. Everything but counts is NaN for fewer than two patients.
     """
 
     n: int
@@ -46,17 +46,17 @@ class Agreement:
 
     @property
     def limits(self) -> Interval:
-        """Between which 95 % of differences lie."""
+        """The limits of agreement, between which 95 % of differences lie."""
         return self.bias - LIMITS * self.sd, self.bias + LIMITS * self.sd
 
     @property
     def method(self) -> str:
-        """How the intervals of the limits were made."""
+        """How the intervals of the limits were computed."""
         return "exact (noncentral t)" if self.patients == self.n else "MOVER (variances between and within patients)"
 
     @property
     def count(self) -> str:
-        """``n``, and of how many patients where those are fewer."""
+        """``n``, with the number of patients if that is smaller."""
         return counted(self.n, self.patients)
 
 
@@ -67,10 +67,10 @@ def agreement(
     *,
     relative: bool = False,
 ) -> Agreement:
-    """Limits of agreement of paired values; by default each pair is of a patient of its own.
+    """Limits of agreement for paired values; by default each pair comes from a different patient.
 
-    ``relative``: differences in percent of the true value, for errors that grow with what is measured;
-    pairs whose true value is zero have none, and are left out, as are undefined ones.
+    ``relative``: differences in percent of the true value, for errors that grow with the quantity; pairs
+    with a true value of zero have no such difference and are left out, as are undefined ones.
     """
     said, truth = np.asarray(predicted, float), np.asarray(true, float)
     difference = said - truth
@@ -87,7 +87,7 @@ def agreement(
     means = np.bincount(whose, weights=d) / scans
     bias, between = float(means.mean()), float(means.var(ddof=1))
     within = float(((d - means[whose]) ** 2).sum() / (n - p)) if n > p else 0.0
-    # The variance of a patient's mean holds a part of that within: what is missing to a single scan's is added.
+    # The variance of a patient's mean contains only part of the variance within: add what a single scan's lacks.
     missing = within * float(1 - (1 / scans).mean())
     sd, half = sqrt(between + missing), float(scipy.stats.t.ppf(0.975, p - 1)) * sqrt(between / p)
     if n == p:
@@ -110,16 +110,16 @@ def agreement(
 
 
 def _of_limit(n: int) -> Interval:
-    """Both ends of the interval of the upper limit of ``n`` normal differences, in SDs from their mean."""
+    """Both ends of the interval for the upper limit of ``n`` normal differences, in SDs from their mean."""
     least, most = scipy.stats.nct.ppf([0.025, 0.975], n - 1, LIMITS * sqrt(n)) / sqrt(n)
     return float(least), float(most)
 
 
 def _mover(half: float, variances: Sequence[tuple[float, int]]) -> Interval:
-    """How far the interval of a limit reaches towards the bias, and away from it.
+    """How far a limit's interval extends towards the bias, and away from it.
 
-    From ``half`` of the bias' interval and the parts of a variance with their degrees of freedom: the
-    method of variance estimates recovery (Zou 2013, eq. 7).
+    Computed from ``half`` the width of the bias's interval, and the parts of a variance with their degrees of
+    freedom, by the method of variance estimates recovery (Zou 2013, eq. 7).
     """
     total = sum(variance for variance, _ in variances)
     down = hypot(*(v * (1 - df / scipy.stats.chi2.ppf(0.975, df)) for v, df in variances))
@@ -130,9 +130,9 @@ def _mover(half: float, variances: Sequence[tuple[float, int]]) -> Interval:
 
 @dataclass(frozen=True)
 class Concordance:
-    """Lin's concordance correlation (1989) of ``n`` scans of ``patients``: 1 where every pair is equal.
+    """Lin's concordance correlation (1989) of ``n`` scans of ``patients``: 1 if every pair is equal.
 
-    0 where one of both does not vary; NaN where nothing does, or for fewer than three patients.
+    0 if only one of the two varies; NaN if neither does, or for fewer than three patients.
     """
 
     value: float
@@ -144,9 +144,9 @@ class Concordance:
 def concordance(
     predicted: Sequence[float] | NDArray, true: Sequence[float] | NDArray, patients: Sequence[str] | None = None
 ) -> Concordance:
-    """Agreement of paired values with the line of identity; by default each pair is of a patient of its own.
+    """Agreement of paired values with the line of identity; by default each pair comes from a different patient.
 
-    Every patient weighs the same. The interval is by the jackknife over patients, of Fisher's z, with
+    Every patient has the same weight. The interval is from a jackknife over patients on Fisher's z, with
     Student's t (Feng et al. 2013).
     """
     a, b = np.asarray(predicted, float), np.asarray(true, float)
@@ -159,7 +159,7 @@ def concordance(
         return Concordance(nan, (nan, nan), n, p)
     if not _varies(a) or not _varies(b):
         return Concordance(0.0, (0.0, 0.0), n, p)
-    # About a common centre, so that squares of large values do not drown differences.
+    # Centred, so that the squares of large values do not swamp differences.
     a, b = a - b.mean(), b - b.mean()
     moments = np.stack([np.bincount(whose, weights=w) / scans for w in (a, b, a * a, b * b, a * b)])
     value = float(_lin(moments.mean(axis=1)))
@@ -172,20 +172,20 @@ def concordance(
 
 
 def _lin(moments: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Lin 1989, eq. 1, from means of a, b, a², b² and ab; 0 where nothing varies."""
+    """Lin 1989, eq. 1, from the means of a, b, a², b² and ab; 0 where nothing varies."""
     a, b, aa, bb, ab = moments
     spread = aa - a**2 + bb - b**2 + (a - b) ** 2
     return np.divide(2 * (ab - a * b), spread, out=np.zeros_like(spread), where=spread > 0)
 
 
 def _varies(values: NDArray[np.float64]) -> bool:
-    """By more than rounding."""
+    """Whether values vary by more than rounding."""
     return bool(np.ptp(values) > 1e-12 * np.abs(values).max())
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """Who is on the other side of a threshold than the truth: indices of pairs, ``n`` in all."""
+    """Pairs that the prediction puts on the wrong side of a threshold, as indices; ``n`` pairs in all."""
 
     over: tuple[int, ...]
     """Predicted at or above, truly below."""
@@ -195,12 +195,12 @@ class Crossing:
 
     @property
     def right(self) -> int:
-        """Pairs that are on one side."""
+        """Number of pairs on the right side."""
         return self.n - len(self.over) - len(self.under)
 
 
 def crossing(predicted: Sequence[float] | NDArray, true: Sequence[float] | NDArray, threshold: float) -> Crossing:
-    """Which pairs the prediction puts on the wrong side of ``threshold``; undefined ones are left out."""
+    """Find the pairs that the prediction puts on the wrong side of ``threshold``; undefined ones are left out."""
     a, b = np.asarray(predicted, float), np.asarray(true, float)
     use = np.isfinite(a) & np.isfinite(b)
     over = np.flatnonzero(use & (a >= threshold) & (b < threshold))

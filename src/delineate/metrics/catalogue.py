@@ -1,4 +1,4 @@
-"""Every metric by name, with its unit and definition, and the sets that challenges rank by."""
+"""All metrics by name, with unit and definition, and the sets that challenges rank by."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from delineate.plugins import Parts
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of one target of one subject.
+    """A number for one target in one subject.
 
-    ``better`` says which way is good; None: neither, as with volumes, so that it is not averaged over targets.
+    ``better`` says which direction is good; None: neither, as for volumes, which are not averaged over targets.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """Label with unit, as a table's head."""
+        """The label with its unit, as a column heading."""
         return f"{self.label}, {self.unit}" if self.unit else self.label
 
 
@@ -73,7 +73,7 @@ def named_metric(name: str, quantity: QuantityMap | None) -> Metric:
 
 
 _SURFACE = "between centres of surface voxels (6-neighbourhood), both directions"
-_LESION = "lesions are 26-connected; matched by any overlap, or by more than the asked share of their voxels"
+_LESION = "lesions are 26-connected; matched by any overlap, or by more than the requested share of their voxels"
 
 
 def _error_percent(c: Comparison) -> float:
@@ -108,11 +108,11 @@ def _distances() -> Iterator[Metric]:
     yield mm(
         "msd_mm",
         "Mean surface distance",
-        "mean of both directions' mean distances between centres of surface voxels (6-neighbourhood)",
+        "mean of the two directed mean distances between centres of surface voxels (6-neighbourhood)",
         lambda c: sum(c.surfaces.directed_means_mm) / 2,
     )
     yield mm("rms_mm", "RMS distance", f"root mean square distance {_SURFACE}", lambda c: c.surfaces.rms_mm)
-    area = "between surface elements weighted by area, as surface-distance (Nikolov et al. 2018)"
+    area = "between surface elements weighted by area, as in surface-distance (Nikolov et al. 2018)"
     yield mm("hd95_area_mm", "HD95 by area", f"{larger} {area}", lambda c: c.surfels.hausdorff95_mm)
     yield _surface_dice(1.0)
     yield _surface_dice(1.0, by_area=True)
@@ -123,14 +123,15 @@ def _surface_dice(tolerance_mm: float, *, by_area: bool = False) -> Metric:
         return Metric(
             f"surface_dice_area_{tolerance_mm:g}mm",
             f"Surface Dice by area at {tolerance_mm:g} mm",
-            f"share of both surfaces' area at most {tolerance_mm:g} mm from the other, as surface-distance "
-            "(Nikolov et al. 2018); any tolerance may be named",
+            f"share of both surfaces' area at most {tolerance_mm:g} mm from the other, as in surface-distance "
+            "(Nikolov et al. 2018); any tolerance can be given in the name",
             lambda c: c.surfels.surface_dice(tolerance_mm),
         )
     return Metric(
         f"surface_dice_{tolerance_mm:g}mm",
         f"Surface Dice at {tolerance_mm:g} mm",
-        f"share of both surfaces' voxels at most {tolerance_mm:g} mm from the other; any tolerance may be named",
+        f"share of both surfaces' voxels at most {tolerance_mm:g} mm from the other; "
+        "any tolerance can be given in the name",
         lambda c: c.surfaces.surface_dice(tolerance_mm),
     )
 
@@ -139,32 +140,40 @@ def _volumes() -> Iterator[Metric]:
     def plain(name: str, label: str, definition: str, of: Callable[[Comparison], float], unit: str) -> Metric:
         return Metric(name, label, definition, of, unit, None, {"ml": 2, "%": 1}[unit])
 
-    yield plain("volume_ml", "Volume", "of the prediction", lambda c: c.volume_ml, "ml")
-    yield plain("reference_volume_ml", "Reference volume", "of the reference", lambda c: c.reference_volume_ml, "ml")
+    yield plain("volume_ml", "Volume", "volume of the prediction", lambda c: c.volume_ml, "ml")
+    yield plain(
+        "reference_volume_ml", "Reference volume", "volume of the reference", lambda c: c.reference_volume_ml, "ml"
+    )
     error = "prediction − reference"
     yield plain("volume_error_ml", "Volume error", error, lambda c: c.volume_ml - c.reference_volume_ml, "ml")
-    yield plain("volume_error_percent", "Volume error", f"{error}, of the reference", _error_percent, "%")
+    yield plain("volume_error_percent", "Volume error", f"{error}, in % of the reference", _error_percent, "%")
     yield Metric(
         "avd_percent",
         "Absolute volume error",
-        f"{error}, of the reference, without sign",
+        f"{error}, in % of the reference, without its sign",
         lambda c: abs(_error_percent(c)),
         "%",
         "lower",
         1,
     )
-    yield Metric("density_percent", "Positive class density", "reference of all voxels", _density_percent, "%", None, 4)
+    yield Metric(
+        "density_percent", "Positive class density", "reference's share of all voxels", _density_percent, "%", None, 4
+    )
 
 
 def _lesions() -> Iterator[Metric]:
-    yield Metric("lesion_recall", "Lesion recall", f"reference lesions found; {_LESION}", lambda c: c.lesions.recall)
+    yield Metric(
+        "lesion_recall", "Lesion recall", f"share of reference lesions detected; {_LESION}", lambda c: c.lesions.recall
+    )
     yield Metric(
         "lesion_precision",
         "Lesion precision",
-        f"predicted lesions that are real; {_LESION}",
+        f"share of predicted lesions that are real; {_LESION}",
         lambda c: c.lesions.precision,
     )
-    yield Metric("lesion_f1", "Lesion F1", f"of lesion recall and precision; {_LESION}", lambda c: c.lesions.f1)
+    yield Metric(
+        "lesion_f1", "Lesion F1", f"harmonic mean of lesion recall and precision; {_LESION}", lambda c: c.lesions.f1
+    )
     for name, label, count in (
         ("lesion_count", "Lesions predicted", lambda c: float(c.lesions.predicted)),
         ("reference_lesion_count", "Lesions in the reference", lambda c: float(c.lesions.count)),
@@ -173,7 +182,7 @@ def _lesions() -> Iterator[Metric]:
 
 
 def _of_more() -> Iterator[Metric]:
-    """Of what lies beside the masks: probabilities, and a map of a quantity such as the fat fraction."""
+    """Metrics that need more than masks: probabilities, or a map of a quantity such as the fat fraction."""
     yield Metric(
         PROBABILITY_MAE,
         "Mean error of probabilities",
@@ -182,7 +191,7 @@ def _of_more() -> Iterator[Metric]:
         better="lower",
         decimals=4,
     )
-    where = "of the map's values in the {}, the margin left out"
+    where = "of the map's values in the {}, without the margin"
     for statistic in ("mean", "median"):
         for of, prefix in (("prediction", ""), ("reference", "reference_")):
             name = f"{prefix}quantity_{statistic}"
@@ -220,7 +229,7 @@ _PARTS: tuple[Part, ...] = ("apex", "base")
 
 
 class Catalogue(Parts[Metric]):
-    """Metrics by name. Surface Dice is listed at one tolerance and known at all: ``surface_dice_area_2.5mm``."""
+    """Metrics by name. Surface Dice is listed at one tolerance but works at any: ``surface_dice_area_2.5mm``."""
 
     def __getitem__(self, name: str) -> Metric:
         tolerance = None if name in self.packaged else _TOLERANCE.fullmatch(name)
@@ -244,7 +253,7 @@ METRICS = Catalogue(
 
 SETS: dict[str, MetricSet] = {
     "standard": MetricSet(
-        "what a first look needs",
+        "the essentials for a first look",
         "dice precision recall hd95_mm volume_ml reference_volume_ml volume_error_ml volume_error_percent",
     ),
     "wmh2017": MetricSet(
@@ -271,7 +280,7 @@ SETS: dict[str, MetricSet] = {
 
 
 def metric_names(wanted: str) -> tuple[str, ...]:
-    """Names of metrics from sets and metrics joined by commas, each once; raises :class:`RecipeError`."""
+    """Metric names from sets and metrics joined by commas, each once. Raises :class:`RecipeError`."""
     names: dict[str, None] = {}
     for name in (part.strip() for part in wanted.split(",")):
         if name in SETS:
@@ -286,10 +295,10 @@ def metric_names(wanted: str) -> tuple[str, ...]:
 
 
 def targets_of(wanted: str, named: Targets | None) -> Targets | None:
-    """What is measured of labels with ``named`` targets: these, or the regions of the challenge whose set is asked for.
+    """What to measure in labels with ``named`` targets: these, or the regions of a challenge whose set is wanted.
 
-    None where neither names any. Raises :class:`RecipeError` where the challenge's regions cannot be
-    told from the targets, and where two challenges' regions differ.
+    None where neither names any. Raises :class:`RecipeError` where the challenge's regions cannot be worked
+    out from the targets, and where two challenges have different regions.
     """
     chosen = dict.fromkeys(name for name in (part.strip() for part in wanted.split(",")) if name in SETS)
     found = {name: _regions_of(name, regions, named) for name in chosen if (regions := SETS[name].regions)}
@@ -308,11 +317,11 @@ def _regions_of(name: str, regions: Regions, named: Targets | None) -> Targets:
     given = "no targets are named"
     if named is not None:
         targets = ", ".join(f"{target} {list(values)}" for target, values in named.values.items())
-        given = f"got {targets}, and only targets named as {', '.join(regions.parts)} would tell which these are"
+        given = f"got {targets}, but only names such as {', '.join(regions.parts)} say which region is which"
     raise RecipeError(
         f"'{name}' measures {', '.join(regions.made_of)}; {given}",
         fix=(
-            f"give these with their label values, such as "
+            f"give these regions with their label values, such as "
             f"--targets '{_EXAMPLES[name]}', or take the metrics without the set: {','.join(SETS[name].metrics)}"
         ),
     )
@@ -327,8 +336,8 @@ _EXAMPLES = {
 
 
 def formatted(name: str, value: float) -> str:
-    """A metric's value as a table shows it: undefined is a dash, infinite its sign."""
+    """A metric's value as shown in tables: a dash if undefined, ∞ if infinite."""
     if isfinite(value):
         text = f"{value:.{METRICS[name].decimals}f}"
-        return (text if float(text) else text.lstrip("-")).replace("-", "−")  # no minus before zeros alone
+        return (text if float(text) else text.lstrip("-")).replace("-", "−")  # no minus sign before a zero
     return "–" if value != value else "∞"

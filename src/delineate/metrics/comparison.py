@@ -1,4 +1,4 @@
-"""One target of one subject, predicted and true: what every metric is read from, each part computed once."""
+"""One target in one subject, predicted and true: all metrics are derived from it, each part computed once."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Part = Literal["apex", "base"]
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Two masks (X, Y, Z) cropped to the box around both, and its grid, of a volume with ``voxels`` known voxels.
+    """Two masks (X, Y, Z) cropped to the box around both, its grid, and the number of known ``voxels`` in the volume.
 
-    ``more`` has what masks alone do not tell, by the metric's name.
+    ``more`` holds values that masks alone cannot give, by metric name.
     """
 
     reference: Mask
@@ -45,14 +45,14 @@ class Comparison:
         minimum_overlap: float = 0.0,
         more: Mapping[str, float] | None = None,
     ) -> Comparison:
-        """Two masks on a grid; voxels outside ``known`` are left out of both.
+        """Compare two masks on a grid; voxels outside ``known`` are left out of both.
 
-        ``minimum_overlap`` is the share of a lesion that must be covered for it to be matched.
+        ``minimum_overlap`` is the fraction of a lesion that must be covered for a match.
         """
         voxels = reference.size
         if known is not None:
             reference, prediction, voxels = reference & known, prediction & known, int(np.count_nonzero(known))
-        # A voxel more than the box: outlines see what lies beyond them.
+        # One voxel more than the box: outlines depend on what lies just outside.
         box = box_around(reference | prediction) or (slice(0, 1),) * 3
         box = tuple(slice(max(0, b.start - 1), b.stop + 1) for b in box)
         cropped = grid.crop([b.start for b in box], reference[box].shape)
@@ -69,12 +69,12 @@ class Comparison:
 
     @cached_property
     def surfels(self) -> SurfelDistances:
-        """Between surface elements, weighted by area."""
+        """Distances between surface elements, weighted by area."""
         return surfel_distances(self.reference, self.prediction, self._steps_mm)
 
     @cached_property
     def outlines(self) -> SurfaceDistances:
-        """Between outlines in the slices."""
+        """Distances between outlines in the slices."""
         return surface_distances(
             self.reference, self.prediction, self._steps_mm, edge="outlines", slice_axis=self.grid.slice_axis
         )
@@ -101,9 +101,9 @@ class Comparison:
         return (self.overlap.tp + self.overlap.fn) * self.voxel_ml
 
     def part(self, part: Part) -> Comparison | None:
-        """The third of the reference's slices nearest to the feet (apex) or the head (base), and what lies beyond it.
+        """The third of the reference's slices nearest to the feet (apex) or head (base), and all slices beyond it.
 
-        None where the reference has fewer than three slices: it has no thirds.
+        None where the reference has fewer than three slices, and so no thirds.
         """
         return self._parts[part]
 
@@ -112,10 +112,10 @@ class Comparison:
         return {"apex": self._third("apex"), "base": self._third("base")}
 
     def _third(self, part: Part) -> Comparison | None:
-        """As PROMISE12 (Litjens et al. 2014) divides the prostate; the middle third takes what does not divide.
+        """Divide as PROMISE12 (Litjens et al. 2014) does the prostate; the middle third takes any remainder.
 
-        Slices are those across the array's axis that runs nearest to the body's, from the reference's first to its
-        last, gaps included.
+        Slices are across the array axis nearest to the body's long axis, from the reference's first to its last,
+        gaps included.
         """
         (axis, *_), (head_first, *_) = self.grid.axes_to("SAR")
         slices = np.flatnonzero(self.reference.any(axis=tuple(a for a in range(3) if a != axis)))

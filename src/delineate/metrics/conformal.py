@@ -1,4 +1,4 @@
-"""How far off a prediction may be, from how far off others were whose truth is known."""
+"""How far off a prediction may be, judging by the errors of other predictions with known truth."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from delineate.metrics.statistics import numbered
 class Conformal:
     """Hierarchical conformal prediction (Lee et al. 2023) from ``errors``, true minus predicted, by patient.
 
-    An interval covers a scan of a new patient with at least its level if patients, and scans within
-    each, are of the same kind as those that the errors are of; nothing else is assumed. Every patient
-    weighs the same, however many scans there are. With one scan each it is split conformal prediction
-    (Lei et al. 2018). An infinite error is one; undefined ones (NaN) are left out.
+    An interval covers a new patient's scan with at least its level if patients, and scans within each,
+    are exchangeable with those that the errors come from; nothing else is assumed. Every patient has the
+    same weight, however many scans there are. With one scan each it is split conformal prediction
+    (Lei et al. 2018). An infinite error counts; undefined ones (NaN) are left out.
     """
 
     errors: tuple[tuple[float, ...], ...]
@@ -30,7 +30,7 @@ class Conformal:
 
     @classmethod
     def of(cls, errors: Sequence[float], patients: Sequence[str] | None = None) -> Conformal:
-        """From an error of each scan; by default each is of a patient of its own."""
+        """Calibrate on one error per scan; by default each scan is from a different patient."""
         whose = numbered(patients, len(errors))
         by_patient: list[list[float]] = [[] for _ in range(int(whose.max(initial=-1)) + 1)]
         for patient, error in zip(whose, errors, strict=True):
@@ -39,21 +39,21 @@ class Conformal:
 
     @property
     def best_level(self) -> float:
-        """The highest level for which there are patients enough; 0 where there are none."""
+        """The highest level for which there are enough patients; 0 if there are none."""
         return max(0.0, 1 - 2 / (len(self.errors) + 1))
 
     def interval(self, level: float) -> tuple[float, float]:
-        """What to add to a prediction: low and high, infinite where the patients are too few for the level."""
+        """The low and high values to add to a prediction; infinite if there are too few patients for the level."""
         errors = np.array([e for of_one in self.errors for e in of_one])
-        # The new patient weighs as much as each of the others; where its error will be, nobody knows.
+        # The new patient has the same weight as each of the others, but an unknown error.
         weights = np.array([1 / len(of_one) for of_one in self.errors for _ in of_one]) / (len(self.errors) + 1)
         share = (1 + level) / 2
         return -_reached(-errors, weights, share), _reached(errors, weights, share)
 
     def coverage(self, errors: Sequence[float], level: float, patients: Sequence[str] | None = None) -> float:
-        """Mean over other patients of the share of their ``errors`` that the interval holds. None: undefined.
+        """Mean over other patients of the fraction of their ``errors`` within the interval. Undefined without any.
 
-        Of patients of another kind: among those of one kind it is the level by construction.
+        Meant for patients of another kind: among those of the same kind it is the level by construction.
         """
         low, high = self.interval(level)
         others = Conformal.of(errors, patients).errors
@@ -62,7 +62,7 @@ class Conformal:
 
 
 def _reached(values: NDArray[np.float64], weights: NDArray[np.float64], share: float) -> float:
-    """The least value up to which the weights add up to ``share``; infinite where they never do."""
+    """The smallest value up to which the weights add up to ``share``; infinite if they never do."""
     order = np.argsort(values)
     # Rounded, since ten times 0.1 is a little less than 1.
     place = int(np.searchsorted(np.round(np.cumsum(weights[order]), 9), round(share, 9)))

@@ -1,4 +1,4 @@
-"""Lesions one by one: which are found, which predicted ones are real, and how large they are."""
+"""Individual lesions: which are detected, which predicted ones are real, and how large they are."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Mask = NDArray[np.bool_]
 class Lesions:
     """The components of a reference and of a prediction, and how much of each the other covers.
 
-    Sizes are in voxels, ``covered`` the share (0 … 1) of a component's voxels in the other mask. A
-    component is matched where more than ``minimum_overlap`` of it is covered: by default any overlap.
+    Sizes are in voxels, ``covered`` is the fraction (0 … 1) of a component's voxels in the other mask. A
+    component is matched if more than ``minimum_overlap`` of it is covered: by default, any overlap.
     """
 
     reference_sizes: NDArray[np.int64]
@@ -27,42 +27,42 @@ class Lesions:
 
     @classmethod
     def of(cls, reference: Mask, prediction: Mask, *, minimum_overlap: float = 0.0) -> Lesions:
-        """The components of two masks (X, Y, Z) of one shape; voxels touch by 26-connectivity."""
+        """The 26-connected components of two masks (X, Y, Z) of the same shape."""
         return cls(*_components(reference, prediction), *_components(prediction, reference), minimum_overlap)
 
     @property
     def count(self) -> int:
-        """Lesions of the reference."""
+        """Number of lesions in the reference."""
         return len(self.reference_sizes)
 
     @property
     def predicted(self) -> int:
-        """Lesions of the prediction."""
+        """Number of lesions in the prediction."""
         return len(self.prediction_sizes)
 
     @property
     def found(self) -> NDArray[np.bool_]:
-        """For each lesion of the reference, whether the prediction has it."""
+        """For each reference lesion, whether the prediction detects it."""
         return self.reference_covered > self.minimum_overlap
 
     @property
     def right(self) -> NDArray[np.bool_]:
-        """For each predicted lesion, whether the reference has it."""
+        """For each predicted lesion, whether the reference confirms it."""
         return self.prediction_covered > self.minimum_overlap
 
     @property
     def recall(self) -> float:
-        """Share of the reference's lesions that are found. No lesion: undefined (the WMH 2017 script says 1)."""
+        """Fraction of reference lesions that are detected. No lesion: undefined (the WMH 2017 script says 1)."""
         return float(self.found.mean()) if self.count else nan
 
     @property
     def precision(self) -> float:
-        """Share of the predicted lesions that are right. None predicted: undefined (the WMH 2017 script says 1)."""
+        """Fraction of predicted lesions that are real. None predicted: undefined (the WMH 2017 script says 1)."""
         return float(self.right.mean()) if self.predicted else nan
 
     @property
     def f1(self) -> float:
-        """Harmonic mean of recall and precision. No lesion in either: 1; in one alone: 0."""
+        """Harmonic mean of recall and precision. No lesion in either mask: 1; in only one: 0."""
         if not self.count and not self.predicted:
             return 1.0
         if not self.found.any() or not self.right.any():
@@ -71,7 +71,7 @@ class Lesions:
 
 
 def _components(mask: Mask, other: Mask) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Sizes of a mask's components, and the share of each that lies in the other mask."""
+    """Sizes of a mask's components, and the fraction of each that lies in the other mask."""
     import cc3d  # slow to import
 
     labels, count = cc3d.connected_components(mask, connectivity=26, return_N=True)

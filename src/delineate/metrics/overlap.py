@@ -1,4 +1,4 @@
-"""How much two masks share: counted once, every overlap metric derived from the counts."""
+"""How much two masks overlap: voxels are counted once, and every overlap metric follows from the counts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Overlap:
-    """Voxel counts of a prediction against a reference: true positive, false positive, false and true negative.
+    """Voxel counts of a prediction against a reference: true and false positives, false and true negatives.
 
-    F1 is Dice by another name. A metric that is undefined is NaN, for the table to count; nothing
-    is added to a denominator.
-    Counts of disjoint parts add up: ``Overlap.of(a) + Overlap.of(b)`` is that of both together.
+    F1 is Dice by another name. An undefined metric is NaN, so that tables can count it; nothing is
+    added to denominators.
+    Counts of disjoint parts add up: ``Overlap.of(a) + Overlap.of(b)`` is the overlap of both together.
     """
 
     tp: int
@@ -27,7 +27,7 @@ class Overlap:
     def of(
         cls, reference: NDArray[np.bool_], prediction: NDArray[np.bool_], known: NDArray[np.bool_] | None = None
     ) -> Overlap:
-        """Counts of two boolean masks of one shape; voxels outside ``known`` are left out of both."""
+        """Counts for two boolean masks of the same shape; voxels outside ``known`` are left out of both."""
         voxels = reference.size
         if known is not None:
             reference, prediction, voxels = reference & known, prediction & known, int(np.count_nonzero(known))
@@ -50,17 +50,17 @@ class Overlap:
 
     @property
     def precision(self) -> float:
-        """TP / (TP + FP), the share of the prediction that is right. Prediction empty: undefined."""
+        """TP / (TP + FP), the fraction of the prediction that is right. Prediction empty: undefined."""
         return _ratio(self.tp, self.tp + self.fp, empty=nan)
 
     @property
     def recall(self) -> float:
-        """TP / (TP + FN), the share of the reference that is found. Reference empty: undefined."""
+        """TP / (TP + FN), the fraction of the reference that is found. Reference empty: undefined."""
         return _ratio(self.tp, self.tp + self.fn, empty=nan)
 
     @property
     def specificity(self) -> float:
-        """TN / (TN + FP), the share of the background that is left alone. No background: undefined."""
+        """TN / (TN + FP), the fraction of the background that is predicted as such. No background: undefined."""
         return _ratio(self.tn, self.tn + self.fp, empty=nan)
 
 

@@ -1,4 +1,4 @@
-"""Quantities read off a segmentation, and how far a predicted one is off."""
+"""Quantities measured with a segmentation, and the error of a predicted one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from delineate.metrics.surface import ROUNDING, steps_of
 
 
 def volume_ml(mask: NDArray[np.bool_], voxel_ml: float, known: NDArray[np.bool_] | None = None) -> float:
-    """Volume of a boolean mask in millilitres, without the voxels outside ``known``.
+    """Volume of a boolean mask in millilitres, without voxels outside ``known``.
 
-    ``voxel_ml`` is one voxel's volume (``Grid.voxel_ml``).
+    ``voxel_ml`` is the volume of one voxel (``Grid.voxel_ml``).
     """
     return int(np.count_nonzero(mask if known is None else mask & known)) * voxel_ml
 
@@ -144,17 +144,17 @@ def _within(
 
 
 def _inside(mask: NDArray[np.bool_], steps_mm: NDArray[np.float64], margin_mm: float) -> NDArray[np.bool_]:
-    """The voxels of a mask that are farther than a margin from every voxel outside it, or outside the array."""
+    """The mask's voxels that are farther than a margin from every voxel outside the mask or the array."""
     from scipy import ndimage  # slow to import
 
     margin_mm *= ROUNDING
     if np.count_nonzero(steps_mm) == 3:
-        # A frame of background: what leaves the scan ends there.
+        # A frame of background: a mask that reaches the edge of the scan ends there.
         depth_mm = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=np.diag(steps_mm))
         return np.asarray(depth_mm[1:-1, 1:-1, 1:-1] > margin_mm)
-    # Sheared: transforms know spacings only, so everything within the margin has to be of the mask.
+    # Sheared: distance transforms only know spacings, so check that everything within the margin is in the mask.
     if margin_mm >= (mask.shape * np.linalg.norm(steps_mm, axis=0)).min():
-        return np.zeros_like(mask)  # along the axis nothing lies as deep
+        return np.zeros_like(mask)  # no voxel is that deep along this axis
     reach = [int(n) for n in margin_mm * np.linalg.norm(np.linalg.inv(steps_mm), axis=1)]
     offsets = np.indices([2 * n + 1 for n in reach]) - np.array(reach)[:, None, None, None]
     within_margin = np.linalg.norm(np.tensordot(steps_mm, offsets, 1), axis=0) <= margin_mm

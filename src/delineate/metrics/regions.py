@@ -1,4 +1,4 @@
-"""The regions that challenges measure, found among the targets that a data set or a user names."""
+"""The regions that challenges measure, worked out from the targets that a data set or a user names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from delineate.core.targets import Targets
 
 @dataclass(frozen=True)
 class Regions:
-    """A challenge's regions, and how they are told among targets with other names and label values.
+    """A challenge's regions, and how to recognise them among targets with other names and label values.
 
-    ``names`` has a pattern of names for each region, from the largest to the smallest, and ``parts`` one for each of
-    the classes that labels are drawn in. ``made_of`` gives each region's parts, ``left_out`` the part that is
+    ``names`` has a name pattern for each region, from the largest to the smallest, and ``parts`` one for each of
+    the classes drawn in labels. ``made_of`` gives each region's parts, ``left_out`` the part that is
     ignored. ``values`` are the challenge's own targets; its label values may differ from year to year.
     """
 
@@ -27,14 +27,14 @@ class Regions:
 
     @property
     def unnamed(self) -> Targets | None:
-        """What labels hold for which nobody names targets; None where the challenge's label values differ by year."""
+        """The targets to assume if nobody names any; None where the challenge's label values differ by year."""
         return self.values[0] if len(self.values) == 1 else None
 
     def among(self, named: Targets) -> Targets | None:
-        """The regions in labels that hold ``named`` targets; None where these do not tell.
+        """The regions in labels with ``named`` targets; None where the targets do not say.
 
-        Targets that are the regions already keep their names: by these, or by the challenge's own label values.
-        Otherwise they are the parts, and every one must have the name of one.
+        Targets that already are the regions, by name or by the challenge's own label values, keep their names.
+        Otherwise they are taken for parts, and each must have the name of one.
         """
         regions = self._as_named(named) or self._joined(named)
         if regions is None:
@@ -42,7 +42,7 @@ class Regions:
         own = {v for targets in self.values for v in targets.ignore}
         measured = {v for values in regions.values.values() for v in values}
         if own & measured and not regions.ignore:
-            return None  # what the challenge ignores was merged into what it measures
+            return None  # a part that the challenge ignores was merged into one that it measures
         ignore = regions.ignore or tuple(sorted(own - named.known_values))
         return named if regions == named and ignore == named.ignore else Targets(regions.values, regions.mode, ignore)
 
@@ -126,7 +126,7 @@ BRATS = Regions(
         "enhancing": _ENHANCING,
     },
     {"whole": ("edema", "core", "enhancing"), "core": ("core", "enhancing"), "enhancing": ("enhancing",)},
-    # Until 2016, from 2017 to 2021, and from 2023 on.
+    # Until 2016, from 2017 to 2021, and since 2023.
     tuple(
         Targets({"whole": (*core, 2), "core": core, "enhancing": core[-1:]}, "overlapping")
         for core in ((1, 3, 4), (1, 4), (1, 3))

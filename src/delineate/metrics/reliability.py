@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say, and whether tiles leave seams."""
+"""Whether probabilities are calibrated, and whether tiles leave seams."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """Voxels by predicted probability, in bins of equal width from 0 to 1; parts of a whole add up.
+    """Voxels by predicted probability, in bins of equal width from 0 to 1; add instances to combine them.
 
-    ``voxels``, ``sum_predicted`` and ``sum_true`` count each bin's voxels, add up their
-    probabilities, and count those that are truly the target. ``sum_error`` adds up absolute errors.
+    For each bin, ``voxels`` is the number of voxels, ``sum_predicted`` the sum of their probabilities, and
+    ``sum_true`` the number that truly belong to the target. ``sum_error`` is the sum of absolute errors.
     """
 
     voxels: NDArray[np.int64]
@@ -32,7 +32,7 @@ class Reliability:
         *,
         bins: int = 15,
     ) -> Reliability:
-        """Of probabilities and a mask of one shape; voxels outside ``known`` are left out."""
+        """The reliability of probabilities against a mask of the same shape; voxels outside ``known`` are left out."""
         p, truth = (probability, reference) if known is None else (probability[known], reference[known])
         p, truth = p.ravel(order="F").astype(np.float64), truth.ravel(order="F")
         place = np.minimum((p * bins).astype(np.int64), bins - 1)
@@ -55,7 +55,7 @@ class Reliability:
         )
 
     def rows(self) -> list[dict[str, float]]:
-        """A row for each bin, as a table holds them; :meth:`of_columns` takes them back."""
+        """A table row for each bin; :meth:`of_columns` reads them back."""
         return [
             {"bin": i, "voxels": int(n), "sum_predicted": p, "sum_true": t, "sum_error": e}
             for i, (n, p, t, e) in enumerate(
@@ -65,19 +65,19 @@ class Reliability:
 
     @classmethod
     def of_columns(cls, columns: Mapping[str, NDArray]) -> Reliability:
-        """From the columns of :meth:`rows`, in the order of bins."""
+        """The reliability from the columns of :meth:`rows`, in the order of bins."""
         voxels, *sums = (np.asarray(columns[name]) for name in ("voxels", "sum_predicted", "sum_true", "sum_error"))
         return cls(voxels.astype(np.int64), *(s.astype(np.float64) for s in sums))
 
     @property
     def curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean probability and share of true voxels of each bin; NaN where a bin is empty."""
+        """Mean probability and fraction of true voxels in each bin; NaN where a bin is empty."""
         with np.errstate(invalid="ignore"):
             return self.sum_predicted / self.voxels, self.sum_true / self.voxels
 
     @property
     def expected_error(self) -> float:
-        """Expected calibration error (Guo et al. 2017): the bins' gaps by their voxels. No voxels: undefined."""
+        """Expected calibration error (Guo et al. 2017): the bins' gaps weighted by voxels. No voxels: undefined."""
         total = int(self.voxels.sum())
         return float(np.abs(self.sum_predicted - self.sum_true).sum() / total) if total else nan
 
@@ -89,17 +89,17 @@ class Reliability:
 
 
 def seam_score(values: NDArray, borders: Sequence[Sequence[int]]) -> float:
-    """How much more ``values`` (X, Y, Z) jump across tiles' borders than elsewhere: 1 is no seam.
+    """How much more ``values`` (X, Y, Z) jump across tile borders than elsewhere: 1 means no seam.
 
-    ``borders`` are, for each axis, the first planes of tiles, and those after their last. The ratio of
-    the mean absolute difference of neighbouring planes across borders to that of planes one and two
-    steps beside them, where the image itself changes alike. An axis all of whose planes are borders
-    does not count. No border, or values that change nowhere: undefined.
+    ``borders`` are, for each axis, the tiles' first planes and the planes after their last. The score is
+    the mean absolute difference between neighbouring planes across borders, divided by that between planes
+    one and two steps away, where the image itself changes just as much. An axis on which every plane is a
+    border does not count. No border, or values that change nowhere: undefined.
     """
     across, beside = [], []
     for axis, planes in enumerate(borders):
         moved = np.moveaxis(values, axis, 0)
-        seams = {p - 1 for p in planes if 0 < p < len(moved)}  # the step from plane i to i + 1 is called i
+        seams = {p - 1 for p in planes if 0 < p < len(moved)}  # step i leads from plane i to i + 1
         near = {n for s in seams for d in (-2, -1, 1, 2) if 0 <= (n := s + d) < len(moved) - 1} - seams
         if near:
             across += [_step(moved, i) for i in seams]

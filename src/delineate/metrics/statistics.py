@@ -1,8 +1,8 @@
-"""What a sample of subjects says of all: means with intervals, and whether two methods differ.
+"""What a sample of subjects says about all: means with intervals, and whether two methods differ.
 
-The unit is the patient. Every mean here is the mean over patients of each patient's mean over its
-scans, so that a table of means and a comparison of methods speak of one number. Several scans of one
-patient tell less than as many patients: whole patients are resampled.
+The unit is the patient. Every mean here is the mean over patients of each patient's mean over their
+scans, so that a table of means and a comparison of methods refer to the same number. Several scans of one
+patient say less than as many patients would, so whole patients are resampled.
 
 An infinite value is an outcome, a failure: the target was missed, or marked where there is none.
 """
@@ -15,7 +15,7 @@ from functools import lru_cache
 from math import inf, isnan, nan, pi, sqrt
 
 import numpy as np
-import scipy  # its parts are imported when first used
+import scipy  # loads its submodules on first use
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
@@ -23,23 +23,23 @@ SIGNIFICANCE = 0.05
 POWER = 0.8
 
 _EXACT_UP_TO = 100
-"""Patients up to which the signed-rank test has its exact distribution: beyond, the normal one is as good."""
+"""Up to this many patients, the signed-rank test uses its exact distribution; beyond, the normal one is as good."""
 
 _SIMULATED_UP_TO = 40
-"""Patients up to which the smallest detectable difference is simulated: beyond, the formula is as good."""
+"""Up to this many patients, the smallest detectable difference is simulated; beyond, the formula is as good."""
 
 _ROUNDING = 1e-9
-"""Share of the largest value that is taken for rounding: differences within it are zero, or tie."""
+"""Fraction of the largest value that counts as rounding: differences within it are zero, or tie."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric's mean over ``patients`` of each patient's mean over its scans, ``n`` scans in all.
+    """A metric's mean over ``patients`` of each patient's mean over their scans, ``n`` scans in all.
 
-    Left out, and counted, are ``failed`` scans, whose value is infinite, and ``undefined`` ones (NaN).
-    ``sd`` is that of the patients' means, with ``patients - 1`` in its denominator. ``ci95`` is the
-    percentile interval of the mean under 10 000 bootstrap resamples of the patients, seeded, at levels
-    widened for small samples (Hesterberg 2015, section 4.3.3). They are NaN for fewer than two patients.
+    Left out and counted are ``failed`` scans, whose value is infinite, and ``undefined`` ones (NaN).
+    ``sd`` is the standard deviation of the patients' means, with ``patients - 1`` in the denominator.
+    ``ci95`` is the percentile interval of the mean from 10 000 seeded bootstrap resamples of patients, at levels
+    widened for small samples (Hesterberg 2015, section 4.3.3). Both are NaN for fewer than two patients.
     """
 
     mean: float
@@ -52,26 +52,26 @@ class Estimate:
 
     @property
     def count(self) -> str:
-        """``n``, and of how many patients where those are fewer."""
+        """``n``, with the number of patients if that is smaller."""
         return counted(self.n, self.patients)
 
     @property
     def failures(self) -> str:
-        """How many failed of how many scans; nothing where none did."""
+        """How many scans failed out of how many; empty if none did."""
         return f"{self.failed} of {self.n + self.failed + self.undefined}" if self.failed else ""
 
 
 def counted(scans: int, patients: int) -> str:
-    """How many scans, and of how many patients where those are fewer."""
+    """The number of scans, with the number of patients if that is smaller."""
     return str(scans) if patients == scans else f"{scans} of {patients} patients"
 
 
 def estimate_means(
     values: NDArray[np.float64], patients: Sequence[str] | None = None, *, seed: int = 0
 ) -> list[Estimate]:
-    """An estimate of each column's mean; rows are scans, whose patients are resampled for all columns together.
+    """An estimate of each column's mean; rows are scans, and patients are resampled for all columns together.
 
-    ``patients`` says whose each row is; by default each is one's own.
+    ``patients`` names each row's patient; by default each row is from a different one.
     """
     whose = numbered(patients, len(values))
     defined = np.isfinite(values)
@@ -80,7 +80,7 @@ def estimate_means(
     means = np.divide(sums, counts, out=np.zeros_like(sums), where=has)
     n, rng = len(sums), np.random.default_rng(seed)
     with np.errstate(invalid="ignore"):  # a resample without a defined value has no mean
-        # How often each patient is drawn makes a resample's means one matrix product; in parts, to bound memory.
+        # Counting how often each patient is drawn turns all means into one matrix product; in chunks, to bound memory.
         draws = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES // 10).astype(float) for _ in range(10) if n)
         resampled = np.concatenate([means[:0], *(draw @ means / (draw @ has) for draw in draws)])
     failed, undefined = np.isinf(values).sum(axis=0), np.isnan(values).sum(axis=0)
@@ -91,7 +91,7 @@ def estimate_means(
 
 
 def numbered(patients: Sequence[str] | None, scans: int) -> NDArray[np.int64]:
-    """Whose each of ``scans`` is, as numbers in the order of first scans; without ``patients``, each is one's own."""
+    """The patient of each scan, numbered in order of first appearance; without ``patients``, all are different."""
     if patients is None:
         return np.arange(scans)
     numbers: dict[str, int] = {}
@@ -99,7 +99,7 @@ def numbered(patients: Sequence[str] | None, scans: int) -> NDArray[np.int64]:
 
 
 def _added_up(rows: NDArray[np.float64], whose: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Rows of a patient as one."""
+    """The sum of each patient's rows."""
     sums = np.zeros((int(whose.max(initial=-1)) + 1, rows.shape[1]))
     np.add.at(sums, whose, rows)
     return sums
@@ -112,7 +112,7 @@ def _estimate(
     mean = float(means.mean()) if n else nan
     if n < 2:
         return Estimate(mean, nan, (nan, nan), scans, failed, undefined, n)
-    # A resample varies less than a sample does, by (n − 1) / n, and few patients need Student's t, not the normal.
+    # A resample varies less than a sample, by (n − 1) / n, and few patients call for Student's t, not the normal.
     tail = scipy.stats.norm.cdf(sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.025, n - 1))
     low, high = np.quantile(resampled[np.isfinite(resampled)], [tail, 1 - tail])
     return Estimate(mean, float(means.std(ddof=1)), (float(low), float(high)), scans, failed, undefined, n)
@@ -122,16 +122,15 @@ def _estimate(
 class Difference:
     """A paired difference over ``n`` patients, first minus second.
 
-    ``mean`` is that of the ``measured`` patients, who have a scan that both methods have a finite value
-    for: the mean over them of each one's mean difference over such scans; ``sd`` and ``ci95`` as in
-    :class:`Estimate`.
+    ``mean`` is over the ``measured`` patients, who have at least one scan with finite values from both methods:
+    the mean of each one's mean difference over such scans; ``sd`` and ``ci95`` as in :class:`Estimate`.
 
-    ``p`` is Wilcoxon's signed-rank test over all ``n``, two-sided, Holm-corrected among ``comparisons``.
-    A patient of whom one method failed more scans than the other ranks beyond every finite difference;
-    ``decided_by_failure`` counts them. Differences within 1e-9 of the largest value are zero, which take
-    ranks but no side (Pratt 1959), and those within it of each other tie. The distribution is exact, given
-    the ranks, for up to 100 patients. ``effect`` is the matched-pairs rank-biserial correlation (−1 … 1;
-    Kerby 2014).
+    ``p`` is from Wilcoxon's signed-rank test over all ``n``, two-sided, Holm-corrected for ``comparisons``.
+    A patient for whom one method failed on more scans than the other ranks beyond every finite difference;
+    ``decided_by_failure`` counts such patients. Differences within 1e-9 of the largest value are zero, which
+    take ranks but no side (Pratt 1959); values that close to each other tie. The distribution is exact,
+    given the ranks, for up to 100 patients. ``effect`` is the matched-pairs rank-biserial correlation
+    (−1 … 1; Kerby 2014).
     """
 
     mean: float
@@ -146,26 +145,26 @@ class Difference:
 
     @property
     def distinguishable(self) -> bool:
-        """Whether the test tells the two apart, and the interval too where it is of what was tested."""
+        """Whether the test tells the two apart, and so does the interval where it covers what was tested."""
         low, high = self.ci95
         sides = low > 0 and self.effect > 0, high < 0 and self.effect < 0
         return self.p < SIGNIFICANCE and (self.decided_by_failure > 0 or any(sides))
 
     @property
     def needed(self) -> int:
-        """The fewest patients of whom any outcome could have told two methods apart, among so many comparisons."""
+        """The fewest patients with whom any outcome could tell two methods apart, given the number of comparisons."""
         return fewest_patients(self.comparisons)
 
     @property
     def too_few(self) -> bool:
-        """Whether no outcome could have told the two apart."""
+        """Whether there are too few patients for any outcome to tell the two apart."""
         return self.n < self.needed
 
     @property
     def detectable(self) -> float:
-        """The smallest true mean difference that as many patients, as different as these, show in 80 % of studies.
+        """The smallest true mean difference that as many patients, as variable as these, reveal in 80 % of studies.
 
-        In the metric's unit; infinite where they are too few.
+        In the metric's unit; infinite if there are too few patients.
         """
         return self.sd * detectable_in_sd(self.measured, self.comparisons)
 
@@ -173,10 +172,10 @@ class Difference:
 def paired_difference(
     first: Sequence[float] | NDArray, second: Sequence[float] | NDArray, patients: Sequence[str] | None = None
 ) -> Difference:
-    """The difference of two columns of the same scans; by default each scan is of a patient of its own.
+    """The difference between two columns for the same scans; by default each scan is from a different patient.
 
     Infinite is worse, or better, than any finite value, and ties with itself. Pairs with a NaN are left
-    out. Fewer than two patients have no interval and no test: both are NaN.
+    out. For fewer than two patients there is no interval and no test: both are NaN.
     """
     a, b = np.asarray(first, float), np.asarray(second, float)
     use = ~(np.isnan(a) | np.isnan(b))
@@ -198,12 +197,12 @@ def paired_difference(
 def signed_rank(differences: NDArray[np.float64], tolerance: float = 0.0) -> tuple[float, float]:
     """Wilcoxon's signed-rank test: two-sided p, and the rank-biserial correlation; 1 and 0 where nothing differs.
 
-    Differences of at most ``tolerance`` are zero, and ranks of neighbours that are no further apart tie.
+    Differences of at most ``tolerance`` are zero, and neighbours no further apart than that tie.
     """
     sizes = np.abs(differences)
     sizes = np.where(sizes <= tolerance, 0.0, sizes)
     order = np.argsort(sizes)
-    with np.errstate(invalid="ignore"):  # equal infinities are no step
+    with np.errstate(invalid="ignore"):  # there is no step between equal infinities
         steps = np.diff(sizes[order], prepend=0.0) > tolerance
     groups = np.empty(len(sizes), dtype=np.int64)
     groups[order] = np.cumsum(steps)
@@ -223,7 +222,7 @@ def signed_rank(differences: NDArray[np.float64], tolerance: float = 0.0) -> tup
 
 
 def _rank_sums(ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How probable each sum of the positive ranks is, from 0 on, if every sign is a fair coin's."""
+    """The probability of each sum of positive ranks, from 0 on, if every sign is a fair coin toss."""
     chances = np.zeros(int(ranks.sum()) + 1)
     chances[0] = 1.0
     for rank in ranks:
@@ -233,7 +232,7 @@ def _rank_sums(ranks: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def fewest_patients(comparisons: int = 1) -> int:
-    """Of how many patients the signed-rank test can be significant at all, as one of so many comparisons (Holm)."""
+    """The fewest patients with whom the signed-rank test can be significant, as one of ``comparisons`` (Holm)."""
     n = 1
     while comparisons * 2.0 ** (1 - n) >= SIGNIFICANCE:
         n += 1
@@ -242,11 +241,11 @@ def fewest_patients(comparisons: int = 1) -> int:
 
 @lru_cache(maxsize=256)
 def detectable_in_sd(n: int, comparisons: int = 1) -> float:
-    """The smallest mean of ``n`` normal differences, in their SDs, that is told from none with 80 % power.
+    """The smallest mean of ``n`` normal differences, in their SDs, that is told from zero with 80 % power.
 
-    By the signed-rank test at the level of Holm's first step among so many ``comparisons``, and the interval.
-    Simulated for up to 40 patients, seeded; beyond, that of Student's test at the signed-rank test's
-    efficiency of 3 / π. Infinite where n is too few.
+    Both the signed-rank test, at the level of Holm's first step for ``comparisons``, and the interval must show it.
+    Simulated with a seed for up to 40 patients; beyond, from Student's test at the signed-rank test's
+    efficiency of 3 / π. Infinite if n is too small.
     """
     if n < fewest_patients(comparisons):
         return inf
@@ -256,20 +255,20 @@ def detectable_in_sd(n: int, comparisons: int = 1) -> float:
         return float(t * sqrt(pi / 3 / n))
     tails = np.cumsum(_rank_sums(np.arange(1, n + 1))[::-1])[::-1]
     least = int(np.flatnonzero(2 * tails < level)[0])
-    # The sum of positive ranks is the number of positive Walsh averages: it is `least` or more as soon as the
-    # shift lifts the average of that place above zero.
+    # The sum of positive ranks is the number of positive Walsh averages: it reaches `least` as soon as the
+    # shift lifts the average of that rank above zero.
     i, j = np.triu_indices(n)
     d = np.random.default_rng(0).standard_normal((2000, n))
     walsh = (d[:, i] + d[:, j]) / 2
     place = walsh.shape[1] - least
     tested = -np.partition(walsh, place, axis=1)[:, place]
-    # The interval of the mean must lie above zero, too; Student's is close to the bootstrap's.
+    # The mean's interval must lie above zero too; Student's is close to the bootstrap's.
     beside = scipy.stats.t.ppf(0.975, n - 1) * d.std(axis=1, ddof=1) / sqrt(n) - d.mean(axis=1)
     return float(np.quantile(np.maximum(tested, beside), POWER))
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979) of a family of p values; NaN stays and does not count."""
+    """Holm's step-down correction (1979) for a family of p values; NaN stays NaN and does not count."""
     order = sorted((i for i, value in enumerate(p) if not isnan(value)), key=lambda i: p[i])
     corrected, highest = list(p), 0.0
     for rank, i in enumerate(order):

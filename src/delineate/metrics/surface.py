@@ -1,9 +1,9 @@
 """How far apart the surfaces of two masks lie, in millimetres.
 
 Definition: a surface voxel belongs to its mask and has a face neighbour (6-connectivity) that does
-not; what lies outside the array does not. Distances run between centres of surface voxels,
-unweighted, as in MONAI and MedPy; :mod:`delineate.metrics.surfels` weighs surfaces by their area.
-Outlines, slice by slice, are what the WMH 2017 challenge measures between.
+not; nothing outside the array does. Distances run between centres of surface voxels, unweighted,
+as in MONAI and MedPy; :mod:`delineate.metrics.surfels` weights surfaces by area. The WMH 2017
+challenge measures between slice-by-slice outlines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from math import inf
 from typing import Literal
 
 import numpy as np
-import scipy  # its parts are imported when first used
+import scipy  # loads its submodules on first use
 from numpy.typing import NDArray
 
 from delineate.core.grid import box_around, orthogonal
@@ -24,15 +24,15 @@ Spacing = Sequence[float] | NDArray[np.float64]
 Edge = Literal["surface", "outlines"]
 
 ROUNDING = 1 + 1e-6
-"""By how much a limit in millimetres is widened: a header's last digit must not decide whether 1 mm is within 1 mm."""
+"""How much a limit in mm is widened, so that a header's last digit does not decide whether 1 mm is within 1 mm."""
 
 
 @dataclass(frozen=True, eq=False)
 class SurfaceDistances:
     """From each surface voxel of one mask, the distance (mm) to the nearest of the other.
 
-    Both masks empty: both arrays are empty and every metric is 0. One empty: the distances from the
-    other are infinite, and so is every metric.
+    Both masks empty: both arrays are empty and all distance metrics are 0. One empty: the distances
+    from the other are infinite, and so are these metrics.
     """
 
     from_reference: NDArray[np.float64]
@@ -61,11 +61,11 @@ class SurfaceDistances:
     def directed_means_mm(self) -> tuple[float, float]:
         """Mean distance from the reference's surface to the prediction's, and back."""
         forth, back = (float(d.mean()) if d.size else 0.0 for d in (self.from_reference, self.from_prediction))
-        # Where one mask is empty there is nothing to run back from; the distance is as infinite as forth.
+        # An empty mask has no distances of its own: take the other direction's, which are infinite.
         return (inf, inf) if inf in (forth, back) else (forth, back)
 
     def surface_dice(self, tolerance_mm: float) -> float:
-        """Share of both surfaces' voxels within ``tolerance_mm`` of the other (Nikolov et al. 2018, by voxel).
+        """Fraction of both surfaces' voxels within ``tolerance_mm`` of the other (Nikolov et al. 2018, by voxel).
 
         Both empty: 1; one empty: 0.
         """
@@ -85,11 +85,11 @@ def surface_distances(
     edge: Edge = "surface",
     slice_axis: int = 2,
 ) -> SurfaceDistances:
-    """Distances between the surfaces of two boolean masks (X, Y, Z), or (X, Y), of one shape.
+    """Distances between the surfaces of two boolean masks (X, Y, Z), or (X, Y), of the same shape.
 
-    ``spacing_mm`` has one entry for each of orthogonal axes; or it is a matrix whose columns are the axes' steps
-    from voxel to voxel in world millimetres (``Grid.affine[:3, :3]``), which may be turned, mirrored and
-    sheared. Voxels outside ``known`` count as background in both masks. ``edge``: the masks'
+    ``spacing_mm`` has one entry per axis if the axes are orthogonal; otherwise it is a matrix whose columns are the
+    axes' steps from voxel to voxel in world millimetres (``Grid.affine[:3, :3]``), which may be rotated, mirrored
+    and sheared. Voxels outside ``known`` count as background in both masks. ``edge``: the masks'
     ``surface``, or their ``outlines`` in the slices across ``slice_axis``.
     """
     steps_mm = steps_of(spacing_mm, reference.ndim)
@@ -98,18 +98,18 @@ def surface_distances(
     box = box_around(reference | prediction)
     if box is None:
         return SurfaceDistances(np.empty(0), np.empty(0))
-    # Nothing lies beyond the union's box but background, so cropping to it moves no surface.
+    # Outside the union's box is only background, so cropping to it moves no surface.
     if edge == "surface":
         surfaces = surface(reference[box]), surface(prediction[box])
     else:
-        # The array's border is no outline: what touches it may go on. So the crop keeps a voxel around the box.
+        # The array's border is not an outline, since a mask may continue beyond it: keep a voxel around the box.
         box = tuple(slice(max(0, b.start - 1), b.stop + 1) for b in box)
         surfaces = outlines(reference[box], slice_axis), outlines(prediction[box], slice_axis)
     return SurfaceDistances(nearest_mm(*surfaces, steps_mm), nearest_mm(*surfaces[::-1], steps_mm))
 
 
 def surface(mask: Mask) -> Mask:
-    """The voxels of a mask with a face neighbour outside it, or outside the array."""
+    """A mask's voxels with a face neighbour outside the mask or the array."""
     inner = mask.copy(order="K")
     for axis in range(mask.ndim):
         core, whole = np.moveaxis(inner, axis, 0), np.moveaxis(mask, axis, 0)
@@ -120,14 +120,14 @@ def surface(mask: Mask) -> Mask:
 
 
 def outlines(mask: Mask, slice_axis: int) -> Mask:
-    """The voxels of a mask with one of eight neighbours in their slice outside it, as the WMH 2017 challenge.
+    """A mask's voxels with any of the eight neighbours in their slice outside it, as in the WMH 2017 challenge.
 
-    What lies outside the array belongs to every mask.
+    Everything outside the array counts as part of the mask.
     """
     inner = mask
     for axis in range(mask.ndim):
         if axis != slice_axis:
-            # One axis after the other: the neighbours of neighbours are the eight.
+            # One axis after the other: neighbours of neighbours make up the eight.
             whole, inner = np.moveaxis(inner, axis, 0), inner.copy(order="K")
             core = np.moveaxis(inner, axis, 0)
             core[1:] &= whole[:-1]
@@ -136,14 +136,14 @@ def outlines(mask: Mask, slice_axis: int) -> Mask:
 
 
 def steps_of(spacing_mm: Spacing, axes: int) -> NDArray[np.float64]:
-    """The matrix of steps that a spacing stands for: a diagonal one, unless it is one already.
+    """The matrix of steps for a spacing: diagonal, unless the spacing is a matrix already.
 
-    Turned and mirrored orthogonal axes become a diagonal too, for distances do not change with them.
+    Rotated and mirrored orthogonal axes become diagonal too, since distances do not depend on them.
     """
     given = np.asarray(spacing_mm, dtype=np.float64)
     steps = given if given.ndim == 2 else np.diag(given)
     if steps.shape != (axes, axes):
-        raise ValueError(f"a mask of {axes} axes needs as many spacings, or a matrix of them; got {given.shape}")
+        raise ValueError(f"a mask with {axes} axes needs that many spacings, or a square matrix; got {given.shape}")
     return np.diag(np.linalg.norm(steps, axis=0)) if orthogonal(steps) else steps
 
 
@@ -156,11 +156,11 @@ def nearest_mm(sources: Mask, targets: Mask, steps_mm: NDArray[np.float64]) -> N
     distances = np.full(len(index), inf)
     if not len(there):
         return distances
-    # Where the surfaces are one, nothing needs to be looked for.
+    # Where the surfaces coincide, there is nothing to search.
     distances[targets[sources]] = 0
     spacing_mm = np.linalg.norm(steps_mm, axis=0)
     if np.count_nonzero(steps_mm) > len(spacing_mm):
-        # Sheared: transforms know spacings only, so everything is asked of the tree.
+        # Sheared: distance transforms only know spacings, so the tree answers everything.
         left = np.isinf(distances)
         distances[left] = scipy.spatial.cKDTree(there @ steps_mm.T, balanced_tree=False).query(
             index[left] @ steps_mm.T
@@ -169,7 +169,7 @@ def nearest_mm(sources: Mask, targets: Mask, steps_mm: NDArray[np.float64]) -> N
     # A tree over the targets answers in microseconds where surfaces are thin and near each other; the
     # rest (noise, or one surface deep inside the other) is bounded by one distance transform of the box.
     if len(index) + len(there) < sources.size / 8:
-        # Sliding-midpoint splits: medians of lattice points, many of them equal, are slow to build.
+        # Sliding-midpoint splits: median splits of lattice points, with many ties, are slow to build.
         tree = scipy.spatial.cKDTree(there * spacing_mm, balanced_tree=False)
         for limit_mm, most in ((10 * min(spacing_mm), len(index)), (inf, sources.size // 500)):
             left = np.flatnonzero(np.isinf(distances))
@@ -189,5 +189,5 @@ def nearest_mm(sources: Mask, targets: Mask, steps_mm: NDArray[np.float64]) -> N
 def _percentile(distances: NDArray[np.float64], percentile: float) -> float:
     if not distances.size:
         return 0.0
-    # Infinite distances come all together; interpolating between them would give NaN.
+    # Distances are infinite all together or not at all; interpolating between them would give NaN.
     return inf if np.isinf(distances[0]) else float(np.percentile(distances, percentile))

@@ -1,9 +1,9 @@
-"""Distances between surfaces, weighted by area, as DeepMind's surface-distance measures them (Nikolov et al. 2018).
+"""Distances between surfaces, weighted by area, as measured by DeepMind's surface-distance (Nikolov et al. 2018).
 
-Every cell between eight neighbouring voxel centres is a surface element where the mask holds some of
-the eight, but not all. Its area is that of the surface that separates them: polygons through the
-middles of the edges between voxels inside and outside (marching cubes, Lorensen & Cline 1987).
-Distances run between centres of cells. What lies outside the array is background.
+A cell between eight neighbouring voxel centres is a surface element if the mask holds some of the eight
+but not all. Its area is that of the surface between them: polygons through the midpoints of the edges
+between voxels inside and outside (marching cubes, Lorensen & Cline 1987). Distances run between cell
+centres. Everything outside the array is background.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _CORNERS = tuple(product((0, 1), repeat=3))
 
 @dataclass(frozen=True, eq=False)
 class SurfelDistances:
-    """From each surface element of one mask, the distance (mm) to the nearest of the other; and its area (mm²).
+    """For each surface element of one mask, the distance (mm) to the nearest of the other, and its area (mm²).
 
-    Both masks empty: all are empty, and distances are 0. One empty: distances from the other are infinite.
+    Both masks empty: all arrays are empty, and metrics of distance are 0. One empty: the other's are infinite.
     """
 
     from_reference: NDArray[np.float64]
@@ -41,14 +41,14 @@ class SurfelDistances:
         return max(_percentile(distances, areas, 95) for distances, areas in sides)
 
     def surface_dice(self, tolerance_mm: float) -> float:
-        """Share of both surfaces' area within ``tolerance_mm`` of the other. Both empty: 1; one empty: 0."""
+        """Fraction of both surfaces' area within ``tolerance_mm`` of the other. Both empty: 1; one empty: 0."""
         areas = np.concatenate([self.reference_areas, self.prediction_areas])
         near = np.concatenate([self.from_reference, self.from_prediction]) <= tolerance_mm * ROUNDING
         return float(areas[near].sum() / areas.sum()) if areas.size else 1.0
 
 
 def surfel_distances(reference: Mask, prediction: Mask, spacing_mm: Spacing) -> SurfelDistances:
-    """Distances between the surface elements of two boolean masks (X, Y, Z) of one shape.
+    """Distances between the surface elements of two boolean masks (X, Y, Z) of the same shape.
 
     ``spacing_mm`` as for :func:`delineate.metrics.surface.surface_distances`.
     """
@@ -58,7 +58,7 @@ def surfel_distances(reference: Mask, prediction: Mask, spacing_mm: Spacing) -> 
         return SurfelDistances(*(np.empty(0) for _ in range(4)))
     codes = [_codes(np.pad(mask[box], 1)) for mask in (reference, prediction)]
     cells = [(code > 0) & (code < 255) for code in codes]
-    # Areas of parallelograms go by the matrix of cofactors, which holds for leaning axes too.
+    # Areas transform with the cofactor matrix, which is right for sheared axes too.
     cofactors = np.linalg.det(steps_mm) * np.linalg.inv(steps_mm).T
     areas = np.linalg.norm(_normals() @ cofactors.T, axis=2).sum(axis=1)  # (256,)
     return SurfelDistances(
@@ -70,7 +70,7 @@ def surfel_distances(reference: Mask, prediction: Mask, spacing_mm: Spacing) -> 
 
 
 def _codes(mask: Mask) -> NDArray[np.uint8]:
-    """For each cell between eight voxels, which of :data:`_CORNERS` are inside, as the bits of a number."""
+    """For each cell between eight voxels, a code whose bits say which of :data:`_CORNERS` are inside."""
     codes = np.zeros([n - 1 for n in mask.shape], np.uint8)
     for bit, (x, y, z) in enumerate(_CORNERS):
         i, j, k = codes.shape
@@ -80,11 +80,11 @@ def _codes(mask: Mask) -> NDArray[np.uint8]:
 
 @cache
 def _normals() -> NDArray[np.float64]:
-    """Normals (256, 8, 3) of the triangles in a cell by its code, as long as their areas in units of voxels; else 0."""
+    """Normals (256, 8, 3) of a cell's triangles by code, whose lengths are areas in voxel units; padded with 0."""
     normals = np.zeros((256, 8, 3))
     for code in range(1, 255):
         inside = [bool(code >> bit & 1) for bit in range(8)]
-        # A surface has one area, seen from either side: the fewer voxels are what it encloses.
+        # A surface has the same area from either side: let it enclose the side with fewer voxels.
         if sum(inside) > 4:
             inside = [not corner for corner in inside]
         polygons = _polygons(dict(zip(_CORNERS, inside, strict=True)))
@@ -94,7 +94,7 @@ def _normals() -> NDArray[np.float64]:
 
 
 def _polygons(inside: dict[tuple[int, ...], bool]) -> list[NDArray[np.float64]]:
-    """Closed polygons (n, 3) through the middles of the edges of a cell that leave what is inside."""
+    """Closed polygons (n, 3) through the midpoints of a cell's edges that lead from inside to outside."""
     neighbours: dict[tuple[float, ...], list[tuple[float, ...]]] = {}
     for axis, side in product(range(3), (0, 1)):
         around = [np.insert(corner, axis, side) for corner in ((0, 0), (0, 1), (1, 1), (1, 0))]
@@ -102,7 +102,7 @@ def _polygons(inside: dict[tuple[int, ...], bool]) -> list[NDArray[np.float64]]:
         middles = [tuple(((around[i - 1] + around[i]) / 2).tolist()) for i in range(4)]  # before corner i
         left = [i for i in range(4) if held[i - 1] != held[i]]
         ends = [(left[0], left[1])] if len(left) == 2 else []
-        if len(left) == 4:  # two corners across from each other are inside: each is cut off by itself
+        if len(left) == 4:  # two opposite corners are inside: cut off each separately
             ends = [(i, (i + 1) % 4) for i in range(4) if held[i]]
         for a, b in ends:
             neighbours.setdefault(middles[a], []).append(middles[b])
@@ -119,10 +119,10 @@ def _polygons(inside: dict[tuple[int, ...], bool]) -> list[NDArray[np.float64]]:
 
 
 def _triangles(polygon: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """Normals of a polygon's triangles, fanned out from a point whose opposite in the cell belongs to the polygon too.
+    """Normals of a polygon's triangles, fanned out from a point whose opposite in the cell also belongs to the polygon.
 
-    Where there is one: half from either of the two, so that neither is preferred. Axes at right angles give both the
-    same area.
+    If there is such a pair, half come from each of the two, so that neither is preferred. With axes at right
+    angles both give the same area.
     """
     points = [tuple(point) for point in polygon.tolist()]
     first = [i for i, point in enumerate(points) if tuple(1 - n for n in point) in points][:1] or [0]
@@ -143,5 +143,5 @@ def _percentile(distances: NDArray[np.float64], areas: NDArray[np.float64], perc
         return inf
     order = np.argsort(distances, kind="stable")
     share = np.cumsum(areas[order]) / areas.sum()
-    # Rounding may leave the whole a little below 1.
+    # Rounding may leave the total slightly below 1.
     return float(distances[order[min(int(np.searchsorted(share, percentile / 100)), len(order) - 1)]])

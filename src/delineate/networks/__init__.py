@@ -1,1 +1,1 @@
-"""Networks, one file a family; every specification states its divisor and margin and builds its network."""
+"""Networks, one file per family; every specification states its divisor and margin and builds its network."""

@@ -25,10 +25,11 @@ MOST_PARAMETERS = 2**31
 
 
 class Architecture(Specification):
-    """Fields that define a network, and the geometry that tilings derive from it.
+    """Fields that define a network, and the geometry that tilings derive from them.
 
-    ``project_inputs_to``: a learned 1-convolution first brings the image to this many channels, for weights
-    that were trained on so many. It begins by repeating the channels, or by their mean where there are more.
+    ``project_inputs_to``: a learned 1-convolution first maps the image to this many channels, for weights
+    that were trained with that number. It is initialised to repeat the channels or, if there are more than
+    that, to average them.
     """
 
     if TYPE_CHECKING:
@@ -39,36 +40,36 @@ class Architecture(Specification):
 
     @property
     def divisor(self) -> Step:
-        """Input sides must divide by this."""
+        """Input sides must be multiples of this."""
         raise NotImplementedError
 
     @property
     def margin(self) -> Step:
-        """Voxels that the output lacks on each side."""
+        """By how many voxels the output is smaller than the input on each side."""
         return (0,) * self.dimensions
 
     @property
     def smallest(self) -> Step:
-        """Least input sides."""
+        """Smallest input sides."""
         return tuple(-(-(2 * m + 1) // d) * d for m, d in zip(self.margin, self.divisor, strict=True))
 
     @property
     def least_batch(self) -> int:
-        """Tiles that a training step takes at least."""
+        """The fewest tiles that a training step can take."""
         return 1
 
     def build(self, inputs: int, outputs: int) -> nn.Module:
         """The network for images (N, ``inputs``, *space), randomly initialised.
 
-        It gives logits (N, ``outputs``, *space less the margins). Raises :class:`RecipeError`, before
-        anything is allocated, for what cannot be built or has more than :data:`MOST_PARAMETERS` parameters.
+        It returns logits (N, ``outputs``, *space less the margins). Raises :class:`RecipeError`, before
+        anything is allocated, if it cannot be built or has more than :data:`MOST_PARAMETERS` parameters.
         """
-        if torch.get_default_device().type != "meta":  # where nothing is allocated anyway
+        if torch.get_default_device().type != "meta":  # nothing is allocated there anyway
             self._check(inputs, outputs)
         if self.project_inputs_to is None:
             return self.body(inputs, outputs)
         network = self.body(self.project_inputs_to, outputs)
-        # Added to the network rather than put around it: all other weights keep their names.
+        # Added to the network rather than wrapped around it, so that all other weights keep their names.
         network.add_module("project", channel_adapter(self.dimensions, inputs, self.project_inputs_to))
         network.register_forward_pre_hook(_project)
         return network
@@ -79,7 +80,7 @@ class Architecture(Specification):
         parameters = sum(parameter.numel() for parameter in network.parameters())
         if parameters > MOST_PARAMETERS:
             raise RecipeError(
-                f"the network has {parameters:,} parameters", fix=f"{MOST_PARAMETERS:,} are the most: lessen widths"
+                f"the network has {parameters:,} parameters", fix=f"reduce its widths: {MOST_PARAMETERS:,} is the limit"
             )
 
     def body(self, inputs: int, outputs: int) -> nn.Module:
@@ -87,14 +88,14 @@ class Architecture(Specification):
         raise NotImplementedError
 
     def start_from_published(self, network: nn.Module) -> str | None:
-        """Fill in published weights where the specification asks for them; says what was filled in."""
+        """Load published weights if the specification asks for them; returns a note of what was loaded."""
         return None
 
 
 class Unfilled(TorchFunctionMode):
-    """Leaves out random initial values, for networks whose weights are not used or are read from a file.
+    """Skips random initial values, for networks whose weights are not used or are read from a file.
 
-    Without memory to fill they take milliseconds a layer, and PyTorch imports its compiler for them.
+    Even on the meta device they take milliseconds per layer, and PyTorch imports its compiler for them.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""The small parts that networks are built of, for 2D and 3D alike."""
+"""The small parts that networks are built from, in 2D and 3D."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class InstanceNorm(nn.Module):
     """Normalisation of each sample and channel over space, with scale and shift.
 
     Written as two moments and one multiply-add: a compiler fuses the multiply-add with the
-    activation that follows, and the memory format stays what it is (torch's own converts
-    channels-last tensors on the CPU). Moments are float32 whatever the input is.
+    activation that follows, and the memory format is kept (torch's own layer converts
+    channels-last tensors on the CPU). Moments are float32 whatever the input's type.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -52,7 +52,7 @@ def convolution(
 
 
 def channel_adapter(dimensions: int, inputs: int, outputs: int) -> nn.Module:
-    """A 1-convolution to ``outputs`` channels that begins by taking the inputs in turn; of more, their mean."""
+    """A 1-convolution to ``outputs`` channels, initialised to repeat the inputs in turn, or to average more of them."""
     adapter: Any = convolution(dimensions, inputs, outputs, 1)
     with torch.no_grad():
         adapter.weight.fill_(1 / inputs if inputs > outputs else 0)
@@ -79,7 +79,7 @@ def activation(kind: ActivationKind) -> nn.Module:
 
 
 class LinearUpsample(nn.Module):
-    """Linear interpolation by whole factors, then a 1-convolution to the wanted channels."""
+    """Linear interpolation by whole factors, and a 1-convolution to the wanted channels."""
 
     def __init__(self, dimensions: int, inputs: int, outputs: int, stride: Sequence[int]) -> None:
         super().__init__()
@@ -88,14 +88,14 @@ class LinearUpsample(nn.Module):
         self.project = convolution(dimensions, inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Projecting first means interpolating fewer channels; the two operations commute.
+        # Projecting first leaves fewer channels to interpolate; the two operations commute.
         return F.interpolate(self.project(x), scale_factor=self.factor, mode=self.mode, align_corners=False)
 
 
 class KerasTransposed(nn.Module):
-    """A transposed convolution 3^d with stride 2, aligned as Keras' "same": the first 2n of each axis are kept.
+    """A transposed convolution 3^d with stride 2, aligned like Keras' "same": the first 2n of each axis are kept.
 
-    ``padding=1, output_padding=1`` would give the same shape, one voxel shifted.
+    ``padding=1, output_padding=1`` would give the same shape, shifted by one voxel.
     """
 
     def __init__(self, dimensions: int, inputs: int, outputs: int, *, bias: bool) -> None:
@@ -111,7 +111,7 @@ class KerasTransposed(nn.Module):
 
 
 def keras_batch_norm(dimensions: int, channels: int, eps: float = 1e-3) -> nn.Module:
-    """BatchNorm with Keras' defaults; its momentum 0.99 is torch's 0.01."""
+    """BatchNorm with Keras' defaults; its momentum of 0.99 is 0.01 in torch."""
     kind: Any = nn.BatchNorm3d if dimensions == 3 else nn.BatchNorm2d
     return kind(channels, eps=eps, momentum=0.01)
 
@@ -144,7 +144,7 @@ def he_normal(module: nn.Module) -> None:
 
 
 def centre_crop(x: Tensor, like: Tensor) -> Tensor:
-    """The middle of ``x``, of the spatial size of ``like``."""
+    """The middle of ``x``, cropped to the spatial size of ``like``."""
     for axis in range(2, x.ndim):
         n = like.shape[axis]
         x = x.narrow(axis, (x.shape[axis] - n) // 2, n)
@@ -154,7 +154,7 @@ def centre_crop(x: Tensor, like: Tensor) -> Tensor:
 def upsampling(
     kind: Literal["transposed", "linear"], dimensions: int, inputs: int, outputs: int, stride: Sequence[int]
 ) -> nn.Module:
-    """Enlarges by ``stride`` and changes the channels."""
+    """A layer that enlarges by ``stride`` and changes the number of channels."""
     if kind == "linear":
         return LinearUpsample(dimensions, inputs, outputs, stride)
     transposed: Any = nn.ConvTranspose3d if dimensions == 3 else nn.ConvTranspose2d
@@ -162,9 +162,9 @@ def upsampling(
 
 
 class EncoderDecoder(nn.Module):
-    """Blocks down a ladder of max-pools by 2 and up again, joined by concatenation: most U-Nets' forward pass.
+    """Blocks joined by max-pools by 2 on the way down and concatenated skips on the way up, as in most U-Nets.
 
-    ``encoder`` begins at full resolution, ``up`` and ``decoder`` at the coarsest.
+    ``encoder`` begins at full resolution, ``up`` and ``decoder`` at the coarsest level.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ LEVELS = 4
 
 
 class BudaUNetSpec(Architecture):
-    """2D U-Net of Buda et al. 2019, under the key names of its published weights.
+    """2D U-Net of Buda et al. 2019, with the key names of its published weights.
 
     Block: (convolution 3² without bias, BatchNorm, ReLU) twice, the bottleneck too; transposed
     convolutions 2² enlarge.

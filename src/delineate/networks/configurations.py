@@ -1,4 +1,4 @@
-"""The networks of the five reports as they describe them, by name."""
+"""The five reports' networks as described there, by name."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from delineate.networks.vnet import VNetSpec
 
 @dataclass(frozen=True)
 class Configuration:
-    """A network with the input it is meant for; ``sides`` are those that it reads, margins included.
+    """A network with the input that it is meant for; ``sides`` are what it reads, margins included.
 
-    ``keras`` says that its report counts BatchNorm's moving statistics among the parameters.
+    ``keras``: its report counts BatchNorm's moving statistics among the parameters.
     """
 
     spec: Architecture
@@ -97,7 +97,7 @@ CONFIGURATIONS: Mapping[str, Configuration] = MappingProxyType(
 def described() -> list[dict[str, Any]]:
     """Every configuration with what it costs, as plain values.
 
-    ``receptive_field``: least and greatest width along the first axis, null where it is the whole image or not known.
+    ``receptive_field``: smallest and largest width along the first axis, null if it is the whole image or unknown.
     """
     import torch
 
@@ -109,7 +109,7 @@ def described() -> list[dict[str, Any]]:
         try:
             with torch.device("meta"):
                 field = receptive_field(c.spec.build(c.inputs, c.outputs), c.inputs, c.spec.divisor)[0]
-        except Exception:  # layers of somebody else's need not be known
+        except Exception:  # another package's layers may be unknown
             if name in CONFIGURATIONS:
                 raise
             field = None
@@ -133,9 +133,9 @@ def described() -> list[dict[str, Any]]:
 
 
 def others() -> dict[str, Configuration]:
-    """The networks of other packages by kind, as their defaults make them, with inputs of about 64 voxels a side.
+    """The networks of other packages by kind, with their defaults and inputs of about 64 voxels per side.
 
-    One that cannot be built so is left out with a warning.
+    Any that cannot be built this way is left out with a warning.
     """
     found = {}
     for spec in NETWORKS.usable():

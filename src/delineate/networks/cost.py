@@ -1,4 +1,4 @@
-"""What a network costs: parameters, and the work and memory of one training step, without running it."""
+"""What a network costs: its parameters, and the work and memory of one training step, without running it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from delineate.networks.blocks import CONVOLUTIONS
 
 @dataclass(frozen=True)
 class Cost:
-    """``gflop`` and ``memory_gb`` are those of one training step in float32 with Adam."""
+    """Counts for a network; ``gflop`` and ``memory_gb`` are for one training step in float32 with Adam."""
 
     parameters: int
     keras_parameters: int
@@ -23,14 +23,14 @@ class Cost:
 
 
 def count_parameters(network: nn.Module) -> tuple[int, int]:
-    """Trainable parameters; and with BatchNorm's moving mean and variance, which Keras counts too."""
+    """Trainable parameters, and their number with BatchNorm's moving mean and variance, which Keras counts too."""
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     moving = sum(b.numel() for name, b in network.named_buffers() if "running_" in name)
     return trainable, trainable + moving
 
 
 def count_convolutions(spec: Architecture, inputs: int, outputs: int) -> int:
-    """Layers that are convolutions, transposed ones among them."""
+    """Number of convolutional layers, transposed ones included."""
     with torch.device("meta"):
         network = spec.build(inputs, outputs)
     return sum(isinstance(module, CONVOLUTIONS) for module in network.modules())
@@ -39,8 +39,8 @@ def count_convolutions(spec: Architecture, inputs: int, outputs: int) -> int:
 def step_cost(spec: Architecture, inputs: int, outputs: int, sides: Sequence[int], batch: int) -> Cost:
     """Cost of one training step on ``batch`` images (``inputs``, *``sides``).
 
-    Counted on the meta device, where nothing is computed. Memory: weights, gradients, both of Adam's
-    moments, and what the backward pass keeps; not the framework itself nor convolutions' scratch space.
+    Counted on the meta device, where nothing is computed. Memory covers weights, gradients, both of Adam's
+    moments and what the backward pass keeps, but not the framework itself or convolutions' scratch space.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,7 +52,7 @@ def step_cost(spec: Architecture, inputs: int, outputs: int, sides: Sequence[int
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage.nbytes()
-        alive.append(tensor)  # or another tensor might get its address
+        alive.append(tensor)  # otherwise another tensor might reuse its address
         return tensor
 
     alive: list[Tensor] = []

@@ -13,11 +13,11 @@ from delineate.networks.blocks import glorot_uniform, keras_batch_norm
 
 
 class DeepLabSpec(Architecture):
-    """DeepLabv3+ (Chen et al. 2018) at output stride 8, in the Keras form that the prostate comparison counts.
+    """DeepLabv3+ (Chen et al. 2018) at output stride 8, in the Keras form whose parameters the prostate study counts.
 
-    Slices join as input channels and the middle one is answered for. Enlarging is bilinear with
-    aligned corners. Padding follows Keras: a strided convolution of the stem pads after the image
-    only, strided separable ones on both sides.
+    Slices are input channels, and the middle one is segmented. Upsampling is bilinear with aligned
+    corners. Padding follows Keras: the stem's strided convolutions pad only after the image, strided
+    separable ones on both sides.
     """
 
     kind: Literal["deeplab"] = "deeplab"
@@ -25,7 +25,7 @@ class DeepLabSpec(Architecture):
 
     @property
     def least_batch(self) -> int:
-        # The pooled branch has one value a channel of each image: BatchNorm over a single one is undefined.
+        # The pooled branch has one value per channel and image: BatchNorm over a single one is undefined.
         return 2
 
     @property
@@ -75,7 +75,7 @@ class DeepLab(nn.Module):
 
 
 class Separable(nn.Module):
-    """Depthwise 3×3 and pointwise convolution, BatchNorm after each; ReLU before both, or after each."""
+    """Depthwise 3×3 and pointwise convolution with BatchNorm after each; ReLU before both, or after each."""
 
     def __init__(
         self, inputs: int, outputs: int, *, stride: int = 1, rate: int = 1, relu_after: bool = False, eps: float = 1e-3
@@ -128,11 +128,11 @@ class XceptionBlock(nn.Module):
             )
 
     def first_two(self, x: Tensor) -> Tensor:
-        """The second separable convolution's output, which the decoder reads too."""
+        """The second separable convolution's output, which the decoder also uses."""
         return self.convolutions[1](self.convolutions[0](x))
 
     def finished(self, x: Tensor, inner: Tensor) -> Tensor:
-        """The block's output from its input and :meth:`first_two` of it."""
+        """The block's output, from its input and the output of :meth:`first_two`."""
         y = self.convolutions[2](inner)
         return y if self.shortcut is None else y + self.shortcut(x)
 

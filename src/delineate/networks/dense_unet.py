@@ -17,9 +17,9 @@ from delineate.specification import Filters, Layers
 
 
 class DenseUNetSpec(Architecture):
-    """2D U-Net whose blocks' convolutions see the block's input and all outputs before them.
+    """2D U-Net in which each convolution sees its block's input and all earlier outputs in the block.
 
-    A block hands on its last convolution's output. Convolution 3², BatchNorm, LeakyReLU 0.1; filters
+    A block passes on the output of its last convolution. Convolution 3², BatchNorm, LeakyReLU 0.1; filters
     double at each max-pool; transposed convolutions 2² enlarge.
 
     ``batch_norm``: whose constants; PyTorch's are eps 1e-5 and momentum 0.1, Keras' 1e-3 and 0.99 (PyTorch

@@ -14,11 +14,11 @@ from delineate.specification import Filters
 
 
 class ContextUNetSpec(Architecture):
-    """3D U-Net of valid convolutions: every voxel that it answers for has seen its real surroundings.
+    """3D U-Net with valid convolutions: every voxel of its output has seen its real surroundings.
 
     Two pools; ten voxels of context on each side. Convolutions 3³ with bias and ReLU, no
-    normalisation; the decoder is padded, its skips are cropped to the middle. Without ``context`` the encoder is
-    padded, too: the same network, which reads nothing but what it answers for.
+    normalisation; the decoder is padded, and its skips are cropped to the middle. Without ``context`` the encoder
+    is padded too: the same network, which reads nothing beyond its output.
     """
 
     kind: Literal["context_unet"] = "context_unet"
@@ -65,9 +65,9 @@ class ContextUNet(nn.Module):
 class MinicubeNetSpec(Architecture):
     """The small 3D network without context: 8, 8, 16 channels, three pools, wide transposed kernels.
 
-    At the coarsest level one convolution is applied twice. Pairs of valid convolutions in the
-    decoder are made up for by transposed convolutions of 10 and 9. The original passed its logits
-    through a ReLU, which a softmax cannot use: left out.
+    At the coarsest level one convolution is applied twice. Transposed convolutions of 10 and 9 make
+    up for pairs of valid convolutions in the decoder. The original passed its logits through a ReLU,
+    which makes no sense before a softmax and is left out.
     """
 
     kind: Literal["minicube_net"] = "minicube_net"

@@ -1,4 +1,4 @@
-"""Any network of MONAI, by its name."""
+"""Any MONAI network, by name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from delineate.networks.base import Architecture, Step
 
 
 class MonaiSpec(Architecture):
-    """A network of ``monai.networks.nets`` (needs ``pip install delineate[monai]``).
+    """A network from ``monai.networks.nets`` (needs ``pip install delineate[monai]``).
 
-    ``arguments`` go to its constructor, beside the dimensions and the numbers of input and output
-    channels, which Delineate gives. ``sides_divide_by`` is what its input's sides must divide by.
+    ``arguments`` go to its constructor, in addition to the dimensions and the numbers of input and output
+    channels, which Delineate supplies. The sides of its input must be multiples of ``sides_divide_by``.
     """
 
     kind: Literal["monai"] = "monai"
@@ -35,7 +35,7 @@ class MonaiSpec(Architecture):
 
     @property
     def smallest(self) -> Step:
-        # Norms over space refuse a single voxel, which is what the divisor would leave at the coarsest level.
+        # Norms over space reject a single voxel, which is all that one divisor leaves at the coarsest level.
         return tuple(2 * d for d in self.divisor)
 
     def body(self, inputs: int, outputs: int) -> nn.Module:
@@ -53,5 +53,5 @@ class MonaiSpec(Architecture):
             return network(spatial_dims=self.dimensions, **channels, **self.arguments)
         except (TypeError, ValueError, AssertionError) as error:
             raise RecipeError(
-                f"MONAI's {self.name} refuses its arguments: {error}", fix="see its documentation"
+                f"MONAI's {self.name} rejects its arguments: {error}", fix="see its documentation"
             ) from error

@@ -15,8 +15,8 @@ from delineate.networks.blocks import EncoderDecoder, KerasTransposed, glorot_un
 class ProstateUNetSpec(Architecture):
     """3D U-Net with BatchNorm on the input of each block, the image included; Keras' defaults.
 
-    Block: BatchNorm, convolution 3³, ReLU, dropout, convolution 3³, ReLU; no biases but the head's.
-    Long skips join the transposed convolution's output by concatenation.
+    Block: BatchNorm, convolution 3³, ReLU, dropout, convolution 3³, ReLU; only the head has biases.
+    Long skips are concatenated with the transposed convolutions' output.
     """
 
     kind: Literal["prostate_unet"] = "prostate_unet"

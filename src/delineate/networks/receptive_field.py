@@ -1,4 +1,4 @@
-"""How far a network sees, from its real forward pass: intervals flow through it instead of numbers."""
+"""How far a network sees, computed by its own forward pass with intervals in place of numbers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import nn
 
 Interval = tuple[NDArray[np.int64], NDArray[np.int64]]
 LENGTH = 8192
-"""Voxels along each axis: wider than any receptive field here, so that the middle is free of borders."""
+"""Voxels along each axis: wider than any receptive field here, so that borders do not affect the middle."""
 
 
 def receptive_field(network: nn.Module, inputs: int, divisor: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Least and greatest width, in voxels, of what one output voxel depends on, along each axis.
+    """Smallest and largest width, in voxels, of the region that an output voxel depends on, along each axis.
 
-    The width varies with a voxel's place between the strides. Statistics of normalisation over a whole
-    image are left out; global pooling is not: it makes the width that of the image, :data:`LENGTH`.
+    The width varies with a voxel's position between strides. Normalisation statistics over a whole image
+    are not counted, but global pooling is: it makes the width that of the image, :data:`LENGTH`.
     Raises :class:`NotImplementedError` for layers whose reach is not known.
     """
     line = np.arange(LENGTH)
@@ -36,7 +36,7 @@ def receptive_field(network: nn.Module, inputs: int, divisor: Sequence[int]) -> 
 
 
 class Reach:
-    """Stands for a tensor (1, C, *space): per axis, the first and last input voxel each place depends on."""
+    """Stands in for a tensor (1, C, *space): along each axis, the first and last input voxel that each place sees."""
 
     def __init__(self, channels: int, axes: Sequence[Interval]) -> None:
         self.channels, self.axes = channels, list(axes)
@@ -113,7 +113,7 @@ POINTWISE = (
 
 
 def _merged(*arguments: Any) -> Reach:
-    """Depends on all that any argument depends on."""
+    """A reach that covers those of all arguments."""
     reaches = [x for x in arguments if isinstance(x, Reach)]
     axes = []
     for each in zip(*(x.axes for x in reaches), strict=True):
@@ -123,7 +123,7 @@ def _merged(*arguments: Any) -> Reach:
 
 
 def _window(interval: Interval, first: NDArray[np.int64], last: NDArray[np.int64]) -> Interval:
-    """Places that each depend on the places ``first`` … ``last`` (beyond the border: on it)."""
+    """The interval of places that depend on places ``first`` … ``last``, clipped to the border."""
     low, high = interval
     return low[np.clip(first, 0, len(low) - 1)], high[np.clip(last, 0, len(high) - 1)]
 
@@ -159,7 +159,7 @@ def _transposed(
     each = zip(x.axes, weight.shape[2:], *(_sides(v, d) for v in (stride, padding, output_padding)), strict=True)
     for interval, kernel, step, pad, extra in each:
         count = (len(interval[0]) - 1) * step - 2 * pad + kernel + extra
-        # Output q is fed by inputs p with 0 ≤ q + pad - p · step < kernel.
+        # Output q depends on inputs p with 0 ≤ q + pad - p · step < kernel.
         q = np.arange(count) + pad
         axes.append(_window(interval, -((kernel - 1 - q) // step), q // step))
     return Reach(weight.shape[1] * groups, axes)

@@ -23,8 +23,8 @@ from delineate.specification import Layers
 class RecurrentUNetSpec(Architecture):
     """R2U-Net (Alom et al. 2018): each block applies two convolutions recurrently, and adds its input.
 
-    A recurrent convolution sees the block's input plus its own last output, ``recurrences`` times after
-    the first, with the same kernel. A 1-convolution brings the input to the block's width.
+    A recurrent convolution is applied to the block's input, then ``recurrences`` times more to that input
+    plus its own last output, with the same kernel. A 1-convolution maps the input to the block's width.
     """
 
     kind: Literal["recurrent_unet"] = "recurrent_unet"

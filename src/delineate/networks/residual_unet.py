@@ -16,9 +16,9 @@ from delineate.networks.blocks import EncoderDecoder, glorot_uniform
 class ResidualUNetSpec(Architecture):
     """2D U-Net of residual blocks with BatchNorm, after Chlebus et al. 2018 with fewer channels.
 
-    The study's figure is lost; chosen: blocks of two convolutions 3² without bias and a shortcut
+    The study's figure is lost. Chosen here: blocks of two convolutions 3² without bias and a shortcut
     (1² with BatchNorm where widths differ), max-pools, transposed convolutions 2², and ``dropout``
-    before each convolution of the decoder's blocks.
+    before each convolution in the decoder's blocks.
     """
 
     kind: Literal["residual_unet"] = "residual_unet"
@@ -50,7 +50,7 @@ class ResidualUNet(EncoderDecoder):
 
 
 class ResidualBlock(nn.Module):
-    """ReLU of (convolution, BatchNorm, ReLU, convolution, BatchNorm) and the block's input."""
+    """ReLU of the sum of (convolution, BatchNorm, ReLU, convolution, BatchNorm) and the block's input."""
 
     def __init__(self, inputs: int, outputs: int, dropout: float = 0.0) -> None:
         super().__init__()

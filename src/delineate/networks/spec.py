@@ -1,4 +1,4 @@
-"""The networks by kind: a new one of Delineate's is one file and one word here; others are found by entry points."""
+"""The networks by kind. To add one to Delineate takes a file and a word here; others are found by entry points."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ from delineate.specification import Filters, Layers
 class TiramisuSpec(Architecture):
     """The fully convolutional DenseNet (Jégou et al. 2017) of the prostate comparison, in 3D.
 
-    ``encoder``, ``bottleneck`` and ``decoder`` are the layers of each dense block. Encoder blocks
-    hand on their input with what they add; the bottleneck and the decoder enlarge only what they
-    add. The paper's parameter counts leave no room for normalisation, hence ``norm: none``;
-    it does not state the dropout: 0.2, as in the original. ``recompute`` forms each dense layer
-    again in the backward pass instead of keeping its input, which is several times less memory
-    for a third more work (Pleiss et al. 2017).
+    ``encoder``, ``bottleneck`` and ``decoder`` are the numbers of layers in each dense block. Encoder blocks
+    pass on their input along with what they add; the bottleneck and the decoder upsample only what they
+    add. The paper's parameter counts leave no room for normalisation, hence ``norm: none``; it does
+    not state the dropout, which is 0.2 as in the original. ``recompute`` computes each dense layer again
+    in the backward pass instead of keeping its input, which takes several times less memory for a
+    third more work (Pleiss et al. 2017).
     """
 
     kind: Literal["tiramisu"] = "tiramisu"
@@ -40,7 +40,7 @@ class TiramisuSpec(Architecture):
     def _mirrored(self) -> TiramisuSpec:
         if len(self.encoder) != len(self.decoder):
             raise ValueError(
-                f"encoder has {len(self.encoder)} blocks, decoder {len(self.decoder)}; give as many of both"
+                f"encoder has {len(self.encoder)} blocks, decoder {len(self.decoder)}; give both the same number"
             )
         return self
 
@@ -90,7 +90,7 @@ class Tiramisu(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Layers that each see the block's input and all that was added before; returns what was added."""
+    """Layers that each see the block's input and everything added so far; returns what was added."""
 
     def __init__(self, spec: TiramisuSpec, inputs: int, layers: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Starting from other weights: load what fits, report the rest; and keep chosen parts fixed."""
+"""Starting from other weights: load what fits, report the rest, and freeze chosen parts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 class Transfer:
     """What was loaded, by key.
 
-    ``adapted`` were loaded in part or converted: input channels, or chosen rows of the head.
-    ``missing`` are the network's that the source lacks, ``unexpected`` the source's that the network
-    lacks, ``reshaped`` those of both that do not fit, and ``left_out`` those that a pattern excluded.
+    ``adapted`` were converted or loaded in part: input channels, or chosen rows of the head.
+    ``missing`` are in the network but not in the source, ``unexpected`` in the source but not in the
+    network, ``reshaped`` in both with different shapes, and ``left_out`` were excluded by a pattern.
     """
 
     matched: list[str] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Transfer:
 
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Names that fit any of some patterns, such as ``encoder.0.*``."""
+    """Names that match any of the patterns, such as ``encoder.0.*``."""
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -58,10 +58,10 @@ def load_what_fits(
 ) -> Transfer:
     """Copy ``weights`` into ``network`` where keys and shapes fit.
 
-    ``rows``: for each of the network's outputs, the source's output that it begins as, or None
-    for a fresh one; applied to tensors that differ in their first axis alone, which is as long as
-    ``rows``. ``channels`` converts kernels that differ in their input channels alone: ``repeat``
-    takes the source's in turn, ``mean`` their mean; both keep the sum over channels.
+    ``rows``: for each of the network's outputs, the source's output to start from, or None for a fresh
+    one; applied to tensors that differ only in their first axis, which is as long as ``rows``.
+    ``channels`` converts kernels that differ only in their input channels: ``repeat`` takes the
+    source's channels in turn, ``mean`` their mean; both keep the sum over channels.
     Raises :class:`RecipeError` where nothing fits.
     """
     result, own = Transfer(), network.state_dict()
@@ -82,7 +82,7 @@ def load_what_fits(
     result.unexpected = [key for key in weights if key not in own]
     if not result.matched and not result.adapted:
         raise RecipeError(
-            f"none of {len(weights)} tensors fits the network; such as '{next(iter(weights), '')}' for "
+            f"none of {len(weights)} tensors fits the network: names are like '{next(iter(weights), '')}', not like "
             f"'{next(iter(own))}'",
             fix="start from weights of the same kind of network",
         )
@@ -90,7 +90,7 @@ def load_what_fits(
 
 
 def _is_reordered(tensor: Tensor, source: Tensor, rows: Sequence[int | None]) -> bool:
-    """Whether equal shapes are a head all the same, with outputs in another order."""
+    """Whether a tensor with the same shape is nevertheless a head, with its outputs in another order."""
     return len(rows) > 0 and tensor.ndim > 0 and tensor.shape[0] == len(rows) and list(rows) != list(range(len(rows)))
 
 
@@ -120,12 +120,12 @@ def _copy_channels(tensor: Tensor, source: Tensor, channels: Channels | None) ->
 
 
 def freeze(network: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Fix the parameters whose names fit; returns them. Raises :class:`RecipeError` for a pattern that fits none."""
+    """Freeze the parameters whose names match; returns them. Raises :class:`RecipeError` if a pattern matches none."""
     names = dict(network.named_parameters())
     for pattern in patterns:
         if not matching(names, [pattern]):
             raise RecipeError(
-                f"frozen: no parameter fits '{pattern}'", fix=f"they are named like '{next(iter(names))}'"
+                f"frozen: no parameter matches '{pattern}'", fix=f"use names such as '{next(iter(names))}'"
             )
     frozen = matching(names, patterns)
     for name in frozen:
@@ -139,7 +139,7 @@ def free_norms(network: nn.Module) -> list[nn.BatchNorm2d | nn.BatchNorm3d]:
 
 
 def hold_frozen_norms(network: nn.Module) -> None:
-    """Put BatchNorms whose parameters are all fixed into evaluation: their moving statistics stay, too."""
+    """Put BatchNorms whose parameters are all frozen into evaluation mode, so that their statistics stay fixed too."""
     free = set(free_norms(network))
     for module in network.modules():
         if isinstance(module, NORMS) and module not in free:

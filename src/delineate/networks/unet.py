@@ -25,16 +25,16 @@ from delineate.specification import Layers
 class UNetSpec(Architecture):
     """A U-Net (Ronneberger et al. 2015; Çiçek et al. 2016): encoder, decoder, long skips.
 
-    ``widths`` are the channels of each level, the first at full resolution. ``strides`` says by
-    how much each level below the first is coarser along each axis (default 2 everywhere), and
-    ``kernels`` the kernel of each level (default 3): thick slices want stride and kernel 1 across
-    them at first. ``downsample``: a max-pool, or a stride in the level's first convolution.
-    ``convolutions`` is their number in each block; ``decoder_convolutions`` that of the decoder's, if
-    it differs (one saves a third of the work, most of it at full resolution).
-    ``short_skips`` adds a block's input to its output (a 1-convolution where widths differ), in the
-    encoder or in all blocks. ``dropout`` acts on the outputs of the two deepest encoder levels.
-    ``deep_supervision`` is a number of coarser decoder levels that answer too: in training the network
-    returns a tuple of logits, the finest first (Lee et al. 2015).
+    ``widths`` are the channels of each level, the first at full resolution. ``strides`` gives the factor
+    by which each level below the first is coarser along each axis (default 2 everywhere), and
+    ``kernels`` each level's kernel (default 3): thick slices need stride and kernel 1 across them at
+    first. ``downsample``: a max-pool, or a stride in the level's first convolution. ``convolutions``
+    is the number in each block; ``decoder_convolutions`` that in the decoder's blocks, if it differs
+    (one saves a third of the work, most of it at full resolution). ``short_skips`` adds a block's input
+    to its output (through a 1-convolution where widths differ), in the encoder or in all blocks.
+    ``dropout`` acts on the outputs of the two deepest encoder levels. ``deep_supervision`` is the number
+    of coarser decoder levels that also predict: in training the network returns a tuple of logits, the
+    finest first (Lee et al. 2015).
     """
 
     kind: Literal["unet"] = "unet"
@@ -124,7 +124,7 @@ class ConvBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Logits (N, K, *space) of images (N, C, *space); every side must divide by ``divisor``."""
+    """Logits (N, K, *space) of images (N, C, *space); every side must be a multiple of ``divisor``."""
 
     def __init__(self, spec: UNetSpec, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class UNet(nn.Module):
             )
         self.dropout = nn.Dropout(spec.dropout)
         self.head = convolution(d, widths[0], outputs, 1)
-        # Of the levels below the finest, the finer first.
+        # Heads for the levels below the finest, finer levels first.
         self.coarse_heads = nn.ModuleList(
             convolution(d, widths[level], outputs, 1) for level in range(1, spec.deep_supervision + 1)
         )

@@ -24,11 +24,11 @@ def _in_words(value: Any) -> Any:
 class VGGUNetSpec(Architecture):
     """TernausNet (Iglovikov & Shvets 2018): VGG11 without BatchNorm as encoder, five pools.
 
-    A 1-convolution brings the image to VGG's three channels. It starts as the fixed rule would have
-    it (one channel repeats, of two the first is appended, three pass; of more each of the three
-    takes an equal share) and is learned from there. ``short_skips: encoder`` adds 1-convolutions around the
+    A 1-convolution maps the image to VGG's three channels. It is initialised by a fixed rule (one
+    channel is repeated, two are followed by the first again, three pass unchanged; of more, each of
+    the three takes an equal share) and learned from there. ``short_skips: encoder`` adds 1-convolutions around the
     encoder's blocks from the second on, before the last ReLU. ``dropout`` acts on the outputs of
-    the two deepest of them, as in the study's own U-Net. ``weights``: ``imagenet``, ``random``, or
+    the two deepest blocks, as in the study's own U-Net. ``weights``: ``imagenet``, ``random``, or
     the path of a VGG11 file.
     """
 
@@ -50,7 +50,7 @@ class VGGUNetSpec(Architecture):
 
         weights, _ = load_features("vgg11", self.weights)
         if weights is None:
-            return "the encoder starts from random weights, not from VGG11's"
+            return "the encoder starts from random weights instead of VGG11's"
         missing, _ = network.load_state_dict(weights, strict=False)
         lacking = [name for name in missing if name.startswith("features.")]
         assert not lacking, lacking  # load_features has checked every key and shape

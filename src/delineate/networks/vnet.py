@@ -15,11 +15,11 @@ from delineate.specification import Filters, Layers
 
 
 class VNetSpec(Architecture):
-    """V-Net (Milletari et al. 2016): residual stages of convolutions 5^d, strided convolutions between.
+    """V-Net (Milletari et al. 2016): residual stages of convolutions 5^d, with strided convolutions between them.
 
-    With BatchNorm and ELU, as in the implementations in use (MONAI's among them). ``stages`` are the
-    convolutions of each encoder stage, ``decoder_stages`` those of the decoder's, coarsest first.
-    ``dropout`` acts where the two deepest stages begin, and on the skips.
+    With BatchNorm and ELU, as in the implementations in use (including MONAI's). ``stages`` are the numbers
+    of convolutions in the encoder stages, ``decoder_stages`` those in the decoder's, coarsest first.
+    ``dropout`` acts at the start of the two deepest encoder and decoder stages, and on the skips.
     """
 
     kind: Literal["vnet"] = "vnet"
@@ -33,7 +33,7 @@ class VNetSpec(Architecture):
     def _mirrored(self) -> VNetSpec:
         if len(self.decoder_stages) != len(self.stages) - 1:
             raise ValueError(
-                f"stages has {len(self.stages)} entries, decoder_stages {len(self.decoder_stages)}; give one fewer"
+                f"stages has {len(self.stages)} entries, decoder_stages {len(self.decoder_stages)}; give it one fewer"
             )
         return self
 
@@ -96,7 +96,7 @@ class VNet(nn.Module):
 
 
 class _Stage(nn.Module):
-    """ELU of some convolutions and their input."""
+    """ELU of the sum of some convolutions and their input."""
 
     def __init__(self, d: int, width: int, count: int, dropout: float) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class _Stage(nn.Module):
 
 
 def _convolutions(d: int, inputs: int, outputs: int, count: int) -> nn.Sequential:
-    """Convolution and BatchNorm, ELUs between several."""
+    """Convolutions, each with BatchNorm, and ELUs between them."""
     layers: list[nn.Module] = []
     for i in range(count):
         layers += [nn.ELU(inplace=True)] if i else []

@@ -1,8 +1,8 @@
 """Prepared subjects on disk: made once, shared by runs, memory-mapped in training.
 
-A subject lies in a folder named by a key of everything it depends on: the bytes of its files, the
+A subject is in a folder named by a key of everything it depends on: the bytes of its files, the
 fitted pipeline, the targets, how files were read. So a folder never goes stale, and several recipes
-share one cache. It holds ``image.npy`` (C, X, Y, Z) float16, ``target.npy`` (T, X, Y, Z) uint8 and
+can share a cache. It holds ``image.npy`` (C, X, Y, Z) float16, ``target.npy`` (T, X, Y, Z) uint8 and
 ``points.npy`` (n, 3), all Fortran-ordered, and ``meta.json``. Each file appears whole or not at
 all, ``meta.json`` last: a folder that has it is complete, however many runs write at once.
 """
@@ -37,7 +37,7 @@ from delineate.plugins import requirement_of
 from delineate.preprocessing.pipeline import Pipeline
 
 FORMAT = 1
-"""Part of every key; raised when prepared subjects would come out differently."""
+"""Part of every key; increased whenever prepared subjects would come out differently."""
 
 POINTS_PER_TARGET = 20_000
 _ABANDONED_S = 3600
@@ -69,10 +69,10 @@ class PreparedSubject:
 
 
 class PreparedDataset(Sequence[PreparedSubject]):
-    """Prepared subjects by their folders; the arrays of one are mapped when it is asked for.
+    """Prepared subjects by their folders; a subject's arrays are mapped when it is accessed.
 
-    Few stay open: a memory map holds a file descriptor, and cohorts outnumber those. Pickled for
-    another process, it carries the folders only; processes share the pages that the system caches.
+    Few stay open: each memory map holds a file descriptor, and cohorts outnumber those. Pickled for
+    another process, it carries only the folders; processes share the pages that the system caches.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -91,12 +91,12 @@ class PreparedDataset(Sequence[PreparedSubject]):
 
     @property
     def counts(self) -> tuple[Mapping[int, int], ...]:
-        """Voxels of each target and of none (0), for each subject."""
+        """For each subject, the number of voxels in each target and in none (0)."""
         return tuple(entry.counts for entry in self._entries)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
+        """Size of all files in bytes."""
         return sum(entry.nbytes for entry in self._entries)
 
     def in_memory(self, budget_bytes: int | None = None) -> PreparedDataset:
@@ -140,11 +140,11 @@ def prepare(
     nan: Literal["refuse", "fill"] = "refuse",
     orientation: Literal["refuse", "sform", "qform"] = "refuse",
 ) -> PreparedDataset:
-    """Prepare labelled subjects into ``folder``, reusing those that lie there already.
+    """Prepare labelled subjects into ``folder``, reusing those already there.
 
     ``channels`` are read in that order (by default all). Each thread holds one subject in memory.
-    ``progress(done, total)`` is called after each subject. Stopped at any moment, the same call goes
-    on from the subjects that were finished.
+    ``progress(done, total)`` is called after each subject. If it is interrupted, the same call resumes
+    after the subjects that were finished.
 
     Raises :class:`~delineate.errors.RecipeError` if the pipeline is not fitted or leaves intensities
     beyond half precision, and whatever reading a subject raises.
@@ -153,7 +153,7 @@ def prepare(
         raise RecipeError("the preprocessing is not fitted", fix="fit it on the training subjects before preparing")
     _sweep(folder)
     hashes = FileHashes(folder / "hashes.json")
-    # Another version of somebody's step may prepare otherwise.
+    # Another version of a package's step may prepare differently.
     foreign = [found for step in pipeline.steps if (found := requirement_of(type(step)))]
 
     def prepare_one(subject: Subject) -> Path:
@@ -190,7 +190,7 @@ class FileHashes:
         self._path = path
         self._known: dict[str, list[Any]] = {}
         self._changed = False
-        # Only a memory: one that cannot be read is made anew.
+        # Only a cache: if it cannot be read, start again.
         with suppress(OSError, ValueError):
             self._known = json.loads(path.read_text())
 
@@ -199,7 +199,7 @@ class FileHashes:
         try:
             stat = file.stat()
         except FileNotFoundError as error:
-            raise MissingFile(f"'{file}' is not there", fix="restore it, or leave the subject out") from error
+            raise MissingFile(f"'{file}' does not exist", fix="restore it, or leave the subject out") from error
         stamp, name = [stat.st_size, stat.st_mtime_ns], str(file.resolve())
         known = self._known.get(name, [])
         if known[:2] == stamp:
@@ -210,7 +210,7 @@ class FileHashes:
         return digest
 
     def save(self) -> None:
-        """Remember. Of two runs that save at once, one is forgotten and hashes again next time."""
+        """Write the hashes. If two runs save at once, one loses its own and computes them again next time."""
         if self._changed:
             with writing_beside(self._path) as beside:
                 beside.write_text(json.dumps(self._known))
@@ -243,14 +243,14 @@ class _Entry:
             )
         except (OSError, ValueError) as error:
             raise _damaged(self.folder) from error
-        numbers = sorted(self.counts)[1:]  # without 0, which is no target
+        numbers = sorted(self.counts)[1:]  # without 0, the background
         ends = np.cumsum([min(self.counts[number], POINTS_PER_TARGET) for number in numbers])
         parts = dict(zip(numbers, np.split(points, ends[:-1]), strict=True))
         return PreparedSubject(self.id, image, target, parts, self.grid, self.counts)
 
 
 def _hashes_of(subject: Subject, channels: Sequence[str] | None, hashes: FileHashes) -> list[list[str]]:
-    """The name and the content of each channel, then of the label."""
+    """The name and content hash of each channel, then of the label."""
     wanted = subject.channels if channels is None else channels
     files = [(name, subject.scans[name]) for name in wanted if name in subject.scans]
     if subject.label is not None:
@@ -288,7 +288,7 @@ def _write(folder: Path, id: str, prepared: Volume, encoded: NDArray[np.uint8], 
 def _draw_points(
     encoded: NDArray[np.uint8], targets: Targets, rng: np.random.Generator
 ) -> tuple[NDArray[np.integer], dict[int, int]]:
-    """Voxel indices (n, 3) of each target in turn, and how many voxels each has (0: no target)."""
+    """Voxel indices (n, 3) drawn from each target in turn, and how many voxels each has (0: no target)."""
     shape = encoded.shape[1:]
     dtype = np.int16 if max(shape) <= np.iinfo(np.int16).max else np.int32
     counts = {0: int(np.count_nonzero((encoded == 0).all(axis=0)))}
@@ -304,10 +304,10 @@ def _draw_points(
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed runs have left half-written: files that nobody has touched for an hour.
+    """Remove files that killed runs left half written: those untouched for an hour.
 
-    Only by the names that prepared subjects have: any folder may be given as the cache, and whatever
-    else lies in it is the user's.
+    Only files named like prepared subjects' are removed: any folder may be given as the cache, and
+    everything else in it is the user's.
     """
     for leftover in folder.glob("*/.*"):
         if not (_SUBJECT.fullmatch(leftover.parent.name) and _HALF_WRITTEN.fullmatch(leftover.name)):

@@ -9,7 +9,7 @@ from operator import add
 from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
-import scipy  # its parts are imported when first used
+import scipy  # loads its submodules on first use
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
@@ -28,9 +28,9 @@ class ClipPercentiles(Step):
 
     ``within="nonzero"`` takes them over the voxels that are not zero and leaves zeros alone.
     ``scope="cohort"`` takes them over the training subjects, each with at most 50 000 voxels, and
-    keeps them as ``low`` and ``high``, one a channel; giving these makes a fixed window.
+    keeps them as ``low`` and ``high``, one per channel; giving these makes a fixed window.
 
-    Above a million voxels a percentile is that of a regular lattice of at most as many.
+    For more than a million voxels, percentiles are taken over a regular lattice of at most that many.
     """
 
     kind: Literal["clip_percentiles"] = "clip_percentiles"
@@ -78,7 +78,7 @@ class ClipPercentiles(Step):
         return _chosen(lattice(channel, at_most), self.within)
 
     def _percentiles(self, values: NDArray[np.float32]) -> tuple[float, float]:
-        """Both percentiles; of no voxels at all, 0 and 0."""
+        """Both percentiles; 0 and 0 if there are no voxels at all."""
         if not values.size:
             return 0.0, 0.0
         low, high = np.percentile(values, (self.lower, self.upper))
@@ -90,9 +90,9 @@ class Denoise(Step):
 
     Aja-Fernández et al. 2008, eq. 13: from a window's second and fourth moments, the squared signal is
     <M²> − 2σ² where nothing varies but noise, and M² − 2σ² where the signal itself does. Windows have
-    ``width`` voxels along each axis within a slice, and one across. ``sigma`` is the noise's deviation in
-    each quadrature channel, in the scan's own numbers; None: measured in each channel, where there is
-    only air (the mode of the local second moment among the darkest fifth of the windows).
+    ``width`` voxels along each axis within a slice, and one across. ``sigma`` is the noise's standard
+    deviation in each quadrature channel, in the scan's own units; None: measured in each channel, in
+    air (the mode of the local second moment among the darkest fifth of the windows).
     """
 
     kind: Literal["denoise"] = "denoise"
@@ -143,10 +143,10 @@ class Normalise(Step):
     over the voxels of a slice, a patient or the training cohort (``scope``). A scale of 0 counts as
     1: a constant image becomes 0 (with ``max``, only if it is 0). ``within="nonzero"`` measures over
     the voxels that are not zero and leaves zeros alone. Slices lie ``across`` an axis: by default the
-    one of the largest spacing (z, where spacings agree within 1 %).
+    one with the largest spacing (``Grid.slice_axis``).
 
-    A cohort's statistics weigh every voxel alike and are kept as ``shift`` and ``scale``, one a
-    channel; giving these makes a fixed scaling.
+    A cohort's statistics give every voxel the same weight and are kept as ``shift`` and ``scale``, one
+    per channel; giving these makes a fixed scaling.
     """
 
     kind: Literal["normalise"] = "normalise"
@@ -188,7 +188,7 @@ class Normalise(Step):
         return Volume(result, volume.grid), Unmoved.on(volume.grid)
 
     def _parts(self, voxels: NDArray[np.float32], grid: Grid) -> Iterable[NDArray[np.float32]]:
-        """The arrays that are normalised by themselves: channels, or each one's slices."""
+        """The arrays that are normalised separately: channels, or their slices."""
         if self.scope != "slice":
             return voxels
         axis = grid.slice_axis if self.across == "thickest" else AXES.index(self.across)
@@ -203,7 +203,7 @@ class Normalise(Step):
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean, sum of squared deviations, and range of a set of voxels; sets join by ``+``."""
+    """Count, mean, sum of squared deviations, and range of a set of voxels; ``+`` joins sets."""
 
     count: int = 0
     mean: float = 0.0
@@ -243,7 +243,7 @@ class Moments:
             return self.least, (self.largest - self.least) or 1.0
         if method == "max":
             return 0.0, max(abs(self.least), abs(self.largest)) or 1.0
-        # A constant's deviation is what rounding its mean leaves, so its range decides.
+        # A constant's deviation is only the rounding error of its mean, so the range decides.
         constant = self.least == self.largest
         return self.mean, 1.0 if constant else (self.squares / self.count) ** 0.5
 
@@ -260,12 +260,12 @@ def lattice(channel: NDArray, at_most: int) -> NDArray:
 def _chosen(values: NDArray, within: str) -> NDArray:
     if within == "all":
         return values
-    values = values.ravel(order="K")  # in the order of memory: masking a Fortran-ordered array is ten times slower
+    values = values.ravel(order="K")  # in memory order: masking a Fortran-ordered array is ten times slower
     return values[values != 0]
 
 
 def _by_channel(scans: list[list[T]]) -> list[tuple[T, ...]]:
-    """What was measured of each scan's channels, regrouped by channel."""
+    """Measurements of each scan's channels, regrouped by channel."""
     if not scans:
         raise RecipeError("there is no training subject to fit the preprocessing on", fix="give at least one")
     counts = sorted({len(channels) for channels in scans})
@@ -276,7 +276,7 @@ def _by_channel(scans: list[list[T]]) -> list[tuple[T, ...]]:
 
 def _check_fitted(scope: str, first: PerChannel | None, second: PerChannel | None, names: str) -> None:
     if (first is None) != (second is None) or len(first or ()) != len(second or ()):
-        raise ValueError(f"{names} belong together, one number a channel each; give both or none")
+        raise ValueError(f"{names} belong together, one number per channel each; give both or neither")
     if first is not None and scope != "cohort":
         raise ValueError(f"{names} are given, but scope is {scope}; set scope: cohort, or drop them")
 
@@ -290,5 +290,5 @@ def _fitted(
             f"'{step.model_dump()['kind']}' over the cohort is not fitted", fix="fit it on training subjects"
         )
     if len(first) != channels:
-        raise RecipeError(f"the preprocessing was fitted on {len(first)} channels, this scan has {channels}")
+        raise RecipeError(f"the preprocessing was fitted on {len(first)} channels, but this scan has {channels}")
     return list(zip(first, second, strict=True))

@@ -25,7 +25,7 @@ StepSpec = Annotated[Step, STEPS]
 
 
 class Pipeline(Specification):
-    """``steps`` in order; a value: fitting returns another pipeline."""
+    """``steps`` in order; immutable: fitting returns another pipeline."""
 
     steps: Annotated[tuple[StepSpec, ...], Field(max_length=64)] = ()
 
@@ -51,7 +51,7 @@ class Pipeline(Specification):
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
         """The prepared volume, float32, and the way back to the grid of ``volume``.
 
-        The prepared voxels may be a view of the volume's where no step has computed any.
+        The prepared voxels may be a view of the volume's if no step changed any.
         Raises :class:`~delineate.errors.RecipeError` if a step still needs fitting.
         """
         prepared = Volume(as_float(volume), volume.grid)
@@ -62,6 +62,6 @@ class Pipeline(Specification):
         return prepared, Composed(volume.grid, prepared.grid, tuple(undos))
 
     def apply_with_label(self, volume: Volume, encoded: NDArray[np.uint8]) -> tuple[Volume, NDArray[np.uint8], Undo]:
-        """:meth:`apply`, and an encoded label (T, X, Y, Z) of the same grid moved alike."""
+        """:meth:`apply`, with an encoded label (T, X, Y, Z) on the same grid moved the same way."""
         prepared, undo = self.apply(volume)
         return prepared, undo.forward_label(encoded), undo

@@ -44,7 +44,7 @@ class Reorient(Step):
     @classmethod
     def _is_orientation(cls, to: str) -> str:
         if to not in _ORIENTATIONS:
-            raise ValueError(f"'{to}' is no orientation; take one letter each of R/L, A/P and S/I, such as RAS")
+            raise ValueError(f"'{to}' is not an orientation; give one letter each of R/L, A/P and S/I, such as RAS")
         return to
 
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
@@ -60,7 +60,7 @@ class Resample(Step):
     ``spacing_mm`` is one number or (x, y, z), None keeping an axis. Voxel counts are rounded, so the
     spacing reached (the grid's) may differ slightly. ``axes="in_plane"`` keeps the axis across the
     slices (``Grid.slice_axis``) and resamples the other two. There is no smoothing before
-    down-sampling: clinical slices are already blurred over their thickness, and a label is treated alike.
+    down-sampling: clinical slices are already blurred over their thickness, and labels are treated the same.
 
     Labels: each class is resampled linearly and the largest share wins, a tie going to the target
     (a binary mask is thus kept where ≥ 0.5); ignored voxels are a class of their own.
@@ -106,9 +106,9 @@ class Resize(Step):
 class CropBackground(Step):
     """Crop to the box around the foreground of all channels, plus ``margin`` voxels where there are any.
 
-    Foreground is what is not zero (``"nonzero"``), what is above each channel's least value
-    (``"minimum"``), or above a number. A scan without foreground is left whole. What a label has
-    outside the box is cut off with it.
+    Foreground is whatever is not zero (``"nonzero"``), above each channel's smallest value
+    (``"minimum"``), or above a number. A scan without foreground is left whole. Anything that a label
+    has outside the box is cut off with it.
     """
 
     kind: Literal["crop_background"] = "crop_background"
@@ -135,9 +135,9 @@ class CropComposite(Step):
     """Crop every scan to one box in the plane: where any training scan shows foreground, plus ``margin`` voxels.
 
     The plane is that of the slices (``Grid.slice_axis``). A scan shows foreground where a channel
-    exceeds the ``threshold`` share of its own 99.5th percentile. ``box`` is what was fitted, for both
-    axes in the plane the first and last voxel counted from the middle one, so that it holds for scans
-    of other sizes too; what lies beyond a scan is its channels' minimum.
+    exceeds the ``threshold`` fraction of its own 99.5th percentile. ``box`` is the fitted result: for both
+    axes in the plane, the first and last voxel counted from the middle one, so that it fits scans of
+    other sizes too; beyond a scan's edge it is filled with the channels' minimum.
     """
 
     kind: Literal["crop_composite"] = "crop_composite"
@@ -186,7 +186,7 @@ class CropComposite(Step):
 class CropOrPad(Step):
     """Crop or pad about the centre, to ``shape`` (None keeps an axis) and up to the next ``multiple_of``.
 
-    Of an odd number of voxels, the end of the axis gains or loses one more. ``fill`` pads a scan:
+    If an odd number is added or removed, the end of the axis gains or loses one more. ``fill`` pads a scan
     with each channel's ``"minimum"``, its ``"edge"`` repeated, or a number. Labels are padded with
     background.
     """
@@ -268,9 +268,9 @@ class Resampled(Undo):
 
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, slice, slice]:
-    """The smallest box around the true voxels of ``mask`` (X, Y, Z), widened as far as there are voxels.
+    """The smallest box around the true voxels of ``mask`` (X, Y, Z), widened by ``margin`` within the array.
 
-    Without a true voxel: all of it.
+    If no voxel is true: the whole array.
     """
     x, y, z = box_around(mask, margin) or (slice(0, size) for size in mask.shape)
     return x, y, z
@@ -313,7 +313,7 @@ def resample_linear(array: NDArray, shape: Shape3) -> NDArray[np.float32]:
     tensor = torch.from_numpy(np.require(array.transpose(0, 3, 2, 1), np.float32, ["C", "W"]))
     kept = [axis for axis in (1, 2) if tensor.shape[axis] == shape[3 - axis]]
     if kept:
-        # An untouched Z or Y goes where 2D interpolation has its channels, which halves the work.
+        # An unchanged Z or Y takes the place of channels in 2D interpolation, which halves the work.
         size = [n for axis, n in enumerate(reversed(shape), start=1) if axis != kept[0]]
         planes = interpolate(tensor.movedim(kept[0], 1), size=size, mode="bilinear", align_corners=False)
         result = planes.movedim(1, kept[0])
@@ -342,14 +342,14 @@ def resample_label(encoded: NDArray[np.uint8], shape: Shape3) -> NDArray[np.uint
         if values[0] == 0:
             np.copyto(winner, np.uint8(0), where=rest > best)
     if len(encoded) > 1:
-        # Unknown for one target is unknown for all, as Targets.encode has it.
+        # Unknown for one target is unknown for all, as in Targets.encode.
         result[:, (result == IGNORED).any(axis=0)] = IGNORED
     return result
 
 
 def value_counts(plane: NDArray[np.uint8]) -> NDArray[np.int64]:
     """How many voxels of a plane (X, Y, Z) hold each of the values 0 to 255."""
-    # Slice by slice, because bincount copies what it is given to 64-bit integers.
+    # Slice by slice, because bincount copies its input to 64-bit integers.
     return sum(
         (np.bincount(plane[..., z].ravel(order="K"), minlength=256) for z in range(plane.shape[2])),
         start=np.zeros(256, dtype=np.int64),

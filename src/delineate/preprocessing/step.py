@@ -32,7 +32,7 @@ class Step(Specification, ABC):
         return False
 
     def fit(self, scans: Iterable[Volume]) -> Self:
-        """A copy that knows the training ``scans``, which are read once, one at a time."""
+        """A copy fitted on the training ``scans``, which are read once, one at a time."""
         return self
 
     @abstractmethod
@@ -45,7 +45,7 @@ class Step(Specification, ABC):
 
 @dataclass(frozen=True, eq=False)
 class Undo(ABC):
-    """What a step did to the grid, decided by the scan, so that labels follow and scores return.
+    """What a step did to a scan's grid, so that labels can follow and scores can return.
 
     ``before`` is the grid of the volume given, ``after`` that of the prepared one.
     """
@@ -55,13 +55,13 @@ class Undo(ABC):
 
     @property
     def interpolates(self) -> bool:
-        """Whether values are mixed on the way; without, the way back is exact."""
+        """Whether values are interpolated on the way; if not, the way back is exact."""
         return False
 
     def __call__(self, array: NDArray, outside: float | Sequence[float] = 0.0) -> NDArray:
-        """``array`` (K, X', Y', Z') on the prepared grid, brought to (K, X, Y, Z) on the grid before.
+        """``array`` (K, X', Y', Z') on the prepared grid, moved to (K, X, Y, Z) on the grid before.
 
-        ``outside`` fills what the preparation had cut off: one number, or one for each of the K
+        ``outside`` fills whatever the preparation cut off: one number, or one for each of the K
         (scores: 1 for background, 0 for targets).
         """
         fills = np.broadcast_to(np.asarray(outside, dtype=np.float64), len(array))
@@ -71,14 +71,14 @@ class Undo(ABC):
         return result
 
     def scores(self, plane: NDArray, outside: float = 0.0) -> NDArray:
-        """One class's scores (X', Y', Z'), brought to (X, Y, Z): classes pass one by one, in bounded memory.
+        """One class's scores (X', Y', Z'), moved to (X, Y, Z): one class at a time, to bound memory.
 
         Raises :class:`~delineate.errors.CannotUndo` if ``plane`` does not lie on the prepared grid.
         """
         if plane.shape != self.after.shape:
             raise CannotUndo(
                 f"array {plane.shape} does not lie on the prepared grid {self.after.shape}",
-                fix="remove what the network's tiling has padded before undoing the preprocessing",
+                fix="remove the tiling's padding before undoing the preprocessing",
             )
         return self._back(plane, outside)
 
@@ -91,7 +91,7 @@ class Undo(ABC):
         if encoded.shape[1:] != self.before.shape:
             raise CannotUndo(
                 f"label {encoded.shape[1:]} does not lie on the scan's grid {self.before.shape}",
-                fix="load it with the scan's grid, so that a mismatch is found there",
+                fix="load it with the scan's grid, which checks that they match",
             )
         return self._forward(encoded)
 

@@ -1,1 +1,1 @@
-"""Networks whose weights others have published: what they are, and the store of their files."""
+"""Networks with published weights: their layers, and the store of weight files."""

@@ -18,7 +18,7 @@ _LAYERS: dict[str, tuple[int | None, ...]] = {
 
 
 def expected_shapes(name: VGGName) -> dict[str, tuple[int, ...]]:
-    """Key → shape of every tensor of the convolutions, such as ``features.0.weight``."""
+    """Shape of every tensor of the convolutions, by key, such as ``features.0.weight``."""
     shapes: dict[str, tuple[int, ...]] = {}
     index, before = 0, 3
     for width in _LAYERS[name]:
@@ -65,7 +65,7 @@ class VGG19Features(nn.Module):
         self.input = VGGInput(preprocessing)
         convolutions = [nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 64), (64, 64), (64, 128), (128, 128))]
         for convolution in convolutions:
-            # PyTorch's default halves the signal at each layer: random features would see next to nothing.
+            # PyTorch's default halves the signal at each layer, which would leave random features almost blind.
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
             nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
         a, b, c, d = convolutions

@@ -1,4 +1,4 @@
-"""The store of published weights: import, list, load, and download where that is possible."""
+"""The store of published weights: import, list, load, and download where possible."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PUBLISHED: dict[str, str] = {
     "vgg11": "https://download.pytorch.org/models/vgg11-8a719046.pth",
     "vgg19": "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
 }
-"""Addresses; the digits before the suffix begin the file's SHA-256."""
+"""Download addresses; the digits before the suffix are the first of the file's SHA-256."""
 SECONDS_TO_ANSWER = 20.0
 _FIX = "it cannot be read safely; give a safetensors file or a state dict"
 
 
 class Entry(Document):
-    """One imported file; ``sha256`` is that of the stored file."""
+    """One imported file; ``sha256`` is of the stored file."""
 
     error: ClassVar[type[DelineateError]] = WeightsError
     fix: ClassVar[str] = "import the weights again"
@@ -43,15 +43,15 @@ class Entry(Document):
 
 
 def store_folder() -> Path:
-    """Where imported weights lie."""
+    """The folder of imported weights."""
     return home_folder() / "weights"
 
 
 def import_weights(file: Path, name: VGGName, preprocessing: Preprocessing = "torchvision") -> Entry:
-    """Check a file of VGG weights, tensor by tensor, and put it into the store.
+    """Check a file of VGG weights tensor by tensor, and put it into the store.
 
-    A safetensors file, or a state dict as PyTorch saves it, which is read without running its code. The
-    classifier is left out. Raises :class:`WeightsError` that lists what does not fit.
+    It is a safetensors file, or a state dict saved by PyTorch, which is read without running code from it.
+    The classifier is left out. Raises :class:`WeightsError`, listing whatever does not fit.
     """
     from safetensors.torch import save_file
 
@@ -68,15 +68,15 @@ def import_weights(file: Path, name: VGGName, preprocessing: Preprocessing = "to
 
 
 def list_weights() -> list[Entry]:
-    """What has been imported."""
+    """All imported files."""
     return [Entry.read(file) for file in sorted(store_folder().glob("*.json"))]
 
 
 def load_features(name: VGGName, weights: str) -> tuple[dict[str, Tensor] | None, Preprocessing]:
-    """Tensors of a VGG's convolutions by key, and the preprocessing they expect.
+    """Tensors of a VGG's convolutions by key, and the preprocessing that they expect.
 
-    ``weights``: ``random`` gives None; ``imagenet`` the imported file, which is downloaded if there is none;
-    anything else is the path of a file as :func:`import_weights` takes it.
+    ``weights``: ``random`` gives None; ``imagenet`` the imported file, which is downloaded if missing;
+    anything else is the path of a file that :func:`import_weights` accepts.
     """
     if weights == "random":
         return None, "torchvision"
@@ -110,44 +110,46 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if not isinstance(loaded, Mapping) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
         ):
-            raise WeightsError(f"{file.name} holds no tensors by name", fix="save the network's state_dict()")
+            raise WeightsError(f"{file.name} holds no named tensors", fix="save the network's state_dict()")
         for name, tensor in loaded.items():
             _check_plain(file, name, tensor, size)
     return dict(loaded)
 
 
 def _refuse_packed(file: Path, archive: zipfile.ZipFile, size: int) -> None:
-    """PyTorch packs without compressing, so what would grow when it is unpacked is no file of its."""
+    """Raise for an archive that grows when unpacked: PyTorch never compresses, so it did not write that file."""
     if sum(entry.file_size for entry in archive.infolist()) > size:
-        raise WeightsError(f"{file.name} unpacks to more than its own size, as no weights do", fix=_FIX)
+        raise WeightsError(f"{file.name} unpacks to more than its own size, which no weights do", fix=_FIX)
 
 
 def _check_plain(file: Path, name: str, tensor: Tensor, size: int) -> None:
-    """Raise :class:`WeightsError` for what is no array of finite numbers that the file itself holds."""
+    """Raise :class:`WeightsError` unless a tensor is an array of finite numbers that the file itself holds."""
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise WeightsError(
-            f"{file.name}: {name[:80]} is no plain array of numbers", fix="save the network's state_dict()"
+            f"{file.name}: {name[:80]} is not a plain array of numbers", fix="save the network's state_dict()"
         )
     if tensor.numel() * tensor.element_size() > size:
         raise WeightsError(
-            f"{file.name}: {name[:80]} is said to be {_sides(tensor.shape)}, more than the file holds", fix=_FIX
+            f"{file.name}: {name[:80]} claims to be {_sides(tensor.shape)}, more than the file holds", fix=_FIX
         )
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise WeightsError(f"{file.name}: {name[:80]} has numbers that are not finite", fix=_FIX)
 
 
 def fitting(tensors: Mapping[str, Tensor], name: VGGName, source: str) -> dict[str, Tensor]:
-    """The convolutions of ``name``; raises :class:`WeightsError` listing every key that does not fit."""
+    """The convolutions of ``name``. Raises :class:`WeightsError`, listing the keys that do not fit."""
     expected, wrong = expected_shapes(name), []
     for key, shape in expected.items():
         if key not in tensors:
             wrong.append(f"{key} is missing")
         elif tuple(tensors[key].shape) != shape:
             wrong.append(f"{key} is {_sides(tensors[key].shape)}, not {_sides(shape)}")
-    wrong += [f"{key} is not of {name}" for key in tensors if key not in expected and not key.startswith("classifier.")]
+    wrong += [f"{key} is not in {name}" for key in tensors if key not in expected and not key.startswith("classifier.")]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise WeightsError(f"{source} is not {name}: {'; '.join(wrong[:5])}{more}", fix=f"give a file of {name}")
+        raise WeightsError(
+            f"{source} is not {name}: {'; '.join(wrong[:5])}{more}", fix=f"give a file with weights of {name}"
+        )
     return {key: tensors[key].detach().float().contiguous() for key in expected}
 
 
@@ -165,7 +167,7 @@ def _download(name: VGGName) -> None:
                 shutil.copyfileobj(answer, out)
         except OSError as error:
             raise WeightsError(
-                f"weights of {name} are not in the store and cannot be downloaded from {address} ({error})",
+                f"the weights of {name} are not in the store and cannot be downloaded from {address} ({error})",
                 fix=(
                     f"either fetch that file elsewhere and `delineate weights import FILE --as {name}`, "
                     "or set weights: random in the recipe"

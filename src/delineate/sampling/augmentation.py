@@ -1,7 +1,7 @@
-"""Augmentation of whole batches on the device: one fused resampling, then changes of intensity.
+"""Augmentation of whole batches on the device: a single resampling, then changes of intensity.
 
-Rotation, scaling, mirroring and elastic deformation become one sampling grid, so that a batch is
-interpolated once. Labels take the nearest voxel's value: no label is invented.
+Rotation, scaling, mirroring and elastic deformation become one sampling grid, so a batch is
+interpolated only once. Labels take the nearest voxel's value: no label is invented.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Deviations = tuple[Annotated[float, Field(ge=0, le=1000)], Annotated[float, Fiel
 
 
 class SpatialSpec(Specification):
-    """Geometric changes. Angles turn about each axis of the volume (2D: about the slice axis alone).
+    """Geometric changes. Angles are about each axis of the volume (2D: only the slice axis).
 
     ``elastic_mm`` is the standard deviation of the displacement of ``elastic_points`` control
     points along each axis of a tile; ``elastic_voxels`` is the same in voxels, whatever their size.
-    ``mirror`` lists axes (x, y, z) flipped with probability 1/2. ``rotate_in`` says what keeps its length as an
-    image turns: millimetres, or ``voxels``, as image libraries turn arrays whatever their spacing.
+    ``mirror`` lists axes (x, y, z) that are flipped with probability 1/2. ``rotate_in``: what keeps its length in a
+    rotation, millimetres or ``voxels``, as image libraries rotate arrays whatever their spacing.
     """
 
     probability: Probability = 0.7
@@ -85,9 +85,9 @@ class AugmentationSpec(Specification):
 
 
 def context_voxels(spec: AugmentationSpec, shape: Sequence[int], slice_axis: int | None) -> tuple[int, int, int]:
-    """Voxels to read around a tile on each side, so that turned corners still see image, not border.
+    """Voxels to read around a tile on each side, so that rotated corners still show image, not border.
 
-    A tenth of the side: what lies farther out is rare, and repeats the border.
+    It is a tenth of the side: anything farther out is rarely needed, and repeats the border.
     """
     if spec.spatial is None:
         return (0, 0, 0)
@@ -111,7 +111,7 @@ def augment(
     :func:`context_voxels` around ``shape``; 2D or 3D. ``spacing_mm`` and ``axes`` name the spatial
     axes in order. Returns image (N, C, *shape) and target (N, T, *shape).
     """
-    # In bfloat16, places would be off by a tenth of a voxel.
+    # In bfloat16, positions would be off by a tenth of a voxel.
     with torch.autocast(image.device.type, enabled=False):
         return _augment(image, target, spec, shape, spacing_mm, generator, axes)
 
@@ -127,7 +127,7 @@ def _augment(
 ) -> tuple[Tensor, Tensor]:
     if spec.spatial is not None:
         grid = _sampling_grid(spec.spatial, image, shape, spacing_mm, generator, axes)
-        # "bilinear" is torch's word for linear in 3D too.
+        # torch says "bilinear" in 3D too.
         image = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
         moved = F.grid_sample(target.float(), grid, mode="nearest", padding_mode="border", align_corners=False)
         target = moved.to(torch.uint8)
@@ -144,7 +144,7 @@ def _sampling_grid(
     generator: Generator,
     axes: str,
 ) -> Tensor:
-    """Where each voxel of the result comes from: (N, *shape, d) in ``grid_sample``'s terms."""
+    """Where each voxel of the result comes from: (N, *shape, d) in ``grid_sample``'s coordinates."""
     n, d, device = image.shape[0], len(shape), image.device
     spacing = torch.tensor(spacing_mm, dtype=torch.float32, device=device)
     matrix = _affine(spec, n, d, generator, device, axes)
@@ -158,9 +158,9 @@ def _sampling_grid(
         shift = torch.randn(n, *points, d, generator=generator, device=device) * spec.displacement_voxels(spacing)
         source = source + shift * _chosen(n, spec.probability, generator, device).view(n, *[1] * (d + 1))
     size = torch.tensor(image.shape[2:], dtype=torch.float32, device=device)
-    # grid_sample counts from -1 at the first border to 1 at the last, innermost axis first.
+    # grid_sample's coordinates run from -1 at the first border to 1 at the last, innermost axis first.
     grid = (source * 2 / size).flip(-1)
-    # Linear interpolation between control points keeps the affine part exact, so that one pass makes the grid.
+    # Linear interpolation between control points keeps the affine part exact, so one pass makes the grid.
     for axis in reversed(range(d)):
         weights = _between(points[axis], shape[axis], device)  # (side, points)
         grid = weights @ grid.reshape(n * math.prod(points[:axis]), points[axis], -1)
@@ -169,7 +169,7 @@ def _sampling_grid(
 
 
 def _between(points: int, side: int, device: torch.device) -> Tensor:
-    """Weights (side, points) of linear interpolation between points spread from the first voxel to the last."""
+    """Weights (side, points) for linear interpolation between points spread from the first voxel to the last."""
     place = torch.linspace(0, points - 1, side, device=device)
     return (1 - (place[:, None] - torch.arange(points, device=device)).abs()).clamp_min(0)
 
@@ -213,7 +213,7 @@ def _change_intensity(image: Tensor, spec: IntensitySpec, generator: Generator) 
     field_sd, noise_sd = draw(spec.bias_field, 0.0), draw(spec.noise, 0.0)
     bent, uneven, noisy = (bool(x.any()) for x in (gamma != 1, field_sd > 0, noise_sd > 0))
     if bent or uneven:
-        # Both act on what rises above the channel's minimum, as they do on a scanner.
+        # Both act on values above the channel's minimum, as on a scanner.
         space = tuple(range(2, image.ndim))
         low, high = image.amin(space, keepdim=True), image.amax(space, keepdim=True)
         span = (high - low).clamp_min(1e-6)
@@ -228,7 +228,7 @@ def _change_intensity(image: Tensor, spec: IntensitySpec, generator: Generator) 
 
 
 def _smooth_field(image: Tensor, sd: Tensor, generator: Generator) -> Tensor:
-    """A multiplicative field like a coil's (N, C, *space), from four control points along each axis."""
+    """A smooth multiplicative field (N, C, *space), like a coil's, from four control points along each axis."""
     d = image.ndim - 2
     coarse = torch.randn(*image.shape[:2], *[4] * d, generator=generator, device=image.device) * sd
     mode = "trilinear" if d == 3 else "bilinear"

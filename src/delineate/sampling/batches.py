@@ -28,9 +28,9 @@ class Batch(NamedTuple):
 
 
 class BatchSource:
-    """Batch ``i`` of process ``rank`` among ``world``: the same whenever and in whatever order it is asked for.
+    """Batch ``i`` of process ``rank`` among ``world``: always the same, in whatever order batches are requested.
 
-    The processes share one stream of samples and take turns, so none sees another's.
+    The processes share one stream of samples and take turns, so none sees another's samples.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class BatchSource:
         self.context = context_voxels(augmentation, geometry.shape, geometry.slice_axis)
 
     def for_process(self, rank: int, world: int) -> BatchSource:
-        """The same source for one process among ``world``."""
+        """The same source for process ``rank`` among ``world``."""
         return BatchSource(self.sampler, self.augmentation, self.batch_size, rank=rank, world=world)
 
     @property
@@ -75,14 +75,14 @@ class BatchSource:
             image = self.geometry.read(subject.image, draw.tile, self.context)
             target = self.geometry.read(subject.target, draw.tile, self.context)
             images.append(self.geometry.to_network(image))
-            # A 2D network reads neighbours but answers for the middle slice only.
+            # A 2D network reads neighbours but segments only the middle slice.
             targets.append(self.geometry.to_network(self._middle_slice(target)))
         return Batch(torch.from_numpy(np.stack(images).astype(np.float32)), torch.from_numpy(np.stack(targets)), i)
 
     def augmented(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
         """Image (N, C, *input) and target (N, T, *tile) of a batch, varied on the batch's device.
 
-        What is drawn depends on the seed, the process and the batch's number alone.
+        The random changes depend only on the seed, the process and the batch's number.
         """
         geometry, device = self.geometry, batch.image.device
         generator = torch.Generator(device=device)

@@ -18,9 +18,9 @@ from delineate.specification import Kinds, Specification
 
 
 class SamplerSpecification(Specification):
-    """The fields of a sampler, which either lists the tiles of a pass or draws one of each subject.
+    """The fields of a sampler, which either lists the tiles of a pass or draws one from each subject.
 
-    The order of a pass, and the numbers that :meth:`draw` is given, depend on the seed and the sample alone.
+    The order of a pass, and the random numbers given to :meth:`draw`, depend only on the seed and the sample.
     """
 
     if TYPE_CHECKING:
@@ -38,15 +38,15 @@ class SamplerSpecification(Specification):
         return rng.permutation(len(tiles))
 
     def draw(self, subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
-        """A tile of a subject, inside its volume where it fits, else around it."""
+        """A tile of a subject: inside its volume if it fits, otherwise around it."""
         return drawn(subject, geometry, rng)
 
 
 class AllTiles(SamplerSpecification):
-    """Every tile of every subject once a pass, in a new order each pass.
+    """Every tile of every subject once per pass, in a new order each time.
 
-    ``by_subject``: all tiles of one subject after each other, x fastest and z slowest, then those of the next;
-    the subjects are in a new order each pass.
+    ``by_subject``: all tiles of one subject in succession, x fastest and z slowest, then those of the next;
+    subjects are in a new order each pass.
     """
 
     kind: Literal["all"] = "all"
@@ -69,13 +69,13 @@ class AllTiles(SamplerSpecification):
 
 
 class RandomTiles(SamplerSpecification):
-    """Every subject once a pass, at a place drawn uniformly."""
+    """Every subject once per pass, at a position drawn uniformly."""
 
     kind: Literal["random"] = "random"
 
 
 class ClassBalancedTiles(SamplerSpecification):
-    """Every subject once a pass; a ``foreground_fraction`` of the tiles is centred near a target's voxel.
+    """Every subject once per pass; a ``foreground_fraction`` of the tiles is centred near a target's voxel.
 
     The target is drawn with equal chances from those the subject has, then one of its voxels.
     """
@@ -93,10 +93,10 @@ class ClassBalancedTiles(SamplerSpecification):
 
 
 class ClassCentredTiles(SamplerSpecification):
-    """Every subject once a pass; the tile is centred on a voxel of a class that is drawn with equal chances.
+    """Every subject once per pass; the tile is centred on a voxel of a class drawn with equal probability.
 
-    The classes are the background and the targets that the subject has; each of their voxels is as likely. A tile
-    that would reach beyond the volume is moved inside.
+    The classes are the background and the targets that the subject has; each voxel of a class is equally likely. A
+    tile that would reach beyond the volume is moved inside.
     """
 
     kind: Literal["class_centred"] = "class_centred"
@@ -117,11 +117,11 @@ class ClassCentredTiles(SamplerSpecification):
 
 
 class ChosenSlices(SamplerSpecification):
-    """Some slices of every subject once a pass, in a new order each pass; for tiles that are slices.
+    """Some slices of every subject once per pass, in a new order each time; for tiles that are slices.
 
-    Of each subject ``with_target`` slices that hold a target, evenly spread, and ``adjacent`` ones
-    without, those nearest to any with. ``at_most`` so many slices in all, of subjects by name (case9 before case10),
-    held-out ones among them; whoever comes after is left out of the run.
+    From each subject, ``with_target`` slices that hold a target, evenly spread, and ``adjacent`` slices without
+    one, those nearest to any that has one. ``at_most`` this many slices in all, from subjects by name (case9 before
+    case10), held-out ones included; subjects beyond that are left out of the run.
     """
 
     kind: Literal["chosen_slices"] = "chosen_slices"
@@ -204,7 +204,7 @@ class Sampler:
 
 
 def drawn(subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
-    """A tile at a place drawn uniformly."""
+    """A tile at a position drawn uniformly."""
     return _tile([int(rng.integers(low, high + 1)) for low, high in _range(subject, geometry)], geometry.shape)
 
 

@@ -1,7 +1,7 @@
 """The geometry of tiles, which training and sliding-window inference share.
 
-A tile is the box of a prepared volume for which a network answers. What the network reads is that
-box and its context: a margin on every side (valid convolutions), or neighbouring slices (2.5D).
+A tile is the box of a prepared volume that a network segments at a time. The network reads that box and
+its context: a margin on every side (valid convolutions), or neighbouring slices (2.5D).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Outside = Literal["edge", "zero"]
 class Patches(Specification):
     """Boxes of a fixed shape, for 3D networks. ``null`` along an axis means all of it.
 
-    ``standardise``: each tile that a network reads is brought to mean 0 and deviation 1 by itself, every
-    channel apart, or with ``together`` by one mean and one deviation. ``outside``: what is read beyond the
-    volume, its ``edge`` repeated or ``zero``.
+    ``standardise``: each tile that a network reads is scaled to mean 0 and standard deviation 1, channel by channel,
+    or with ``together`` by one mean and one deviation for all channels. ``outside``: what is read beyond the volume,
+    its ``edge`` repeated or ``zero``.
     """
 
     kind: Literal["patches"] = "patches"
@@ -52,8 +52,8 @@ class Slices(Specification):
 
     ``axis``: x (sagittal), y (coronal), z (axial) of the prepared volume, or ``thickest``: the axis
     across the slices (``Grid.slice_axis``). ``shape``: in-plane size along the two other axes; ``null`` means all.
-    ``standardise`` and ``outside`` as for patches; neighbours are channels, which ``together`` keeps as bright as
-    they are beside each other.
+    ``standardise`` and ``outside`` are as for patches; neighbours are channels, whose relative brightness
+    ``together`` preserves.
     """
 
     kind: Literal["slices"] = "slices"
@@ -74,9 +74,9 @@ TileSpec = Annotated[Patches | Slices | Whole, Field(discriminator="kind")]
 
 
 class InputRules(Protocol):
-    """What a network asks of its input's sides, for the axes that it works on (2 or 3).
+    """What a network requires of its input's sides, along the axes that it works on (2 or 3).
 
-    They divide by ``divisor``, are at least ``smallest``, and hold ``margin`` voxels on each side
+    They are multiples of ``divisor``, at least ``smallest``, and include ``margin`` voxels on each side
     that the output lacks.
     """
 
@@ -95,12 +95,12 @@ Margin = Annotated[int, Field(ge=0, le=4096)]
 class TileGeometry:
     """How tiles of one shape are laid out, read and joined.
 
-    A bundle keeps it as it is, field by field; the bounds are checked when it is read from there.
+    A bundle stores it field by field; the bounds are checked when it is read from there.
 
-    ``shape`` is what a tile answers for, ``margin`` what is read around it on each side.
+    ``shape`` is the part that a tile segments, ``margin`` what is read around it on each side.
     ``slice_axis`` is the axis (0, 1, 2) along which a tile is one slice, for 2D networks. ``standardise``:
-    what is read of a tile is brought to mean 0 and deviation 1 before the network sees it. ``outside``: what is
-    read beyond a volume.
+    what is read for a tile is scaled to mean 0 and standard deviation 1 before the network sees it. ``outside``: what
+    is read beyond a volume.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -130,7 +130,7 @@ class TileGeometry:
         return [Tile((x, y, z), self.shape) for z, y, x in product(*reversed(starts))]
 
     def borders(self, shape: Sequence[int], overlap: float = 0.5) -> list[list[int]]:
-        """For each axis of a volume the planes before which a tile begins or ends."""
+        """For each axis of a volume, the planes before which a tile begins or ends."""
         starts = [_starts(n, tile, overlap) for n, tile in zip(shape, self.shape, strict=True)]
         return [
             sorted({plane for s in first for plane in (s, s + tile) if 0 < plane < n})
@@ -138,7 +138,7 @@ class TileGeometry:
         ]
 
     def read(self, volume: NDArray, tile: Tile, extra: Sequence[int] = (0, 0, 0)) -> NDArray:
-        """Copy of what the network reads for a tile of ``volume`` (C, X, Y, Z), and ``extra`` voxels around."""
+        """A copy of what the network reads for a tile of ``volume`` (C, X, Y, Z), with ``extra`` voxels around it."""
         margin = [m + e for m, e in zip(self.margin, extra, strict=True)]
         return read_box(
             volume,
@@ -148,14 +148,14 @@ class TileGeometry:
         )
 
     def to_network(self, box: NDArray) -> NDArray:
-        """Network layout of a box (C, X, Y, Z): unchanged in 3D; (C · slices, A, B) in 2D."""
+        """A box (C, X, Y, Z) in the network's layout: unchanged in 3D; (C · slices, A, B) in 2D."""
         if self.slice_axis is None:
             return box
         moved = np.moveaxis(box, self.slice_axis + 1, 1)  # (C, S, A, B)
         return moved.reshape(-1, *moved.shape[2:])
 
     def weights(self, kind: Literal["uniform", "gaussian"]) -> NDArray[np.float32]:
-        """Weight (X, Y, Z) of each voxel of a tile's answer where tiles overlap."""
+        """Weight (X, Y, Z) of each voxel in a tile's output where tiles overlap."""
         axes = [_axis_weights(n, kind) for n in self.shape]
         return np.einsum("x,y,z->xyz", *axes).astype(np.float32)
 
@@ -184,7 +184,7 @@ def geometry_for(
     rules = zip(network.divisor, network.margin, network.smallest, strict=True)
     for axis, side, (step, border, least) in zip(in_plane, asked, rules, strict=True):
         side = volume_shape[axis] if side is None else side
-        # The side that is read, tile and margins, must divide.
+        # The side that is read, margins included, must be a multiple.
         shape[axis] = max(-(-(side + 2 * border) // step) * step, least) - 2 * border
         margins[axis] = border
     if isinstance(spec, Slices) and slice_axis is not None:
@@ -203,7 +203,7 @@ def with_slice_axis(spec: Patches | Slices | Whole, grid: Grid) -> Patches | Sli
 
 
 def standardised(image: Tensor, how: Standardise) -> Tensor:
-    """Each sample and channel (N, C, …), or with ``"together"`` each sample, with mean 0 and deviation 1.
+    """Each sample and channel (N, C, …), or with ``"together"`` each sample, with mean 0 and standard deviation 1.
 
     What is constant becomes 0.
     """
@@ -216,12 +216,12 @@ def standardised(image: Tensor, how: Standardise) -> Tensor:
 
 
 def read_box(volume: NDArray, start: Sequence[int], shape: Sequence[int], outside: Outside = "edge") -> NDArray:
-    """Copy of a box (C, *shape) of ``volume`` (C, X, Y, Z); beyond the volume its border repeats, or all is 0."""
+    """A copy of a box (C, *shape) of ``volume`` (C, X, Y, Z); beyond the volume its border repeats, or all is 0."""
     if outside == "zero":
         return _read_with_zeros(volume, start, shape)
     inside, pad = [], []
     for first, n, size in zip(start, shape, volume.shape[1:], strict=True):
-        # A box wholly outside still repeats the nearest border voxel.
+        # A box entirely outside still repeats the nearest border voxel.
         low, high = min(max(first, 0), size - 1), max(min(first + n, size), 1)
         inside.append(slice(low, high))
         before = min(max(-first, 0), n - (high - low))
@@ -266,5 +266,5 @@ def _axis_weights(n: int, kind: Literal["uniform", "gaussian"]) -> NDArray[np.fl
     if kind == "uniform":
         return np.ones(n)
     offset = (np.arange(n) - (n - 1) / 2) / max(n / 8, 1e-6)
-    # A floor keeps the sum of weights away from zero where one tile alone covers a voxel.
+    # A floor keeps the sum of weights away from zero where only one tile covers a voxel.
     return np.maximum(np.exp(-0.5 * offset**2), 1e-3)

@@ -1,7 +1,7 @@
-"""What every part promises, as plain functions for the tests of one's own parts.
+"""What every part promises, as plain functions for testing your own parts.
 
-Each raises :class:`AssertionError` that names the broken law; ``skip`` names laws that a part need not keep, and is
-meant to be explained where it is used::
+Each raises an :class:`AssertionError` that names the broken law; ``skip`` names laws that a part need not keep, for
+reasons to be given where it is used::
 
     from delineate.testing import check_network
 

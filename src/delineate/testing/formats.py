@@ -1,4 +1,4 @@
-"""What every file format promises: what is written reads back exactly, and what is broken is refused."""
+"""What every file format promises: what is written reads back exactly, and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ LABELS = (((0, 1), "u1"), ((0, 255), "u1"), ((0, 256), "u2"), ((-1, 1), "i1"), (
 
 
 def check_format(format: Format, *, skip: Iterable[str] = ()) -> None:
-    """Hold a format that is read and written to :data:`FORMAT_LAWS`, in a folder of its own."""
+    """Hold a format that is read and written to :data:`FORMAT_LAWS`, in a temporary folder."""
     require(
         FORMATS.get(format.suffix[1:]) is format,
-        f"format '{format.suffix}' is not found; install its package, whose entry point is called "
+        f"format '{format.suffix}' is not found; install its package, whose entry point is named "
         f"'{format.suffix[1:]}', or name its module in DELINEATE_PLUGINS",
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def check_format(format: Format, *, skip: Iterable[str] = ()) -> None:
 
 
 def affines(*, oblique: bool, bits: int = 32) -> Iterator[Affine]:
-    """All 48 orientations of an anisotropic grid, along the world's axes or turned against them."""
+    """All 48 orientations of an anisotropic grid, along the world's axes or rotated."""
     for order, signs in product(permutations(range(3)), product((1, -1), repeat=3)):
         axes = np.zeros((3, 3))
         axes[list(order), range(3)] = signs
@@ -55,7 +55,7 @@ def affines(*, oblique: bool, bits: int = 32) -> Iterator[Affine]:
 
 
 def turned() -> Affine:
-    """A rotation about no axis in particular (Rodrigues)."""
+    """A rotation about an arbitrary axis (Rodrigues)."""
     x, y, z = np.array([2.0, -1.0, 0.5]) / np.linalg.norm([2.0, -1.0, 0.5])
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
     rotation: Affine = np.eye(3) + np.sin(0.4) * cross + (1 - np.cos(0.4)) * cross @ cross
@@ -84,10 +84,11 @@ def what_is_written_reads_back_exactly(suffix: str, folder: Path) -> None:
         write_volume(path, volume(affine))
         back = read_volume(path)
         require(
-            np.array_equal(back.grid.affine, affine), f"the affine {affine.tolist()} is {back.grid.affine.tolist()}"
+            np.array_equal(back.grid.affine, affine),
+            f"the affine {affine.tolist()} reads back as {back.grid.affine.tolist()}",
         )
-        require(np.array_equal(back.voxels, numbered()), "voxels differ, or lie in another order")
-        require(back.voxels.dtype == np.int16, f"int16 voxels are {back.voxels.dtype}")
+        require(np.array_equal(back.voxels, numbered()), "voxels differ, or are in another order")
+        require(back.voxels.dtype == np.int16, f"int16 voxels read back as {back.voxels.dtype}")
 
 
 def types_and_channels_are_kept(suffix: str, folder: Path) -> None:
@@ -96,10 +97,10 @@ def types_and_channels_are_kept(suffix: str, folder: Path) -> None:
         written = Volume(numbered(channels, dtype), volume().grid)
         write_volume(path, written)
         header, back = read_header(path), read_volume(path)
-        require(np.array_equal(back.voxels, written.voxels), f"{channels} channels of {dtype} read back otherwise")
+        require(np.array_equal(back.voxels, written.voxels), f"{channels} channels of {dtype} read back differently")
         found = (back.voxels.dtype, header.dtype, header.channels)
         expected = (np.dtype(dtype), np.dtype(dtype), channels)
-        require(found == expected, f"voxels, header's type and channels are {found}, not {expected}")
+        require(found == expected, f"type of voxels, type in the header and channels are {found}, not {expected}")
         require(header.grid.matches(back.grid, tolerance_mm=0), "the header's grid is not the volume's")
         require(back.voxels.flags.writeable, "voxels cannot be written to")
 
@@ -111,7 +112,7 @@ def labels_take_the_smallest_type(suffix: str, folder: Path) -> None:
         voxels[1, 2, 0] = values[1]
         write_label(path, LabelVolume(voxels, volume().grid))
         back = read_label(path)
-        require(np.array_equal(back.voxels, voxels), f"a label of {values} reads back otherwise")
+        require(np.array_equal(back.voxels, voxels), f"a label of {values} reads back differently")
         found = (back.voxels.dtype, read_header(path).dtype)
         require(found == (np.dtype(dtype),) * 2, f"a label of {values} is {found}, not {dtype}")
 
@@ -127,21 +128,21 @@ def a_file_cut_short_anywhere_is_refused(suffix: str, folder: Path) -> None:
                 read(path)
             except ScanError:
                 continue
-            raise AssertionError(f"{read.__name__} takes the first {length} of {len(data)} bytes")
+            raise AssertionError(f"{read.__name__} accepts the first {length} of {len(data)} bytes")
 
 
 def sizes_are_limited(suffix: str, folder: Path) -> None:
     path = folder / f"scan{suffix}"
     write_volume(path, volume())
     fitting = Limits(max_axis=max(SHAPE), max_bytes=numbered().nbytes)
-    require(read_volume(path, limits=fitting).channels == 1, "what fits the limits is not read")
+    require(read_volume(path, limits=fitting).channels == 1, "a scan within the limits is not read")
     for limits in (Limits(max_axis=max(SHAPE) - 1), Limits(max_bytes=numbered().nbytes - 1)):
         for read in (read_volume, read_label, read_header):
             try:
                 read(path, limits=limits)
             except TooLarge:
                 continue
-            raise AssertionError(f"{read.__name__} takes a scan beyond {limits}")
+            raise AssertionError(f"{read.__name__} accepts a scan beyond {limits}")
 
 
 FORMAT_LAWS: tuple[Law, ...] = (

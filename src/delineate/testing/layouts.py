@@ -14,23 +14,23 @@ from delineate.testing.laws import Law, hold, require, require_own_name
 
 
 def check_layout(layout: Layout, example: Path, *, skip: Iterable[str] = ()) -> None:
-    """Hold a layout to :data:`LAYOUT_LAWS`; ``example`` is a folder so arranged, with scans and labels."""
+    """Hold a layout to :data:`LAYOUT_LAWS`; ``example`` is a folder arranged that way, with scans and labels."""
     hold(f"layout '{layout.name}'", LAYOUT_LAWS, tuple(skip), layout, example)
 
 
 def its_name_is_its_own_and_its_tree_is_shown(layout: Layout, example: Path) -> None:
     require_own_name(LAYOUTS, layout.name, layout)
-    require(layout.name != "auto", "'auto' is no layout's name")
-    require(layout.tree.strip(), "it has no tree, which errors show to whoever's folder is in no known layout")
+    require(layout.name != "auto", "'auto' cannot be a layout's name")
+    require(layout.tree.strip(), "it has no tree, which errors show when a folder has no known layout")
 
 
 def it_reads_its_example(layout: Layout, example: Path) -> None:
     dataset = _read(layout, example)
     require(dataset.layout == layout.name, f"the data set's layout is '{dataset.layout}'")
-    require(dataset.reason, "the data set does not say by what it was recognised (reason)")
+    require(dataset.reason, "the data set does not say how it was recognised (reason)")
     require(dataset.subjects, "the data set has no subjects")
     lost = [str(file) for subject in dataset.subjects for file in subject.files if not file.is_file()]
-    require(not lost, f"it names files that are not there: {', '.join(lost[:3])}")
+    require(not lost, f"it names files that do not exist: {', '.join(lost[:3])}")
     names = [subject.id for subject in dataset.subjects]
     require(len(set(names)) == len(names), f"subjects share names: {', '.join(names)}")
 
@@ -38,13 +38,13 @@ def it_reads_its_example(layout: Layout, example: Path) -> None:
 def a_label_is_no_scan(layout: Layout, example: Path) -> None:
     subjects = _read(layout, example).subjects
     labels = {subject.label for subject in subjects if subject.label is not None}
-    require(labels, "the example has no labels; give one that has")
+    require(labels, "the example has no labels; give one that does")
     taken = labels & {file for subject in subjects for file in subject.scans.values()}
     require(not taken, f"it takes labels for scans: {', '.join(map(str, taken))}")
 
 
 def reading_again_finds_the_same(layout: Layout, example: Path) -> None:
-    require(_known(_read(layout, example)) == _known(_read(layout, example)), "subjects differ from time to time")
+    require(_known(_read(layout, example)) == _known(_read(layout, example)), "a second reading finds other subjects")
 
 
 def other_folders_are_not_its_own(layout: Layout, example: Path) -> None:
@@ -56,7 +56,7 @@ def other_folders_are_not_its_own(layout: Layout, example: Path) -> None:
 def the_example_is_recognised(layout: Layout, example: Path) -> None:
     require(
         LAYOUTS.get(layout.name) is layout,
-        "it is not found by its name; install its package, whose entry point has that name, or name its module in "
+        "it is not found by name; install its package, whose entry point has that name, or name its module in "
         "DELINEATE_PLUGINS",
     )
     for named in (layout.name, "auto"):

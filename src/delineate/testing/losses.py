@@ -25,13 +25,13 @@ TARGETS: Mapping[str, Targets] = MappingProxyType(
 def check_loss(
     spec: LossSpecification, *, modes: Iterable[str] = ("exclusive", "overlapping"), skip: Iterable[str] = ()
 ) -> None:
-    """Hold a loss to :data:`LOSS_LAWS`, for targets of each mode that it is for."""
+    """Hold a loss to :data:`LOSS_LAWS`, for targets in each mode that it supports."""
     for mode in modes:
         hold(f"{spec!r} for {mode} targets", LOSS_LAWS, tuple(skip), spec, TARGETS[mode])
 
 
 def built(spec: LossSpecification, targets: Targets) -> DeepSupervision:
-    """The loss, whatever random weights it has always the same."""
+    """The loss, seeded so that any random weights are always the same."""
     torch.manual_seed(3)
     return build_loss(spec, targets)
 
@@ -43,13 +43,13 @@ def some_image() -> Tensor:
 
 
 def some_target(targets: Targets) -> Tensor:
-    """(2, T, 8, 8), with every class in it."""
+    """A target (2, T, 8, 8) with every class in it."""
     torch.manual_seed(1)
     return torch.randint(0, 3 if targets.exclusive else 2, (2, 1 if targets.exclusive else 3, 8, 8), dtype=torch.uint8)
 
 
 def perfect_logits(target: Tensor, targets: Targets, sureness: float = 20.0) -> Tensor:
-    """Logits of what the target says."""
+    """Logits that predict the target exactly."""
     if not targets.exclusive:
         return (target.float() * 2 - 1) * sureness
     return (torch.nn.functional.one_hot(target[:, 0].long(), 3).movedim(-1, 1).float() * 2 - 1) * sureness
@@ -64,9 +64,9 @@ def perfection_is_the_minimum(spec: LossSpecification, targets: Targets) -> None
     image, target = some_image(), some_target(targets)
     loss = built(spec, targets)
     best = loss(perfect_logits(target, targets), target, image)
-    require(abs(best.item()) <= 1e-3, f"what is right costs {best:.4f}, not 0")
+    require(abs(best.item()) <= 1e-3, f"a perfect prediction costs {best:.4f}, not 0")
     chance = loss(torch.randn(2, 3, 8, 8), target, image)
-    require(chance > best, f"chance costs {chance:.4f}, no more than what is right")
+    require(chance > best, f"chance costs {chance:.4f}, no more than a perfect prediction")
     wrong = loss(-perfect_logits(target, targets), target, image)
     unsure = loss(perfect_logits(target, targets, 0.5), target, image)
     require(wrong > unsure > best, f"wrong costs {wrong:.4f}, right but unsure {unsure:.4f}, right {best:.4f}")
@@ -79,11 +79,11 @@ def it_grows_with_every_wrong_row(spec: LossSpecification, targets: Targets) -> 
     for x in range(8):
         logits[:, :, x] *= -1
         values.append(loss(logits, target, image).item())
-    require(values == sorted(values) and len(set(values)) == 9, f"from 0 to 8 wrong rows it is {values}")
+    require(values == sorted(values) and len(set(values)) == 9, f"for 0 to 8 wrong rows it is {values}")
 
 
 def gradients_are_right(spec: LossSpecification, targets: Targets) -> None:
-    """Slopes in float64 along random directions."""
+    """Compared in float64 with slopes along random directions."""
     image, target = some_image(), some_target(targets)
     loss = built(spec, targets)
     logits = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
@@ -110,12 +110,12 @@ def nothing_to_judge_is_zero(spec: LossSpecification, targets: Targets) -> None:
     logits = torch.randn(2, 3, 8, 8, requires_grad=True)
     value = built(spec, targets)(logits, target, image)
     value.backward()
-    require(abs(value.item()) <= 1e-6, f"where every voxel is ignored it is {value.item()}, not 0")
-    require(_slope(logits).abs().sum() == 0, "where every voxel is ignored there is a gradient")
+    require(abs(value.item()) <= 1e-6, f"with every voxel ignored it is {value.item()}, not 0")
+    require(_slope(logits).abs().sum() == 0, "with every voxel ignored there is still a gradient")
 
 
 def an_absent_target_is_judged_too(spec: LossSpecification, targets: Targets) -> None:
-    """Nothing in the reference: finite, and predicting nothing is better than predicting something."""
+    """With an empty reference it is finite, and predicting nothing beats predicting something."""
     image, target = some_image(), torch.zeros_like(some_target(targets))
     loss = built(spec, targets)
     right, wrong = perfect_logits(target, targets, 4.0), torch.randn(2, 3, 8, 8, requires_grad=True)
@@ -131,12 +131,8 @@ def half_precision_logits_are_judged_in_full(spec: LossSpecification, targets: T
     logits = torch.randn(2, 3, 8, 8).to(torch.bfloat16)
     loss = built(spec, targets)
     value, full = loss(logits, target, image), loss(logits.float(), target, image)
-    require(
-        value.dtype == torch.float32, f"bfloat16 logits are judged in {value.dtype}; use losses.base.full_precision"
-    )
-    require(
-        close(value.item(), full.item()), f"of bfloat16 logits it is {value.item()}, of the same in full {full.item()}"
-    )
+    require(value.dtype == torch.float32, f"for bfloat16 logits it is {value.dtype}; use losses.base.full_precision")
+    require(close(value.item(), full.item()), f"for bfloat16 logits it is {value.item()}, in float32 {full.item()}")
 
 
 def volumes_are_judged_like_slices(spec: LossSpecification, targets: Targets) -> None:

@@ -30,7 +30,7 @@ def compared(reference: Mask, prediction: Mask, spacing_mm: tuple[float, ...] = 
 
 @lru_cache
 def blobs() -> tuple[Mask, Mask]:
-    """A reference of three lumps and a prediction that finds two, moved, and one more; empty at every side."""
+    """A reference with three blobs, and a prediction with two of them, shifted, and another; empty at every border."""
     index = np.stack(np.meshgrid(*(np.arange(n) for n in (24, 20, 11)), indexing="ij"), axis=-1)
     lumps = [((7, 7, 4), 3.2), ((16, 8, 6), 2.4), ((12, 14, 5), 1.5), ((18, 15, 7), 1.3)]
     balls = [(((index - centre) / (1, 1, 0.6)) ** 2).sum(-1) <= radius**2 for centre, radius in lumps]
@@ -39,7 +39,7 @@ def blobs() -> tuple[Mask, Mask]:
 
 @lru_cache
 def changed() -> tuple[tuple[str, Comparison], ...]:
-    """The same two masks mirrored, moved, and with their axes in other orders."""
+    """The same two masks mirrored, shifted, and with their axes permuted."""
     reference, prediction = blobs()
     flips = [tuple(slice(None, None, step) for step in steps) for steps in product((1, -1), repeat=3)]
     return (
@@ -62,7 +62,7 @@ def it_has_a_name_a_definition_and_decimals(metric: Metric) -> None:
 
 
 def it_is_a_number_whatever_is_empty(metric: Metric) -> None:
-    """Undefined is NaN; nothing is raised."""
+    """Undefined values are NaN; nothing is raised."""
     some, none = blobs()[0], np.zeros_like(blobs()[0])
     for what, pair in (
         ("both are", (none, none)),
@@ -70,7 +70,7 @@ def it_is_a_number_whatever_is_empty(metric: Metric) -> None:
         ("the prediction is", (some, none)),
     ):
         value = metric.of(compared(*pair))
-        require(isinstance(value, float | int | np.number), f"where {what} empty it is {value!r}, no number")
+        require(isinstance(value, float | int | np.number), f"where {what} empty it is {value!r}, not a number")
 
 
 def flips_shifts_and_permuted_axes_change_nothing(metric: Metric) -> None:
@@ -84,7 +84,9 @@ def perfection_is_the_best(metric: Metric) -> None:
     reference, prediction = blobs()
     best, other = float(metric.of(compared(reference, reference))), float(metric.of(compared(reference, prediction)))
     worse = best < other if metric.better == "higher" else best > other
-    require(metric.better is None or not worse, f"it is {best} where all is right and {other} where it is not")
+    require(
+        metric.better is None or not worse, f"it is {best} for a perfect prediction and {other} for an imperfect one"
+    )
 
 
 METRIC_LAWS: tuple[Law, ...] = (

@@ -18,23 +18,23 @@ from delineate.testing.laws import Law, hold, require, require_own_name, survive
 
 
 def check_network(spec: Architecture, *, skip: Iterable[str] = ()) -> None:
-    """Hold a network to :data:`NETWORK_LAWS`, with the given fields; keep it small, it is built and run often."""
+    """Hold a network to :data:`NETWORK_LAWS`, with the given fields; keep it small, since it is built and run often."""
     hold(repr(spec), NETWORK_LAWS, tuple(skip), spec)
 
 
 def sides_for(spec: Architecture, multiple: int = 2) -> list[int]:
-    """Sides that a network takes, of some divisors each."""
+    """Sides that a network accepts, ``multiple`` divisors each."""
     return [max(multiple * d, s) for d, s in zip(spec.divisor, spec.smallest, strict=True)]
 
 
 def image_for(spec: Architecture, channels: int = 2, multiple: int = 2, batch: int = 2) -> Tensor:
-    """Noise that a network takes."""
+    """An image of noise that a network accepts."""
     torch.manual_seed(0)
     return torch.randn(batch, channels, *sides_for(spec, multiple))
 
 
 def finest(answer: Any) -> Tensor:
-    """The logits, of a deeply supervised network the first."""
+    """The logits; if deeply supervised, the first ones."""
     logits: Tensor = answer[0] if isinstance(answer, tuple) else answer
     return logits
 
@@ -64,10 +64,10 @@ def every_parameter_and_input_channel_has_a_gradient(spec: Architecture) -> None
     answer = network(image)
     torch.autograd.backward([a.square().sum() for a in (answer if isinstance(answer, tuple) else (answer,))])
     dead = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    require(not dead, f"nothing is learnt by {', '.join(dead)}")
+    require(not dead, f"no gradient reaches {', '.join(dead)}")
     assert image.grad is not None
     seen = (image.grad.abs().sum(dim=(0, *range(2, image.ndim))) > 0).all()
-    require(seen, "a channel of the image changes nothing")
+    require(seen, "no gradient reaches some channel of the image")
 
 
 def a_divisor_more_is_taken_along_every_axis(spec: Architecture) -> None:
@@ -113,7 +113,7 @@ def it_runs_in_bfloat16(spec: Architecture) -> None:
 
 
 def it_traces_into_one_graph(spec: Architecture) -> None:
-    """Without breaks, so that compilation sees all of it."""
+    """Without graph breaks, so that compilation sees all of it."""
     network, image = spec.build(2, 3), image_for(spec)
     compiled: Any = torch.compile(network, backend="aot_eager", fullgraph=True, dynamic=False)
     with torch.no_grad():

@@ -21,7 +21,7 @@ def check_sampler(spec: SamplerSpecification, *, geometry: TileGeometry = CUBES,
 
 
 def prepared_subject(name: str, shape: tuple[int, int, int], seed: int) -> PreparedSubject:
-    """A cube of target 1 and a single voxel of target 2 in noise; each voxel of the image is distinct."""
+    """A cube of target 1 and a single voxel of target 2 in noise; all voxels of the image differ."""
     rng = np.random.default_rng(seed)
     target = np.zeros((1, *shape), dtype=np.uint8)
     target[0, 2:4, 2:4, 2:4] = 1
@@ -46,7 +46,7 @@ def a_draw_depends_on_seed_and_number_alone(spec: SamplerSpecification, geometry
     forwards, backwards, other = (Sampler(spec, subjects, geometry, seed) for seed in (3, 3, 4))
     there = [forwards.draw(j)[:2] for j in range(40)]
     back = [backwards.draw(j)[:2] for j in reversed(range(40))]
-    require(there == back[::-1], "samples differ when they are drawn in another order; take chance from rng alone")
+    require(there == back[::-1], "samples differ when they are drawn in another order; use no randomness but rng")
     require(there != [other.draw(j)[:2] for j in range(40)], "another seed draws the same samples")
 
 
@@ -69,14 +69,14 @@ def a_tile_larger_than_the_volume_still_covers_it(spec: SamplerSpecification, ge
 
 
 def a_pass_shows_each_of_its_samples_once(spec: SamplerSpecification, geometry: TileGeometry) -> None:
-    """The listed tiles; or, where none are listed, the subjects."""
+    """The samples are the listed tiles or, if none are listed, the subjects."""
     subjects = five_subjects()
     sampler, listed = Sampler(spec, subjects, geometry, 0), spec.listed(subjects, geometry)
     for number in range(3):
         drawn = [sampler.draw(number * sampler.pass_length + j) for j in range(sampler.pass_length)]
         if listed:
             found, wanted = {d[:2] for d in drawn}, set(listed)
-            require(found == wanted, f"a pass shows {len(found)} tiles, of which {len(found & wanted)} are listed")
+            require(found == wanted, f"a pass shows {len(found)} tiles, {len(found & wanted)} of them listed")
         else:
             seen = sorted(d.subject for d in drawn)
             require(seen == list(range(len(subjects))), f"a pass shows the subjects {seen}")

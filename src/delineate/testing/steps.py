@@ -22,9 +22,10 @@ _GRIDS = 8
 
 
 def check_step(step: Step, *, skip: Iterable[str] = ()) -> None:
-    """Hold a step to :data:`STEP_LAWS` and, as it moves voxels or not, :data:`MOVING_LAWS` or :data:`STILL_LAWS`.
+    """Hold a step to :data:`STEP_LAWS` and, depending on whether it moves voxels, :data:`MOVING_LAWS` or
+    :data:`STILL_LAWS`.
 
-    A step that needs fitting is fitted first. One that moves voxels must leave their intensities.
+    A step that needs fitting is fitted first. One that moves voxels must not change their intensities.
     """
     skip = tuple(skip)
     upright = Grid.of_spacing((11, 12, 13), (1, 0.8, 3))
@@ -39,7 +40,7 @@ def check_step(step: Step, *, skip: Iterable[str] = ()) -> None:
 
 
 def grids(rng: np.random.Generator, n: int) -> Iterator[Grid]:
-    """Axes in any order and direction, turned by any small angle, spaced differently."""
+    """Grids with axes in any order and direction, rotated by small angles, with different spacings."""
     for _ in range(n):
         yield grid_of(
             rng.integers(11, 14, 3).tolist(),
@@ -59,7 +60,7 @@ def grid_of(
     signs: Sequence[int],
     origin_mm: Sequence[float],
 ) -> Grid:
-    """A grid whose axes are turned about z and x, in some order and direction."""
+    """A grid whose axes, in a given order and direction, are rotated about z and x."""
     (a, b), (x, y, z) = angles, shape
     about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     about_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
@@ -151,7 +152,7 @@ def what_lies_on_another_grid_is_refused(step: Stepping, grid: Grid) -> None:
             call()
         except CannotUndo:
             continue
-        raise AssertionError(f"{what} of another shape are taken; raise CannotUndo")
+        raise AssertionError(f"{what} of another shape are accepted; raise CannotUndo")
 
 
 def no_label_is_invented(step: Stepping, grid: Grid) -> None:
@@ -159,7 +160,7 @@ def no_label_is_invented(step: Stepping, grid: Grid) -> None:
     values = np.array([0, 2, 7, IGNORED], dtype=np.uint8)
     encoded = values[np.random.default_rng(7).integers(0, 4, (2, *grid.shape))]
     new = set(np.unique(undo.forward_label(encoded)).tolist()) - set(values.tolist())
-    require(not new, f"values appear in the label that were not there: {new}")
+    require(not new, f"new values appear in the label: {new}")
 
 
 def voxels_lie_where_the_returned_grid_says(step: Stepping, grid: Grid) -> None:
@@ -177,12 +178,14 @@ def undo_brings_voxels_back_to_where_they_were(step: Stepping, grid: Grid) -> No
     returned = undo(prepared.voxels[:3], outside=np.nan)
     require(undo.before.matches(grid, tolerance_mm=1e-9), "the undo's grid before is not the scan's")
     require(undo.after.matches(prepared.grid, tolerance_mm=1e-9), "the undo's grid after is not the prepared one")
-    require(returned.shape[1:] == grid.shape, f"{returned.shape[1:]} voxels return of {grid.shape}")
+    require(returned.shape[1:] == grid.shape, f"{returned.shape[1:]} voxels return, not {grid.shape}")
     kept = ~np.isnan(returned[0])
     require(kept[block(grid) > 0].all(), "some of the block at the centre is lost")
     moved_mm = np.linalg.norm(returned - volume.voxels[:3], axis=0)[kept].max()
     most_mm = voxel_radius_mm(grid, prepared.grid) if undo.interpolates else 0.0
-    require(moved_mm <= most_mm, f"voxels return {moved_mm:.3f} mm from where they were; {most_mm:.3f} is the most")
+    require(
+        moved_mm <= most_mm, f"voxels return {moved_mm:.3f} mm from where they were; at most {most_mm:.3f} is allowed"
+    )
 
 
 def labels_keep_their_millimetres(step: Stepping, grid: Grid) -> None:
@@ -190,7 +193,9 @@ def labels_keep_their_millimetres(step: Stepping, grid: Grid) -> None:
     moved = undo.forward_label(block(grid)[None])[0]
     distance_mm = np.linalg.norm(centroid_mm(moved, undo.after) - centroid_mm(block(grid), grid))
     most_mm = voxel_radius_mm(undo.after) if undo.interpolates else 1e-6
-    require(distance_mm <= most_mm, f"the label's centre moves by {distance_mm:.3f} mm; {most_mm:.3f} is the most")
+    require(
+        distance_mm <= most_mm, f"the label's centre moves by {distance_mm:.3f} mm; at most {most_mm:.3f} is allowed"
+    )
 
 
 def labels_go_where_the_scan_goes(step: Stepping, grid: Grid) -> None:

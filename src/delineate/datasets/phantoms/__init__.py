@@ -1,1 +1,1 @@
-"""Simulated scans whose truth is known: anatomies, the scanners that see them, and data sets of both."""
+"""Simulated scans with known truth: anatomies, the scanners that image them, and data sets of both."""

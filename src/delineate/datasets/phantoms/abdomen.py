@@ -1,4 +1,4 @@
-"""Abdomens: a liver with vessels, tumours or cysts, and what lies around it."""
+"""Abdomens: a liver with vessels, tumours or cysts, and its surroundings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIVER, TUMOUR, CYST = "liver", "tumour", "cyst"
 
 
 def with_tumours(rng: np.random.Generator) -> Anatomy:
-    """A liver of 1 to 2 l with one to four tumours, 7 to 26 mm in radius, some with a necrotic core."""
+    """A liver of 1 to 2 l with one to four tumours of 7 to 26 mm radius, some with a necrotic core."""
     anatomy, lobes = _abdomen(rng)
     parts = []
     for _ in range(rng.integers(1, 5)):
@@ -38,7 +38,7 @@ def with_tumours(rng: np.random.Generator) -> Anatomy:
 
 
 def with_fat(rng: np.random.Generator) -> Anatomy:
-    """A liver whose fat fraction, 1 to 40 %, is the patient's own; every fifth has cysts."""
+    """A liver with a fat fraction of 1 to 40 % that differs by patient; one in five has cysts."""
     anatomy, lobes = _abdomen(rng)
     share = float(np.clip(rng.lognormal(np.log(0.055), 0.85), 0.01, 0.4))
     parts = []
@@ -50,13 +50,13 @@ def with_fat(rng: np.random.Generator) -> Anatomy:
 
 
 def _with_parts(anatomy: Anatomy, parts: list[Part]) -> Anatomy:
-    """The parts painted after the liver's vessels, before what covers it."""
+    """The anatomy with ``parts`` painted after the liver's vessels and before whatever covers the liver."""
     *before, gallbladder = anatomy.parts
     return replace(anatomy, parts=(*before, *parts, gallbladder))
 
 
 def _abdomen(rng: np.random.Generator) -> tuple[Anatomy, tuple[Ellipsoid, Ellipsoid]]:
-    """About 330 × 230 mm across, with the liver on the patient's right; and its lobes."""
+    """An abdomen about 330 × 230 mm across, with the liver on the patient's right, and the liver's lobes."""
     scale = rng.normal(1, 0.05)
     width, depth = scale * rng.normal(165, 8), scale * rng.normal(115, 7)
     fat = rng.uniform(10, 24)
@@ -102,7 +102,7 @@ def _spine(rng: np.random.Generator, depth: float) -> tuple[Part, ...]:
 
 
 def _ribs(rng: np.random.Generator, width: float, depth: float) -> list[Part]:
-    """Cut by a plane across, ribs are short bars around the chest's wall, lower in front."""
+    """Ribs: where an axial plane cuts them, short bars around the chest wall, lower in front."""
     ribs = []
     for angle in np.arange(-165, 196, 26) + rng.uniform(-6, 6):
         radians = np.radians(angle)
@@ -152,7 +152,7 @@ def _other_organs(rng: np.random.Generator, width: float, scale: float) -> list[
 
 
 def _vessels(rng: np.random.Generator, *lobes: Ellipsoid) -> list[tuple[Shape, ...]]:
-    """Three large ones and small ones, long and thin, running outwards from near a lobe's middle."""
+    """Three large vessels and several small ones, long and thin, running outwards from near a lobe's middle."""
     large = [(lobes[0], angle, rng.uniform(36, 52), rng.uniform(3.5, 5.0)) for angle in (10, 70, 130)]
     small = [(lobes[i % 3 == 0], rng.uniform(0, 180), rng.uniform(14, 30), rng.uniform(1.5, 2.6)) for i in range(14)]
     return [
@@ -169,7 +169,7 @@ def _vessels(rng: np.random.Generator, *lobes: Ellipsoid) -> list[tuple[Shape, .
 
 
 def _blob(rng: np.random.Generator, lobes: tuple[Ellipsoid, Ellipsoid], radius_mm: float) -> Ellipsoid:
-    """Somewhere in the inner part of a lobe, mostly of the larger."""
+    """An ellipsoid somewhere in the inner part of a lobe, usually the larger one."""
     lobe = lobes[int(rng.random() > 0.75)]
     direction = rng.normal(size=3)
     place = direction / np.linalg.norm(direction) * 0.65 * rng.random() ** (1 / 3) * lobe.radii_mm

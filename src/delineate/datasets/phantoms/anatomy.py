@@ -1,4 +1,4 @@
-"""Bodies made of smooth shapes in world millimetres, deformed smoothly, as signals and shares on any grid."""
+"""Bodies made of smooth shapes in world millimetres, smoothly deformed, rendered as signals and shares on any grid."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Point = tuple[float, float, float]
 Box = tuple[slice, slice, slice]
 
 BEYOND_MM = 500.0
-"""Half the height of what leaves the field of view above and below."""
+"""Half the height of parts that extend beyond the field of view above and below."""
 
 
 @dataclass(frozen=True, eq=False)
 class SmoothField:
-    """A random smooth function of the world: a sum of plane waves.
+    """A random smooth function of world position: a sum of plane waves.
 
-    ``waves`` (K, 3) in radians a millimetre, ``amplitudes`` (K, C) complex, for C components, each
-    with mean 0 and deviation 1 over the world.
+    ``waves`` (K, 3) are in radians per millimetre, ``amplitudes`` (K, C) complex, for C components, each
+    with mean 0 and standard deviation 1 over the world.
     """
 
     waves: NDArray[np.float64]
@@ -33,7 +33,7 @@ class SmoothField:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, wavelengths_mm: tuple[float, float], components: int = 1) -> Self:
-        """Waves in all directions, with lengths between the two given."""
+        """Draw waves in all directions, with wavelengths between the two given."""
         count = 24
         directions = rng.normal(size=(count, 3))
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -45,9 +45,9 @@ class SmoothField:
     def on(self, grid: Grid) -> Field:
         """Values (C, X, Y, Z) at the grid's voxels.
 
-        A wave is a product of one factor an axis, so that all waves together are one matrix product.
+        A wave is the product of one factor per axis, so all waves together are one matrix product.
         """
-        along = self.waves @ grid.affine[:3, :3]  # (K, 3), radians a voxel
+        along = self.waves @ grid.affine[:3, :3]  # (K, 3), radians per voxel
         x, y, z = (np.exp(1j * along[:, [axis]] * np.arange(n)) for axis, n in enumerate(grid.shape))
         start = self.amplitudes * np.exp(1j * (self.waves @ grid.affine[:3, 3]))[:, None]
         plane = (x[:, :, None] * y[:, None, :]).reshape(len(x), -1)  # (K, X·Y)
@@ -62,15 +62,15 @@ class Shape(Protocol):
     """A region of the world."""
 
     def distance_mm(self, world: Field, grid: Grid) -> Field:
-        """About the distance (X, Y, Z) from the surface, negative inside, of the grid's voxels at ``world``."""
+        """Approximate distance (X, Y, Z) of the grid's voxels, at ``world``, from the surface; negative inside."""
 
     def box(self, grid: Grid, reach_mm: float) -> Box:
-        """The voxels that lie in the shape or within a distance of it."""
+        """A box around the voxels that lie in the shape or within ``reach_mm`` of it."""
 
 
 @dataclass(frozen=True)
 class Ellipsoid:
-    """``power`` 2 is an ellipsoid, more is boxier; ``turn_degrees`` is about z, then x."""
+    """A ``power`` of 2 is an ellipsoid, a larger one is boxier; ``turn_degrees`` are about z, then x."""
 
     centre_mm: Point
     radii_mm: Point
@@ -108,7 +108,7 @@ class Ellipsoid:
 
 @dataclass(frozen=True, eq=False)
 class Rough:
-    """A shape whose surface a random field moves in and out, by ``deviation_mm``."""
+    """A shape whose surface is moved in and out by a random field with standard deviation ``deviation_mm``."""
 
     shape: Shape
     field: SmoothField
@@ -123,10 +123,10 @@ class Rough:
 
 @dataclass(frozen=True, eq=False)
 class Folds:
-    """Sheets that reach from a shape's surface inwards, as sulci do: where a random field is near zero.
+    """Sheets that reach inwards from a shape's surface, as sulci do: where a random field is near zero.
 
-    ``width_mm`` wide at the surface, they end ``depth_mm`` below it. ``steepness_mm`` is how far
-    apart places lie where the field differs by one.
+    They are ``width_mm`` wide at the surface and end ``depth_mm`` below it. ``steepness_mm`` is the
+    distance over which the field changes by one.
     """
 
     shape: Shape
@@ -146,12 +146,12 @@ class Folds:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the body, of one tissue: its shapes, merged without a crease.
+    """A part of the body, made of one tissue: its shapes, merged without a crease.
 
-    It lies ``(shape, margin in mm)`` inside of each of ``inside`` and as far outside of each of
-    ``outside``. ``within`` names an earlier part that it belongs to: it is drawn where that one is,
-    and counts as it. What is not within another part takes its place. Only parts with a ``name``
-    are told apart in the truth; parts of one name are one.
+    ``inside`` and ``outside`` hold pairs ``(shape, margin in mm)``: the part lies at least the margin inside
+    or outside each shape. ``within`` names an earlier part that it belongs to: it is drawn only where that
+    one is, and counts as part of it. Otherwise a part replaces whatever was there. Only parts with a
+    ``name`` are distinguished in the truth; parts with the same name are one.
     """
 
     tissue: str
@@ -179,9 +179,9 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """A body, independent of any scanner: its parts, painted one over the other on air.
+    """A body, independent of any scanner: its parts, painted one over another on air.
 
-    ``tissues`` are this patient's own where they are not :data:`TISSUES`.
+    ``tissues`` are this patient's own, which take precedence over :data:`TISSUES`.
     """
 
     parts: tuple[Part, ...]
@@ -191,14 +191,14 @@ class Anatomy:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the parts that the truth tells apart, in the order in which they are painted."""
+        """Names of the parts that the truth distinguishes, in the order in which they are painted."""
         return tuple(dict.fromkeys(part.name for part in self.parts if part.name))
 
     def tissue(self, name: str) -> Tissue:
         return self.tissues.get(name, TISSUES[name])
 
     def render(self, grid: Grid, signals: Mapping[str, NDArray[np.float32]]) -> tuple[Field, dict[str, Field]]:
-        """Signals (C, X, Y, Z) of the tissues' ``signals`` (C,), and each named part's share (X, Y, Z) of a voxel.
+        """Signals (C, X, Y, Z) from the tissues' ``signals`` (C,), and each named part's share (X, Y, Z) of a voxel.
 
         A border is as wide as a voxel in the plane.
         """
@@ -228,7 +228,7 @@ class Anatomy:
         return image, shares
 
     def _belonging(self) -> dict[str, set[str]]:
-        """Each name with those that it lies within, itself among them."""
+        """Each name with those that it lies within, itself included."""
         belongs: dict[str, set[str]] = {"": set()}
         for part in self.parts:
             if part.name:

@@ -1,4 +1,4 @@
-"""Heads: a folded brain with ventricles, and in it a tumour or white matter lesions."""
+"""Heads: a folded brain with ventricles and a tumour or white matter lesions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LESION, OTHER = "lesion", "other pathology"
 
 
 def with_tumour(rng: np.random.Generator) -> Anatomy:
-    """One tumour: edema along the white matter, in it a rim that enhances around a core that does not."""
+    """One tumour: edema along the white matter, containing an enhancing rim around a core that does not enhance."""
     head = _Head.draw(rng, age=rng.uniform(40, 75))
     radius = float(np.clip(rng.lognormal(np.log(19), 0.25), 11, 30))
     side = rng.choice((-1.0, 1.0))
@@ -39,7 +39,7 @@ def with_tumour(rng: np.random.Generator) -> Anatomy:
     spread = rough(rng.uniform(1.55, 2.0), 0.22 * radius, 3)
     rim, core = rough(0.92, 0.1 * radius), rough(rng.uniform(0.62, 0.8), 0.1 * radius)
     parts = [
-        # Edema keeps to the white matter; the tumour itself grows through whatever is there.
+        # Edema stays in the white matter; the tumour itself grows through anything.
         Part("edema", (spread,), EDEMA, within=WHITE),
         Part("edema", (rough(1.05, 0.1 * radius),), EDEMA, within=BRAIN),
         Part("brain tumour", (rim,), ENHANCING, within=EDEMA),
@@ -49,7 +49,7 @@ def with_tumour(rng: np.random.Generator) -> Anatomy:
 
 
 def with_lesions(rng: np.random.Generator) -> Anatomy:
-    """White matter lesions around the ventricles and in the depth, few or many; every eighth has an old infarct."""
+    """White matter lesions, periventricular and deep, few or many; one brain in eight has an old infarct."""
     age = rng.uniform(55, 85)
     head = _Head.draw(rng, age)
     load = float(np.clip(rng.lognormal(0.0, 0.8), 0.15, 4.0))
@@ -81,7 +81,7 @@ def with_lesions(rng: np.random.Generator) -> Anatomy:
 
 @dataclass(frozen=True, eq=False)
 class _Head:
-    """What all heads have: parts below what a disease adds, and parts that lie over it."""
+    """What all heads have: parts painted before those that a disease adds, and parts painted after them."""
 
     below: tuple[Part, ...]
     over: tuple[Part, ...]

@@ -1,4 +1,4 @@
-"""Kinds of simulated scans: an anatomy, the scanners that see it, and what is delineated."""
+"""Kinds of simulated scans: an anatomy, the scanners that image it, and what is delineated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from delineate.errors import RecipeError
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """``values`` are the label's, by the anatomy's names, later ones over earlier; ``layout`` is the usual one.
+    """``values`` are label values by the anatomy's names, later ones on top; ``layout`` is the usual one.
 
     Patients take turns on the scanners, which are the sites. ``modality`` is "MR" or "CT".
     """
@@ -40,17 +40,17 @@ class Kind:
         return self.scanners[patient % len(self.scanners)]
 
     def simulate(self, seed: int, patient: int) -> tuple[Volume, LabelVolume, Anatomy]:
-        """Scan (C, X, Y, Z), label and anatomy of a patient: a function of kind, seed and number."""
+        """A patient's scan (C, X, Y, Z), label and anatomy: a function of kind, seed and number."""
         rng = np.random.default_rng((seed, patient))
         anatomy = self.draw(rng)
         return *self.scanner_of(patient).acquire(anatomy, self.values, rng), anatomy
 
 
 def kind_named(name: str) -> Kind:
-    """Raises :class:`RecipeError`, naming all, for one that is not there."""
+    """The kind of this name. Raises :class:`RecipeError`, listing all, if there is none."""
     if name not in KINDS:
         known = ", ".join(KINDS)
-        raise RecipeError(f"there is no kind '{name}' of simulated scans", fix=f"there are {known}{near(name, KINDS)}")
+        raise RecipeError(f"there is no kind '{name}' of simulated scan", fix=f"known are {known}{near(name, KINDS)}")
     return KINDS[name]
 
 
@@ -76,7 +76,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind(
             "abdomen",
-            "Coarse abdomens on two scanners, for demonstrations: T1 with dark tumours, T2 with bright ones.",
+            "Coarse abdomens on two scanners, for demonstrations: T1 with dark tumours, T2 with bright tumours.",
             abdomen.with_tumours,
             (
                 Scanner(
@@ -102,7 +102,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "liver",
-            "Livers with tumours on T1 gradient echo in the arterial phase.",
+            "Livers with tumours on arterial-phase T1 gradient echo.",
             abdomen.with_tumours,
             (Scanner("north", (320, 260, 72), (1.2, 1.2, 2.5), (_ARTERIAL,), noise=0.08, bias=0.15),),
             {abdomen.LIVER: 1, abdomen.TUMOUR: 2},
@@ -110,7 +110,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "liver-ct",
-            "The same livers on CT in the portal phase, with ragged numbers of slices.",
+            "The same livers on portal-phase CT, with varying numbers of slices.",
             abdomen.with_tumours,
             (
                 Scanner(
@@ -129,7 +129,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "liver-fat",
-            "Water and fat images and the fat fraction in percent, of livers on two scanners; a few with cysts.",
+            "Livers on two scanners: water and fat images and the fat fraction in percent; a few have cysts.",
             abdomen.with_fat,
             (
                 Scanner("scanner1", (192, 160, 55), (2.0, 2.0, 5.0), _dixon(10, 4.6, 3), noise=0.012, bias=0.1),
@@ -218,7 +218,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "prostate",
-            "T2 of prostates on four scanners of different resolution, contrast and coils.",
+            "T2 of prostates on four scanners that differ in resolution, contrast and coils.",
             pelvis.with_prostate,
             (
                 Scanner("site1", (320, 320, 24), (0.625, 0.625, 3.6), _t2(4500, 105), noise=0.15, bias=0.12),

@@ -1,4 +1,4 @@
-"""Male pelves: a prostate with its zones, between bladder and rectum."""
+"""Male pelves: a prostate with its zones between bladder and rectum."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROSTATE = "prostate"
 
 
 def with_prostate(rng: np.random.Generator) -> Anatomy:
-    """A gland of 20 to 110 ml; the larger, the more nodules its centre has."""
+    """A gland of 20 to 110 ml; the larger it is, the more nodules its centre has."""
     size = float(np.clip(rng.lognormal(0.0, 0.16), 0.75, 1.45))
     gland = Ellipsoid((0, 0, 0), sized((24, 16.5, 21), size), 2.3)
     centre = Ellipsoid((0, 3.2 * size, 2.5), sized((17, 11.5, 17), size * rng.uniform(0.95, 1.05)), 2.3)

@@ -15,10 +15,10 @@ from delineate.datasets.phantoms.anatomy import Anatomy, Field, SmoothField
 from delineate.datasets.phantoms.tissues import TISSUES, Sequence
 
 _MOST_SUBSLICES = 3
-"""Planes simulated and averaged for each slice: thick slices mix what lies above each other."""
+"""Planes simulated and averaged for each slice: thick slices mix whatever lies above each other."""
 
 _SLAB = 4
-"""Slices rendered at once: few enough to stay in the processor's caches."""
+"""Slices rendered at a time: few enough to stay in the processor's caches."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,12 @@ class Scanner:
     """A simulated scanner and its protocol; each of its ``sequences`` is a channel.
 
     ``shape`` and ``spacing_mm`` are along right, front and up; files are stored in ``orientation``.
-    ``centre_mm`` is where the middle of the field of view lies, about; an ``oblique`` one is tilted by
-    some degrees. ``slices`` are how many slices a scan may have, where that differs from scan to scan.
-    ``noise`` is the deviation in each quadrature channel relative to muscle's signal, or in
-    Hounsfield units; ``bias`` the deviation of the coils' log sensitivity; ``blur`` the share of a
-    voxel's signal that its neighbours in the plane get; ``gain`` the number that muscle's signal is
-    stored as.
-    ``stripped`` names the part outside of which all is set to zero, as after skull stripping.
+    ``centre_mm`` is approximately the middle of the field of view; an ``oblique`` one is tilted by a
+    few degrees. ``slices`` is the range of slices that a scan may have, where that varies.
+    ``noise`` is the standard deviation in each quadrature channel relative to muscle's signal, or in
+    Hounsfield units; ``bias`` that of the coils' log sensitivity; ``blur`` the fraction of a voxel's
+    signal that spreads to its neighbours in the plane; ``gain`` the stored value of muscle's signal.
+    ``stripped`` names the part outside which everything is set to zero, as after skull stripping.
     """
 
     name: str
@@ -52,16 +51,16 @@ class Scanner:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Names of the channels, a fat fraction among them where water and fat are told apart."""
+        """Channel names, with a fat fraction if there are water and fat images."""
         kinds = {sequence.kind for sequence in self.sequences}
         return tuple(s.channel for s in self.sequences) + (("fat_fraction",) if {"water", "fat"} <= kinds else ())
 
     def acquire(
         self, anatomy: Anatomy, values: Mapping[str, int], rng: np.random.Generator
     ) -> tuple[Volume, LabelVolume]:
-        """A scan (C, X, Y, Z) of int16 and its label: a named part has its value where it fills half a voxel.
+        """An int16 scan (C, X, Y, Z) and its label: a voxel has a named part's value if the part fills half of it.
 
-        Of parts within each other the later one in ``values`` counts.
+        Where parts lie within each other, the later one in ``values`` counts.
         """
         drawn = self
         if self.slices is not None:
@@ -80,7 +79,7 @@ class Scanner:
         voxels = np.rint(np.stack(channels)).astype(np.int16)
         label = np.zeros(grid.shape, dtype=np.uint8)
         for name, value in values.items():
-            if name in shares:  # not every patient has all of them
+            if name in shares:  # not every patient has every part
                 label[shares[name] > 0.5] = value
         if self.stripped:
             voxels[:, shares[self.stripped] < 0.5] = 0
@@ -90,7 +89,7 @@ class Scanner:
         return Volume(turned, stored), LabelVolume(permute_axes(label, *how), stored)
 
     def _seen(self, anatomy: Anatomy, grid: Grid) -> tuple[Field, dict[str, Field]]:
-        """Noiseless signals (C, X, Y, Z) and shares of the parts, averaged over each slice's thickness."""
+        """Noise-free signals (C, X, Y, Z) and the parts' shares, averaged over each slice's thickness."""
         x, y, z = grid.shape
         planes = int(np.clip(round(self.spacing_mm[2] / self.spacing_mm[0]), 1, _MOST_SUBSLICES))
         signals = {
@@ -115,19 +114,19 @@ class Scanner:
     def _received(
         self, signal: Field, sequence: Sequence, grain: Field, coils: Field, rng: np.random.Generator
     ) -> Field:
-        """What is stored of a channel: blurred, uneven, noisy, on the scanner's scale."""
+        """A channel as stored: blurred, with bias field and noise, on the scanner's scale."""
         signal = _blurred(signal, self.blur)
         if sequence.kind == "ct":
             noise = self.noise * rng.standard_normal(signal.shape, dtype=np.float32)
             return np.clip(signal + 5 * grain * (signal > -200) + 2 * _blurred(noise, self.blur), -1024, 3071)
-        # Water and fat share a scale: their ratio is what is measured.
+        # Water and fat share a scale, since their ratio is measured.
         of = replace(sequence, kind="water") if sequence.kind == "fat" else sequence
         muscle = of.signal(TISSUES["muscle"], self.field_tesla)
         received = signal / np.float32(muscle) * (1 + 0.045 * grain) * np.exp(np.float32(self.bias) * coils)
         return np.minimum(self.gain * rician(received, self.noise, rng), 32767)
 
     def _placed(self, rng: np.random.Generator) -> Grid:
-        """The field of view, near the body's centre and, unless it is a CT, a little oblique."""
+        """The field of view: near the body's centre and, except on CT, slightly oblique."""
         tilt_x, tilt_z = np.radians(rng.uniform(-4, 4, size=2)) * self.oblique
         about_x = np.array([[1, 0, 0], [0, np.cos(tilt_x), -np.sin(tilt_x)], [0, np.sin(tilt_x), np.cos(tilt_x)]])
         about_z = np.array([[np.cos(tilt_z), -np.sin(tilt_z), 0], [np.sin(tilt_z), np.cos(tilt_z), 0], [0, 0, 1]])
@@ -139,13 +138,13 @@ class Scanner:
 
 
 def rician(signal: NDArray[np.float32], noise: float, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Magnitude of a complex signal with normal noise in both channels (Gudbjartsson and Patz 1995)."""
+    """Magnitude of a complex signal with Gaussian noise in both channels (Gudbjartsson and Patz 1995)."""
     real, imaginary = noise * rng.standard_normal((2, *signal.shape), dtype=np.float32)
     return np.hypot(signal + real, imaginary)
 
 
 def _blurred(image: Field, share: float) -> Field:
-    """Each voxel gives half of ``share`` to its neighbours along the first axis, then along the second."""
+    """The image after each voxel spreads half of ``share`` to its neighbours along the first axis, then the second."""
     for axis in (0, 1):
         around = np.take(image, np.clip(np.arange(-1, image.shape[axis] + 1), 0, image.shape[axis] - 1), axis=axis)
         before, middle, after = (np.take(around, range(i, i + image.shape[axis]), axis=axis) for i in range(3))

@@ -1,7 +1,7 @@
-"""Tissues by what makes their signal, and the equations by which scanners turn it into one.
+"""Physical properties of tissues, and the equations that turn them into signals.
 
 Relaxation times at 1.5 T are after Stanisz et al. 2005 (Magnetic Resonance in Medicine 54:507) and de
-Bazelaire et al. 2004 (Radiology 230:652), rounded; what those lack is chosen to look right.
+Bazelaire et al. 2004 (Radiology 230:652), rounded; values missing there are chosen to look right.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Literal
 class Tissue:
     """T1 and T2 at 1.5 T, proton density relative to water, and attenuation on CT in the portal phase.
 
-    ``contrast_mmol`` is the agent's concentration per litre at the time of the scan, ``fat`` the
-    share of its protons that is fat's.
+    ``contrast_mmol`` is the contrast agent's concentration per litre at the time of the scan, ``fat``
+    the fraction of protons that are in fat.
     """
 
     t1_ms: float
@@ -69,15 +69,15 @@ TISSUES: Mapping[str, Tissue] = {
 }
 
 _RELAXIVITY = 4.5
-"""Of a gadolinium agent, per second and mmol per litre."""
+"""Relaxivity of a gadolinium agent, per second and mmol per litre."""
 
 
 @dataclass(frozen=True)
 class Sequence:
     """How a channel's signal follows from a tissue: an equation and its times.
 
-    ``water`` and ``fat`` images of a Dixon gradient echo hold the one kind of protons only.
-    ``contrast``: the agent was given. ``fat_suppression`` is the share of fat's signal that is lost.
+    ``water`` and ``fat`` images of a Dixon gradient echo each show one kind of proton only.
+    ``contrast``: contrast agent was given. ``fat_suppression`` is the fraction of fat's signal that is lost.
     """
 
     channel: str
@@ -93,7 +93,7 @@ class Sequence:
         """Magnitude without noise, relative to the protons of water; Hounsfield units on CT."""
         if self.kind == "ct":
             return tissue.hounsfield
-        # T1 grows with the field, but hardly that of fat and of water that is free.
+        # T1 grows with the field, but that of fat and of free water hardly does.
         longer = (field_tesla / 1.5) ** (0.35 * (1 - tissue.fat) * (tissue.t1_ms < 2500))
         contrast = tissue.contrast_mmol if self.contrast else 0.0
         water_t1 = 1 / (1 / (tissue.t1_ms * longer) + _RELAXIVITY * contrast / 1000)

@@ -34,11 +34,11 @@ def write_phantoms(
     layout: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dataset:
-    """Write ``n`` simulated patients of a kind, in its own ``layout`` or another that can hold it.
+    """Write ``n`` simulated patients of a kind, in its usual ``layout`` or another that can hold it.
 
-    Patient i is a function of kind, seed and i, so that more can be added. ``truth.csv`` has what is
-    true of each: millilitres, and the fat fraction of a liver. Raises :class:`RecipeError` for an
-    unknown kind and a layout that cannot hold it, :class:`OutputError` where ``out`` holds anything but
+    Patient i is a function of kind, seed and i, so more can be added later. ``truth.csv`` holds each
+    patient's true values: millilitres, and a liver's fat fraction. Raises :class:`RecipeError` for an
+    unknown kind or a layout that cannot hold it, :class:`OutputError` where ``out`` holds anything but
     simulated patients of this kind and seed.
     """
     chosen = kind_named(kind)
@@ -47,7 +47,7 @@ def write_phantoms(
     if name not in holding:
         hint = "" if name in ARRANGEMENTS else near(name, holding)
         raise RecipeError(
-            f"'{name}' cannot hold simulated scans of kind '{kind}'", fix=f"{', '.join(holding)} can{hint}"
+            f"layout '{name}' cannot hold simulated scans of kind '{kind}'", fix=f"{', '.join(holding)} can{hint}"
         )
     arrangement, rows = ARRANGEMENTS[name], []
     _check_alike(out, kind, seed)
@@ -64,7 +64,7 @@ def write_phantoms(
     if not arrangement.sites_are_folders:
         write_table(out / "sites.csv", ("subject", "site"), rows)
     if arrangement.describe is not None:
-        # Last: a folder without it is no data set, so that one that was stopped half-way is not taken for whole.
+        # Last: a folder without it is not a data set, so one that was interrupted is not taken for complete.
         _write_json(out / "dataset.json", arrangement.describe(chosen, n))
     if arrangement.by_patterns:
         return open_dataset(out, images=f"*/{chosen.channels[0]}.nii", labels="*/label.nii")
@@ -72,7 +72,7 @@ def write_phantoms(
 
 
 def _check_alike(out: Path, kind: str, seed: int) -> None:
-    """Raise :class:`OutputError` where files of another origin would be written over, or mixed with simulated ones."""
+    """Raise :class:`OutputError` where files from elsewhere would be overwritten or mixed with simulated ones."""
     check_folder(out)
     if not out.is_dir() or not any(out.iterdir()):
         return
@@ -83,16 +83,16 @@ def _check_alike(out: Path, kind: str, seed: int) -> None:
         alike = False
     if not alike:
         raise OutputError(
-            f"'{out}' holds something else than simulated scans of kind '{kind}', seed {seed}", fix="name a new folder"
+            f"'{out}' holds other files than simulated scans of kind '{kind}', seed {seed}", fix="name a new folder"
         )
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A layout as something to write: which kinds it ``holds``, and a patient's files in it.
+    """How to write a layout: which kinds it ``holds``, and a patient's files in it.
 
-    ``describe`` makes its dataset.json where it has one. Sites may be told by folders instead of
-    sites.csv, and files by patterns where no layout knows them.
+    ``describe`` makes its dataset.json, if it has one. Sites may be given by folders instead of
+    sites.csv, and files by patterns where no layout recognises them.
     """
 
     holds: Callable[[Kind], bool]
@@ -203,7 +203,7 @@ ARRANGEMENTS: dict[str, Arrangement] = {
         lambda kind: len(kind.channels) == 1 and not kind.ignored, _name, _write_cases, by_patterns=True
     ),
 }
-"""``cases`` is a folder for each patient with the scan and ``label.nii``, opened by patterns."""
+"""``cases`` has a folder for each patient with the scan and ``label.nii``, opened by patterns."""
 
 
 def _by_value(kind: Kind) -> list[tuple[str, int]]:
@@ -215,7 +215,7 @@ def _modality(kind: Kind, channel: str) -> str:
 
 
 def _truth(kind: Kind, label: LabelVolume, anatomy: Anatomy) -> dict[str, str]:
-    """What is true of a patient, as columns."""
+    """A patient's true values, as columns."""
     truth = {
         f"{part}_ml": f"{np.count_nonzero(label.voxels == value) * label.grid.voxel_ml:.3f}"
         for part, value in kind.values.items()
