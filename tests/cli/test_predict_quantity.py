@@ -169,6 +169,8 @@ def test_maps_may_lie_beside_the_scans(bundle: Path, patients: Path, tmp_path: P
             assert all(rows(tmp_path / "one")["a_water", key[1]][name] == row[name] for name in NUMBERS)
     refused = predict(bundle, patients, *WATER, *one, "-o", tmp_path / "two", code=1)
     assert "one map of fat_fraction, for 2 subjects" in str(refused.exception)
+    refused = predict(bundle, patients, *WATER, "--quantity", f"water={maps}", "-o", tmp_path / "two", code=1)
+    assert "the bundle itself takes water" in str(refused.exception), "the network would see the map"
     (maps / "b_fat_fraction.nii.gz").unlink()
     answer = json.loads(predict(bundle, patients, *beside, "-o", tmp_path / "lacking", "--json", code=1).stdout)
     assert [(row["subject"], row["code"]) for row in answer["failed"]] == [("b", "E_MISSING")]

@@ -338,6 +338,23 @@ def test_a_quantity_is_read_inside_its_margin_and_who_changes_sides_is_named(tmp
         )
 
 
+def test_maps_may_lie_beside_labels(tmp_path: Path) -> None:
+    fat = np.full((1, *GRID.shape), 3.0, np.float32)
+    fat[0][LIVER] = 8.0
+    for name in "ab":
+        for folder in ("references", "predictions"):
+            write_label(tmp_path / folder / f"{name}.nii.gz", label(v1=LIVER))
+        write_volume(tmp_path / f"maps/{name}.nii.gz", Volume(fat, GRID))
+    measuring = Measuring("dice", quantity=QuantityMap("fat_fraction", maps=tmp_path / "maps"))
+    evaluation = evaluate_folders(tmp_path / "predictions", tmp_path / "references", Targets({"l": (1,)}), measuring)
+    assert evaluation.table["quantity_mean"].tolist() == [8, 8]
+    evaluation.write(tmp_path / "out")
+    assert str(tmp_path) not in (tmp_path / "out/summary.json").read_text(encoding="utf-8"), "a place is nobody else's"
+    (tmp_path / "maps/b.nii.gz").unlink()
+    with pytest.raises(MissingFile, match="lacks fat_fraction"):
+        evaluate_folders(tmp_path / "predictions", tmp_path / "references", Targets({"l": (1,)}), measuring)
+
+
 def test_probabilities_are_measured_where_they_lie(tmp_path: Path) -> None:
     write_label(tmp_path / "references/a.nii.gz", label(v1=LIVER))
     write_label(tmp_path / "predictions/a.nii.gz", label(v1=LIVER))

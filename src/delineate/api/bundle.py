@@ -18,9 +18,9 @@ from delineate.core.subject import Subject
 from delineate.core.tables import html_table
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
-from delineate.datasets.dataset import Dataset, check_grids, load_scan, with_maps
+from delineate.datasets.dataset import Dataset, check_grids, load_scan
 from delineate.errors import BadVoxels, BundleError, DatasetError, DelineateError, MissingFile, RecipeError
-from delineate.inference.batch import find_subjects, measure_predicted, predict_subjects, unseen_by
+from delineate.inference.batch import find_subjects, measure_predicted, predict_subjects, unseen_by, with_quantity
 from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Predictor
 from delineate.inference.review import Review, write_queue
@@ -348,10 +348,7 @@ def _subjects(
     quantity: QuantityMap | None,
 ) -> list[Subject]:
     if isinstance(inputs, Dataset):
-        subjects = list(inputs.subjects)
-        if quantity is not None and quantity.maps is not None:
-            return with_maps(subjects, quantity.channel, quantity.maps)
-        return subjects
+        return with_quantity(inputs.subjects, channels, quantity)
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     return find_subjects([Path(path) for path in paths], channels, images, quantity)
 

@@ -322,7 +322,8 @@ def _print_measurements(measurements: list[dict[str, Any]], quantity: QuantityMa
     ]
     limit = [] if quantity.threshold is None else [f"{quantity.with_unit(quantity.threshold)} or more, % of voxels"]
     if rows:
-        print_table(printable(str(quantity)), ["subject", "target", "volume, ml", "mean", "median", "SD", *limit], rows)
+        typer.echo(str(quantity))
+        print_table("", ["subject", "target", "volume, ml", "mean", "median", "SD", *limit], rows)
         if len(measurements) > _SHOWN:
             typer.echo(f"and {len(measurements) - _SHOWN} more, in measurements.csv")
 

@@ -34,7 +34,7 @@ class Compared:
 
     @property
     def difference_unit(self) -> str:
-        """Of errors: those of percent are not in percent of anything."""
+        """The unit of errors: those of percent are not in percent of anything."""
         return "percentage points" if self.unit == "%" else self.unit
 
 

@@ -20,7 +20,7 @@ from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something, load_map, load_scan, with_maps
-from delineate.errors import BadFormat, Cancelled, DatasetError, DelineateError, MissingFile, OutputError
+from delineate.errors import BadFormat, Cancelled, DatasetError, DelineateError, MissingFile, OutputError, RecipeError
 from delineate.fingerprint import Oddity
 from delineate.inference.measurements import measure_label, rows_of, write_measurements
 from delineate.inference.outputs import Outputs
@@ -78,8 +78,7 @@ def find_subjects(
     names = [printable(subject.id) for subject in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DatasetError(f"several inputs are called {', '.join(twice)}", fix="predict them into separate folders")
-    if quantity is not None and quantity.maps is not None:
-        found = with_maps(found, quantity.channel, quantity.maps)
+    found = with_quantity(found, channels, quantity)
     chosen, lacking = [], []
     for subject in found:
         try:
@@ -90,6 +89,21 @@ def find_subjects(
     if lacking and len(lacking) == len(found):
         raise lacking[0]
     return chosen
+
+
+def with_quantity(subjects: Sequence[Subject], channels: Sequence[str], quantity: QuantityMap | None) -> list[Subject]:
+    """Subjects with the maps of a quantity that lie beside their scans, for a bundle that takes these channels.
+
+    Raises :class:`RecipeError` where that would change what the network sees, and as
+    :func:`~delineate.datasets.dataset.with_maps` does.
+    """
+    if quantity is None or quantity.maps is None:
+        return list(subjects)
+    if quantity.channel in channels:
+        raise RecipeError(
+            f"the bundle itself takes {quantity.channel}, which is in the scans", fix="name the channel alone"
+        )
+    return with_maps(subjects, quantity.channel, quantity.maps)
 
 
 def _with_channels(subject: Subject, channels: Sequence[str], quantity: QuantityMap | None) -> Subject:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def _value(column: str, text: str) -> Any:
     if column not in _NUMBERS:
         return from_cell(text)
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return None  # undefined, or what a person wrote there
+    return value if isfinite(value) else None

@@ -47,13 +47,14 @@ def put_rows(
     columns: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
     order: Callable[[Mapping[str, str]], Any],
-    after: Callable[[list[dict[str, str]]], None] = lambda rows: None,
+    first: Callable[[list[dict[str, str]]], None] = lambda rows: None,
 ) -> None:
     """Put rows into a table that grows, in this order. The first column names a subject.
 
     Rows of the same subjects are replaced; others, and columns that somebody added, stay as they are; numbers have
     four decimals, undefined ones are left empty. The file is whole at any moment, whoever else writes into the folder.
-    ``after`` is given all rows before anybody else writes. Raises :class:`OutputError`.
+    ``first`` is given all rows before they are there: a row that is in the table has been there, too. Raises
+    :class:`OutputError`.
     """
     key = columns[0]
     now = {printable(str(row[key])) for row in rows}
@@ -62,12 +63,12 @@ def put_rows(
         kept = [row for row in there if from_cell(row[key]) not in now]
         kept += [{name: _as_text(value) for name, value in row.items()} for row in rows]
         kept.sort(key=order)
+        first(kept)
         with writing_beside(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
             everything = dict.fromkeys((*columns, *(there[0] if there else ())))
             writer = csv.DictWriter(file, everything, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
-        after(kept)
 
 
 def growing_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:

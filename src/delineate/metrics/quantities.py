@@ -104,8 +104,8 @@ class Measurement:
     """A target of one scan: its volume, and a quantity within it.
 
     Read in ``measured_ml`` of it, what a margin leaves: ``mean``, ``median`` and standard deviation ``sd`` of the
-    voxels, and the percentage of them at or above the threshold. Of an empty target 0 ml; the rest is undefined (NaN)
-    where nothing is read, ``above_threshold_percent`` also without a threshold.
+    voxels, and the percentage of them at or above the threshold. An empty target has 0 ml; the rest is undefined
+    (NaN) where nothing is read, ``above_threshold_percent`` also without a threshold.
     """
 
     volume_ml: float
