@@ -392,7 +392,7 @@ def test_segments_are_named_and_a_layer_that_cannot_hold_them_is_said_first(
     overlapping = replace(Bundle.load(bundle), targets=Targets({"organ": (1, 2), "part": (2,)}, "overlapping"))
     monkeypatch.setattr(Bundle, "load", lambda folder: overlapping)
     done = predict(bundle, scans, "-o", tmp_path / "other", "--format", "seg.nrrd", code=1)
-    assert "targets that overlap (organ, part)" in str(done.exception)
+    assert "overlapping targets (organ, part)" in str(done.exception)
     assert not (tmp_path / "other").exists()
 
 

@@ -29,7 +29,7 @@ def layouts(incomplete: str) -> list[str]:
 
 
 def label_formats(incomplete: str) -> list[str]:
-    """Formats of labels that begin so."""
+    """Label formats that begin this way."""
     from delineate.io.exports import label_formats as known
 
     return _beginning(incomplete, known())

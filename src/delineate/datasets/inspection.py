@@ -46,7 +46,7 @@ SCALE_RATIO = 10.0
 
 
 class InspectionFile(Document):
-    """What inspection found, as a run's ``data.json`` and ``delineate inspect --json`` say it."""
+    """What inspection found, as written to a run's ``data.json`` and by ``delineate data inspect --json``."""
 
     data_set: str
     layout: str
@@ -110,7 +110,7 @@ class Inspection:
         return {name: n / total for name, n in by_name.items()} if total else {}
 
     def file(self) -> InspectionFile:
-        """What is written down of it, in a run's folder and for other programs."""
+        """The document to write to a run's folder and for other programs."""
         return InspectionFile(
             data_set=self.dataset,
             layout=self.layout,

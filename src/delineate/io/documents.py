@@ -1,4 +1,4 @@
-"""JSON files that hold one typed value each: written whole, read back equal, refused where they are anything else."""
+"""JSON files that hold one typed value each: written whole, read back equal, and refused if they hold anything else."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from delineate.specification import Specification, from_json, to_json
 
 
 class Document(Specification):
-    """A value with a file of its own; ``format`` numbers the file's form, 1 where the file does not say.
+    """A value with its own file; ``format`` is the version of the file's format, 1 if the file does not say.
 
-    Dataclasses within it are checked by the same rules: known fields of their types, and no others.
+    Dataclasses in it are checked by the same rules: known fields with the right types, and no others.
     """
 
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
@@ -28,19 +28,19 @@ class Document(Specification):
     format: int = 1
 
     def write(self, path: Path) -> None:
-        """Write the file, all of it or nothing. Raises :class:`OutputError`."""
+        """Write the whole file or nothing. Raises :class:`OutputError`."""
         with writing_beside(path) as beside:
             beside.write_text(to_json(self) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The value in a file. Raises ``cls.error`` where it holds none, or is of a later form."""
+        """The value in a file. Raises ``cls.error`` if it holds none, or has a later format."""
         with parsing(path, cls.error, fix=cls.fix):
             return cls.of_bytes(read_bytes(path), path)
 
     @classmethod
     def of_bytes(cls, content: bytes, path: Path) -> Self:
-        """The value that :func:`to_json` wrote; ``path`` is named where it is of a later form."""
+        """The value that :func:`to_json` wrote; ``path`` is named in the error if its format is later."""
         known = cls.model_fields["format"].default
         found = from_json(_Form, content).format
         if found != known:
@@ -49,6 +49,6 @@ class Document(Specification):
 
 
 class _Form(BaseModel):
-    """What every document says, whatever else it holds."""
+    """The field that every document has, whatever else it holds."""
 
     format: Any = 1

@@ -25,7 +25,7 @@ _LABEL_FORMATS = ("nii.gz", "mha", "nrrd", "seg.nrrd", "vtk", "vti", "dcm")
 
 
 def label_formats() -> list[str]:
-    """Names of the formats that labels can be written in, those of other packages included."""
+    """Names of the formats that labels can be written in, including those from other packages."""
     return [*_LABEL_FORMATS, *(name for name, known in FORMATS.items() if known.write is not None)]
 
 
@@ -33,7 +33,7 @@ def check_label_format(name: str, targets: Targets) -> None:
     """Raise :class:`BadFormat` where labels of ``targets`` cannot be written in the format of this name."""
     if name not in label_formats():
         raise BadFormat(
-            f"'{printable(name)}' is no format of labels{near(name, label_formats())}",
+            f"'{printable(name)}' is not a label format{near(name, label_formats())}",
             fix=f"choose from {', '.join(label_formats())}",
         )
     if f".{name}" == SEGMENTATION_SUFFIX:
