@@ -1,4 +1,4 @@
-"""What is done to predicted masks: the largest component of a target, and no specks."""
+"""Clean up predicted masks: keep a target's largest component, remove specks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from delineate.recipe import PostprocessingSpec
 
 
 def postprocess(masks: NDArray[np.bool_], targets: Targets, grid: Grid, spec: PostprocessingSpec) -> NDArray[np.bool_]:
-    """Masks (T, X, Y, Z) with each target's components chosen by ``spec``; voxels touch by 26-connectivity.
+    """Masks (T, X, Y, Z) with each target's components (26-connected) chosen by ``spec``.
 
-    Raises :class:`RecipeError` where the specification names a target that is not there.
+    Raises :class:`RecipeError` if the specification names an unknown target.
     """
     named = {*spec.largest_component, *spec.minimum_ml}
     if unknown := sorted(named - set(targets.names)):
-        raise RecipeError(f"postprocessing names targets {unknown}", fix=f"there are {list(targets.names)}")
+        raise RecipeError(f"postprocessing names unknown targets {unknown}", fix=f"use {list(targets.names)}")
     result = masks.copy()
     for index, name in enumerate(targets.names):
         if name in named and masks[index].any():

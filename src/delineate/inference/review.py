@@ -1,4 +1,4 @@
-"""What a person should look at first among many predictions."""
+"""Which of many predictions a person should check first."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ TOO_FEW = "too few calibration subjects"
 
 @dataclass(frozen=True)
 class Review:
-    """One prediction's place in the queue, or that of a subject that has none because of ``error``.
+    """An entry in the review queue: a prediction, or a subject without one because of ``error``.
 
-    ``need`` is how much worse than perfect it may be, 0 to 1, and more where the scan is unlike
-    those that were trained on. ``targets`` has the numbers of each target by name, ``no_interval`` why
-    a target has no calibrated intervals. ``made_by`` is a digest of what the prediction depends on.
+    ``need`` is how far the prediction may fall short of perfect, 0 to 1, or more if the scan is unlike the training
+    scans. ``targets`` holds the figures for each target by name; ``no_interval`` says why a target has no
+    calibrated intervals. ``made_by`` is a digest of everything the prediction depends on.
     """
 
     subject: str
@@ -47,11 +47,11 @@ class Review:
 
     @classmethod
     def of_failure(cls, subject: str, error: DelineateError) -> Review:
-        """A subject without a prediction needs a look before all others."""
+        """A subject without a prediction, which comes before all others."""
         return cls(subject, inf, error=str(error))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One for each target; one without a target where there is no prediction."""
+        """One row per target; a single row without a target if there is no prediction."""
         about = {
             "subject": self.subject,
             "need": round(self.need, 4) if isfinite(self.need) else nan,
@@ -72,14 +72,14 @@ def review(
     calibration: Calibration | None,
     made_by: str = "",
 ) -> Review:
-    """How urgently a prediction should be looked at.
+    """How urgently a prediction should be checked.
 
-    Of each target the doubt is 1 less the lower end of its Dice's interval, or where the bundle has
-    no calibration 1 less the least of expected Dice and mutual Dice; a target that was not found is
-    in doubt altogether. The largest counts, and the oddest thing about the scan is added.
+    The doubt about a target is 1 minus the lower of two values: the lower end of its Dice interval and its mutual
+    Dice. Without either, it is 1 minus the expected Dice; a target that was not found has a doubt of 1. ``need`` is
+    the largest doubt plus the distance of the most unusual thing about the scan.
 
-    Intervals come from errors on scans like those of the training: none is given for a scan that is
-    unlike them, though what it would have been counts for the order.
+    Intervals come from errors on scans like the training scans. A scan unlike them gets none, although the
+    interval it would have had still counts towards the order.
     """
     targets, why, doubts = {}, {}, []
     for name, confidence in confidences.items():
@@ -110,10 +110,10 @@ def review(
 
 
 def write_queue(path: Path, reviews: Sequence[Review]) -> None:
-    """Put reviews into a CSV with a row for each subject and target, the neediest first; undefined is left empty.
+    """Enter reviews in a CSV with a row per subject and target, most urgent first; undefined cells are left empty.
 
-    Rows of the same subjects are replaced; others, and columns that somebody added, stay as they are.
-    The file is whole at any moment, whoever else writes into the folder. Raises :class:`OutputError`.
+    Rows of the same subjects are replaced; other rows, and columns that a user added, are kept.
+    The file is complete at every moment, even if other processes write to it. Raises :class:`OutputError`.
     """
     if not reviews:
         return
@@ -130,9 +130,9 @@ def write_queue(path: Path, reviews: Sequence[Review]) -> None:
 
 
 def read_queue(path: Path) -> list[dict[str, str]]:
-    """The rows of :func:`write_queue`'s file as they stand in it; none where there is no file.
+    """The rows of a file that :func:`write_queue` wrote, as text; none if there is no file.
 
-    Raises :class:`OutputError` for a file that is something else.
+    Raises :class:`OutputError` for any other kind of file.
     """
     if not path.exists():
         return []
@@ -144,12 +144,12 @@ def read_queue(path: Path) -> list[dict[str, str]]:
     except (OSError, ValueError, csv.Error) as error:
         raise OutputError(f"'{path}' cannot be read ({error})", fix="move it away, or choose another folder") from error
     if not known:
-        raise OutputError(f"'{path}' is not a list that predict wrote", fix="move it away, or choose another folder")
+        raise OutputError(f"'{path}' is not a review list from predict", fix="move it away, or choose another folder")
     return rows
 
 
 def queue(reviews: Sequence[Review]) -> list[Review]:
-    """The neediest first."""
+    """Reviews, most urgent first."""
     return sorted(reviews, key=lambda one: (-one.need, one.subject))
 
 
@@ -169,7 +169,7 @@ def _as_cell(value: Any) -> str:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes that add to the same file, where the system can lock."""
+    """Lock the folder against other processes that write to the same file, if the system supports locks."""
     try:
         import fcntl
     except ModuleNotFoundError:
@@ -181,7 +181,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(f"'{folder}' cannot be written to: {error.strerror}", fix="choose another folder") from error
     try:
-        with suppress(OSError):  # not every network's disk can
+        with suppress(OSError):  # not every network drive can lock
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
