@@ -1,4 +1,4 @@
-"""How well volumes and quantities of predictions agree with those of the references."""
+"""How well the volumes and quantities of predictions agree with those of the references."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from delineate.metrics.agreement import Agreement, Concordance, agreement, concordance, crossing
 
 LEAST_PATIENTS = 5
-"""With fewer who have the target, limits of agreement say nothing but how few they are."""
+"""Fewest patients with the target for which limits of agreement mean anything."""
 
 
 @dataclass(frozen=True)
 class QuantityMap:
     """A channel of the data set, such as a fat fraction, that is read within each target.
 
-    ``margin_mm`` or more inside the target's surface. Who lies on another side of ``threshold`` by the
-    prediction's mean than by the reference's is told.
+    Only voxels ``margin_mm`` or more inside the target's surface count. Subjects that the prediction's mean puts
+    on the wrong side of ``threshold`` are reported.
     """
 
     channel: str
@@ -36,7 +36,7 @@ class QuantityMap:
 
 @dataclass(frozen=True)
 class Compared:
-    """Two columns of an evaluation's table that are to be equal. Errors that grow with the value are ``relative``."""
+    """Two columns of an evaluation's table that should agree; ``relative`` means that errors grow with the value."""
 
     name: str
     predicted: str
@@ -55,9 +55,9 @@ def _comparable(quantity: str) -> list[Compared]:
 
 @dataclass(frozen=True, eq=False)
 class Agreeing:
-    """What was ``compared`` of a target: the subjects that have both values, their sites and patients, and those.
+    """Predicted and reference values of one target, with the subjects, sites and patients they belong to.
 
-    Subjects without the target have a volume of 0; ``left_out`` counts those of whom either is undefined.
+    Subjects without the target have a volume of 0; ``left_out`` counts those with an undefined value.
     """
 
     target: str
@@ -76,26 +76,26 @@ class Agreeing:
 
     @cached_property
     def relative(self) -> Agreement:
-        """Differences in percent of the reference; subjects of whom the reference is 0 have none."""
+        """Differences in percent of the reference; subjects whose reference is 0 are left out."""
         return agreement(self.predicted, self.reference, self.patients, relative=True)
 
     @cached_property
     def concordance(self) -> Concordance:
-        """Lin's."""
+        """Lin's concordance correlation."""
         return concordance(self.predicted, self.reference, self.patients)
 
     @property
     def in_percent(self) -> bool:
-        """Whether differences are given in percent, too: errors grow with the value, and enough have one."""
+        """Whether differences are also given in percent: errors grow with the value, and enough patients have one."""
         return self.compared.relative and self.relative.patients >= LEAST_PATIENTS
 
     @property
     def shown(self) -> Agreement:
-        """The one whose errors do not grow with the value."""
+        """The agreement to show: in percent where errors grow with the value, else in the unit."""
         return self.relative if self.in_percent else self.absolute
 
     def rows(self) -> list[dict[str, object]]:
-        """Plain values: in the unit, and in percent where errors are relative."""
+        """Plain values, in the unit and, where errors are relative, in percent."""
         return [
             {
                 "target": self.target,
@@ -118,7 +118,7 @@ class Agreeing:
         ]
 
     def described(self) -> list[dict[str, str]]:
-        """:meth:`rows` as a reader sees them."""
+        """:meth:`rows` as text for a reader."""
         return [
             {
                 "target": self.target,
@@ -135,8 +135,8 @@ class Agreeing:
         ]
 
     def without(self, found: Agreement) -> str:
-        """How many subjects are left out of one of both, and why, to be put behind their number."""
-        why = ((found.left_out, "without it in the reference"), (self.left_out, "undefined"))
+        """How many subjects are left out and why, to be appended to n."""
+        why = ((found.left_out, "not in the reference"), (self.left_out, "undefined"))
         return "".join(f"; {n} left out, {reason}" for n, reason in why if n)
 
     @property
@@ -145,7 +145,7 @@ class Agreeing:
 
 
 def agreements(table: pd.DataFrame, quantity: QuantityMap | None = None) -> Iterator[Agreeing]:
-    """Of an evaluation's table: all that can be compared, of the targets that enough patients have."""
+    """Everything in an evaluation's table that can be compared, for targets that enough patients have."""
     for compared in _comparable("quantity" if quantity is None else quantity.channel):
         if not {compared.predicted, compared.reference} <= set(table.columns):
             continue
@@ -153,7 +153,7 @@ def agreements(table: pd.DataFrame, quantity: QuantityMap | None = None) -> Iter
             predicted, reference = (rows[c].to_numpy(float) for c in (compared.predicted, compared.reference))
             use = np.isfinite(predicted) & np.isfinite(reference)
             whose = rows["patient" if "patient" in rows else "subject"].to_numpy()
-            # A volume of nothing in both says that both agree, but of nothing else.
+            # Two empty volumes agree, but tell nothing about how large errors are.
             has_it = use & ((predicted > 0) | (reference > 0)) if compared.relative else use
             if len(set(whose[has_it])) >= LEAST_PATIENTS:
                 subjects, sites = (tuple(rows[column].to_numpy()[use]) for column in ("subject", "site"))
@@ -164,7 +164,7 @@ def agreements(table: pd.DataFrame, quantity: QuantityMap | None = None) -> Iter
 
 
 def crossings(table: pd.DataFrame, threshold: float) -> dict[str, dict[str, Any]]:
-    """For each target, who lies on another side of a quantity's threshold by the prediction than by the reference."""
+    """For each target, subjects that the prediction puts on the wrong side of a quantity's threshold."""
     sides: dict[str, dict[str, Any]] = {}
     for target, rows in table.groupby("target", sort=False):
         found = crossing(rows["quantity_mean"].to_numpy(), rows["reference_quantity_mean"].to_numpy(), threshold)
@@ -175,12 +175,12 @@ def crossings(table: pd.DataFrame, threshold: float) -> dict[str, dict[str, Any]
 
 
 def crossing_sentences(table: pd.DataFrame, threshold: float) -> list[str]:
-    """:func:`crossings` in words, one for each target."""
+    """:func:`crossings` in words, one sentence per target."""
     sentences = []
     for target, found in crossings(table, threshold).items():
         wrong = [
             f"{what} {', '.join(found[side])}"
-            for side, what in (("over", "over it only by the prediction:"), ("under", "under it:"))
+            for side, what in (("over", "wrongly above it:"), ("under", "wrongly below it:"))
             if found[side]
         ]
         sentences.append(
