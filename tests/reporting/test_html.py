@@ -112,7 +112,7 @@ def test_a_measurement_has_a_page_of_its_own(report, tmp_path) -> None:
         tmp_path / "page.html", EvaluationReport("a against b", "6 subjects", report.evaluation, band_percent=1.7)
     )
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "Bland-Altman of organ, volume, 6 subjects" in page
+    assert "Bland-Altman plot of organ, volume, 6 subjects" in page
     assert "Every subject" in page
     assert "How it was made" not in page
     assert page.count("<h1") == 1
@@ -227,9 +227,9 @@ def test_agreement_lesions_and_sides_are_drawn_and_written(tmp_path) -> None:
     write_report(tmp_path / "page.html", EvaluationReport("a", "b", evaluation))
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     for chart in (
-        "Bland-Altman of organ, volume, 6 subjects: bias",
-        "Bland-Altman of organ, mean fat, 6 subjects: bias",
-        "Predicted over true organ, median fat, 6 subjects",
+        "Bland-Altman plot of organ, volume, 6 subjects: bias",
+        "Bland-Altman plot of organ, mean fat, 6 subjects: bias",
+        "Predicted against reference, organ, median fat, 6 subjects",
         "Lesions of organ by size:",
     ):
         assert f'aria-label="{chart}' in page
@@ -241,8 +241,8 @@ def test_agreement_lesions_and_sides_are_drawn_and_written(tmp_path) -> None:
 def test_validation_loss_and_seams_have_their_place(report, tmp_path) -> None:
     beside = pd.DataFrame({"step": [0, 20, 40], "validation_loss": [1.0, 0.7, 0.6]})
     page = page_of(replace(report, validation_loss=beside, seams={"organ": (1.234, 6)}), tmp_path)
-    assert "Loss of training and of validation subjects over 49 steps" in page
-    assert "1.23 times (organ, median of 6)" in page
+    assert "Training and validation loss over 49 steps" in page
+    assert "1.23 times (organ, median of 6 subjects)" in page
 
 
 @pytest.mark.parametrize(("sites", "rows"), [("AB", ["A: one", "A: two", "B: one", "B: two"]), ("A", ["one", "two"])])

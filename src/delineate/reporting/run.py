@@ -1,4 +1,4 @@
-"""The report of a run, from what lies in its folder and the scans of its held-out subjects."""
+"""The report of a run, from the files in its folder and the scans of its held-out subjects."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from delineate.training.subjects import RunSubjects
 
 
 def write_run_report(folder: Path, dataset: Dataset) -> Path:
-    """Write ``report.html`` of a finished run and return its path.
+    """Write ``report.html`` for a finished run and return its path.
 
-    ``dataset`` is the one it was trained on; three of its scans are read, for the pictures.
+    ``dataset`` is the data set it was trained on; the scans of some held-out subjects are read for the pictures.
     """
     bundle, subjects = Bundle.load(folder / "bundle"), _subjects(folder)
     data = InspectionFile.read(folder / "data.json")
@@ -73,7 +73,7 @@ def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evalua
     ]
 
     def scan(name: str) -> Volume:
-        # The first channel is what the pictures show.
+        # The pictures show the first channel.
         subject = subjects[name]
         first = bundle.channels[0] if bundle.channels[0] in subject.scans else subject.channels[0]
         return load_scan(subject, [first])
@@ -84,7 +84,7 @@ def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evalua
 def _subjects(folder: Path) -> RunSubjects:
     found = RunSubjects.load(folder)
     if found is None:
-        raise TrainingError(f"'{folder / 'subjects.json'}' is missing", fix="train again, which writes it")
+        raise TrainingError(f"'{folder / 'subjects.json'}' is missing", fix="train again to write it")
     return found
 
 
@@ -99,7 +99,7 @@ def _trained_on(bundle: Bundle, subjects: RunSubjects, dataset: Dataset) -> list
 
 
 def _intervals(path: Path) -> Intervals | None:
-    """How wide calibrated intervals are and what they hold; None where there are too few subjects for their level."""
+    """Width and coverage of the calibrated intervals; None if there are too few subjects for their level."""
     if not path.exists():
         return None
     found = Intervals.read(path)
@@ -107,7 +107,7 @@ def _intervals(path: Path) -> Intervals | None:
 
 
 def _seams(path: Path) -> dict[str, tuple[float, int]]:
-    """Median over subjects of each target's seam score, and of how many; only of volumes of several tiles."""
+    """Median of each target's seam score over subjects, and their number; only volumes with several tiles count."""
     if not path.exists():
         return {}
     seams: dict[str, list[float]] = {}
@@ -126,11 +126,10 @@ def _curve(path: Path) -> pd.DataFrame | None:
 
 def _provenance(bundle: Bundle, subjects: RunSubjects) -> dict[str, str]:
     p = bundle.provenance
-    fold = "none held out" if p.fold is None else f"fold {p.fold} held out"
+    held_out = "none held out" if p.fold is None else f"{len(p.held_out)} held out (fold {p.fold})"
     return {
         "Data set": f"{subjects.data_set} ({p.layout} layout)",
-        "Subjects": f"{len(p.training)} trained on, {len(p.validation)} to choose the weights, "
-        f"{len(p.held_out)} held out ({fold})",
+        "Subjects": f"{len(p.training)} for training, {len(p.validation)} for validation, {held_out}",
         "Weights": f"step {bundle.metadata.get('step', '?')}, "
         f"validation Dice {bundle.metadata.get('validation_dice', 'not measured')}",
         "Seed": str(p.seed),
@@ -140,18 +139,18 @@ def _provenance(bundle: Bundle, subjects: RunSubjects) -> dict[str, str]:
 
 
 def _notes(folder: Path, subjects: RunSubjects, problems: Sequence[Problem]) -> list[str]:
-    """What a reader should know before the numbers: a collapse, who was left out, warnings about the data."""
+    """What a reader should know before the numbers: a collapse, subjects left out, warnings about the data."""
     notes = [
         event.text for event in without_undone(read_events(folder / "logs")) if isinstance(event, Collapsed | Warned)
     ]
     if subjects.left_out:
-        notes.append(f"Left out as broken: {', '.join(subjects.left_out)}.")
+        notes.append(f"Left out because of broken files: {', '.join(subjects.left_out)}.")
     counts: dict[str, list[Problem]] = {}
     for problem in problems:
         if problem.severity == "warning":
             counts.setdefault(problem.code, []).append(problem)
     for code, found in counts.items():
         first = f"{found[0].subject}: {found[0].message}" if found[0].subject else found[0].message
-        more = f" (and {len(found) - 1} more such)" if len(found) > 1 else ""
+        more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
         notes.append(f"{code}: {first}{more}.")
     return notes
