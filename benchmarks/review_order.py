@@ -21,7 +21,6 @@ from delineate.core.volume import Volume
 from delineate.datasets.dataset import load_scan
 from delineate.datasets.layouts import open_dataset
 from delineate.evaluation.table import Evaluation
-from delineate.inference.batch import with_channels
 from delineate.inference.predictor import Predictor
 from delineate.training.subjects import RunSubjects
 
@@ -81,7 +80,7 @@ def signals(run: Path, data: Path) -> pd.DataFrame:
     known = RunSubjects.load(run)
     assert known is not None
     for name in known.held_out:
-        scan = load_scan(with_channels(subjects[name], bundle.channels))
+        scan = load_scan(subjects[name].with_channels(bundle.channels))
         plain = predictor.predict(scan)
         masks = bundle.targets.masks(plain.label.voxels)
         found = {target: {"expected Dice": c.expected_dice} for target, c in plain.confidence.items()}
