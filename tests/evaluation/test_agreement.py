@@ -107,7 +107,7 @@ def test_sides_of_a_threshold() -> None:
     fat = table(quantity_mean=np.array([5, 6, 5, 6, 9, 1.0]), reference_quantity_mean=np.array([6, 5, 5, 6, np.nan, 1]))
     assert crossings(fat, 5.56) == {"liver": {"n": 5, "right": 3, "over": ["b"], "under": ["a"]}}
     assert crossing_sentences(fat, 5.56) == [
-        "liver: 3 of 5 on the right side of 5.56; wrongly above it: b; wrongly below it: a"
+        "liver: 3 of 5 on the right side of the threshold 5.56; wrongly above it: b; wrongly below it: a"
     ]
 
 

@@ -25,8 +25,8 @@ def test_the_better_way_depends_on_the_metric(rng: np.random.Generator) -> None:
     base, worse = rng.uniform(0.6, 0.8, 20), rng.uniform(2, 4, 20)
     a, b = evaluation(base + 0.1, worse - 1), evaluation(base, worse)
     said = [str(d) for d in compare_methods({"new": a, "old": b})]
-    assert said[0].startswith("Dice: new is better than old (difference 0.100 (0.100 to 0.100)")
-    assert said[1].startswith("HD95: new is better than old (difference −1.00 mm")
+    assert said[0].startswith("Dice: new is better than old (new minus old: 0.100 (0.100 to 0.100)")
+    assert said[1].startswith("HD95: new is better than old (new minus old: −1.00 mm")
 
 
 def test_what_cannot_be_told_apart_is_said_so(rng: np.random.Generator) -> None:
@@ -73,7 +73,7 @@ def test_misses_are_losses_and_are_counted() -> None:
     half, dice = np.where(np.arange(20) < 12, np.inf, distance - 1), np.full(20, 0.8)
     [found] = compare_methods({"half": evaluation(dice, half), "all": evaluation(dice, distance)}, ["hd95_mm"])
     assert (found.better, found.failed, found.subjects) == ("all", (12, 0), 20)
-    assert "all is better than half (difference −1.00 mm" in str(found)
+    assert "all is better than half (half minus all: −1.00 mm" in str(found)
     assert "over the 8 of 20 patients on whom neither failed" in str(found)
     assert "failures, which rank last: half 12 of 20, all 0 of 20" in str(found)
     page = methods_chart({"half": evaluation(dice, half)}, "hd95_mm", "HD95")

@@ -208,6 +208,8 @@ def test_what_was_measured_besides_is_drawn(tmp_path) -> None:
     error = evaluation.reliabilities()["organ"].expected_error
     assert f"organ expected calibration error {error:.4f}" in page
     assert "Classes by voxels: background" in page
+    assert "mathdefault" not in page, "powers of ten are plain text"
+    assert "10⁰" in page
     assert "Absolute volume error, % of organ over its density, 9 subjects" in page
     assert page.count("(n 3)") >= 3, "bins of as many subjects each"
 
@@ -235,7 +237,7 @@ def test_agreement_lesions_and_sides_are_drawn_and_written(tmp_path) -> None:
         assert f'aria-label="{chart}' in page
     assert 'aria-label="Agreement with the reference"' in page
     assert 'aria-label="Lesions by size"' in page
-    assert "on the right side of 5" in page
+    assert "on the right side of the threshold 5" in page
 
 
 def test_validation_loss_and_seams_have_their_place(report, tmp_path) -> None:

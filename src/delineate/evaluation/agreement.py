@@ -184,7 +184,7 @@ def crossing_sentences(table: pd.DataFrame, threshold: float) -> list[str]:
             if found[side]
         ]
         sentences.append(
-            f"{target}: {found['right']} of {found['n']} on the right side of {threshold:g}"
+            f"{target}: {found['right']} of {found['n']} on the right side of the threshold {threshold:g}"
             + (f"; {'; '.join(wrong)}" if wrong else "")
         )
     return sentences

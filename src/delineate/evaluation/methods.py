@@ -84,8 +84,8 @@ class MethodDifference:
             (a, b), n = self.failed, self.subjects
             failures = f"; failures, which rank last: {self.first} {a} of {n}, {self.second} {b} of {n}"
         return (
-            f"difference {self._in_unit(d.mean)} ({low} to {high}){where}, p {_p(d.p)}, effect {effect}, "
-            f"n = {d.n} patients{failures}"
+            f"{self.first} minus {self.second}: {self._in_unit(d.mean)} ({low} to {high}){where}, p {_p(d.p)}, "
+            f"effect {effect}, n = {d.n} patients{failures}"
         )
 
     def _in_unit(self, value: float) -> str:

@@ -50,6 +50,7 @@ _STYLE: dict[Any, Any] = {
 }
 _WIDTH = 5.2  # inches: at half the page's width, the text is as large as the page's
 _MOST_POINTS = 400
+_SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def loss_chart(learning: pd.DataFrame, validation_loss: pd.DataFrame | None = None) -> str:
@@ -383,6 +384,8 @@ def class_chart(evaluation: Evaluation) -> str:
             )
         axes.set_xscale("log")
         axes.set_xlim(0.5, 12 * max(counts.max(), 1))
+        # Matplotlib writes powers as formulas, which these charts do not set.
+        axes.xaxis.set_major_formatter(lambda x, _: "10" + f"{np.log10(x):.0f}".translate(_SUPERSCRIPTS))
         _name_rows(axes, names)
         axes.set_xlabel("voxels in the references, log scale")
 
