@@ -174,12 +174,13 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class IntervalCheck:
-    """How intervals of a target do on a site's subjects; the site ``""`` has all subjects.
+    """How the intervals of a target perform on one site's subjects; site ``""`` stands for all subjects.
 
-    ``dice_width`` is the median width of the Dice interval, ``volume_width`` that of the volume interval as a share
-    of the volume; ``rank`` the rank correlation (Spearman's) of expected and true Dice; ``dice_held`` and
-    ``volume_held`` the shares of the site's subjects (means over patients) whose truth lies in an interval made
-    without the site. None is undefined; all subjects have no shares, which would be the level by construction.
+    ``dice_width`` is the median width of the Dice interval, ``volume_width`` that of the volume interval relative to
+    the volume, ``rank`` Spearman's correlation between expected and actual Dice. ``dice_held`` and ``volume_held``
+    are the share of the site's subjects (averaged over patients) whose true value lies in an interval made without
+    the site. None is undefined. The shares are also None for all subjects, where they would equal the level by
+    construction.
     """
 
     target: str
