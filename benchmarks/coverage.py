@@ -1,10 +1,10 @@
-"""How often each interval holds the truth, by simulation with several scans of a patient.
+"""How often each interval covers the true value, simulated with several scans per patient.
 
-``python benchmarks/coverage.py`` prints a table of coverage in percent, by number of patients × scans of each.
-A scan's error is 0.3 + its patient's (SD 1) + its own (SD 0.5). ``1–9`` scans are 1, 2, 4 or 9 by chance;
-``1–9*`` too, and patients with more scans are the worse ones.
+``python benchmarks/coverage.py`` prints a table of coverage in percent, by number of patients × scans per patient.
+A scan's error is 0.3 + its patient's (SD 1) + its own (SD 0.5). ``1–9`` means 1, 2, 4 or 9 scans at random;
+with ``1–9*``, patients with more scans also have larger errors.
 
-It also runs on releases whose agreement counts scans: ``git archive REVISION src | tar -x -C OLD``, then
+It also runs on releases whose agreement treats scans as the unit: ``git archive REVISION src | tar -x -C OLD``, then
 ``PYTHONPATH=OLD/src python benchmarks/coverage.py``.
 """
 
@@ -33,7 +33,7 @@ LEVEL = 0.9
 
 @dataclass(frozen=True)
 class Design:
-    """So many patients, with one of ``scans`` scans each; ``informative``: more of those whose error is larger."""
+    """Number of patients and possible numbers of scans; if ``informative``, larger errors come with more scans."""
 
     patients: int
     scans: tuple[int, ...]
@@ -44,7 +44,7 @@ class Design:
         return f"{self.patients} × {scans}{'*' * bool(self.informative)}"
 
     def draw(self, rng: np.random.Generator, patients: int = 0) -> tuple[list[str], NDArray[np.float64]]:
-        """Whose each scan is, and its error."""
+        """The patient and the error of each scan."""
         n = patients or self.patients
         counts = rng.choice(self.scans, n)
         sizes = np.log(self.scans)
@@ -64,13 +64,13 @@ Simulation = Callable[[np.random.Generator, Design, int], float]
 
 
 def by_patient(function: Callable[..., Any], *values: object, patients: list[str]) -> Any:
-    """What a function makes of values; older ones know no patients."""
+    """Call a function with the patients, if it takes them; older releases do not."""
     return function(*values, patients) if "patients" in signature(function).parameters else function(*values)
 
 
 def mean(rng: np.random.Generator, design: Design, repetitions: int) -> float:
     held = []
-    # Columns share their patients' numbers of scans: a call for each twenty of them.
+    # The columns of a call share the numbers of scans, so there is one call per twenty columns.
     for _ in range(max(repetitions // 20, 1)):
         state = rng.bit_generator.seed_seq.spawn(1)[0]  # type: ignore[attr-defined]
         patients, _ = design.draw(np.random.default_rng(state))
@@ -118,7 +118,7 @@ def concordant(rng: np.random.Generator, design: Design, repetitions: int) -> fl
 
 
 def new_patient(design: Design, rng: np.random.Generator) -> tuple[list[str], list[float], float]:
-    """Known patients' errors, and that of one scan of another patient."""
+    """The errors of known patients, and the error of one scan of another patient."""
     patients, errors = design.draw(rng)
     return patients, errors.tolist(), float(rng.choice(design.draw(rng, 1)[1]))
 
@@ -134,7 +134,7 @@ def conformal(rng: np.random.Generator, design: Design, repetitions: int) -> flo
 
 
 def case(error: float, patient: str, site: str = "") -> Case:
-    """A scan whose Dice and logarithm of the volume are off by a hundredth of ``error``."""
+    """A scan whose Dice and log volume are off by a hundredth of ``error``."""
     confidence = Confidence(100.0, 0.5)
     more = {"patient": patient} if "patient" in {f.name for f in fields(Case)} else {}
     return Case("t", site, confidence=confidence, dice=0.5 + error / 100, reference_ml=100 * exp(error / 100), **more)  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def calibrated(which: str) -> Simulation:
 
 
 def checked(rng: np.random.Generator, design: Design, repetitions: int) -> float:
-    """The mean share that is said to be held on a site alike."""
+    """The mean coverage reported for a site with the same distribution."""
 
     def once() -> list[float]:
         drawn = {site: design.draw(rng) for site in "AB"}
@@ -177,7 +177,7 @@ INTERVALS: dict[str, tuple[Simulation, float]] = {
     "Calibration.volume_interval": (calibrated("volume_interval"), LEVEL),
     "check_intervals": (checked, LEVEL),
 }
-"""Everything in the product that makes an interval, with its level."""
+"""Everything in the package that computes an interval, with its level."""
 
 SCANS: tuple[tuple[tuple[int, ...], float], ...] = (((1,), 0.0), ((4,), 0.0), ((1, 2, 4, 9), 0.0), ((1, 2, 4, 9), 0.6))
 

@@ -49,7 +49,7 @@ def bench_files(quick: bool) -> list[Row]:
 
 
 def bench_prepare(quick: bool) -> list[Row]:
-    """Reading, checking and preparing a 512×512×100 int16 .nii.gz: to RAS, 1 mm in the plane, 0 to 1."""
+    """Reading, checking and preparing a 512×512×100 int16 .nii.gz: to RAS, 1 mm in plane, range 0 to 1."""
     from monai import transforms as monai
 
     shape = (48, 48, 10) if quick else (512, 512, 100)
@@ -88,7 +88,7 @@ def bench_prepare(quick: bool) -> list[Row]:
 
 
 def write_cohort(root: Path, subjects: int, shape: tuple[int, int, int]) -> None:
-    """Many subjects as a Decathlon set; eight scans differ, the others are links to them."""
+    """Many subjects as a Decathlon data set; eight scans are distinct, the others are links to them."""
     rng = np.random.default_rng(0)
     grid, label = Grid.of_spacing(shape, (1.0, 1.0, 4.0)), np.zeros(shape, np.uint8)
     label[tuple(slice(n // 3, n // 2) for n in shape)] = 1
@@ -115,7 +115,7 @@ def inspect_cohort(root: str) -> None:
 
 
 def prepare_cohort(root: str, cache: str, stop_after: int) -> None:
-    """Prepare; a power cut comes after so many subjects."""
+    """Prepare the cohort, with a simulated power cut after ``stop_after`` subjects."""
     start = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
@@ -129,7 +129,7 @@ def prepare_cohort(root: str, cache: str, stop_after: int) -> None:
 
 
 def bench_cohort(quick: bool) -> list[Row]:
-    """A thousand subjects of 160×160×24 inspected and prepared; preparing is killed at 400 and goes on."""
+    """Inspecting and preparing a thousand subjects of 160×160×24; preparing is killed at 400 and resumed."""
     subjects, shape = (16, (24, 24, 8)) if quick else (1000, (160, 160, 24))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -139,8 +139,8 @@ def bench_cohort(quick: bool) -> list[Row]:
         works = {
             "inspected": f"inspect_cohort({str(root)!r})",
             "prepared, killed": f"prepare_cohort({str(root)!r}, {str(cache)!r}, {half})",
-            "prepared, gone on": f"prepare_cohort({str(root)!r}, {str(cache)!r}, -1)",
-            "prepared already": f"prepare_cohort({str(root)!r}, {str(cache)!r}, -1)",
+            "prepared, resumed": f"prepare_cohort({str(root)!r}, {str(cache)!r}, -1)",
+            "already prepared": f"prepare_cohort({str(root)!r}, {str(cache)!r}, -1)",
         }
         for name, work in works.items():
             printed, peak = process_of(f"import data_side; data_side.{work}")

@@ -1,4 +1,4 @@
-"""How benchmarks measure: in turns, and in processes of their own."""
+"""How benchmarks measure: interleaved, or in separate processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def interleaved(cases: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each case, taken in turns so that all meet the same machine."""
+    """Median seconds of each case, run in turns so that all see the same machine load."""
     for run in cases.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -28,7 +28,7 @@ def interleaved(cases: dict[str, Callable[[], object]], repetitions: int) -> dic
 
 
 def process_of(work: str) -> tuple[str, float]:
-    """What a new process that does ``work`` prints, and its peak memory in GB."""
+    """Run ``work`` in a new process; returns what it prints and its peak memory in GB."""
     folder = str(Path(__file__).parent)
     code = f"import sys; sys.path.insert(0, {folder!r}); {work}; import measuring; print(measuring.peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -39,7 +39,7 @@ def process_of(work: str) -> tuple[str, float]:
 
 
 def peak_bytes() -> int:
-    """Peak memory of this process. What getrusage says on Linux may be what its parent had taken."""
+    """Peak memory of this process in bytes. On Linux, getrusage may report what the parent had taken."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

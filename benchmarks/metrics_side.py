@@ -1,4 +1,4 @@
-"""Metrics of many volumes, beside MONAI's on the same masks."""
+"""Metrics of many volumes, compared with MONAI's on the same masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from delineate.core.grid import Grid
 
 
 def masks_of(seed: int, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """An organ and a few lesions, and the same a little wrong."""
+    """A reference with an organ and a few lesions, and a slightly wrong prediction."""
     from scipy import ndimage
 
     rng = np.random.default_rng(seed)
@@ -24,7 +24,7 @@ def masks_of(seed: int, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.nda
 
 
 def measure_with_monai(reference: np.ndarray, prediction: np.ndarray, spacing: tuple[float, ...]) -> dict[str, float]:
-    """What MONAI has of our metrics, each by its own function, as its users call them."""
+    """The metrics that MONAI also has, each computed with its own function, as its users would."""
     from monai import metrics as monai
 
     truth, said = (torch.from_numpy(m)[None, None].float() for m in (reference, prediction))
@@ -44,7 +44,7 @@ def measure_with_monai(reference: np.ndarray, prediction: np.ndarray, spacing: t
 
 
 def measure_volumes(count: int, quick: bool) -> None:
-    """All our metrics of so many volumes, one after the other."""
+    """All our metrics of ``count`` volumes, one after the other."""
     from delineate.metrics.catalogue import METRICS
     from delineate.metrics.comparison import Comparison
 
@@ -56,7 +56,7 @@ def measure_volumes(count: int, quick: bool) -> None:
 
 
 def bench_metrics(quick: bool) -> list[Row]:
-    """Metrics of volumes of 256×256×64, one after the other: those that MONAI has too, and all."""
+    """Metrics of volumes of 256×256×64, one after the other: those that MONAI also has, and all."""
     from delineate.metrics.catalogue import METRICS
     from delineate.metrics.comparison import Comparison
 
@@ -83,7 +83,7 @@ def bench_metrics(quick: bool) -> list[Row]:
         same.append(time.perf_counter() - start)
         found = {name: metric.of(comparison) for name, metric in METRICS.items()}
         ours.append(time.perf_counter() - start)
-        if seed % (1 if quick else 10) == 0:  # a tenth of them: it would take long
+        if seed % (1 if quick else 10) == 0:  # only a tenth of them, since MONAI takes long
             start = time.perf_counter()
             other = measure_with_monai(*masks, spacing)
             theirs.append(time.perf_counter() - start)

@@ -1,9 +1,9 @@
-"""Simulated scans beside real ones, as docs/images/phantoms.webp shows them.
+"""Simulated scans next to real ones, as shown in docs/images/phantoms.webp.
 
     python benchmarks/phantom_pictures.py DATA docs/images/phantoms.webp
 
-DATA holds the real sets brats, wmh and prostate. Axial slices where most is delineated, the patient's
-right on the left; borders of the truth are drawn.
+DATA holds the real data sets brats, wmh and prostate. The pictures are axial slices where the reference is largest,
+with the patient's right on the left and the outlines of the reference.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def draw(axes: Axes, scan: Volume, label: LabelVolume, channel: int, title: str,
         if (truth[..., at] == value).any():
             axes.contour((truth[..., at] == value).T, [0.5], colors=[colour], linewidths=0.8)
     axes.set_title(title, fontsize=8, color="white")
-    # Empty borders say nothing.
+    # Crop empty borders.
     shown = np.argwhere(plane > low + 0.08 * (high - low))
     (top, left), (bottom, right) = shown.min(axis=0), shown.max(axis=0)
     axes.set_xlim(left - 2, right + 2)

@@ -1,7 +1,7 @@
-"""What ranks predictions that have no reference: expected Dice, or agreement with predictions of perturbed scans?
+"""What ranks predictions without a reference better: expected Dice, or agreement with predictions of perturbed scans?
 
-``python benchmarks/review_order.py DATA RUN [RUN …]`` predicts each run's held-out subjects as they are and
-perturbed, and prints the rank correlation of each signal with the Dice that was measured, all runs together.
+``python benchmarks/review_order.py DATA RUN [RUN …]`` predicts each run's held-out subjects, unchanged and
+perturbed, and prints the rank correlation of each signal with the measured Dice over all runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from delineate.core.volume import Volume
 from delineate.datasets.dataset import load_scan
 from delineate.datasets.layouts import open_dataset
 from delineate.evaluation.table import Evaluation
-from delineate.inference.batch import with_channels
 from delineate.inference.predictor import Predictor
 from delineate.training.subjects import RunSubjects
 
@@ -29,13 +28,13 @@ Change = Callable[[NDArray], NDArray]
 
 
 def noisy(voxels: NDArray) -> NDArray:
-    """Noise of a tenth of each channel's deviation."""
+    """Add noise with a tenth of each channel's SD."""
     sd = 0.1 * voxels.std(axis=(1, 2, 3), keepdims=True)
     return voxels + sd * np.random.default_rng(0).standard_normal(voxels.shape)
 
 
 def bent(gamma: float) -> Change:
-    """Each channel's range bent by an exponent."""
+    """Apply a gamma curve to each channel, keeping its range."""
 
     def change(voxels: NDArray) -> NDArray:
         low, high = (f(voxels, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))
@@ -45,17 +44,17 @@ def bent(gamma: float) -> Change:
 
 
 def moved(by: tuple[int, int, int]) -> Change:
-    """Shifted by voxels along the last three axes."""
+    """Shift by voxels along the last three axes."""
     return lambda voxels: np.roll(voxels, by, axis=(-3, -2, -1))
 
 
 def mirrored(axis: int) -> Change:
-    """One of the last three axes turned round."""
+    """Flip one of the last three axes."""
     return lambda voxels: np.flip(voxels, axis - 3)
 
 
 def same(voxels: NDArray) -> NDArray:
-    """Nothing to undo."""
+    """Return the voxels unchanged: there is nothing to undo."""
     return voxels
 
 
@@ -68,11 +67,11 @@ PERTURBED: dict[str, tuple[Change, Change]] = {
     "mirror x": (mirrored(0), mirrored(0)),
     "mirror y": (mirrored(1), mirrored(1)),
 }
-"""What is done to the scan, and what undoes it in the label."""
+"""Perturbations of the scan, each with what undoes it in the label."""
 
 
 def signals(run: Path, data: Path) -> pd.DataFrame:
-    """A row for each held-out subject and target: the Dice that was measured, and what might have told it."""
+    """A row for each held-out subject and target: the measured Dice, and the signals that might predict it."""
     bundle = Bundle.load(run / "bundle")
     predictor = Predictor([bundle], plan_compute(compile="off"))
     measured = Evaluation.read(run / "evaluation").table.set_index(["subject", "target"])["dice"]
@@ -81,7 +80,7 @@ def signals(run: Path, data: Path) -> pd.DataFrame:
     known = RunSubjects.load(run)
     assert known is not None
     for name in known.held_out:
-        scan = load_scan(with_channels(subjects[name], bundle.channels))
+        scan = load_scan(subjects[name].with_channels(bundle.channels))
         plain = predictor.predict(scan)
         masks = bundle.targets.masks(plain.label.voxels)
         found = {target: {"expected Dice": c.expected_dice} for target, c in plain.confidence.items()}

@@ -42,7 +42,7 @@ WIDTHS, BATCH, SIDES = (32, 64, 128, 256), 9, (40, 56, 40)
 
 
 class TorchInstanceNorm(nn.InstanceNorm3d):
-    """What PyTorch's users write by default."""
+    """InstanceNorm as PyTorch users write it by default."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, affine=True)
@@ -51,7 +51,7 @@ class TorchInstanceNorm(nn.InstanceNorm3d):
 def training_step(
     plan: ComputePlan | None, *, norm: str = "instance", with_loss: bool = True, quick: bool = False
 ) -> Callable[[], None]:
-    """One optimiser step; without a plan, as PyTorch's defaults do it."""
+    """One optimiser step; without a plan, with PyTorch's defaults."""
     torch.manual_seed(0)
     widths, batch, sides = ((8, 16), 1, (8, 8, 8)) if quick else (WIDTHS, BATCH, SIDES)
     ours = blocks.InstanceNorm
@@ -82,7 +82,7 @@ def training_step(
 
 
 def optimiser_step(quick: bool) -> Callable[[], None]:
-    """The fused optimiser alone, with gradients that are there already."""
+    """The fused optimiser alone, with gradients already computed."""
     network = UNetSpec(dimensions=3, widths=(8, 16) if quick else WIDTHS).build(1, 3)
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -99,7 +99,7 @@ def step_gflop(quick: bool) -> float:
 
 
 def machine_rates(plan: ComputePlan) -> dict[str, tuple[Callable[[], object], float]]:
-    """What the machine can do at best: name → (work, GFLOP)."""
+    """The best the machine can do: name → (work, GFLOP)."""
     a, b = (torch.randn(2048, 2048).to(plan.dtype) for _ in range(2))
     convolution = nn.Conv3d(32, 32, 3, padding=1, bias=False).to(memory_format=torch.channels_last_3d).to(plan.dtype)
     x = torch.randn(2, 32, *SIDES).to(plan.dtype).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
@@ -128,7 +128,7 @@ def bench_step(quick: bool) -> list[Row]:
         "compute plan, BatchNorm": training_step(plan, norm="batch", quick=quick),
         "compute plan, no normalisation": training_step(plan, norm="none", quick=quick),
         "compute plan, no loss": training_step(plan, with_loss=False, quick=quick),
-        "the optimiser alone": optimiser_step(quick),
+        "optimiser alone": optimiser_step(quick),
         **{name: work for name, (work, _) in rates.items()},
     }
     seconds = interleaved(cases, 1 if quick else 7)
@@ -192,7 +192,7 @@ def bench_data(quick: bool) -> list[Row]:
         network.train()
 
     batch, every = source.batch(0), recipe.training.validation.loss_every or 1
-    seldom = f"validation loss, a step in {every}"
+    seldom = f"validation loss, one step in {every}"
     cases: dict[str, Callable[[], object]] = {
         "network, loss, optimiser": step,
         seldom: validation_loss,
@@ -209,7 +209,7 @@ def bench_data(quick: bool) -> list[Row]:
 
 
 def saved_bundle(folder: Path, values: dict[str, Any], channels: tuple[str, ...], geometry: TileGeometry) -> Bundle:
-    """A bundle of random weights for four targets."""
+    """A bundle with random weights for three targets."""
     recipe = recipe_from({"name": "benchmark", **values})
     targets = Targets({name: (i,) for i, name in enumerate(("a", "b", "c"), start=1)})
     bundle = Bundle(recipe, recipe.pipeline, targets, channels, geometry, (1.0, 1.0, 1.0))
@@ -260,7 +260,7 @@ def bench_predict(quick: bool) -> list[Row]:
             outcomes = list(predict_subjects(predictor, subjects, root / "out"))
             wall = time.perf_counter() - start
             stages = {stage: sum(o.seconds[stage] for o in outcomes) for stage in outcomes[0].seconds}
-            stages["reading and writing that was waited for"] = wall - sum(stages.values())
+            stages["waiting for reading and writing"] = wall - sum(stages.values())
             rows += [{"case": f"{name}: {stage}", "s": s, "% of all": 100 * s / wall} for stage, s in stages.items()]
     return rows
 
@@ -311,7 +311,7 @@ def bench_memory(quick: bool) -> list[Row]:
 def network_steps(name: str, planned: bool, quick: bool) -> None:
     """Print milliseconds and batch size of a training step of a packaged network at its report's input.
 
-    Of two tiles at most: a step of the reports' batches takes minutes on two cores.
+    At most two tiles: a step with the reports' batches takes minutes on two cores.
     """
     configuration = CONFIGURATIONS[name]
     spec, batch, sides = configuration.spec, min(2, configuration.batch), configuration.sides
@@ -380,14 +380,14 @@ BENCHMARKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="which; all by default")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: do they run at all?")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default: all but networks")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes, only to check that they run")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     results = {}
-    # The reports' networks take most of an hour: only when they are asked for.
+    # The reports' networks take most of an hour, so they run only when named.
     for name in options.names or [name for name in BENCHMARKS if name != "networks"]:
-        # What another benchmark compiled counts against this one's limit of recompilations.
+        # Graphs compiled by another benchmark count against this one's recompilation limit.
         torch._dynamo.reset()
         rows = results[name] = BENCHMARKS[name](options.quick)
         print(f"\n{name}: {(BENCHMARKS[name].__doc__ or '').strip()}".rstrip(": "))

@@ -1,10 +1,10 @@
-"""Every packaged network for a few hundred steps on scans of its kind: does it learn, or collapse to background?
+"""Train every packaged network for a few hundred steps on suitable scans: does it learn, or collapse to background?
 
     python benchmarks/train_networks.py DATA --out RUNS [--steps 300] [--minutes 3] [--only NAME …]
 
-DATA holds the folders hippocampus, prostate, brats and wmh; livers are simulated. All are trained alike
-(Dice + cross entropy, AdamW, class-balanced tiles, no published weights), for the question is not which
-is best. A run that is there is not repeated; the table is printed at the end.
+DATA holds the folders hippocampus, prostate, brats and wmh; livers are simulated. All are trained in the same way
+(Dice + cross entropy, AdamW, class-balanced tiles, no published weights), since the question is not which
+is best. Finished runs are not repeated; a row is printed for each network.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FULL = [None, None]
 
 @dataclass(frozen=True)
 class Job:
-    """A network on a data set: the recipe it starts from, and what its input needs to fit two cores."""
+    """A network on a data set: the recipe to extend, and tiles small enough for two cores."""
 
     network: dict[str, Any]
     data: str

@@ -118,7 +118,7 @@ def test_bundles_that_differ_in_targets_are_no_ensemble(saved) -> None:
 
 def test_a_scan_with_other_channels_is_refused(saved, scan) -> None:
     two = Volume(np.concatenate([scan.voxels] * 2), scan.grid)
-    with pytest.raises(BundleError, match="has 2 channels, the bundle wants 1: T1"):
+    with pytest.raises(BundleError, match="has 2 channels, but the bundle needs 1: T1"):
         Predictor([Bundle.load(saved)], PLAN).predict(two)
 
 
@@ -151,7 +151,7 @@ def test_weights_that_do_not_fit_are_refused_before_there_is_a_network(saved) ->
     weights = small_bundle().network().state_dict()
     bias = weights["head.bias"]
     wrong = {
-        "more than their 1 tensors": {"head.bias": bias},
+        "more tensors than the file's 1": {"head.bias": bias},
         "head.bias is missing, not 3 of F32": {k: v for k, v in weights.items() if k != "head.bias"} | {"b": bias},
         "head.bias is 2 of F32, not 3 of F32": {**weights, "head.bias": bias[:2]},
         "head.bias is 3 of F64, not 3 of F32": {**weights, "head.bias": bias.double()},
@@ -188,7 +188,7 @@ def test_an_answer_that_is_not_finite_is_refused(saved, scan) -> None:
     weights = small_bundle().network().state_dict()
     weights["head.weight"].fill_(3e38)
     save_weights(saved, weights, {})
-    with pytest.raises(BundleError, match="answer is not finite"):
+    with pytest.raises(BundleError, match="output is not finite"):
         Predictor([Bundle.load(saved)], PLAN).predict(scan)
 
 
@@ -301,7 +301,7 @@ def test_a_bundle_of_format_1_whose_recipe_does_not_fit_says_what_to_do(tmp_path
     shutil.copytree(Path(__file__).parent / "data/bundle_format_1", tmp_path / "bundle")
     path = tmp_path / "bundle/bundle.json"
     path.write_text(path.read_text().replace('"slice_axis": null', '"slice_axis": 2'))
-    with pytest.raises(BundleError, match=r"by the recipe they are.*copy the bundle again"):
+    with pytest.raises(BundleError, match=r"but the recipe makes them.*copy the bundle again"):
         Bundle.load(tmp_path / "bundle")
 
 
@@ -389,8 +389,8 @@ def test_with_another_key_who_was_seen_is_not_guessed(saved, tmp_path, monkeypat
     known = Provenance(key=key_id(), training=hidden(["anna"]), validation=hidden(["bert"]))
     bundle = replace(small_bundle(), provenance=known)
     assert [bundle.seen(name) for name in ("anna", "bert", "carl")] == [True, True, False]
-    with pytest.raises(BundleError, match="does not say on which subjects"):
+    with pytest.raises(BundleError, match="does not say which subjects"):
         small_bundle().seen("anna")
     monkeypatch.setenv("DELINEATE_KEY", str(tmp_path / "other"))
-    with pytest.raises(UnknownKey, match="set DELINEATE_KEY to the key of who trained it"):
+    with pytest.raises(UnknownKey, match="set DELINEATE_KEY to the key of whoever trained it"):
         bundle.seen("carl")

@@ -1,10 +1,10 @@
 """Delineate: train, compare and deploy networks that delineate organs and lesions in MR and CT.
 
-The names in ``__all__`` are the public ones; everything else may change. Each is imported when it is first used, so
-that ``import delineate`` takes no time.
+Only the names in ``__all__`` are public; everything else may change. Each is imported on first use, which keeps
+``import delineate`` fast.
 """
 
-TYPE_CHECKING = False  # as typing's, whose import would take longer than all of this
+TYPE_CHECKING = False  # stands in for typing.TYPE_CHECKING: importing typing would take longer than this whole module
 
 if TYPE_CHECKING:
     from delineate import errors, interop
@@ -64,11 +64,11 @@ _HOMES = {
     "train": "delineate.api.training",
     "write": "delineate.api.data",
 }
-"""The module of each public name that is not a module itself."""
+"""Where each public name is defined; modules are listed below."""
 
 _MODULES = ("errors", "interop")
 
-# A type checker reads the imports above, and would take this for leave to use any name.
+# Hidden from type checkers: they read the imports above, and with a ``__getattr__`` would accept any name.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:

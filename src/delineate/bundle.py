@@ -1,16 +1,16 @@
-"""The bundle: the folder in which training and inference meet. No pickle in it, and no names of subjects.
+"""The bundle: the folder that training writes and inference reads. It contains no pickle and no subject names.
 
 ::
 
     bundle/
-        recipe.yaml            everything that made it
-        preprocessing.json     the pipeline, fitted on the training subjects
-        weights.safetensors    the network; its metadata holds step and validation score
-        calibration.json       errors on held-out subjects, where there were any
+        recipe.yaml            everything needed to train it again
+        preprocessing.json     the pipeline, fitted to the training subjects
+        weights.safetensors    the network's weights; the metadata holds step and validation score
+        calibration.json       errors on held-out subjects, if there were any
         bundle.json            channels, targets, tiles, fingerprint of the training data, provenance,
                                and the SHA-256 of every file
 
-What is not as it was saved is refused when the bundle is opened, before any network is built.
+A bundle with a file that differs from what was saved is refused on opening, before any network is built.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FORMAT: Final = 2
 RECIPE, PREPROCESSING, WEIGHTS = "recipe.yaml", "preprocessing.json", "weights.safetensors"
 
 _MOST_VOXELS = 2**30
-"""Of a tile, as the network reads it."""
+"""Largest tile, as the network reads it."""
 
 Pseudonym = Annotated[str, Field(pattern=PATTERN)]
 Positive = Annotated[float, Field(gt=0, le=1e4)]
@@ -58,10 +58,10 @@ Positive = Annotated[float, Field(gt=0, le=1e4)]
 class Provenance:
     """Where a bundle comes from.
 
-    Subjects are named by pseudonyms, made with the key that ``key`` identifies; their names stay in
-    the run's folder. ``left_out`` were broken. ``computed`` is what decides the last bit: device, threads,
-    precision and the like. ``requires`` names the packages whose parts the recipe uses, as ``package==version``, and
-    modules of such parts that belong to no package.
+    Subjects are listed by pseudonyms, made with the key that ``key`` identifies; their names stay in
+    the run folder. ``left_out`` lists subjects with broken files. ``computed`` is whatever affects results down to the
+    last bit: device, threads, precision and so on. ``requires`` lists the packages that provide parts of the recipe, as
+    ``package==version``, and the modules of parts that belong to no package.
     """
 
     layout: Text = ""
@@ -80,16 +80,16 @@ class Provenance:
 
 
 def hidden(subjects: Sequence[str]) -> tuple[str, ...]:
-    """The pseudonyms of subjects, by which a bundle knows them."""
+    """The pseudonyms by which a bundle knows subjects."""
     return tuple(pseudonym("subject", name) for name in subjects)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A trained network and all that is needed to apply it.
+    """A trained network and everything needed to apply it.
 
-    ``geometry`` is the tiles' shape as trained; ``spacing_mm`` the prepared spacing. ``weights`` is
-    what their file must be; None before the first are saved.
+    ``geometry`` is the tile geometry used in training; ``spacing_mm`` is the spacing after preprocessing. ``weights``
+    is the size and digest that the weights file must have; None before weights are first saved.
     """
 
     recipe: Recipe
@@ -117,33 +117,33 @@ class Bundle:
 
     @cached_property
     def metadata(self) -> dict[str, str]:
-        """What training noted beside the weights, such as step and score."""
+        """What training recorded with the weights, such as step and score."""
         with _safetensors(self._weights_file) as file:
             return dict(file.metadata() or {})
 
     @property
     def weights_sha256(self) -> str:
-        """Digest of the weights' file, by which a result names the model that it is of."""
+        """Digest of the weights file, by which a result names the model that produced it."""
         if self.weights is None:
             raise BundleError(self._no_weights)
         return self.weights.sha256
 
     def seen(self, subject: str) -> bool:
-        """Whether the weights were trained, or chosen, on a subject of this name.
+        """Whether the subject of this name was used to train or to select the weights.
 
-        Raises :class:`UnknownKey` where the bundle's names were hidden with another key than the user's,
-        and :class:`BundleError` where it does not say what it was trained on.
+        Raises :class:`UnknownKey` if the names were hidden with a key other than the user's,
+        and :class:`BundleError` if the bundle does not say what it was trained on.
         """
         known = self.provenance
         if not known.training:
             raise BundleError(
-                f"'{self.folder}' does not say on which subjects it was trained", fix="choose them by hand"
+                f"'{self.folder}' does not say which subjects it was trained on", fix="choose subjects by hand"
             )
         if known.key != key_id():
             raise UnknownKey(
-                f"on which subjects '{self.folder}' was trained cannot be known here: their names were hidden with "
-                f"another key than '{key_file()}'",
-                fix="set DELINEATE_KEY to the key of who trained it, ask them, or choose the subjects by hand",
+                f"cannot tell which subjects '{self.folder}' was trained on: their names were hidden with "
+                f"a key other than '{key_file()}'",
+                fix="set DELINEATE_KEY to the key of whoever trained it, ask them, or choose subjects by hand",
             )
         return pseudonym("subject", subject) in {*known.training, *known.validation}
 
@@ -152,7 +152,7 @@ class Bundle:
         return (
             "this bundle has not been saved; save it before reading weights from it"
             if self.folder is None
-            else f"'{self.folder}' has no weights yet, since its training has not validated once; "
+            else f"'{self.folder}' has no weights yet, since its training has not reached the first validation; "
             "wait, or run `delineate train` again to resume it"
         )
 
@@ -163,7 +163,7 @@ class Bundle:
         return self.folder / WEIGHTS
 
     def _read_weights(self) -> dict[str, Tensor]:
-        """The tensors, once they are found to be those that the bundle was opened with."""
+        """The tensors, after checking that they are still those the bundle was opened with."""
         path = self._weights_file
         with _safetensors(path) as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -172,15 +172,15 @@ class Bundle:
         return weights
 
     def save(self, folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write the whole bundle. A process that is killed leaves the one before, this one, or one that says so."""
+        """Write the whole bundle. A killed process leaves the previous bundle, this one, or one marked incomplete."""
         self._seal(folder, {WEIGHTS: _writer(weights, metadata)})
-        # What another bundle left here is no part of this one.
+        # Left over from another bundle.
         (folder / CALIBRATION).unlink(missing_ok=True)
 
     def begin(self, folder: Path) -> None:
-        """Write all but the weights, which training replaces again and again, where there is no whole bundle yet.
+        """Write everything but the weights, which training replaces repeatedly, unless a complete bundle is there.
 
-        One of an earlier format is brought to this one. Raises :class:`BundleError` for a damaged one.
+        A bundle of an earlier format is converted. Raises :class:`BundleError` for a damaged bundle.
         """
         if not (folder / MANIFEST).exists() or Sealed.unfinished(folder):
             self._seal(folder, {})
@@ -192,12 +192,12 @@ class Bundle:
     def _seal(self, folder: Path, more: Mapping[str, Callable[[Path], object]]) -> None:
         about = self._described()
         texts = {RECIPE: to_yaml(self.recipe.as_dict()), PREPROCESSING: to_json(self.pipeline)}
-        with _refusing(folder):  # what could not be read is not written
+        with _refusing(folder):  # write nothing that could not be read back
             recipe, pipeline = _recipe(texts[RECIPE].encode()), from_json(Pipeline, texts[PREPROCESSING])
             again = from_json(_Description, json.dumps(about)).bundle(folder, recipe, pipeline)
             _check_consistent(self)
         if replace(again, folder=self.folder) != self:
-            raise BundleError("the bundle would not read back as it is", fix="report this, with its recipe")
+            raise BundleError("the bundle would not read back unchanged", fix="report this bug, with the recipe")
         seal(folder, about, {**{name: _text_writer(text) for name, text in texts.items()}, **more})
 
     def _described(self) -> dict[str, Any]:
@@ -207,24 +207,24 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:
-        """Read a bundle, once all of it is found to be as it was saved; the weights are kept on disk.
+        """Read a bundle after checking that every file is as it was saved; the weights stay on disk.
 
-        Raises :class:`BundleError` for anything else, before a network is built.
+        Raises :class:`BundleError` if any file is not, before a network is built.
         """
         while True:
             before = _manifest_of(folder)
             try:
                 return _load(folder)
             except BundleError:
-                # A training may have replaced the weights between two looks.
+                # Training may have replaced the weights between two reads.
                 if _manifest_of(folder) == before:
                     raise
 
     def geometry_of(self, shape: tuple[int, int, int]) -> TileGeometry:
-        """Tiles for a prepared volume of ``shape``: as trained, or a whole slice where the recipe says so.
+        """Tiles for a prepared volume of ``shape``: as in training, or whole slices or volumes if the recipe says so.
 
-        Convolutional networks take larger inputs than they were trained on; whole slices and
-        volumes cost no seams. Sides that the recipe fixes stay as trained.
+        Convolutional networks accept larger inputs than they were trained on, and whole slices and
+        volumes have no seams. Sides that the recipe fixes stay as in training.
         """
         spec = self.recipe.tiles
         free = isinstance(spec, Whole) or (isinstance(spec, Slices) and spec.shape == (None, None))
@@ -234,7 +234,7 @@ class Bundle:
 
 
 class _Description(Specification):
-    """What ``bundle.json`` says beside the digests: the one way in which it is written and read."""
+    """What ``bundle.json`` holds besides the digests: the only way it is written and read."""
 
     model_config = ConfigDict(strict=True)
 
@@ -272,20 +272,20 @@ class _Description(Specification):
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Replace a bundle's weights; everything else in it stays as it is, and it is whole at every moment."""
+    """Replace a bundle's weights and nothing else; the bundle is complete at every moment."""
     replace_file(folder, WEIGHTS, _writer(weights, metadata))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors as safetensors, beside and renamed."""
+    """Write tensors as safetensors, to a temporary file that is then renamed."""
     with writing_beside(path) as temporary:
         _writer(tensors, metadata)(temporary)
 
 
 def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:
-    """Write the tensors of a bundle whose names fit a pattern, such as ``encoder.*``, as one file.
+    """Write the tensors of a bundle whose names match a pattern, such as ``encoder.*``, to one file.
 
-    Returns their number. Raises :class:`BundleError` where none fits.
+    Returns how many there are. Raises :class:`BundleError` if none matches.
     """
     from delineate.networks.transfer import matching
 
@@ -293,20 +293,20 @@ def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:
     chosen = {name: weights[name] for name in matching(weights, include)}
     if not chosen:
         raise BundleError(
-            f"no tensor of {folder} fits {', '.join(include)}", fix=f"they are named like '{next(iter(weights))}'"
+            f"no tensor of {folder} matches {', '.join(include)}", fix=f"use names such as '{next(iter(weights))}'"
         )
     save_tensors(path, chosen, {})
     return len(chosen)
 
 
 def bundle_folder(path: Path) -> Path:
-    """Where the bundle is that ``path`` stands for: the folder itself, or ``bundle`` in the folder of a run."""
+    """The bundle that ``path`` refers to: the folder itself, or ``bundle`` inside a run folder."""
     inside = path / "bundle"
     return inside if inside.is_dir() and not (path / MANIFEST).exists() else path
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a bundle, with weights, that can be used."""
+    """Whether a folder holds a usable bundle, weights included."""
     try:
         return Bundle.load(folder).weights is not None
     except BundleError:
@@ -314,7 +314,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Versions of the software that affects results."""
     import platform
     from importlib.metadata import version
 
@@ -330,11 +330,11 @@ def _load(folder: Path) -> Bundle:
         return _load_format_1(folder, contents)
     if contents.get("format") != FORMAT:
         raise BundleError(
-            f"'{folder}' has format {contents.get('format')!r:.40}, this version reads 1 and {FORMAT}",
+            f"'{folder}' has format {contents.get('format')!r:.40}; this version reads formats 1 and {FORMAT}",
             fix="update delineate",
         )
     sealed = Sealed.open(folder)
-    # Nothing is parsed before all of it is known to be as it was saved.
+    # Check every file before parsing any.
     stamps = {name: sealed.stamp(name) for name in (RECIPE, PREPROCESSING, CALIBRATION, WEIGHTS)}
     with _refusing(folder / MANIFEST):
         about = from_json(_Description, json.dumps(sealed.about))
@@ -354,7 +354,7 @@ def _load(folder: Path) -> Bundle:
 
 
 def _load_format_1(folder: Path, contents: dict[str, Any]) -> Bundle:
-    """A bundle without digests, whose tiles forgot whether they are standardised: its recipe knows."""
+    """A bundle without digests. It does not record whether tiles are standardised; that comes from its recipe."""
     with _refusing(folder / RECIPE):
         recipe = _recipe(read_small(folder / RECIPE))
     with _refusing(folder / PREPROCESSING):
@@ -381,12 +381,12 @@ def _load_format_1(folder: Path, contents: dict[str, Any]) -> Bundle:
     if not (folder / WEIGHTS).exists():
         return bundle
     with _refusing(folder / WEIGHTS):
-        _check_fits(bundle, folder / WEIGHTS)  # before all of it is read, whatever its size
+        _check_fits(bundle, folder / WEIGHTS)  # before reading the whole file, which may be of any size
     return _with_weights(bundle, Stamp.of(folder / WEIGHTS))
 
 
 def _quantity_of_format_1(name: str) -> tuple[str, str] | None:
-    """Quantity and axis, channel or target, which format 1 kept as a phrase such as "contrast of T1"."""
+    """The quantity, and its axis, channel or target, which format 1 stored as a phrase such as "contrast of T1"."""
     for phrase, quantity in (("spacing from ", "spacing"), ("field of view from ", "field_of_view")):
         for axis, words in PATIENT_AXES.items():
             if name == phrase + words:
@@ -414,14 +414,14 @@ def _manifest_of(folder: Path) -> bytes:
 
 @contextmanager
 def _refusing(path: Path, about: str = "") -> Iterator[None]:
-    """Whatever strange content leads to, as one of ours."""
+    """Turn any exception that malformed content causes into a :class:`BundleError`."""
     try:
         yield
     except (BundleError, UnknownKey, OutputError):
         raise
     except Exception as error:
         reason = error.text if isinstance(error, DelineateError) else str(error) or type(error).__name__
-        raise BundleError(f"'{path}' makes no sense{about}: {reason:.600}", fix=AGAIN) from error
+        raise BundleError(f"'{path}' is not valid{about}: {reason:.600}", fix=AGAIN) from error
 
 
 @lru_cache(maxsize=16)
@@ -430,30 +430,30 @@ def _recipe(content: bytes) -> Recipe:
 
 
 def _as_trained(tiles: TileSpec, geometry: TileGeometry) -> TileSpec:
-    """``tiles`` across the axis that was the thickest where they were trained."""
+    """``tiles`` with the axis that was the thickest in training written out."""
     if not isinstance(tiles, Slices) or tiles.axis != "thickest" or geometry.slice_axis is None:
         return tiles
     return tiles.model_copy(update={"axis": AXES[geometry.slice_axis]})
 
 
 def _check_consistent(bundle: Bundle) -> None:
-    """Raise :class:`BundleError` where tiles or preprocessing are not what the recipe makes them."""
+    """Raise :class:`BundleError` if tiles or preprocessing do not follow from the recipe."""
     geometry, recipe = bundle.geometry, bundle.recipe
     if prod(geometry.input_shape) > _MOST_VOXELS:
-        raise BundleError(f"tiles of {geometry.input_shape} voxels are too large to be used", fix=AGAIN)
+        raise BundleError(f"tiles of {geometry.input_shape} voxels are too large", fix=AGAIN)
     tiles = _as_trained(recipe.tiles, geometry)
     expected = geometry_for(tiles, geometry.shape, bundle.spacing_mm, recipe.network)
     if geometry != expected:
-        raise BundleError(f"the tiles are {geometry}, by the recipe they are {expected}", fix=AGAIN)
+        raise BundleError(f"the tiles are {geometry}, but the recipe makes them {expected}", fix=AGAIN)
     steps, fitted = recipe.preprocessing, bundle.pipeline.steps
     if [step.kind for step in steps] != [step.kind for step in fitted]:
         kinds = ([step.kind for step in some] for some in (fitted, steps))
-        raise BundleError("the preprocessing has the steps {}, the recipe {}".format(*kinds), fix=AGAIN)
+        raise BundleError("the preprocessing has the steps {}, but the recipe has {}".format(*kinds), fix=AGAIN)
     for step, after in zip(steps, fitted, strict=True):
         before, now = step.model_dump(exclude_none=True), after.model_dump()
         if differing := [name for name in before if now[name] != before[name]]:
             raise BundleError(
-                f"{step.kind} of the preprocessing differs from the recipe's in {', '.join(differing)}", fix=AGAIN
+                f"preprocessing step {step.kind} differs from the recipe in {', '.join(differing)}", fix=AGAIN
             )
 
 
@@ -464,9 +464,9 @@ _DTYPES = {
 
 
 def _check_fits(bundle: Bundle, path: Path) -> None:
-    """Raise :class:`BundleError` where the file's tensors are not the network's, by names, sizes and types.
+    """Raise :class:`BundleError` if the names, shapes or types of the file's tensors are not the network's.
 
-    From the file's header and a network without memory.
+    Reads only the file's header, and builds the network without allocating memory.
     """
     with _safetensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -482,7 +482,7 @@ def _check_fits(bundle: Bundle, path: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise BundleError(
-            f"weights in '{path}' do not fit the recipe's network: {'; '.join(wrong[:3])}{more}", fix=AGAIN
+            f"the weights in '{path}' do not fit the recipe's network: {'; '.join(wrong[:3])}{more}", fix=AGAIN
         )
 
 
@@ -492,7 +492,7 @@ def _tensor(known: tuple[tuple[int, ...], str] | None) -> str:
 
 @contextmanager
 def _at_most(parameters: int) -> Iterator[None]:
-    """Stop a network from being built that has more parameters than are there, however many those would be."""
+    """Stop building a network as soon as it has more than ``parameters`` tensors."""
     count = 0
 
     def counted(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -500,7 +500,7 @@ def _at_most(parameters: int) -> Iterator[None]:
         count += parameter is not None
         if count > parameters:
             raise BundleError(
-                f"the weights do not fit the recipe's network, which has more than their {parameters} tensors",
+                f"the weights do not fit the recipe's network, which has more tensors than the file's {parameters}",
                 fix=AGAIN,
             )
 
@@ -523,7 +523,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 def _safetensors(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
-    opened(path).close()  # a pipe would be waited for
+    opened(path).close()  # refuses a pipe, on which safetensors would block
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -542,7 +542,7 @@ def _writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Calla
         try:
             save_file(plain, path, metadata={key: str(value) for key, value in metadata.items()})
         except SafetensorError as error:
-            raise OSError(str(error)) from error  # the system's own, which safetensors wraps
+            raise OSError(str(error)) from error  # unwrap the system's own error
 
     return write
 

@@ -1,4 +1,4 @@
-"""What can be said of a prediction without a truth: how sure it is, and how far off it may be."""
+"""What can be said about a prediction without a reference: how confident it is, and how far off it may be."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from delineate.specification import to_json
 CALIBRATION = "calibration.json"
 
 LEVEL = 0.9
-"""Share of new subjects that an interval is to cover."""
+"""Share of new subjects that an interval should cover."""
 
 
 @dataclass(frozen=True)
 class Confidence:
-    """Of one target of one scan.
+    """Confidence in one target of one scan.
 
-    ``expected_dice`` is the Dice that the probabilities promise if they mean what they say, 2 Σpm /
-    (Σp + Σm) of probabilities p and mask m; undefined where nothing is found. ``mutual_dice`` is
-    the mean Dice with each other of the variants that were averaged (bundles, or the scan and its
-    mirror image); undefined of a single one. ``seam`` is how much more the probabilities change across
-    tiles' borders than beside them; undefined of a single tile.
+    ``expected_dice`` is the Dice to expect if the probabilities are calibrated, 2 Σpm / (Σp + Σm) for
+    probabilities p and mask m; undefined where nothing was found. ``mutual_dice`` is the mean pairwise Dice
+    between the variants that were averaged (bundles, or the scan and its mirror image); undefined for a single
+    variant. ``seam`` is how much more the probabilities change across tile borders than next to them; undefined
+    for a single tile.
     """
 
     volume_ml: float
@@ -45,19 +45,19 @@ class Confidence:
 
 
 def expected_dice(sum_probability: float, sum_within: float, voxels: int) -> float:
-    """From the sum of probabilities, that within the mask, and the mask's voxels."""
+    """Expected Dice from the sum of all probabilities, their sum within the mask, and the mask's voxel count."""
     return 2 * sum_within / (sum_probability + voxels) if voxels else nan
 
 
 def mutual_dice(masks: Sequence[NDArray[np.bool_]]) -> float:
-    """Mean Dice of every two masks; undefined of fewer than two."""
+    """Mean Dice over all pairs of masks; undefined for fewer than two masks."""
     found = [Overlap.of(a, b).dice for a, b in combinations(masks, 2)]
     return float(np.mean(found)) if found else nan
 
 
 @dataclass(frozen=True)
 class Case:
-    """One target of one subject of a ``patient`` whose truth is known."""
+    """One target of one subject whose reference is known; ``patient`` is who was scanned."""
 
     target: str
     site: str
@@ -68,12 +68,12 @@ class Case:
 
     @property
     def dice_error(self) -> float:
-        """True less expected Dice; undefined where nothing was found."""
+        """Actual minus expected Dice; undefined where nothing was found."""
         return self.dice - self.confidence.expected_dice
 
     @property
     def log_volume_error(self) -> float:
-        """Logarithm of true over predicted volume: −∞ where there is nothing, undefined where nothing was found."""
+        """Log of true over predicted volume: −∞ where the target is absent, undefined where nothing was found."""
         if not self.confidence.volume_ml > 0:
             return nan
         return log(self.reference_ml / self.confidence.volume_ml) if self.reference_ml > 0 else -inf
@@ -81,14 +81,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Errors on patients that the bundle never saw: of expected Dice, and of volume as a logarithm of the ratio."""
+    """Errors of expected Dice and of volume (as a log ratio) on patients that the bundle never saw."""
 
     dice: Mapping[str, Conformal]
     log_volume: Mapping[str, Conformal]
 
     @classmethod
     def of(cls, cases: Sequence[Case]) -> Calibration:
-        """From cases whose truth is known."""
+        """Calibration from cases whose reference is known."""
         by_target: dict[str, list[Case]] = {}
         for case in cases:
             by_target.setdefault(case.target, []).append(case)
@@ -99,7 +99,7 @@ class Calibration:
         )
 
     def dice_interval(self, target: str, confidence: Confidence, level: float = LEVEL) -> tuple[float, float]:
-        """What the Dice will be, within 0 and 1; undefined where nothing was found or too few patients are known."""
+        """Interval for the Dice, within 0 and 1; undefined if nothing was found or calibration had too few patients."""
         low, high = self._errors(self.dice, target, level)
         if not isfinite(confidence.expected_dice) or isnan(low):
             return nan, nan
@@ -107,9 +107,9 @@ class Calibration:
         return low, high
 
     def volume_interval(self, target: str, confidence: Confidence, level: float = LEVEL) -> tuple[float, float]:
-        """What the true volume in ml is; undefined where nothing was found or too few patients are known.
+        """Interval for the true volume in ml; undefined if nothing was found or calibration had too few patients.
 
-        It begins at 0 ml where what was found has been nothing too often.
+        It starts at 0 ml if too many of the calibration predictions found a target that was not there.
         """
         low, high = self._errors(self.log_volume, target, level)
         if not confidence.volume_ml > 0 or isnan(low):
@@ -122,7 +122,7 @@ class Calibration:
         return known.interval(level) if known is not None and known.best_level >= level else (nan, nan)
 
     def save(self, folder: Path) -> None:
-        """Write it into a bundle: errors by patient, without names."""
+        """Write the calibration into a bundle: errors grouped by patient, without names."""
         errors = {
             name: {target: conformal.errors for target, conformal in group.items()}
             for name, group in (("dice_errors", self.dice), ("log_volume_errors", self.log_volume))
@@ -132,7 +132,7 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: Path) -> Calibration | None:
-        """A bundle's, or None where it has none. Raises :class:`BundleError` for a damaged one."""
+        """A bundle's calibration, or None where it has none. Raises :class:`BundleError` for a damaged file."""
         path = folder / CALIBRATION
         if not path.exists():
             return None
@@ -145,7 +145,7 @@ class Calibration:
 
 
 def _by_patient(errors: object) -> object:
-    """Earlier bundles list the errors of scans: each counts as one of a patient of its own."""
+    """Earlier bundles list errors by scan: each scan then counts as a patient of its own."""
     return [e if isinstance(e, list | tuple) else [e] for e in errors] if isinstance(errors, list) else errors
 
 
@@ -162,7 +162,7 @@ class CalibrationFile(Document):
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's, of pairs that are defined; undefined of fewer than three, or where either is all the same."""
+    """Spearman's rank correlation over the defined pairs; undefined for fewer than three, or if either is constant."""
     from scipy.stats import rankdata  # slow to import, and no prediction needs it
 
     a, b = np.asarray(one, float), np.asarray(other, float)
@@ -174,12 +174,13 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class IntervalCheck:
-    """How intervals of a target do on a site's subjects; the site ``""`` has all subjects.
+    """How the intervals of a target perform on one site's subjects; site ``""`` stands for all subjects.
 
-    ``dice_width`` is the median width of the Dice interval, ``volume_width`` that of the volume interval as a share
-    of the volume; ``rank`` the rank correlation (Spearman's) of expected and true Dice; ``dice_held`` and
-    ``volume_held`` the shares of the site's subjects (means over patients) whose truth lies in an interval made
-    without the site. None is undefined; all subjects have no shares, which would be the level by construction.
+    ``dice_width`` is the median width of the Dice interval, ``volume_width`` that of the volume interval relative to
+    the volume, ``rank`` Spearman's correlation between expected and actual Dice. ``dice_held`` and ``volume_held``
+    are the share of the site's subjects (averaged over patients) whose true value lies in an interval made without
+    the site. None is undefined. The shares are also None for all subjects, where they would equal the level by
+    construction.
     """
 
     target: str
@@ -201,11 +202,10 @@ class Intervals(Document):
 
 
 def check_intervals(cases: Sequence[Case], level: float = LEVEL) -> tuple[IntervalCheck, ...]:
-    """How wide intervals are, and whether those made without a site's subjects hold that site's truth.
+    """How wide intervals are, and whether those made without a site cover that site's true values.
 
-    Checks for each target and site; sites and targets with too few patients for the level are left out. A
-    patient seen at several sites is no stranger to any: intervals that judge a site's scans are made without
-    its patients.
+    One check for each target and site; those with too few patients for the level are left out. Intervals that
+    are judged on a site's scans are made without any of its patients, including their scans at other sites.
     """
     checks: list[IntervalCheck] = []
     sites = sorted({case.site for case in cases})

@@ -1,4 +1,4 @@
-"""How to compute on this machine: device, precision, memory format, compilation, threads, and why."""
+"""How to compute on this machine (device, precision, memory format, compilation, threads), with reasons."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Compile = Literal["auto", "on", "off"]
 
 COMPILE_PAYS_AFTER_SECONDS = 120
-"""Compiling costs tens of seconds; a run shorter than this would not win them back."""
+"""Compiling takes tens of seconds; a shorter run would not earn them back."""
 
 COMPILE_SECONDS_A_CONVOLUTION = 0.8
-"""Measured on two cores: 10 s for 18 convolutions, 35 for 23, 69 for 92 and 79 for 147."""
+"""Measured on two cores: 10 s for 18 convolutions, 35 s for 23, 69 s for 92 and 79 s for 147."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PlanFile(Document):
 
 @dataclass(frozen=True)
 class ComputePlan:
-    """What was chosen, and why, line by line."""
+    """What was chosen and why, line by line."""
 
     device: torch.device
     precision: Literal["fp32", "bf16", "fp16"]
@@ -63,7 +63,7 @@ class ComputePlan:
         return torch.channels_last_3d if dimensions == 3 else torch.channels_last
 
     def autocast(self) -> torch.autocast:
-        """Context in which convolutions run in the plan's precision."""
+        """Context manager within which convolutions run in the plan's precision."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.precision != "fp32")
 
     def place(self, network: nn.Module, dimensions: int) -> nn.Module:
@@ -72,13 +72,13 @@ class ComputePlan:
         return network.to(self.device, memory_format=self.memory_format(dimensions))  # type: ignore[call-overload]
 
     def compiled(self, function: Callable) -> Callable:
-        """``function``, compiled for fixed shapes where the plan says so; its gradients are right either way."""
+        """``function``, compiled for fixed shapes if the plan says so; its gradients are correct either way."""
         if self.device.type == "cpu" and self.precision == "bf16":
             function = _with_right_gradients(function)
         return torch.compile(function, dynamic=False) if self.compile else function
 
     def file(self) -> PlanFile:
-        """What is written down of it."""
+        """The plan as it is written to a file."""
         return PlanFile(choices=self.choices)
 
 
@@ -91,15 +91,15 @@ def plan_compute(
     expected_seconds: float = float("inf"),
     convolutions: int = 20,
 ) -> ComputePlan:
-    """Choose how to compute; ``expected_seconds`` of a network of so many convolutions say whether compiling can pay.
+    """Choose how to compute. ``expected_seconds`` and the number of ``convolutions`` decide whether compiling pays off.
 
-    Raises :class:`RecipeError` for a device that is not there.
+    Raises :class:`RecipeError` for a device that this machine does not have.
     """
     target, why_device = _choose_device(device)
     chosen_precision, why_precision = _choose_precision(precision, target)
     channels_last = target.type in ("cpu", "cuda")
     compiling, why_compile = _choose_compile(compile, target, expected_seconds, convolutions)
-    # Two threads a core (SMT) only fight over the same vector units.
+    # Two threads on one core (SMT) only compete for its vector units.
     count = threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or usable_cores()
     choices = (
         Choice("device", _device_name(target), why_device),
@@ -110,16 +110,16 @@ def plan_compute(
             "convolutions read all channels of a voxel at once" if channels_last else f"usual on {target.type}",
         ),
         Choice("compile", "on" if compiling else "off", why_compile),
-        Choice("threads", str(count), "asked for" if threads else "one for each usable core"),
+        Choice("threads", str(count), "as requested" if threads else "one per usable core"),
     )
     return ComputePlan(target, chosen_precision, channels_last, compiling, count, choices)
 
 
 class _SomeConvolutionsInFloat32(TorchFunctionMode):
-    """Convolutions that PyTorch 2.13 on CPUs does badly in bfloat16, out of autocast.
+    """Excludes from autocast the convolutions that PyTorch 2.13 handles badly in bfloat16 on CPUs.
 
-    Of images smaller than their kernel: the kernels' gradient is wrong, or NaN. Of each channel by
-    itself with a dilated kernel: going back takes two to seven times as long as in float32.
+    If the image is smaller than the kernel, the kernel's gradient is wrong or NaN. If the convolution is depthwise
+    and dilated, the backward pass takes two to seven times as long as in float32.
     """
 
     def __torch_function__(
@@ -142,7 +142,7 @@ _CONVOLUTIONS = _FORWARD | {torch.conv_transpose2d, torch.conv_transpose3d}
 def _is_dilated_by_channel(
     kernel: torch.Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> bool:
-    """Whether each channel has a dilated kernel of its own; the arguments are a convolution's."""
+    """Whether a convolution is depthwise and dilated; takes the arguments of a convolution."""
     steps = dilation if isinstance(dilation, Sequence) else (dilation,)
     return groups > 1 and kernel.shape[1] == 1 and max(steps) > 1
 
@@ -167,14 +167,14 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, which containers and schedulers often limit."""
+    """Number of cores this process may run on, which containers and schedulers often limit."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def available_memory_bytes() -> int:
-    """Memory that new work may take: what the system calls available, and within the container's limit."""
+    """Memory available for new work: what the system reports as available, capped by the container's limit."""
     free = int(4e9)
     if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo") as lines:
@@ -191,7 +191,7 @@ def available_memory_bytes() -> int:
 
 
 def check_device(device: str, count: int = 1) -> None:
-    """Raise :class:`RecipeError` for a device that this machine does not have, or of which it has fewer."""
+    """Raise :class:`RecipeError` for a device that this machine does not have, or has fewer than ``count`` of."""
     chosen, _ = _choose_device(device)
     if chosen.type == "cpu":
         return
@@ -207,29 +207,29 @@ def check_device(device: str, count: int = 1) -> None:
 def _choose_device(device: str) -> tuple[torch.device, str]:
     if device == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda"), "a CUDA device is here"
+            return torch.device("cuda"), "a CUDA GPU is available"
         if torch.backends.mps.is_available():
-            return torch.device("mps"), "an Apple GPU is here"
+            return torch.device("mps"), "an Apple GPU is available"
         return torch.device("cpu"), "no GPU found"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise RecipeError(f"device '{device}' is not known", fix="use auto, cpu, cuda, cuda:1 or mps") from error
+        raise RecipeError(f"unknown device '{device}'", fix="use auto, cpu, cuda, cuda:1 or mps") from error
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not there.get(chosen.type, False):
-        raise RecipeError(f"device '{device}' is not on this machine", fix="use --device auto or cpu")
-    return chosen, "asked for"
+        raise RecipeError(f"this machine has no device '{device}'", fix="use --device auto or cpu")
+    return chosen, "as requested"
 
 
 def _choose_precision(precision: Precision, device: torch.device) -> tuple[Literal["fp32", "bf16", "fp16"], str]:
     if precision != "auto":
-        return precision, "asked for"
+        return precision, "as requested"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", "the GPU multiplies bfloat16 natively"
-        return "fp16", "this GPU has no bfloat16; half precision with loss scaling"
+            return "bf16", "the GPU supports bfloat16 natively"
+        return "fp16", "this GPU has no bfloat16; fp16 with loss scaling instead"
     if device.type == "cpu" and _cpu_has_bf16():
-        return "bf16", "the CPU multiplies bfloat16 natively"
+        return "bf16", "the CPU supports bfloat16 natively"
     return "fp32", f"no fast bfloat16 on this {device.type}"
 
 
@@ -244,24 +244,24 @@ def _choose_compile(
     wanted: Compile, device: torch.device, expected_seconds: float, convolutions: int
 ) -> tuple[bool, str]:
     if wanted == "off":
-        return False, "asked for"
+        return False, "as requested"
     if device.type == "cpu":
         compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
         if compiler is None or shutil.which(compiler) is None:
             return False, "no C++ compiler found; install g++ or clang for faster training"
     elif device.type == "mps":
-        return False, "not dependable on Apple GPUs yet"
+        return False, "not yet reliable on Apple GPUs"
     if wanted == "on":
-        return True, "asked for"
+        return True, "as requested"
     if expected_seconds < COMPILE_PAYS_AFTER_SECONDS:
-        return False, f"the run is short (about {expected_seconds:.0f} s); compiling would not pay"
+        return False, f"the run is short (about {expected_seconds:.0f} s); compiling would not pay off"
     seconds = convolutions * COMPILE_SECONDS_A_CONVOLUTION
     if expected_seconds < 6 * seconds:
         return (
             False,
-            f"compiling {convolutions} convolutions would take about {seconds:.0f} s of {expected_seconds:.0f}",
+            f"compiling {convolutions} convolutions would take about {seconds:.0f} s of {expected_seconds:.0f} s",
         )
-    return True, "a long run wins back the seconds that compiling takes"
+    return True, "a long run earns back the time spent compiling"
 
 
 def _device_name(device: torch.device) -> str:

@@ -16,29 +16,29 @@ from delineate.datasets.inspection import SubjectRow
 from delineate.recipe import Recipe, TargetsSpec, recipe_from
 
 THICK = 3.0
-"""From this ratio of slice spacing to in-plane spacing on, nothing is interpolated across slices."""
+"""Ratio of slice spacing to in-plane spacing from which nothing is interpolated across slices."""
 
 VERY_THICK = 5.0
-"""From this ratio on, neighbouring slices share too little for 3D convolutions."""
+"""Ratio from which neighbouring slices have too little in common for 3D convolutions."""
 
 VOXELS_PER_TILE = {"cpu": 2**18, "mps": 2**20, "cuda": 2**21}
-"""About what one tile may hold so that a step takes about a second."""
+"""Approximate tile size at which a training step takes about a second."""
 
 FIRST_WIDTHS = {"cpu": (16, 64), "mps": (32, 64), "cuda": (32, 64)}
-"""Channels of the first two levels; on a CPU the first, at full resolution, takes three quarters of the time."""
+"""Channels of the first two levels; on a CPU, the first level takes three quarters of the time (full resolution)."""
 
 LARGEST_WIDTH = 320
 
 LEAST_SIDE = 6
-"""Voxels along a side below which halving on leaves nothing to convolve."""
+"""Fewest voxels that halving may leave along a side; below this there is nothing left to convolve."""
 
 BYTES_PER_VOXEL_AND_WIDTH = 60
-"""Memory of a training step for each voxel of a tile and channel of the first level; 42 measured in bf16."""
+"""Memory of a training step per voxel of a tile and channel of the first level; 42 measured in bf16."""
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What the choices rest on; axes are (x, y, z) of the RAS orientation, arrays have a row a subject."""
+    """What the choices are based on; axes are (x, y, z) in RAS orientation, arrays have one row per subject."""
 
     shapes: NDArray[np.float64]
     spacings_mm: NDArray[np.float64]
@@ -69,7 +69,7 @@ class _Choices:
 
 
 def summarise(rows: Sequence[SubjectRow], modality: str = "") -> DataSummary:
-    """Summary of what inspection measured."""
+    """Summarise what inspection measured."""
     shapes, spacings = [], []
     for row in rows:
         order = _ras_order(row.orientation)
@@ -105,7 +105,7 @@ def derive_recipe(
 ) -> tuple[Recipe, dict[str, str]]:
     """The recipe and, by dotted path, the reason for each choice.
 
-    ``device`` is cpu, cuda or mps; ``memory_bytes`` is what training may take on it.
+    ``device`` is cpu, cuda or mps; ``memory_bytes`` is how much of its memory training may use.
     """
     c = _Choices()
     c.set("name", "auto")
@@ -128,7 +128,7 @@ def derive_recipe(
     _choose_sampler(c, coverage, summary.target_share, sliced=len(dims) == 2)
     _choose_augmentation(c, thick_axis, ratio, float(spacing.min()))
     rate = 3e-3 if len(dims) == 3 else 2e-3
-    c.set("training.optimiser.learning_rate", rate, "high, since short budgets want large steps; it decays to zero")
+    c.set("training.optimiser.learning_rate", rate, "high, since short budgets need large steps; it decays to zero")
     c.set("training.optimiser.weight_decay", 0.01)
     c.set("training.steps", steps)
     c.set("training.epochs", epochs)
@@ -141,13 +141,13 @@ def derive_recipe(
 
 
 def _ras_order(orientation: str) -> list[int]:
-    """For each of x, y, z, the scan's own axis that runs along it, from three letters such as LPS."""
+    """The scan axis that runs along each of x, y and z, from three letters such as LPS."""
     along = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
     return [[along[letter] for letter in orientation].index(axis) for axis in range(3)]
 
 
 def _spacing(summary: DataSummary) -> tuple[NDArray[np.float64], int, float]:
-    """Median spacing, the axis across slices, and by how much slices are farther apart than voxels in them."""
+    """Median spacing (mm), the slice axis, and the ratio of slice spacing to in-plane spacing."""
     spacing = np.round(np.median(summary.spacings_mm, axis=0), 3)
     thick = Grid.of_spacing((1, 1, 1), spacing.tolist()).slice_axis
     in_plane = [spacing[axis] for axis in range(3) if axis != thick]
@@ -162,25 +162,25 @@ def _choose_preprocessing(
     reasons = ["one orientation for all scans; predictions return to each scan's own"]
     if ratio >= THICK:
         target[thick] = None
-        reasons.append(f"slices are {ratio:.1f} × thicker than pixels: median spacing in plane only")
+        reasons.append(f"slice spacing is {ratio:.1f} × the pixel spacing: median spacing in plane only")
     else:
         reasons.append("median spacing of the scans")
     steps.append({"kind": "resample", "spacing_mm": target})
     if cropped:
         steps.append({"kind": "crop_background", "threshold": "minimum"})
-        reasons.append(f"only {summary.foreground_share:.0%} of a scan's box holds signal")
+        reasons.append(f"only {summary.foreground_share:.0%} of a typical scan contains signal")
     within = "nonzero" if summary.nonzero_share < 0.7 else "all"
     if summary.modality == "CT" or summary.lowest <= -500:
         steps.append({"kind": "clip_percentiles", "lower": 0.5, "upper": 99.5, "scope": "cohort"})
-        reasons.append("CT numbers mean the same in every scan: one range for all")
+        reasons.append("CT numbers mean the same in every scan: one range for all scans")
         steps.append({"kind": "normalise", "method": "zscore", "scope": "cohort"})
         reasons.append("as above")
     else:
         steps.append({"kind": "clip_percentiles", "lower": 0.5, "upper": 99.5, "within": within})
-        reasons.append(f"the farthest maximum lies {summary.far_maximum:.0f} × beyond the 99.5th percentile")
+        reasons.append(f"maxima lie up to {summary.far_maximum:.0f} × as far above the median as the 99.5th percentile")
         steps.append({"kind": "normalise", "method": "zscore", "scope": "patient", "within": within})
         nonzero = "over nonzero voxels, since the background is zero" if within == "nonzero" else "over all voxels"
-        reasons.append(f"MR intensities have no unit: each scan by itself, {nonzero}")
+        reasons.append(f"MR intensities have no unit: each scan is normalised by itself, {nonzero}")
     c.set("preprocessing", steps)
     c.reasons |= {f"preprocessing.{i}.kind": reason for i, reason in enumerate(reasons)}
 
@@ -188,17 +188,17 @@ def _choose_preprocessing(
 def _choose_slices(
     c: _Choices, shape: NDArray[np.float64], thick: int, ratio: float, device: str, memory_bytes: int
 ) -> tuple[list[int], str]:
-    """2.5D: whole slices with their neighbours, a batch of several."""
+    """2.5D: whole slices with their neighbours, several to a batch."""
     side = [1 if axis == thick else _round_up(shape[axis], 16) for axis in range(3)]
     in_plane = [side[axis] for axis in range(3) if axis != thick]
     while np.prod(in_plane) > _voxel_budget(device, memory_bytes):
         in_plane[int(np.argmax(in_plane))] -= 16
     batch = int(np.clip(_voxel_budget(device, memory_bytes) // np.prod(in_plane), 2, 16))
-    c.set("tiles.kind", "slices", f"slices are {ratio:.1f} × thicker than pixels: 2.5D, slice by slice")
+    c.set("tiles.kind", "slices", f"slice spacing is {ratio:.1f} × the pixel spacing: 2.5D, slice by slice")
     c.set("tiles.axis", "thickest")
-    c.set("tiles.shape", in_plane, "whole slices of nine in ten scans, within the memory budget")
-    c.set("tiles.neighbours", 1, "the slices beside it help to tell lesions from vessels")
-    c.set("training.batch_size", batch, "as many slices as take about a second a step")
+    c.set("tiles.shape", in_plane, "fits whole slices of nine scans in ten, within the memory budget")
+    c.set("tiles.neighbours", 1, "adjacent slices help to tell lesions from vessels")
+    c.set("training.batch_size", batch, "as many slices as a step of about a second allows")
     for axis, n in zip([a for a in range(3) if a != thick], in_plane, strict=True):
         side[axis] = n
     return side, "2D, for slices"
@@ -207,24 +207,24 @@ def _choose_slices(
 def _choose_patches(
     c: _Choices, shape: NDArray[np.float64], spacing: NDArray[np.float64], ratio: float, device: str, memory_bytes: int
 ) -> tuple[list[int], str]:
-    """3D: the largest patch of the scans' proportions that the budget allows."""
-    budget = _voxel_budget(device, memory_bytes) / 2  # two tiles a step
+    """3D: the largest patch with the scans' proportions that fits the budget."""
+    budget = _voxel_budget(device, memory_bytes) / 2  # two tiles per step
     side = [_round_up(n, 4) for n in shape]
     whole = float(np.prod(side)) <= budget
     while np.prod(side) > budget:
-        # Shrink where the patch reaches farthest in millimetres.
+        # Shrink the axis along which the patch is longest in millimetres.
         axis = int(np.argmax([n * s if n > 16 else 0 for n, s in zip(side, spacing, strict=True)]))
         side[axis] -= 4
     side = [_round_up(n, 8) if n >= 48 else n for n in side]
-    c.set("tiles.kind", "patches", f"slices are {ratio:.1f} × as thick as pixels: 3D")
-    reason = "holds nine in ten scans whole" if whole else "as large as a step of about a second allows"
+    c.set("tiles.kind", "patches", f"slice spacing is {ratio:.1f} × the pixel spacing: 3D")
+    reason = "fits nine scans in ten whole" if whole else "as large as a step of about a second allows"
     c.set("tiles.shape", side, reason)
-    c.set("training.batch_size", 2, "two tiles: more steps teach more than larger batches on short budgets")
+    c.set("training.batch_size", 2, "two tiles: on short budgets, more steps teach more than larger batches")
     return side, "3D"
 
 
 def _choose_network(c: _Choices, sides: Sequence[int], spacing: NDArray[np.float64], device: str, reason: str) -> None:
-    """A U-Net that halves each axis as long as some voxels are left and its spacing is not far the largest."""
+    """A U-Net that halves an axis while enough voxels are left and its spacing is less than twice the finest."""
     side, mm, kernels = list(sides), list(spacing), [[3] * len(sides)]
     strides: list[list[int]] = []
     if max(mm) >= THICK * min(mm):
@@ -246,7 +246,7 @@ def _choose_network(c: _Choices, sides: Sequence[int], spacing: NDArray[np.float
     c.set(
         "network.widths",
         [first, *(min(second * 2**i, LARGEST_WIDTH) for i in range(len(strides)))],
-        f"{len(strides)} halvings leave {' × '.join(map(str, side))} voxels; {first} first filters suit a {device}",
+        f"{len(strides)} halvings leave {' × '.join(map(str, side))} voxels; {first} filters at first suit {device}",
     )
     c.set("network.strides", strides)
     c.set("network.kernels", kernels)
@@ -254,11 +254,15 @@ def _choose_network(c: _Choices, sides: Sequence[int], spacing: NDArray[np.float
 
 def _choose_sampler(c: _Choices, coverage: float, target_share: float, *, sliced: bool) -> None:
     if coverage > 0.8 and not sliced:
-        c.set("sampler.kind", "random", f"a tile covers {coverage:.0%} of a scan: every one holds the targets")
+        c.set(
+            "sampler.kind",
+            "random",
+            f"a tile covers {coverage:.0%} of a scan: nearly all contain the targets",
+        )
         return
     fraction = 0.66 if target_share < 0.01 else 0.5
-    c.set("sampler.kind", "class_balanced", f"targets fill {target_share:.2%} of the voxels")
-    c.set("sampler.foreground_fraction", fraction, "the rest is drawn anywhere")
+    c.set("sampler.kind", "class_balanced", f"targets make up {target_share:.2%} of the voxels")
+    c.set("sampler.foreground_fraction", fraction, "the rest is drawn from anywhere")
 
 
 def _choose_augmentation(c: _Choices, thick: int, ratio: float, finest_mm: float) -> None:

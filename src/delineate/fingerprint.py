@@ -1,4 +1,4 @@
-"""What the training scans look like, and how far from them a new one is, told before it is segmented."""
+"""What the training scans look like, and how far a new scan lies from them, checked before it is segmented."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATIENT_AXES = {"RL": "left to right", "AP": "back to front", "SI": "feet to hea
 
 @dataclass(frozen=True)
 class Range:
-    """Least, median and largest of a number over the training scans.
+    """Minimum, median and maximum of a quantity over the training scans.
 
     ``of`` is an axis of :data:`PATIENT_AXES` for spacing and field of view (mm), a channel for contrast,
     a target for volume (ml).
@@ -36,36 +36,36 @@ class Range:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the training scans look like: of how many, and the ranges of what was measured of them."""
+    """What the training scans look like: how many there are, and the range of each measured quantity."""
 
     subjects: Annotated[int, Field(ge=0)] = 0
     ranges: Annotated[tuple[Range, ...], Field(max_length=2**17)] = ()
 
     def range(self, quantity: Quantity, of: str) -> Range | None:
-        """That of one quantity; None where it was not measured."""
+        """The range of one quantity; None where it was not measured."""
         return next((r for r in self.ranges if (r.quantity, r.of) == (quantity, of)), None)
 
 
 TOLERATED: dict[Quantity, float] = {"spacing": 1.25, "field_of_view": 1.25, "contrast": 2.0}
-"""By which factor beyond the training scans' range something may lie before it is unusual."""
+"""Factor by which a value may lie beyond the range of the training scans before it counts as unusual."""
 
 _SAMPLED = 10**6
 
 
 _Measured = dict[tuple[Quantity, str], float]
-"""Numbers of one scan, by quantity and by what it is of: an axis, a channel or a target."""
+"""Measurements of one scan, keyed by quantity and by the axis, channel or target measured."""
 
 
 @dataclass(frozen=True)
 class Oddity:
-    """Something beyond what was trained on; ``distance`` is the logarithm of the factor beyond its range."""
+    """A property outside the range trained on; ``distance`` is the logarithm of the factor by which it lies outside."""
 
     text: str
     distance: float
 
 
 def fingerprint_of(rows: Sequence[SubjectRow]) -> Fingerprint:
-    """Least, median and largest of what inspection measured of the training scans."""
+    """Minimum, median and maximum of each quantity that inspection measured on the training scans."""
     measured: dict[tuple[Quantity, str], list[float]] = defaultdict(list)
     for row in rows:
         of_row = _geometry(row.shape, row.spacing_mm, row.orientation)
@@ -78,10 +78,10 @@ def fingerprint_of(rows: Sequence[SubjectRow]) -> Fingerprint:
 
 
 def oddities(fingerprint: Fingerprint, scan: Volume, channels: Sequence[str]) -> list[Oddity]:
-    """Anything unusual about a scan: spacing, field of view and the contrast of its channels; the oddest first.
+    """Anything unusual about a scan's spacing, field of view or channel contrast, most unusual first.
 
-    Contrast is the 99.5th percentile over the mean, both above the least value: the same whatever
-    numbers a scanner stores.
+    Contrast is the 99.5th percentile divided by the mean, both measured from the minimum, so that it does not
+    depend on the scanner's intensity scale.
     """
     measured = _geometry(scan.grid.shape, scan.grid.spacing_mm, scan.grid.orientation)
     for channel, voxels in zip(channels, scan.voxels, strict=True):
@@ -94,14 +94,14 @@ def oddities(fingerprint: Fingerprint, scan: Volume, channels: Sequence[str]) ->
     ]
     for channel, voxels in zip(channels, scan.voxels, strict=True):
         contrast = fingerprint.range("contrast", channel)
-        # A placeholder, where training had none.
+        # A placeholder channel, where training had none.
         if contrast is not None and contrast.min > 1.0 and voxels.min() == voxels.max():
             found.append(Oddity(f"{channel} has the same value everywhere", log(1e6)))
     return sorted((oddity for oddity in found if oddity is not None), key=lambda oddity: -oddity.distance)
 
 
 def _geometry(shape: Sequence[int], spacing_mm: Sequence[float], orientation: str) -> _Measured:
-    """Spacing and field of view along the patient's axes, however the file is stored."""
+    """Spacing and field of view (mm) along the patient's axes, whatever the order of axes in the file."""
     geometry: _Measured = {}
     for letters in PATIENT_AXES:
         axis = next(i for i, letter in enumerate(orientation) if letter in letters)

@@ -44,7 +44,7 @@ def test_changes_are_a_mapping_or_as_the_command_line_has_them(here) -> None:
     ]
     assert both[0] == both[1] != recipe
     assert both[0].name == "a: b"
-    with pytest.raises(RecipeError, match="no recipe holds"):
+    with pytest.raises(RecipeError, match="no recipe can hold"):
         delineate.auto("scans", changes={"name": object()})
     with pytest.raises(RecipeError, match="did you mean 'batch_size'"):
         delineate.auto("scans", changes={"training.batchsize": 1}, device="cpu")

@@ -259,7 +259,7 @@ def test_methods_are_compared_in_words(tmp_path) -> None:
         values = pd.DataFrame(table | {"dice": dice + np.linspace(0, 0.05, 12)})
         Evaluation(values).write(tmp_path / name / "evaluation")
     done = delineate("compare", f"new={tmp_path / 'new'}", tmp_path / "old")
-    assert "Dice: new is better than old (difference 0.200" in done.stdout
+    assert "Dice: new is better than old (new minus old: 0.200" in done.stdout
     delineate("compare", f"new={tmp_path / 'new'}", tmp_path / "old", "--report", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Dice: new is better than old" in page
@@ -288,7 +288,7 @@ def test_what_needs_a_look_is_said_and_probabilities_are_measured(run, balls, tm
     assert {p.stem for p in (out / "probabilities").iterdir()} == {p.stem for p in out.glob("*.nii.gz")}
     done = delineate("evaluate", out, balls, "--quantity", "T1", "--margin-mm", 1.5, "--threshold", 1.5)
     assert "probabilities of ball: expected calibration error" in done.stdout
-    assert f"ball: {len(review)} of {len(review)} on the right side of 1.5" in done.stdout
+    assert f"ball: {len(review)} of {len(review)} on the right side of the threshold 1.5" in done.stdout
     refused = delineate("evaluate", out, balls, "--threshold", 1.5, code=2)
     assert "name its channel with --quantity" in refused.stderr
     odd = Volume(read_volume(balls / "imagesTr/c1_0000.nii.gz").voxels, Grid.of_spacing(GRID.shape, (1, 1, 9)))

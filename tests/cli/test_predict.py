@@ -243,7 +243,7 @@ def test_other_files_are_replaced_only_on_request(bundle: Path, scans: Path, tmp
     assert content(out)["b.nii.gz"] != b"somebody's"
     (out / "review.csv").write_text("name,remark\na,fine\n")
     done = predict(bundle, scans, "-o", out, "--overwrite", code=1)
-    assert "not a list that predict wrote" in str(done.exception)
+    assert "not a review list from predict" in str(done.exception)
 
 
 def test_the_same_command_resumes_and_another_one_is_refused(bundle: Path, scans: Path, tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_a_format_that_does_not_fit_is_said_before_the_network_is_loaded(
     with monkeypatch.context() as patch:
         patch.setattr(Bundle, "trained_network", None)
         done = predict(bundle, scans, "-o", scans / "out", "--format", "dcm", code=1)
-    assert "E_FORMAT: a DICOM-SEG refers to a DICOM series" in str(done.exception)
+    assert "E_FORMAT: a DICOM-SEG must refer to a DICOM series" in str(done.exception)
     assert not (scans / "out").exists()
 
 

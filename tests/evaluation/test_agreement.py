@@ -31,7 +31,7 @@ def test_volumes_agree_in_millilitres_and_in_percent_of_those_that_have_the_targ
     assert agreeing.absolute.bias == pytest.approx((5 * 1 + 7) / 6), "7 ml of nothing are an error"
     assert agreeing.relative.bias == pytest.approx(100 * np.mean(1 / TRUE[:5])), "no share of nothing"
     assert [(row["unit"], row["n"], row["left_out"]) for row in agreeing.rows()] == [("ml", 6, 0), ("%", 5, 1)]
-    assert agreeing.described()[1]["n"] == "5; 1 left out, without it in the reference"
+    assert agreeing.described()[1]["n"] == "5; 1 left out, not in the reference"
     [fewer] = agreements(volumes[1:])
     assert [row["unit"] for row in fewer.rows()] == ["ml"], "limits of four subjects say nothing"
     assert list(agreements(volumes[2:])) == []
@@ -45,7 +45,7 @@ def test_healthy_subjects_that_are_given_volume_count() -> None:
     [agreeing] = agreements(pd.DataFrame(rows))
     assert agreeing.absolute.bias == pytest.approx(12)
     assert (agreeing.relative.bias, agreeing.relative.left_out) == (0, 4)
-    assert "4 left out, without it in the reference" in agreement_chart(agreeing)
+    assert "4 left out, not in the reference" in agreement_chart(agreeing)
     none = pd.DataFrame(rows).assign(reference_volume_ml=0.0)
     [all_healthy] = agreements(none)
     assert [row["unit"] for row in all_healthy.rows()] == ["ml"]
@@ -109,8 +109,8 @@ def test_sides_of_a_threshold() -> None:
     fat = table(quantity_mean=np.array([5, 6, 5, 6, 9, 1.0]), reference_quantity_mean=np.array([6, 5, 5, 6, np.nan, 1]))
     assert crossings(fat, 5.56) == {"liver": {"n": 5, "right": 3, "over": ["b"], "under": ["a"]}}
     assert crossing_sentences(fat, QuantityMap("fat_fraction")) == [
-        "liver: mean fat fraction on the right side of 5.56 % in 3 of 5; at or above it only by the prediction: b; "
-        "below it only by the prediction: a"
+        "liver: mean fat fraction on the right side of 5.56 % in 3 of 5; at or above it only in the prediction: b; "
+        "below it only in the prediction: a"
     ]
     assert crossing_sentences(fat, QuantityMap("T1")) == [], "no threshold"
 

@@ -61,7 +61,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     subjects = source.subjects
     liver = saved(tmp_path / "a", Targets({"liver": (1,), "tumour": (2,)}), 0, ["somebody"])
     brain = saved(tmp_path / "b", Targets({"lesion": (1,)}), 1, [subjects[0].id])
-    with pytest.raises(BundleError, match="nothing in common can be forgotten"):
+    with pytest.raises(BundleError, match="they have no target in common"):
         measure_forgetting(liver, brain, source, tmp_path / "out", PLAN, Measuring("dice"))
     seen = saved(tmp_path / "c", Targets({"liver": (1,), "tumour": (2,)}), 1, [subjects[0].id])
     with pytest.raises(DatasetError, match="seen in training"):

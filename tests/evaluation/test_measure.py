@@ -138,7 +138,7 @@ class TestPairing:
             pair_files(tmp_path / "other", folders[1])
 
     def test_a_missing_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(MissingFile, match="no folder"):
+        with pytest.raises(MissingFile, match="is not a folder"):
             pair_files(tmp_path / "nowhere", tmp_path)
 
     def test_two_files_of_one_name(self, folders: tuple[Path, Path]) -> None:

@@ -25,8 +25,8 @@ def test_the_better_way_depends_on_the_metric(rng: np.random.Generator) -> None:
     base, worse = rng.uniform(0.6, 0.8, 20), rng.uniform(2, 4, 20)
     a, b = evaluation(base + 0.1, worse - 1), evaluation(base, worse)
     said = [str(d) for d in compare_methods({"new": a, "old": b})]
-    assert said[0].startswith("Dice: new is better than old (difference 0.100 (0.100 to 0.100)")
-    assert said[1].startswith("HD95: new is better than old (difference −1.00 mm")
+    assert said[0].startswith("Dice: new is better than old (new minus old: 0.100 (0.100 to 0.100)")
+    assert said[1].startswith("HD95: new is better than old (new minus old: −1.00 mm")
 
 
 def test_what_cannot_be_told_apart_is_said_so(rng: np.random.Generator) -> None:
@@ -39,7 +39,9 @@ def test_what_cannot_be_told_apart_is_said_so(rng: np.random.Generator) -> None:
 def test_five_subjects_tell_nothing_apart_however_far(rng: np.random.Generator) -> None:
     base = rng.uniform(0.6, 0.8, 5)
     said = str(compare_methods({"a": evaluation(base), "b": evaluation(base - 0.5)}, ["dice"])[0])
-    assert said.startswith("Dice: 5 patients are too few to tell a and b apart, however far; at least 6 are needed (")
+    assert said.startswith(
+        "Dice: 5 patients are too few to tell a and b apart, whatever the difference; at least 6 are needed ("
+    )
 
 
 def test_six_subjects_are_too_few_for_three_methods(rng: np.random.Generator) -> None:
@@ -61,7 +63,7 @@ def test_no_difference_is_said_with_the_least_that_could_have_shown(rng: np.rand
     d = found.difference
     assert d.detectable == pytest.approx(0.69 * d.sd, rel=0.02)
     assert str(found).endswith(
-        f"; 20 patients show a true difference in 80 % of studies only if it is {d.detectable:.3f} or more"
+        f"; with 20 patients, 80 % of studies detect a true difference only if it is {d.detectable:.3f} or more"
     )
 
 
@@ -71,9 +73,9 @@ def test_misses_are_losses_and_are_counted() -> None:
     half, dice = np.where(np.arange(20) < 12, np.inf, distance - 1), np.full(20, 0.8)
     [found] = compare_methods({"half": evaluation(dice, half), "all": evaluation(dice, distance)}, ["hd95_mm"])
     assert (found.better, found.failed, found.subjects) == ("all", (12, 0), 20)
-    assert "all is better than half (difference −1.00 mm" in str(found)
-    assert "over the 8 of 20 patients that neither failed" in str(found)
-    assert "failed, which ranks last: half 12 of 20, all 0 of 20" in str(found)
+    assert "all is better than half (half minus all: −1.00 mm" in str(found)
+    assert "over the 8 of 20 patients on whom neither failed" in str(found)
+    assert "failures, which rank last: half 12 of 20, all 0 of 20" in str(found)
     page = methods_chart({"half": evaluation(dice, half)}, "hd95_mm", "HD95")
     assert "12 failed" in page
 
@@ -135,9 +137,9 @@ def test_only_subjects_that_all_have_count() -> None:
 
 def test_like_is_compared_with_like() -> None:
     two = np.array([0.5, 0.6])
-    with pytest.raises(DatasetError, match="compare like"):
+    with pytest.raises(DatasetError, match="compare methods on the same targets"):
         compare_methods({"a": evaluation(two), "b": evaluation(two, target="lesion")})
-    with pytest.raises(DatasetError, match="in common are dice, hd95_mm"):
+    with pytest.raises(DatasetError, match="choose from dice, hd95_mm"):
         compare_methods({"a": evaluation(two), "b": evaluation(two)}, ["jaccard"])
     with pytest.raises(DatasetError, match="1 subjects in common"):
         compare_methods({"a": evaluation(two), "b": evaluation(two[:1])})

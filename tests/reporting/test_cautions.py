@@ -35,12 +35,12 @@ CASES = {
     "epochs left": (trained(60, [0.5, 0.8, 0.7], steps=None, epochs=8), ["6 of 8 epochs"]),
     "gave up": (trained(60, [0.8, 0.5, 0.5], validation={"patience": 2}), []),
     "did not give up yet": (trained(60, [0.8, 0.5, 0.5], validation={"patience": 3}), ["Unfinished"]),
-    "rising": (trained(100, [0.5, 0.6, 0.7]), ["step 100, Dice 0.700, 0.600 at best before"]),
+    "rising": (trained(100, [0.5, 0.6, 0.7]), ["step 100, Dice 0.700; previous best 0.600"]),
     "rising, but not the worst target": (trained(100, [0.5, 0.6, 0.7], validation={"metric": "worst_dice"}), []),
     "both": (trained(50, [0.5, 0.6]), ["Unfinished", "Undertrained"]),
     "validated once": (trained(100, [0.5]), ["validated only once, at step 100"]),
     "rising, but the last are kept": (trained(100, [0.5, 0.6, 0.7], keep="last"), []),
-    "never validated": (trained(100, []), ["No validation chose the weights"]),
+    "never validated": (trained(100, []), ["The weights were never validated"]),
 }
 
 

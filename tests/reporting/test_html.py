@@ -114,7 +114,7 @@ def test_a_measurement_has_a_page_of_its_own(report, tmp_path) -> None:
         tmp_path / "page.html", EvaluationReport("a against b", "6 subjects", report.evaluation, band_percent=1.7)
     )
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "Bland-Altman of organ, volume, 6 subjects" in page
+    assert "Bland-Altman plot of organ, volume, 6 subjects" in page
     assert "Every subject" in page
     assert "How it was made" not in page
     assert page.count("<h1") == 1
@@ -232,6 +232,8 @@ def test_what_was_measured_besides_is_drawn(tmp_path) -> None:
     error = evaluation.reliabilities()["organ"].expected_error
     assert f"organ expected calibration error {error:.4f}" in page
     assert "Classes by voxels: background" in page
+    assert "mathdefault" not in page, "powers of ten are plain text"
+    assert "10⁰" in page
     assert "Absolute volume error, % of organ over its density, 9 subjects" in page
     assert "0.3–1 % (n 9)" in page
 
@@ -264,15 +266,15 @@ def test_agreement_lesions_and_sides_are_drawn_and_written(tmp_path) -> None:
     write_report(tmp_path / "page.html", EvaluationReport("a", "b", evaluation))
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     for chart in (
-        "Bland-Altman of organ, volume, 6 subjects: bias",
-        "Bland-Altman of organ, mean fat, 6 subjects: bias",
-        "Predicted over true organ, median fat, 6 subjects",
+        "Bland-Altman plot of organ, volume, 6 subjects: bias",
+        "Bland-Altman plot of organ, mean fat, 6 subjects: bias",
+        "Predicted against reference, organ, median fat, 6 subjects",
         "Lesions of organ by size:",
     ):
         assert f'aria-label="{chart}' in page
     assert 'aria-label="Agreement with the reference"' in page
     assert 'aria-label="Lesions by size"' in page
-    assert "on the right side of 5" in page
+    assert "on the right side of the threshold 5" in page
 
 
 def test_a_page_of_fat_fractions_says_what_was_read_in_which_unit(tmp_path) -> None:
@@ -323,8 +325,8 @@ def test_powers_of_ten_are_written_as_such(tmp_path) -> None:
 def test_validation_loss_and_seams_have_their_place(report, tmp_path) -> None:
     beside = pd.DataFrame({"step": [0, 20, 40], "validation_loss": [1.0, 0.7, 0.6]})
     page = page_of(replace(report, validation_loss=beside, seams={"organ": (1.234, 6)}), tmp_path)
-    assert "Loss of training and of validation subjects over 49 steps" in page
-    assert "1.23 times (organ, median of 6)" in page
+    assert "Training and validation loss over 49 steps" in page
+    assert "1.23 times (organ, median of 6 subjects)" in page
 
 
 @pytest.mark.parametrize(("sites", "rows"), [("AB", ["A: one", "A: two", "B: one", "B: two"]), ("A", ["one", "two"])])

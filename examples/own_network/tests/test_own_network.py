@@ -1,4 +1,4 @@
-"""All that a network promises, held by Delineate's own suite."""
+"""Everything that a network must satisfy, checked by Delineate's contract suite."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The functions behind the public names: each does what the command of its name does, with values in and out."""
+"""The functions behind the public names: each does what the command of the same name does, on Python values."""

@@ -1,4 +1,4 @@
-"""Bundles in use: opened once, applied to any number of scans."""
+"""Bundles ready to predict: opened once, applied to any number of scans."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ __all__ = ["Bundle", "Predictions", "Scan", "load", "predict"]
 
 Channel = str | Path | Volume | Image
 Scan = Channel | Subject | Mapping[str, Channel]
-"""A file or DICOM folder, a volume or another library's image, a subject, or a mapping of channels to these."""
+"""A file or DICOM folder, a volume or another library's image, a subject, or a mapping from channels to scans."""
 
 
 def load(folder: str | Path, *more: str | Path, device: str = "auto", precision: Precision = "auto") -> Bundle:
-    """Open a bundle, or the one in a run's folder. Several are an ensemble: their probabilities are averaged.
+    """Open a bundle, or the one in a run folder. Several form an ensemble, whose probabilities are averaged.
 
     >>> import delineate
     >>> delineate.load("run/bundle").predict("scan.nii.gz").save("seg.nii.gz")
@@ -48,14 +48,15 @@ def load(folder: str | Path, *more: str | Path, device: str = "auto", precision:
 
     ``device`` is auto, cpu, cuda, cuda:1 or mps; ``precision`` is auto, fp32, bf16 or fp16.
 
-    Raises :class:`~delineate.errors.BundleError` where a bundle is not as it was saved, or an ensemble's differ.
+    Raises :class:`~delineate.errors.BundleError` if a bundle is not as it was saved, or if the bundles of an ensemble
+    differ in targets or channels.
     """
     found = [contents.Bundle.load(contents.bundle_folder(Path(one))) for one in (folder, *more)]
     return Bundle(found, device=device, precision=precision)
 
 
 class Bundle:
-    """A trained network, or an ensemble, with all that is needed to apply it; :func:`load` opens it.
+    """A trained network or an ensemble, with everything needed to apply it; opened by :func:`load`.
 
     >>> import delineate
     >>> bundle = delineate.load("run")
@@ -67,7 +68,7 @@ class Bundle:
     >>> type(bundle.network).__module__.split(".")[0]
     'delineate'
 
-    The network is built with the first prediction and kept for the next.
+    The network is built for the first prediction and kept for later ones.
     """
 
     def __init__(self, opened: Sequence[contents.Bundle], *, device: str = "auto", precision: Precision = "auto"):
@@ -77,43 +78,43 @@ class Bundle:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Where the bundle lies, or each of an ensemble."""
+        """The bundle's folder, or one for each bundle of an ensemble."""
         return tuple(one.folder for one in self._opened if one.folder is not None)
 
     @property
     def recipe(self) -> Recipe:
-        """What it was trained by; the first of an ensemble."""
+        """The recipe of the training; for an ensemble, the first bundle's."""
         return self._opened[0].recipe
 
     @property
     def targets(self) -> Targets:
-        """What it segments."""
+        """What the bundle segments."""
         return self._opened[0].targets
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """The channels that a scan must have, in their order."""
+        """The channels that a scan must have, in order."""
         return self._opened[0].channels
 
     @cached_property
     def networks(self) -> tuple[nn.Module, ...]:
         """Each network with its weights, in evaluation mode, on the CPU.
 
-        They are yours: whatever is done to them, :meth:`predict` uses the weights that were saved.
+        They are yours to change: :meth:`predict` always uses the saved weights.
         """
         return tuple(one.trained_network() for one in self._opened)
 
     @property
     def network(self) -> nn.Module:
-        """The trained network, a plain ``torch.nn.Module`` as in :attr:`networks`; an ensemble has several."""
+        """The trained network, a plain ``torch.nn.Module``; for an ensemble, use :attr:`networks`."""
         if len(self._opened) > 1:
             raise BundleError(f"an ensemble has {len(self._opened)} networks", fix="choose one of .networks")
         return self.networks[0]
 
     def seen(self, subject: str) -> bool:
-        """Whether it was trained, or chosen, on a subject of this name.
+        """Whether the subject of this name was used to train or to select the weights.
 
-        Raises :class:`~delineate.errors.UnknownKey` where its names were hidden with another key than the user's.
+        Raises :class:`~delineate.errors.UnknownKey` if the names were hidden with a key other than the user's.
         """
         return any(one.seen(subject) for one in self._opened)
 
@@ -132,12 +133,12 @@ class Bundle:
 
         ``scan`` is a file or a DICOM folder, a volume, an image of nibabel, SimpleITK or TorchIO, a subject, or
         a mapping from each channel's name to one of these. ``overlap`` of tiles and ``flips``, axes such as "xy"
-        that are mirrored at test time, are the recipe's where they are not given. ``mirrored`` measures how well
-        the scan and its mirror image agree; ``probabilities`` keeps those.
+        that are mirrored at test time, default to the recipe's. ``mirrored`` measures how well the predictions
+        for the scan and its mirror image agree; ``probabilities`` keeps the probabilities.
 
-        ``progress`` is told of tiles. ``cancel`` is looked at between them: where it is set,
-        :class:`~delineate.errors.Cancelled` is raised. Raises :class:`~delineate.errors.MissingFile` for a missing
-        channel, and what reading a scan raises.
+        ``progress`` counts tiles. ``cancel`` is checked between tiles; once it is set,
+        :class:`~delineate.errors.Cancelled` is raised. Also raises :class:`~delineate.errors.MissingFile` for a
+        missing channel, and any error of reading the scan.
         """
         check(cancel)
         volume, files = _as_volume(scan, self.channels, resample=self.recipe.data.resample_channels)
@@ -162,11 +163,11 @@ class Bundle:
 
     @cached_property
     def _plan(self) -> ComputePlan:
-        # Compiling takes longer than predicting some hundred scans.
+        # Compiling takes longer than predicting some hundreds of scans.
         return plan_compute(device=self._device, precision=self._precision, compile="off")
 
     def _predictor(self, **settings: Any) -> Predictor:
-        """The last one, where the settings are the same: building the networks takes longer than a small scan."""
+        """The last predictor, if the settings are the same: building the networks takes longer than a small scan."""
         if self._last is None or self._last[0] != settings:
             self._last = settings, Predictor(self._opened, self._plan, **settings)
         return self._last[1]
@@ -174,16 +175,16 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What became of many scans: ``made`` now, ``kept`` from before, ``failed`` with the error, by subject."""
+    """Results for many scans by subject: ``made`` now, ``kept`` from before, or ``failed`` with the error."""
 
     folder: Path
     made: Mapping[str, Path] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     failed: Mapping[str, DelineateError] = field(default_factory=dict)
     reviews: tuple[Review, ...] = ()
-    """What each prediction says of itself, the ones in most need of a look first."""
+    """The review of each prediction, most urgent first."""
     measured: Mapping[str, Mapping[str, Measurement]] = field(default_factory=dict)
-    """What was measured now, by subject and target, where a quantity was named."""
+    """What was measured this time, by subject and target, if a quantity was named."""
 
     def _repr_html_(self) -> str:
         def number(value: float) -> str:
@@ -265,7 +266,7 @@ def predict(
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> Prediction | Predictions:
-    """Segment one scan, or with ``out`` every scan of folders and files into that folder. Not for diagnosis.
+    """Segment one scan or, with ``out``, all scans in folders and files into that folder. Not for diagnosis.
 
     >>> import delineate
     >>> delineate.predict("run", "scan.nii.gz").label.voxels.shape
@@ -273,20 +274,20 @@ def predict(
     >>> sorted(delineate.predict("run", "scans", out="segmentations").made)
     ['case0', 'case1', 'case2', 'case3']
 
-    ``bundle`` is opened, or a folder of one or of a run, or several: an ensemble. One scan is anything that
-    :meth:`Bundle.predict` takes; the settings that both share are explained there.
+    ``bundle`` is an open bundle, the folder of a bundle or a run, or several of these as an ensemble. One scan is
+    anything that :meth:`Bundle.predict` takes; the shared settings are explained there.
 
-    With ``out``, scans that the same bundle predicted into it are kept, unless ``overwrite``; one that cannot be
-    read does not stop the rest; the list ``review.csv`` in it says what to look at first. ``format`` is nii.gz,
-    mha, nrrd, seg.nrrd, vtk, vti, dcm, or the name of another package's; ``images`` are patterns of the channels;
-    ``unseen`` leaves out subjects that the bundle was trained or chosen on; ``probabilities`` go to a folder of
-    that name.
+    With ``out``, existing predictions by the same bundle are kept, unless ``overwrite`` is set; a scan that cannot
+    be read does not stop the rest; ``review.csv`` in the folder lists what to look at first. ``format`` is nii.gz,
+    mha, nrrd, seg.nrrd, vtk, vti, dcm, or a plugin's format; ``images`` are file patterns of the channels; ``unseen``
+    leaves out subjects that were used to train the bundle or to select its weights; ``probabilities`` go to a
+    folder of that name.
 
-    With ``quantity``, such as ``fat_fraction``, each label's targets are measured into ``measurements.csv`` and
-    ``.json`` in the folder, as :meth:`Prediction.measure` measures one; labels that are there, too. It is a channel of
-    the scans, or lies in ``maps``, a folder of a file for each subject.
+    With ``quantity``, such as ``fat_fraction``, the targets of every label are measured into ``measurements.csv``
+    and ``.json`` in the folder, those of existing labels too, as :meth:`Prediction.measure` measures one. The
+    quantity is a channel of the scans, or is read from ``maps``, a folder with a file for each subject.
 
-    Where ``cancel`` is set, :class:`~delineate.errors.Cancelled` is raised; labels that are whole by then stay,
+    Once ``cancel`` is set, :class:`~delineate.errors.Cancelled` is raised; labels finished by then are kept,
     and the next call resumes from there.
     """
     if not isinstance(bundle, Bundle):
@@ -295,9 +296,9 @@ def predict(
     settings: dict[str, Any] = {"overlap": overlap, "flips": flips, "mirrored": mirrored}
     if out is None:
         if isinstance(inputs, Dataset):
-            raise DatasetError("a data set holds many scans", fix="say with out= in which folder the labels go")
+            raise DatasetError("a data set holds many scans", fix="give the folder for the labels as out=")
         if quantity is not None:
-            raise RecipeError("a quantity is measured in a prediction", fix="call its .measure, or say out=")
+            raise RecipeError("a quantity is measured in a prediction", fix="call its .measure, or give out=")
         return bundle.predict(inputs, **settings, probabilities=probabilities, progress=progress, cancel=cancel)
     check_label_format(format, bundle.targets)
     check(cancel)
@@ -354,11 +355,13 @@ def _subjects(
 
 
 def _as_volume(scan: Any, channels: Sequence[str], *, resample: bool) -> tuple[Volume, tuple[Path, ...]]:
-    """One scan with these channels, and the files that it was read from."""
+    """One scan with these channels, and the files it was read from."""
     if isinstance(scan, str | Path):
         found = find_subjects([Path(scan)], channels)
         if len(found) != 1:
-            raise DatasetError(f"'{scan}' holds {len(found)} scans", fix="give one, or say with out= where labels go")
+            raise DatasetError(
+                f"'{scan}' holds {len(found)} scans", fix="give one scan, or a folder for the labels as out="
+            )
         scan = found[0]
     elif isinstance(scan, Mapping) and scan and all(isinstance(one, str | Path) for one in scan.values()):
         scan = Subject("scan", {name: Path(file) for name, file in scan.items()})
@@ -380,19 +383,19 @@ def _volume_of_channel(channel: Channel) -> Volume:
 
 
 def _chosen(scan: Mapping[str, Any], channels: Sequence[str]) -> list[str]:
-    """Names of the channels in a mapping; the only scan in it may have any name."""
+    """Names of the channels in a mapping; a single scan may have any name."""
     images = [name for name, one in scan.items() if getattr(one, "type", "") != "label"]  # as TorchIO's subjects have
     if len(channels) == len(images) == 1:
         return images
     if missing := [name for name in channels if name not in scan]:
         raise MissingFile(
-            f"the scan has channels {list(scan)}, lacks {missing}", fix="add them, or rename its channels"
+            f"the scan has channels {list(scan)} but lacks {missing}", fix="add them, or rename its channels"
         )
     return list(channels)
 
 
 def _checked(volume: Volume) -> Volume:
-    """A volume from memory, which nobody has looked at yet. Raises :class:`BadVoxels`."""
+    """A volume from memory, which has not been checked yet. Raises :class:`BadVoxels`."""
     if volume.voxels.dtype.kind == "f" and not np.isfinite(volume.voxels).all():
         raise BadVoxels("the scan has voxels that are not finite", fix="fill them, or export it again")
     return volume

@@ -37,8 +37,8 @@ def read(path: str | Path | Subject, *, label: bool = False) -> Volume | LabelVo
     >>> delineate.read("reference.nii.gz", label=True).voxels.dtype
     dtype('uint8')
 
-    Of a subject all channels are read, as one volume. Raises the family of
-    :class:`~delineate.errors.ScanError`, by cause, and :class:`~delineate.errors.MissingFile`.
+    All channels of a subject are read as one volume. Raises a subclass of
+    :class:`~delineate.errors.ScanError` that names the cause, or :class:`~delineate.errors.MissingFile`.
     """
     if isinstance(path, Subject):
         return load_label(path, None, None) if label else load_scan(path)
@@ -46,7 +46,7 @@ def read(path: str | Path | Subject, *, label: bool = False) -> Volume | LabelVo
 
 
 def write(path: str | Path, volume: Volume | LabelVolume | Image) -> None:
-    """Write a scan or a label in the format of the suffix, on its own grid; a file that is there is replaced.
+    """Write a scan or a label on its own grid, in the format of the suffix; an existing file is overwritten.
 
     >>> import delineate
     >>> scan = delineate.read("scan.nii.gz")
@@ -54,8 +54,8 @@ def write(path: str | Path, volume: Volume | LabelVolume | Image) -> None:
     >>> delineate.read("scan.nrrd").grid.matches(scan.grid)
     True
 
-    Images of nibabel, SimpleITK and TorchIO are written as scans. All of the file appears, or nothing:
-    :class:`~delineate.errors.OutputError`.
+    Images of nibabel, SimpleITK and TorchIO are written as scans. Either the whole file is written, or nothing and
+    :class:`~delineate.errors.OutputError` is raised.
     """
     if isinstance(volume, LabelVolume):
         write_label(Path(path), volume)
@@ -73,7 +73,7 @@ def inspect(
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> Inspection:
-    """Read every subject of a data set, or of its folder; what it holds and everything that is wrong with it.
+    """Read every subject of a data set (or its folder) and report what it holds and everything wrong with it.
 
     >>> import delineate
     >>> inspection = delineate.inspect("scans")
@@ -82,8 +82,8 @@ def inspect(
     >>> inspection.rows[0].spacing_mm
     (1.0, 1.0, 1.5)
 
-    A bad subject never raises: it is among the ``problems``. ``targets`` replace the data set's own. With
-    ``for_training`` a missing label is an error. A notebook shows it as a table. Setting ``cancel`` raises
+    A bad subject raises nothing but is listed in ``problems``. ``targets`` replace the data set's own. With
+    ``for_training``, a missing label is an error. A notebook shows the result as a table. Setting ``cancel`` raises
     :class:`~delineate.errors.Cancelled`.
     """
     from delineate.datasets.inspection import inspect as run
@@ -98,5 +98,5 @@ def inspect(
 
 
 def as_dataset(data: str | Path | Dataset) -> Dataset:
-    """A data set, opened where a folder is given."""
+    """A data set, opened first if a folder is given."""
     return open_dataset(data) if isinstance(data, str | Path) else data

@@ -36,7 +36,7 @@ def evaluate(
     maps: str | Path | None = None,
     probabilities: str | Path | None = None,
 ) -> Evaluation:
-    """Measure a folder of predicted labels, or one, against the references, by subject and target.
+    """Measure a folder of predicted labels, or a single one, against references, by subject and target.
 
     >>> import delineate
     >>> label = delineate.read("reference.nii.gz", label=True)
@@ -44,17 +44,17 @@ def evaluate(
     >>> float(evaluation.summary()["ball"]["dice"].mean)
     1.0
 
-    ``references`` are a folder of labels or a data set, which are paired with predictions by name; or one
-    label. Without ``targets``, those count that the prediction or the data set names, else one for each value.
-    ``metrics`` are sets and single ones, as ``delineate metrics list`` explains them. ``lesion_overlap`` is the
-    share of a lesion that must be covered. ``quantity`` is a channel of the data set, or lies in ``maps``, a folder
-    of a file for each subject; it is read ``margin_mm`` within each target, and ``threshold`` splits subjects by it
-    (5.56 for a fat fraction, unless another is given). ``probabilities`` are a folder of them; that which
-    :func:`predict` wrote beside the predictions is found. A notebook shows the summary as a table;
-    ``table`` is a row for each subject and target, for pandas.
+    ``references`` is a folder of labels or a data set, paired with the predictions by name, or a single
+    label. ``targets`` default to those of the prediction or the data set, else to one per label value.
+    ``metrics`` are sets and single metrics; ``delineate metrics list`` explains them. ``lesion_overlap`` is the
+    fraction of a lesion that must be covered. ``quantity`` is a channel of the data set, or is read from ``maps``, a
+    folder with a file for each subject; it is read ``margin_mm`` inside each target's surface, and ``threshold``
+    divides subjects by its mean (default: 5.56 % for a fat fraction). ``probabilities`` is a folder of probability
+    maps; by default the one that :func:`predict` wrote beside the predictions. A notebook shows the summary as a
+    table; ``table`` has a row for each subject and target, for pandas.
 
-    Raises :class:`~delineate.errors.GridMismatch` where a prediction is not on its reference's grid, and
-    :class:`~delineate.errors.MissingFile` where nothing pairs.
+    Raises :class:`~delineate.errors.GridMismatch` if a prediction is not on its reference's grid, and
+    :class:`~delineate.errors.MissingFile` if nothing pairs.
     """
     read_within = quantity_map(quantity, margin_mm, threshold, maps)
     wanted = metrics if isinstance(metrics, str) else ",".join(metrics)
@@ -69,17 +69,17 @@ def evaluate(
             return evaluate_folders(Path(predictions), known, targets, measuring)
     if quantity is not None or probabilities is not None:
         raise RecipeError(
-            "quantities and probabilities are read from folders", fix="give folders of predictions and data"
+            "quantities and probabilities can only be read from folders", fix="give folders of predictions and data"
         )
     if isinstance(references, Dataset):
-        raise DatasetError("one label is measured against a whole data set", fix="give the reference of its subject")
+        raise DatasetError("a single label cannot be measured against a data set", fix="give its subject's reference")
     return _evaluate_one(predictions, references, targets, Measuring(wanted, lesion_overlap))
 
 
 def compare(
     methods: Mapping[str, str | Path | Evaluation] | None = None, /, **named: str | Path | Evaluation
 ) -> list[MethodDifference]:
-    """Compare methods measured on the same subjects, two or more: paired, and corrected for many comparisons.
+    """Compare two or more methods measured on the same subjects: paired, and corrected for multiple comparisons.
 
     >>> import delineate
     >>> for difference in delineate.compare(small="run", large="run"):
@@ -87,8 +87,9 @@ def compare(
     ...         print(difference.verdict)
     too few to tell
 
-    Each is an evaluation, or the folder of one or of a run. Names that are no identifiers go into a mapping:
-    ``compare({"U-Net": "run1", "V-Net": "run2"})``. Each difference is a value, and a sentence when printed.
+    Each method is an evaluation, or the folder of an evaluation or a run. Names that are not Python identifiers go
+    into a mapping: ``compare({"U-Net": "run1", "V-Net": "run2"})``. Each difference holds values, and prints as a
+    sentence.
 
     Raises :class:`~delineate.errors.DatasetError` for fewer than two methods or subjects in common.
     """
@@ -97,19 +98,19 @@ def compare(
     everything = {**(methods or {}), **named}
     if len(everything) < 2:
         raise DatasetError(
-            f"{len(everything)} methods are given", fix="at least two are needed, such as a='run1', b='run2'"
+            f"{len(everything)} methods were given", fix="at least two are needed, such as a='run1', b='run2'"
         )
     return compare_methods({name: _opened(one) for name, one in everything.items()})
 
 
 def _opened(one: str | Path | Evaluation) -> Evaluation:
-    """An evaluation, read where the folder of one or of a run is given."""
+    """An evaluation, read first if the folder of an evaluation or a run is given."""
     if isinstance(one, Evaluation):
         return one
     folder = Path(one)
     inside = folder / "evaluation" if (folder / "evaluation" / "metrics.csv").exists() else folder
     if not (inside / "metrics.csv").exists():
-        raise MissingFile(f"'{folder}' holds no metrics.csv", fix="give a run, or the folder of a written evaluation")
+        raise MissingFile(f"'{folder}' has no metrics.csv", fix="give the folder of a run or of a saved evaluation")
     return Evaluation.read(inside)
 
 

@@ -1,4 +1,4 @@
-"""A prediction together with its scan: it saves and shows itself."""
+"""A prediction together with its scan, which can save and display itself."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from delineate.metrics.quantities import Measurement, QuantityMap
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Prediction(predictor.Prediction):
-    """What a bundle says of one scan.
+    """A bundle's prediction for one scan.
 
-    ``label`` lies on the scan's own grid; ``confidence`` has, by target, the volume in ml, the Dice that is expected
-    and how well averaged variants agree. ``unusual`` says in what the scan is unlike those that were trained on.
-    ``probabilities`` (T, X, Y, Z) of the targets are there where they were asked for.
+    ``label`` is on the scan's own grid; ``confidence`` holds, by target, the volume in ml, the expected Dice
+    and the agreement of averaged variants. ``unusual`` lists what sets the scan apart from the training scans.
+    ``probabilities`` (T, X, Y, Z) of the targets are kept if they were requested.
     """
 
     scan: Volume
@@ -37,18 +37,18 @@ class Prediction(predictor.Prediction):
     """The scan's, by name."""
     unusual: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
-    """The scan's, where it was read from files."""
+    """The files of the scan, if it was read from files."""
     codes: Mapping[str, Coding] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def volume_ml(self) -> dict[str, float]:
-        """By target."""
+        """Predicted volume in ml by target."""
         return {name: confidence.volume_ml for name, confidence in self.confidence.items()}
 
     @property
     def expected_dice(self) -> dict[str, float]:
-        """By target; NaN where nothing was found."""
+        """Expected Dice by target; NaN where nothing was found."""
         return {name: confidence.expected_dice for name, confidence in self.confidence.items()}
 
     def measure(
@@ -85,11 +85,11 @@ class Prediction(predictor.Prediction):
         return measure_label(self.label, self.targets, found.voxels[0], read_within)
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write the label in the format of the suffix; returns the files, that one first.
+        """Write the label in the format of the suffix; returns the files written, ``path`` first.
 
         ``.dcm`` is a DICOM-SEG that refers to the DICOM series the scan was read from, ``.seg.nrrd`` names its
-        segments, ``.vtk`` and ``.vti`` are for viewers. A file that is there is replaced, but never the scan:
-        :class:`~delineate.errors.OutputError`.
+        segments, ``.vtk`` and ``.vti`` are for viewers. An existing file is overwritten, except for the scan, for
+        which :class:`~delineate.errors.OutputError` is raised.
         """
         path = Path(path)
         check_outputs(exported_files(path), self.files, overwrite=True)

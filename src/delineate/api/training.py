@@ -1,4 +1,4 @@
-"""Training from Python: a run, a recipe derived from data, and tiles for a loop of one's own."""
+"""Training from Python: a run, a recipe derived from data, and tiles for your own training loop."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 __all__ = ["Run", "Tiles", "auto", "tiles", "train"]
 
 Changes = Mapping[str, Any] | Sequence[str]
-"""``{"training.batch_size": 4}``, or ``["training.batch_size=4"]`` as the command line has it."""
+"""``{"training.batch_size": 4}``, or ``["training.batch_size=4"]`` as on the command line."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training: its ``folder``, the ``steps`` done, what its held-out subjects gave.
+    """A training run: its ``folder``, the ``steps`` done, and the ``evaluation`` of its held-out subjects.
 
-    ``stopped`` says why it ended before it was complete; call :func:`train` again to resume it.
+    ``stopped`` says why it ended early; call :func:`train` again to resume it.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def report(self) -> Path:
-        """The page about it, once it is finished."""
+        """The report page, once the run is finished."""
         return self.folder / "report.html"
 
     @cached_property
@@ -81,7 +81,7 @@ def train(
     say: Say | None = None,
     cancel: Cancel | None = None,
 ) -> Run:
-    """Train on a data set or its folder into the folder ``out``, predict and measure the held-out fold, and report.
+    """Train on a data set (or its folder), predict and measure the held-out fold, and write it all to ``out``.
 
     >>> import delineate
     >>> run = delineate.train("tiny.yaml", "scans", "run", steps=2, cache="prepared", device="cpu", compile="off")
@@ -92,18 +92,18 @@ def train(
     >>> run.bundle
     Bundle(ball from image)
 
-    ``recipe`` is a packaged one's name, a YAML file, a :class:`Recipe`, or ``"auto"``: derived from the data.
-    ``fold`` is held out, None trains on every subject. ``minutes``, ``steps`` or ``epochs`` replace the recipe's
-    budget, ``changes`` single fields: ``{"training.batch_size": 4}``. ``split`` is a file to use, or to write for later
-    runs; ``cache`` is where prepared subjects are kept.
+    ``recipe`` is the name of a packaged recipe, a YAML file, a :class:`Recipe`, or ``"auto"`` to derive it from the
+    data. ``fold`` is held out; None trains on every subject. ``minutes``, ``steps`` or ``epochs`` replace the recipe's
+    budget, ``changes`` single fields: ``{"training.batch_size": 4}``. ``split`` is a split file to use, or to write
+    for later runs; ``cache`` is where prepared subjects are kept.
 
-    Called again with the same arguments, it resumes a run that was stopped. Setting ``cancel`` stops it after
-    the present step, without losing anything, and the run says so; where that comes before training has begun,
-    :class:`~delineate.errors.Cancelled` is raised. ``progress`` is told of each stage, ``say`` each message.
+    Call it again with the same arguments to resume a stopped run. Setting ``cancel`` stops it after the current
+    step without losing anything, which ``stopped`` then says; before training has begun, it raises
+    :class:`~delineate.errors.Cancelled`. ``progress`` is called at each stage, ``say`` with each message.
 
-    Raises :class:`~delineate.errors.BrokenSubjects` where inspection finds errors (unless ``leave_out_broken``),
-    :class:`~delineate.errors.RecipeError` where a field is wrong or ``out`` holds another recipe's run, and
-    :class:`~delineate.errors.OutputError` where something cannot be written.
+    Raises :class:`~delineate.errors.BrokenSubjects` if inspection finds errors (unless ``leave_out_broken``),
+    :class:`~delineate.errors.RecipeError` if a field is wrong or ``out`` holds the run of another recipe, and
+    :class:`~delineate.errors.OutputError` if something cannot be written.
     """
     from delineate.training.options import RunOptions, check_possible
     from delineate.training.preparation import budget_changes
@@ -144,9 +144,9 @@ def train_and_report(
     epochs: int | None = None,
     changes: Sequence[str] = (),
 ) -> RunResult:
-    """Train ``recipe``, or the one derived from ``dataset`` where it is None; write the page of a run that is complete.
+    """Train ``recipe``, or if it is None one derived from ``dataset``; write the report once the run is complete.
 
-    ``minutes``, ``steps``, ``epochs`` and ``changes`` are for the derived one. Raises what :func:`train` raises.
+    ``minutes``, ``steps``, ``epochs`` and ``changes`` apply to the derived recipe. Raises what :func:`train` raises.
     """
     from delineate.reporting.run import write_run_report
     from delineate.training.folder import check_run_folder
@@ -180,14 +180,14 @@ def auto(
     say: Say | None = None,
     cancel: Cancel | None = None,
 ) -> Recipe:
-    """The recipe that suits a data set, this machine and a budget of ``minutes``, ``steps`` or ``epochs`` (an hour).
+    """A recipe for a data set, this machine and a budget of ``minutes``, ``steps`` or ``epochs`` (default: an hour).
 
     >>> import delineate
     >>> recipe = delineate.auto("scans", minutes=5, changes={"training.batch_size": 4}, device="cpu")
     >>> recipe.network.kind, recipe.training.minutes, recipe.training.batch_size
     ('unet', 5.0, 4)
 
-    ``say`` is told the reason for each choice. Raises :class:`~delineate.errors.BrokenSubjects` where inspection
+    ``say`` is called with the reason for each choice. Raises :class:`~delineate.errors.BrokenSubjects` if inspection
     finds errors, unless ``leave_out_broken``.
     """
     from delineate.training.options import RunOptions
@@ -201,11 +201,11 @@ def auto(
 
 
 class Tiles(TorchDataset):
-    """Batches of prepared tiles, augmented as the recipe says; what :func:`tiles` returns.
+    """Batches of prepared tiles, augmented as the recipe says; returned by :func:`tiles`.
 
     Item ``i`` is ``(image, target)``: (N, C, *tile) float32 with the context that the network takes, and
-    (N, T, *tile) uint8 as ``targets`` encode it, ignored voxels 255. It depends on the recipe and ``i`` alone, in
-    whatever order and process it is asked for.
+    (N, T, *tile) uint8 as encoded by ``targets``, with 255 for ignored voxels. It depends only on the recipe and
+    ``i``, not on the order or process in which items are read.
     """
 
     def __init__(self, source: BatchSource, recipe: Recipe, targets: Targets, channels: int, length: int) -> None:
@@ -246,7 +246,7 @@ def tiles(
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> Tiles:
-    """Prepared tiles of a data set as a ``torch.utils.data.Dataset`` of batches, for a training loop of one's own.
+    """Prepared tiles of a data set as a ``torch.utils.data.Dataset`` of batches, for your own training loop.
 
     >>> import delineate
     >>> from torch.utils.data import DataLoader
@@ -257,8 +257,8 @@ def tiles(
     >>> image.shape, target.shape
     (torch.Size([2, 1, 16, 16, 12]), torch.Size([2, 1, 16, 16, 12]))
 
-    They are drawn as :func:`train` draws them from the subjects of ``part``; the held-out ``fold`` is in neither.
-    Those of validation are not augmented. ``batches`` is how many there are, one pass over the data by default.
+    Tiles are drawn from the subjects of ``part`` as :func:`train` draws them; the held-out ``fold`` is in neither
+    part. Validation tiles are not augmented. ``batches`` is their number, by default one pass over the data.
     """
     from delineate.sampling.augmentation import AugmentationSpec
     from delineate.sampling.batches import BatchSource
@@ -300,18 +300,18 @@ def _as_texts(changes: Changes) -> list[str]:
     if isinstance(changes, str) or not isinstance(changes, Mapping):
         return [changes] if isinstance(changes, str) else list(changes)
     try:
-        # JSON is YAML, with every quote in its place.
+        # JSON is valid YAML, and quotes every string.
         return [f"{path}={json.dumps(value)}" for path, value in changes.items()]
     except TypeError as error:
         raise RecipeError(
-            f"a change has a value that no recipe holds: {error}", fix="give numbers, text, lists"
+            f"a change has a value that no recipe can hold: {error}", fix="give numbers, text or lists"
         ) from error
 
 
 def _reporter(
     progress: Progress | None, say: Say | None, cancel: Cancel | None, folder: Path | None = None
 ) -> Reporter:
-    """Callbacks as a run takes them. Once it trains, setting ``cancel`` asks it to stop where it can be resumed."""
+    """The callbacks of a run. Once training has begun, setting ``cancel`` makes it stop where it can be resumed."""
     from delineate.training.lock import stop_file
     from delineate.training.options import Reporter
 

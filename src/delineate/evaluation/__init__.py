@@ -1,1 +1,1 @@
-"""Predictions against references: paired, measured, summed up, compared."""
+"""Predictions against references: paired, measured, summarised, compared."""

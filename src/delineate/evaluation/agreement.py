@@ -1,4 +1,4 @@
-"""How well volumes and quantities of predictions agree with those of the references."""
+"""How well the volumes and quantities of predictions agree with those of the references."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from delineate.metrics.agreement import Agreement, Concordance, agreement, conco
 from delineate.metrics.quantities import QuantityMap
 
 LEAST_PATIENTS = 5
-"""With fewer who have the target, limits of agreement say nothing but how few they are."""
+"""Fewest patients with the target for which limits of agreement mean anything."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Two columns of an evaluation's table that are to be equal. Errors that grow with the value are ``relative``.
+    """Two columns of an evaluation's table that should agree; ``relative`` means that errors grow with the value.
 
-    A ``threshold`` is what both should be on the same side of.
+    Both should be on the same side of ``threshold``.
     """
 
     name: str
@@ -49,9 +49,9 @@ def _comparable(quantity: QuantityMap) -> list[Compared]:
 
 @dataclass(frozen=True, eq=False)
 class Agreeing:
-    """What was ``compared`` of a target: the subjects that have both values, their sites and patients, and those.
+    """Predicted and reference values of one target, with the subjects, sites and patients they belong to.
 
-    Subjects without the target have a volume of 0; ``left_out`` counts those of whom either is undefined.
+    Subjects without the target have a volume of 0; ``left_out`` counts those with an undefined value.
     """
 
     target: str
@@ -70,26 +70,26 @@ class Agreeing:
 
     @cached_property
     def relative(self) -> Agreement:
-        """Differences in percent of the reference; subjects of whom the reference is 0 have none."""
+        """Differences in percent of the reference; subjects whose reference is 0 are left out."""
         return agreement(self.predicted, self.reference, self.patients, relative=True)
 
     @cached_property
     def concordance(self) -> Concordance:
-        """Lin's."""
+        """Lin's concordance correlation."""
         return concordance(self.predicted, self.reference, self.patients)
 
     @property
     def in_percent(self) -> bool:
-        """Whether differences are given in percent, too: errors grow with the value, and enough have one."""
+        """Whether differences are also given in percent: errors grow with the value, and enough patients have one."""
         return self.compared.relative and self.relative.patients >= LEAST_PATIENTS
 
     @property
     def shown(self) -> Agreement:
-        """The one whose errors do not grow with the value."""
+        """The agreement to show: in percent where errors grow with the value, else in the unit."""
         return self.relative if self.in_percent else self.absolute
 
     def rows(self) -> list[dict[str, object]]:
-        """Plain values: in the unit, and in percent where errors are relative."""
+        """Plain values, in the unit and, where errors are relative, in percent."""
         return [
             {
                 "target": self.target,
@@ -112,7 +112,7 @@ class Agreeing:
         ]
 
     def described(self) -> list[dict[str, str]]:
-        """:meth:`rows` as a reader sees them."""
+        """:meth:`rows` as text for a reader."""
         return [
             {
                 "target": self.target,
@@ -129,8 +129,8 @@ class Agreeing:
         ]
 
     def without(self, found: Agreement) -> str:
-        """How many subjects are left out of one of both, and why, to be put behind their number."""
-        why = ((found.left_out, "without it in the reference"), (self.left_out, "undefined"))
+        """How many subjects are left out and why, to be appended to n."""
+        why = ((found.left_out, "not in the reference"), (self.left_out, "undefined"))
         return "".join(f"; {n} left out, {reason}" for n, reason in why if n)
 
     @property
@@ -139,7 +139,7 @@ class Agreeing:
 
 
 def agreements(table: pd.DataFrame, quantity: QuantityMap | None = None) -> Iterator[Agreeing]:
-    """Of an evaluation's table: all that can be compared, of the targets that enough patients have."""
+    """Everything in an evaluation's table that can be compared, for targets that enough patients have."""
     for compared in _comparable(quantity or QuantityMap("quantity")):
         if not {compared.predicted, compared.reference} <= set(table.columns):
             continue
@@ -147,7 +147,7 @@ def agreements(table: pd.DataFrame, quantity: QuantityMap | None = None) -> Iter
             predicted, reference = (rows[c].to_numpy(float) for c in (compared.predicted, compared.reference))
             use = np.isfinite(predicted) & np.isfinite(reference)
             whose = rows["patient" if "patient" in rows else "subject"].to_numpy()
-            # A volume of nothing in both says that both agree, but of nothing else.
+            # Two empty volumes agree, but tell nothing about how large errors are.
             has_it = use & ((predicted > 0) | (reference > 0)) if compared.relative else use
             if len(set(whose[has_it])) >= LEAST_PATIENTS:
                 subjects, sites = (tuple(rows[column].to_numpy()[use]) for column in ("subject", "site"))
@@ -158,7 +158,7 @@ def agreements(table: pd.DataFrame, quantity: QuantityMap | None = None) -> Iter
 
 
 def crossings(table: pd.DataFrame, threshold: float) -> dict[str, dict[str, Any]]:
-    """For each target, who lies on another side of a quantity's threshold by the prediction than by the reference."""
+    """For each target, subjects that the prediction puts on the wrong side of a quantity's threshold."""
     sides: dict[str, dict[str, Any]] = {}
     for target, rows in table.groupby("target", sort=False):
         found = crossing(rows["quantity_mean"].to_numpy(), rows["reference_quantity_mean"].to_numpy(), threshold)
@@ -169,13 +169,13 @@ def crossings(table: pd.DataFrame, threshold: float) -> dict[str, dict[str, Any]
 
 
 def crossing_sentences(table: pd.DataFrame, quantity: QuantityMap) -> list[str]:
-    """:func:`crossings` in words, one for each target; none without a threshold."""
+    """:func:`crossings` in words, one sentence per target; none without a threshold."""
     if quantity.threshold is None:
         return []
     sentences, limit = [], quantity.with_unit(quantity.threshold)
     for target, found in crossings(table, quantity.threshold).items():
         wrong = [
-            f"{what} it only by the prediction: {', '.join(found[side])}"
+            f"{what} it only in the prediction: {', '.join(found[side])}"
             for side, what in (("over", "at or above"), ("under", "below"))
             if found[side]
         ]

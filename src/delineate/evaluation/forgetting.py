@@ -1,4 +1,4 @@
-"""What fine-tuning costs on the data that a network was trained on before."""
+"""What fine-tuning costs on the data that a network was originally trained on."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def measure_forgetting(
     measuring: Measuring,
     on_subject: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Evaluation]:
-    """Both bundles on the source's subjects that neither saw, in the targets that both have by name.
+    """Measure both bundles on the subjects that neither has seen, for the targets whose names they share.
 
     Predictions are written to ``out/before`` and ``out/after``, the evaluations beside them. Raises
-    :class:`BundleError` where the bundles have no target in common, :class:`DatasetError` where all
-    subjects were seen, and what a subject that cannot be predicted raises.
+    :class:`BundleError` if the bundles have no target in common, :class:`DatasetError` if all
+    subjects were seen, and the error of any subject that cannot be predicted.
     """
     common = [name for name in before.targets.names if name in after.targets.names]
     if not common:
         raise BundleError(
-            f"{before.folder} segments {list(before.targets.names)}, {after.folder} {list(after.targets.names)}: "
-            "nothing in common can be forgotten",
+            f"{before.folder} segments {list(before.targets.names)} and {after.folder} {list(after.targets.names)}: "
+            "they have no target in common",
             fix="give bundles that share a target",
         )
     unseen = [s for s in unseen_by([before, after], dataset.subjects) if s.label is not None]
@@ -63,7 +63,7 @@ def measure_forgetting(
             reference = load_label(outcome.subject, before.targets, prediction.grid)
             predicted, true = bundle.targets.masks(prediction.voxels), before.targets.masks(reference.voxels)
             for target in common:
-                # One by one: the same name may have other values in the two.
+                # One target at a time: its label value may differ between the two bundles.
                 said, wanted = (
                     LabelVolume(masks[target].astype(np.uint8), prediction.grid) for masks in (predicted, true)
                 )

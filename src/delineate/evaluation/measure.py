@@ -31,12 +31,11 @@ BACKGROUND = "background"
 
 @dataclass(frozen=True)
 class Measuring:
-    """What is measured: sets and single metrics by name, joined by commas (``metrics.catalogue``).
+    """What is measured: sets and single metrics by name, separated by commas (``metrics.catalogue``).
 
-    A lesion is matched where more than ``lesion_overlap`` of its voxels are covered; 0: any
+    A lesion is matched if more than the fraction ``lesion_overlap`` of its voxels is covered; 0 means any
     overlap. The mean and median of ``quantity`` in each target are measured. ``probabilities`` is a
-    folder of them, as ``predict --probabilities`` writes it. Raises :class:`RecipeError` for an
-    unknown name.
+    folder as ``predict --probabilities`` writes it. Raises :class:`RecipeError` for an unknown name.
     """
 
     wanted: str = "standard"
@@ -62,7 +61,7 @@ STANDARD = Measuring()
 
 @dataclass(frozen=True)
 class Measured:
-    """One subject's rows: of targets, of lesions where they are counted, of pairs of classes, of probabilities."""
+    """One subject's rows: one per target, per lesion (if counted), per pair of classes and per probability bin."""
 
     targets: list[dict[str, object]] = field(default_factory=list)
     lesions: list[dict[str, object]] = field(default_factory=list)
@@ -99,14 +98,14 @@ def evaluate(
     threads: int = 2,
     on_subject: Callable[[str], None] = lambda subject: None,
 ) -> Evaluation:
-    """Measure every pair; ``on_subject`` is told of each that is done, in order.
+    """Measure every pair; ``on_subject`` is called with each subject that is done, in order.
 
-    ``targets`` say what the labels hold. Where a challenge's set is measured, its regions are.
-    ``simulated`` scans are called so wherever the result is shown.
-    ``orientation`` is how a file with two orientations is read. Raises :class:`GridMismatch` where a
-    prediction is not on its reference's grid, :class:`BadLabelValue` where
-    either has a value the targets do not know, :class:`RecipeError` where a challenge's regions
-    cannot be told from the targets, and what reading raises.
+    ``targets`` says what the labels hold; if a challenge's set is measured, its regions are measured instead.
+    ``simulated`` marks the scans as simulated wherever the result is shown.
+    ``orientation`` is how a file with two orientations is read. Raises :class:`GridMismatch` if a
+    prediction is not on its reference's grid, :class:`BadLabelValue` if either has a value that belongs to no
+    target, :class:`RecipeError` if a challenge's regions cannot be derived from the targets, and any error
+    of reading.
     """
     targets_of(measuring.wanted, targets)
     if measuring.quantity is not None and measuring.quantity.maps is not None:
@@ -131,7 +130,7 @@ def evaluate(
         )
 
     found = Measured()
-    # Volumes are read and measured in turn: a thousand take no more memory than one for each thread.
+    # Volumes are read and measured in turn: a thousand take no more memory than one per thread.
     with ThreadPoolExecutor(threads) as pool:
         for pair, measured in zip(pairs, pool.map(measure, pairs), strict=True):
             for rows, more in zip(vars(found).values(), vars(measured).values(), strict=True):
@@ -145,9 +144,9 @@ def evaluate_folders(
 ) -> Evaluation:
     """Measure a folder of predictions against a folder of labels or a data set (or its folder), paired by name.
 
-    Without ``targets``, those that the data set names count, else the challenge's that is measured, else
-    one for each value found. Of a challenge's set, the regions are measured that these targets make up.
-    Raises what :func:`pair_files` and :func:`evaluate` raise.
+    ``targets`` default to those of the data set, else to those of the challenge that is measured, else to
+    one per value found. For a challenge's set, the regions that these targets make up are measured.
+    Raises whatever :func:`pair_files` and :func:`evaluate` raise.
     """
     known = open_references(references) if isinstance(references, Path) else references
     pairing = pair_files(predictions, known)
@@ -160,7 +159,7 @@ def evaluate_folders(
 def named_targets(
     references: Path | Dataset, measuring: Measuring = STANDARD, targets: Targets | None = None
 ) -> Targets | None:
-    """What is measured: the challenge's regions, the given ``targets`` or the data set's; None where none is named."""
+    """What is measured: the challenge's regions, ``targets`` or the data set's targets; None if none is named."""
     return targets_of(measuring.wanted, targets or (references.targets if isinstance(references, Dataset) else None))
 
 
@@ -178,9 +177,9 @@ def measure_prediction(
 ) -> Measured:
     """Measure one prediction; raises :class:`GridMismatch`, :class:`BadLabelValue` and :class:`RecipeError`.
 
-    ``targets`` say what the labels hold. Where a challenge's set is measured, its regions are.
-    Without a ``patient``, the subject is its own.
-    ``quantity`` (X, Y, Z) is a map of it, ``probabilities`` (T, X, Y, Z) are the targets'.
+    ``targets`` says what the labels hold; if a challenge's set is measured, its regions are measured instead.
+    Without ``patient``, the subject counts as a patient of its own.
+    ``quantity`` (X, Y, Z) is the quantity's map, ``probabilities`` (T, X, Y, Z) those of the targets.
     """
     labelled, targets = targets, targets_of(measuring.wanted, targets) or targets
     if probabilities is not None:
@@ -234,7 +233,7 @@ def _map_of(pair: Pair, quantity: QuantityMap, grid: Grid) -> NDArray:
     """The quantity (X, Y, Z) of the pair's subject."""
     if pair.source is None:
         raise MissingFile(
-            f"'{quantity.channel}' of '{pair.subject}' is looked for in a data set",
+            f"'{quantity.channel}' of '{pair.subject}' can only be read from a data set",
             fix="give one as the references, or say where its maps are",
         )
     values = load_map(pair.source, quantity.channel, "reference", grid)
@@ -249,7 +248,7 @@ def _probabilities_of(pair: Pair, folder: Path, targets: Targets, grid: Grid) ->
     check_grids(pair.subject, "probabilities", found.grid, "reference", grid)
     if found.channels != len(targets.names):
         raise BadShape(
-            f"'{file}' holds {found.channels} probabilities, the targets are {', '.join(targets.names)}",
+            f"'{file}' holds {found.channels} probabilities, but the targets are {', '.join(targets.names)}",
             fix="give the targets that were predicted (--targets)",
         )
     return found.voxels
@@ -266,14 +265,14 @@ def _of_regions(probabilities: NDArray, labelled: Targets, regions: Targets) -> 
         if not same and not labelled.exclusive:
             raise RecipeError(
                 f"the probability of {region} does not follow from those of {', '.join(labelled.names)}, which overlap",
-                fix="leave the probabilities out, or ask for the set's metrics by name",
+                fix="leave out the probabilities, or request the set's metrics by name",
             )
         planes.append(probabilities[same[0]] if same else np.minimum(probabilities[within].sum(axis=0), 1))
     return np.stack(planes)
 
 
 def _lesions(comparison: Comparison) -> list[dict[str, object]]:
-    """A row for each lesion of the reference, then of the prediction."""
+    """A row for each lesion of the reference, then for each lesion of the prediction."""
     c, voxel_ml = comparison.lesions, comparison.voxel_ml
     sides = [
         ("reference", c.reference_sizes, c.reference_covered, c.found),
@@ -291,7 +290,7 @@ def _confusion(
     predictions: Mapping[str, NDArray[np.bool_]],
     known: NDArray[np.bool_] | None,
 ) -> list[dict[str, object]]:
-    """Voxels of each pair of classes, background first; ignored ones are left out."""
+    """Voxel counts of each pair of classes, background first; ignored voxels are left out."""
     names = [BACKGROUND, *references]
     classes: list[NDArray[np.intp]] = []
     for masks in (references, predictions):

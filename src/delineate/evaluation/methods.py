@@ -1,4 +1,4 @@
-"""Methods measured on the same subjects: do they differ, by how much, and in words."""
+"""Methods measured on the same subjects: whether they differ, by how much, and a sentence that says so."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Verdict = Literal["better", "not distinguishable", "too few to tell"]
 
 @dataclass(frozen=True)
 class MethodDifference:
-    """``first`` minus ``second`` in a metric, each subject's targets averaged; p is Holm-corrected in the metric.
+    """``first`` minus ``second`` in a metric, averaged over targets; p is Holm-corrected within the metric.
 
-    ``failed`` has how many of the ``subjects`` that were compared each of both failed: missed the target,
-    or marked one where there is none.
+    ``failed`` counts, for each method, on how many of the compared ``subjects`` it failed: missed a target, or
+    marked one where there is none.
     """
 
     metric: str
@@ -36,20 +36,20 @@ class MethodDifference:
 
     @property
     def verdict(self) -> Verdict:
-        """What can be said; too few are those of whom no outcome could have told anything."""
+        """What can be concluded; patients are too few if no outcome could have been significant."""
         if self.difference.too_few:
             return "too few to tell"
         return "better" if self.difference.distinguishable else "not distinguishable"
 
     @property
     def better(self) -> str | None:
-        """Which of both is better, by the test's ranks; None where that cannot be said."""
+        """Which of the two is better, by the ranks of the test; None if that cannot be told."""
         if self.verdict != "better":
             return None
         return self.first if (self.difference.effect > 0) == (METRICS[self.metric].better == "higher") else self.second
 
     def as_dict(self) -> dict[str, object]:
-        """Its fields, what follows from them, and the sentence."""
+        """The fields, what follows from them, and the sentence."""
         d = self.difference
         derived = {"needed": d.needed, "detectable": d.detectable}
         said = {"verdict": self.verdict, "better": self.better, "sentence": str(self)}
@@ -62,13 +62,13 @@ class MethodDifference:
             return f"{name}: {self.better} is better than {worse} ({self._measured})"
         if d.too_few:
             return (
-                f"{name}: {d.n} patients are too few to tell {self.first} and {self.second} apart, however far; "
-                f"at least {d.needed} are needed ({self._measured})"
+                f"{name}: {d.n} patients are too few to tell {self.first} and {self.second} apart, whatever the "
+                f"difference; at least {d.needed} are needed ({self._measured})"
             )
         sentence = f"{name}: {self.first} and {self.second} are not distinguishable ({self._measured})"
         if isfinite(d.detectable):
             sentence += (
-                f"; {d.measured} patients show a true difference in 80 % of studies only if it is "
+                f"; with {d.measured} patients, 80 % of studies detect a true difference only if it is "
                 f"{self._in_unit(d.detectable)} or more"
             )
         return sentence
@@ -77,15 +77,15 @@ class MethodDifference:
     def _measured(self) -> str:
         d = self.difference
         low, high = (formatted(self.metric, v) for v in d.ci95)
-        where = "" if d.measured == d.n else f" over the {d.measured} of {d.n} patients that neither failed"
+        where = "" if d.measured == d.n else f" over the {d.measured} of {d.n} patients on whom neither failed"
         effect = "undefined" if isnan(d.effect) else f"{d.effect:.2f}".replace("-", "−")
         failures = ""
         if any(self.failed):
             (a, b), n = self.failed, self.subjects
-            failures = f"; failed, which ranks last: {self.first} {a} of {n}, {self.second} {b} of {n}"
+            failures = f"; failures, which rank last: {self.first} {a} of {n}, {self.second} {b} of {n}"
         return (
-            f"difference {self._in_unit(d.mean)} ({low} to {high}){where}, p {_p(d.p)}, effect {effect}, "
-            f"n = {d.n} patients{failures}"
+            f"{self.first} minus {self.second}: {self._in_unit(d.mean)} ({low} to {high}){where}, p {_p(d.p)}, "
+            f"effect {effect}, n = {d.n} patients{failures}"
         )
 
     def _in_unit(self, value: float) -> str:
@@ -94,19 +94,19 @@ class MethodDifference:
 
 
 def on_common_subjects(evaluations: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
-    """What was measured of the subjects that all methods have. Raises :class:`DatasetError` for fewer than two."""
+    """Evaluations of the subjects that all methods have. Raises :class:`DatasetError` for fewer than two."""
     subjects = set.intersection(*(set(evaluation.subjects) for evaluation in evaluations.values()))
     if len(subjects) < 2:
-        raise DatasetError(f"the evaluations have {len(subjects)} subjects in common", fix="two are the least")
+        raise DatasetError(f"the evaluations have {len(subjects)} subjects in common", fix="at least two are needed")
     return {name: evaluation.of_subjects(subjects) for name, evaluation in evaluations.items()}
 
 
 def compare_methods(
     evaluations: Mapping[str, Evaluation], metrics: Sequence[str] | None = None
 ) -> list[MethodDifference]:
-    """Every pair of methods, in every metric that all have and that is better higher or lower (or those named).
+    """Compare every pair of methods in the ``metrics``: by default all that they share and that have a better end.
 
-    Only subjects that all methods have count. Raises :class:`DatasetError` where methods have other
+    Only subjects that all methods have count. Raises :class:`DatasetError` if methods have different
     targets, or fewer than two subjects in common.
     """
     evaluations = on_common_subjects(evaluations)
@@ -114,13 +114,14 @@ def compare_methods(
     for name, other in evaluations.items():
         if set(other.targets) != set(first.targets):
             raise DatasetError(
-                f"'{name}' measures {list(other.targets)}, others {list(first.targets)}", fix="compare like"
+                f"'{name}' measures {list(other.targets)}, others {list(first.targets)}",
+                fix="compare methods on the same targets",
             )
     common = [m for m in first.metrics if METRICS[m].better and all(m in e.metrics for e in evaluations.values())]
     chosen = [m for m in common if metrics is None or m in metrics]
     if not chosen:
         raise DatasetError(
-            "no metric that was asked for is in all evaluations", fix=f"in common are {', '.join(common)}"
+            "no requested metric is in all evaluations", fix=f"choose from {', '.join(common) or 'other evaluations'}"
         )
     return [found for metric in chosen for found in _differences(evaluations, metric, first.patients)]
 
@@ -128,7 +129,7 @@ def compare_methods(
 def _differences(
     evaluations: Mapping[str, Evaluation], metric: str, patients: Mapping[str, str]
 ) -> list[MethodDifference]:
-    """Every pair in one metric, corrected together."""
+    """Every pair of methods in one metric, corrected together."""
     names = list(combinations(evaluations, 2))
     pairs = [_pair(evaluations[a], evaluations[b], metric) for a, b in names]
     raw = [
@@ -146,11 +147,11 @@ def _differences(
 
 
 def _pair(first: Evaluation, second: Evaluation, metric: str) -> pd.DataFrame:
-    """Both methods' outcomes in a metric, a row for each subject that has them, its targets averaged."""
+    """Both methods' outcomes in a metric, averaged over targets, one row per subject that has both."""
     rows = [e.outcomes.set_index(["subject", "target"]).sort_index() for e in (first, second)]
     values = [table[metric].astype(float).to_numpy(copy=True) for table in rows]
     for (one, table), other in zip(zip(values, rows, strict=True), reversed(values), strict=True):
-        # Where one rightly marks nothing and has no value, the other's is a failure. The zero is never averaged.
+        # If one rightly marks nothing and so has no value, the other has failed. The zero is never averaged.
         right = np.isnan(one) & ~np.isnan(other) & (table.get("case") == RIGHTLY_NOTHING)
         one[right], other[right] = 0.0, inf if METRICS[metric].better == "lower" else -inf
     pair = pd.DataFrame({"first": values[0], "second": values[1]}, index=rows[0].index)

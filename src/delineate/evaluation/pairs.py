@@ -23,7 +23,7 @@ _LABEL_ENDING = re.compile(r"_(segmentation|seg|label|mask|gt)$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Pair:
-    """A prediction and the reference it is measured against; ``source`` is the subject, where a data set knows it."""
+    """A prediction and the reference it is measured against; ``source`` is the subject, if a data set has it."""
 
     subject: str
     prediction: Path
@@ -32,24 +32,24 @@ class Pair:
 
     @property
     def site(self) -> str:
-        """The subject's, where it is known."""
+        """The subject's site, if it is known."""
         return "" if self.source is None else self.source.site
 
     @property
     def patient(self) -> str:
-        """Whose scan it is; one's own where that is not known."""
+        """Whose scan it is; the subject itself, if that is not known."""
         return self.subject if self.source is None else self.source.patient
 
 
 class Pairing(NamedTuple):
-    """What could be paired, and the names that stood alone, by what is missing of them."""
+    """The pairs, and the names that have no partner, grouped by what is missing."""
 
     pairs: list[Pair]
     unpaired: dict[str, list[str]]
 
 
 def open_references(folder: Path) -> Path | Dataset:
-    """A folder of references as the data set that it is, or else as it stands: labels, or scans beside them."""
+    """The data set in a folder of references, or the folder itself if it is none: labels, or scans beside them."""
     if not folder.is_dir():
         return folder
     try:
@@ -65,10 +65,10 @@ def pair_files(predictions: Path, references: Path | Dataset) -> Pairing:
     """Pair ``<subject>.nii.gz`` (or another format) in a folder with the reference of that name.
 
     ``references`` is a folder of labels, whose names may end in _segmentation, _seg, _label, _mask
-    or _gt; or a data set or its folder, which also knows sites. Two files pair whatever their names.
+    or _gt; or a data set or its folder, which also knows sites. Two single files pair whatever their names.
 
-    Raises :class:`MissingFile` where nothing pairs, :class:`DuplicateSubject` where a name stands
-    for two files.
+    Raises :class:`MissingFile` if nothing pairs, :class:`DuplicateSubject` if two files have the same
+    subject's name.
     """
     if isinstance(references, Path) and predictions.is_file() and references.is_file():
         return Pairing([Pair(name_of(predictions), predictions, references)], {})
@@ -89,19 +89,19 @@ def pair_files(predictions: Path, references: Path | Dataset) -> Pairing:
 
 
 def labels_in(folder: Path) -> dict[str, Path]:
-    """Labels of a folder by subject: a name may end in _seg and the like. Raises :class:`DuplicateSubject`."""
+    """Labels in a folder by subject; names may end in _seg and the like. Raises :class:`DuplicateSubject`."""
     return {name: file for name, (file, *_) in _references_in(folder, ()).items()}
 
 
 def targets_in(pairs: Iterable[Pair], *, orientation: Orientation = "refuse") -> Targets:
-    """A target ``label N`` for each value N found in any reference or prediction; reads them all."""
+    """A target ``label N`` for each value N in any reference or prediction; reads every file."""
     files = (file for pair in pairs for file in (pair.reference, pair.prediction))
     values = {int(v) for file in files for v in np.unique(read_label(file, orientation=orientation).voxels)}
     return Targets({f"label {v}": (v,) for v in sorted(values - {0})})
 
 
 def _references_in(references: Path | Dataset, predicted: Container[str]) -> dict[str, tuple[Path, Subject | None]]:
-    """File of each subject that has a reference, and the subject."""
+    """The reference file of each subject that has one, and the subject, if a data set has it."""
     if isinstance(references, Path):
         files = _scans_in(references)
         if files and not (references / "dataset.json").is_file():
@@ -116,7 +116,7 @@ def _references_in(references: Path | Dataset, predicted: Container[str]) -> dic
 
 def _scans_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise MissingFile(f"'{folder}' is no folder", fix="give the folder that holds the files")
+        raise MissingFile(f"'{folder}' is not a folder", fix="give the folder that holds the files")
     return sorted(path for path in folder.iterdir() if suffix_of(path))
 
 
@@ -124,7 +124,7 @@ def _unique(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for name, file in named:
         if other := files.get(name):
-            raise DuplicateSubject(f"'{other}' and '{file}' both stand for '{name}'", fix="move one away")
+            raise DuplicateSubject(f"'{other}' and '{file}' both have the name '{name}'", fix="move one of them away")
         files[name] = file
     return files
 

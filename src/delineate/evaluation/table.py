@@ -1,4 +1,4 @@
-"""The tidy table of a measurement, and what it says of each target."""
+"""The tidy table of an evaluation, and its summaries by target."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from delineate.metrics.statistics import Estimate, estimate_means
 MEAN_OF_TARGETS = "mean of targets"
 
 MISSED, RIGHTLY_NOTHING = "prediction empty", "both empty"
-"""Cases of a target that is not in the prediction."""
+"""Cases in which the prediction has no voxel of a target."""
 
 Summary = dict[str, dict[str, Estimate]]
 """Target, then metric."""
@@ -36,7 +36,7 @@ _COLUMNS = ("subject", "site", "target")
 _NUMBERS = ("voxels", "bin", "sum_predicted", "sum_true", "sum_error", "covered", "volume_ml")
 
 LESION_SIZES_ML = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, inf)
-"""Where one class of size ends and the next begins."""
+"""Bounds of the size classes of lesions (ml)."""
 
 LESION_COLUMNS = ("subject", "site", "target", "of", "volume_ml", "covered", "matched")
 
@@ -52,18 +52,18 @@ FILES = ("metrics.csv", "summary.json", *(f"{name}.csv" for name in _MORE))
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The ``table`` has a row for each subject and target.
+    """What was measured: ``table`` has a row for each subject and target.
 
-    Its columns are subject, site, patient, target, metrics by their names, and case: ``both``,
-    ``reference empty``, ``prediction empty`` or ``both empty``. Without the column, each subject is
-    its own patient. Ignored voxels are left out of everything.
+    Its columns are subject, site, patient, target, metrics by name, and case: ``both``,
+    ``reference empty``, ``prediction empty`` or ``both empty``. Without a patient column, each subject counts as
+    a patient of its own. Ignored voxels are left out of everything.
 
-    ``lesions`` has a row for each lesion, where lesions were counted: whether it is ``of`` the
-    reference or the prediction, its volume, the share of it that the other covers, whether that
-    makes a match. ``confusion`` counts voxels by subject, reference class and predicted class,
-    where targets are exclusive. ``reliability`` adds up probabilities in bins by target, where
-    there were any. ``quantity`` is what was read within targets; ``simulated`` says that the
-    scans are.
+    ``lesions`` has a row for each lesion, if lesions were counted: whether it is ``of`` the
+    reference or the prediction, its volume (ml), the share of it that the other covers, and whether that
+    is a match. ``confusion`` counts voxels by subject, reference class and predicted class,
+    if targets are exclusive. ``reliability`` sums probabilities in bins by target, if they were
+    given. ``quantity`` is the map that was read within targets; ``simulated`` says that the
+    scans are simulated.
     """
 
     table: pd.DataFrame
@@ -99,27 +99,27 @@ class Evaluation:
         return tuple(sorted(self.table["site"].unique()))
 
     def of_subjects(self, subjects: Collection[str]) -> Evaluation:
-        """The same of some subjects; without probabilities' bins, which are added up over all."""
+        """The evaluation of some subjects, without reliability bins, which are sums over all subjects."""
         tables = {name: getattr(self, name) for name in ("table", "lesions", "confusion")}
         some = {name: table[table["subject"].isin(subjects)] for name, table in tables.items()}
         return replace(self, **some, reliability=reliability_table([]))
 
     @cached_property
     def outcomes(self) -> pd.DataFrame:
-        """The ``table`` with failures as the worst there is, infinite, in every metric that is better high or low.
+        """The ``table`` with failures counted as infinitely bad in every metric that has a better end.
 
-        A subject whose target was missed may have no value, such as precision: that is no reason to
-        leave it out. What the reference leaves undefined stays so.
+        A missed target may have no value, such as a precision, but that is no reason to leave the subject
+        out. Values that the reference leaves undefined stay undefined.
         """
         missed = (self.table["case"] if "case" in self.table else pd.Series("", self.table.index)) == MISSED
-        # Probabilities are there, or not, whatever was found.
+        # Whether probabilities exist does not depend on what was found.
         judged = [m for m in self.metrics if METRICS[m].better and m != PROBABILITY_MAE]
         worst = {m: inf if METRICS[m].better == "lower" else -inf for m in judged}
         columns = {m: self.table[m].astype(float) for m in worst}
         return self.table.assign(**{m: v.mask(missed & v.isna(), worst[m]) for m, v in columns.items()})
 
     def mean_of_targets(self, metric: str) -> pd.Series[float]:
-        """Each subject's outcome in a metric, averaged over targets; undefined where any is undefined."""
+        """Each subject's outcome in a metric, averaged over targets; undefined if it is for any target."""
         values = self.outcomes.groupby("subject", sort=False)[metric]
         return values.agg(lambda v: v.astype(float).mean(skipna=False))
 
@@ -127,7 +127,7 @@ class Evaluation:
         """Estimates of every metric for every target, over all patients or those of one site.
 
         :data:`MEAN_OF_TARGETS` averages a subject's targets first; it is undefined for a subject
-        whose value is undefined for any target, so that all subjects average the same things.
+        with an undefined value for any target, so that every subject averages the same targets.
         """
         table = self.outcomes if site is None else self.outcomes[self.outcomes["site"] == site]
         names = list(self.metrics)
@@ -145,14 +145,14 @@ class Evaluation:
         return summary
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON: undefined is None, infinite ``"inf"``. ``sites`` only if there are several."""
+        """Plain values for JSON: undefined is None, infinite is ``"inf"``. ``sites`` only if there are several."""
         content = {"subjects": self.table.to_dict("records"), **self._summaries()}
         return {key: plain(value) for key, value in content.items()}
 
     def write(self, folder: Path) -> None:
-        """Write ``metrics.csv``, the table, ``summary.json``, what was made of it, and what else there is.
+        """Write the table (``metrics.csv``), the summaries (``summary.json``) and the other tables that are not empty.
 
-        That is ``lesions.csv``, ``confusion.csv`` and ``reliability.csv``.
+        Those are ``lesions.csv``, ``confusion.csv`` and ``reliability.csv``.
         """
         for name in ("metrics", *_MORE):
             table = self.table if name == "metrics" else getattr(self, name)
@@ -164,11 +164,11 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: Path) -> Evaluation:
-        """What :meth:`write` wrote."""
+        """Read what :meth:`write` wrote."""
         more = {name: _read(folder / f"{name}.csv", columns) for name, columns in _MORE.items()}
         table = _read(folder / "metrics.csv", _COLUMNS)
         if table is None or not any(column in METRICS for column in table):
-            raise MissingFile(f"'{folder}' holds no metrics.csv with metrics", fix=_FIX)
+            raise MissingFile(f"'{folder}' has no metrics.csv with metrics", fix=_FIX)
         measured = [set(rows) for _, rows in table.groupby("target")["subject"]]
         if len(table) != len(measured) * len(measured[0]) or any(subjects != measured[0] for subjects in measured):
             raise BadFormat(f"'{folder / 'metrics.csv'}' does not have each subject once for each target", fix=_FIX)
@@ -208,13 +208,13 @@ class Evaluation:
         return content | {"definitions": definitions, "unpaired": dict(self.unpaired)}
 
     def described_summary(self) -> list[dict[str, str]]:
-        """:meth:`summary` as a reader sees it, a row for each target and metric."""
+        """:meth:`summary` as text for a reader, a row for each target and metric."""
         return [
             {
                 "target": target,
                 "metric": self.described_metric(metric).title,
                 "mean ± SD": averaged(metric, estimate),
-                # One patient has no interval.
+                # A single patient gives no interval.
                 "95 % interval of the mean": " – ".join(formatted(metric, v) for v in estimate.ci95)
                 if estimate.patients > 1
                 else "",
@@ -271,10 +271,10 @@ class Evaluation:
 
     @cached_property
     def lesions_by_size(self) -> pd.DataFrame:
-        """How many lesions there are of a volume from ``from_ml`` up to below ``to_ml``, by target.
+        """Number of lesions by target and volume class, from ``from_ml`` up to but excluding ``to_ml``.
 
-        Columns beside these: ``reference`` and how many of those were ``found``, ``predicted`` and how
-        many of those are ``real``.
+        Further columns: ``reference`` lesions and how many of them were ``found``, ``predicted`` lesions and how
+        many of them are ``real``.
         """
         ends = np.array(LESION_SIZES_ML)
         place = np.searchsorted(ends, self.lesions["volume_ml"].to_numpy(float), side="right") - 1
@@ -293,7 +293,7 @@ class Evaluation:
         return counts.groupby(["target", "from_ml", "to_ml"], sort=True, as_index=False).sum()
 
     def described_lesions(self) -> list[dict[str, str]]:
-        """:meth:`lesions_by_size` as a reader sees it."""
+        """:meth:`lesions_by_size` as text for a reader."""
         return [
             {
                 "target": str(row["target"]),
@@ -306,11 +306,11 @@ class Evaluation:
 
     @cached_property
     def agreements(self) -> tuple[Agreeing, ...]:
-        """Volumes and quantities beside the references', of each target."""
+        """Agreement of each target's volumes and quantities with the references."""
         return tuple(agreements(self.table, self.quantity))
 
     def crossings(self) -> list[str]:
-        """Who lies on which side of the quantity's threshold, in words; nothing where there is none."""
+        """Who lies on which side of the quantity's threshold, in words; empty without a threshold."""
         return [] if self.quantity is None else crossing_sentences(self.table, self.quantity)
 
     def described_metric(self, name: str) -> Metric:
@@ -318,7 +318,7 @@ class Evaluation:
         return named_metric(name, self.quantity)
 
     def reliabilities(self) -> dict[str, Reliability]:
-        """By target, all subjects' voxels together."""
+        """Reliability by target, with the voxels of all subjects pooled."""
         return {
             str(target): Reliability.of_columns({name: rows[name].to_numpy() for name in rows})
             for target, rows in self.reliability.groupby("target", sort=False)
@@ -326,14 +326,14 @@ class Evaluation:
 
 
 def reliability_table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
-    """Rows of subjects' bins, added up by target and bin."""
+    """Sum the subjects' rows by target and bin."""
     columns = ["target", "bin", "voxels", "sum_predicted", "sum_true", "sum_error"]
     table = pd.DataFrame(list(rows), columns=columns)
     return table.groupby(["target", "bin"], sort=False, as_index=False).sum() if len(table) else table
 
 
 def averaged(metric: str, estimate: Estimate) -> str:
-    """A mean as a table shows it: with the deviation of patients, and of which scans it is where some failed."""
+    """A mean as a table shows it: with the SD over patients, and the number of scans it covers if some failed."""
     mean, sd = formatted(metric, estimate.mean), formatted(metric, estimate.sd)
     spread = f"{mean} ± {sd}" if estimate.patients > 1 else mean
     return f"{spread} of the {estimate.n} that did not fail" if estimate.failed and estimate.n else spread
@@ -348,7 +348,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _read(path: Path, columns: Collection[str]) -> pd.DataFrame | None:
-    """A table with at least these columns; None where there is no file. Raises :class:`BadFormat`."""
+    """Read a table with at least these columns; None if there is no file. Raises :class:`BadFormat`."""
     if not path.exists():
         return None
     with parsing(path, BadFormat, fix=_FIX):
@@ -379,7 +379,7 @@ def _quantity(saved: Mapping[str, Any]) -> QuantityMap:
 
 
 def plain(value: object) -> object:
-    """A value as JSON has it, which knows no NaN and no infinity: undefined is None, infinite ``"inf"``."""
+    """A value for JSON, which has no NaN and no infinity: undefined is None, infinite is ``"inf"``."""
     match value:
         case Estimate():
             return plain(asdict(value))

@@ -1,4 +1,4 @@
-"""Many scans in a row: the next is read and the last is written while the network works."""
+"""Many scans in a row: the next is read and the previous one written while the network runs."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ from delineate.metrics.quantities import Measurement, QuantityMap
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one subject: the file written, the seconds by stage, how sure it is and what was measured of it,
-    or the error.
-    """
+    """Result for one subject: the file written, seconds per stage, confidence and measurements, or the error."""
 
     subject: Subject
     path: Path | None
@@ -56,24 +54,26 @@ def find_subjects(
     """Subjects in folders (any known layout, or loose scans) and files, with the channels in the bundle's order.
 
     ``images`` are patterns as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
-    lacks a channel stays as it is: :func:`predict_subjects` says so of it. A ``quantity`` joins as a channel of
-    its own. Raises :class:`MissingFile` for an input that is not there, and where every subject lacks a channel.
+    lacks a channel is returned as it is; :func:`predict_subjects` reports it. A ``quantity`` joins as a channel of
+    its own. Raises :class:`MissingFile` for an input that does not exist, and if every subject lacks a channel.
     """
     from delineate.datasets.layouts import open_dataset
 
     found: list[Subject] = []
     if labels := _labels_of_others(inputs):
-        raise DatasetError(f"'{labels[0]}' looks like the label of another input", fix="leave it out, or give it alone")
+        raise DatasetError(
+            f"'{labels[0]}' looks like the label of another input", fix="leave it out, or predict it alone"
+        )
     for path in inputs:
         if path.is_dir():
-            # A label without its scan is nothing to predict.
+            # A label without its scan cannot be predicted.
             found += [subject for subject in open_dataset(path, images=images).subjects if subject.scans]
         elif path.exists() and (suffix_of(path) or is_series(path)):
             # One file: all channels in it (4D), or the only channel there is.
             found.append(Subject(_name_of(path), dict.fromkeys(channels, path)))
         else:
             raise MissingFile(
-                f"no scan or folder at '{path}'", fix="give NIfTI, MetaImage, NRRD or DICOM, or a data set"
+                f"no scan or folder at '{path}'", fix="give a NIfTI, MetaImage, NRRD or DICOM scan, or a data set"
             )
     names = [printable(subject.id) for subject in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -122,7 +122,7 @@ def _with_channels(subject: Subject, channels: Sequence[str], quantity: Quantity
 
 
 def _name_of(path: Path) -> str:
-    """The same name as if the folder of a file had been given."""
+    """The name that the scan would have if its folder had been given."""
     if not is_series(path):
         return name_of(path)
     from delineate.datasets.dicom_studies import name_of_study
@@ -134,7 +134,7 @@ def _name_of(path: Path) -> str:
 
 
 def _labels_of_others(inputs: Sequence[Path]) -> list[Path]:
-    """Files that are called labels of other files given: a shell's ``*.nii.gz`` names both."""
+    """Files named as labels of other files given: a shell's ``*.nii.gz`` matches both."""
     from delineate.datasets.folder import bare_name
 
     names = {(path.parent, name_of(path)) for path in inputs}
@@ -142,10 +142,10 @@ def _labels_of_others(inputs: Sequence[Path]) -> list[Path]:
 
 
 def unseen_by(bundles: Sequence[Bundle], subjects: Sequence[Subject]) -> list[Subject]:
-    """The subjects that none of the bundles was trained on, or its weights chosen by.
+    """The subjects that none of the bundles used for training or for selecting weights.
 
-    Raises :class:`DatasetError` where none is left, and what :meth:`~delineate.bundle.Bundle.seen` raises
-    where it cannot be known.
+    Raises :class:`DatasetError` if none is left, and whatever :meth:`~delineate.bundle.Bundle.seen` raises
+    if that cannot be known.
     """
     left = [subject for subject in subjects if not any(bundle.seen(subject.id) for bundle in bundles)]
     if not left:
@@ -164,20 +164,20 @@ def predict_subjects(
     probabilities: Path | None = None,
     outputs: Outputs | None = None,
 ) -> Iterator[Outcome]:
-    """Predict each subject into ``folder/<id><suffix>``; one that cannot be read or written does not stop the rest.
+    """Predict each subject to ``folder/<id><suffix>``; one that cannot be read or written does not stop the rest.
 
     ``.dcm`` is a DICOM-SEG that refers to the subject's first channel, which must be a DICOM series.
-    ``on_oddities`` is told what is unusual about a scan before it is segmented. ``probabilities`` is a
-    folder for those, as ``<id>.nii.gz`` with a channel for each target, of a predictor that keeps them.
-    With ``outputs``, which then say where everything goes, each subject is entered in its review list
-    as it comes, before its label is there, and measured with their quantity. Raises :class:`OutputError`
-    where the disk is full, since nothing more can be written.
+    ``on_oddities`` is called with anything unusual about a scan before it is segmented. ``probabilities`` is a
+    folder for ``<id>.nii.gz`` files with a channel for each target; the predictor must keep probabilities.
+    With ``outputs``, which then decides where everything goes, each subject is entered in the review list
+    before its label is written, and measured with the outputs' quantity. Raises :class:`OutputError` if the disk is
+    full, since nothing more can be written.
     """
     where = outputs or Outputs(folder, suffix, probabilities)
     targets, models = predictor.targets, [bundle.weights_sha256 for bundle in predictor.bundles]
     resample = predictor.bundles[0].recipe.data.resample_channels
     codes = predictor.bundles[0].recipe.data.codings()
-    # Errors of one bundle do not say how far off an ensemble is.
+    # The errors of one bundle do not tell how far off an ensemble is.
     calibration = predictor.calibration if len(predictor.bundles) == 1 else None
 
     def read(subject: Subject) -> _Read:
@@ -196,8 +196,8 @@ def predict_subjects(
         reviewed = review(subject.id, prediction.confidence, odd, calibration, made_by)
         path, source = where.label(subject), next(iter(subject.scans.values()))
         with _nothing_left_of(where.files(subject)):
-            # Whatever stops this half-way: an entry without its label is predicted again, a label without its
-            # entry would be in the way. But no old label may stand under a new entry.
+            # If this is interrupted, an entry without its label is predicted again, whereas a label without its
+            # entry would block the next run. But a new entry must never stand beside an old label.
             first = not path.exists()
             if outputs is not None and first:
                 write_queue(outputs.review, [reviewed])
@@ -247,7 +247,7 @@ def predict_subjects(
                 if odd:
                     on_oddities(subject, odd)
                 prediction = predictor.predict(read_now.scan, on_tile)
-            except Cancelled:  # by ``on_tile``: no failure of this subject, and no next one
+            except Cancelled:  # by ``on_tile``: stops everything and is not a failure of this subject
                 raise
             except DelineateError as error:
                 yield failed(subject, error)
@@ -319,7 +319,7 @@ def _measure(
 
 @contextmanager
 def _nothing_left_of(files: Sequence[Path]) -> Iterator[None]:
-    """Remove those of ``files`` that are new where not all of them can be written; any failure as one of ours."""
+    """If not all of ``files`` can be written, remove the new ones and raise an :class:`OutputError`."""
     new = [file for file in files if not file.exists()]
     try:
         yield
@@ -335,14 +335,14 @@ def _nothing_left_of(files: Sequence[Path]) -> Iterator[None]:
 
 
 def _disk_is_full(error: BaseException) -> bool:
-    # numpy says only how many bytes were written, without the system's number.
+    # numpy reports only how many bytes were written, not the system's error number.
     full, cause = (ENOSPC, EDQUOT, None), error.__cause__
     return isinstance(error, OutputError) and isinstance(cause, OSError) and cause.errno in full
 
 
 def _write_probabilities(path: Path, prediction: Prediction, source: Path) -> None:
     assert prediction.probabilities is not None
-    # Three decimals are all that half precision has near 1, and pack well.
+    # Half precision has three decimals near 1; rounding to them compresses well.
     rounded = np.round(prediction.probabilities.astype(np.float32), 3)
     write_volume(path, Volume(rounded, prediction.label.grid), like=source)
 

@@ -1,4 +1,4 @@
-"""Where predictions go: their files, what they may replace, and which of them are there already."""
+"""Where predictions go: their files, what they may overwrite, and which of them already exist."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ MEASUREMENTS = "measurements.csv"
 _LABELS = re.compile(
     r"(labels?|masks?|annotations?|references?|ground.?truths?|gts?)([-_. ]?(tr|ts|train|test|val))?", re.I
 )
-"""Names of folders that hold labels; what lies there and predict did not write is somebody's work."""
+"""Names of folders that hold labels; a file there that predict did not write is somebody's work."""
 
 
 class Planned(NamedTuple):
-    """Subjects to predict, those whose prediction is there already, and those that cannot be predicted, with why.
+    """Subjects to predict, those already predicted, and those that cannot be, with the reason.
 
-    Of those that are done, ``unmeasured`` have a label whose quantity was not measured as it now is.
+    Of those already predicted, ``unmeasured`` have a label in which the quantity is still to be measured.
     """
 
     ahead: list[Subject]
@@ -46,9 +46,9 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files of predictions in ``folder``, in the format of ``suffix``, and probabilities if they are kept.
+    """The files of predictions in ``folder``, in the format of ``suffix``, and of probabilities if they are kept.
 
-    ``settings`` are what a label depends on beside the bundles and the scan; ``quantity`` is measured within it.
+    ``settings`` is what a label depends on besides the bundles and the scan; ``quantity`` is measured within it.
     """
 
     folder: Path
@@ -69,40 +69,42 @@ class Outputs:
         return self.folder / REVIEW
 
     def label(self, subject: Subject) -> Path:
-        """Where a subject's label goes. Raises :class:`OutputError` for a name that no file can have."""
+        """Path of a subject's label. Raises :class:`OutputError` for a name that no file can have."""
         name = f"{subject.id}{self.suffix}"
         if not subject.id or "\0" in name or Path(name).name != name:
-            raise OutputError(f"'{printable(subject.id)}' cannot be the name of a file", fix="rename the subject")
+            raise OutputError(f"'{printable(subject.id)}' cannot be used as a file name", fix="rename the subject")
         return self.folder / name
 
     def files(self, subject: Subject) -> list[Path]:
-        """Every file that is written of a subject."""
+        """Every file that is written for a subject."""
         kept = [] if self.probabilities is None else [self.probabilities / f"{subject.id}.nii.gz"]
         return [*exported_files(self.label(subject)), *kept]
 
     def check(self, subject: Subject) -> None:
-        """Raise what would keep a subject from being written, as far as is known without reading it."""
+        """Raise any error that would keep a subject from being written and can be found without reading its scan."""
         for path in self.files(subject):
             _check_name(path)
         channels = [*(self.bundles[0].channels if self.bundles else ())]
         channels += [] if self.quantity is None else [self.quantity.channel]
         if missing := [channel for channel in channels if channel not in subject.scans]:
-            raise MissingFile(f"'{printable(subject.id)}' lacks {', '.join(missing)}", fix="add them, or leave it out")
+            raise MissingFile(
+                f"'{printable(subject.id)}' lacks {', '.join(missing)}", fix="add them, or leave the subject out"
+            )
         source = next(iter(subject.scans.values()), None)
         if self.suffix in DICOM_SUFFIXES and (source is None or not is_series(source)):
             raise BadFormat(
-                f"a DICOM-SEG refers to a DICOM series, and '{source}' is none",
-                fix="give the DICOM series it came from, or choose another --format",
+                f"a DICOM-SEG must refer to a DICOM series, which '{source}' is not",
+                fix="give the DICOM series that the scan came from, or choose another --format",
             )
 
     def made_by(self, subject: Subject) -> str:
-        """A digest of the bundles, the settings and the scan's files, by which a prediction is known again."""
+        """A digest of the bundles, the settings and the scan's files, by which a prediction is recognised later."""
         channels = self.bundles[0].channels if self.bundles else subject.channels
         files = _described([subject.scans[channel] for channel in channels if channel in subject.scans])
         return _digest([self._bundles, self.suffix, self.probabilities is not None, dict(self.settings), files])
 
     def made_from(self, subject: Subject) -> str:
-        """A digest of the label, the map and the settings, by which a measurement is known again."""
+        """A digest of the label, the map and the settings, by which a measurement is recognised later."""
         assert self.quantity is not None
         files = _described([self.label(subject), subject.scans[self.quantity.channel]])
         return _digest([self.quantity.as_dict(), files])
@@ -112,10 +114,10 @@ class Outputs:
         return [[b.weights_sha256, b.recipe.as_dict(), b.pipeline.model_dump_json()] for b in self.bundles]
 
     def plan(self, subjects: Sequence[Subject], kept: Sequence[Path], *, overwrite: bool = False) -> Planned:
-        """What is to be done, before anything is.
+        """Decide what is to be predicted, before anything is.
 
-        A subject whose prediction this very bundle made of this very scan is done, unless ``overwrite``.
-        Raises :class:`OutputError` where a prediction would replace one of the ``kept`` files (scans and
+        A subject is already done if the same bundle has predicted the same scan, unless ``overwrite`` is set.
+        Raises :class:`OutputError` if a prediction would overwrite one of the ``kept`` files (scans and
         labels) or, without ``overwrite``, any other file.
         """
         check_folder(self.folder)
@@ -152,7 +154,7 @@ class Outputs:
         try:
             return self.made_by(subject)
         except (DelineateError, OSError):
-            return None  # it cannot be read, as predicting it will say
+            return None  # it cannot be read, as the attempt to predict it will report
 
 
 def _described(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
@@ -172,7 +174,7 @@ def _scan_files(path: Path) -> list[Path]:
 
 
 def _check_name(path: Path) -> None:
-    """Raise :class:`OutputError` for a name that the disk does not take: too long, or not to be encoded."""
+    """Raise :class:`OutputError` for a name that the disk does not accept: too long, or impossible to encode."""
     place = path.parent
     while not place.is_dir() and place != place.parent:
         place = place.parent

@@ -1,4 +1,4 @@
-"""What is done to predicted masks: nothing at the ends, the largest component of a target, and no specks."""
+"""Clean up predicted masks: drop end slices, keep a target's largest component, remove specks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from delineate.recipe import PostprocessingSpec
 
 
 def postprocess(masks: NDArray[np.bool_], targets: Targets, grid: Grid, spec: PostprocessingSpec) -> NDArray[np.bool_]:
-    """Masks (T, X, Y, Z) without the slices that ``spec`` drops, and each target's components chosen by it.
+    """Masks (T, X, Y, Z) without the slices that ``spec`` drops, and with each target's components chosen by it.
 
-    Slices lie across ``grid.slice_axis``; voxels touch by 26-connectivity.
-    Raises :class:`RecipeError` where the specification names a target that is not there.
+    Slices lie across ``grid.slice_axis``; components are 26-connected.
+    Raises :class:`RecipeError` if the specification names an unknown target.
     """
     named = {*spec.largest_component, *spec.minimum_ml}
     if unknown := sorted(named - set(targets.names)):
-        raise RecipeError(f"postprocessing names targets {unknown}", fix=f"there are {list(targets.names)}")
+        raise RecipeError(f"postprocessing names unknown targets {unknown}", fix=f"use {list(targets.names)}")
     result = masks.copy()
     slices = np.moveaxis(result, 1 + grid.slice_axis, 0)  # a view
     ends = int(spec.drop_end_slices * len(slices) + 1e-9)  # 0.29 of 100 is 28.999…

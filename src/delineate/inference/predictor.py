@@ -29,9 +29,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """A label on the scan's own grid, what can be said of each target, and the seconds that each stage took.
+    """A label on the scan's own grid, the confidence in each target, and the seconds that each stage took.
 
-    ``probabilities`` (T, X, Y, Z) of the targets are kept where they were asked for.
+    ``probabilities`` (T, X, Y, Z) of the targets are kept if they were requested.
     """
 
     label: LabelVolume
@@ -50,7 +50,7 @@ class _Scores:
 
 @dataclass(frozen=True, eq=False)
 class _Decision:
-    """What the variants decide together, before it is postprocessed: masks (T, X, Y, Z) and what they are sure of."""
+    """The variants' joint decision before postprocessing: masks (T, X, Y, Z) and the confidence in them."""
 
     masks: NDArray[np.bool_]
     expected_dice: tuple[float, ...]
@@ -61,10 +61,9 @@ class _Decision:
 class Predictor:
     """Applies bundles to scans. Several bundles form an ensemble: the mean of their probabilities.
 
-    ``overlap`` and ``flips`` override the recipe's. ``budget_bytes`` bounds what the probabilities
-    of one scan may hold in memory. With ``mirrored`` each bundle that was trained on mirrored scans
-    sees the scan and its mirror image, and how well both agree is measured; ``probabilities`` keeps
-    those of the targets.
+    ``overlap`` and ``flips`` override the recipe's. ``budget_bytes`` limits the memory that the probabilities
+    of one scan may take. With ``mirrored``, each bundle that was trained on mirrored scans also predicts the
+    mirror image, and the agreement of both is measured; ``probabilities`` keeps those of the targets.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class Predictor:
                     fix="an ensemble needs the same targets and channels",
                 )
         self.bundles, self.plan, self.targets, self.channels = list(bundles), plan, first.targets, first.channels
-        # The first bundle's, where it has one; read before any network is built.
+        # The first bundle's calibration, if it has one; read before any network is built.
         self.calibration = None if first.folder is None else Calibration.load(first.folder)
         self._sliding = []
         self._networks = []
@@ -111,18 +110,18 @@ class Predictor:
             )
 
     def oddities(self, volume: Volume) -> list[Oddity]:
-        """What is unusual of a scan, told before it is segmented."""
+        """Anything unusual about a scan, found before it is segmented."""
         return oddities(self.bundles[0].fingerprint, volume, self.channels)
 
     def predict(self, volume: Volume, progress: Progress | None = None) -> Prediction:
         """The label of a scan, on its own grid: shape and affine are the scan's.
 
-        Raises :class:`BundleError` for another number of channels, :class:`ConstantScan` and
-        :class:`BadShape` for a scan in which nothing can be seen.
+        Raises :class:`BundleError` for a wrong number of channels, :class:`ConstantScan` and
+        :class:`BadShape` for a scan that shows nothing.
         """
         if volume.channels != len(self.channels):
             raise BundleError(
-                f"the scan has {volume.channels} channels, the bundle wants {len(self.channels)}: "
+                f"the scan has {volume.channels} channels, but the bundle needs {len(self.channels)}: "
                 f"{', '.join(self.channels)}",
                 fix="give one file for each, or a 4D file",
             )
@@ -146,7 +145,7 @@ class Predictor:
         clock.lap("undo")
         masks = postprocess(decision.masks, self.targets, volume.grid, self.bundles[0].recipe.postprocessing)
         label = LabelVolume(self.targets.decode(masks), volume.grid)
-        # Of the label as it is written: where targets overlap, what is tumour is liver, too.
+        # Volumes are those of the label as written: where targets overlap, tumour also counts as liver.
         written = masks if self.targets.exclusive else self.targets.masks(label.voxels).values()
         confidence = {
             name: Confidence(int(np.count_nonzero(mask)) * volume.grid.voxel_ml, expected, mutual, seam)
@@ -202,7 +201,7 @@ class _Winners:
         self._within: list[float] = []
 
     def add(self, probability: NDArray[np.float32]) -> None:
-        """The next class' probability (X, Y, Z): background first where targets are exclusive."""
+        """Add the next class's probability (X, Y, Z); background comes first if targets are exclusive."""
         k = len(self._sums)
         self._sums.append(float(probability.sum(dtype=np.float64)))
         if not self.exclusive:
@@ -216,13 +215,13 @@ class _Winners:
 
     @property
     def masks(self) -> NDArray[np.bool_]:
-        """(T, X, Y, Z)."""
+        """Masks (T, X, Y, Z) of the targets."""
         if self.exclusive:
             return np.stack([self._winner == k for k in range(1, self.targets + 1)])
         return self._winner.astype(np.bool_, copy=False)
 
     def expected_dice(self, masks: NDArray[np.bool_]) -> Iterator[float]:
-        """Of each target, whose ``masks`` are these."""
+        """Expected Dice of each target, given its mask in ``masks``."""
         for t, mask in enumerate(masks):
             if self.exclusive:
                 assert self._best is not None
@@ -238,13 +237,13 @@ def _mean_of_defined(values: Sequence[float]) -> float:
 
 
 def _mirrors(bundle: Bundle) -> tuple[str, ...]:
-    """Axes along which the bundle has seen scans mirrored."""
+    """Axes along which the bundle's training scans were mirrored."""
     spatial = bundle.recipe.augmentation.spatial if bundle.recipe.augmentation else None
     return tuple(spatial.mirror) if spatial is not None else ()
 
 
 class _Clock:
-    """Seconds by stage."""
+    """Seconds per stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What a person should look at first among many predictions."""
+"""Which of many predictions a person should check first."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ TOO_FEW = "too few calibration subjects"
 
 @dataclass(frozen=True)
 class Review:
-    """One prediction's place in the queue, or that of a subject that has none because of ``error``.
+    """An entry in the review queue: a prediction, or a subject without one because of ``error``.
 
-    ``need`` is how much worse than perfect it may be, 0 to 1, and more where the scan is unlike
-    those that were trained on. ``targets`` has the numbers of each target by name, ``no_interval`` why
-    a target has no calibrated intervals. ``made_by`` is a digest of what the prediction depends on.
+    ``need`` is how far the prediction may fall short of perfect, 0 to 1, or more if the scan is unlike the training
+    scans. ``targets`` holds the figures for each target by name; ``no_interval`` says why a target has no
+    calibrated intervals. ``made_by`` is a digest of everything the prediction depends on.
     """
 
     subject: str
@@ -43,11 +43,11 @@ class Review:
 
     @classmethod
     def of_failure(cls, subject: str, error: DelineateError) -> Review:
-        """A subject without a prediction needs a look before all others."""
+        """A subject without a prediction, which comes before all others."""
         return cls(subject, inf, error=str(error))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One for each target; one without a target where there is no prediction."""
+        """One row per target; a single row without a target if there is no prediction."""
         about = {
             "subject": self.subject,
             "need": round(self.need, 4) if isfinite(self.need) else nan,
@@ -68,14 +68,14 @@ def review(
     calibration: Calibration | None,
     made_by: str = "",
 ) -> Review:
-    """How urgently a prediction should be looked at.
+    """How urgently a prediction should be checked.
 
-    Of each target the doubt is 1 less the lower end of its Dice's interval, or where the bundle has
-    no calibration 1 less the least of expected Dice and mutual Dice; a target that was not found is
-    in doubt altogether. The largest counts, and the oddest thing about the scan is added.
+    The doubt about a target is 1 minus the lower of two values: the lower end of its Dice interval and its mutual
+    Dice. Without either, it is 1 minus the expected Dice; a target that was not found has a doubt of 1. ``need`` is
+    the largest doubt plus the distance of the most unusual thing about the scan.
 
-    Intervals come from errors on scans like those of the training: none is given for a scan that is
-    unlike them, though what it would have been counts for the order.
+    Intervals come from errors on scans like the training scans. A scan unlike them gets none, although the
+    interval it would have had still counts towards the order.
     """
     targets, why, doubts = {}, {}, []
     for name, confidence in confidences.items():
@@ -106,21 +106,21 @@ def review(
 
 
 def write_queue(path: Path, reviews: Sequence[Review]) -> None:
-    """Put reviews into a CSV with a row for each subject and target, the neediest first (:func:`put_rows`)."""
+    """Enter reviews in a CSV with a row per subject and target, most urgent first (:func:`put_rows`)."""
     if reviews:
         put_rows(path, COLUMNS, [row for one in reviews for row in one.rows()], _most_urgent)
 
 
 def read_queue(path: Path) -> list[dict[str, str]]:
-    """The rows of :func:`write_queue`'s file as they stand in it; none where there is no file.
+    """The rows of a file that :func:`write_queue` wrote, as text; none if there is no file.
 
-    Raises :class:`OutputError` for a file that is something else.
+    Raises :class:`OutputError` for any other kind of file.
     """
     return growing_rows(path, COLUMNS[:3])
 
 
 def queue(reviews: Sequence[Review]) -> list[Review]:
-    """The neediest first."""
+    """Reviews, most urgent first."""
     return sorted(reviews, key=lambda one: (-one.need, one.subject))
 
 

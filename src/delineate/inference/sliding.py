@@ -21,16 +21,16 @@ from delineate.sampling.tiles import Tile, TileGeometry, standardised
 Network = Callable[[Tensor], Tensor]
 
 VOXELS_PER_BATCH = {"cpu": 2**17, "cuda": 2**22, "mps": 2**20}
-"""Input voxels that go through the network together; more gains nothing on that kind of device."""
+"""Input voxels per batch; larger batches gain nothing on that kind of device."""
 
 
 @dataclass(frozen=True)
 class Sliding:
-    """How a network is slid over volumes.
+    """How a network slides over volumes.
 
     ``flips`` are axes (x, y, z) mirrored at test time: the probabilities of all combinations are
-    averaged. ``budget_bytes`` bounds what the probabilities of one volume may hold in memory;
-    beyond it they lie in a temporary file.
+    averaged. ``budget_bytes`` limits the memory that the probabilities of one volume may take;
+    beyond it they are kept in a temporary file.
     """
 
     plan: ComputePlan
@@ -50,8 +50,8 @@ class Sliding:
     ) -> NDArray[np.float16]:
         """Probabilities (K, X, Y, Z) of a prepared volume (C, X, Y, Z).
 
-        Tiles advance along one axis; only the planes that the current tiles reach are accumulated
-        in float32, finished planes are divided by their sum of weights and kept as float16.
+        Tiles advance along one axis. Only planes within reach of the current tiles are accumulated
+        in float32; finished planes are divided by their sum of weights and stored as float16.
         """
         shape = volume.shape[1:]
         slow = 2 if geometry.slice_axis is None else geometry.slice_axis
@@ -92,8 +92,8 @@ class Sliding:
     def _answer(
         self, network: Network, volume: NDArray[np.float32], geometry: TileGeometry, tiles: Sequence[Tile]
     ) -> Tensor:
-        """Probabilities (N, K, *tile) of tiles, mean over the flips."""
-        # A batch of another size would be compiled anew: the last one is filled up.
+        """Probabilities (N, K, *tile) of tiles, averaged over the flips."""
+        # A batch of another size would be compiled again, so the last one is padded.
         filling = [tiles[-1]] * (self._batch_size(geometry) - len(tiles) if self.plan.compile else 0)
         boxes = np.stack([geometry.to_network(geometry.read(volume, tile)) for tile in [*tiles, *filling]])
         dimensions = boxes.ndim - 2
@@ -124,7 +124,7 @@ class Sliding:
 
 
 class _Window:
-    """Sums of weighted answers for the planes that tiles still reach, sliding along the slow axis."""
+    """Sums of weighted outputs for the planes that tiles still reach, sliding along the slow axis."""
 
     def __init__(self, outputs: int, plane: Sequence[int], depth: int, device: torch.device) -> None:
         self.total = torch.zeros(outputs, *plane, depth, device=device)
@@ -145,10 +145,10 @@ class _Window:
         mean = self.total[..., : stop - self.first] / self.weight[..., : stop - self.first]
         if not torch.isfinite(mean).all():
             raise BundleError(
-                "the network's answer is not finite",
+                "the network's output is not finite",
                 fix=(
-                    "predict with --precision fp32; if it stays so, the scan is beyond what the network can take, or "
-                    "its training has diverged"
+                    "predict with --precision fp32; if that does not help, the scan is beyond what the network can "
+                    "handle, or its training has diverged"
                 ),
             )
         finished[..., self.first : stop] = mean.cpu().numpy()
@@ -160,7 +160,7 @@ class _Window:
 
 
 def _clip(tile: Tile, shape: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """The part of a tile that lies inside a volume: within the tile, and within the volume."""
+    """The part of a tile that lies inside a volume, as slices of the tile and of the volume."""
     inside, where = [], []
     for start, n, size in zip(tile.start, tile.shape, shape, strict=True):
         low, high = max(start, 0), min(start + n, size)

@@ -1,4 +1,4 @@
-"""What a reader should know before the numbers: a training cut short, weights still improving, biased volumes."""
+"""What a reader should know before the numbers: unfinished training, weights still improving, biased volumes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from delineate.evaluation.table import Evaluation
 from delineate.recipe import TrainingSpec
 
 _SPENT = 0.99
-"""Share of a budget from which on it counts as spent."""
+"""Share of a budget from which it counts as spent."""
 
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """How far a training came: its curves, as they lie in ``logs/``, beside the budget.
+    """How far training got: its curves, as stored in ``logs/``, and the budget.
 
     ``steps_an_epoch`` is None for a run of an earlier version, which had no epochs.
     """
@@ -31,12 +31,12 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """Steps done; losses are numbered by the steps before them."""
+        """Steps done; each loss is numbered by the steps before it."""
         return 0 if self.learning is None or self.learning.empty else int(self.learning["step"].iloc[-1]) + 1
 
     @property
     def minutes(self) -> float:
-        """Minutes spent up to the last validation, which is at the end of a budget; undefined without one."""
+        """Minutes spent up to the last validation, which ends the budget; undefined without a validation."""
         if self.validation is None or self.validation.empty or "minutes" not in self.validation:
             return nan
         return float(self.validation["minutes"].iloc[-1])
@@ -48,7 +48,7 @@ class Training:
 
     @property
     def scores(self) -> list[tuple[int, float]]:
-        """Step and score of each validation; the score is what chooses the weights."""
+        """Step and score of each validation; the weights are selected by this score."""
         if self.validation is None:
             return []
         table, each = self.validation, [c for c in self.validation.columns if str(c).startswith("dice_")]
@@ -57,13 +57,13 @@ class Training:
 
     @property
     def best(self) -> int:
-        """Which validation was the best, the first among equals; -1 where there was none."""
+        """Index of the best validation, the first among equals; -1 if there was none."""
         values = [score for _, score in self.scores]
         return int(np.argmax(values)) if values else -1
 
     @property
     def spent(self) -> float:
-        """The share of the budget that was used; undefined where it is not known."""
+        """The share of the budget that was used; undefined if it is not known."""
         spec = self.spec
         limits = ((self.steps, spec.steps), (self.minutes, spec.minutes), (self.epochs, spec.epochs))
         shares = [done / budget for done, budget in limits if budget is not None and done == done]
@@ -77,7 +77,7 @@ class Training:
 
 
 def cautions(training: Training, evaluation: Evaluation | None) -> list[str]:
-    """The sentences, the gravest first; none for a training that ran its course and is not biased."""
+    """The sentences, most serious first; none for a finished training without bias."""
     found = [*_of_training(training)]
     return found if evaluation is None else [*found, *_of_volumes(evaluation)]
 
@@ -92,19 +92,19 @@ def _of_training(training: Training) -> Iterator[str]:
             parts.append(f"{training.minutes:.1f} of {spec.minutes:g} minutes")
         if spec.epochs is not None:
             parts.append(f"{training.epochs:.3g} of {spec.epochs} epochs")
-        yield f"Unfinished: {', '.join(parts)} were trained. Run the same command again to resume."
+        yield f"Unfinished: {', '.join(parts)} done. Run the same command again to resume."
     if spec.keep == "last":
-        return  # as the recipe will have it
+        return  # as the recipe says
     if not scores:
-        yield f"No validation chose the weights: they are those of the last of {training.steps} steps."
+        yield f"The weights were never validated: they are those of the last of {training.steps} steps."
     elif len(scores) == 1:
-        yield f"The weights were validated only once, at step {scores[0][0]}: whether they still improve is not known."
+        yield f"The weights were validated only once, at step {scores[0][0]}; they may still have been improving."
     elif best == len(scores) - 1:
         before = max(score for _, score in scores[:-1])
         step, score = scores[-1]
         yield (
-            f"Undertrained: the best weights are those of the last validation (step {step}, Dice {score:.3f}, "
-            f"{before:.3f} at best before), so the network was still improving. Train longer for a fair result."
+            f"Undertrained: the best weights are those of the last validation (step {step}, Dice {score:.3f}; "
+            f"previous best {before:.3f}), so the network was still improving. Train longer for a fair result."
         )
 
 

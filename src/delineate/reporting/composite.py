@@ -1,4 +1,4 @@
-"""What a crop fitted on a composite image keeps of the training scans: before and after."""
+"""What a crop fitted to a composite image keeps of the training scans: before and after."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from delineate.preprocessing.pipeline import Pipeline
 from delineate.preprocessing.spatial import CropComposite
 
 MOST_SCANS = 24
-"""Of how many training scans the picture is made."""
+"""Largest number of training scans in the picture."""
 
 
 def composite_picture(pipeline: Pipeline, subjects: Sequence[Subject], channels: Sequence[str]) -> bytes | None:
-    """A WebP of the composite image with the fitted box, and of what is left; None without such a crop.
+    """A WebP of the composite image with the fitted box, and of what the crop keeps; None without such a crop.
 
-    The composite is the mean, over some of the ``subjects``, of each scan's brightest voxel along the
-    axis across the plane, all laid middle on middle as the crop does.
+    The composite is the mean, over some of the ``subjects``, of each scan's maximum-intensity projection
+    across the slices, aligned at their centres as the crop does.
     """
     at = next((i for i, step in enumerate(pipeline.steps) if isinstance(step, CropComposite)), None)
     if at is None:
@@ -46,7 +46,7 @@ def composite_picture(pipeline: Pipeline, subjects: Sequence[Subject], channels:
 
 
 def _laid_over(planes: Sequence[NDArray]) -> NDArray[np.float64]:
-    """Mean of planes (X, Y) of any sizes, middle voxel on middle voxel; black where one ends."""
+    """Mean of planes (X, Y) of any sizes, aligned at their centre voxels; black beyond a plane's edges."""
     shape = np.max([plane.shape for plane in planes], axis=0)
     total = np.zeros(shape)
     for plane in planes:
@@ -56,7 +56,7 @@ def _laid_over(planes: Sequence[NDArray]) -> NDArray[np.float64]:
 
 
 def _drawn(composite: NDArray, box: Sequence[tuple[int, int]], spacing_mm: tuple[float, float], towards: str) -> bytes:
-    """``towards`` has the directions in which both axes run; shown as radiologists look at patients."""
+    """``towards`` gives the directions in which both axes run; shown in radiological convention."""
     (left, right), (front, back) = (
         (n // 2 + first, n // 2 + last) for n, (first, last) in zip(composite.shape, box, strict=True)
     )

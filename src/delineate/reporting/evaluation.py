@@ -1,4 +1,4 @@
-"""The page of a measurement: its tables and figures, and pictures where the scans are at hand."""
+"""The page of an evaluation: tables and figures, and pictures if the scans are available."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def write_evaluation_report(
     band_percent: float | None = None,
     palette: Palette = "distinct",
 ) -> None:
-    """Write ``path``, a page of what was measured of two folders.
+    """Write a page about the evaluation of a folder of predictions to ``path``.
 
-    Pictures are drawn where ``references`` is a data set, which also knows the scans, and ``targets``
-    are given or named by it. ``band_percent`` is drawn around zero where volumes are compared.
+    Pictures are drawn if ``references`` is a data set, which includes the scans, and ``targets``
+    are given or named by it. A band of ±``band_percent`` is drawn around zero where volumes are compared.
     """
     place = references.root if isinstance(references, Dataset) else references
     read_within = "" if evaluation.quantity is None else f"; {evaluation.quantity}"
@@ -48,7 +48,7 @@ def _overlays(evaluation: Evaluation, predictions: Path, dataset: Dataset, targe
     subjects = {subject.id: subject for subject in dataset.subjects}
 
     def scan(name: str) -> Volume:
-        # The first channel is what the pictures show.
+        # The pictures show the first channel.
         return load_scan(subjects[name], subjects[name].channels[:1])
 
     return overlays_of(evaluation, scan, pair_files(predictions, dataset).pairs, targets)

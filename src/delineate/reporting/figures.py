@@ -1,4 +1,4 @@
-"""Charts of a run as inline SVG; their colours are the page's, so they follow its light or dark look."""
+"""Charts as inline SVG; they use the page's colours, so they follow its light or dark mode."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ _STYLE: dict[Any, Any] = {
     "legend.labelcolor": MUTED,
     "lines.linewidth": 1.6,
 }
-_WIDTH = 5.2  # inches: the text is as large as the page's at half of its width
+_WIDTH = 5.2  # inches: at half the page's width, the text is as large as the page's
 _MOST_POINTS = 400
 
 
 def loss_chart(learning: pd.DataFrame, validation_loss: pd.DataFrame | None = None) -> str:
-    """The loss over steps: its mean, and the band that holds 80 % of the steps around it.
+    """The loss over steps: its mean, and the band that contains 80 % of steps around it.
 
     ``learning`` has a row for each logged step, columns ``step`` and ``loss``; ``validation_loss`` the
     columns ``step`` and ``validation_loss``.
@@ -69,18 +69,18 @@ def loss_chart(learning: pd.DataFrame, validation_loss: pd.DataFrame | None = No
             axes.legend(loc="upper right", fontsize=9)
         low, high = axes.dataLim.intervaly
         if low > 0 and high > 5 * low:
-            # The first steps would press all others onto the axis.
-            axes.set(yscale="log", ylabel="loss, logarithmic")
+            # The first steps would flatten all others onto the axis.
+            axes.set(yscale="log", ylabel="loss, log scale")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter("{x:g}")
 
-    beside = " and of validation subjects" if validation_loss is not None else ""
-    return _chart(draw, f"Loss of training{beside} over {last} steps", height=2.7)
+    beside = " and validation" if validation_loss is not None else ""
+    return _chart(draw, f"Training{beside} loss over {last} steps", height=2.7)
 
 
 def _smoothed(axes: Axes, steps: pd.Series, values: pd.Series, colour: str, label: str) -> None:
-    """Means of 30 to 120 stretches of steps (where there are as many), and the band that holds 80 % of each."""
+    """Means of 30 to 120 stretches of steps (fewer if there are fewer steps), and the band with 80 % of each."""
     table = np.column_stack([steps, values])
     parts = np.array_split(table, min(120, max(len(table) // 4, min(len(table), 30))))
     middle = [part[:, 0].mean() for part in parts]
@@ -90,7 +90,7 @@ def _smoothed(axes: Axes, steps: pd.Series, values: pd.Series, colour: str, labe
 
 
 def validation_chart(validation: pd.DataFrame) -> str:
-    """Dice on the validation subjects over steps, of each target and of their mean, the best marked.
+    """Dice on the validation subjects over steps, for each target and their mean, with the best marked.
 
     Columns ``step``, ``dice``, and ``dice_<target>`` for each target.
     """
@@ -118,8 +118,8 @@ def validation_chart(validation: pd.DataFrame) -> str:
 def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
     """Every subject's value of a metric, a row for each target, with median, quartiles and whiskers.
 
-    Whiskers end at the furthest value within 1.5 quartile ranges of the box (Tukey 1977). Failed and
-    undefined values are counted beside their row. Colours are sites, where there are two to six of them.
+    Whiskers end at the furthest value within 1.5 interquartile ranges of the box (Tukey 1977). Failed and
+    undefined values are counted beside their row. Colours show sites, if there are two to six of them.
     """
     table, targets = evaluation.outcomes, evaluation.targets
     colours = _site_colours(evaluation.sites)
@@ -139,15 +139,14 @@ def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
             _site_legend(axes, colours, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colours))
 
     height = 0.75 + 0.5 * len(targets) + (0.25 if colours else 0)
-    return _chart(draw, f"{label} of each of {len(evaluation.subjects)} subjects, by target", height)
+    return _chart(draw, f"{label} by target, {len(evaluation.subjects)} subjects", height)
 
 
 def methods_chart(evaluations: Mapping[str, Evaluation], metric: str, label: str) -> str:
-    """Every subject's mean over targets of a metric, a row for each method and site; drawn as :func:`metric_chart`.
+    """Every subject's mean over targets of a metric, a row for each method; drawn like :func:`metric_chart`.
 
-    With failed and undefined values counted in the same way.
-
-    Sites have rows where there are two to six of them, the methods side by side in each.
+    Failed and undefined values are counted in the same way. If there are two to six sites, each method has a
+    row for each site, with the methods grouped by site.
     """
     sites = sorted({site for evaluation in evaluations.values() for site in evaluation.sites})
     shown: list[str | None] = [*sites] if 1 < len(sites) <= len(SERIES) else [None]
@@ -174,7 +173,7 @@ def methods_chart(evaluations: Mapping[str, Evaluation], metric: str, label: str
         axes.set_xlabel(label)
 
     by = "by site and method" if len(shown) > 1 else "by method"
-    return _chart(draw, f"{label} of each subject, {by}", height=0.75 + 0.5 * len(rows))
+    return _chart(draw, f"{label} of every subject, {by}", height=0.75 + 0.5 * len(rows))
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -190,7 +189,7 @@ def _row(axes: Axes, row: int, values: NDArray[np.float64], colours: Sequence[st
     if not values.size:
         return
     if values.size <= _MOST_POINTS:
-        # Multiples of the golden ratio spread neighbours evenly without chance.
+        # Multiples of the golden ratio spread neighbours evenly without randomness.
         height = (np.arange(values.size) * 0.618) % 1 - 0.5
         axes.scatter(values, row + 0.4 * height, s=9, c=list(colours), alpha=0.55, linewidths=0)
     low, median, high = np.percentile(values, [25, 50, 75])
@@ -201,7 +200,7 @@ def _row(axes: Axes, row: int, values: NDArray[np.float64], colours: Sequence[st
 
 
 def _count_others(axes: Axes, row: int, values: NDArray[np.float64]) -> None:
-    """Beside a row, how many of its values cannot be drawn."""
+    """Write beside a row how many of its values cannot be drawn."""
     counts = ((int(np.isinf(values).sum()), "failed"), (int(np.isnan(values).sum()), "undefined"))
     if said := ", ".join(f"{n} {what}" for n, what in counts if n):
         axes.annotate(
@@ -211,7 +210,7 @@ def _count_others(axes: Axes, row: int, values: NDArray[np.float64]) -> None:
 
 
 def _site_colours(sites: Collection[str]) -> dict[str, str]:
-    """A colour for each site, where there are two to six."""
+    """A colour for each site, if there are two to six; else none."""
     return dict(zip(sorted(set(sites)), SERIES, strict=False)) if 1 < len(set(sites)) <= len(SERIES) else {}
 
 
@@ -222,17 +221,17 @@ def _site_legend(axes: Axes, colours: dict[str, str], **place: Any) -> None:
 
 
 def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) -> str:
-    """Bland–Altman: each subject's error over its reference, bias and limits of agreement.
+    """Bland–Altman plot: each subject's error against its reference, with bias and limits of agreement.
 
-    Volumes' errors are in percent, where enough references have a volume. Shaded are the 95 % intervals,
-    by patient; subjects beyond the limits are named, those left out counted. ``band_percent`` shades ± that
-    much around zero, where errors are in percent. Colours are sites, where there are two to six of them.
+    Errors of volumes are in percent if enough references have a volume. The 95 % intervals (by patient) are
+    shaded; subjects beyond the limits are named, those left out counted. If errors are in percent, a band of
+    ±``band_percent`` around zero is shaded. Colours show sites, if there are two to six of them.
     """
     compared, found, true = agreeing.compared, agreeing.shown, agreeing.reference
     difference = agreeing.predicted - true
     unit = compared.difference_unit
     if agreeing.in_percent:
-        with np.errstate(divide="ignore", invalid="ignore"):  # percent of nothing is not drawn
+        with np.errstate(divide="ignore", invalid="ignore"):  # a percentage of zero is not drawn
             difference, unit = 100 * difference / true, "%"
     drawn = np.isfinite(difference)
     low, high = found.limits
@@ -258,7 +257,7 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
         axes.scatter(true[drawn], difference[drawn], s=14, c=shades, alpha=0.7, linewidths=0)
         middle = (true[drawn].min() + true[drawn].max()) / 2
         for i in found.outliers[:6]:
-            left = true[i] < middle  # names stay inside
+            left = true[i] < middle  # keeps names inside the axes
             axes.annotate(
                 agreeing.subjects[i], (true[i], difference[i]), (5 if left else -5, 0), textcoords="offset points",
                 ha="left" if left else "right", va="center", fontsize=8,
@@ -267,13 +266,13 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
         if without:
             axes.set_title(without, loc="left", fontsize=9, color=MUTED)
         axes.set(
-            xlabel=_with_unit(f"{agreeing.target}, {compared.name} by the reference", compared.unit),
+            xlabel=_with_unit(f"{agreeing.target}, reference {compared.name}", compared.unit),
             ylabel=_with_unit("error", unit),
         )
 
     said = f" {unit} " if unit else " "
     text = (
-        f"Bland-Altman of {agreeing.target}, {compared.name}, {found.n} subjects: bias {found.bias:.2f}{said}"
+        f"Bland-Altman plot of {agreeing.target}, {compared.name}, {found.n} subjects: bias {found.bias:.2f}{said}"
         f"limits {low:.2f} to {high:.2f}{said}{len(found.outliers)} beyond them{agreeing.without(found)}"
     )
     return _chart(draw, text, height=2.9)
@@ -284,9 +283,9 @@ _SHORT = {"percentage points": "pp"}
 
 
 def identity_chart(agreeing: Agreeing) -> str:
-    """Predicted over true value of each subject, the line of identity, and the concordance correlation.
+    """Predicted against reference value of each subject, the line of identity, and the concordance correlation.
 
-    Where there is a threshold it is drawn both ways, and who lies on another side by the prediction is named.
+    A threshold is drawn along both axes, and subjects that the prediction puts on its wrong side are named.
     """
     compared, found = agreeing.compared, agreeing.concordance
     said, true = agreeing.predicted, agreeing.reference
@@ -309,8 +308,8 @@ def identity_chart(agreeing: Agreeing) -> str:
         if colours:
             _site_legend(axes, colours, loc="lower right" if compared.threshold is None else "center right")
         axes.set(
-            xlabel=_with_unit(f"{agreeing.target}, {compared.name} by the reference", compared.unit),
-            ylabel=_with_unit(f"{compared.name}, predicted", compared.unit),
+            xlabel=_with_unit(f"{agreeing.target}, reference {compared.name}", compared.unit),
+            ylabel=_with_unit(f"predicted {compared.name}", compared.unit),
             xlim=ends,
             ylim=ends,
         )
@@ -318,7 +317,7 @@ def identity_chart(agreeing: Agreeing) -> str:
         axes.set_title(interval.replace("-", "−"), loc="left", fontsize=9, color=MUTED)
 
     what = f"{agreeing.target}, {compared.name}"
-    return _chart(draw, f"Predicted over true {what}, {found.n} subjects, concordance {found.value:.3f}", 2.9)
+    return _chart(draw, f"Predicted against reference, {what}, {found.n} subjects: concordance {found.value:.3f}", 2.9)
 
 
 def _with_unit(name: str, unit: str) -> str:
@@ -326,16 +325,16 @@ def _with_unit(name: str, unit: str) -> str:
 
 
 def lesion_chart(evaluation: Evaluation, target: str) -> str:
-    """Share of the reference's lesions that are found, and of the predicted that are real, by their volume."""
+    """Share of reference lesions that are detected, and of predicted lesions that are real, by volume."""
     sizes, ends = evaluation.lesions_by_size, LESION_SIZES_ML
     sizes = sizes[sizes["target"] == target]
     first, last = ends.index(sizes["from_ml"].min()), ends.index(sizes["to_ml"].max())
-    # Classes without lesions keep their place, so that neighbours are neighbours.
+    # Size classes without lesions keep their place on the axis.
     counts = sizes.set_index("from_ml")[["reference", "found", "predicted", "real"]].reindex(ends[first:last]).fillna(0)
     places = np.arange(len(counts))
 
     def draw(axes: Axes) -> None:
-        series = (("found", "reference", "of the reference, found"), ("real", "predicted", "predicted, real"))
+        series = (("found", "reference", "reference, detected"), ("real", "predicted", "predicted, real"))
         for colour, (part, whole, label), shift in zip(SERIES, series, (-0.2, 0.2), strict=False):
             n = counts[whole].to_numpy(float)
             share = counts[part].to_numpy(float) / np.maximum(n, 1)
@@ -348,18 +347,18 @@ def lesion_chart(evaluation: Evaluation, target: str) -> str:
         bounds = ["∞" if end == np.inf else f"{end:g}" for end in ends[first : last + 1]]
         axes.set_xticks(np.arange(len(bounds)) - 0.5, bounds)
         axes.grid(visible=False, axis="x")
-        axes.set(xlabel=f"{target}, volume of the lesion, ml; above the bars how many", ylabel="share", ylim=(0, 1.15))
+        axes.set(xlabel=f"{target}, lesion volume, ml (above bars: number)", ylabel="share", ylim=(0, 1.15))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)
 
     rows = [row for row in evaluation.described_lesions() if row["target"] == target]
-    said = "; ".join(f"{row['ml']} ml: found {row['found']}, real {row['real']}" for row in rows)
+    said = "; ".join(f"{row['ml']} ml: detected {row['found']}, real {row['real']}" for row in rows)
     return _chart(draw, f"Lesions of {target} by size: {said}", height=3.0)
 
 
 def confusion_chart(evaluation: Evaluation) -> str:
-    """Where the voxels of each class went: shares of the reference's rows, voxels of all subjects together.
+    """Confusion matrix of voxels of all subjects together: shares of each reference class (row).
 
-    Their numbers stand below the shares where there is room, up to five classes.
+    With up to five classes there is room for the voxel counts below the shares.
     """
     counts = evaluation.confusion.pivot_table("voxels", "reference", "prediction", aggfunc="sum", sort=False)
     names = [str(name) for name in counts.columns]
@@ -384,15 +383,15 @@ def confusion_chart(evaluation: Evaluation) -> str:
         axes.grid(visible=False)
         axes.set(xlabel="predicted", ylabel="reference")
 
-    said = "; ".join(f"{name} {shares[i, i]:.1%} right" for i, name in enumerate(counts.index))
-    return _chart(draw, f"Confusion of classes by voxels: {said}", height=0.9 + 0.45 * len(names))
+    said = "; ".join(f"{name} {shares[i, i]:.1%} correct" for i, name in enumerate(counts.index))
+    return _chart(draw, f"Confusion matrix of voxels: {said}", height=0.9 + 0.45 * len(names))
 
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def class_chart(evaluation: Evaluation) -> str:
-    """Voxels of each class in the references of all subjects together, on a logarithmic scale."""
+    """Voxels of each class in the references of all subjects together, on a log scale."""
     voxels = evaluation.confusion.groupby("reference", sort=False)["voxels"].sum()
     names, counts = [str(name) for name in voxels.index], voxels.to_numpy(float)
     shares = counts / max(counts.sum(), 1)
@@ -407,14 +406,14 @@ def class_chart(evaluation: Evaluation) -> str:
         axes.set_xlim(0.5, 12 * max(counts.max(), 1))
         axes.xaxis.set_major_formatter(lambda value, _: f"10{str(round(np.log10(value))).translate(_RAISED)}")
         _name_rows(axes, names)
-        axes.set_xlabel("voxels of the references, logarithmic")
+        axes.set_xlabel("voxels in the references, log scale")
 
     said = ", ".join(f"{name} {share:.3%}" for name, share in zip(names, shares, strict=True))
     return _chart(draw, f"Classes by voxels: {said}", height=0.8 + 0.35 * len(names))
 
 
 def reliability_chart(evaluation: Evaluation) -> str:
-    """How often a voxel of a probability is truly the target's, over that probability; honest is the diagonal."""
+    """How often voxels of a given probability belong to the target; the diagonal is perfect calibration."""
     found = evaluation.reliabilities()
 
     def draw(axes: Axes) -> None:
@@ -423,7 +422,7 @@ def reliability_chart(evaluation: Evaluation) -> str:
             predicted, true = reliability.curve
             label = f"{target}: calibration error {reliability.expected_error:.4f}"
             axes.plot(predicted, true, marker="o", markersize=3.5, color=colour, linewidth=1.2, label=label)
-        axes.set(xlabel="predicted probability", ylabel="share truly the target", xlim=(0, 1), ylim=(0, 1))
+        axes.set(xlabel="predicted probability", ylabel="observed fraction in target", xlim=(0, 1), ylim=(0, 1))
         axes.legend(loc="upper left", fontsize=8.5)
 
     said = "; ".join(f"{target} expected calibration error {r.expected_error:.4f}" for target, r in found.items())
@@ -479,9 +478,9 @@ def density_chart(
 
 def _chart(draw: Callable[[Axes], None], description: str, height: float) -> str:
     """Inline SVG of one pair of axes, ``height`` in inches; ``description`` is its alternative text."""
-    # The salt goes into every id: charts of one page must not share any.
+    # The salt goes into every id: charts on one page must not share any.
     with mpl.rc_context(_STYLE | {"svg.hashsalt": description}), warnings.catch_warnings():
-        # The page's fonts draw the text: it does not matter what the one here that measures it lacks.
+        # The page's fonts draw the text; glyphs missing from the font that measures it here do not matter.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         warnings.filterwarnings("ignore", "constrained_layout not applied")  # names longer than the chart is wide
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
@@ -492,8 +491,8 @@ def _chart(draw: Callable[[Axes], None], description: str, height: float) -> str
 
 
 def _inline(document: str, description: str) -> str:
-    """An SVG document as an element of a page: the drawing alone, in the page's fonts and colours."""
-    # The document's style sheet would reach all of the page.
+    """An SVG document as an element of a page: only the drawing, in the page's fonts and colours."""
+    # The document's style sheet would apply to the whole page.
     svg = re.sub(r"<(metadata|style).*?</\1>", "", document[document.index("<svg") :], flags=re.DOTALL)
     referred = set(re.findall(r"#([\w.-]+)[)\"]", svg))
     svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in referred else "", svg)

@@ -1,4 +1,4 @@
-"""One self-contained page: no file, script or font from elsewhere, so that it opens anywhere, offline."""
+"""Self-contained pages: no file, script or font is loaded from elsewhere, so they open anywhere, offline."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ from delineate.reporting.overlays import COLOURS, MARKS, Overlay, Palette, View,
 
 @dataclass(frozen=True, eq=False)
 class RunReport:
-    """What the page of a run tells.
+    """Content of a run's page.
 
     ``learning`` has the columns step, loss; ``validation_loss`` step, validation_loss; ``validation`` step, dice,
-    dice_<target>. ``validated`` says whom validation is of. ``notes``: what a reader should know before the numbers.
-    ``crop``: a WebP of what a crop on the composite image keeps. ``seams``: each target's median seam score, and the
-    number of subjects it is taken over. ``classes``: how many voxels of each class there are to train and to test on.
+    dice_<target>. ``validated`` says which subjects validation uses. ``notes``: what a reader should know before the
+    numbers. ``crop``: a WebP of what a crop fitted to the composite image keeps. ``seams``: each target's median seam
+    score, and the number of subjects behind it. ``classes``: voxels of each class for training and for test.
     """
 
     title: str
@@ -73,7 +73,7 @@ class RunReport:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationReport:
-    """What the page of a measurement tells."""
+    """Content of an evaluation's page."""
 
     title: str
     description: str
@@ -84,13 +84,13 @@ class EvaluationReport:
 
     @property
     def simulated(self) -> bool:
-        """Whether the scans are."""
+        """Whether the scans are simulated."""
         return self.evaluation.simulated
 
 
 @dataclass(frozen=True, eq=False)
 class MethodsReport:
-    """What the page of a comparison tells: methods measured on the same subjects, and how they differ."""
+    """Content of a comparison's page: methods measured on the same subjects, and how they differ."""
 
     title: str
     description: str
@@ -99,12 +99,12 @@ class MethodsReport:
 
     @property
     def simulated(self) -> bool:
-        """Whether the scans of any method are."""
+        """Whether the scans of any method are simulated."""
         return any(evaluation.simulated for evaluation in self.evaluations.values())
 
 
 def write_report(path: Path, report: RunReport | EvaluationReport | MethodsReport) -> None:
-    """Write the page of a run, a measurement or a comparison, all or nothing. Raises :class:`OutputError`."""
+    """Write the page of a run, an evaluation or a comparison, whole or not at all. Raises :class:`OutputError`."""
     name = "evaluation.html.j2"
     if isinstance(report, EvaluationReport):
         content = _measured(report.evaluation, report.overlays, report.band_percent, report.palette)
@@ -128,7 +128,7 @@ def _environment() -> Environment:
         loader=PackageLoader("delineate.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
-        # Names may hold what no page can: control characters, and halves of characters.
+        # Names may hold what no page can: control characters and lone surrogates.
         finalize=lambda value: printable_lines(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -139,7 +139,7 @@ def _environment() -> Environment:
 
 
 def _scripts() -> dict[str, str]:
-    """The page's one script, and its digest: by the page's policy nothing else runs, whatever a name holds."""
+    """The page's only script and its digest: the page's policy lets nothing else run, whatever a name contains."""
     script = (Path(__file__).parent / "templates" / "sort.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {"script": script, "script_digest": digest}
@@ -151,13 +151,13 @@ def _measured(
     band_percent: float | None = None,
     palette: Palette = "distinct",
 ) -> dict[str, Any]:
-    """What the templates show of a measurement; nothing where there is none."""
+    """What the templates show of an evaluation, if there is one."""
     if evaluation is None:
         return {"measured": None}
     summary = evaluation.summary()
     dice = _whole(evaluation, summary).get("dice")
     shown = [(overlay, [_picture(overlay, view, palette) for view in overlay.views]) for overlay in overlays]
-    # An element's name may not hold spaces; a subject's may.
+    # An element's id must not contain spaces, but a subject's name may.
     anchors = {overlay.subject: f"subject-{i}" for i, overlay in enumerate(overlays)}
     return {
         "measured": {
@@ -253,7 +253,7 @@ def _training_charts(report: RunReport) -> list[str]:
 
 
 def _whole(evaluation: Evaluation, summary: Summary) -> dict[str, Estimate]:
-    """Estimates of the mean over targets; with one target, of that one."""
+    """Estimates of the mean over targets, or of the only target."""
     return summary[MEAN_OF_TARGETS if len(evaluation.targets) > 1 else evaluation.targets[0]]
 
 
@@ -289,7 +289,7 @@ def _estimate(metric: Metric, estimate: Estimate) -> dict[str, Any]:
 
 
 def _legend(overlays: Sequence[Overlay], palette: Palette) -> list[tuple[str, str]]:
-    """Names and colours of the marks that some picture shows."""
+    """Names and colours of the marks that appear in any picture."""
     shown = {int(mark) for overlay in overlays for view in overlay.views for mark in np.unique(view.agreement)}
     return [(name, COLOURS[palette][mark]) for mark, name in MARKS.items() if mark in shown]
 
@@ -302,12 +302,12 @@ def _picture(overlay: Overlay, view: View, palette: Palette) -> dict[str, str]:
     return {
         "source": _embedded(picture(view, palette)),
         "plane": view.plane,
-        "text": f"{view.plane} slice of {overlay.subject} with its prediction compared to the reference",
+        "text": f"{view.plane} slice of {overlay.subject}, prediction compared with reference",
     }
 
 
 def _data_summary(rows: Sequence[SubjectRow]) -> dict[str, str]:
-    """The data set in a line each: sites, shapes, spacings, orientations, volumes."""
+    """The data set, one line each: sites, shapes, spacings, orientations, volumes."""
     if not rows:
         return {}
     sites = pd.Series([row.site or "no site" for row in rows]).value_counts(sort=False)

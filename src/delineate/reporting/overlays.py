@@ -1,4 +1,4 @@
-"""Pictures of where a prediction agrees with its reference, in three views of one subject."""
+"""Pictures that show where a prediction agrees with its reference, in three views of one subject."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ COLOURS: dict[Palette, dict[int, str]] = {
     "distinct": {1: "#56b4e9", 2: "#e8590c", 3: "#f0e442", 4: "#e377c2"},
     "purple": {1: "#8a2be2", 2: "#ff2020", 3: "#2040ff", 4: "#ffffff"},
 }
-"""Of each mark: told apart by everyone (after Okabe & Ito 2008), or purple where both agree, red and blue where not."""
+"""Colours of the marks: colour-blind safe (Okabe & Ito 2008), or purple for agreement and red and blue for errors."""
 
 _TARGET_COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
-"""One after another, and again from the first."""
+"""Colours of targets, in order and then from the first again."""
 
 MOST_PICTURES = 40
-"""Subjects that a page shows in pictures; of more, the best, the median and the worst ones."""
+"""Most subjects that a page shows in pictures; of more, it shows the best, the median and the worst."""
 
-# Axes of the view in which patients are looked at: x to the left (so the patient's right is on the
-# image's left, the radiological convention), y to the back, z to the feet.
+# Axes of the displayed views: x to the left (so the patient's right is on the image's left, the
+# radiological convention), y to the back, z to the feet.
 _DISPLAY = "LPI"
 # Plane, the axis it cuts, and the letters on its left, right, top and bottom.
 _PLANES = (("axial", 2, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 0, "APSI"))
@@ -54,9 +54,9 @@ _LEAST_SIDE_MM = 60.0
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A slice as it is shown: ``image`` grey values 0–255 and ``agreement`` (rows, columns).
+    """A slice as displayed: ``image`` with grey values 0–255, and ``agreement``, both (rows, columns).
 
-    ``size_mm`` is (height, width); ``edges`` the directions on the left, right, top and bottom.
+    ``size_mm`` is (height, width); ``edges`` are the directions on the left, right, top and bottom.
     """
 
     plane: str
@@ -68,7 +68,7 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Overlay:
-    """Three orthogonal views of one subject; ``rank`` says if it is the best, median or worst, else it is empty."""
+    """Three orthogonal views of one subject; ``rank`` is best, median, worst or only, else empty."""
 
     subject: str
     rank: str
@@ -84,11 +84,11 @@ def overlays_of(
     *,
     orientation: Orientation = "refuse",
 ) -> list[Overlay]:
-    """Every subject, or of more than :data:`MOST_PICTURES` those whose Dice (mean of targets) is lowest, the best
-    first; best, median and worst are always there and are ranked so. Reads only those.
+    """Overlays of all subjects, best first; of more than :data:`MOST_PICTURES`, of those with the lowest Dice.
 
-    ``scans`` gives a subject's scan, whose first channel is shown. Raises :class:`GridMismatch`
-    where a scan and its labels are not on one grid, and what reading raises.
+    Dice is the mean of targets. Best, median and worst are always included and ranked as such. Only these
+    subjects are read; ``scans`` returns a subject's scan, whose first channel is shown. Raises
+    :class:`GridMismatch` if a scan and its labels are not on the same grid, and any error of reading.
     """
     dice = evaluation.mean_of_targets("dice").sort_values(ascending=False, kind="stable")
     places = {0: "best", (len(dice) - 1) // 2: "median", len(dice) - 1: "worst"}
@@ -109,9 +109,9 @@ def overlays_of(
 def views_of(
     scan: Volume, prediction: LabelVolume, reference: LabelVolume, targets: Targets, *, subject: str
 ) -> tuple[View, ...]:
-    """Axial, coronal and sagittal slices where the reference is largest (the prediction, if it is empty).
+    """Axial, coronal and sagittal slices where the reference (or, if it is empty, the prediction) is largest.
 
-    All three show one cube of at least 60 mm around what is segmented, in one grey scale.
+    All three show the same cube of at least 60 mm around the segmentations, in the same grey scale.
     """
     for what, label in (("prediction", prediction), ("reference", reference)):
         check_grids(subject, what, label.grid, "scan", scan.grid)
@@ -121,7 +121,7 @@ def views_of(
 
 
 def views_of_label(scan: Volume, label: LabelVolume, targets: Targets) -> tuple[View, ...]:
-    """:func:`views_of` a label alone: ``agreement`` numbers the targets from 1; the later lie on top."""
+    """:func:`views_of` a label alone: ``agreement`` numbers the targets from 1, with later targets on top."""
     check_grids("the scan", "label", label.grid, "scan", scan.grid)
     marks = np.zeros(label.voxels.shape, np.uint8)
     for number, mask in enumerate(targets.masks(label.voxels).values(), start=1):
@@ -130,7 +130,7 @@ def views_of_label(scan: Volume, label: LabelVolume, targets: Targets) -> tuple[
 
 
 def _views(scan: Volume, marks: NDArray[np.uint8], segmented: NDArray[np.bool_]) -> tuple[View, ...]:
-    """Slices where ``segmented`` is largest, in the middle where it is empty; all voxels are the scan's."""
+    """Slices where ``segmented`` is largest, or in the middle if it is empty; all arrays are on the scan's grid."""
     order, flip = scan.grid.axes_to(_DISPLAY)
     spacing_mm = scan.grid.permute(order, flip).spacing_mm
     image, marks, segmented = (permute_axes(voxels, order, flip) for voxels in (scan.voxels[0], marks, segmented))
@@ -150,10 +150,10 @@ def _views(scan: Volume, marks: NDArray[np.uint8], segmented: NDArray[np.bool_])
 
 
 def agreement(prediction: NDArray, reference: NDArray, targets: Targets) -> NDArray[np.uint8]:
-    """For each voxel 0 where neither has a target, else a key of :data:`MARKS`.
+    """For each voxel, 0 if neither has a target, else a key of :data:`MARKS`.
 
-    A voxel agrees where prediction and reference have the same targets. It is missed where the
-    prediction lacks one, in excess where it has one more, and both are ``other target``. Ignored
+    A voxel agrees if prediction and reference have the same targets. It is missed if the
+    prediction lacks one, in excess if the prediction has one too many, and ``other target`` if both. Ignored
     voxels are 0.
     """
     predicted, wanted = targets.masks(prediction), targets.masks(reference)
@@ -167,7 +167,7 @@ def agreement(prediction: NDArray, reference: NDArray, targets: Targets) -> NDAr
 
 
 def save_overlay(path: Path, overlay: Overlay) -> None:
-    """Write the three views side by side with the legend; the suffix (.png, .webp) is the format."""
+    """Write the three views side by side with a legend; the suffix (.png, .webp) sets the format."""
     figure = _side_by_side(overlay.views, COLOURS["distinct"], MARKS)
     with writing_beside(path) as beside:
         figure.savefig(beside, dpi=130)
@@ -179,7 +179,7 @@ def picture_of_label(scan: Volume, label: LabelVolume, targets: Targets) -> byte
     colours = {number: _TARGET_COLOURS[(number - 1) % len(_TARGET_COLOURS)] for number in names}
     written = BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font does not have
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name with letters that the font lacks
         warnings.filterwarnings("ignore", "constrained_layout not applied")  # names longer than the views are wide
         _side_by_side(views_of_label(scan, label, targets), colours, names).savefig(written, format="png", dpi=100)
     return written.getvalue()
@@ -192,7 +192,7 @@ def _side_by_side(views: Sequence[View], colours: Mapping[int, str], names: Mapp
     for axes, view in zip(figure.subplots(1, 3, width_ratios=widths), views, strict=True):
         _draw(axes, view, colours)
     shown = np.unique(np.concatenate([view.agreement.ravel() for view in views]))
-    # A name that begins with an underscore would be left out, one with dollars be set as a formula.
+    # Labels are passed explicitly, or those that begin with an underscore would be dropped.
     marks = {axes.scatter([], [], marker="s", color=colours[m]): name for m, name in names.items() if m in shown}
     if marks:
         legend = figure.legend(
@@ -200,7 +200,7 @@ def _side_by_side(views: Sequence[View], colours: Mapping[int, str], names: Mapp
             frameon=False,
         )  # fmt: skip
         for text in legend.get_texts():
-            text.set_parse_math(False)
+            text.set_parse_math(False)  # dollars in a name are not a formula
     return figure
 
 
@@ -232,7 +232,7 @@ def _draw(axes: Axes, view: View, colours: Mapping[int, str]) -> None:
 
 
 def _cube(mask: NDArray[np.bool_], spacing_mm: Sequence[float]) -> tuple[slice, ...]:
-    """A cube around a mask, 1.5 times its extent, cut off at the image's borders; all, if it is empty."""
+    """A cube around a mask, 1.5 times its extent, clipped to the image; the whole image if the mask is empty."""
     around = box_around(mask)
     if around is None:
         return (slice(None),) * 3
@@ -240,7 +240,7 @@ def _cube(mask: NDArray[np.bool_], spacing_mm: Sequence[float]) -> tuple[slice, 
     box = []
     for f, spacing, n in zip(around, spacing_mm, mask.shape, strict=True):
         count = min(n, round(side_mm / spacing))
-        # Centred, then moved inside.
+        # Centred, then shifted inside.
         start = min(max((f.start + f.stop - count) // 2, 0), n - count)
         box.append(slice(int(start), int(start) + count))
     return tuple(box)

@@ -1,4 +1,4 @@
-"""The report of a run, from what lies in its folder and the scans of its held-out subjects."""
+"""The report of a run, from the files in its folder and the scans of its held-out subjects."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from delineate.training.subjects import RunSubjects
 
 
 def write_run_report(folder: Path, dataset: Dataset) -> Path:
-    """Write ``report.html`` of a finished run and return its path.
+    """Write ``report.html`` for a finished run and return its path.
 
-    ``dataset`` is the one it was trained on; three of its scans are read, for the pictures.
+    ``dataset`` is the data set it was trained on; the scans of some held-out subjects are read for the pictures.
     """
     bundle, subjects = Bundle.load(folder / "bundle"), _subjects(folder)
     data = InspectionFile.read(folder / "data.json")
@@ -88,7 +88,7 @@ def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evalua
     ]
 
     def scan(name: str) -> Volume:
-        # The first channel is what the pictures show.
+        # The pictures show the first channel.
         subject = subjects[name]
         first = bundle.channels[0] if bundle.channels[0] in subject.scans else subject.channels[0]
         return load_scan(subject, [first])
@@ -99,7 +99,7 @@ def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evalua
 def _subjects(folder: Path) -> RunSubjects:
     found = RunSubjects.load(folder)
     if found is None:
-        raise TrainingError(f"'{folder / 'subjects.json'}' is missing", fix="train again, which writes it")
+        raise TrainingError(f"'{folder / 'subjects.json'}' is missing", fix="train again to write it")
     return found
 
 
@@ -114,7 +114,7 @@ def _trained_on(bundle: Bundle, subjects: RunSubjects, dataset: Dataset) -> list
 
 
 def _intervals(path: Path) -> Intervals | None:
-    """How wide calibrated intervals are and what they hold; None where there are too few subjects for their level."""
+    """Width and coverage of the calibrated intervals; None if there are too few subjects for their level."""
     if not path.exists():
         return None
     found = Intervals.read(path)
@@ -122,7 +122,7 @@ def _intervals(path: Path) -> Intervals | None:
 
 
 def _seams(path: Path) -> dict[str, tuple[float, int]]:
-    """Median over subjects of each target's seam score, and of how many; only of volumes of several tiles."""
+    """Median of each target's seam score over subjects, and their number; only volumes with several tiles count."""
     if not path.exists():
         return {}
     seams: dict[str, list[float]] = {}
@@ -141,12 +141,11 @@ def _curve(path: Path) -> pd.DataFrame | None:
 
 def _provenance(bundle: Bundle, subjects: RunSubjects) -> dict[str, str]:
     p, training = bundle.provenance, bundle.recipe.training
-    fold = "none held out" if p.fold is None else f"fold {p.fold} held out"
+    held_out = "none held out" if p.fold is None else f"{len(p.held_out)} held out (fold {p.fold})"
     return {
         "Data set": f"{subjects.data_set} ({p.layout} layout)",
-        "Subjects": f"{len(p.training)} trained on, {len(p.validation)} to "
-        f"{'choose the weights' if training.keep == 'best' else 'validate on'}, {len(p.held_out)} held out ({fold})",
-        "Weights": f"{training.keep}, of step {bundle.metadata.get('step', '?')}, "
+        "Subjects": f"{len(p.training)} for training, {len(p.validation)} for validation, {held_out}",
+        "Weights": f"{training.keep}, step {bundle.metadata.get('step', '?')}, "
         f"validation Dice {bundle.metadata.get('validation_dice', 'not measured')}",
         "Seed": str(p.seed),
         "Started": p.started,
@@ -155,39 +154,40 @@ def _provenance(bundle: Bundle, subjects: RunSubjects) -> dict[str, str]:
 
 
 def _validated(spec: TrainingSpec) -> str:
-    """Whom the validation curves are of, and what follows from them."""
+    """Which subjects the validation curves use, and what they decide."""
     if spec.validation.held_out:
-        return "Validation is of the held-out subjects above, and chooses nothing: the last weights are kept."
+        return "Validation uses the held-out subjects above and selects nothing: the last weights are kept."
     if spec.keep == "last":
-        return "Validation subjects come from the training folds and choose nothing: the last weights are kept."
+        return "Validation subjects come from the training folds and select nothing: the last weights are kept."
     return (
-        "Validation subjects come from the training folds and choose the weights; the held-out subjects above do not."
+        "The weights are selected on validation subjects, which come from the training folds, never on the held-out "
+        "subjects above."
     )
 
 
 def _epochs(planned: Planned | None, ended: pd.DataFrame | None) -> dict[str, str]:
-    """How long an epoch is, and the minutes that each took: of many, the median."""
+    """The length of an epoch, and the minutes that each took; the median where there are many."""
     if planned is None:
         return {}
-    facts = {"Epoch": f"{planned.steps_an_epoch} steps ({planned.items} items, {planned.batch_size} a step)"}
+    facts = {"Epoch": f"{planned.steps_an_epoch} steps ({planned.items} items, {planned.batch_size} per step)"}
     if ended is not None and not ended.empty:
         minutes = ended["minutes"].diff().fillna(ended["minutes"].iloc[0]).tolist()
         shown = ", ".join(f"{m:.2f}" for m in minutes) if len(minutes) <= 10 else f"{median(minutes):.2f} (median)"
-        facts |= {"Epochs": f"{len(minutes)} whole ones", "Minutes an epoch": shown}
+        facts |= {"Epochs": f"{len(minutes)} completed", "Minutes per epoch": shown}
     return facts
 
 
 def _notes(events: Sequence[Event], subjects: RunSubjects, problems: Sequence[Problem]) -> list[str]:
-    """What a reader should know before the numbers: a collapse, who was left out, warnings about the data."""
+    """What a reader should know before the numbers: a collapse, subjects left out, warnings about the data."""
     notes = [event.text for event in events if isinstance(event, Collapsed | Warned)]
     if subjects.left_out:
-        notes.append(f"Left out as broken: {', '.join(subjects.left_out)}.")
+        notes.append(f"Left out because of broken files: {', '.join(subjects.left_out)}.")
     counts: dict[str, list[Problem]] = {}
     for problem in problems:
         if problem.severity == "warning":
             counts.setdefault(problem.code, []).append(problem)
     for code, found in counts.items():
         first = f"{found[0].subject}: {found[0].message}" if found[0].subject else found[0].message
-        more = f" (and {len(found) - 1} more such)" if len(found) > 1 else ""
+        more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
         notes.append(f"{code}: {first}{more}.")
     return notes

@@ -1,4 +1,4 @@
-"""A network of one's own: dilated convolutions at full resolution, with no way down or up."""
+"""A custom network: dilated convolutions at full resolution, without down- or upsampling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["OwnNetSpec"]
 
 
 class OwnNetSpec(Architecture):
-    """Residual blocks of one width, each with twice the dilation of the block before it."""
+    """Residual blocks of equal width, each with twice the dilation of the previous one."""
 
     kind: Literal["own_net"] = "own_net"
     width: Annotated[int, Field(ge=1, le=1024)] = 16
@@ -25,7 +25,7 @@ class OwnNetSpec(Architecture):
 
     @property
     def smallest(self) -> tuple[int, ...]:
-        return (2,) * self.dimensions  # a normalisation over one voxel would be nothing but zeros
+        return (2,) * self.dimensions  # normalising over a single voxel gives only zeros
 
     def body(self, inputs: int, outputs: int) -> nn.Module:
         convolution = nn.Conv3d if self.dimensions == 3 else nn.Conv2d
@@ -34,7 +34,7 @@ class OwnNetSpec(Architecture):
 
 
 class Block(nn.Module):
-    """A dilated convolution, normalised, added to its input."""
+    """A dilated convolution with normalisation and ReLU, added to its input."""
 
     def __init__(self, width: int, dilation: int, dimensions: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-// Sorts a table by the column whose heading is pressed; numbers by value, ∞ last, – after it.
+// Sorts a table by the column whose heading is clicked: numbers by value, then ∞, then –.
 for (const table of document.querySelectorAll("table.sortable")) {
   [...table.tHead.rows[0].cells].forEach((heading, column) => {
     const button = document.createElement("button");
@@ -25,7 +25,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// A link to a picture opens the list that it is in.
+// A link to a picture opens the collapsed list that holds it.
 const reveal = () => document.getElementById(location.hash.slice(1))?.closest("details")?.setAttribute("open", "");
 addEventListener("hashchange", reveal);
 reveal();
