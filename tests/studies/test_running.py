@@ -152,4 +152,4 @@ def test_parts_of_a_job_array_are_all_runs_once() -> None:
 
 
 def test_a_status_begins_as_waiting(tmp_path: Path) -> None:
-    assert StudyFolder(tmp_path).status("x") == RunStatus()
+    assert StudyFolder(tmp_path).status("x") == RunStatus(state="waiting")

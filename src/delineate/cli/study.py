@@ -118,6 +118,7 @@ def run(
         raise typer.BadParameter("give either --data or --phantom")
     chosen, beside = _load(study)
     folder = StudyFolder(out)
+    folder.check()
     place = data if data is not None else _simulated(chosen, out)
     dataset = _opened(chosen, beside, place)
     runs = _planned(chosen, size, dataset, beside)
@@ -150,17 +151,17 @@ def run(
 
 
 @app.command("report")
-def report(out: Annotated[Path, typer.Argument(help="A study's folder, at any time.")], json: Json = False) -> None:
+def report(folder: Annotated[Path, typer.Argument(help="A study's folder, at any time.")], json: Json = False) -> None:
     """Write the report of what is done so far."""
     from delineate.cli.terminal import print_json
     from delineate.studies.reporting import write_study_report
     from delineate.studies.results import collect
     from delineate.studies.running import StudyFolder
 
-    folder = StudyFolder(out)
-    study, planned, runs = folder.open()
-    results = collect(folder, study, runs)
-    page = write_study_report(results, out, planned.size)
+    kept = StudyFolder(folder)
+    study, planned, runs = kept.open()
+    results = collect(kept, study, runs)
+    page = write_study_report(results, folder, planned.size)
     if json:
         print_json({"runs": {n: s.state for n, s in results.statuses.items()}, "report": str(page)})
     else:
@@ -204,9 +205,8 @@ def _simulated(study: Study, out: Path) -> Path:
 
 
 def _budget(recipe: Recipe) -> str:
-    t = recipe.training
-    parts = [f"{t.minutes:g} minutes"] * (t.minutes is not None) + [f"{t.steps} steps"] * (t.steps is not None)
-    return ", ".join(parts) or "none"
+    budget = {"minutes": recipe.training.minutes, "steps": recipe.training.steps}
+    return ", ".join(f"{limit:g} {unit}" for unit, limit in budget.items() if limit is not None) or "none"
 
 
 def _expected(runs: Sequence[PlannedRun]) -> str:

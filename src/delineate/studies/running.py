@@ -14,6 +14,7 @@ A study's folder::
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -27,10 +28,10 @@ from pathlib import Path
 from typing import Literal
 
 from delineate.datasets.splits import load_split, save_split
-from delineate.errors import MissingFile, StudyError
+from delineate.errors import MissingFile, OutputError, StudyError
 from delineate.io.documents import Document
 from delineate.io.files import writing_beside
-from delineate.io.overwriting import check_folder, check_outputs
+from delineate.io.overwriting import check_folder
 from delineate.recipe import load_recipe, to_yaml
 from delineate.studies.planning import PlannedRun
 from delineate.studies.specification import Study, load_study
@@ -68,7 +69,7 @@ class RunStatus(Document):
     ``failure`` is the last line that a failed run said; ``seconds`` are of all its attempts.
     """
 
-    state: State = "waiting"
+    state: State
     failure: str = ""
     seconds: float = 0.0
     attempts: int = 0
@@ -99,7 +100,7 @@ class StudyFolder:
     def status(self, name: str) -> RunStatus:
         """What became of a run so far."""
         path = self.status_file(name)
-        return RunStatus.read(path) if path.exists() else RunStatus()
+        return RunStatus.read(path) if path.exists() else RunStatus(state="waiting")
 
     def open(self) -> tuple[Study, StudyPlan, tuple[PlannedRun, ...]]:
         """The study that the folder holds, with its runs. Raises :class:`MissingFile` where it holds none."""
@@ -121,6 +122,15 @@ class StudyFolder:
         )
         return load_study(self.path / STUDY), plan, tuple(runs)
 
+    def check(self) -> None:
+        """Raise :class:`OutputError` where the folder cannot be written to or holds what is no study's."""
+        check_folder(self.path)
+        there = [name for name in _WRITTEN if os.path.lexists(self.path / name)]
+        if there and PLAN not in there:
+            raise OutputError(
+                f"'{self.path}' holds {', '.join(there)}, and no study", fix="choose another --out, or move them away"
+            )
+
     def begin(self, study: Study, size: str, data_set: str, runs: Sequence[PlannedRun]) -> None:
         """Write the study, its plan, and each run's recipe and split, or find that they are there.
 
@@ -129,7 +139,7 @@ class StudyFolder:
         """
         entries = (Entry(r.name, r.arm, r.seed, r.fold, r.count, r.direction) for r in runs)
         plan = StudyPlan(size=size, data_set=data_set, runs=tuple(entries))
-        check_folder(self.path)
+        self.check()
         if (self.path / PLAN).exists():
             if self.open() != (study, plan, tuple(runs)):
                 raise StudyError(
@@ -138,7 +148,6 @@ class StudyFolder:
                     fix="use another --out",
                 )
             return
-        check_outputs((self.path / name for name in _WRITTEN), ())
         texts = {self.path / STUDY: to_yaml(study.model_dump(mode="json"))}
         texts |= {self.recipe(run.name): to_yaml(run.recipe.as_dict()) for run in runs}
         for path, text in texts.items():
