@@ -36,6 +36,7 @@
      ├── CannotUndo                  E_UNDO        a preprocessing step cannot be undone
      ├── TrainingError               E_TRAINING    training cannot continue
      ├── RunInUse                    E_IN_USE      another training run is using the folder
+     ├── StudyError                  E_STUDY       a study is not valid, or does not fit the data
      ├── OutputError                 E_OUTPUT      a result cannot be written
      └── Cancelled                   E_CANCELLED   the caller cancelled it
 
@@ -275,6 +276,12 @@ class RunInUse(DelineateError):
     """Another training run is using this folder."""
 
     code = "E_IN_USE"
+
+
+class StudyError(DelineateError):
+    """A study is not valid, does not fit the data, or its folder holds another one."""
+
+    code = "E_STUDY"
 
 
 class OutputError(DelineateError):

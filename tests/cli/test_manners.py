@@ -109,7 +109,7 @@ VERBS = {
     "Add", "Average", "Change", "Check", "Choose", "Colour", "Combine", "Compare", "Compile", "Compute", "Convert",
     "Count", "Draw", "Explain", "Export", "Find", "Hold", "Import", "Inspect", "Install", "Keep", "List", "Lock",
     "Log", "Make", "Measure", "Name", "Overlap", "Predict", "Prepare", "Print", "Read", "Refer", "Replace",
-    "Report", "Segment", "Set", "Show", "Simulate", "Split", "Train", "Use", "Write",
+    "Report", "Run", "Segment", "Set", "Show", "Simulate", "Split", "Train", "Use", "Write",
 }  # fmt: skip
 
 

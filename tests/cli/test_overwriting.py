@@ -102,6 +102,7 @@ WRITERS = {
     "compare's page": Writer("compare @m1 @m2", "--report OUT", "", ("m1/metrics.csv", "m2/summary.json")),
     "weights export": Writer("weights export @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
     "forgetting": Writer("forgetting @bundle @bundle --data @data --device cpu", "-o OUT", "before/c0.nii.gz"),
+    "study": Writer("study run hippocampus-cv --data @data", "-o OUT", "report.html", flag=False),
     "train": Writer("train generic_3d --data @data", "-o OUT", "report.html", flag=False),
 }
 writers = pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)

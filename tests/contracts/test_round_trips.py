@@ -32,6 +32,9 @@ from delineate.pretrained.weights import Entry
 from delineate.recipe import Recipe, load_recipe, packaged_recipes, recipe_from, to_yaml
 from delineate.sampling.tiles import TileGeometry
 from delineate.specification import Specification, from_json, to_json
+from delineate.studies.running import Entry as PlannedEntry
+from delineate.studies.running import RunStatus, StudyPlan
+from delineate.studies.specification import Study, load_study, packaged_studies
 from delineate.training import events
 from delineate.training.subjects import RunSubjects
 
@@ -143,7 +146,23 @@ def samples() -> dict[type[Specification], list[Specification]]:
         events.Finished(at=NOW, step=4, measured=2),
         events.Warned(at=NOW, message="two\nlines"),
     ]
-    for whole in (*recipes, *made, *(recipe.pipeline for recipe in recipes), described, *happened):
+    studies = [load_study(name) for name in packaged_studies()]
+    studies.append(
+        Study.model_validate(
+            {
+                "name": "s",
+                "question": "?",
+                "recipe": "r.yaml",
+                "arms": {"a": {"recipe": "x.yaml", "set": ["b.c=[1, 2]"]}, "b": {}},
+                "design": {"kind": "cross_validation"},
+                "sizes": {"quick": {"folds": [0]}},
+                "phantom": {"kind": "liver"},
+                "claims": [{"text": "a: ü", "better": "a", "worse": "b"}],
+                "published": [{"source": "s", "columns": ["a"], "rows": [[".9"]]}],
+            }
+        )
+    )
+    for whole in (*recipes, *made, *studies, *(recipe.pipeline for recipe in recipes), described, *happened):
         for part in parts_of(whole):
             if part not in found[type(part)]:
                 found[type(part)].append(part)
@@ -236,6 +255,8 @@ DOCUMENTS: list[Document] = [
     ),
     CalibrationFile(dice_errors={"a": ((0.1, -1 / 3), (-inf,))}, log_volume_errors={"a": ((inf,),), "b": ()}),
     Intervals(level=0.8, rows=(IntervalCheck("a", "A", 0.1, inf, None, 4, 3, 1 / 3, None),)),
+    RunStatus(state="failed", failure="a: ü", seconds=0.5, attempts=2),
+    StudyPlan(size="quick", data_set="d", runs=(PlannedEntry("a-0", "a", 3, 1, None, ""),)),
     Entry(name="vgg11", source="f.pth", preprocessing="caffe", sha256="0f", tensors=16),
 ]  # fmt: skip
 

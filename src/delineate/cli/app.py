@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from delineate.cli import compare, data, demo, evaluate, forgetting, metrics, networks, predict, recipes, train, weights
+from delineate.cli import (
+    compare,
+    data,
+    demo,
+    evaluate,
+    forgetting,
+    metrics,
+    networks,
+    predict,
+    recipes,
+    study,
+    train,
+    weights,
+)
 from delineate.cli.commands import Commands
 from delineate.cli.terminal import Loudness, speak
 
@@ -72,6 +85,7 @@ app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("forgetting")(forgetting.forgetting)
+app.add_typer(study.app, name="study")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(networks.app, name="networks")
 app.add_typer(metrics.app, name="metrics")

@@ -16,6 +16,12 @@ def packaged(incomplete: str) -> list[str]:
     return _beginning(incomplete, sorted(file.stem for file in folder.rglob("*.yaml")))
 
 
+def studies(incomplete: str) -> list[str]:
+    """Packaged studies that begin so."""
+    folder = Path(str(resources.files("delineate") / "studies" / "packaged"))
+    return _beginning(incomplete, sorted(file.stem for file in folder.glob("*.yaml")))
+
+
 def trainable(incomplete: str) -> list[str]:
     """Names that ``delineate train`` accepts."""
     return _beginning(incomplete, ["auto", *packaged("")])

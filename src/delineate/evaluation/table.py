@@ -144,6 +144,15 @@ class Evaluation:
             summary.setdefault(target, {})[metric] = estimate
         return summary
 
+    def overall(self, site: str | None = None) -> dict[str, Estimate]:
+        """The part of :meth:`summary` that stands for all targets: their mean or, where there is one target, that."""
+        return self.summary(site)[self.overall_name]
+
+    @property
+    def overall_name(self) -> str:
+        """Which row of :meth:`summary` stands for all targets."""
+        return MEAN_OF_TARGETS if len(self.targets) > 1 else self.targets[0]
+
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON: undefined is None, infinite is ``"inf"``. ``sites`` only if there are several."""
         content = {"subjects": self.table.to_dict("records"), **self._summaries()}

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from delineate.evaluation.agreement import Agreeing
 from delineate.evaluation.table import LESION_SIZES_ML, Evaluation
+from delineate.metrics.statistics import Estimate
 
 # Drawn in these colours, written as CSS variables that fall back on them outside the page.
 INK, MUTED, LINE = "#1b2024", "#5a656e", "#d9dee2"
@@ -174,6 +175,23 @@ def methods_chart(evaluations: Mapping[str, Evaluation], metric: str, label: str
 
     by = "by site and method" if len(shown) > 1 else "by method"
     return _chart(draw, f"{label} of every subject, {by}", height=0.75 + 0.5 * len(rows))
+
+
+def curve_chart(curves: Mapping[str, Sequence[tuple[float, Estimate]]], axis: str, label: str) -> str:
+    """Means and their 95 % intervals over what is counted along ``axis``, a line for each of ``curves``."""
+
+    def draw(axes: Axes) -> None:
+        for (name, points), colour in zip(curves.items(), cycle(SERIES), strict=False):
+            x, means = [count for count, _ in points], [estimate.mean for _, estimate in points]
+            ends = np.array([estimate.ci95 for _, estimate in points], float)
+            axes.fill_between(x, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, linewidth=0)
+            axes.plot(x, means, "o-", color=colour, markersize=4, label=name)
+        axes.set(xlabel=axis, ylabel=label)
+        axes.set_xticks(sorted({count for points in curves.values() for count, _ in points}))
+        if len(curves) > 1:
+            axes.legend(loc="lower right", fontsize=9)
+
+    return _chart(draw, f"{label} over {axis}, with 95 % intervals", height=3.0)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ from delineate.reporting.figures import (
     agreement_chart,
     class_chart,
     confusion_chart,
+    curve_chart,
     density_chart,
     identity_chart,
     lesion_chart,
@@ -103,13 +104,39 @@ class MethodsReport:
         return any(evaluation.simulated for evaluation in self.evaluations.values())
 
 
-def write_report(path: Path, report: RunReport | EvaluationReport | MethodsReport) -> None:
-    """Write the page of a run, an evaluation or a comparison, whole or not at all. Raises :class:`OutputError`."""
+@dataclass(frozen=True, eq=False)
+class StudyReport:
+    """What the page of a study tells.
+
+    ``evaluations`` are the pooled held-out subjects of each group of runs, ``curves`` means of ``metric`` over what
+    ``axis`` counts. ``claims`` are sentences with what our figures say of them; ``published`` tables are
+    others' figures: source, columns, rows. ``runs`` have a name, a state, minutes, and why they failed.
+    """
+
+    title: str
+    description: str
+    simulated: bool
+    notes: Sequence[str]
+    metric: str
+    evaluations: Mapping[str, Evaluation]
+    differences: Sequence[str] = ()
+    curves: Mapping[str, Sequence[tuple[float, Estimate]]] = field(default_factory=dict)
+    axis: str = ""
+    gains: Sequence[str] = ()
+    claims: Sequence[tuple[str, str, str]] = ()
+    published: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
+    runs: Sequence[tuple[str, str, str, str]] = ()
+
+
+def write_report(path: Path, report: RunReport | EvaluationReport | MethodsReport | StudyReport) -> None:
+    """Write the page of a run, evaluation, comparison or study, whole or not at all. Raises :class:`OutputError`."""
     name = "evaluation.html.j2"
     if isinstance(report, EvaluationReport):
         content = _measured(report.evaluation, report.overlays, report.band_percent, report.palette)
     elif isinstance(report, MethodsReport):
         name, content = "methods.html.j2", _measured(None, []) | {"methods": _methods(report)}
+    elif isinstance(report, StudyReport):
+        name, content = "study.html.j2", _measured(None, []) | {"study": _study(report)}
     else:
         content = _measured(report.evaluation, report.overlays)
         name = "run.html.j2"
@@ -155,7 +182,7 @@ def _measured(
     if evaluation is None:
         return {"measured": None}
     summary = evaluation.summary()
-    dice = _whole(evaluation, summary).get("dice")
+    dice = summary[evaluation.overall_name].get("dice")
     shown = [(overlay, [_picture(overlay, view, palette) for view in overlay.views]) for overlay in overlays]
     # An element's id must not contain spaces, but a subject's name may.
     anchors = {overlay.subject: f"subject-{i}" for i, overlay in enumerate(overlays)}
@@ -199,6 +226,8 @@ def _quantity_headline(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 _LEAST_FOR_BINS = 6
+_MOST_ROWS = 16
+"""Of a chart that has a row for each group."""
 
 
 def _charts(evaluation: Evaluation, band_percent: float | None) -> list[list[str]]:
@@ -234,13 +263,26 @@ def _methods(report: MethodsReport) -> dict[str, Any]:
     metrics = list(dict.fromkeys(difference.metric for difference in report.differences))
     rows = []
     for name, evaluation in report.evaluations.items():
-        whole = _whole(evaluation, evaluation.summary())
+        whole = evaluation.overall()
         rows += [{"method": name, **_estimate(METRICS[metric], whole[metric])} for metric in metrics]
     return {
         "charts": [methods_chart(report.evaluations, metric, METRICS[metric].title) for metric in metrics],
         "differences": [str(difference) for difference in report.differences],
         "rows": rows,
     }
+
+
+def _study(report: StudyReport) -> dict[str, Any]:
+    rows = []
+    for name, evaluation in report.evaluations.items():
+        estimates = evaluation.overall()
+        shown = dict.fromkeys((report.metric, "dice", "hd95_mm", "assd_mm"))
+        rows += [{"group": name, **_estimate(METRICS[m], estimates[m])} for m in shown if m in estimates]
+    label = METRICS[report.metric].title
+    charts = [curve_chart(report.curves, report.axis, label)] if report.curves else []
+    if len(report.evaluations) <= _MOST_ROWS and report.evaluations:
+        charts.append(methods_chart(report.evaluations, report.metric, label))
+    return {"rows": rows, "charts": charts}
 
 
 def _training_charts(report: RunReport) -> list[str]:
@@ -250,11 +292,6 @@ def _training_charts(report: RunReport) -> list[str]:
     if report.validation is not None and len(report.validation):
         charts.append(validation_chart(report.validation))
     return charts
-
-
-def _whole(evaluation: Evaluation, summary: Summary) -> dict[str, Estimate]:
-    """Estimates of the mean over targets, or of the only target."""
-    return summary[MEAN_OF_TARGETS if len(evaluation.targets) > 1 else evaluation.targets[0]]
 
 
 def _summary_rows(evaluation: Evaluation, summary: Summary) -> list[dict[str, Any]]:
@@ -270,7 +307,7 @@ def _site_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [
         {"site": site or "no site", **_estimate(METRICS[name], estimate)}
         for site in evaluation.sites
-        for name, estimate in _whole(evaluation, evaluation.summary(site)).items()
+        for name, estimate in evaluation.overall(site).items()
         if METRICS[name].better
     ]
 

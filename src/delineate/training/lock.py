@@ -66,6 +66,24 @@ def holding(folder: Path) -> Iterator[bool]:
                 folder.rmdir()
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a training runs in ``folder`` now, as far as this disk's locks tell."""
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def stop_file(folder: Path) -> Path:
     """The file that asks the training in ``folder`` to end; from the moment that it holds the folder."""
     return folder / "stop"

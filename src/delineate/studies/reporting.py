@@ -1,0 +1,98 @@
+"""The page and the tables of a study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from delineate.io.tables import write_table
+from delineate.metrics.statistics import Estimate
+from delineate.reporting.html import StudyReport, write_report
+from delineate.studies.results import StudyResults
+from delineate.studies.specification import CrossValidation, LearningCurve
+
+_COLUMNS = (
+    "runs", "target", "metric", "mean", "sd", "low", "high", "patients", "n", "failures", "undefined"
+)  # fmt: skip
+
+
+def write_study_report(results: StudyResults, folder: Path, size: str) -> Path:
+    """Write ``report.html``, ``results.csv`` and ``differences.csv`` of what is done so far."""
+    write_table(folder / "results.csv", _COLUMNS, _rows(results))
+    found = [difference.as_dict() for difference in results.differences()]
+    columns = ("metric", "first", "second", "verdict", "better", "sentence")
+    write_table(folder / "differences.csv", columns, found)
+    path = folder / "report.html"
+    write_report(path, _page(results, size))
+    return path
+
+
+def _rows(results: StudyResults) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for group, evaluation in results.pooled.items():
+        for target, estimates in evaluation.summary().items():
+            for metric, e in estimates.items():
+                low, high = e.ci95
+                rows.append(
+                    {
+                        "runs": group,
+                        "target": target,
+                        "metric": metric,
+                        "mean": e.mean,
+                        "sd": e.sd,
+                        "low": low,
+                        "high": high,
+                        "patients": e.patients,
+                        "n": e.count,
+                        "failures": e.failures,
+                        "undefined": e.undefined,
+                    }
+                )
+    return rows
+
+
+def _page(results: StudyResults, size: str) -> StudyReport:
+    study = results.study
+    curves: dict[str, list[tuple[float, Estimate]]] = {}
+    for point in results.points():
+        curves.setdefault(point.curve, []).append((point.count, point.estimate))
+    return StudyReport(
+        title=study.name,
+        description=study.question,
+        simulated=results.simulated,
+        notes=_notes(results, size),
+        metric=study.metric,
+        evaluations=results.pooled,
+        differences=[str(difference) for difference in results.differences()],
+        curves=curves,
+        axis=_axis(results),
+        gains=[str(gain) for gain in results.gains()],
+        claims=[(judged.claim.text, judged.ruling, judged.why) for judged in results.claims()],
+        published=[(table.source, table.columns, table.rows) for table in study.published],
+        runs=[
+            (name, status.state, f"{status.seconds / 60:.1f}" if status.seconds else "", status.failure)
+            for name, status in results.statuses.items()
+        ],
+    )
+
+
+def _axis(results: StudyResults) -> str:
+    match results.study.design:
+        case CrossValidation():
+            return ""
+        case LearningCurve():
+            return "labelled subjects"
+    return "moved subjects"
+
+
+def _notes(results: StudyResults, size: str) -> list[str]:
+    """What a reader should know before the numbers."""
+    notes = [f"Size: {size}. {results.done} of {len(results.runs)} runs are done."]
+    if results.failed:
+        counted = "1 run failed and is" if len(results.failed) == 1 else f"{len(results.failed)} runs failed and are"
+        notes.append(f"{counted} missing from every number: see the table of runs.")
+    if results.simulated:
+        notes.append("The scans are simulated: nothing here reproduces, or contradicts, a published result.")
+    recipes = {run.arm: run.recipe for run in results.runs}
+    for arm, recipe in recipes.items():
+        notes += [f"{arm} deviates from the report: {text}" for text in getattr(recipe, "deviates", ())]
+    return notes

@@ -1,0 +1,184 @@
+"""What came of a study so far: its runs' held-out subjects pooled, compared, and set along a curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import pandas as pd
+
+from delineate.errors import DatasetError
+from delineate.evaluation.methods import MethodDifference, compare_methods
+from delineate.evaluation.table import Evaluation
+from delineate.metrics.catalogue import METRICS, formatted
+from delineate.metrics.statistics import Difference, Estimate, paired_difference
+from delineate.studies.planning import PlannedRun
+from delineate.studies.running import RunStatus, StudyFolder
+from delineate.studies.specification import Claim, Study
+
+Ruling = Literal["held", "did not hold", "too few to tell"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a curve: the mean of the study's metric at a ``count`` of labelled or moved subjects."""
+
+    arm: str
+    direction: str
+    count: int
+    estimate: Estimate
+
+    @property
+    def curve(self) -> str:
+        """Name of the curve that the point lies on."""
+        return " ".join(part for part in (self.arm, self.direction) if part)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What more subjects brought on the same held-out ones: later count minus earlier, paired by patient."""
+
+    curve: str
+    earlier: int
+    later: int
+    metric: str
+    difference: Difference
+
+    def __str__(self) -> str:
+        d, low, high = self.difference, *(formatted(self.metric, v) for v in self.difference.ci95)
+        label = METRICS[self.metric].label
+        return (
+            f"{self.curve}: from {self.earlier} to {self.later} subjects, {label} changed by "
+            f"{formatted(self.metric, d.mean)} ({low} to {high}, n = {d.n} patients)"
+        )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim of a report, and what our figures say of it."""
+
+    claim: Claim
+    ruling: Ruling
+    why: str
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """``pooled`` has the held-out subjects of each group of runs that has any done, by the group's name."""
+
+    study: Study
+    runs: tuple[PlannedRun, ...]
+    statuses: dict[str, RunStatus]
+    pooled: dict[str, Evaluation]
+
+    @property
+    def done(self) -> int:
+        """How many runs are done."""
+        return sum(status.state == "done" for status in self.statuses.values())
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Runs that failed, with what they said last."""
+        return {name: status.failure for name, status in self.statuses.items() if status.state == "failed"}
+
+    @property
+    def simulated(self) -> bool:
+        """Whether any scan is."""
+        return any(evaluation.simulated for evaluation in self.pooled.values())
+
+    def points(self) -> list[Point]:
+        """The curve of each arm and direction, by count; none in cross-validation."""
+        groups = {run.group: run for run in self.runs if run.count is not None and run.group in self.pooled}
+        found = []
+        for group, run in groups.items():
+            estimate = self.pooled[group].overall().get(self.study.metric)
+            if estimate is not None and run.count is not None:
+                found.append(Point(run.arm, run.direction, run.count, estimate))
+        return sorted(found, key=lambda point: (point.curve, point.count))
+
+    def gains(self) -> list[Gain]:
+        """What each next count of a curve brought, on the subjects that both judged."""
+        by_curve: dict[str, list[tuple[int, Evaluation]]] = {}
+        for point in self.points():
+            group = f"{point.curve} {point.count}"
+            by_curve.setdefault(point.curve, []).append((point.count, self.pooled[group]))
+        metric = self.study.metric
+        gains = []
+        for curve, counted in by_curve.items():
+            for (earlier, before), (later, after) in pairwise(counted):
+                both = pd.DataFrame({"a": after.mean_of_targets(metric), "b": before.mean_of_targets(metric)}).dropna()
+                whose = after.patients
+                if len(both):
+                    difference = paired_difference(both["a"], both["b"], [whose[name] for name in both.index])
+                    gains.append(Gain(curve, earlier, later, metric, difference))
+        return gains
+
+    def differences(self) -> list[MethodDifference]:
+        """Arms against each other; along curves, at their largest count. Empty where fewer than two can be."""
+        arms = self._arms_at_most()
+        if len(arms) < 2:
+            return []
+        try:
+            return compare_methods(arms, [self.study.metric])
+        except DatasetError:  # so far the arms share no subjects
+            return []
+
+    def claims(self) -> list[Judged]:
+        """Each claim of the report, judged by the paired difference of its two arms."""
+        arms = self._arms_at_most()
+        return [_judge(claim, arms) for claim in self.study.claims]
+
+    def _arms_at_most(self) -> dict[str, Evaluation]:
+        """The evaluation of each arm with most subjects; directions are told apart by the arm's name."""
+        last: dict[str, PlannedRun] = {}
+        for run in self.runs:
+            name = " ".join(part for part in (run.arm, run.direction) if part)
+            if run.group in self.pooled and (name not in last or (run.count or 0) > (last[name].count or 0)):
+                last[name] = run
+        return {name: self.pooled[run.group] for name, run in last.items()}
+
+
+def collect(folder: StudyFolder, study: Study, runs: Sequence[PlannedRun]) -> StudyResults:
+    """Read what is there of a study's runs; works at any time."""
+    statuses = {run.name: folder.status(run.name) for run in runs}
+    found: dict[str, list[tuple[PlannedRun, Evaluation]]] = {}
+    for run in runs:
+        if statuses[run.name].state == "done":
+            evaluation = Evaluation.read(folder.run(run.name) / "evaluation")
+            found.setdefault(run.group, []).append((run, evaluation))
+    return StudyResults(study, tuple(runs), statuses, {group: pooled(ones) for group, ones in found.items()})
+
+
+def pooled(runs: Sequence[tuple[PlannedRun, Evaluation]]) -> Evaluation:
+    """One table of several runs' held-out subjects.
+
+    What one subject gave under another seed stands as another scan of its patient, so that
+    intervals by patient count it once.
+    """
+    several = len({run.seed for run, _ in runs}) > 1
+    tables = []
+    for run, evaluation in runs:
+        table = evaluation.table
+        if "patient" not in table:
+            table = table.assign(patient=table["subject"])
+        if several:
+            table = table.assign(subject=table["subject"] + f" (seed {run.seed})")
+        tables.append(table)
+    return Evaluation(
+        pd.concat(tables, ignore_index=True), simulated=any(evaluation.simulated for _, evaluation in runs)
+    )
+
+
+def _judge(claim: Claim, arms: dict[str, Evaluation]) -> Judged:
+    if claim.better not in arms or claim.worse not in arms:
+        return Judged(claim, "too few to tell", "not all of its runs are done")
+    try:
+        [found] = compare_methods({arm: arms[arm] for arm in (claim.better, claim.worse)}, [claim.metric])
+    except DatasetError as error:
+        return Judged(claim, "too few to tell", error.message)
+    if found.better is None:
+        # Arms that are not told apart may still differ by less than so many patients show, which the sentence says.
+        return Judged(claim, "too few to tell", str(found))
+    return Judged(claim, "held" if found.better == claim.better else "did not hold", str(found))

@@ -1,0 +1,107 @@
+"""What is said of a study: pooled subjects, curves, gains and claims, of tables made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from delineate.datasets.splits import Split
+from delineate.evaluation.table import Evaluation
+from delineate.recipe import load_recipe
+from delineate.studies.planning import PlannedRun
+from delineate.studies.reporting import write_study_report
+from delineate.studies.results import StudyResults, collect, pooled
+from delineate.studies.running import RunStatus, StudyFolder
+from delineate.studies.specification import Study
+
+RECIPE = load_recipe("hippocampus")
+NAMES = [f"s{i:02}" for i in range(20)]
+
+
+def run(arm: str = "base", seed: int = 0, fold: int = 0, count: int | None = None) -> PlannedRun:
+    split = Split((tuple(NAMES[:10]), tuple(NAMES[10:])))
+    return PlannedRun(f"{arm}-{fold}-{seed}-{count}", arm, seed, fold, RECIPE, split, count)
+
+
+def table(subjects: list[str], dice: float) -> Evaluation:
+    rows = [
+        {"subject": name, "site": "", "patient": name, "target": "organ", "dice": dice + i / 1000, "case": "both"}
+        for i, name in enumerate(subjects)
+    ]
+    return Evaluation(pd.DataFrame(rows))
+
+
+def study(**more: object) -> Study:
+    values = {
+        "name": "s", "question": "What?", "recipe": "hippocampus", "sizes": {"quick": {}},
+        "design": {"kind": "learning_curve", "counts": [5, 10]}, **more,
+    }  # fmt: skip
+    return Study.model_validate(values)
+
+
+def results(what: Study, **groups: tuple[PlannedRun, Evaluation]) -> StudyResults:
+    runs = tuple(planned for planned, _ in groups.values())
+    statuses = {planned.name: RunStatus(state="done", seconds=60, attempts=1) for planned in runs}
+    return StudyResults(what, runs, statuses, {planned.group: found for planned, found in groups.values()})
+
+
+def test_folds_are_pooled_into_one_table() -> None:
+    both = pooled([(run(fold=0), table(NAMES[:10], 0.8)), (run(fold=1), table(NAMES[10:], 0.9))])
+    assert sorted(both.subjects) == NAMES
+    assert both.overall()["dice"].patients == 20
+
+
+def test_seeds_of_one_patient_are_one_patient() -> None:
+    both = pooled([(run(seed=0), table(NAMES, 0.8)), (run(seed=1), table(NAMES, 0.9))])
+    assert len(both.subjects) == 40
+    estimate = both.overall()["dice"]
+    assert estimate.patients == 20
+    assert estimate.mean == pytest.approx(0.85 + 9.5 / 1000)
+
+
+def test_what_more_subjects_bring_is_paired_by_patient() -> None:
+    found = results(study(), few=(run(count=5), table(NAMES, 0.7)), more=(run(count=10), table(NAMES, 0.8)))
+    assert [(point.count, round(point.estimate.mean, 4)) for point in found.points()] == [(5, 0.7095), (10, 0.8095)]
+    [gain] = found.gains()
+    assert gain.difference.mean == pytest.approx(0.1)
+    assert "from 5 to 10 subjects" in str(gain)
+    assert "n = 20 patients" in str(gain)
+
+
+@pytest.mark.parametrize(
+    ("better", "subjects", "ruling"),
+    [(0.9, 20, "held"), (0.7, 20, "did not hold"), (0.8, 20, "too few to tell"), (0.9, 4, "too few to tell")],
+)
+def test_a_claim_holds_only_where_the_arms_are_told_apart(better: float, subjects: int, ruling: str) -> None:
+    what = study(
+        arms={"a": {}, "b": {"set": ["training.seed=1"]}},
+        design={"kind": "cross_validation"},
+        claims=[{"text": "a is better", "better": "a", "worse": "b"}],
+    )
+    names = NAMES[:subjects]
+    found = results(what, a=(run("a"), table(names, better)), b=(run("b"), table(names, 0.8)))
+    assert [judged.ruling for judged in found.claims()] == [ruling]
+    alone = results(what, a=(run("a"), table(names, better)))
+    assert [judged.ruling for judged in alone.claims()] == ["too few to tell"]
+
+
+def test_the_page_says_what_is_missing_and_where_scans_are_simulated(tmp_path: Path) -> None:
+    found = results(study(), few=(run(count=5), table(NAMES, 0.7)), more=(run(count=10), table(NAMES, 0.8)))
+    simulated = Evaluation(found.pooled["base 5"].table, simulated=True)
+    statuses = {**found.statuses, "lost": RunStatus(state="failed", failure="no <memory> was left")}
+    part = StudyResults(found.study, found.runs, statuses, {**found.pooled, "base 5": simulated})
+    page = write_study_report(part, tmp_path, "quick").read_text(encoding="utf-8")
+    for text in ("2 of 2 runs are done", "1 run failed", "no &lt;memory&gt; was left", "Simulated scans", "labelled"):
+        assert text in page, text
+    rows = (tmp_path / "results.csv").read_text(encoding="utf-8")
+    assert "base 10,organ,dice,0.8095" in rows
+
+
+def test_a_study_of_which_nothing_is_done_has_a_page(tmp_path: Path) -> None:
+    planned = (run(count=5), run(count=10))
+    found = collect(StudyFolder(tmp_path), study(), planned)
+    assert (found.done, found.pooled, found.gains(), found.differences()) == (0, {}, [], [])
+    page = write_study_report(found, tmp_path, "quick").read_text(encoding="utf-8")
+    assert "No run is done yet." in page

@@ -1,0 +1,155 @@
+"""Studies of real, tiny trainings: what is killed resumes, what fails is reported, and the tables are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from delineate.cli.app import app
+from delineate.core.grid import Grid
+from delineate.core.volume import LabelVolume, Volume
+from delineate.errors import MissingFile, OutputError, StudyError
+from delineate.io.formats import write_label, write_volume
+from delineate.io.tables import read_table
+from delineate.studies.running import RunStatus, StudyFolder, part_of
+
+TINY = {
+    "name": "tiny",
+    "data": {"images": "*_image.nii.gz", "labels": "*_label.nii.gz", "targets": {"values": {"ball": 1}}},
+    "tiles": {"kind": "patches", "shape": [8, 8, 8]},
+    "network": {"kind": "unet", "dimensions": 3, "widths": [4, 4]},
+    "training": {"steps": 2, "validation": {"times": 1, "loss_every": None}},
+}
+STUDY = {
+    "name": "small",
+    "question": "Does a study end as it should?",
+    "recipe": "tiny.yaml",
+    "arms": {"plain": {}, "fast": {"set": ["training.optimiser.learning_rate=0.05"]}},
+    "design": {"kind": "cross_validation", "folds": 2},
+    "sizes": {"quick": {"folds": [1]}},
+    "claims": [{"text": "Faster is better.", "better": "fast", "worse": "plain"}],
+    "published": [{"source": "Nobody 1900", "columns": ["arm", "Dice"], "rows": [["fast", ".99"]]}],
+}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """Six scans with a bright ball each, a recipe and a study."""
+    rng = np.random.default_rng(0)
+    grid = Grid.of_spacing((8, 8, 8), (1, 1, 1.5))
+    for i in range(6):
+        ball = np.zeros(grid.shape, np.uint8)
+        ball[2 : 5 + i % 3, 2:6, 2:6] = 1
+        voxels = (ball * 3 + rng.standard_normal(grid.shape)).astype(np.float32)
+        write_volume(tmp_path / f"data/case{i}_image.nii.gz", Volume(voxels[None], grid))
+        write_label(tmp_path / f"data/case{i}_label.nii.gz", LabelVolume(ball, grid))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(STUDY))
+    return tmp_path
+
+
+def command(world: Path, out: str, *more: str) -> list[str]:
+    place = ["--data", str(world / "data"), "--out", str(world / out)]
+    return ["study", "run", str(world / "small.yaml"), *place, "--device", "cpu", *more]
+
+
+def environment(world: Path) -> dict[str, str]:
+    return {**os.environ, "DELINEATE_HOME": str(world / "home"), "OMP_NUM_THREADS": "1"}
+
+
+def started(world: Path, out: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "delineate", *command(world, out)],
+        env=environment(world),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def tables(out: Path) -> dict[str, list[dict[str, str]]]:
+    return {name: read_table(out / f"{name}.csv") for name in ("results", "differences")}
+
+
+def test_a_killed_study_resumes_and_ends_with_the_same_tables(world: Path) -> None:
+    killed = started(world, "killed")
+    folder = StudyFolder(world / "killed")
+    deadline = time.monotonic() + 120
+    while folder.status("plain-fold1-seed0").state != "done":
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        with pytest.raises(subprocess.TimeoutExpired):
+            killed.wait(0.1)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    before = folder.status("plain-fold1-seed0")
+    study, _, runs = folder.open()
+    assert study.name == "small"
+    assert len(runs) == 2
+    for out in ("killed", "whole"):
+        assert started(world, out).wait() == 0
+    assert folder.status("plain-fold1-seed0") == before, "what was done is not done again"
+    assert tables(world / "killed") == tables(world / "whole")
+    results = tables(world / "whole")["results"]
+    assert {row["runs"] for row in results} == {"plain", "fast"}
+    assert all(row["patients"] == "3" for row in results if row["metric"] == "dice")
+    page = (world / "whole" / "report.html").read_text(encoding="utf-8")
+    for text in ("Faster is better.", "Nobody 1900", "2 of 2 runs are done", "too few to tell"):
+        assert text in page
+
+
+def test_a_failing_run_stops_no_other_and_is_run_again(world: Path, monkeypatch) -> None:
+    monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    study = {**STUDY, "arms": {"lost": {"set": ["start.weights=nowhere"]}, "plain": {}}, "claims": []}
+    (world / "small.yaml").write_text(yaml.safe_dump(study))
+    done = CliRunner().invoke(app, command(world, "out", "--json"))
+    assert done.exit_code == 1
+    states = json.loads(done.stdout)["runs"]
+    assert states == {"lost-fold1-seed0": "failed", "plain-fold1-seed0": "done"}
+    failed = StudyFolder(world / "out").status("lost-fold1-seed0")
+    assert "nowhere" in failed.failure
+    page = (world / "out" / "report.html").read_text(encoding="utf-8")
+    assert "1 run failed" in page
+    again = CliRunner().invoke(app, command(world, "out"))
+    assert again.exit_code == 1
+    assert StudyFolder(world / "out").status("lost-fold1-seed0").attempts == 2
+    assert StudyFolder(world / "out").status("plain-fold1-seed0").attempts == 1
+    shown = CliRunner().invoke(app, ["study", "report", str(world / "out")])
+    assert "1 of 2 runs are done" in shown.output
+
+
+def test_a_folder_holds_one_study_and_nothing_of_somebody_elses(world: Path) -> None:
+    (world / "taken").mkdir()
+    (world / "taken" / "report.html").write_text("somebody's")
+    done = CliRunner().invoke(app, command(world, "taken"))
+    assert isinstance(done.exception, OutputError)
+    assert [path.name for path in (world / "taken").iterdir()] == ["report.html"]
+    plan = ["study", "plan", str(world / "small.yaml"), "--data", str(world / "data")]
+    assert CliRunner().invoke(app, plan).exit_code == 0
+    assert not (world / "one").exists(), "a plan writes nothing"
+    with pytest.raises(MissingFile):
+        StudyFolder(world / "one").open()
+
+
+def test_parts_of_a_job_array_are_all_runs_once() -> None:
+    runs = tuple(range(11))
+    for parts in (1, 3, 11, 20):
+        taken = [run for i in range(parts) for run in part_of(runs, f"{i + 1}/{parts}")]  # type: ignore[arg-type]
+        assert sorted(taken) == list(runs)
+    for wrong in ("0/3", "4/3", "x", "1", "1/0", "-1/3"):
+        with pytest.raises(StudyError):
+            part_of(runs, wrong)  # type: ignore[arg-type]
+
+
+def test_a_status_begins_as_waiting(tmp_path: Path) -> None:
+    assert StudyFolder(tmp_path).status("x") == RunStatus(state="waiting")
