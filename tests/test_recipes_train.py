@@ -57,7 +57,7 @@ def test_it_trains_two_steps_and_predicts(name, tmp_path, rng) -> None:
     values["data"] = {}
     # DeepLab's pooled branch normalises over the batch alone.
     batch_size = 2 if name == "prostate_deeplab" else 1
-    values["training"] |= {"minutes": None, "steps": 2, "batch_size": batch_size, "folds": 3}
+    values["training"] |= {"minutes": None, "steps": 2, "batch_size": batch_size, "folds": 3, "test_last": 0}
     if values["network"]["kind"] in SMALLER:
         values["network"] |= SMALLER[values["network"]["kind"]]
     if values["start"] is not None:

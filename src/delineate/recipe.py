@@ -197,6 +197,8 @@ class TrainingSpec(Specification):
     single fold is trained on, and the test set is what is held out. A split file that is there decides instead.
     ``initialisation``: how the kernels of all convolutions begin, transposed ones among them, with biases at zero;
     ``default``: as the network's own description says. Weights to start from replace them.
+    ``norm_statistics``: those that BatchNorms predict with are ``measured`` on training tiles under the weights that
+    are kept, or ``moving`` averages over the steps, as the networks update them.
     ``keep``: the bundle keeps the ``best`` weights by validation, or the ``last``; without validation, the last.
     ``frozen``: patterns of parameters that stay as they begin, such as ``encoder.0.*``; their
     BatchNorms keep their statistics, too.
@@ -216,6 +218,7 @@ class TrainingSpec(Specification):
     test_last: Annotated[int, Field(ge=0, le=10**6)] = 0
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     initialisation: Literal["default", "xavier_normal", "glorot_uniform"] = "default"
+    norm_statistics: Literal["measured", "moving"] = "measured"
     keep: Literal["best", "last"] = "best"
     frozen: Names = ()
 

@@ -72,6 +72,12 @@ class TestChosenSlices:
     def test_there_is_a_limit_on_all(self, subjects) -> None:
         assert self.slices(subjects, with_target=30, adjacent=0, at_most=4) == [[2, 3, 9], [2], [], [], []]
 
+    @pytest.mark.parametrize("fields", [(30, 20), (2, 1), (3, 20), (30, 0)])
+    def test_their_number_is_known_from_the_label_alone(self, subjects, fields) -> None:
+        sampler = ChosenSlices(with_target=fields[0], adjacent=fields[1])
+        assert [sampler.count(3, 10)] * 5 == [len(s) for s in self.slices(subjects, **sampler.model_dump())]
+        assert sampler.count(0, 10) == 0
+
     def test_they_are_for_slices_and_for_labels(self, subjects) -> None:
         with pytest.raises(RecipeError, match="kind: slices"):
             Sampler(ChosenSlices(), subjects, GEOMETRY, 0)

@@ -134,6 +134,28 @@ def test_the_last_weights_are_kept_where_the_recipe_says_so(recipe, balls, tmp_p
     assert not all(np.array_equal(kept[name], best[name]) for name in kept)
 
 
+@pytest.mark.parametrize("stop_at", [None, "step 8"])
+def test_batch_norms_may_keep_their_moving_averages(recipe, balls, tmp_path, stop_at) -> None:
+    """They have seen the steps of the training, each once, even of one that was resumed; measured ones, other tiles."""
+    values = recipe.as_dict()
+    values["network"]["norm"] = "batch"
+    values["training"]["ema"] = 0.0
+    seen = {}
+    for statistics in ("moving", "measured"):
+        folder = tmp_path / statistics
+
+        def stop(text: str, folder=folder) -> None:
+            if stop_at and text.startswith(stop_at):
+                (folder / "stop").touch()
+
+        run(with_training(recipe_from(values), norm_statistics=statistics), balls, folder, stop)
+        run(with_training(recipe_from(values), norm_statistics=statistics), balls, folder)
+        seen[statistics] = {
+            int(n) for name, n in weights_of(folder / "last").items() if name.endswith("batches_tracked")
+        }
+    assert seen == {"moving": {12}, "measured": {32}}
+
+
 def test_curves_are_of_the_held_out_subjects_where_the_recipe_says_so(recipe, balls, tmp_path) -> None:
     """No subject is spent on validation then, and the bundle does not count the held-out ones as seen."""
     validation = {"times": 2, "loss_every": 4, "held_out": True}

@@ -222,7 +222,11 @@ class Tiles(TorchDataset):
 
     def network(self) -> nn.Module:
         """The recipe's network for these tiles, with new weights."""
-        return self.recipe.network.build(self._channels * self._source.geometry.slices, self.targets.outputs)
+        from delineate.training.start import initialise
+
+        network = self.recipe.network.build(self._channels * self._source.geometry.slices, self.targets.outputs)
+        initialise(network, self.recipe.training)
+        return network
 
     def loss(self) -> Any:
         """The recipe's loss, called as ``loss(logits, target, image)``."""
@@ -260,11 +264,11 @@ def tiles(
     from delineate.sampling.batches import BatchSource
     from delineate.sampling.samplers import Sampler
     from delineate.training.options import RunOptions
-    from delineate.training.preparation import assign_roles, inspected, new_split, prepared_bundle
+    from delineate.training.preparation import assign_roles, inspected, new_split, prepared_bundle, reached
 
     check(cancel)
     chosen = _recipe(recipe, _as_texts(changes))
-    whole, report = _dataset(data, chosen.data), _reporter(progress, None, cancel)
+    whole, report = reached(chosen, _dataset(data, chosen.data)), _reporter(progress, None, cancel)
     options = RunOptions(
         fold=fold, cache=None if cache is None else Path(cache), leave_out_broken=leave_out_broken, device="cpu"
     )

@@ -79,13 +79,18 @@ class ChosenSlices(SamplerSpecification):
     """Some slices of every subject once a pass, in a new order each pass; for tiles that are slices.
 
     Of each subject ``with_target`` slices that hold a target, evenly spread, and ``adjacent`` ones
-    without, those nearest to any with. ``at_most`` so many slices in all, subjects in their order.
+    without, those nearest to any with. ``at_most`` so many slices in all, of subjects by name (case9 before case10),
+    held-out ones among them; whoever comes after is left out of the run.
     """
 
     kind: Literal["chosen_slices"] = "chosen_slices"
     with_target: Annotated[int, Field(ge=1, le=10**6)] = 30
     adjacent: Annotated[int, Field(ge=0, le=10**6)] = 20
     at_most: Annotated[int, Field(ge=1, le=10**9)] | None = None
+
+    def count(self, held: int, slices: int) -> int:
+        """How many are chosen of a subject's slices of which so many hold a target."""
+        return min(self.with_target, held) + min(self.adjacent, slices - held) if held else 0
 
     def listed(self, subjects: Sequence[PreparedSubject], geometry: TileGeometry) -> list[tuple[int, Tile]]:
         axis = geometry.slice_axis

@@ -121,8 +121,11 @@ class Delineator(lightning.LightningModule):
         """Measure the BatchNorms' statistics anew under the weights that are kept, on training tiles.
 
         The moving ones lag behind: they remember other weights, and of a short training, the start.
-        Frozen BatchNorms keep theirs. The same tiles are used each time, on every process.
+        Frozen BatchNorms keep theirs, and all where the recipe keeps the moving ones. The same tiles are used each
+        time, on every process.
         """
+        if self.spec.norm_statistics == "moving":
+            return
         kept = self.kept_network
         norms = [
             norm

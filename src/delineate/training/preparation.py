@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,31 @@ import torch
 
 from delineate.bundle import Bundle, Provenance, hidden, versions
 from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
-from delineate.core.grid import Grid
+from delineate.core.grid import AXES, Grid
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
-from delineate.datasets.dataset import Dataset, load_scan
+from delineate.datasets.dataset import Dataset, load_label, load_scan
 from delineate.datasets.inspection import Inspection, inspect
-from delineate.datasets.splits import Split, drawn_over_sites, load_or_make_split, make_split, save_split
+from delineate.datasets.splits import (
+    Split,
+    drawn_over_sites,
+    in_order,
+    load_or_make_split,
+    load_split,
+    make_split,
+    save_split,
+)
 from delineate.derivation import derive_recipe, summarise
-from delineate.errors import BadSplit, BrokenSubjects, RecipeError
+from delineate.errors import BadSplit, BrokenSubjects, DelineateError, RecipeError
 from delineate.inference.fingerprint import fingerprint_of
 from delineate.io.files import home_folder, writing_beside
 from delineate.io.pseudonyms import key_id
 from delineate.preprocessing.cache import PreparedDataset, prepare
+from delineate.preprocessing.spatial import Reorient
+from delineate.preprocessing.step import Step
 from delineate.recipe import Recipe, apply_changes, load_recipe, recipe_from, to_yaml
-from delineate.sampling.tiles import geometry_for, with_slice_axis
+from delineate.sampling.samplers import ChosenSlices
+from delineate.sampling.tiles import Slices, geometry_for, with_slice_axis
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.subjects import RunSubjects
 
@@ -111,6 +123,45 @@ def _value_at(values: Any, path: str) -> Any:
     for key in path.split("."):
         values = values[int(key)] if isinstance(values, list) else values[key]
     return values
+
+
+def reached(recipe: Recipe, dataset: Dataset, split_file: Path | None = None) -> Dataset:
+    """``dataset`` without the subjects that the sampler does not come to, since others give ``at_most`` slices.
+
+    Labels are read one by one until these have enough; a split that is there decides instead. A label that cannot be
+    read counts for nothing here: inspection will say what is wrong with it.
+    """
+    sampler, tiles = recipe.sampler, recipe.tiles
+    targets = recipe.data.targets.targets() if recipe.data.targets else dataset.targets
+    if not isinstance(sampler, ChosenSlices) or sampler.at_most is None:
+        return dataset
+    if not isinstance(tiles, Slices) or targets is None:
+        return dataset  # refused by name further on
+    if split_file is not None and split_file.exists():
+        named = load_split(split_file).subjects
+        return replace(dataset, subjects=tuple(s for s in in_order(dataset.subjects) if s.id in named))
+    values = [value for numbers in targets.values.values() for value in numbers]
+    kept: list[Subject] = []
+    slices = 0
+    for subject in in_order(dataset.subjects):
+        kept.append(subject)
+        with suppress(DelineateError):
+            label = load_label(subject, None, None)
+            axis = _slice_axis(tiles, recipe.preprocessing, label.grid)
+            holding = np.isin(label.voxels, values).any(axis=tuple(a for a in range(3) if a != axis))
+            slices += sampler.count(int(holding.sum()), label.voxels.shape[axis])
+        if slices >= sampler.at_most:
+            break
+    return replace(dataset, subjects=tuple(kept))
+
+
+def _slice_axis(tiles: Slices, preprocessing: Sequence[Step], grid: Grid) -> int:
+    """The axis of a grid, as it is stored, that is across the slices once it is prepared."""
+    if tiles.axis == "thickest":
+        return grid.slice_axis
+    axis = AXES.index(tiles.axis)
+    turned = [step for step in preprocessing if isinstance(step, Reorient)]
+    return grid.axes_to(turned[-1].to)[0][axis] if turned else axis
 
 
 def inspected(
@@ -312,9 +363,14 @@ def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, re
     )
 
 
+def split_file(folder: Path, options: RunOptions) -> Path:
+    """Where the split of a run lies, or will."""
+    return options.split_file or folder / "split.json"
+
+
 def split_for(recipe: Recipe, whole: Dataset, usable: Dataset, folder: Path, options: RunOptions) -> Split:
     """The split of a run, made where there is none."""
-    path = options.split_file or folder / "split.json"
+    path = split_file(folder, options)
     if not path.exists():
         split = new_split(recipe, whole, usable)
         save_split(path, split)

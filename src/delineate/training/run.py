@@ -72,6 +72,8 @@ from delineate.training.preparation import (
     expected_seconds,
     inspected,
     prepared_bundle,
+    reached,
+    split_file,
     split_for,
     subjects_of,
     threads_of,
@@ -133,7 +135,7 @@ def _run(
     first: bool,
 ) -> RunResult:
     _check_same_recipe(recipe, folder)
-    whole = dataset
+    whole = dataset = reached(recipe, dataset, split_file(folder, options))
     dataset, targets, inspection = inspected(recipe, dataset, inspection, options, report)
     # What cannot be measured at the end is refused before anything is trained.
     targets_of(",".join(recipe.metrics), targets)
