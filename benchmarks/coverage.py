@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from delineate.inference.confidence import Calibration, Case, Confidence, check_intervals
+from delineate.calibration import Calibration, Case, Confidence, check_intervals
 from delineate.metrics.agreement import Agreement, agreement, concordance
 from delineate.metrics.conformal import Conformal
 from delineate.metrics.statistics import estimate_means, paired_difference
@@ -160,7 +160,7 @@ def checked(rng: np.random.Generator, design: Design, repetitions: int) -> float
     def once() -> list[float]:
         drawn = {site: design.draw(rng) for site in "AB"}
         cases = [case(e, s + p, s) for s, d in drawn.items() for p, e in zip(*d, strict=True)]
-        return [float(row[held]) for row in check_intervals(cases, LEVEL)[1:] for held in ("dice_held", "volume_held")]
+        return [held for row in check_intervals(cases, LEVEL)[1:] for held in (row.dice_held, row.volume_held)]
 
     return float(np.mean([share for _ in range(repetitions // 20 + 1) for share in once()]))
 

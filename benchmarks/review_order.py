@@ -15,13 +15,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from delineate.bundle import Bundle
+from delineate.calibration import mutual_dice, rank_correlation
 from delineate.compute import plan_compute
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import load_scan
 from delineate.datasets.layouts import open_dataset
 from delineate.evaluation.table import Evaluation
 from delineate.inference.batch import with_channels
-from delineate.inference.confidence import mutual_dice, rank_correlation
 from delineate.inference.predictor import Predictor
 from delineate.training.subjects import RunSubjects
 

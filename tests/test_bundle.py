@@ -15,12 +15,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from delineate.bundle import Bundle, Fingerprint, Provenance, Range, hidden, save_weights
+from delineate.bundle import Bundle, Provenance, hidden, save_weights
 from delineate.compute import plan_compute
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.errors import BundleError, UnknownKey
+from delineate.fingerprint import Fingerprint, Range
 from delineate.inference.predictor import Predictor
 from delineate.io.pseudonyms import key_id
 from delineate.io.sealed import replace_file

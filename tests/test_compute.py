@@ -10,8 +10,8 @@ from delineate.errors import RecipeError
 
 def test_every_choice_has_its_reason() -> None:
     plan = plan_compute()
-    assert [row["what"] for row in plan.rows()] == ["device", "precision", "memory format", "compile", "threads"]
-    assert all(row["choice"] and row["why"] for row in plan.rows())
+    assert [choice.what for choice in plan.choices] == ["device", "precision", "memory format", "compile", "threads"]
+    assert all(choice.choice and choice.why for choice in plan.choices)
 
 
 def test_a_short_run_is_not_compiled_and_says_why() -> None:

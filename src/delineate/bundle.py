@@ -28,9 +28,11 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from delineate.calibration import CALIBRATION
 from delineate.core.grid import AXES
 from delineate.core.targets import Targets
 from delineate.errors import BundleError, DelineateError, OutputError, UnknownKey
+from delineate.fingerprint import PATIENT_AXES, Fingerprint
 from delineate.io.files import writing_beside
 from delineate.io.pseudonyms import PATTERN, key_file, key_id, pseudonym
 from delineate.io.sealed import AGAIN, MANIFEST, Sealed, Stamp, opened, read_json, read_small, replace_file, seal
@@ -40,50 +42,16 @@ from delineate.plugins import missing
 from delineate.preprocessing.pipeline import Pipeline
 from delineate.recipe import Recipe, TargetsSpec, recipe_from, to_yaml
 from delineate.sampling.tiles import Slices, TileGeometry, TileSpec, Whole, geometry_for
-from delineate.specification import Specification, from_json, to_json
+from delineate.specification import Specification, Text, from_json, to_json
 
 FORMAT: Final = 2
-RECIPE, PREPROCESSING, WEIGHTS, CALIBRATION = (
-    "recipe.yaml", "preprocessing.json", "weights.safetensors", "calibration.json"
-)  # fmt: skip
+RECIPE, PREPROCESSING, WEIGHTS = "recipe.yaml", "preprocessing.json", "weights.safetensors"
 
 _MOST_VOXELS = 2**30
 """Of a tile, as the network reads it."""
 
-Text = Annotated[str, Field(max_length=1000)]
 Pseudonym = Annotated[str, Field(pattern=PATTERN)]
 Positive = Annotated[float, Field(gt=0, le=1e4)]
-
-
-Quantity = Literal["spacing", "field_of_view", "contrast", "volume"]
-PATIENT_AXES = {"RL": "left to right", "AP": "back to front", "SI": "feet to head"}
-
-
-@dataclass(frozen=True)
-class Range:
-    """Least, median and largest of a number over the training scans.
-
-    ``of`` is an axis of :data:`PATIENT_AXES` for spacing and field of view (mm), a channel for contrast,
-    a target for volume (ml).
-    """
-
-    quantity: Quantity
-    of: Text
-    min: float
-    median: float
-    max: float
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What the training scans look like: of how many, and the ranges of what was measured of them."""
-
-    subjects: Annotated[int, Field(ge=0)] = 0
-    ranges: Annotated[tuple[Range, ...], Field(max_length=2**17)] = ()
-
-    def range(self, quantity: Quantity, of: str) -> Range | None:
-        """That of one quantity; None where it was not measured."""
-        return next((r for r in self.ranges if (r.quantity, r.of) == (quantity, of)), None)
 
 
 @dataclass(frozen=True)
@@ -130,7 +98,7 @@ class Bundle:
     channels: tuple[str, ...]
     geometry: TileGeometry
     spacing_mm: tuple[float, float, float]
-    fingerprint: Fingerprint = Fingerprint()
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
     provenance: Provenance = Provenance()
     folder: Path | None = None
     weights: Stamp | None = field(default=None, compare=False)

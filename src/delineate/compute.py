@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from delineate.errors import RecipeError
+from delineate.io.documents import Document
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Compile = Literal["auto", "on", "off"]
@@ -26,12 +27,19 @@ COMPILE_SECONDS_A_CONVOLUTION = 0.8
 """Measured on two cores: 10 s for 18 convolutions, 35 for 23, 69 for 92 and 79 for 147."""
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """One line of the plan."""
 
     what: str
     choice: str
     why: str
+
+
+class PlanFile(Document):
+    """What was chosen for a run, and why."""
+
+    choices: tuple[Choice, ...]
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,9 @@ class ComputePlan:
             function = _with_right_gradients(function)
         return torch.compile(function, dynamic=False) if self.compile else function
 
-    def rows(self) -> list[dict[str, str]]:
-        """The plan as a table for logs and reports."""
-        return [choice._asdict() for choice in self.choices]
+    def file(self) -> PlanFile:
+        """What is written down of it."""
+        return PlanFile(choices=self.choices)
 
 
 def plan_compute(

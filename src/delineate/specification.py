@@ -98,6 +98,7 @@ def specifications_in(value: object) -> Iterator[Specification]:
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 PositiveWeight = Annotated[float, Field(gt=0, le=1e6)]
 Intensity = Annotated[float, Field(ge=-1e30, le=1e30)]
+Text = Annotated[str, Field(max_length=1000)]
 Names = Annotated[tuple[str, ...], Field(max_length=256)]
 Layers = Annotated[int, Field(ge=1, le=64)]
 Filters = Annotated[int, Field(ge=1, le=2**14)]

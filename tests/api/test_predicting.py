@@ -127,7 +127,7 @@ def test_the_network_is_plain_pytorch_and_predicting_does_not_depend_on_what_is_
 def test_an_ensemble_of_one_network_twice_agrees_with_itself(here) -> None:
     both = delineate.load("run", "run")
     found = both.predict("scan.nii.gz")
-    assert found.confidence["ball"].agreement == 1 or found.volume_ml["ball"] == 0
+    assert found.confidence["ball"].mutual_dice == 1 or found.volume_ml["ball"] == 0
     np.testing.assert_array_equal(found.label.voxels, delineate.load("run").predict("scan.nii.gz").label.voxels)
     with pytest.raises(BundleError, match="2 networks"):
         _ = both.network

@@ -20,10 +20,12 @@ from delineate.bundle import bundle_folder
 from delineate.cli import options
 from delineate.cli.app import app
 from delineate.cli.commands import EVERYWHERE, adds_up, choices_of
+from delineate.core.targets import Targets
 from delineate.core.text import near
 from delineate.datasets.layouts import LAYOUTS, open_dataset
 from delineate.datasets.phantoms.kinds import KINDS, kind_named
 from delineate.errors import BadFormat, DelineateError, RecipeError
+from delineate.io.exports import check_label_format, label_formats
 from delineate.io.formats import check_writable
 from delineate.metrics.catalogue import METRICS, SETS, metric_names
 from delineate.recipe import packaged_recipes
@@ -148,8 +150,9 @@ def test_a_command_or_option_that_is_nearly_right_is_named() -> None:
         ([*SETS, *METRICS], metric_names),
         (KINDS, kind_named),
         (["nii.gz", "mha", "nrrd", "png"], lambda suffix: check_writable(Path(f"scan.{suffix}"))),
+        (label_formats(), lambda name: check_label_format(name, Targets({"a": (1,)}))),
     ],
-    ids=["layouts", "metrics", "phantoms", "formats"],
+    ids=["layouts", "metrics", "phantoms", "formats", "label formats"],
 )
 def test_a_name_that_is_nearly_right_is_named(known: Any, refuse: Any) -> None:
     for name in known:

@@ -24,9 +24,9 @@ import torch
 from numpy.random import Generator
 
 from delineate.bundle import Bundle
+from delineate.calibration import Calibration
 from delineate.core.targets import Targets
 from delineate.errors import BundleError
-from delineate.inference.confidence import Calibration
 from delineate.io import sealed
 from delineate.metrics.conformal import Conformal
 from delineate.recipe import recipe_from

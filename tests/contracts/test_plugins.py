@@ -81,6 +81,13 @@ def test_each_kind_of_part_is_used_and_recorded(own_parts, tmp_path, monkeypatch
     label = Predictor([bundle], plan_compute(device="cpu", compile="off")).predict(scan).label
     write_label(tmp_path / "out.scan.npz", label)
     assert read_header(tmp_path / "out.scan.npz").grid.shape == GRID.shape
+    command = ["predict", tmp_path / "run", tmp_path / "data/p0/anatomy.scan.npz", "-o", tmp_path / "predicted"]
+    done = CliRunner().invoke(app, [*map(str, command), "--format", "scan.npz"])
+    assert done.exit_code == 0, done.output
+    predicted = tmp_path / "predicted/anatomy.scan.npz"
+    assert np.array_equal(read_volume(predicted).voxels[0], label.voxels)
+    listed = CliRunner().invoke(app, ["networks", "list"])
+    assert "two_layers" in listed.output
     # Nothing of it is there where nobody names the module.
     monkeypatch.delenv(plugins.VARIABLE)
     with pytest.raises(BundleError, match=r"parts of own_parts; name its module: delineate --plugin own_parts"):

@@ -8,22 +8,27 @@ import json
 import pkgutil
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
+from math import inf
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 import delineate
-from delineate.bundle import Fingerprint, Provenance, Range, _Description
-from delineate.compute import Choice
+from delineate.bundle import Provenance, _Description
+from delineate.calibration import CalibrationFile, IntervalCheck, Intervals
+from delineate.compute import Choice, PlanFile
+from delineate.core.targets import Targets
 from delineate.datasets.examination import Problem, SubjectRow
-from delineate.datasets.inspection import Intensity
+from delineate.datasets.inspection import InspectionFile, Intensity
 from delineate.datasets.splits import Split, load_split, save_split
 from delineate.errors import RecipeError
+from delineate.fingerprint import Fingerprint, Range
+from delineate.io.documents import Document
 from delineate.io.settings import parse_yaml
+from delineate.pretrained.weights import Entry
 from delineate.recipe import Recipe, load_recipe, packaged_recipes, recipe_from, to_yaml
 from delineate.sampling.tiles import TileGeometry
 from delineate.specification import Specification, from_json, to_json
@@ -141,6 +146,8 @@ def samples() -> dict[type[Specification], list[Specification]]:
         for part in parts_of(whole):
             if part not in found[type(part)]:
                 found[type(part)].append(part)
+    for document in DOCUMENTS:
+        found[type(document)].append(document)
     for kind in classes() - set(found):
         for least in ({}, {"dimensions": 3}, {"dimensions": 2}, *LEAST.get(kind.__name__, ())):
             try:
@@ -194,17 +201,20 @@ def test_events_are_told_apart_by_their_kind() -> None:
             assert event.text
 
 
-SUBJECTS = RunSubjects("d", 0, ("a",), ("b",), ("c",), ("e",), {"a": {"T1": "0f", "label": "1e"}})
+SUBJECTS = RunSubjects(
+    data_set="d", fold=0, training=("a",), validation=("b",), held_out=("c",), left_out=("e",),
+    file_hashes={"a": {"T1": "0f", "label": "1e"}},
+)  # fmt: skip
 SPLIT = Split((("a", "b"), ("c",)), ("d",), 7)
+PROBLEM = Problem("E_SHAPE", "error", "a", "what; and more", "do this; or that")
+ROW = SubjectRow(
+    "a", "s", "p", (1, 2, 3), (0.5, 0.5, 3.0), "RAS", ("T1",), "int16", {"T1": Intensity(0, 1, 2, 3, 4, 5, 6, 7)},
+    (1, 1, 1), {0: 5, 1: 6}, {"liver": 1.25}, (0, 0, 0), {"T1": "ab"},
+)  # fmt: skip
 VALUES = [
-    SUBJECTS,
-    replace(SUBJECTS, fold=None, left_out=()),
     SPLIT,
-    Problem("E_SHAPE", "error", "a", "what; and more", "do this; or that"),
-    SubjectRow(
-        "a", "s", "p", (1, 2, 3), (0.5, 0.5, 3.0), "RAS", ("T1",), "int16", {"T1": Intensity(0, 1, 2, 3, 4, 5, 6, 7)},
-        (1, 1, 1), {0: 5, 1: 6}, {"liver": 1.25}, (0, 0, 0), {"T1": "ab"},
-    ),
+    PROBLEM,
+    ROW,
     Choice("precision", "fp32", "no tensor cores"),
 ]  # fmt: skip
 
@@ -212,6 +222,46 @@ VALUES = [
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_what_a_run_writes_down_reads_back_equal(value: Any) -> None:
     assert from_json(type(value), to_json(value)) == value
+
+
+DOCUMENTS: list[Document] = [
+    SUBJECTS,
+    SUBJECTS.model_copy(update={"fold": None, "left_out": ()}),
+    PlanFile(choices=(Choice("precision", "fp32", "no tensor cores"),)),
+    InspectionFile(
+        data_set="d", layout="msd", reason="dataset.json", targets=Targets({"a": (1, 2)}, "overlapping"),
+        label_voxels={0: 5, 1: 6}, class_fractions={"background": 5 / 11, "a": 6 / 11}, broken=("x",),
+        problems=(PROBLEM,), subjects=(ROW,),
+    ),
+    CalibrationFile(dice_errors={"a": ((0.1, -1 / 3), (-inf,))}, log_volume_errors={"a": ((inf,),), "b": ()}),
+    Intervals(level=0.8, rows=(IntervalCheck("a", "A", 0.1, inf, None, 4, 3, 1 / 3, None),)),
+    Entry(name="vgg11", source="f.pth", preprocessing="caffe", sha256="0f", tensors=16),
+]  # fmt: skip
+
+
+def test_every_document_has_an_instance() -> None:
+    assert {type(document) for document in DOCUMENTS} == {kind for kind in classes() if issubclass(kind, Document)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: type(document).__name__)
+def test_a_file_reads_back_equal_and_refuses_what_it_does_not_know(document: Document, tmp_path) -> None:
+    path = tmp_path / "file.json"
+    document.write(path)
+    assert type(document).read(path) == document
+    contents = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert contents.pop("format") == 1
+    path.write_text(json.dumps(contents))
+    assert type(document).read(path) == document, "files of before said no format"
+    for wrong in ({**contents, "format": 99}, {**contents, "more": 1}, dict(list(contents.items())[1:]), [contents]):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(type(document).error) as caught:
+            type(document).read(path)
+        assert ("update delineate" in caught.value.fix) == (wrong == {**contents, "format": 99})
+
+
+def test_errors_of_scans_in_an_earlier_calibration_are_of_a_patient_each(tmp_path) -> None:
+    found = CalibrationFile.of_bytes(b'{"dice_errors": {"a": [0.1, "-inf"]}, "log_volume_errors": {}}', tmp_path)
+    assert found.dice_errors == {"a": ((0.1,), (-inf,))}
 
 
 def test_files_of_a_run_read_back_equal(tmp_path) -> None:

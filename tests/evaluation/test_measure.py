@@ -17,7 +17,7 @@ from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import Dataset
 from delineate.errors import BadLabelValue, BadShape, DuplicateSubject, GridMismatch, MissingFile
 from delineate.evaluation.agreement import QuantityMap
-from delineate.evaluation.measure import Measuring, compare, evaluate, evaluate_folders
+from delineate.evaluation.measure import Measuring, evaluate, evaluate_folders, measure_prediction
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, averaged
 from delineate.io.formats import write_label, write_volume
@@ -68,7 +68,7 @@ def evaluation_of(**columns: list) -> Evaluation:
 class TestTable:
     def test_a_row_by_hand(self) -> None:
         prediction = label(v1=np.s_[2:10, 2:8, 1:6])
-        liver, tumour = compare(prediction, REFERENCE, TARGETS).targets
+        liver, tumour = measure_prediction(prediction, REFERENCE, TARGETS).targets
         assert liver["target"] == "liver"
         assert liver["dice"] == pytest.approx(2 * 5 / (5 + 6))
         assert liver["precision"] == 1
@@ -101,21 +101,21 @@ class TestTable:
         for prediction in (differing, missing):
             changed = LabelVolume(prediction.voxels.copy(), GRID)
             changed.voxels[0:4] = 0
-            expected, found = (compare(p, ignored, TARGETS, ALL) for p in (changed, prediction))
+            expected, found = (measure_prediction(p, ignored, TARGETS, ALL) for p in (changed, prediction))
             assert pd.DataFrame(found.targets).equals(pd.DataFrame(expected.targets))
             assert found.lesions == expected.lesions
 
     def test_grids_must_match_within_a_tenth_of_a_millimetre(self) -> None:
         near, far = (LabelVolume(REFERENCE.voxels, GRID.crop((shift, 0, 0), GRID.shape)) for shift in (0.05, 0.2))
-        assert compare(near, REFERENCE, TARGETS).targets[0]["dice"] == 1
+        assert measure_prediction(near, REFERENCE, TARGETS).targets[0]["dice"] == 1
         with pytest.raises(GridMismatch, match=r"'a' .* 0\.2 mm apart"):
-            compare(far, REFERENCE, TARGETS, subject="a")
+            measure_prediction(far, REFERENCE, TARGETS, subject="a")
 
     def test_unknown_values_are_refused_on_either_side(self) -> None:
         odd = label(v7=TUMOUR)
         for pair in ((odd, REFERENCE), (REFERENCE, odd)):
             with pytest.raises(BadLabelValue, match="'a'"):
-                compare(*pair, TARGETS, subject="a")
+                measure_prediction(*pair, TARGETS, subject="a")
 
     def test_rows_come_in_the_order_of_pairs_and_targets(self, folders: tuple[Path, Path]) -> None:
         done: list[str] = []
@@ -246,7 +246,7 @@ class TestLesionsAndConfusion:
         targets = Targets({"lesion": (1,)})
         reference = label(v1=np.s_[0:2, 0:2, 0:1]).voxels | label(v1=np.s_[8:9, 8:9, 5:6]).voxels
         prediction = label(v1=np.s_[1:2, 0:2, 0:1])
-        found = compare(prediction, LabelVolume(reference, GRID), targets, Measuring("wmh2017"), subject="a")
+        found = measure_prediction(prediction, LabelVolume(reference, GRID), targets, Measuring("wmh2017"), subject="a")
         lesions = [(row["of"], row["volume_ml"], row["covered"], row["matched"]) for row in found.lesions]
         assert lesions == [
             ("reference", pytest.approx(0.04), 0.5, True),

@@ -13,7 +13,7 @@ from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
 from delineate.errors import RecipeError
-from delineate.evaluation.measure import Measuring, compare
+from delineate.evaluation.measure import Measuring, measure_prediction
 from delineate.metrics.catalogue import SETS, targets_of
 
 # The parts that labels are drawn in, with their names elsewhere; the challenge's regions; its label values.
@@ -169,14 +169,14 @@ def test_a_liver_is_measured_with_its_tumour(named: dict[str, tuple[int, ...]]) 
     all_liver = np.minimum(reference, 1)
     grid = Grid.of_spacing(reference.shape)
     probabilities = np.stack([reference == value for value in (v for (v,) in named.values())]).astype(np.float32)
-    found = compare(
+    found = measure_prediction(
         LabelVolume(all_liver, grid),
         LabelVolume(reference, grid),
         Targets(named),
         Measuring(f"dice,volume_ml,{','.join(SETS['lits'].metrics)}"),
     )
     assert {row["target"]: row["dice"] for row in found.targets}["liver"] < 1, "without the set, targets are as named"
-    rows = compare(
+    rows = measure_prediction(
         LabelVolume(all_liver, grid),
         LabelVolume(reference, grid),
         Targets(named),

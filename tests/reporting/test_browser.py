@@ -12,11 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from delineate.compute import Choice
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.inspection import SubjectRow
 from delineate.evaluation.agreement import QuantityMap
-from delineate.evaluation.measure import compare
+from delineate.evaluation.measure import measure_prediction
 from delineate.evaluation.methods import compare_methods
 from delineate.evaluation.table import Evaluation
 from delineate.reporting.html import EvaluationReport, MethodsReport, RunReport, write_report
@@ -44,7 +46,7 @@ def label(shift: int) -> LabelVolume:
 def evaluation(shift: int = 0) -> Evaluation:
     rows = []
     for i, name in enumerate(EVIL):
-        rows += compare(label((i + shift) % 4), label(0), TARGETS, subject=name, site=EVIL[i % 3]).targets
+        rows += measure_prediction(label((i + shift) % 4), label(0), TARGETS, subject=name, site=EVIL[i % 3]).targets
     return Evaluation(pd.DataFrame(rows), {EVIL[2]: [EVIL[3]]}, quantity=QuantityMap(EVIL[1]))
 
 
@@ -55,18 +57,33 @@ def pages() -> dict[str, RunReport | EvaluationReport | MethodsReport]:
         Overlay(name, "best" if name == EVIL[0] else "", 0.9, views_of(scan, label(1), label(0), TARGETS, subject=name))
         for name in EVIL[:3]
     ]
-    row = {"subject": EVIL[0], "site": EVIL[1], "shape": (1, 1, 1), "spacing_mm": (1, 1, 4), "orientation": EVIL[2]}
+    row = SubjectRow(
+        subject=EVIL[0],
+        site=EVIL[1],
+        patient=EVIL[0],
+        shape=(1, 1, 1),
+        spacing_mm=(1, 1, 4),
+        orientation=EVIL[2],
+        channels=("T1",),
+        dtype="int16",
+        intensities={},
+        foreground_shape=(1, 1, 1),
+        label_voxels={},
+        volume_ml={EVIL[3]: 2.0},
+        label_box_shape=(0, 0, 0),
+        hashes={},
+    )
     run = RunReport(
         title=EVIL[5],
         description=EVIL[6],
         simulated=True,
-        data_rows=[{**row, "volume_ml": {EVIL[3]: 2.0}}],
+        data_rows=[row],
         learning=pd.DataFrame({"step": range(50), "loss": np.linspace(1, 0.1, 50)}),
         validation=pd.DataFrame({"step": [10, 20], "dice": [0.5, 0.6], f"dice_{EVIL[0]}": [0.6, 0.7]}),
         evaluation=measured,
         overlays=overlays,
         recipe_yaml=f"name: {EVIL[8]}\n",
-        plan=[{"what": EVIL[0], "choice": EVIL[1], "why": EVIL[2]}],
+        plan=[Choice(EVIL[0], EVIL[1], EVIL[2])],
         provenance={EVIL[3]: EVIL[4]},
         notes=list(EVIL),
         seams={EVIL[0]: (1.0, 3)},

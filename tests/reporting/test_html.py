@@ -9,13 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from delineate.calibration import Case, Confidence, Intervals, check_intervals
+from delineate.compute import Choice
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.inspection import SubjectRow
 from delineate.evaluation.agreement import QuantityMap
-from delineate.evaluation.measure import Measuring, compare
-from delineate.evaluation.table import Evaluation, plain, reliability_table
-from delineate.inference.confidence import Case, Confidence, check_intervals
+from delineate.evaluation.measure import Measuring, measure_prediction
+from delineate.evaluation.table import Evaluation, reliability_table
 from delineate.reporting.figures import confusion_chart, methods_chart
 from delineate.reporting.html import EvaluationReport, MethodsReport, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of
@@ -35,7 +37,7 @@ def label(shift: int = 0) -> LabelVolume:
 def report(rng) -> RunReport:
     rows = []
     for i in range(6):
-        rows += compare(label(i), label(), TARGETS, subject=f"s{i}", site="AB"[i % 2]).targets
+        rows += measure_prediction(label(i), label(), TARGETS, subject=f"s{i}", site="AB"[i % 2]).targets
     rows[-1]["hd95_mm"] = float("inf")
     scan = Volume(rng.random((1, *GRID.shape)), GRID)
     overlay = Overlay("s1", "best", 0.9, views_of(scan, label(1), label(), TARGETS, subject="s1"))
@@ -43,16 +45,19 @@ def report(rng) -> RunReport:
         title="a run & more",
         description="what it was for",
         simulated=True,
-        data_rows=[
-            {"subject": "s0", "site": "A", "shape": (20, 24, 10), "spacing_mm": (1, 1, 4), "orientation": "LAS",
-             "volume_ml": {"organ": 2.0, "<lesion>": 0.1}}
-        ],
+        data_rows=[SubjectRow(
+    subject="s0", site="A", patient="s0", shape=(20, 24, 10), spacing_mm=(1, 1, 4),
+    orientation="LAS", channels=("T1",),
+    dtype="int16", intensities={}, foreground_shape=(1, 1, 1), label_voxels={},
+    volume_ml={"organ": 2.0, "<lesion>": 0.1},
+    label_box_shape=(0, 0, 0), hashes={},
+)],
         learning=pd.DataFrame({"step": range(50), "loss": rng.random(50)}),
         validation=pd.DataFrame({"step": [10, 20], "dice": [0.5, 0.6], "dice_organ": [0.6, 0.7]}),
         evaluation=Evaluation(pd.DataFrame(rows)),
         overlays=[overlay],
         recipe_yaml="name: <b>bold</b>\n",
-        plan=[{"what": "device", "choice": "cpu", "why": "no GPU found"}],
+        plan=[Choice("device", "cpu", "no GPU found")],
         provenance={"Seed": "0"},
         notes=["left out: s9"],
     )  # fmt: skip
@@ -124,8 +129,8 @@ def test_pages_of_simulated_scans_say_so(report, tmp_path) -> None:
 
 
 def test_confusion_is_shown_by_rows_of_the_reference() -> None:
-    confusion = pd.DataFrame(compare(label(2), label(), TARGETS, subject="a").confusion)
-    evaluation = Evaluation(pd.DataFrame(compare(label(2), label(), TARGETS).targets), confusion=confusion)
+    confusion = pd.DataFrame(measure_prediction(label(2), label(), TARGETS, subject="a").confusion)
+    evaluation = Evaluation(pd.DataFrame(measure_prediction(label(2), label(), TARGETS).targets), confusion=confusion)
     chart = confusion_chart(evaluation)
     organ = confusion[confusion["reference"] == "organ"].set_index("prediction")["voxels"]
     assert f"{organ['organ'] / organ.sum():.1%}" in chart
@@ -189,10 +194,10 @@ def with_probabilities() -> Evaluation:
     for i in range(9):
         p = np.clip(np.stack([m.astype(float) for m in TARGETS.masks(label().voxels).values()]), 0.1 + 0.02 * i, 0.9)
         measuring = Measuring("standard,avd_percent,density_percent", probabilities=Path("kept"))
-        measured = compare(label(i % 3), label(), TARGETS, measuring, subject=f"s{i}", probabilities=p)
+        measured = measure_prediction(label(i % 3), label(), TARGETS, measuring, subject=f"s{i}", probabilities=p)
         rows += measured.targets
         bins += measured.reliability
-    confusion = pd.DataFrame(compare(label(2), label(), TARGETS, subject="a").confusion)
+    confusion = pd.DataFrame(measure_prediction(label(2), label(), TARGETS, subject="a").confusion)
     return Evaluation(pd.DataFrame(rows), confusion=confusion, reliability=reliability_table(bins))
 
 
@@ -215,7 +220,7 @@ def test_agreement_lesions_and_sides_are_drawn_and_written(tmp_path) -> None:
         )
         fat = np.full(GRID.shape, 4.0 + 0.4 * i, np.float32)
         fat[:9] += 1
-        measured = compare(label(i % 3), label(), TARGETS, measuring, subject=f"s{i}", quantity=fat)
+        measured = measure_prediction(label(i % 3), label(), TARGETS, measuring, subject=f"s{i}", quantity=fat)
         rows += measured.targets
         lesions += measured.lesions
     evaluation = Evaluation(pd.DataFrame(rows), lesions=pd.DataFrame(lesions), quantity=measuring.quantity)
@@ -277,7 +282,7 @@ def test_intervals_and_the_crop_have_their_place(report, tmp_path) -> None:
         for s in steps
         for site in "AB"
     ]
-    intervals = plain({"level": 0.9, "rows": check_intervals(cases)})
+    intervals = Intervals(level=0.9, rows=check_intervals(cases))
     page = page_of(replace(report, intervals=intervals, crop=b"picture"), tmp_path)
     rows = re.search(r'aria-label="Intervals for new scans".*?</table>', page, re.DOTALL)
     assert rows is not None

@@ -25,7 +25,7 @@ from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Predictor
 from delineate.inference.review import Review, write_queue
 from delineate.interop import Image, volume_of
-from delineate.io.exports import check_format
+from delineate.io.exports import check_label_format
 from delineate.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -266,8 +266,9 @@ def predict(
 
     With ``out``, scans that the same bundle predicted into it are kept, unless ``overwrite``; one that cannot be
     read does not stop the rest; the list ``review.csv`` in it says what to look at first. ``format`` is nii.gz,
-    mha, nrrd, vtk, vti or dcm; ``images`` are patterns of the channels; ``unseen`` leaves out subjects that the
-    bundle was trained or chosen on; ``probabilities`` go to a folder of that name.
+    mha, nrrd, seg.nrrd, vtk, vti, dcm, or the name of another package's; ``images`` are patterns of the channels;
+    ``unseen`` leaves out subjects that the bundle was trained or chosen on; ``probabilities`` go to a folder of
+    that name.
 
     Where ``cancel`` is set, :class:`~delineate.errors.Cancelled` is raised; labels that are whole by then stay,
     and the next call resumes from there.
@@ -280,7 +281,7 @@ def predict(
         if isinstance(inputs, Dataset):
             raise DatasetError("a data set holds many scans", fix="say with out= in which folder the labels go")
         return bundle.predict(inputs, **settings, probabilities=probabilities, progress=progress, cancel=cancel)
-    check_format(f".{format}")
+    check_label_format(format, bundle.targets)
     check(cancel)
     subjects = _subjects(inputs, bundle.channels, images)
     parts, folder = bundle._opened, Path(out)

@@ -12,8 +12,7 @@ from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset
 from delineate.errors import DatasetError, MissingFile, RecipeError
 from delineate.evaluation.agreement import QuantityMap
-from delineate.evaluation.measure import Measuring, evaluate_folders
-from delineate.evaluation.measure import compare as measure
+from delineate.evaluation.measure import Measuring, evaluate_folders, measure_prediction
 from delineate.evaluation.pairs import open_references
 from delineate.evaluation.table import Evaluation
 from delineate.io.formats import read_label
@@ -123,7 +122,7 @@ def _evaluate_one(
     label = prediction if isinstance(prediction, LabelVolume) else prediction.label
     known = reference if isinstance(reference, LabelVolume) else read_label(Path(reference))
     chosen = targets or (prediction.targets if isinstance(prediction, Prediction) else _by_value(label, known))
-    return measure(label, known, chosen, measuring, subject="scan").evaluation(measuring)
+    return measure_prediction(label, known, chosen, measuring, subject="scan").evaluation(measuring)
 
 
 def _by_value(*labels: LabelVolume) -> Targets:

@@ -67,13 +67,13 @@ class Prediction(predictor.Prediction):
 
         picture = b64encode(picture_of_label(self.scan, self.label, self.targets)).decode()
         rows = [
-            (name, f"{one.volume_ml:.4g}", _number(one.expected_dice), _number(one.agreement))
+            (name, f"{one.volume_ml:.4g}", _number(one.expected_dice), _number(one.mutual_dice))
             for name, one in self.confidence.items()
         ]
         unusual = "; ".join(self.unusual)
         return (
             f'<img alt="three views of the prediction" src="data:image/png;base64,{picture}">'
-            + html_table("", ("target", "ml", "expected Dice", "agreement"), rows)
+            + html_table("", ("target", "ml", "expected Dice", "mutual Dice"), rows)
             + (f"<p>Unlike the training scans: {html_text(unusual)}</p>" if unusual else "")
             + "<p>Not for diagnosis.</p>"
         )

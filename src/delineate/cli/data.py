@@ -159,11 +159,11 @@ def convert(
     from delineate.cli.parsing import parse_targets
     from delineate.core.targets import Targets
     from delineate.io.dicom_series import the_series
-    from delineate.io.exports import check_format, export_label, exported_files
+    from delineate.io.exports import check_installed, export_label, exported_files
     from delineate.io.formats import DICOM_SUFFIXES, check_writable, read_label, read_volume, write_volume
     from delineate.io.overwriting import check_outputs
 
-    check_format(out.suffix.lower())
+    check_installed(out.suffix.lower())
     segmentation = label or out.suffix.lower() in DICOM_SUFFIXES
     check_outputs(
         exported_files(out) if segmentation else [out], [path, *([source] if source else [])], overwrite=overwrite

@@ -28,6 +28,13 @@ def layouts(incomplete: str) -> list[str]:
     return _beginning(incomplete, ["auto", *LAYOUTS])
 
 
+def label_formats(incomplete: str) -> list[str]:
+    """Formats of labels that begin so."""
+    from delineate.io.exports import label_formats as known
+
+    return _beginning(incomplete, known())
+
+
 def metrics(incomplete: str) -> list[str]:
     """Sets and single metrics for the last of several names joined by commas."""
     from delineate.metrics.catalogue import METRICS, SETS

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from delineate.cli.commands import importing
-from delineate.cli.options import Compile, Device, Json, Overwrite, Precision, Threads
+from delineate.cli.options import Compile, Device, Json, Overwrite, Precision, Threads, label_formats
 from delineate.cli.started import STARTED
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from delineate.core.subject import Subject
     from delineate.errors import DelineateError
-    from delineate.inference.fingerprint import Oddity
+    from delineate.fingerprint import Oddity
     from delineate.inference.review import Review
 
 Flips = Annotated[
@@ -33,8 +33,13 @@ def predict(
     inputs: Annotated[list[Path], typer.Argument(help="Scans, or folders of them in any known layout.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write a label for each subject to this folder.")],
     format: Annotated[
-        Literal["nii.gz", "mha", "nrrd", "vtk", "vti", "dcm"],
-        typer.Option("--format", help="Write labels in this format; dcm is DICOM-SEG, for DICOM scans."),
+        str,
+        typer.Option(
+            "--format",
+            autocompletion=label_formats,
+            help="Write labels as nii.gz, mha, nrrd, seg.nrrd (for 3D Slicer), vtk, vti, dcm (DICOM-SEG, for DICOM "
+            "scans), or in a plugin's format.",
+        ),
     ] = "nii.gz",
     also: Annotated[
         list[Path] | None,
@@ -93,15 +98,15 @@ def predict(
         from delineate.inference.outputs import Outputs
         from delineate.inference.predictor import Predictor
         from delineate.inference.review import Review, write_queue
-        from delineate.io.exports import check_format
+        from delineate.io.exports import check_label_format
 
     stages = Stages(STARTED)
     stages.lap("start-up")
     # What cannot work is said before anything runs.
     check_device(device)
-    check_format(f".{format}")
     folders = [bundle_folder(folder) for folder in [bundle, *(also or [])]]
     bundles = [Bundle.load(folder) for folder in folders]
+    check_label_format(format, bundles[0].targets)
     found = find_subjects(inputs, bundles[0].channels, parse_patterns(images))
     outputs = Outputs(
         out,
@@ -233,9 +238,9 @@ _SHOWN = 10
 
 def _print_queue(reviews: list[Review]) -> None:
     """What to look at first, the neediest on top: what is measured, then what is calibrated."""
+    from delineate.calibration import LEVEL
     from delineate.cli.terminal import print_table
     from delineate.core.text import printable
-    from delineate.inference.confidence import LEVEL
     from delineate.inference.review import queue
 
     first = queue(reviews)[:_SHOWN]
@@ -245,7 +250,7 @@ def _print_queue(reviews: list[Review]) -> None:
             printable(target),
             _number(values["volume_ml"], ".2f"),
             _number(values["expected_dice"], ".3f"),
-            _number(values["agreement"], ".3f"),
+            _number(values["mutual_dice"], ".3f"),
             _range(values["volume_low_ml"], values["volume_high_ml"], ".2f"),
             _range(values["dice_low"], values["dice_high"], ".3f"),
             one.no_interval.get(target, ""),
@@ -256,7 +261,7 @@ def _print_queue(reviews: list[Review]) -> None:
     ]
     if rows:
         calibrated = [f"volume, {LEVEL:.0%} interval", f"Dice, {LEVEL:.0%} interval", "no interval because"]
-        columns = ["subject", "target", "volume, ml", "expected Dice", "agreement", *calibrated, "unusual"]
+        columns = ["subject", "target", "volume, ml", "expected Dice", "mutual Dice", *calibrated, "unusual"]
         print_table("to look at first", columns, rows)
         if len(reviews) > _SHOWN:
             typer.echo(f"and {len(reviews) - _SHOWN} more, in review.csv")

@@ -55,14 +55,12 @@ def export(
 @app.command("list")
 def list_imported(json: Json = False) -> None:
     """List the imported weights."""
-    from dataclasses import asdict
-
     from delineate.cli.terminal import print_json, print_table
     from delineate.pretrained.weights import list_weights, store_folder
 
     entries = list_weights()
     if json:
-        print_json([asdict(entry) for entry in entries])
+        print_json([entry.model_dump() for entry in entries])
     elif entries:
         rows = [[e.name, e.source, e.preprocessing, str(e.tensors), e.sha256[:12]] for e in entries]
         print_table("", ["network", "from", "preprocessing", "tensors", "SHA-256"], rows)

@@ -19,9 +19,9 @@ W_STRAY             what lies in the folder but belongs to no subject
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset, NonFinite, Orientation
 from delineate.datasets.examination import Examination, Problem, Rules, SubjectRow, named_by_value
 from delineate.datasets.measuring import Intensity
+from delineate.io.documents import Document
 
 __all__ = ["Inspection", "Intensity", "Problem", "SubjectRow", "inspect"]
 
@@ -41,6 +42,20 @@ OUTLIER_SUBJECTS = 5
 EXTREME_MAXIMUM = 5.0
 """Times as far above the median as the 99.5th percentile lies."""
 SCALE_RATIO = 10.0
+
+
+class InspectionFile(Document):
+    """What inspection found, as a run's ``data.json`` and ``delineate inspect --json`` say it."""
+
+    data_set: str
+    layout: str
+    reason: str
+    targets: Targets | None
+    label_voxels: Mapping[int, int]
+    class_fractions: Mapping[str, float]
+    broken: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    subjects: tuple[SubjectRow, ...]
 
 
 @dataclass(frozen=True)
@@ -93,21 +108,23 @@ class Inspection:
         by_name = background | {name: sum(counts.get(v, 0) for v in numbers) for name, numbers in values.items()}
         return {name: n / total for name, n in by_name.items()} if total else {}
 
+    def file(self) -> InspectionFile:
+        """What is written down of it, in a run's folder and for other programs."""
+        return InspectionFile(
+            data_set=self.dataset,
+            layout=self.layout,
+            reason=self.reason,
+            targets=self.targets,
+            label_voxels=self.label_voxels,
+            class_fractions=self.class_fractions,
+            broken=self.broken,
+            problems=self.problems,
+            subjects=self.rows,
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "data_set": self.dataset,
-            "layout": self.layout,
-            "reason": self.reason,
-            "targets": self.targets.as_dict() if self.targets else None,
-            "label_voxels": {str(value): n for value, n in self.label_voxels.items()},
-            "class_fractions": self.class_fractions,
-            "broken": list(self.broken),
-            "problems": [asdict(problem) for problem in self.problems],
-            "subjects": [
-                asdict(row) | {"label_voxels": {str(v): n for v, n in row.label_voxels.items()}} for row in self.rows
-            ],
-        }
+        return self.file().model_dump(mode="json")
 
     def _repr_html_(self) -> str:
         subjects = [

@@ -14,6 +14,7 @@ from delineate.core.targets import Targets
 from delineate.core.text import near
 from delineate.datasets.challenges import CHALLENGES, FOLDERS_OF_CASES
 from delineate.datasets.dataset import Dataset
+from delineate.datasets.dicom_studies import first_dicom, read_studies
 from delineate.datasets.folder import (
     NUMBERED,
     SIMULATED,
@@ -32,7 +33,6 @@ from delineate.datasets.folder import (
     targets_of,
     with_sites,
 )
-from delineate.datasets.studies import first_dicom, read_studies
 from delineate.errors import BadPath, DatasetError, DuplicateSubject, UnknownLayout
 from delineate.io.files import parsing
 from delineate.io.formats import holds_label, name_of, suffix_of

@@ -14,7 +14,7 @@ from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset, load_label
 from delineate.errors import BundleError
-from delineate.evaluation.measure import Measuring, compare
+from delineate.evaluation.measure import Measuring, measure_prediction
 from delineate.evaluation.table import FILES, Evaluation
 from delineate.inference.batch import predict_subjects, unseen_by
 from delineate.inference.predictor import Predictor
@@ -68,7 +68,7 @@ def measure_forgetting(
                     LabelVolume(masks[target].astype(np.uint8), prediction.grid) for masks in (predicted, true)
                 )
                 subject, alone = outcome.subject, Targets({target: (1,)})
-                rows += compare(
+                rows += measure_prediction(
                     said, wanted, alone, measuring, subject=subject.id, site=subject.site, patient=subject.patient
                 ).targets
             on_subject(k * len(chosen) + done, 2 * len(chosen))

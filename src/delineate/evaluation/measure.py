@@ -21,10 +21,10 @@ from delineate.evaluation.pairs import Pair, open_references, pair_files, target
 from delineate.evaluation.table import LESION_COLUMNS, Evaluation, reliability_table
 from delineate.io.formats import read_label, read_volume
 from delineate.io.voxels import Orientation
-from delineate.metrics.calibration import Reliability
 from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, QUANTITIES, metric_names, targets_of
 from delineate.metrics.comparison import Comparison
 from delineate.metrics.quantities import within
+from delineate.metrics.reliability import Reliability
 
 BACKGROUND = "background"
 
@@ -112,7 +112,7 @@ def evaluate(
 
     def measure(pair: Pair) -> Measured:
         prediction, reference = (read_label(p, orientation=orientation) for p in (pair.prediction, pair.reference))
-        return compare(
+        return measure_prediction(
             prediction,
             reference,
             targets,
@@ -160,7 +160,7 @@ def named_targets(
     return targets_of(measuring.wanted, targets or (references.targets if isinstance(references, Dataset) else None))
 
 
-def compare(
+def measure_prediction(
     prediction: LabelVolume,
     reference: LabelVolume,
     targets: Targets,

@@ -18,8 +18,8 @@ from delineate.errors import BadFormat, MissingFile
 from delineate.evaluation.agreement import Agreeing, QuantityMap, agreements, crossing_sentences, crossings
 from delineate.io.files import parsing, read_json, writing_beside
 from delineate.io.tables import read_table, write_table
-from delineate.metrics.calibration import Reliability
 from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, formatted
+from delineate.metrics.reliability import Reliability
 from delineate.metrics.statistics import Estimate, estimate_means
 
 MEAN_OF_TARGETS = "mean of targets"

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from delineate.bundle import Bundle
+from delineate.calibration import Confidence
 from delineate.core.subject import Subject
 from delineate.core.text import printable
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import check_shows_something, load_scan
 from delineate.errors import Cancelled, DatasetError, DelineateError, MissingFile, OutputError
-from delineate.inference.confidence import Confidence
-from delineate.inference.fingerprint import Oddity
+from delineate.fingerprint import Oddity
 from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review, write_queue
@@ -83,7 +83,7 @@ def _name_of(path: Path) -> str:
     """The same name as if the folder of a file had been given."""
     if not is_series(path):
         return name_of(path)
-    from delineate.datasets.studies import name_of_study
+    from delineate.datasets.dicom_studies import name_of_study
 
     try:
         return name_of_study(path)

@@ -12,16 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from delineate.bundle import Bundle
+from delineate.calibration import Calibration, Confidence, expected_dice, mutual_dice
 from delineate.compute import ComputePlan
 from delineate.core.grid import AXES, Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something
 from delineate.errors import BundleError
-from delineate.inference.confidence import Calibration, Confidence, expected_dice, mutual_dice
-from delineate.inference.fingerprint import Oddity, oddities
+from delineate.fingerprint import Oddity, oddities
 from delineate.inference.postprocess import postprocess
 from delineate.inference.sliding import Sliding
-from delineate.metrics.calibration import seam_score
+from delineate.metrics.reliability import seam_score
 from delineate.preprocessing.step import Undo
 
 Progress = Callable[[int, int], None]
@@ -54,7 +54,7 @@ class _Decision:
 
     masks: NDArray[np.bool_]
     expected_dice: tuple[float, ...]
-    agreement: tuple[float, ...]
+    mutual_dice: tuple[float, ...]
     probabilities: NDArray[np.float16] | None
 
 
@@ -149,12 +149,12 @@ class Predictor:
         # Of the label as it is written: where targets overlap, what is tumour is liver, too.
         written = masks if self.targets.exclusive else self.targets.masks(label.voxels).values()
         confidence = {
-            name: Confidence(int(np.count_nonzero(mask)) * volume.grid.voxel_ml, expected, agreement, seam)
-            for name, mask, expected, agreement, seam in zip(
+            name: Confidence(int(np.count_nonzero(mask)) * volume.grid.voxel_ml, expected, mutual, seam)
+            for name, mask, expected, mutual, seam in zip(
                 self.targets.names,
                 written,
                 decision.expected_dice,
-                decision.agreement,
+                decision.mutual_dice,
                 map(_mean_of_defined, zip(*seams, strict=True)),
                 strict=True,
             )

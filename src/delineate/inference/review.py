@@ -11,14 +11,14 @@ from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
+from delineate.calibration import Calibration, Confidence
 from delineate.core.text import cell, from_cell, printable
 from delineate.errors import DelineateError, OutputError
-from delineate.inference.confidence import Calibration, Confidence
-from delineate.inference.fingerprint import Oddity
+from delineate.fingerprint import Oddity
 from delineate.io.files import writing_beside
 
 COLUMNS = (
-    "subject", "target", "need", "volume_ml", "expected_dice", "agreement", "seam", "volume_low_ml", "volume_high_ml",
+    "subject", "target", "need", "volume_ml", "expected_dice", "mutual_dice", "seam", "volume_low_ml", "volume_high_ml",
     "dice_low", "dice_high", "no_interval", "unusual", "error", "made_by",
 )  # fmt: skip
 
@@ -75,7 +75,7 @@ def review(
     """How urgently a prediction should be looked at.
 
     Of each target the doubt is 1 less the lower end of its Dice's interval, or where the bundle has
-    no calibration 1 less the least of expected Dice and agreement; a target that was not found is
+    no calibration 1 less the least of expected Dice and mutual Dice; a target that was not found is
     in doubt altogether. The largest counts, and the oddest thing about the scan is added.
 
     Intervals come from errors on scans like those of the training: none is given for a scan that is
@@ -86,7 +86,7 @@ def review(
         dice, volume = (nan, nan), (nan, nan)
         if calibration is not None:
             dice, volume = (calibration.dice_interval(name, confidence), calibration.volume_interval(name, confidence))
-        known = [v for v in (dice[0], confidence.agreement) if isfinite(v)] or [confidence.expected_dice]
+        known = [v for v in (dice[0], confidence.mutual_dice) if isfinite(v)] or [confidence.expected_dice]
         doubts.append(1 - min(v if isfinite(v) else 0.0 for v in known))
         if oddities:
             dice, volume = (nan, nan), (nan, nan)
@@ -102,7 +102,7 @@ def review(
             "expected_dice": confidence.expected_dice,
             "dice_low": dice[0],
             "dice_high": dice[1],
-            "agreement": confidence.agreement,
+            "mutual_dice": confidence.mutual_dice,
             "seam": confidence.seam,
         }
     need = max(doubts, default=1.0) + max((oddity.distance for oddity in oddities), default=0.0)

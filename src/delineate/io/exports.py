@@ -11,16 +11,46 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from delineate.core.targets import Coding, Targets
+from delineate.core.text import near, printable
 from delineate.core.volume import LabelVolume
 from delineate.errors import BadFormat
 from delineate.io.files import writing_beside
-from delineate.io.formats import DICOM_SUFFIXES, SEGMENTATION_SUFFIX, check_writable, is_series, write_label
+from delineate.io.formats import DICOM_SUFFIXES, FORMATS, SEGMENTATION_SUFFIX, check_writable, is_series, write_label
 
 if TYPE_CHECKING:
     from delineate.io.dicom_seg import SegmentationKind
 
 
-def check_format(suffix: str) -> None:
+_LABEL_FORMATS = ("nii.gz", "mha", "nrrd", "seg.nrrd", "vtk", "vti", "dcm")
+
+
+def label_formats() -> list[str]:
+    """Names of the formats that labels can be written in, those of other packages included."""
+    return [*_LABEL_FORMATS, *(name for name, known in FORMATS.items() if known.write is not None)]
+
+
+def check_label_format(name: str, targets: Targets) -> None:
+    """Raise :class:`BadFormat` where labels of ``targets`` cannot be written in the format of this name."""
+    if name not in label_formats():
+        raise BadFormat(
+            f"'{printable(name)}' is no format of labels{near(name, label_formats())}",
+            fix=f"choose from {', '.join(label_formats())}",
+        )
+    if f".{name}" == SEGMENTATION_SUFFIX:
+        _check_one_layer(targets, SEGMENTATION_SUFFIX)
+    check_installed(f".{name}")
+
+
+def _check_one_layer(targets: Targets, what: object) -> None:
+    used = [value for numbers in targets.values.values() for value in numbers]
+    if len(set(used)) < len(used):
+        raise BadFormat(
+            f"'{what}' would hold targets that overlap ({', '.join(targets.names)}), which one layer cannot",
+            fix="write .nii.gz, or .dcm for a DICOM series",
+        )
+
+
+def check_installed(suffix: str) -> None:
     """Raise :class:`BadFormat` where the packages that write a format are not installed."""
     if suffix not in DICOM_SUFFIXES:
         return
@@ -66,7 +96,7 @@ def export_label(
             raise BadFormat(
                 f"'{path}' would be a DICOM-SEG, which refers to a series", fix="give the DICOM series it is of"
             )
-        check_format(suffix)
+        check_installed(suffix)
         from delineate.io.dicom_seg import write_segmentation
         from delineate.io.dicom_series import the_series
 
@@ -76,12 +106,7 @@ def export_label(
     if path.name.lower().endswith(SEGMENTATION_SUFFIX):
         from delineate.io.nrrd import write_segments
 
-        used = [value for numbers in targets.values.values() for value in numbers]
-        if len(set(used)) < len(used):
-            raise BadFormat(
-                f"'{path}' would hold targets that overlap ({', '.join(targets.names)}), which one layer cannot",
-                fix="write .nii.gz, or .dcm for a DICOM series",
-            )
+        _check_one_layer(targets, path)
         with writing_beside(path) as beside:
             values = {name: targets.written_value(name) for name in targets.names}
             write_segments(beside, targets.masks(label.voxels), values, label.grid)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from delineate.errors import WeightsError
-from delineate.io.files import home_folder, open_file, parsing, read_json, writing_beside
+from delineate.errors import DelineateError, WeightsError
+from delineate.io.documents import Document
+from delineate.io.files import home_folder, open_file, parsing, writing_beside
 from delineate.pretrained.vgg import VGGName, expected_shapes
 
 Preprocessing = Literal["torchvision", "caffe"]
@@ -31,9 +30,11 @@ SECONDS_TO_ANSWER = 20.0
 _FIX = "it cannot be read safely; give a safetensors file or a state dict"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Document):
     """One imported file; ``sha256`` is that of the stored file."""
+
+    error: ClassVar[type[DelineateError]] = WeightsError
+    fix: ClassVar[str] = "import the weights again"
 
     name: str
     source: str
@@ -60,21 +61,16 @@ def import_weights(file: Path, name: VGGName, preprocessing: Preprocessing = "to
     target.parent.mkdir(parents=True, exist_ok=True)
     with writing_beside(target) as path:
         save_file(weights, path)
-    entry = Entry(name, file.name, preprocessing, sha256_of(target), len(weights))
-    with writing_beside(target.with_suffix(".json")) as path:
-        path.write_text(json.dumps(asdict(entry), indent=1), encoding="utf-8")
+    entry = Entry(
+        name=name, source=file.name, preprocessing=preprocessing, sha256=sha256_of(target), tensors=len(weights)
+    )
+    entry.write(target.with_suffix(".json"))
     return entry
 
 
 def list_weights() -> list[Entry]:
     """What has been imported."""
-    files = sorted(store_folder().glob("*.json"))
-    entries = []
-    for file in files:
-        about = read_json(file, WeightsError, fix="import the weights again")
-        with parsing(file, WeightsError, fix="import the weights again"):
-            entries.append(Entry(**about))
-    return entries
+    return [Entry.read(file) for file in sorted(store_folder().glob("*.json"))]
 
 
 def load_features(name: VGGName, weights: str) -> tuple[dict[str, Tensor] | None, Preprocessing]:

@@ -14,7 +14,10 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from delineate.calibration import Intervals
+from delineate.compute import Choice
 from delineate.core.text import printable_lines
+from delineate.datasets.inspection import SubjectRow
 from delineate.evaluation.methods import MethodDifference
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary, averaged
 from delineate.io.files import writing_beside
@@ -40,27 +43,25 @@ from delineate.reporting.overlays import COLOURS, MARKS, Overlay, Palette, View,
 class RunReport:
     """What the page of a run tells.
 
-    ``data_rows`` are inspection's rows as plain values, ``learning`` has columns step, loss,
-    ``validation_loss`` step, validation_loss, ``validation`` step, dice, dice_<target>; ``plan`` rows
-    what, choice, why; ``notes`` what a reader should know before the numbers; ``crop`` a WebP of what a
-    crop on the composite image keeps; ``intervals`` the level of calibrated intervals, how wide they
-    are and what they hold; ``seams`` each target's median seam score and of how many subjects.
+    ``learning`` has the columns step, loss; ``validation_loss`` step, validation_loss; ``validation`` step, dice,
+    dice_<target>. ``notes``: what a reader should know before the numbers. ``crop``: a WebP of what a crop on the
+    composite image keeps. ``seams``: each target's median seam score, and the number of subjects it is taken over.
     """
 
     title: str
     description: str
     simulated: bool
-    data_rows: Sequence[Mapping[str, Any]]
+    data_rows: Sequence[SubjectRow]
     learning: pd.DataFrame | None
     validation: pd.DataFrame | None
     evaluation: Evaluation | None
     overlays: Sequence[Overlay]
     recipe_yaml: str
-    plan: Sequence[Mapping[str, str]]
+    plan: Sequence[Choice]
     provenance: Mapping[str, str]
     notes: Sequence[str] = field(default=())
     crop: bytes | None = None
-    intervals: Mapping[str, Any] | None = None
+    intervals: Intervals | None = None
     validation_loss: pd.DataFrame | None = None
     seams: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
@@ -281,18 +282,18 @@ def _picture(overlay: Overlay, view: View, palette: Palette) -> dict[str, str]:
     }
 
 
-def _data_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _data_summary(rows: Sequence[SubjectRow]) -> dict[str, str]:
     """The data set in a line each: sites, shapes, spacings, orientations, volumes."""
     if not rows:
         return {}
-    sites = pd.Series([row["site"] or "no site" for row in rows]).value_counts(sort=False)
-    volumes = pd.DataFrame([row["volume_ml"] for row in rows])
+    sites = pd.Series([row.site or "no site" for row in rows]).value_counts(sort=False)
+    volumes = pd.DataFrame([row.volume_ml for row in rows])
     summary = {
         "Subjects": str(len(rows)),
         "Sites": ", ".join(f"{site} ({n})" for site, n in sites.items()),
-        "Voxels": _range([row["shape"] for row in rows]),
-        "Spacing, mm": _range([row["spacing_mm"] for row in rows]),
-        "Orientation": ", ".join(sorted({row["orientation"] for row in rows})),
+        "Voxels": _range([row.shape for row in rows]),
+        "Spacing, mm": _range([row.spacing_mm for row in rows]),
+        "Orientation": ", ".join(sorted({row.orientation for row in rows})),
     }
     for target in volumes.columns:
         column = volumes[target].dropna()

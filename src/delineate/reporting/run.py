@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -12,13 +12,16 @@ from typing import Any
 import pandas as pd
 
 from delineate.bundle import Bundle
+from delineate.calibration import Intervals
+from delineate.compute import PlanFile
 from delineate.core.subject import Subject
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, load_scan
+from delineate.datasets.inspection import InspectionFile, Problem
 from delineate.errors import BadFormat, TrainingError
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
-from delineate.io.files import parsing, read_json, read_text
+from delineate.io.files import parsing, read_text
 from delineate.io.tables import read_table
 from delineate.reporting.cautions import Training, cautions
 from delineate.reporting.composite import composite_picture
@@ -34,7 +37,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
     ``dataset`` is the one it was trained on; three of its scans are read, for the pictures.
     """
     bundle, subjects = Bundle.load(folder / "bundle"), _subjects(folder)
-    data = read_json(folder / "data.json", BadFormat)
+    data = InspectionFile.read(folder / "data.json")
     evaluation = Evaluation.read(folder / "evaluation") if (folder / "evaluation" / "metrics.csv").exists() else None
     learning, validation = (_curve(folder / "logs" / f"{name}.csv") for name in ("training", "validation"))
     warned = cautions(Training(bundle.recipe.training, learning, validation), evaluation)
@@ -42,16 +45,16 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         title=bundle.recipe.name,
         description=bundle.recipe.description,
         simulated=bundle.provenance.simulated,
-        data_rows=data["subjects"],
+        data_rows=data.subjects,
         learning=learning,
         validation=validation,
         validation_loss=_curve(folder / "logs" / "validation_loss.csv"),
         evaluation=evaluation,
         overlays=[] if evaluation is None else _overlays(folder, bundle, dataset, evaluation),
         recipe_yaml=(folder / "recipe.yaml").read_text(encoding="utf-8"),
-        plan=_plan(folder / "plan.json"),
+        plan=PlanFile.read(folder / "plan.json").choices,
         provenance=_provenance(bundle, subjects),
-        notes=[*warned, *_notes(folder, subjects, data["problems"])],
+        notes=[*warned, *_notes(folder, subjects, data.problems)],
         intervals=_intervals(folder / "evaluation" / "intervals.json"),
         seams=_seams(folder / "evaluation" / "confidence.csv"),
         crop=composite_picture(bundle.pipeline, _trained_on(bundle, subjects, dataset), bundle.channels),
@@ -95,17 +98,12 @@ def _trained_on(bundle: Bundle, subjects: RunSubjects, dataset: Dataset) -> list
     ]
 
 
-def _intervals(path: Path) -> dict[str, Any] | None:
+def _intervals(path: Path) -> Intervals | None:
     """How wide calibrated intervals are and what they hold; None where there are too few subjects for their level."""
     if not path.exists():
         return None
-    found = read_json(path, BadFormat)
-    return found if found.get("rows") else None
-
-
-def _plan(path: Path) -> list[dict[str, str]]:
-    with parsing(path, BadFormat):
-        return [{str(key): str(value) for key, value in row.items()} for row in json.loads(read_text(path))]
+    found = Intervals.read(path)
+    return found if found.rows else None
 
 
 def _seams(path: Path) -> dict[str, tuple[float, int]]:
@@ -141,19 +139,19 @@ def _provenance(bundle: Bundle, subjects: RunSubjects) -> dict[str, str]:
     }
 
 
-def _notes(folder: Path, subjects: RunSubjects, problems: list[dict[str, str]]) -> list[str]:
+def _notes(folder: Path, subjects: RunSubjects, problems: Sequence[Problem]) -> list[str]:
     """What a reader should know before the numbers: a collapse, who was left out, warnings about the data."""
     notes = [
         event.text for event in without_undone(read_events(folder / "logs")) if isinstance(event, Collapsed | Warned)
     ]
     if subjects.left_out:
         notes.append(f"Left out as broken: {', '.join(subjects.left_out)}.")
-    counts: dict[str, list[dict[str, str]]] = {}
+    counts: dict[str, list[Problem]] = {}
     for problem in problems:
-        if problem["severity"] == "warning":
-            counts.setdefault(problem["code"], []).append(problem)
+        if problem.severity == "warning":
+            counts.setdefault(problem.code, []).append(problem)
     for code, found in counts.items():
-        first = f"{found[0]['subject']}: {found[0]['message']}" if found[0]["subject"] else found[0]["message"]
+        first = f"{found[0].subject}: {found[0].message}" if found[0].subject else found[0].message
         more = f" (and {len(found) - 1} more such)" if len(found) > 1 else ""
         notes.append(f"{code}: {first}{more}.")
     return notes

@@ -21,7 +21,7 @@ from delineate.datasets.inspection import Inspection, inspect
 from delineate.datasets.splits import Split, load_or_make_split
 from delineate.derivation import derive_recipe, summarise
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError
-from delineate.inference.fingerprint import fingerprint_of
+from delineate.fingerprint import fingerprint_of
 from delineate.io.files import home_folder, writing_beside
 from delineate.io.pseudonyms import key_id
 from delineate.preprocessing.cache import PreparedDataset, prepare

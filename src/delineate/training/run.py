@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from delineate.bundle import Bundle, is_whole, save_weights
+from delineate.calibration import LEVEL, Calibration, Case, Intervals, check_intervals
 from delineate.compute import ComputePlan, plan_compute
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
@@ -37,9 +37,8 @@ from delineate.datasets.inspection import Inspection
 from delineate.errors import OutputError, RecipeError, TrainingError
 from delineate.evaluation.measure import Measuring, evaluate
 from delineate.evaluation.pairs import Pair
-from delineate.evaluation.table import Evaluation, plain
+from delineate.evaluation.table import Evaluation
 from delineate.inference.batch import Outcome, predict_subjects
-from delineate.inference.confidence import LEVEL, Calibration, Case, check_intervals
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
 from delineate.io.tables import write_table
@@ -214,15 +213,11 @@ def _compare_conditions(bundle: Bundle, folder: Path, report: Reporter) -> None:
 
 
 def _write_decisions(folder: Path, recipe: Recipe, bundle: Bundle, plan: ComputePlan, inspection: Inspection) -> None:
-    texts = {
-        "plan.json": json.dumps(plan.rows(), indent=1),
-        "data.json": json.dumps(inspection.as_dict(), indent=1),
-    }
+    plan.file().write(folder / "plan.json")
+    inspection.file().write(folder / "data.json")
     if not (folder / "recipe.yaml").exists():
-        texts["recipe.yaml"] = to_yaml(recipe.as_dict())
-    for name, text in texts.items():
-        with writing_beside(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
+        with writing_beside(folder / "recipe.yaml") as path:
+            path.write_text(to_yaml(recipe.as_dict()), encoding="utf-8")
     bundle.begin(folder / "bundle")
 
 
@@ -384,9 +379,7 @@ def _evaluate_held_out(
     known = evaluation if has_them else evaluate(pairs, bundle.targets, Measuring(",".join(needed)))
     cases = _cases(outcomes, known.table.set_index(["subject", "target"])[needed])
     Calibration.of(cases).save(folder / "bundle")
-    with writing_beside(folder / "evaluation" / "intervals.json") as path:
-        intervals = plain({"level": LEVEL, "rows": check_intervals(cases)})
-        path.write_text(json.dumps(intervals, indent=1, allow_nan=False), encoding="utf-8")
+    Intervals(level=LEVEL, rows=check_intervals(cases)).write(folder / "evaluation" / "intervals.json")
     said = [
         {"subject": outcome.subject.id, "target": target, **asdict(confidence)}
         for outcome in outcomes

@@ -13,14 +13,7 @@ import pytest
 import torch
 
 from delineate.bundle import Bundle
-from delineate.compute import plan_compute
-from delineate.core.grid import Grid, permute_axes
-from delineate.core.targets import Targets
-from delineate.core.volume import Volume
-from delineate.datasets.inspection import inspect
-from delineate.datasets.phantoms.writing import write_phantoms
-from delineate.errors import BundleError
-from delineate.inference.confidence import (
+from delineate.calibration import (
     Calibration,
     Case,
     Confidence,
@@ -29,7 +22,14 @@ from delineate.inference.confidence import (
     mutual_dice,
     rank_correlation,
 )
-from delineate.inference.fingerprint import Oddity, fingerprint_of, oddities
+from delineate.compute import plan_compute
+from delineate.core.grid import Grid, permute_axes
+from delineate.core.targets import Targets
+from delineate.core.volume import Volume
+from delineate.datasets.inspection import inspect
+from delineate.datasets.phantoms.writing import write_phantoms
+from delineate.errors import BundleError
+from delineate.fingerprint import Oddity, fingerprint_of, oddities
 from delineate.inference.predictor import Predictor
 from delineate.inference.review import Review, queue, review, write_queue
 from delineate.recipe import recipe_from
@@ -77,15 +77,15 @@ def test_intervals_are_where_the_errors_were() -> None:
 def test_intervals_are_checked_on_the_sites_that_they_were_not_made_of() -> None:
     steps = np.linspace(0, 1, 40)
     alike = check_intervals(cases(steps) + cases(steps, "B"))
-    assert [(row["site"], row["n"], row["patients"]) for row in alike] == [("", 80, 80), ("A", 40, 40), ("B", 40, 40)]
-    assert all(float(row["dice_held"]) > 0.85 and float(row["volume_held"]) > 0.85 for row in alike[1:])
-    assert "dice_held" not in alike[0], "of one kind it is the level by construction"
+    assert [(row.site, row.n, row.patients) for row in alike] == [("", 80, 80), ("A", 40, 40), ("B", 40, 40)]
+    assert all(row.dice_held > 0.85 and row.volume_held > 0.85 for row in alike[1:])
+    assert alike[0].dice_held is None, "of one kind it is the level by construction"
     other = check_intervals(cases(steps) + cases(steps, "B", worse=0.3))
-    assert [row["dice_held"] for row in other[1:]] == [0, 0]
-    assert float(other[0]["dice_width"]) > float(alike[0]["dice_width"])
-    assert check_intervals(cases(steps[:10])) == [], "too few for the level"
+    assert [row.dice_held for row in other[1:]] == [0, 0]
+    assert other[0].dice_width > alike[0].dice_width
+    assert check_intervals(cases(steps[:10])) == (), "too few for the level"
     of_few = [replace(case, patient=f"p{i % 10}") for i, case in enumerate(cases(steps))]
-    assert check_intervals(of_few) == [], "forty scans of ten patients are ten"
+    assert check_intervals(of_few) == (), "forty scans of ten patients are ten"
 
 
 def test_found_where_there_is_nothing_is_an_error_like_others() -> None:
@@ -265,7 +265,7 @@ def test_probabilities_decide_the_label(targets: Targets, tmp_path: Path) -> Non
             np.testing.assert_array_equal(masks[name][clear], (p[t] > rival)[clear])
         confidence = found.confidence[name]
         assert confidence.volume_ml == pytest.approx(masks[name].sum() * 0.003)
-        assert isnan(confidence.agreement)
+        assert isnan(confidence.mutual_dice)
     if targets.exclusive:
         inside = masks["a"]
         promised = 2 * p[0][inside].sum() / (p[0].sum() + inside.sum()) if inside.any() else nan
@@ -276,7 +276,7 @@ def test_the_mirror_image_is_asked_only_where_training_had_mirrors(tmp_path: Pat
     for mirror in ([], ["x"]):
         bundle = saved(tmp_path / str(len(mirror)), mirror, EXCLUSIVE)
         found = Predictor([bundle], PLAN, mirrored=True).predict(SCAN)
-        assert all(isnan(c.agreement) == (not mirror) for c in found.confidence.values())
+        assert all(isnan(c.mutual_dice) == (not mirror) for c in found.confidence.values())
 
 
 def test_mirroring_a_scan_mirrors_its_prediction_where_both_are_asked(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_mirroring_a_scan_mirrors_its_prediction_where_both_are_asked(tmp_path: 
 def test_an_ensemble_of_equals_agrees(tmp_path: Path) -> None:
     bundle = saved(tmp_path, [], EXCLUSIVE)
     found = Predictor([bundle, bundle], PLAN).predict(SCAN)
-    assert all(c.agreement == 1 for c in found.confidence.values())
+    assert all(c.mutual_dice == 1 for c in found.confidence.values())
 
 
 class OfItsTile(torch.nn.Module):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import exp, inf, isfinite, isnan, log, nan
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BeforeValidator
 
-from delineate.bundle import CALIBRATION
-from delineate.errors import BundleError
-from delineate.io.sealed import read_json, read_small, replace_file
+from delineate.errors import BundleError, DelineateError
+from delineate.io.documents import Document
+from delineate.io.files import parsing
+from delineate.io.sealed import AGAIN, read_small, replace_file
 from delineate.metrics.conformal import Conformal
 from delineate.metrics.overlap import Overlap
+from delineate.specification import to_json
+
+CALIBRATION = "calibration.json"
 
 LEVEL = 0.9
 """Share of new subjects that an interval is to cover."""
@@ -27,15 +32,15 @@ class Confidence:
     """Of one target of one scan.
 
     ``expected_dice`` is the Dice that the probabilities promise if they mean what they say, 2 Σpm /
-    (Σp + Σm) of probabilities p and mask m; undefined where nothing is found. ``agreement`` is the
-    mean Dice of the variants that were averaged (bundles, or the scan and its mirror image) with
-    each other; undefined of a single one. ``seam`` is how much more the probabilities change across
+    (Σp + Σm) of probabilities p and mask m; undefined where nothing is found. ``mutual_dice`` is
+    the mean Dice with each other of the variants that were averaged (bundles, or the scan and its
+    mirror image); undefined of a single one. ``seam`` is how much more the probabilities change across
     tiles' borders than beside them; undefined of a single tile.
     """
 
     volume_ml: float
     expected_dice: float
-    agreement: float = nan
+    mutual_dice: float = nan
     seam: float = nan
 
 
@@ -118,14 +123,11 @@ class Calibration:
 
     def save(self, folder: Path) -> None:
         """Write it into a bundle: errors by patient, without names."""
-        contents = {
-            name: {
-                target: [[e if isfinite(e) else str(e) for e in of_one] for of_one in conformal.errors]
-                for target, conformal in group.items()
-            }
+        errors = {
+            name: {target: conformal.errors for target, conformal in group.items()}
             for name, group in (("dice_errors", self.dice), ("log_volume_errors", self.log_volume))
         }
-        text = json.dumps(contents, indent=1, allow_nan=False)
+        text = to_json(CalibrationFile(**errors))
         replace_file(folder, CALIBRATION, lambda path: path.write_text(text, encoding="utf-8"))
 
     @classmethod
@@ -134,21 +136,29 @@ class Calibration:
         path = folder / CALIBRATION
         if not path.exists():
             return None
-        try:
-            contents = read_json(read_small(path), path)
-            # Earlier bundles list the errors of scans: each counts as one of a patient of its own.
-            groups = (
-                {
-                    target: Conformal(
-                        tuple(tuple(map(float, e)) if isinstance(e, list) else (float(e),) for e in errors)
-                    )
-                    for target, errors in contents[name].items()
-                }
-                for name in ("dice_errors", "log_volume_errors")
-            )
-            return cls(*groups)
-        except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
-            raise BundleError(f"{path} is damaged ({error})", fix="copy the bundle again") from error
+        with parsing(path, BundleError, fix=AGAIN):
+            found = CalibrationFile.of_bytes(read_small(path), path)
+        return cls(
+            {target: Conformal(errors) for target, errors in found.dice_errors.items()},
+            {target: Conformal(errors) for target, errors in found.log_volume_errors.items()},
+        )
+
+
+def _by_patient(errors: object) -> object:
+    """Earlier bundles list the errors of scans: each counts as one of a patient of its own."""
+    return [e if isinstance(e, list | tuple) else [e] for e in errors] if isinstance(errors, list) else errors
+
+
+_Errors = Annotated[tuple[tuple[float, ...], ...], BeforeValidator(_by_patient)]
+
+
+class CalibrationFile(Document):
+    """A bundle's ``calibration.json``: errors by target and patient, true minus predicted."""
+
+    error: ClassVar[type[DelineateError]] = BundleError
+
+    dice_errors: Mapping[str, _Errors]
+    log_volume_errors: Mapping[str, _Errors]
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
@@ -162,17 +172,42 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     return float(np.corrcoef(rankdata(a[use]), rankdata(b[use]))[0, 1])
 
 
-def check_intervals(cases: Sequence[Case], level: float = LEVEL) -> list[dict[str, str | float]]:
+@dataclass(frozen=True)
+class IntervalCheck:
+    """How intervals of a target do on a site's subjects; the site ``""`` has all subjects.
+
+    ``dice_width`` is the median width of the Dice interval, ``volume_width`` that of the volume interval as a share
+    of the volume; ``rank`` the rank correlation (Spearman's) of expected and true Dice; ``dice_held`` and
+    ``volume_held`` the shares of the site's subjects (means over patients) whose truth lies in an interval made
+    without the site. None is undefined; all subjects have no shares, which would be the level by construction.
+    """
+
+    target: str
+    site: str
+    dice_width: float | None
+    volume_width: float | None
+    rank: float | None
+    n: int
+    patients: int
+    dice_held: float | None = None
+    volume_held: float | None = None
+
+
+class Intervals(Document):
+    """A run's ``intervals.json``."""
+
+    level: float
+    rows: tuple[IntervalCheck, ...]
+
+
+def check_intervals(cases: Sequence[Case], level: float = LEVEL) -> tuple[IntervalCheck, ...]:
     """How wide intervals are, and whether those made without a site's subjects hold that site's truth.
 
-    A row for each target and site: the median width of the Dice interval, that of the volume interval
-    as a share of the volume, the rank correlation (Spearman's) of expected and true Dice, the shares of
-    the site's subjects that both intervals hold (means over patients), how many scans (``n``) and patients;
-    the site ``""`` has all subjects and no shares, which would be the level by construction. Sites and
-    targets without patients enough for the level are left out. A patient seen at several sites is no
-    stranger to any: intervals that judge a site's scans are made without its patients.
+    Checks for each target and site; sites and targets with too few patients for the level are left out. A
+    patient seen at several sites is no stranger to any: intervals that judge a site's scans are made without
+    its patients.
     """
-    rows: list[dict[str, str | float]] = []
+    checks: list[IntervalCheck] = []
     sites = sorted({case.site for case in cases})
     for target in dict.fromkeys(case.target for case in cases):
         of_target = [case for case in cases if case.target == target]
@@ -189,19 +224,24 @@ def check_intervals(cases: Sequence[Case], level: float = LEVEL) -> list[dict[st
                 (high - low) / (case.confidence.volume_ml or nan)
                 for (low, high), case in zip(volume, judged, strict=True)
             ]
-            row: dict[str, str | float] = {
-                "target": target,
-                "site": site,
-                "dice_width": float(np.nanmedian([high - low for low, high in dice])),
-                "volume_width": float(np.nanmedian(shares)),
-                "rank": rank_correlation([c.confidence.expected_dice for c in judged], [c.dice for c in judged]),
-                "n": len(judged),
-                "patients": len(set(whose)),
-            }
-            if site:
-                row["dice_held"] = made.dice[target].coverage([c.dice_error for c in judged], level, whose)
-                row["volume_held"] = made.log_volume[target].coverage(
-                    [c.log_volume_error for c in judged], level, whose
+            dice_held = made.dice[target].coverage([c.dice_error for c in judged], level, whose)
+            volume_held = made.log_volume[target].coverage([c.log_volume_error for c in judged], level, whose)
+            rank = rank_correlation([c.confidence.expected_dice for c in judged], [c.dice for c in judged])
+            checks.append(
+                IntervalCheck(
+                    target=target,
+                    site=site,
+                    dice_width=_defined(np.nanmedian([high - low for low, high in dice])),
+                    volume_width=_defined(np.nanmedian(shares)),
+                    rank=_defined(rank),
+                    n=len(judged),
+                    patients=len(set(whose)),
+                    dice_held=_defined(dice_held) if site else None,
+                    volume_held=_defined(volume_held) if site else None,
                 )
-            rows.append(row)
-    return rows
+            )
+    return tuple(checks)
+
+
+def _defined(value: float) -> float | None:
+    return None if isnan(value) else float(value)

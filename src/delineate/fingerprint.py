@@ -6,12 +6,45 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, log
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
-from delineate.bundle import PATIENT_AXES, Fingerprint, Quantity, Range
 from delineate.core.volume import Volume
 from delineate.datasets.inspection import SubjectRow
+from delineate.specification import Text
+
+Quantity = Literal["spacing", "field_of_view", "contrast", "volume"]
+PATIENT_AXES = {"RL": "left to right", "AP": "back to front", "SI": "feet to head"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Least, median and largest of a number over the training scans.
+
+    ``of`` is an axis of :data:`PATIENT_AXES` for spacing and field of view (mm), a channel for contrast,
+    a target for volume (ml).
+    """
+
+    quantity: Quantity
+    of: Text
+    min: float
+    median: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the training scans look like: of how many, and the ranges of what was measured of them."""
+
+    subjects: Annotated[int, Field(ge=0)] = 0
+    ranges: Annotated[tuple[Range, ...], Field(max_length=2**17)] = ()
+
+    def range(self, quantity: Quantity, of: str) -> Range | None:
+        """That of one quantity; None where it was not measured."""
+        return next((r for r in self.ranges if (r.quantity, r.of) == (quantity, of)), None)
+
 
 TOLERATED: dict[Quantity, float] = {"spacing": 1.25, "field_of_view": 1.25, "contrast": 2.0}
 """By which factor beyond the training scans' range something may lie before it is unusual."""

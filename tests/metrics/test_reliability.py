@@ -7,7 +7,7 @@ from math import isnan
 import numpy as np
 import pytest
 
-from delineate.metrics.calibration import Reliability, seam_score
+from delineate.metrics.reliability import Reliability, seam_score
 
 
 def test_by_hand() -> None:
