@@ -38,7 +38,7 @@ def test_links_resolve(page) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_exist(page) -> None:
     for line in re.findall(
-        r"^(?:    |`{0,3}|docker run .* )?delineate ([^`\n]+)", page.read_text(encoding="utf-8"), re.MULTILINE
+        r"^(?:    |`{0,3})?delineate ([^`\n]+)", page.read_text(encoding="utf-8"), re.MULTILINE
     ):
         words = line.split("  ")[0].split()
         command = COMMANDS
@@ -101,7 +101,7 @@ def test_the_ten_lines_of_the_readme_run_as_typed(tmp_path, monkeypatch) -> None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DELINEATE_HOME", str(tmp_path / "home"))
     [block] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert sum(bool(line.strip()) for line in block.splitlines()) == 10
+    assert sum(bool(re.match(r"[^#]", line)) for line in block.splitlines()) == 10
     names: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "segmentation.nii.gz").is_file()
