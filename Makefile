@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench docs clean
 
 help:
 	@echo "make demo    train on simulated scans, predict, evaluate, report (minutes on two cores)"
 	@echo "make test    run the test suite"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make bench   measure speed and memory as ratios in one run"
+	@echo "make docs    build the documentation's site: build/site/index.html"
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,6 +35,10 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/run.py
+
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf .venv build dist

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shlex
+import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -15,7 +20,12 @@ from delineate.cli.app import app
 from delineate.recipe import packaged_recipes
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+    *ROOT.glob("*/README.md"),
+    *ROOT.glob("examples/*/README.md"),
+]
 COMMANDS = typer.main.get_command(app)
 
 
@@ -27,7 +37,9 @@ def test_links_resolve(page) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_exist(page) -> None:
-    for line in re.findall(r"^(?:    |`{0,3})?delineate ([^`\n]+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+    for line in re.findall(
+        r"^(?:    |`{0,3})?delineate ([^`\n]+)", page.read_text(encoding="utf-8"), re.MULTILINE
+    ):
         words = line.split("  ")[0].split()
         command = COMMANDS
         while words and hasattr(command, "commands") and words[0] in command.commands:
@@ -56,6 +68,45 @@ def test_every_packaged_recipe_group_is_explained() -> None:
     assert all(f"`{name}`" in explained for name in Recipe.model_fields if name not in ("name", "description"))
 
 
+def commands(page: str) -> list[list[str]]:
+    """The page's commands as a shell would split them, without their comments."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    lines = [line for _, block in blocks for line in block.splitlines() if line.startswith("delineate ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def run_command(arguments: list[str], folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "delineate", *arguments],
+        cwd=folder, env={**os.environ, "DELINEATE_HOME": str(folder / "home")}, capture_output=True,
+        encoding="utf-8", timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def test_the_five_commands_of_the_readme_run_as_typed(tmp_path) -> None:
+    typed = commands("README.md")
+    assert len(typed) == 5
+    said = [run_command(arguments, tmp_path) for arguments in typed]
+    assert "liver" in said[-1]
+    assert "Dice" in said[-1]
+    assert list((tmp_path / "predictions").glob("*.nii.gz"))
+    assert (tmp_path / "run/report.html").is_file()
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_the_ten_lines_of_the_readme_run_as_typed(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DELINEATE_HOME", str(tmp_path / "home"))
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert sum(bool(re.match(r"[^#]", line)) for line in block.splitlines()) == 10
+    names: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "segmentation.nii.gz").is_file()
+
+
 def test_the_python_page_runs_as_it_stands(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -63,6 +114,47 @@ def test_the_python_page_runs_as_it_stands(tmp_path, monkeypatch) -> None:
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), names)
+
+
+def test_the_totalsegmentator_page_reads_its_data_set(tmp_path, monkeypatch) -> None:
+    import delineate
+
+    monkeypatch.chdir(tmp_path)
+    for i, subject in enumerate(delineate.simulate("abdomen", "simulated", patients=2).subjects):
+        case, label = tmp_path / f"dataset/s{i:04}", delineate.read(subject, label=True)
+        delineate.write(case / "ct.nii.gz", delineate.read(subject))
+        for name, inside in (("liver", label.voxels == 1), ("spleen", label.voxels == 2), ("colon", label.voxels > 2)):
+            mask = delineate.LabelVolume(inside.astype("uint8"), label.grid)
+            delineate.write(case / f"segmentations/{name}.nii.gz", mask)
+    one, _, several = commands("docs/from-totalsegmentator.md")
+    assert "liver" in run_command(one, tmp_path)
+    page = (ROOT / "docs/from-totalsegmentator.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "docs/from-totalsegmentator.md", "exec"), {})
+    assert "0 errors, 0 warnings" in run_command(several, tmp_path)
+    merged = delineate.read(tmp_path / "dataset/s0001/label.nii.gz", label=True)
+    assert (merged.voxels == delineate.read("simulated/labelsTr/abdomen_001.nii.gz", label=True).voxels).all()
+
+
+def test_the_container_installs_what_is_there_and_runs_without_privileges() -> None:
+    folder = ROOT / "examples/container"
+    steps = (folder / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "").splitlines()
+    allowed = [line[1:] for line in (folder / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"]
+    copied = [name for step in steps if step.startswith("COPY ") for name in step.split()[1:-1]]
+    assert sorted(copied) == sorted(allowed)
+    assert all((ROOT / name).exists() for name in copied)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = {project["readme"], *project["license-files"], "pyproject.toml", "constraints.txt", "src"}
+    assert needed == set(copied)
+    [extra] = re.findall(r"'\.\[(\w+)\]'", "\n".join(steps))
+    assert extra in project["optional-dependencies"]
+    [entry] = [step for step in steps if step.startswith("ENTRYPOINT")]
+    assert json.loads(entry.removeprefix("ENTRYPOINT "))[0] in project["scripts"]
+    user = next(i for i, step in enumerate(steps) if step.startswith("USER "))
+    assert steps[user] != "USER root"
+    assert not any(step.startswith("RUN ") for step in steps[user:])
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert sum(pin.startswith("torch==") for pin in pins) == 1, "what the Dockerfile's grep finds"
 
 
 def test_the_extending_page_runs_as_it_stands(tmp_path, monkeypatch) -> None:

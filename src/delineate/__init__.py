@@ -9,7 +9,7 @@ TYPE_CHECKING = False  # stands in for typing.TYPE_CHECKING: importing typing wo
 if TYPE_CHECKING:
     from delineate import errors, interop
     from delineate.api.bundle import Bundle, load, predict
-    from delineate.api.data import inspect, open_dataset, read, write
+    from delineate.api.data import inspect, open_dataset, read, simulate, write
     from delineate.api.measuring import compare, evaluate
     from delineate.api.training import auto, tiles, train
     from delineate.core.grid import Grid
@@ -39,6 +39,7 @@ __all__ = [
     "open_dataset",
     "predict",
     "read",
+    "simulate",
     "tiles",
     "train",
     "write",
@@ -60,6 +61,7 @@ _HOMES = {
     "open_dataset": "delineate.api.data",
     "predict": "delineate.api.bundle",
     "read": "delineate.api.data",
+    "simulate": "delineate.api.data",
     "tiles": "delineate.api.training",
     "train": "delineate.api.training",
     "write": "delineate.api.data",

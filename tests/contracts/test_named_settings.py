@@ -34,8 +34,10 @@ OF_EXAMPLES = {("extending.md", "network.filters")}
 """Fields of parts that a page defines itself."""
 OF_OTHERS = {
     "--array", "--ntasks", "--time", "--gres", "--signal", "--repetitions", "--logdir", "--c", "--disable", "--verify",
+    "--ml", "--roi", "--statistics", "--preview", "--fast",
+    "--rm", "--network", "--user", "--memory", "--cpuset-cpus", "--cpus", "--gpus",
 }  # fmt: skip
-"""Options of SLURM's, a benchmark's, TensorBoard's and nnU-Net's."""
+"""Options of SLURM's, a benchmark's, TensorBoard's, nnU-Net's, TotalSegmentator's and Docker's."""
 
 
 def literals(file: Path) -> Iterator[str]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from delineate.datasets.inspection import Inspection
     from delineate.interop import Image
 
-__all__ = ["as_dataset", "inspect", "open_dataset", "read", "write"]
+__all__ = ["as_dataset", "inspect", "open_dataset", "read", "simulate", "write"]
 
 
 @overload
@@ -94,6 +94,38 @@ def inspect(
         targets=targets,
         for_training=for_training,
         progress=counting("inspecting", progress, cancel),
+    )
+
+
+def simulate(
+    kind: str,
+    out: str | Path,
+    patients: int = 20,
+    *,
+    layout: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> Dataset:
+    """Simulate patients whose truth is known, write them to the new folder ``out``, and open it as a data set.
+
+    >>> import delineate
+    >>> dataset = delineate.simulate("abdomen", "simulated", patients=2)
+    >>> dataset.layout, dataset.targets.names, len(dataset.subjects)
+    ('msd', ('liver', 'tumour'), 2)
+
+    ``kind`` is abdomen, liver, liver-ct, liver-fat, brain-tumour, white-matter or prostate; ``layout`` is its
+    challenge's, unless another is named. Patient i depends on ``kind``, ``seed`` and i alone.
+
+    Raises :class:`~delineate.errors.RecipeError` for an unknown kind or a layout that cannot hold it, and
+    :class:`~delineate.errors.OutputError` where ``out`` holds anything else. Setting ``cancel`` raises
+    :class:`~delineate.errors.Cancelled`.
+    """
+    from delineate.datasets.phantoms.writing import write_phantoms
+
+    check(cancel)
+    return write_phantoms(
+        Path(out), patients, kind, seed=seed, layout=layout, progress=counting("simulating", progress, cancel)
     )
 
 

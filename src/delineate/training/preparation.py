@@ -344,7 +344,7 @@ def without_descriptions(dataset: Dataset) -> Dataset:
         raise RecipeError(
             f"the channels of '{dataset.name}' have no names but the series' descriptions "
             f"({', '.join(dataset.channels)}), which may name a person and would be given away with the bundle",
-            fix="name each by a pattern, such as --images T1='*t1*' --images FLAIR='*flair*'",
+            fix="name each by a pattern, such as --set \"data.images={T1: '*t1*', FLAIR: '*flair*'}\"",
         )
     name = dataset.modality or "image"
     subjects = tuple(subject.with_channels((name,)) for subject in dataset.subjects)
