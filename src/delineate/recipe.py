@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from delineate.core.targets import MOST_TARGETS, MOST_VALUE, Code, Coding, Targets
-from delineate.core.text import printable
+from delineate.core.text import near, printable
 from delineate.errors import RecipeError
 from delineate.io.files import parsing, read_text
 from delineate.io.settings import MOST_CHARACTERS, MOST_LEVELS, parse_yaml
 from delineate.losses.spec import DICE_AND_CROSS_ENTROPY, LossSpec
 from delineate.metrics.catalogue import METRICS, metric_names
 from delineate.networks.spec import NetworkSpec
-from delineate.plugins import Parts, requirement_of
+from delineate.plugins import requirement_of
 from delineate.preprocessing.pipeline import Pipeline, StepSpec
 from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.samplers import ClassBalancedTiles, SamplerSpec
 from delineate.sampling.tiles import TileSpec
-from delineate.specification import Names, PositiveWeight, Specification, Weight, specifications_in
+from delineate.specification import Names, PositiveWeight, Specification, Weight, explained, specifications_in
 
 if TYPE_CHECKING:
     from delineate.datasets.dataset import Dataset
@@ -98,7 +97,7 @@ class DataSpec(Specification):
         try:
             return cls.model_validate(apply_changes({}, of_data).get("data", {}))
         except ValidationError as error:
-            raise RecipeError("how the data are read is not valid:\n" + explained(error)) from error
+            raise RecipeError("how the data are read is not valid:\n" + explained(error, Recipe)) from error
 
     def open(self, path: Path) -> Dataset:
         """The data set at ``path``, read as these fields say."""
@@ -357,11 +356,9 @@ def _read(name_or_path: str | Path, beside: Path | None = None, extended: tuple[
     packaged = packaged_recipes()
     path = packaged.get(str(name_or_path), (beside or Path()) / name_or_path)
     if not path.is_file():
-        near = difflib.get_close_matches(_short(name_or_path), packaged, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
         raise RecipeError(
-            f"no recipe '{_short(name_or_path)}'{hint} Packaged are: {', '.join(packaged)}",
-            fix="else give the path of a YAML file",
+            f"there is no recipe '{_short(name_or_path)}'{near(Path(name_or_path).name, packaged)}",
+            fix=f"give the path of a YAML file, or one of {', '.join(packaged)}",
         )
     if path in extended:
         raise RecipeError(f"{path.name} extends itself, by way of {extended[-1].name}", fix="break the circle")
@@ -389,7 +386,7 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
         try:
             return Recipe.model_validate(values)
         except ValidationError as error:
-            raise RecipeError("the recipe is not valid:\n" + explained(error)) from error
+            raise RecipeError("the recipe is not valid:\n" + explained(error, Recipe)) from error
 
 
 def apply_changes(values: dict[str, Any], changes: Iterable[str]) -> dict[str, Any]:
@@ -468,54 +465,6 @@ def _copied(values: Any) -> Any:
     return [_copied(value) for value in values] if isinstance(values, list) else values
 
 
-def explained(error: ValidationError, most: int = 20) -> str:
-    """A line for each wrong field."""
-    lines = [_explain(e) for e in error.errors()]
-    return "\n".join([*lines[:most], *([f"  and {len(lines) - most} more"] if len(lines) > most else [])])
-
-
-def _explain(error: Any) -> str:
-    """One line for one pydantic error: where, what, and the nearest valid name for a misspelt field."""
-    where = ".".join(_short(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(_short(error["loc"][-1]), _field_names(Recipe), n=1)
-        return f"  {where}: no such field" + (f"; did you mean '{near[0]}'?" if near else "; remove it")
-    if error["type"] in ("union_tag_invalid", "literal_error"):
-        found, expected = _short(error["ctx"].get("tag", error["input"])), error["ctx"].get("expected_tags", "")
-        expected = expected or error["ctx"].get("expected", "")
-        names = [name.strip(" '") for name in expected.replace(" or ", ",").split(",")]
-        near = difflib.get_close_matches(str(found), names, n=1)
-        return f"  {where}: '{found}' is not one of {', '.join(names)}" + (
-            f"; did you mean '{near[0]}'?" if near else ""
-        )
-    if error["type"] == "value_error":  # one of ours: it says what it got
-        return f"  {where}: ".replace("  : ", "  ") + _short(error["ctx"]["error"], 500)
-    return f"  {where}: {error['msg']}, got {_short(repr(error['input']))}"
-
-
 def _short(value: object, most: int = 100) -> str:
     text = str(value)
     return text if len(text) <= most else f"{text[:most]}…"
-
-
-def _field_names(model: type[BaseModel]) -> set[str]:
-    """Every field name in a recipe, at any depth."""
-    names: set[str] = set()
-    seen: set[type] = set()
-
-    def walk(annotation: Any) -> None:
-        for part in (*getattr(annotation, "__args__", ()), *getattr(annotation, "__metadata__", ())):
-            walk(part)
-        if isinstance(annotation, Parts):
-            for part in (*annotation.packaged.values(), *annotation.usable()):
-                walk(part)
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
-            seen.add(annotation)
-            for name, field in annotation.model_fields.items():
-                names.add(name)
-                walk(field.annotation)
-                for part in field.metadata:
-                    walk(part)
-
-    walk(model)
-    return names

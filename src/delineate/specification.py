@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
+from delineate.core.text import near
 from delineate.plugins import Parts
 
 T = TypeVar("T")
@@ -32,6 +33,55 @@ def from_json(kind: type[T], text: str | bytes) -> T:
     """The ``kind`` that :func:`to_json` wrote. Raises pydantic's ``ValidationError``, a :class:`ValueError`."""
     value: T = _adapter(kind).validate_json(text)
     return value
+
+
+def explained(error: ValidationError, kind: type[BaseModel], most: int = 20) -> str:
+    """A line for each wrong field of a ``kind``."""
+    lines = [_explain(e, kind) for e in error.errors()]
+    return "\n".join([*lines[:most], *([f"  and {len(lines) - most} more"] if len(lines) > most else [])])
+
+
+def _explain(error: Any, kind: type[BaseModel]) -> str:
+    """One line for one pydantic error: where, what, and the nearest valid name for a misspelt field."""
+    where = ".".join(_short(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"  {where}: no such field" + (near(_short(error["loc"][-1]), _field_names(kind)) or "; remove it")
+    if error["type"] in ("union_tag_invalid", "literal_error"):
+        found, expected = _short(error["ctx"].get("tag", error["input"])), error["ctx"].get("expected_tags", "")
+        expected = expected or error["ctx"].get("expected", "")
+        names = [name.strip(" '") for name in expected.replace(" or ", ",").split(",")]
+        return f"  {where}: '{found}' is not one of {', '.join(names)}{near(str(found), names)}"
+    if error["type"] == "value_error":  # one of ours: it says what it got
+        return f"  {where}: ".replace("  : ", "  ") + _short(error["ctx"]["error"], 500)
+    return f"  {where}: {error['msg']}, got {_short(repr(error['input']))}"
+
+
+def _short(value: object, most: int = 100) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def _field_names(model: type[BaseModel]) -> set[str]:
+    """Every field name of a specification, at any depth."""
+    names: set[str] = set()
+    seen: set[type] = set()
+
+    def walk(annotation: Any) -> None:
+        for part in (*getattr(annotation, "__args__", ()), *getattr(annotation, "__metadata__", ())):
+            walk(part)
+        if isinstance(annotation, Parts):
+            for part in (*annotation.packaged.values(), *annotation.usable()):
+                walk(part)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
+            seen.add(annotation)
+            for name, field in annotation.model_fields.items():
+                names.add(name)
+                walk(field.annotation)
+                for part in field.metadata:
+                    walk(part)
+
+    walk(model)
+    return names
 
 
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}

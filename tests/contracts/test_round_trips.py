@@ -23,7 +23,7 @@ from delineate.compute import Choice, PlanFile
 from delineate.core.targets import Targets
 from delineate.datasets.examination import Problem, SubjectRow
 from delineate.datasets.inspection import InspectionFile, Intensity
-from delineate.datasets.splits import Split, load_split, save_split
+from delineate.datasets.splits import Split, SplitFile, load_split, save_split
 from delineate.errors import RecipeError
 from delineate.fingerprint import Fingerprint, Range
 from delineate.io.documents import Document
@@ -255,6 +255,8 @@ DOCUMENTS: list[Document] = [
     ),
     CalibrationFile(dice_errors={"a": ((0.1, -1 / 3), (-inf,))}, log_volume_errors={"a": ((inf,),), "b": ()}),
     Intervals(level=0.8, rows=(IntervalCheck("a", "A", 0.1, inf, None, 4, 3, 1 / 3, None),)),
+    SplitFile.of(SPLIT),
+    SplitFile.of(Split((("a",),), ("b",), 3, ("c",), ("d",))),
     RunStatus(state="failed", failure="a: ü", seconds=0.5, attempts=2),
     StudyPlan(size="quick", data_set="d", runs=(PlannedEntry("a-0", "a", 3, 1, None, ""),)),
     Entry(name="vgg11", source="f.pth", preprocessing="caffe", sha256="0f", tensors=16),
@@ -274,7 +276,9 @@ def test_a_file_reads_back_equal_and_refuses_what_it_does_not_know(document: Doc
     assert contents.pop("format") == 1
     path.write_text(json.dumps(contents))
     assert type(document).read(path) == document, "files of before said no format"
-    for wrong in ({**contents, "format": 99}, {**contents, "more": 1}, dict(list(contents.items())[1:]), [contents]):
+    needed = next(name for name, field in type(document).model_fields.items() if field.is_required())
+    lacking = {name: value for name, value in contents.items() if name != needed}
+    for wrong in ({**contents, "format": 99}, {**contents, "more": 1}, lacking, [contents]):
         path.write_text(json.dumps(wrong))
         with pytest.raises(type(document).error) as caught:
             type(document).read(path)

@@ -205,7 +205,8 @@ def _simulated(study: Study, out: Path) -> Path:
 
 
 def _budget(recipe: Recipe) -> str:
-    budget = {"minutes": recipe.training.minutes, "steps": recipe.training.steps}
+    training = recipe.training
+    budget = {"minutes": training.minutes, "steps": training.steps, "epochs": training.epochs}
     return ", ".join(f"{limit:g} {unit}" for unit, limit in budget.items() if limit is not None) or "none"
 
 
@@ -213,7 +214,7 @@ def _expected(runs: Sequence[PlannedRun]) -> str:
     """The training time that recipes allow, where they all limit it."""
     minutes = [run.recipe.training.minutes for run in runs]
     if any(m is None for m in minutes):
-        return "how long they train depends on their steps"
+        return "how long they train depends on their steps or epochs"
     return f"they train for {sum(m for m in minutes if m is not None):.0f} minutes at most, one after another"
 
 

@@ -5,21 +5,21 @@ Or a fixed split: one training set, subjects to validate on, and the test set.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
+from pydantic import model_validator
 
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
-from delineate.errors import BadSplit
-from delineate.io.files import read_json, writing_beside
+from delineate.errors import BadSplit, DelineateError
+from delineate.io.documents import Document
 
 _log = logging.getLogger(__name__)
 _FIX = "correct it, or delete it, and a new one is made"
@@ -226,43 +226,50 @@ def load_or_make_split(
     return split
 
 
+class SplitFile(Document):
+    """A split as it is written: ``folds``, or one ``training`` set, and the other parts."""
+
+    error: ClassVar[type[DelineateError]] = BadSplit
+    fix: ClassVar[str] = _FIX
+
+    folds: tuple[tuple[str, ...], ...] | None = None
+    training: tuple[str, ...] | None = None
+    test: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    always_train: tuple[str, ...] = ()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SplitFile:
+        if (self.training is None) == (not self.folds):
+            raise ValueError("it needs either folds or training")
+        return self
+
+    @classmethod
+    def of(cls, split: Split) -> SplitFile:
+        """What is written of a split."""
+        folds = {"training": split.folds[0]} if split.fixed else {"folds": split.folds}
+        others = {name: getattr(split, name) for name in ("test", "validation", "always_train", "seed")}
+        return cls.model_validate(folds | others)
+
+    def split(self) -> Split:
+        """The split that was written."""
+        folds = self.folds or (self.training or (),)
+        return Split(folds, self.test, self.seed, self.validation, self.always_train)
+
+
 def save_split(path: Path, split: Split) -> None:
     """Write the split as JSON, all or nothing. Raises :class:`OutputError`."""
-    about: dict[str, Any] = {"seed": split.seed}
-    if split.fixed:
-        about |= {"training": split.folds[0], "validation": split.validation, "test": split.test}
-    else:
-        about |= {"folds": split.folds, "test": split.test}
-        about |= {"validation": split.validation} if split.validation else {}
-    about |= {"always_train": split.always_train} if split.always_train else {}
-    with writing_beside(path) as beside:
-        beside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    SplitFile.of(split).write(path)
 
 
 def load_split(path: Path) -> Split:
     """Read a split. Raises :class:`BadSplit` where the file is not one, or names a subject twice."""
-    about: dict[str, Any] = {"seed": 0, "validation": [], "always_train": []}
-    about |= read_json(path, BadSplit, fix=_FIX)
-    seed, folds = about.pop("seed"), about.pop("folds", None)
-    folds = [about.pop("training", None)] if folds is None else folds
-    known = set(about) == {"test", "validation", "always_train"}
-    lists = [*folds, *about.values()] if isinstance(folds, list) and folds else [None]
-    if not (known and all(map(_is_names, lists)) and type(seed) is int):
-        raise BadSplit(
-            f"'{path}' is no split: it needs lists of names called folds (or training) and test, and may have "
-            "validation, always_train and a seed",
-            fix=_FIX,
-        )
-    test, validation, always_train = (tuple(about[part]) for part in ("test", "validation", "always_train"))
-    split = Split(tuple(map(tuple, folds)), test, seed, validation, always_train)
+    split = SplitFile.read(path).split()
     counts = Counter(name for part in split._parts.values() for name in part)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise BadSplit(f"'{path}' names {', '.join(twice)[:300]} in several parts", fix="keep each in one")
     return split
-
-
-def _is_names(part: object) -> bool:
-    return isinstance(part, list) and all(isinstance(name, str) for name in part)
 
 
 def check_split(split: Split, dataset: Dataset, where: str = "the split") -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from delineate.errors import BadFormat, DelineateError
 from delineate.io.files import parsing, read_bytes, writing_beside
-from delineate.specification import Specification, from_json, to_json
+from delineate.specification import Specification, explained, from_json, to_json
 
 
 class Document(Specification):
@@ -45,7 +45,10 @@ class Document(Specification):
         found = from_json(_Form, content).format
         if found != known:
             raise cls.error(f"'{path}' has format {found!r:.40}; this version reads {known}", fix="update delineate")
-        return from_json(cls, content)
+        try:
+            return from_json(cls, content)
+        except ValidationError as error:
+            raise cls.error(f"'{path}' is not what it should be:\n{explained(error, cls)}", fix=cls.fix) from error
 
 
 class _Form(BaseModel):

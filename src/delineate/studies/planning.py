@@ -120,8 +120,10 @@ def _moved_subjects(
                         fix="choose smaller counts",
                     )
                 moved = first_patients(order, count)
-                trained = sorted(s.id for s in (*by_site[source], *moved))
-                split = Split((judged, tuple(trained)), seed=seed)
+                trained = tuple(sorted(subject.id for subject in by_site[source]))
+                # The few moved subjects are trained on, not spent on choosing weights.
+                always_train = tuple(sorted(subject.id for subject in moved))
+                split = Split((judged, trained), seed=seed, always_train=always_train)
                 direction = f"{source}-to-{target}"
                 for arm, recipe in recipes.items():
                     name = f"{arm}-{_in_a_name(direction)}-{count}-draw{seed}"

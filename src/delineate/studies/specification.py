@@ -13,8 +13,7 @@ from delineate.errors import StudyError
 from delineate.io.files import parsing, read_text
 from delineate.io.settings import MOST_CHARACTERS, parse_yaml
 from delineate.metrics.catalogue import METRICS
-from delineate.recipe import explained
-from delineate.specification import Specification, Text
+from delineate.specification import Specification, Text, explained
 
 Changes = Annotated[tuple[Text, ...], Field(max_length=256)]
 """``path.to.field=value``, as ``--set`` takes them."""
@@ -192,5 +191,6 @@ def load_study(name_or_path: str | Path) -> Study:
             return Study.model_validate(values)
         except ValidationError as error:
             raise StudyError(
-                f"the study in '{path.name}' is not valid:\n" + explained(error), fix="see `delineate study show`"
+                f"the study in '{path.name}' is not valid:\n" + explained(error, Study),
+                fix="see `delineate study show`",
             ) from error
