@@ -37,9 +37,7 @@ def test_links_resolve(page) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_exist(page) -> None:
-    for line in re.findall(
-        r"^(?:    |`{0,3})?delineate ([^`\n]+)", page.read_text(encoding="utf-8"), re.MULTILINE
-    ):
+    for line in re.findall(r"^(?:    |`{0,3})?delineate ([^`\n]+)", page.read_text(encoding="utf-8"), re.MULTILINE):
         words = line.split("  ")[0].split()
         command = COMMANDS
         while words and hasattr(command, "commands") and words[0] in command.commands:
