@@ -71,6 +71,25 @@ def test_tiles_depend_on_the_recipe_and_their_number_alone(here) -> None:
         batches[4]
 
 
+def test_epochs_are_a_budget_from_python_too(here, tmp_path) -> None:
+    """Of two subjects, two a step: the recipe's own number of steps gives way."""
+    run = delineate.train("tiny.yaml", "scans", tmp_path / "run", epochs=3, **HOW)
+    assert run.steps == 3
+    training = delineate.auto("scans", epochs=2, device="cpu").training
+    assert (training.epochs, training.steps, training.minutes) == (2, None, None)
+
+
+def test_a_network_for_tiles_begins_as_the_recipe_says(here) -> None:
+    deviations = []
+    for name in ("default", "xavier_normal"):
+        torch.manual_seed(0)
+        changes = {"training.initialisation": name, "network.widths": [16, 32]}
+        network = delineate.tiles("tiny.yaml", "scans", changes=changes, cache="prepared").network()
+        deviations.append(next(float(p.detach().std()) for p in network.parameters() if p.shape[:2] == (32, 16)))
+    assert deviations[1] == pytest.approx((2 / (27 * 48)) ** 0.5, rel=0.05)
+    assert deviations[0] != pytest.approx(deviations[1], rel=0.1)
+
+
 def test_tiles_of_training_and_of_validation_are_of_other_subjects(here) -> None:
     """And neither is of those that are held out."""
     parts = {

@@ -222,7 +222,11 @@ class Tiles(TorchDataset):
 
     def network(self) -> nn.Module:
         """The recipe's network for these tiles, with new weights."""
-        return self.recipe.network.build(self._channels * self._source.geometry.slices, self.targets.outputs)
+        from delineate.training.start import initialise
+
+        network = self.recipe.network.build(self._channels * self._source.geometry.slices, self.targets.outputs)
+        initialise(network, self.recipe.training)
+        return network
 
     def loss(self) -> Any:
         """The recipe's loss, called as ``loss(logits, target, image)``."""

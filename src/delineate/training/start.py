@@ -12,10 +12,14 @@ from delineate.errors import RecipeError
 from delineate.networks.blocks import glorot_uniform, xavier_normal
 from delineate.networks.transfer import freeze, load_what_fits
 from delineate.pretrained.weights import read_tensors
-from delineate.recipe import StartSpec
+from delineate.recipe import StartSpec, TrainingSpec
 from delineate.training.options import Reporter
 
-INITIALISATIONS = {"xavier_normal": xavier_normal, "glorot_uniform": glorot_uniform}
+
+def initialise(network: nn.Module, training: TrainingSpec) -> None:
+    """Draw the kernels anew as the recipe says; by default they stay as the network has drawn them."""
+    if training.initialisation != "default":
+        network.apply({"xavier_normal": xavier_normal, "glorot_uniform": glorot_uniform}[training.initialisation])
 
 
 def starting_network(bundle: Bundle, report: Reporter, *, resumed: bool) -> nn.Module:
@@ -29,8 +33,7 @@ def starting_network(bundle: Bundle, report: Reporter, *, resumed: bool) -> nn.M
     torch.manual_seed(training.seed)
     network = bundle.network()
     if not resumed:
-        if training.initialisation != "default":
-            network.apply(INITIALISATIONS[training.initialisation])
+        initialise(network, training)
         said = bundle.recipe.network.start_from_published(network)
         if said is not None:
             report(said)
