@@ -1,4 +1,4 @@
-"""Recipes: everything that makes a run, in one YAML file, composed of each floor's specifications."""
+"""Recipes: everything that defines a run, in one YAML file, composed of the specifications of its parts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TargetsSpec(Specification):
 
 
 class CodeSpec(Specification):
-    """A concept of a coding scheme: SNOMED CT's (``SCT``) where no other is named. Lengths are DICOM's."""
+    """A coded concept, by default from SNOMED CT (``SCT``). Lengths are limited as in DICOM."""
 
     value: str = Field(min_length=1, max_length=16)
     scheme: str = Field(default="SCT", min_length=1, max_length=16)
@@ -71,12 +71,12 @@ class CodingSpec(Specification):
 
 
 class DataSpec(Specification):
-    """How a data set is read. ``null`` targets are those that the data set itself names.
+    """How a data set is read. If ``targets`` is ``null``, those that the data set names are used.
 
-    ``images`` and ``labels`` are patterns below its folder, several channels have a pattern each.
-    ``resample_channels``: channels on other grids are brought onto the first one's, instead of being an error.
-    ``codes`` say what targets are, by name, in segmentations that carry codes; those without are coded as
-    regions, of what is left open.
+    ``images`` and ``labels`` are file patterns relative to its folder; several channels have one pattern each.
+    ``resample_channels``: channels on other grids are resampled to the grid of the first, instead of being an error.
+    ``codes`` say what targets are, by name, in formats that carry codes; targets without one are coded as
+    unspecified regions.
     """
 
     layout: str = "auto"
@@ -92,15 +92,15 @@ class DataSpec(Specification):
 
     @classmethod
     def of_changes(cls, changes: Sequence[str]) -> DataSpec:
-        """The ``data`` of a recipe that is nothing but ``changes``; those of other groups are left out."""
+        """The ``data`` group that ``changes`` alone define; changes to other groups are ignored."""
         of_data = [change for change in changes if change.startswith("data.")]
         try:
             return cls.model_validate(apply_changes({}, of_data).get("data", {}))
         except ValidationError as error:
-            raise RecipeError("how the data are read is not valid:\n" + explained(error, Recipe)) from error
+            raise RecipeError("the data settings are not valid:\n" + explained(error, Recipe)) from error
 
     def open(self, path: Path) -> Dataset:
-        """The data set at ``path``, read as these fields say."""
+        """Open the data set at ``path`` as these fields say."""
         from delineate.datasets.layouts import open_dataset  # not needed to read a recipe
 
         targets = None if self.targets is None else self.targets.targets()
@@ -110,8 +110,8 @@ class DataSpec(Specification):
 class OptimiserSpec(Specification):
     """``adamw`` decouples the weight decay; ``sgd`` uses Nesterov momentum ``beta1``.
 
-    ``rates`` multiply the learning rate of parameters whose names fit a pattern, such as
-    ``encoder.*``; the first that fits counts.
+    ``rates`` multiply the learning rate of parameters whose names match a pattern, such as
+    ``encoder.*``; the first match counts.
     """
 
     kind: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -169,10 +169,10 @@ class ValidationSpec(Specification):
     They are whole patients, at most a tenth of the subjects, of every site its share; a split that names subjects to
     validate on decides instead.
     ``times`` over the budget (less often where that would take more than a tenth of the
-    minutes); the best ``metric`` chooses the weights that are kept. ``patience``
-    validations without a better one end the training early; ``null``: never. ``loss_every`` so many
-    steps the loss is measured on a batch of their tiles, not augmented; ``null``: never. ``held_out``: the
-    held-out subjects are validated on instead, as reports draw their test curves; only where that chooses nothing
+    minutes); the best ``metric`` selects the weights to keep. ``patience``
+    validations without a better one end the training early; ``null``: never. Every ``loss_every``
+    steps, the loss is measured on a batch of their tiles without augmentation; ``null``: never. ``held_out``: validate
+    on the held-out subjects instead, as reports draw their test curves; allowed only if that selects nothing
     (``keep: last`` and no ``patience``).
     """
 
@@ -192,14 +192,14 @@ class TrainingSpec(Specification):
 
     ``ema`` is the decay of the averaged weights that are validated and kept (0: none).
     ``collapse_after``: from this step on, predictions of background alone are reported.
-    ``folds`` are made of the subjects, once the last ``test_last`` of them, by name, are set aside as the test set; a
-    single fold is trained on, and the test set is what is held out. A split file that is there decides instead.
-    ``initialisation``: how the kernels of all convolutions begin, transposed ones among them, with biases at zero;
-    ``default``: as the network's own description says. Weights to start from replace them.
-    ``norm_statistics``: those that BatchNorms predict with are ``measured`` on training tiles under the weights that
-    are kept, or ``moving`` averages over the steps, as the networks update them.
+    ``folds`` are made after the last ``test_last`` subjects, by name, are set aside as the test set; with a
+    single fold, that fold is trained on and the test set is held out. An existing split file decides instead.
+    ``initialisation``: how the kernels of all convolutions, transposed ones included, are initialised, with biases at
+    zero; ``default``: as the network's own description says. Weights to start from replace them.
+    ``norm_statistics``: BatchNorms predict with statistics ``measured`` on training tiles under the weights that
+    are kept, or with the ``moving`` averages that the networks update.
     ``keep``: the bundle keeps the ``best`` weights by validation, or the ``last``; without validation, the last.
-    ``frozen``: patterns of parameters that stay as they begin, such as ``encoder.0.*``; their
+    ``frozen``: patterns of parameters that keep their initial values, such as ``encoder.0.*``; their
     BatchNorms keep their statistics, too.
     """
 
@@ -232,11 +232,11 @@ class TrainingSpec(Specification):
 
 
 class StartSpec(Specification):
-    """Weights to begin with: those of a run or bundle, or of a file of tensors.
+    """Weights to start from: those of a run or bundle, or of a file of tensors.
 
-    What fits by name and shape is loaded, the rest reported; ``include`` and ``exclude`` are patterns of
-    names. Outputs are matched by their target's name; ``rows`` names the source's target for
-    a target of another name. ``channels`` converts kernels for other numbers of input channels.
+    Tensors that match by name and shape are loaded, the rest reported; ``include`` and ``exclude`` are patterns of
+    names. Outputs are matched by their target's name; ``rows`` maps a target to the source's target if
+    their names differ. ``channels`` converts kernels for a different number of input channels.
     """
 
     weights: str
@@ -247,7 +247,7 @@ class StartSpec(Specification):
 
 
 class InferenceSpec(Specification):
-    """Tiles overlap by a fraction; their answers are averaged by weight. ``flips``: axes mirrored at test time."""
+    """Tiles overlap by a fraction; their outputs are averaged by weight. ``flips``: axes mirrored at test time."""
 
     overlap: Annotated[float, Field(ge=0, le=0.95)] = 0.5
     weights: Literal["gaussian", "uniform"] = "gaussian"
@@ -255,7 +255,7 @@ class InferenceSpec(Specification):
 
 
 class PostprocessingSpec(Specification):
-    """Targets of which only the largest component stays, and the smallest component kept, in ml, by target.
+    """Targets that keep only their largest component, and the smallest component to keep (ml), by target.
 
     ``drop_end_slices``: nothing is predicted in the first and in the last such share of the slices, rounded
     down (Li et al. 2018 drop a tenth at either end); this comes first.
@@ -267,7 +267,7 @@ class PostprocessingSpec(Specification):
 
 
 class Recipe(Specification):
-    """Everything that makes a run: a value that is checked as it is made and never changes.
+    """Everything that defines a run: an immutable value, checked on creation.
 
     ``deviates``: what a recipe that bears a report's name does not do as the report did, a sentence each.
 
@@ -324,7 +324,7 @@ class Recipe(Specification):
 
     @property
     def requires(self) -> tuple[str, ...]:
-        """What must be installed for the parts of other packages, ``package==version`` each."""
+        """The packages that provide parts of this recipe, each as ``package==version``."""
         parts = [*map(type, specifications_in(self)), *(METRICS[name] for name in metric_names(",".join(self.metrics)))]
         return tuple(sorted({found for part in parts if (found := requirement_of(part))}))
 
@@ -340,10 +340,10 @@ def packaged_recipes() -> dict[str, Path]:
 
 
 def load_recipe(name_or_path: str | Path, changes: Iterable[str] = ()) -> Recipe:
-    """The packaged recipe of a name, or the one in a YAML file, with ``path.to.field=value`` changes.
+    """A packaged recipe by name, or one from a YAML file, with ``path.to.field=value`` changes.
 
-    A file may begin with ``extends``, the name or path (from its own folder) of a recipe whose fields it takes
-    over. Groups are joined field by field; one with a ``kind`` of its own stands alone.
+    A file may begin with ``extends``, the name or path (relative to its own folder) of a recipe whose fields it
+    inherits. Groups are merged field by field, but a group with its own ``kind`` replaces the inherited one.
 
     Raises :class:`RecipeError` naming the field, what was found, and the nearest valid name.
     """
@@ -361,12 +361,15 @@ def _read(name_or_path: str | Path, beside: Path | None = None, extended: tuple[
             fix=f"give the path of a YAML file, or one of {', '.join(packaged)}",
         )
     if path in extended:
-        raise RecipeError(f"{path.name} extends itself, by way of {extended[-1].name}", fix="break the circle")
+        raise RecipeError(f"{path.name} extends itself, by way of {extended[-1].name}", fix="remove one `extends`")
     values = parse_yaml(read_text(path, 4 * MOST_CHARACTERS), path.name, RecipeError)
     if not isinstance(values, dict):
         raise RecipeError(f"{path.name} holds {type(values).__name__}, not fields", fix="see `delineate recipes show`")
     if len(extended) > MOST_LEVELS:
-        raise RecipeError(f"{path.name} is the {len(extended)}th recipe that extends another", fix="write fewer")
+        raise RecipeError(
+            f"{path.name} is number {len(extended)} in a chain of recipes that extend each other",
+            fix=f"use at most {MOST_LEVELS}",
+        )
     base = values.pop("extends", None)
     return values if base is None else _joined(_read(str(base), path.parent, (*extended, path)), values)
 
@@ -390,7 +393,7 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
 
 
 def apply_changes(values: dict[str, Any], changes: Iterable[str]) -> dict[str, Any]:
-    """Values with ``path.to.field=value`` applied; list items are reached by their number, the next one is added."""
+    """Values with ``path.to.field=value`` applied; list items are addressed by number, the next one is appended."""
     values = _copied(values)
     for change in changes:
         with parsing(_short(change), RecipeError, fix="write path.to.field=value"):
@@ -405,7 +408,7 @@ def _change(values: dict[str, Any], change: str) -> None:
         raise RecipeError(f"'{change}' is not path.to.field=value", fix="write for example training.batch_size=4")
     *parents, last = path.strip().split(".")
     if len(parents) >= MOST_LEVELS:
-        raise RecipeError(f"'{path[:80]}…' has {len(parents) + 1} levels", fix=f"{MOST_LEVELS} are the most")
+        raise RecipeError(f"'{path[:80]}…' has {len(parents) + 1} levels", fix=f"use at most {MOST_LEVELS}")
     node: Any = values
     for key in parents:
         node = node[_index(node, key, path)] if isinstance(node, list) else node.setdefault(key, {})
@@ -451,10 +454,10 @@ def _is_prose(value: Any) -> bool:
 
 
 def _scalar(value: Any) -> str:
-    """A value, or a name, in one line of YAML that reads back as it is."""
+    """A value or a name on one line of YAML that reads back unchanged."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
     text = text.removesuffix("\n").removesuffix("...").strip()
-    if not text.isprintable():  # lines of its own, or what steers a terminal
+    if not text.isprintable():  # line breaks or control characters
         text = yaml.safe_dump(value, default_flow_style=True, default_style='"', width=10**9).strip()
     return text
 

@@ -221,4 +221,4 @@ def test_a_run_does_not_begin_where_its_data_would_be_written_over(world: Path, 
     (tmp_path / "run").mkdir()
     (tmp_path / "run/predictions").symlink_to(world / "data")
     text = refused(["train", "generic_3d", "--data", str(world / "data"), "-o", str(tmp_path / "run")])
-    assert "a run would write over it" in text
+    assert "a run would overwrite it" in text

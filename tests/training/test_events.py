@@ -104,7 +104,7 @@ def test_only_the_first_process_says_and_writes(tmp_path) -> None:
 @pytest.mark.parametrize("log", ["events.jsonl", "messages.txt"])
 def test_a_run_is_known_by_what_it_says(log: str, balls, tmp_path) -> None:
     (tmp_path / "bundle").mkdir()
-    with pytest.raises(OutputError, match="no run did write it"):
+    with pytest.raises(OutputError, match="but no run wrote it"):
         check_run_folder(tmp_path, balls)
     (tmp_path / "logs").mkdir()
     Path(tmp_path / "logs" / log).touch()

@@ -206,8 +206,8 @@ def test_what_decides_the_last_bit_is_recorded_and_a_change_is_said(recipe, ball
     same, other = Reporter(stop), Reporter()
     run(recipe, balls, tmp_path / "run", same, evaluate=False)
     run(recipe, balls, tmp_path / "run", other, evaluate=False, threads=2)
-    assert not any("was begun with" in text for text in same.messages)
-    assert any("begun with threads 1, now 2: the weights will not be" in text for text in other.messages)
+    assert not any("was started with" in text for text in same.messages)
+    assert any("started with threads 1, now 2: the weights will not be" in text for text in other.messages)
 
 
 def test_tensorboard_reads_the_numbers_of_the_curves(recipe, balls, tmp_path) -> None:
@@ -232,7 +232,7 @@ def test_patience_ends_a_run_that_gets_no_better(recipe, balls, tmp_path) -> Non
     result = run(recipe_from(values), balls, tmp_path / "run", report, evaluate=False)
     assert result.finished
     assert result.steps < 50
-    assert any("no better validation in 2" in text for text in report.messages)
+    assert any("no improvement in 2 validations" in text for text in report.messages)
 
 
 def test_a_time_budget_ends_the_run(recipe, balls, tmp_path) -> None:
@@ -355,7 +355,7 @@ def test_broken_subjects_stop_training_before_it_starts(recipe, balls, tmp_path)
         run(recipe, dataset, tmp_path / "run")
     report = Reporter()
     run(recipe, dataset, tmp_path / "run", report, leave_out_broken=True, evaluate=False)
-    assert any(f"left out as broken: {broken.id}" in text for text in report.messages)
+    assert any(f"left out because of broken files: {broken.id}" in text for text in report.messages)
     assert RunSubjects.load(tmp_path / "run").left_out == (broken.id,)
 
 
@@ -507,5 +507,5 @@ def test_the_last_usable_subjects_are_the_test_set_of_a_recipe_that_says_so(reci
 
 def test_one_patient_alone_cannot_be_split(recipe, balls, tmp_path) -> None:
     alone = replace(balls, subjects=tuple(replace(subject, patient="one") for subject in balls.subjects))
-    with pytest.raises(BadSplit, match="has one patient"):
+    with pytest.raises(BadSplit, match="has only one patient"):
         run(recipe, alone, tmp_path / "run")

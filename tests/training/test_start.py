@@ -106,7 +106,7 @@ def test_groups_learn_at_their_own_rate(residual, balls, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"training": {"optimiser": {"rates": {"encodr.*": 0.1}}}}, "no parameter fits 'encodr"),
+        ({"training": {"optimiser": {"rates": {"encodr.*": 0.1}}}}, "no parameter matches 'encodr"),
         ({"training": {"frozen": ["*"]}}, "everything is frozen"),
         ({"start": {"weights": "nowhere.safetensors"}}, "nowhere.safetensors"),
     ],

@@ -117,7 +117,7 @@ def _of_volumes(evaluation: Evaluation) -> Iterator[str]:
                 size = f"{abs(row['bias']):.3g} {row['unit']} too {'large' if low > 0 else 'small'}"
                 ends = " to ".join(f"{end:+.3g}".replace("-", "−") for end in (low, high))
                 yield (
-                    f"Biased volumes of {row['target']}: predicted {size} on average "
+                    f"Biased volumes: {row['target']} predicted {size} on average "
                     f"(95 % interval {ends} {row['unit']}, n = {row['n']})."
                 )
                 break

@@ -365,7 +365,7 @@ def lesion_chart(evaluation: Evaluation, target: str) -> str:
         bounds = ["∞" if end == np.inf else f"{end:g}" for end in ends[first : last + 1]]
         axes.set_xticks(np.arange(len(bounds)) - 0.5, bounds)
         axes.grid(visible=False, axis="x")
-        axes.set(xlabel=f"{target}, lesion volume, ml (above bars: number)", ylabel="share", ylim=(0, 1.15))
+        axes.set(xlabel=f"{target}, volume, ml; number above each bar", ylabel="share", ylim=(0, 1.15))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)
 
     rows = [row for row in evaluation.described_lesions() if row["target"] == target]

@@ -1,4 +1,4 @@
-"""What happens around the training steps: keeping, validating, watching, stopping, showing."""
+"""What happens around the training steps: saving, validating, watching, stopping, showing progress."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from delineate.training.options import Reporter, Stop
 from delineate.training.validation import summary, validate
 
 SECONDS_BETWEEN_STATES = 45.0
-"""A killed run loses at most this and the step it was in: under a minute."""
+"""A killed run loses at most this and the step it was in, less than a minute."""
 
 
 class Keeper(lightning.Callback):
-    """Writes the state from which a run goes on, by the clock, and at the end of training."""
+    """Writes the state from which a run resumes, at regular intervals and at the end of training."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -111,7 +111,7 @@ class Validator(lightning.Callback):
         return soon
 
     def _scores(self, trainer: lightning.Trainer, module: Delineator) -> list[dict[str, float]]:
-        """Scores of all subjects; each process takes every world-th."""
+        """Scores of all subjects, which the processes share among them."""
         own = validate(
             module.kept_network, module.bundle, module.plan, self.subjects[trainer.global_rank :: trainer.world_size]
         )
@@ -125,7 +125,7 @@ class Validator(lightning.Callback):
 
 
 class ValidationLoss(lightning.Callback):
-    """Measures the loss on the validation subjects' tiles every so many steps, before the step is taken."""
+    """Measures the loss on tiles of the validation subjects every ``every`` steps, before the step is taken."""
 
     def __init__(self, source: BatchSource, every: int) -> None:
         self.source, self.every = source, every
@@ -150,7 +150,7 @@ class EpochClock(lightning.Callback):
 
 
 class CollapseWatch(lightning.Callback):
-    """Says so when, past a stated step, the network predicts background alone, or a target everywhere."""
+    """Reports when, past a given step, the network predicts only background, or a target everywhere."""
 
     def __init__(self, after_step: int, report: Reporter) -> None:
         self.after_step, self.report = after_step, report
@@ -171,13 +171,13 @@ class CollapseWatch(lightning.Callback):
 
 
 def flood(step: int, module: Delineator) -> Collapsed:
-    """A target is predicted nearly everywhere: with the fixes that fit the recipe."""
+    """A target is predicted nearly everywhere, with the fixes that suit the recipe."""
     fixes = []
     if _soft(module.bundle.recipe.loss.model_dump()):
         fixes.append(
             "no soft labels (--set loss.soft_labels=null), or Dice over squares (--set loss.denominator=squares): "
-            "where targets are rare, overlap over plain sums with a background of 0.1 everywhere is largest when "
-            "everything is a target"
+            "if targets are rare, overlap over plain sums with a background of 0.1 everywhere is largest when "
+            "everything is predicted as target"
         )
     fixes.append(f"a lower learning rate (--set training.optimiser.learning_rate={module.learning_rate / 3:.1g})")
     fixes.append("check with `delineate data inspect` what the label values mean")
@@ -193,12 +193,12 @@ def _soft(loss: Any) -> bool:
 
 
 def loss_of_targets(step: int, module: Delineator) -> Collapsed:
-    """Background alone is predicted: with the fixes that fit the recipe."""
+    """Only background is predicted, with the fixes that suit the recipe."""
     recipe, fixes = module.bundle.recipe, []
     if recipe.sampler.kind not in ("class_balanced", "class_centred"):
         fixes.append("--set 'sampler={kind: class_balanced}' (half of the tiles then hold a target)")
     if recipe.loss.kind == "cross_entropy":
-        fixes.append("add a Dice loss (--set loss.kind=dice), since cross entropy is content with rare targets missed")
+        fixes.append("add a Dice loss (--set loss.kind=dice), since cross entropy tolerates missing rare targets")
     fixes.append(f"a lower learning rate (--set training.optimiser.learning_rate={module.learning_rate / 3:.1g})")
     fixes.append("check with `delineate data inspect` that labels lie on the organ")
     return Collapsed(step=step, predicts="background alone", fixes=tuple(fixes))
@@ -207,8 +207,8 @@ def loss_of_targets(step: int, module: Delineator) -> Collapsed:
 class Stopper(lightning.Callback):
     """Ends training when the budget is spent, a file ``stop`` appears, or Ctrl-C or SIGTERM arrives.
 
-    Signals are waited for within ``with stopper:``, around the whole of fitting. ``asked`` is why the
-    run is to end, even where that came too late to cut the training short; ``cut_short`` whether it was.
+    Signals are handled within ``with stopper:``, around the whole fit. ``asked`` is why the run should end,
+    even if that came too late to cut the training short; ``cut_short`` is whether it was cut short.
     """
 
     def __init__(self, stop_file: Path, report: Reporter) -> None:
@@ -229,7 +229,7 @@ class Stopper(lightning.Callback):
         self._before.clear()
 
     def on_train_start(self, trainer: lightning.Trainer, module: Delineator) -> None:  # type: ignore[override]
-        # Lightning has put a handler of its own before this one, which ends training without saving.
+        # Lightning has replaced the handler by its own, which ends training without saving.
         self._listen()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
@@ -237,7 +237,7 @@ class Stopper(lightning.Callback):
             self.asked = Stop.FILE
         asked = self.asked or 0
         if trainer.world_size > 1:
-            # Whoever was asked, all stop after the same step.
+            # Whichever process was asked, all stop after the same step.
             wanted = torch.tensor(asked, device=module.device)
             asked = int(trainer.strategy.reduce(wanted, reduce_op="max"))
         if asked:
@@ -248,13 +248,13 @@ class Stopper(lightning.Callback):
             trainer.should_stop = True
 
     def on_exception(self, trainer: lightning.Trainer, module: Delineator, error: BaseException) -> None:  # type: ignore[override]
-        # Helpers would wait for this process, or fail of its absence with a traceback.
+        # Helpers would wait for this process, or fail with a traceback because it is gone.
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)
 
     def _listen(self) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # only there may Python listen to signals
+            return  # Python handles signals only in the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
             before = signal.signal(number, self._on_signal)
             self._before.setdefault(number, before)
@@ -266,7 +266,7 @@ class Stopper(lightning.Callback):
 
 
 class KeepThreads(lightning.Callback):
-    """Holds torch to the plan's number of threads, which Lightning replaces where it starts helpers."""
+    """Keeps torch at the plan's number of threads, which Lightning changes when it starts helpers."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -276,7 +276,7 @@ class KeepThreads(lightning.Callback):
 
 
 class StepProgress(lightning.Callback):
-    """Tells how far the budget is spent, with loss, validation score and speed."""
+    """Reports how much of the budget is spent, with loss, validation score and speed."""
 
     def __init__(self, report: Reporter, validator: Validator) -> None:
         self.report, self.validator = report, validator
@@ -285,7 +285,7 @@ class StepProgress(lightning.Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
         now = time.monotonic()
         taken, self._last = now - self._last, now
-        # A running mean forgets the compilation of the first step soon.
+        # A running mean soon forgets the compilation in the first step.
         smooth = self._seconds_per_step if self._seconds_per_step == self._seconds_per_step else taken
         self._seconds_per_step = 0.9 * smooth + 0.1 * taken
         score = f", Dice {self.validator.score:.3f}" if self.validator.score == self.validator.score else ""

@@ -1,7 +1,7 @@
-"""The state of a training in one safetensors file: tensors as they are, all else as JSON in its metadata.
+"""The state of a training in one safetensors file: tensors as they are, everything else as JSON in its metadata.
 
-Lightning's own checkpoints are pickles, which run code when read. This plugin keeps the same
-content without one, written beside and renamed.
+Lightning's own checkpoints are pickles, which run code when read. This plugin stores the same
+content without pickle, in a temporary file that is then renamed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from delineate.bundle import save_tensors
 from delineate.errors import TrainingError
 from delineate.io.files import open_file, parsing
 
-_FIX = "delete it to begin the training anew"
+_FIX = "delete it to start training from the beginning"
 _TENSOR, _ITEMS, _TUPLE = "tensor:", "items:", "tuple:"
 
 
@@ -34,7 +34,7 @@ class SafeCheckpointIO(CheckpointIO):
         from safetensors import safe_open
 
         with parsing(path, TrainingError, fix=_FIX):
-            open_file(Path(path)).close()  # only a regular file: a pipe would keep us waiting
+            open_file(Path(path)).close()  # refuses a pipe, on which safetensors would block
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {})["state"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -79,10 +79,10 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def steps_done(path: Path) -> int:
-    """Optimiser steps in a saved state; 0 where there is none."""
+    """Optimiser steps in a saved state; 0 if there is none."""
     if not path.exists():
         return 0
     steps = SafeCheckpointIO().load_checkpoint(path).get("global_step")
     if type(steps) is not int or steps < 0:
-        raise TrainingError(f"'{path}' does not say how far the training came", fix=_FIX)
+        raise TrainingError(f"'{path}' does not say how far training got", fix=_FIX)
     return steps

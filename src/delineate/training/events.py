@@ -1,6 +1,6 @@
-"""What happened in a run, when and with which numbers: ``logs/events.jsonl``, a line each.
+"""What happened in a run, when, and with which numbers: ``logs/events.jsonl``, one line per event.
 
-Reports and programs read these; ``logs/messages.txt`` says the same to people.
+Reports and programs read these; ``logs/messages.txt`` says the same in words.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Cause = Literal["the stop file", "Ctrl-C", "a signal to end"]
 
 
 class _Event(Specification):
-    """``at`` is when it happened, ``step`` after how many steps; ``text`` says it to people."""
+    """``at`` is when it happened, ``step`` after how many steps; ``text`` says it in words."""
 
     at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
     step: Count = 0
@@ -37,7 +37,7 @@ class _Event(Specification):
 
 
 class Started(_Event):
-    """A run begins, or the same command again: how many subjects are for what."""
+    """A run starts or is resumed: the number of subjects in each role."""
 
     kind: Literal["started"] = "started"
     training: Count
@@ -47,7 +47,7 @@ class Started(_Event):
     @property
     def text(self) -> str:
         return (
-            f"{self.training} subjects to train on, {self.validation} of the training folds to validate on, "
+            f"{self.training} subjects for training, {self.validation} of the training folds for validation, "
             f"{self.held_out} held out"
         )
 
@@ -70,7 +70,7 @@ class Planned(_Event):
 
 
 class Resumed(_Event):
-    """Training continues after ``step`` steps: whatever was done beyond them is done again."""
+    """Training resumes after ``step`` steps; any steps done beyond them are repeated."""
 
     kind: Literal["resumed"] = "resumed"
 
@@ -80,7 +80,7 @@ class Resumed(_Event):
 
 
 class Validated(_Event):
-    """Mean Dice over the validation subjects, over all targets and of each; ``best`` so far or not."""
+    """Mean Dice over the validation subjects, for all targets and for each; ``best``: whether it is the best so far."""
 
     kind: Literal["validated"] = "validated"
     minutes: Minutes
@@ -96,7 +96,7 @@ class Validated(_Event):
 
 
 class Collapsed(_Event):
-    """The network predicts background alone, or a target nearly everywhere; ``fixes`` fit its recipe."""
+    """The network predicts only background, or a target nearly everywhere; ``fixes`` suit its recipe."""
 
     kind: Literal["collapsed"] = "collapsed"
     predicts: Literal["background alone", "a target nearly everywhere"]
@@ -109,18 +109,18 @@ class Collapsed(_Event):
 
 
 class GaveUp(_Event):
-    """Validation did not get better ``patience`` times: training ends before its budget does."""
+    """Validation did not improve ``patience`` times in a row: training ends before its budget is spent."""
 
     kind: Literal["gave_up"] = "gave_up"
     patience: Count
 
     @property
     def text(self) -> str:
-        return f"no better validation in {self.patience}: training ends early"
+        return f"no improvement in {self.patience} validations: training ends early"
 
 
 class Stopped(_Event):
-    """The run was asked to end; the same command resumes it."""
+    """The run was asked to stop; the same command resumes it."""
 
     kind: Literal["stopped"] = "stopped"
     cause: Cause
@@ -145,7 +145,7 @@ class Trained(_Event):
 
 
 class Finished(_Event):
-    """All is done, up to the held-out subjects' numbers where there are any."""
+    """Everything is done, including the evaluation of the held-out subjects, if there are any."""
 
     kind: Literal["finished"] = "finished"
     measured: Count
@@ -182,13 +182,13 @@ def from_line(line: bytes) -> Event:
 
 
 def append_event(logs: Path, event: Event) -> None:
-    """Add ``event`` to those in a run's ``logs``. Raises :class:`OutputError`, and leaves the file whole then."""
+    """Add ``event`` to a run's ``logs``. Raises :class:`OutputError`, which leaves the file intact."""
     with appending(logs / EVENTS) as file:
         file.write(to_line(event))
 
 
 def drop_unfinished(logs: Path) -> None:
-    """Remove a last line that a killed process did not write to its end, so that more can be added."""
+    """Remove a last line that a killed process left incomplete, so that more can be added."""
     path = logs / EVENTS
     if not path.exists():
         return
@@ -200,19 +200,19 @@ def drop_unfinished(logs: Path) -> None:
 
 
 def read_events(logs: Path) -> tuple[Event, ...]:
-    """All events in a run's ``logs``, oldest first; none where the run is of an earlier version.
+    """All events in a run's ``logs``, oldest first; none for runs of earlier versions.
 
-    Raises :class:`BadFormat` for a damaged file; a last line that a killed process left unfinished is left out.
+    Raises :class:`BadFormat` for a damaged file; a last line that a killed process left incomplete is ignored.
     """
     path = logs / EVENTS
     if not path.exists():
         return ()
-    with parsing(path, BadFormat, fix="remove it, and the report is written without it"):
+    with parsing(path, BadFormat, fix="delete it; the report is then written without it"):
         return tuple(from_line(line) for line in read_bytes(path, _MOST_BYTES).split(b"\n")[:-1])
 
 
 def without_undone(events: Iterable[Event]) -> list[Event]:
-    """``events`` without those of steps that a resumed run took again."""
+    """``events`` without those of steps that a resumed run repeated."""
     kept: list[Event] = []
     for event in events:
         if isinstance(event, Resumed):

@@ -1,9 +1,8 @@
 """One training at a time in a run folder, and which processes belong to it.
 
-The first process of a training holds ``RUN/.lock`` by a lock of the operating system, which ends
-with the process, however that ends. The processes that it starts for ``--devices`` know it by a
-word that stands in the file while it is held; variables that a scheduler or an earlier launch left
-in the environment mean nothing.
+The first process of a training holds ``RUN/.lock`` with a lock of the operating system, which is released
+however the process ends. The processes that it starts for ``--devices`` recognise it by a word in that file;
+variables that a scheduler or an earlier launch left in the environment are ignored.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _LAUNCHERS = (
     "LOCAL_RANK", "RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 )  # fmt: skip
-"""Variables by which launchers tell Lightning's processes apart."""
+"""Environment variables by which launchers tell Lightning's processes apart."""
 
 _held: dict[tuple[Path, int], str] = {}
-"""The folders that this process holds, by thread, with the word of each."""
+"""The folders that this process holds, with their words, by folder and thread."""
 
 
 @contextmanager
 def holding(folder: Path) -> Iterator[bool]:
     """Hold a run folder for one training; yields whether this process is the first of that training.
 
-    False is for those that the first has started to help. Where a thread holds the folder already,
-    this is part of the same hold. Raises :class:`RunInUse`, :class:`OutputError`.
+    It yields False in helper processes, which the first one has started. If the same thread already holds the
+    folder, this joins that hold. Raises :class:`RunInUse`, :class:`OutputError`.
     """
     key = (folder.resolve(), threading.get_ident())
     if key in _held:
@@ -52,17 +51,17 @@ def holding(folder: Path) -> Iterator[bool]:
     descriptor = _locked(path)
     try:
         _held[key] = _sign(descriptor, path)
-        stop_file(folder).unlink(missing_ok=True)  # it was meant for a run that is no more
+        stop_file(folder).unlink(missing_ok=True)  # it was meant for an earlier run
         yield True
     finally:
         _held.pop(key, None)
-        # While they are held: files removed later could be another's.
+        # Before the lock is released: later, the files could be another run's.
         with suppress(OSError):
             stop_file(folder).unlink(missing_ok=True)
             path.unlink()
         os.close(descriptor)
         if is_new:
-            with suppress(OSError):  # a run that was refused at once leaves nothing
+            with suppress(OSError):  # a run that was refused leaves nothing behind
                 folder.rmdir()
 
 
@@ -85,15 +84,15 @@ def in_use(folder: Path) -> bool:
 
 
 def stop_file(folder: Path) -> Path:
-    """The file that asks the training in ``folder`` to end; from the moment that it holds the folder."""
+    """The file that asks the training in ``folder`` to stop; only counts while a training holds the folder."""
     return folder / "stop"
 
 
 @contextmanager
 def launching(folder: Path, devices: int) -> Iterator[None]:
-    """Let the processes that are started within the block be of the group of this one, and of no other."""
+    """Let processes started within the block join this one's group, and no other."""
     word = _held.get((folder.resolve(), threading.get_ident()))
-    if word is None:  # a helper keeps what the first has told it
+    if word is None:  # a helper keeps what it inherited from the first
         yield
         return
     before = {name: os.environ.get(name) for name in (*_LAUNCHERS, _GROUP)}
@@ -112,7 +111,7 @@ def launching(folder: Path, devices: int) -> Iterator[None]:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor of the file that stands at ``path``, locked."""
+    """A locked descriptor of the file at ``path``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -138,7 +137,7 @@ def _locked(path: Path) -> int:
 
 
 def _sign(descriptor: int, path: Path) -> str:
-    """Write into the lock who holds it; returns the word of its group."""
+    """Write into the lock file who holds it; returns the word of the group."""
     word = token_hex(16)
     about = {
         "pid": os.getpid(),
@@ -149,7 +148,7 @@ def _sign(descriptor: int, path: Path) -> str:
     text = json.dumps(about).encode()
     try:
         os.ftruncate(descriptor, 0)
-        # A disk may be too full for all of it.
+        # A full disk may take only part of it.
         if os.pwrite(descriptor, text, 0) < len(text):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
@@ -162,13 +161,13 @@ def _in_use(path: Path) -> str:
     who = "process {pid} on {host}, since {since}".format(**holder) if holder else "a process that has just started"
     return (
         f"another training is running in '{path.parent}' ({who}); wait until it ends, stop it "
-        f"(Ctrl-C there, or: touch '{stop_file(path.parent)}'), or use another --out, in a job array for example "
-        "--out run$SLURM_PROCID"
+        f"(Ctrl-C there, or: touch '{stop_file(path.parent)}'), or use another --out, for example "
+        "--out run$SLURM_PROCID in a job array"
     )
 
 
 def _holder(path: Path) -> dict[str, str]:
-    """What the lock says of its holder; nothing where it says nothing yet."""
+    """What the lock file says about its holder; empty if nothing has been written yet."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -20,7 +20,7 @@ EPOCH_CURVE = "epochs.csv"
 
 
 class _RunLogger(Logger):
-    """A logger that writes numbers alone: the recipe stands beside it, and a run is one version."""
+    """A logger that writes only numbers: the recipe is saved elsewhere, and a run has a single version."""
 
     @property
     def version(self) -> str:
@@ -28,14 +28,14 @@ class _RunLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The recipe is written beside; nothing to do."""
+        """Nothing to do: the recipe is written elsewhere."""
 
 
 class CurveLogger(_RunLogger):
     """Appends each step's numbers to ``training.csv``, each validation's to ``validation.csv``.
 
-    ``validation_loss.csv`` has the loss on tiles of the validation subjects, every so many steps, ``epochs.csv``
-    the minutes spent at the end of each epoch.
+    ``validation_loss.csv`` has the loss on tiles of the validation subjects, at regular steps; ``epochs.csv`` the
+    minutes spent at the end of each epoch.
 
     Lightning's own CSV logger empties the folder when a run is resumed; this one drops only the
     rows after the step that training resumes from.
@@ -44,7 +44,7 @@ class CurveLogger(_RunLogger):
     def __init__(self, folder: Path, resumed_from: int) -> None:
         super().__init__()
         self.folder = folder
-        # Losses are numbered by the steps before them, validations and epochs by the steps behind them.
+        # Losses are numbered by the steps before theirs, validations and epochs by the steps done.
         _keep_until(folder / TRAINING_CURVE, resumed_from - 1)
         _keep_until(folder / VALIDATION_LOSS_CURVE, resumed_from - 1)
         _keep_until(folder / VALIDATION_CURVE, resumed_from)
@@ -65,15 +65,15 @@ class CurveLogger(_RunLogger):
 
 
 class EventLogger(_RunLogger):
-    """The same numbers as events for TensorBoard; a resumed run begins a file of its own.
+    """The same numbers as events for TensorBoard; a resumed run starts a new file.
 
-    Written at once and by the training itself: TensorBoard's own writer does so in a thread, which
-    would die of a full disk with a traceback, and loses the last minutes of a run that is killed.
+    Written immediately and by the training itself: TensorBoard's own writer uses a thread, which
+    would die with a traceback on a full disk, and loses the last minutes of a run that is killed.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        # TensorBoard reads files of such names, in the order of their seconds.
+        # TensorBoard reads files with such names, in the order of their timestamps.
         self._path = folder / f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{time.time_ns()}"
 
     @property

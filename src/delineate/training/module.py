@@ -28,7 +28,7 @@ from delineate.sampling.batches import Batch, BatchSource
 
 @dataclass
 class Budget:
-    """How much training there is, and how much of it is spent; time runs only while training does."""
+    """The budget of a training and how much of it is spent; the clock runs only during training."""
 
     steps: int | None
     seconds: float | None
@@ -67,13 +67,13 @@ class Foreground(NamedTuple):
 
 
 class BatchStream(IterableDataset):
-    """Batches from a step on, the next one read while the network works on this one."""
+    """Batches from the current step on; the next is read while the network works on this one."""
 
     def __init__(self, module: Delineator) -> None:
         self.module = module
 
     def __iter__(self) -> Iterator[Batch]:
-        # Where a resumed training stands is known only once Lightning has restored it.
+        # The step of a resumed training is known only once Lightning has restored it.
         i, source = self.module.global_step, self.module.source
         with ThreadPoolExecutor(max_workers=1) as reader:
             following = reader.submit(source.batch, i)
@@ -96,7 +96,7 @@ class Delineator(lightning.LightningModule):
         # Lightning moves the module to its device later.
         self.network = replace(plan, device=torch.device("cpu")).place(network, self.dimensions)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False) if self.spec.ema else None
-        # Part of the module, so that what a loss itself learns is saved and restored.
+        # Part of the module, so that any parameters of the loss are saved and restored.
         self.loss = build_loss(bundle.recipe.loss, bundle.targets)
 
         def predict_and_judge(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,9 +104,9 @@ class Delineator(lightning.LightningModule):
             finest = logits if isinstance(logits, Tensor) else logits[0]
             return self.loss(logits, target, image), finest.detach()
 
-        # Network and loss in one compiled graph: softmax and sums fuse with what precedes them.
+        # Network and loss in one compiled graph: softmax and sums fuse with the preceding operations.
         self._predict_and_judge = plan.compiled(predict_and_judge)
-        # Reading a loss makes a GPU wait; a CPU has it at hand.
+        # Reading a loss makes a GPU wait, but costs nothing on a CPU.
         self.log_every = 1 if plan.device.type == "cpu" else 10
         self._progress = 0.0
         self.last_loss = float("nan")
@@ -114,15 +114,15 @@ class Delineator(lightning.LightningModule):
 
     @property
     def kept_network(self) -> nn.Module:
-        """The network that is validated and kept: the averaged one where there is one."""
+        """The network that is validated and saved: the averaged one, if there is one."""
         return self.network if self.averaged is None else self.averaged
 
     def refresh_statistics(self) -> None:
-        """Measure the BatchNorms' statistics anew under the weights that are kept, on training tiles.
+        """Recompute the BatchNorm statistics for the weights that are kept, on training tiles.
 
-        The moving ones lag behind: they remember other weights, and of a short training, the start.
-        Frozen BatchNorms keep theirs, and all where the recipe keeps the moving ones. The same tiles are used each
-        time, on every process.
+        Moving statistics lag behind: they remember earlier weights and, in a short training, the start.
+        Frozen BatchNorms keep theirs, and so do all if the recipe keeps the moving ones. The same tiles are used each
+        time, in every process.
         """
         if self.spec.norm_statistics == "moving":
             return
@@ -151,16 +151,16 @@ class Delineator(lightning.LightningModule):
             module.training = training
 
     def _seen(self, source: BatchSource, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Image and target of a batch as the network sees them: on its device, varied, laid out as the plan says."""
+        """Image and target of a batch as the network sees them: on its device, augmented, in the plan's layout."""
         on_device = Batch(batch.image.to(self.device), batch.target.to(self.device), batch.number)
         image, target = source.augmented(on_device, self.spec.seed)
         return image.contiguous(memory_format=self.plan.memory_format(self.dimensions)), target
 
     def loss_on(self, source: BatchSource, i: int) -> float:
-        """The loss of the current weights on batch ``i`` of ``source``, to be set beside the training loss.
+        """The loss of the current weights on batch ``i`` of ``source``, for comparison with the training loss.
 
-        Without dropout, and with BatchNorms that see the batch as in training: their moving statistics
-        lag behind, and would make the loss of a network that is well look bad.
+        Dropout is off, and BatchNorms use batch statistics as in training: their moving statistics
+        lag behind and would make the loss of a good network look bad.
         """
         image, target = self._seen(source, source.batch(i))
         norms = free_norms(self.network)
@@ -169,7 +169,7 @@ class Delineator(lightning.LightningModule):
             norm.train()
             norm.track_running_stats = False
         with torch.no_grad(), self.plan.autocast():
-            # Not the compiled graph, which would be compiled anew for a network that does not train.
+            # Not the compiled graph, which would be compiled again for evaluation mode.
             logits = self.network(image)
             loss = float(self.loss(logits, target, image))
         for norm in norms:
@@ -184,12 +184,12 @@ class Delineator(lightning.LightningModule):
         return self._progress
 
     def setup(self, stage: str) -> None:
-        # Which process this is among how many is known only now.
+        # The rank of this process and the world size are known only now.
         self.source = self.source.for_process(self.global_rank, self.trainer.world_size)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         step = self.global_step
-        # Dropout draws from the global generator: seeded by step, a resumed run draws the same.
+        # Dropout draws from the global generator: seeded by step, so that a resumed run draws the same.
         torch.manual_seed(int(np.random.SeedSequence((self.spec.seed, 3, self.global_rank, step)).generate_state(1)[0]))
         image, target = self._seen(self.source, batch)
         loss, logits = self._predict_and_judge(image, target)
@@ -199,14 +199,14 @@ class Delineator(lightning.LightningModule):
             self.last_loss = float(loss.detach())
             if not math.isfinite(self.last_loss):
                 raise TrainingError(
-                    f"the loss is {self.last_loss} at step {step}: from here on nothing would be learnt",
+                    f"the loss is {self.last_loss} at step {step}, so nothing more can be learnt",
                     fix=(
                         "try --precision fp32, or a lower learning rate "
                         f"(--set training.optimiser.learning_rate={self.learning_rate / 3:.1g}), in a new folder"
                     ),
                 )
-            # At once, not by Lightning's `log`, which writes after whoever saves the state: a run killed in
-            # between would lack this row for good.
+            # Immediately, not through Lightning's `log`, which writes after the state is saved: a run killed in
+            # between would lose this row for good.
             for logger in self.loggers:
                 logger.log_metrics({"loss": self.last_loss, "learning_rate": self.learning_rate}, step)
         return loss
@@ -218,13 +218,13 @@ class Delineator(lightning.LightningModule):
         hold_frozen_norms(self.network)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        # Here rather than after the batch: whoever saves the state then saves these too.
+        # Here rather than after the batch, so that a state saved after the batch includes these.
         super().optimizer_step(*args, **kwargs)
         self._average(self.global_step + 1)
         self.update_progress(self.global_step + 1)
 
     def update_progress(self, steps: int) -> None:
-        """Read the clock; process 0 decides for all, so that all stop at the same step."""
+        """Read the clock; process 0 decides for all, so that they stop at the same step."""
         progress = self.budget.progress(steps)
         if self.trainer.world_size > 1:
             progress = float(self.trainer.strategy.broadcast(progress, src=0))
@@ -235,12 +235,12 @@ class Delineator(lightning.LightningModule):
         return float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # A fused step unscales gradients by itself, too late for clipping: with loss scaling it must not.
+        # A fused step unscales gradients itself, too late for clipping, so it cannot be used with loss scaling.
         fused = self.plan.precision != "fp16"
         return build_optimiser(self.spec.optimiser, self.network, adversaries(self.loss), fused=fused)
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        # Lightning refuses to clip for any fused optimiser, although without loss scaling nothing is unscaled.
+        # Lightning refuses to clip with any fused optimiser, although without loss scaling nothing is unscaled.
         if self.spec.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.spec.clip_norm, foreach=True)
 
@@ -263,7 +263,7 @@ class Delineator(lightning.LightningModule):
         """Move the averaged weights towards the current ones (Polyak & Juditsky 1992)."""
         if self.averaged is None:
             return
-        # Early on the average would remember the random start for long.
+        # With the full decay, the average would remember the random start for a long time.
         decay = min(self.spec.ema, (1 + steps) / (10 + steps))
         with torch.no_grad():
             averaged: list[Tensor] = list(self.averaged.parameters())
@@ -273,7 +273,7 @@ class Delineator(lightning.LightningModule):
                 kept.copy_(now)
 
     def _count_foreground(self, logits: Tensor, target: Tensor) -> None:
-        """How much of this batch is any target, in the reference and in the prediction."""
+        """Count the voxels of any target in this batch, in the reference and in the prediction."""
         exclusive = self.bundle.targets.exclusive
         predicted = (logits.argmax(1) > 0) if exclusive else (logits > 0).any(1)
         reference = (target != 0) & (target != 255)
@@ -287,10 +287,10 @@ def build_optimiser(
     *,
     fused: bool,
 ) -> torch.optim.Optimizer:
-    """The optimiser; weight decay acts on kernels only, not on biases and normalisation.
+    """The optimiser; weight decay applies to kernels only, not to biases and normalisation.
 
-    Every group carries ``initial_lr``, which the schedule multiplies. ``adversaries`` ascend.
-    Raises :class:`RecipeError` for a pattern of ``rates`` that fits no parameter.
+    Every group has an ``initial_lr``, which the schedule multiplies. ``adversaries`` are maximised.
+    Raises :class:`RecipeError` for a pattern in ``rates`` that matches no parameter.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     fitting: set[str] = set()
@@ -304,7 +304,7 @@ def build_optimiser(
     unused = [p for p in spec.rates if p not in fitting]
     if unused:
         first = next(name for name, _ in network.named_parameters())
-        raise RecipeError(f"optimiser.rates: no parameter fits '{unused[0]}'", fix=f"they are named like '{first}'")
+        raise RecipeError(f"optimiser.rates: no parameter matches '{unused[0]}'", fix=f"use names such as '{first}'")
     described: list[dict[str, Any]] = [
         {"params": parameters, "initial_lr": rate, "weight_decay": spec.weight_decay if decayed else 0.0}
         for (rate, decayed), parameters in groups.items()
@@ -314,7 +314,7 @@ def build_optimiser(
         for parameters, rate in adversaries
     ]
     if not described:
-        raise RecipeError("everything is frozen: nothing is left to train", fix="take a pattern out of training.frozen")
+        raise RecipeError("everything is frozen: nothing is left to train", fix="remove a pattern from training.frozen")
     if spec.kind == "sgd":
         return torch.optim.SGD(described, lr=spec.learning_rate, momentum=spec.beta1, nesterov=spec.beta1 > 0)
     kind = torch.optim.AdamW if spec.kind == "adamw" else torch.optim.Adam
@@ -322,9 +322,9 @@ def build_optimiser(
 
 
 def match_memory_formats(optimiser: torch.optim.Optimizer) -> None:
-    """Lay restored moments out in memory as their parameters are.
+    """Give restored moments the same memory layout as their parameters.
 
-    Fused optimisers walk through memory without looking at strides: a contiguous moment beside a
+    Fused optimisers walk through memory without checking strides: a contiguous moment beside a
     channels-last parameter would be paired with the wrong weights, without any error.
     """
     for parameter, state in optimiser.state.items():

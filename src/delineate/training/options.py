@@ -1,4 +1,4 @@
-"""How a run is run, and where it says what happens."""
+"""How a recipe is run, and where the run reports what happens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Stop(IntEnum):
-    """Why a run ended before it was complete; the value is the exit status of the command."""
+    """Why a run ended early; the value is the exit status of the command."""
 
     FILE = 3
     INTERRUPT = 130
@@ -38,7 +38,7 @@ class Stop(IntEnum):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a recipe is run, apart from what it says itself.
+    """How a recipe is run, apart from what the recipe itself says.
 
     ``fold`` is held out and never seen in training; ``None`` trains on all but the locked test set.
     ``cache`` holds prepared subjects, shared by runs. ``split_file`` is reused by later runs.
@@ -58,19 +58,19 @@ class RunOptions:
 
 
 def check_possible(options: RunOptions) -> None:
-    """Raise :class:`RecipeError` where this machine lacks what the options ask for, before any work begins."""
+    """Raise :class:`RecipeError` if this machine lacks what the options need, before any work begins."""
     check_device(options.device, options.devices)
     if options.mlflow is not None and find_spec("mlflow") is None:
-        raise RecipeError("logging to MLflow needs its package", fix="pip install 'delineate[mlflow]'")
+        raise RecipeError("logging needs the mlflow package", fix="pip install 'delineate[mlflow]'")
 
 
 @dataclass(frozen=True)
 class Reporter:
-    """Where a run says what happens: to the terminal, and in a run's folder to ``messages.txt`` and ``events.jsonl``.
+    """Where a run reports what happens: to the terminal, and to ``messages.txt`` and ``events.jsonl`` in its folder.
 
-    ``messages`` are all that were said. ``logs`` is the folder of the two files.
-    ``progress(stage, done, total)`` is told how far a stage is, ``status`` just before
-    what there is to say of it.
+    ``messages`` collects all messages. ``logs`` is the folder of the two files.
+    ``progress(stage, done, total)`` is called with how far a stage is, and just before that
+    ``status`` with a few words about it.
     """
 
     say: Say = lambda text: None
@@ -90,15 +90,15 @@ class Reporter:
                 file.write((time.strftime("%Y-%m-%d %H:%M:%S ") + printable_lines(text) + "\n").encode())
 
     def event(self, event: Event) -> None:
-        """Note what happened, and say it."""
+        """Record an event and report it in words."""
         if self.logs is not None and not self.silent:
             append_event(self.logs, event)
         self(event.text)
 
     def of_run(self, folder: Path, *, first: bool) -> Reporter:
-        """One that writes into a run's folder too; this one stays as it is, and is told all that is said.
+        """A reporter that also writes to a run folder and passes every message on to this one.
 
-        Processes beside the ``first`` only train: they say nothing.
+        Helper processes (not ``first``) only train: they report nothing.
         """
         if not first:
             return Reporter(silent=True)

@@ -1,4 +1,4 @@
-"""What comes before the first step: inspection, split, preprocessing, the bundle to be."""
+"""Everything before the first step: inspection, split, preprocessing, the bundle without weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from delineate.training.subjects import RunSubjects
 
 
 def budget_changes(minutes: float | None, steps: int | None, epochs: int | None = None) -> list[str]:
-    """Changes that replace the recipe's budget by another one; none where none is given."""
+    """Changes that replace the recipe's budget; none if none is given."""
     wanted = {"minutes": minutes, "steps": steps, "epochs": epochs}
     if not any(wanted.values()):
         return []
@@ -54,7 +54,7 @@ def budget_changes(minutes: float | None, steps: int | None, epochs: int | None 
 
 @dataclass(frozen=True)
 class Derived:
-    """A recipe that was derived from data, the reason for each choice by dotted path, and what inspection found."""
+    """A recipe derived from data, the reason for each choice by dotted path, and what inspection found."""
 
     recipe: Recipe
     reasons: Mapping[str, str]
@@ -75,7 +75,7 @@ def derived_recipe(
     dataset, targets = without_descriptions(dataset), dataset.targets
     if targets is None:
         raise RecipeError(
-            f"data set '{dataset.name}' does not name its targets", fix="add for example --targets liver=1"
+            f"data set '{dataset.name}' does not name its targets", fix="name them, for example --targets liver=1"
         )
     inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
     sound = [row for row in inspection.rows if row.subject not in inspection.broken]
@@ -106,10 +106,9 @@ def auto_recipe(
     epochs: int | None = None,
     changes: Sequence[str] = (),
 ) -> tuple[Recipe, Inspection | None]:
-    """:func:`derived_recipe`, written with its reasons into ``folder``.
+    """:func:`derived_recipe`, written to ``folder`` with its reasons.
 
-    A run that was begun there keeps the recipe it was begun with. Returns the inspection too, where
-    one was needed.
+    A run that was started there keeps its recipe. Also returns the inspection, if one was needed.
     """
     path = folder / "recipe.yaml"
     if path.exists():
@@ -172,8 +171,8 @@ def inspected(
     targets = recipe.data.targets.targets() if recipe.data.targets is not None else dataset.targets
     if targets is None:
         raise RecipeError(
-            f"data set '{dataset.name}' does not name its targets, nor does the recipe",
-            fix="add for example --set 'data.targets.values={liver: 1}'",
+            f"neither data set '{dataset.name}' nor the recipe names the targets",
+            fix="name them, for example --set 'data.targets.values={liver: 1}'",
         )
     _warn_of_other_values(targets, dataset, report)
     if recipe.data.channels is not None:
@@ -186,11 +185,11 @@ def inspected(
     if inspection.broken:
         if not options.leave_out_broken:
             raise BrokenSubjects(broken_message(inspection))
-        report(f"left out as broken: {', '.join(inspection.broken)}")
+        report(f"left out because of broken files: {', '.join(inspection.broken)}")
         kept = tuple(s for s in dataset.subjects if s.id not in inspection.broken)
         dataset = replace(dataset, subjects=kept)
     if len(dataset.subjects) < 2:
-        raise BrokenSubjects(f"{len(dataset.subjects)} usable subjects are left", fix="training needs two or more")
+        raise BrokenSubjects(f"{len(dataset.subjects)} usable subjects are left", fix="training needs at least two")
     return dataset, targets, inspection
 
 
@@ -208,16 +207,16 @@ def _warn_of_other_values(targets: Targets, dataset: Dataset, report: Reporter) 
 
 
 def broken_message(inspection: Inspection) -> str:
-    """All errors of an inspection, a line each."""
+    """All errors of an inspection, one per line."""
     lines = [f"  {p.subject}: {p.code}: {p.message}; {p.fix}" for p in inspection.errors]
     return (
-        f"{len(inspection.broken)} subjects cannot be trained on:\n" + "\n".join(lines) + "\n"
+        f"{len(inspection.broken)} subjects cannot be used for training:\n" + "\n".join(lines) + "\n"
         "Fix them, or add --leave-out-broken to train on the others"
     )
 
 
 def expected_seconds(recipe: Recipe, subjects: int) -> float:
-    """About how long the run on so many subjects is, to judge whether compiling pays; by epochs, at least."""
+    """Rough duration of the run on this many subjects, to decide whether compiling pays; by epochs, a lower bound."""
     training = recipe.training
     by_time = float("inf") if training.minutes is None else training.minutes * 60
     # A step of the packaged recipes takes about a second on two cores.
@@ -232,14 +231,14 @@ def expected_seconds(recipe: Recipe, subjects: int) -> float:
 
 
 def threads_of(plan: ComputePlan, options: RunOptions) -> int:
-    """Threads of one process of a training."""
+    """Threads per training process."""
     return max(1, plan.threads // (options.devices if plan.device.type == "cpu" else 1))
 
 
 def conditions(plan: ComputePlan, options: RunOptions) -> dict[str, str | int]:
-    """What decides the weights to the last bit, beside the recipe, the data and the versions.
+    """What decides the weights to the last bit, besides the recipe, the data and the versions.
 
-    Sums are taken in another order by another number of threads, and by other instructions.
+    The number of threads and the instruction set change the order of summation.
     """
     return {
         "device": torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else plan.device.type,
@@ -254,7 +253,7 @@ def conditions(plan: ComputePlan, options: RunOptions) -> dict[str, str | int]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prepared subjects by what they are for."""
+    """Prepared subjects by role."""
 
     training: PreparedDataset
     validation: PreparedDataset
@@ -270,7 +269,7 @@ def prepared_bundle(
     plan: ComputePlan,
     report: Reporter,
 ) -> tuple[Bundle, Prepared]:
-    """Fit the preprocessing on the training subjects, prepare them, and describe the bundle to be."""
+    """Fit the preprocessing to the training subjects, prepare them, and describe the future bundle."""
     pipeline = recipe.pipeline.fit(lambda: (load_scan(subject) for subject in roles.training))
     cache = cache_folder(options)
     validated = roles.held_out if recipe.training.validation.held_out else roles.validation
@@ -286,7 +285,7 @@ def prepared_bundle(
     spacing = np.median([grid.spacing_mm for grid in training.grids], axis=0)
     spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     largest = np.max([grid.shape for grid in training.grids], axis=0)
-    # Of scans that were not reoriented, the first tells how axes of equal spacing lie.
+    # If scans were not reoriented, the first one decides which of several axes of equal spacing is which.
     typical = training.grids[0].affine.copy()
     typical[:3, :3] *= spacing / training.grids[0].spacing_mm
     tiles = with_slice_axis(recipe.tiles, Grid(training.grids[0].shape, typical))
@@ -320,7 +319,7 @@ def prepared_bundle(
 
 
 def subjects_of(dataset: Dataset, inspection: Inspection, roles: Roles, options: RunOptions) -> RunSubjects:
-    """Who is who, by name, for the run's folder."""
+    """The role of each subject, by name, for the run folder."""
     return RunSubjects(
         data_set=dataset.name,
         fold=options.fold,
@@ -333,18 +332,18 @@ def subjects_of(dataset: Dataset, inspection: Inspection, roles: Roles, options:
 
 
 def without_descriptions(dataset: Dataset) -> Dataset:
-    """``dataset`` whose channels are not called after DICOM series' descriptions.
+    """``dataset`` with channels that are not named after DICOM series descriptions.
 
-    A description may name a person, and channels' names are kept in the bundle, which is given away. The
-    only channel is called after its modality. Raises :class:`RecipeError` where there are several.
+    A description may name a person, and channel names are stored in the bundle, which is shared. A
+    single channel is named after its modality. Raises :class:`RecipeError` if there are several.
     """
     if not dataset.described:
         return dataset
     if any(len(subject.scans) != 1 for subject in dataset.subjects):
         raise RecipeError(
-            f"the channels of '{dataset.name}' have no names but the series' descriptions "
-            f"({', '.join(dataset.channels)}), which may name a person and would be given away with the bundle",
-            fix="name each by a pattern, such as --set \"data.images={T1: '*t1*', FLAIR: '*flair*'}\"",
+            f"the channels of '{dataset.name}' have no names but the series descriptions "
+            f"({', '.join(dataset.channels)}), which may name a person and would be shared with the bundle",
+            fix="name each with a pattern, such as --set \"data.images={T1: '*t1*', FLAIR: '*flair*'}\"",
         )
     name = dataset.modality or "image"
     subjects = tuple(subject.with_channels((name,)) for subject in dataset.subjects)
@@ -353,7 +352,7 @@ def without_descriptions(dataset: Dataset) -> Dataset:
 
 @dataclass(frozen=True)
 class Roles:
-    """What each subject is for. ``validation`` chooses weights; ``held_out`` is never trained or chosen on."""
+    """The role of each subject. ``validation`` selects weights; ``held_out`` is never used in training."""
 
     training: tuple[Subject, ...]
     validation: tuple[Subject, ...]
@@ -402,10 +401,10 @@ def new_split(recipe: Recipe, whole: Dataset, usable: Dataset) -> Split:
     subjects = usable.subjects if spec.test_last else whole.subjects
     patients = len({subject.patient for subject in subjects})
     if patients < 2:
-        raise BadSplit(f"data set '{whole.name}' has one patient", fix="training and judging it need two or more")
+        raise BadSplit(f"data set '{whole.name}' has only one patient", fix="training and evaluation need at least two")
     return make_split(subjects, min(spec.folds, patients), seed=spec.seed, test_last=spec.test_last)
 
 
 def cache_folder(options: RunOptions) -> Path:
-    """Where prepared subjects lie: as asked, else the user's home of delineate."""
+    """Where prepared subjects are kept: the folder given, else delineate's home folder."""
     return home_folder() if options.cache is None else options.cache

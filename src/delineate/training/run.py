@@ -4,9 +4,9 @@
 
     RUN/
         recipe.yaml  plan.json  split.json  data.json   what was decided, and on what data
-        subjects.json                                   who was trained on: names stay here
+        subjects.json                                   subjects by role: names stay here
         logs/        training.csv, validation.csv, validation_loss.csv, TensorBoard events, events.jsonl, messages.txt
-        last/        the state that a stopped run goes on from; at the end, the last weights as a bundle
+        last/        the state from which a stopped run resumes; at the end, the last weights as a bundle
         bundle/      the best weights
         predictions/ evaluation/                        of the held-out subjects
 """
@@ -83,10 +83,10 @@ from delineate.training.subjects import RunSubjects
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run lies, how far it came, and what its held-out subjects gave.
+    """Where a run is, how far it got, and the evaluation of its held-out subjects.
 
-    ``stopped`` is why it ended before it was complete; None where it is. ``helper`` is true in processes
-    that only trained along with the first, which alone writes and says.
+    ``stopped`` is why it ended early; None if it is complete. ``helper`` is true in processes that only help
+    the first one to train; only the first writes files and messages.
     """
 
     folder: Path
@@ -111,14 +111,14 @@ def train(
 ) -> RunResult:
     """Run ``recipe`` on ``dataset`` into ``folder``; a run that was stopped resumes.
 
-    ``inspection`` of the data set is made where it is not given.
+    The data set is inspected if no ``inspection`` is given.
 
-    Raises :class:`BrokenSubjects` where inspection found errors, :class:`RecipeError` where
-    ``folder`` holds another recipe's run, :class:`RunInUse` where another training runs in it,
-    :class:`OutputError` where something cannot be written, on a full disk for example.
+    Raises :class:`BrokenSubjects` if inspection finds errors, :class:`RecipeError` if
+    ``folder`` holds the run of another recipe, :class:`RunInUse` if another training runs in it,
+    :class:`OutputError` if something cannot be written, for example because the disk is full.
     """
     with holding(folder) as first:
-        # Processes beside the first are started with the same command; they only train.
+        # Helper processes are started with the same command; they only train.
         own = report.of_run(folder, first=first)
         return _run(recipe, dataset, folder, options, own, inspection, first=first)
 
@@ -136,8 +136,9 @@ def _run(
     _check_same_recipe(recipe, folder)
     whole = dataset = reached(recipe, dataset, split_file(folder, options))
     dataset, targets, inspection = inspected(recipe, dataset, inspection, options, report)
-    # What cannot be measured at the end is refused before anything is trained.
+    # Refuse metrics that cannot be measured at the end before anything is trained.
     targets_of(",".join(recipe.metrics), targets)
+    # Folds cover all subjects, so that they stay the same when a broken one is fixed later.
     split = split_for(recipe, whole, dataset, folder, options)
     roles = assign_roles(dataset.subjects, split, options.fold, recipe)
     report.event(Started(training=len(roles.training), validation=len(roles.validation), held_out=len(roles.held_out)))
@@ -187,7 +188,7 @@ def _planned(recipe: Recipe, source: BatchSource) -> Planned:
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
-    """A folder holds one run; only its budget may change, to go on for longer."""
+    """A folder holds one run; only its budget may change, to train for longer."""
     path = folder / "recipe.yaml"
     if not path.exists():
         return
@@ -199,24 +200,24 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
         differing = [key for key in now if before.get(key) != now[key]]
         raise RecipeError(
             f"'{folder}' holds a run of another recipe (they differ in {', '.join(differing)})",
-            fix="use another --out, or the options it was started with to go on",
+            fix="use another --out, or resume it with the options it was started with",
         )
 
 
 def _check_same_subjects(subjects: RunSubjects, folder: Path) -> None:
-    """A run that goes on trains on the subjects it was begun with."""
+    """A resumed run must train on the subjects it was started with."""
     if not (folder / "bundle" / "bundle.json").exists():
         return
     differing = subjects.differing(RunSubjects.load(folder) or Bundle.load(folder / "bundle").provenance)
     if differing:
         raise RecipeError(
             f"'{folder}' holds a run on other subjects (they differ in {', '.join(differing)})",
-            fix="use another --out, or the --fold, --split and data it was started with to go on",
+            fix="use another --out, or resume it with the --fold, --split and data it was started with",
         )
 
 
 def _compare_conditions(bundle: Bundle, folder: Path, report: Reporter) -> None:
-    """Say how a run is resumed under other conditions than it was begun under."""
+    """Warn if a run is resumed under conditions other than those it was started under."""
     if not (folder / "bundle" / "bundle.json").exists():
         return
     before = Bundle.load(folder / "bundle").provenance.computed
@@ -224,8 +225,8 @@ def _compare_conditions(bundle: Bundle, folder: Path, report: Reporter) -> None:
     differing = [f"{what} {before[what]}, now {now[what]}" for what in now if before.get(what, now[what]) != now[what]]
     if differing:
         message = (
-            f"this run was begun with {'; '.join(differing)}: the weights will not be bit for bit "
-            "those of a run that was not stopped"
+            f"this run was started with {'; '.join(differing)}: the weights will not be bit for bit "
+            "those of an uninterrupted run"
         )
         report.event(Warned(message=message))
 
@@ -251,16 +252,16 @@ def _fit(
     *,
     first: bool,
 ) -> tuple[int, Stop | None]:
-    """Train until the budget is spent; returns the steps done and why the run is to end here, if it is."""
+    """Train until the budget is spent; returns the steps done and why the run should end here, if it should."""
     spec, state = bundle.recipe.training, folder / "last" / "state.safetensors"
     budget, resumed_from = Budget.of(spec, planned.steps_an_epoch), steps_done(state)
     if is_whole(folder / "last") and not _has_more(budget, state):
-        report(f"training was complete after {resumed_from} steps")
+        report(f"training is already complete, after {resumed_from} steps")
         return resumed_from, None
     network = starting_network(bundle, report, resumed=resumed_from > 0)
     module = Delineator(bundle, network, plan, source, budget)
     if has_random_features(module.loss):
-        report.event(Warned(message="the content loss judges by random features, not by VGG19's"))
+        report.event(Warned(message="the content loss uses random features, not those of VGG19"))
     if resumed_from:
         report.event(Resumed(step=resumed_from))
     validator = Validator(prepared.validation, folder / "bundle", report)
@@ -282,10 +283,10 @@ def _fit(
         callbacks.append(ValidationLoss(unvaried, spec.validation.loss_every))
     trainer = _trainer(spec, budget, plan, folder, options, callbacks, resumed_from)
     if first:
-        # Lightning has read another from what a launcher left in the environment.
+        # Lightning may have read another rank from what a launcher left in the environment.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
     with warnings.catch_warnings(), stopper:
-        # Said of every endless stream of batches, and of reading in the main process: both are on purpose.
+        # Lightning warns about endless streams of batches and reading in the main process: both are intended.
         warnings.filterwarnings("ignore", module="lightning")
         try:
             trainer.fit(
@@ -293,11 +294,11 @@ def _fit(
                 DataLoader(BatchStream(module), batch_size=None),
                 ckpt_path=str(state) if resumed_from else None,
             )
-        except SIGTERMException:  # Lightning's, where the signal came while training was being set up
+        except SIGTERMException:  # Lightning's, if the signal came while training was being set up
             stopper.asked, stopper.cut_short = stopper.asked or Stop.TERMINATE, True
     if not stopper.cut_short and trainer.is_global_zero:
         if resumed_from == trainer.global_step:
-            # Only these weights were missing, and what follows the last step did not happen again.
+            # Only these weights were missing, and the hooks after the last step did not run again.
             module.refresh_statistics()
         weights = module.kept_network.state_dict()
         # The last validation may lie before the last step, where a run gave up or the clock ended it.
@@ -318,7 +319,7 @@ def _trainer(
     callbacks: list[lightning.Callback],
     resumed_from: int,
 ) -> lightning.Trainer:
-    # What Lightning finds of devices and precision is said by the plan already.
+    # The plan already reports devices and precision.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logs = folder / "logs"
@@ -332,7 +333,7 @@ def _trainer(
         try:
             loggers.append(MLFlowLogger(experiment_name=folder.name, tracking_uri=options.mlflow))
         except ModuleNotFoundError as error:
-            raise RecipeError("logging to MLflow needs its package: pip install 'delineate[mlflow]'") from error
+            raise RecipeError("logging needs the mlflow package", fix="pip install 'delineate[mlflow]'") from error
     precision = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[plan.precision]
     accelerator = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}[plan.device.type]
     devices: int | list[int] = options.devices
@@ -349,7 +350,7 @@ def _trainer(
         gradient_clip_val=spec.clip_norm,
         logger=loggers,
         callbacks=callbacks,
-        # Helpers are started here, never found in what a scheduler says: the tasks of an array are runs of their own.
+        # Helpers are started here, never detected from a scheduler: the tasks of a job array are separate runs.
         plugins=[SafeCheckpointIO(), LightningEnvironment()],
         log_every_n_steps=1,
         limit_val_batches=0,
@@ -363,7 +364,7 @@ def _trainer(
 
 
 def _has_more(budget: Budget, state: Path) -> bool:
-    """Whether the budget was raised beyond what a complete training has spent."""
+    """Whether the budget has been raised beyond what the finished training spent."""
     saved = SafeCheckpointIO().load_checkpoint(state)
     spent = replace(budget, spent_seconds=float(saved["spent_seconds"]))
     return spent.progress(int(saved["global_step"])) < 0.99
@@ -372,7 +373,7 @@ def _has_more(budget: Budget, state: Path) -> bool:
 def _evaluate_held_out(
     folder: Path, subjects: Sequence[Subject], plan: ComputePlan, report: Reporter
 ) -> Evaluation | None:
-    """Predict the held-out subjects with the kept weights, on their own grids, and measure; None where stopped."""
+    """Predict the held-out subjects with the best weights, on their own grids, and measure; None if stopped."""
     bundle = Bundle.load(folder / "bundle")
     predictor = Predictor([bundle], replace(plan, compile=False), probabilities=True)
     chosen = [subject.with_channels(bundle.channels) for subject in subjects]
@@ -411,7 +412,7 @@ def _evaluate_held_out(
 
 
 def _cases(outcomes: Sequence[Outcome], measured: pd.DataFrame) -> list[Case]:
-    """What predictions of the held-out subjects say of themselves, and what is true."""
+    """The confidence of each held-out prediction, with its actual Dice and reference volume."""
     return [
         Case(
             target,

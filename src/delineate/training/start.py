@@ -1,4 +1,4 @@
-"""The network that training begins with."""
+"""The network that training starts with."""
 
 from __future__ import annotations
 
@@ -23,11 +23,9 @@ def initialise(network: nn.Module, training: TrainingSpec) -> None:
 
 
 def starting_network(bundle: Bundle, report: Reporter, *, resumed: bool) -> nn.Module:
-    """The recipe's network: random by the seed, as the recipe initialises it, then from published or other weights.
+    """The recipe's network: initialised from the seed, then from published or other weights, with parts frozen.
 
-    Its fixed parts are fixed.
-
-    A ``resumed`` run's weights follow from its state, so none are looked for.
+    The weights of a ``resumed`` run come from its state, so none are loaded here.
     """
     training = bundle.recipe.training
     torch.manual_seed(training.seed)
@@ -41,7 +39,7 @@ def starting_network(bundle: Bundle, report: Reporter, *, resumed: bool) -> nn.M
             _start_from(network, bundle.recipe.start, bundle, report)
     if training.frozen:
         frozen = freeze(network, training.frozen)
-        report(f"{len(frozen)} tensors stay fixed ({', '.join(training.frozen)})")
+        report(f"{len(frozen)} tensors are frozen ({', '.join(training.frozen)})")
     return network
 
 
@@ -56,7 +54,9 @@ def _start_from(network: nn.Module, start: StartSpec, bundle: Bundle, report: Re
         wanted = [start.rows.get(name, name) for name in ours]
         unknown = [name for name in start.rows.values() if name not in theirs]
         if unknown:
-            raise RecipeError(f"start.rows: '{unknown[0]}' is no output of {folder}", fix=f"it has {', '.join(theirs)}")
+            raise RecipeError(
+                f"start.rows: '{unknown[0]}' is not an output of {folder}", fix=f"it has {', '.join(theirs)}"
+            )
         rows = [theirs.index(name) if name in theirs else None for name in wanted]
     else:
         weights = read_tensors(path)

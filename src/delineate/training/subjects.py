@@ -1,4 +1,4 @@
-"""Who a run was trained on, by name: kept in the run's folder, since its bundle is given away."""
+"""Which subjects a run was trained on, by name: kept in the run folder, since its bundle is shared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FILE = "subjects.json"
 
 
 class RunSubjects(Document):
-    """What each subject of the data set was for; ``left_out`` were broken. ``file_hashes`` by subject and file."""
+    """The role of each subject; ``left_out`` lists those with broken files. ``file_hashes`` by subject and file."""
 
     error: ClassVar[type[DelineateError]] = TrainingError
     fix: ClassVar[str] = "restore it, or train into another --out"
@@ -28,7 +28,7 @@ class RunSubjects(Document):
     file_hashes: Mapping[str, Mapping[str, str]] = {}
 
     def differing(self, before: RunSubjects | Provenance) -> list[str]:
-        """In which roles these subjects are others than those ``before``, whether known by name or by pseudonym."""
+        """Roles whose subjects differ from those ``before``, whether these are names or pseudonyms."""
         named = isinstance(before, RunSubjects)
         roles = ("training", "validation", "held_out")
         differing = ["fold"] if self.fold != before.fold else []
@@ -39,10 +39,10 @@ class RunSubjects(Document):
         ]
 
     def save(self, folder: Path) -> None:
-        """Write it into a run's folder."""
+        """Write it to a run folder."""
         self.write(folder / _FILE)
 
     @classmethod
     def load(cls, folder: Path) -> RunSubjects | None:
-        """A run's; None where it has none, as those of earlier versions. Raises :class:`TrainingError`."""
+        """Read a run's subjects; None for runs of earlier versions, which have none. Raises :class:`TrainingError`."""
         return cls.read(folder / _FILE) if (folder / _FILE).exists() else None

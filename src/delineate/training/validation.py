@@ -20,9 +20,9 @@ from delineate.preprocessing.cache import PreparedSubject
 def validate(
     network: torch.nn.Module, bundle: Bundle, plan: ComputePlan, subjects: Sequence[PreparedSubject]
 ) -> list[dict[str, float]]:
-    """Dice by target of each subject, on the prepared grid; both empty: 1. Flips are left to ``predict``."""
+    """Dice by target for each subject, on the prepared grid; both empty: 1. Without flips, which ``predict`` adds."""
     targets, inference = bundle.targets, bundle.recipe.inference
-    # Half as much overlap as usual costs a fraction of the tiles, and ranks weights as well.
+    # Half the usual overlap needs a fraction of the tiles and ranks weights just as well.
     overlap = min(inference.overlap, 0.25)
     sliding = Sliding(plan, targets.exclusive, targets.outputs, overlap, inference.weights)
     was_training = network.training
@@ -35,7 +35,7 @@ def validate(
             probability = sliding.probabilities(network, image, bundle.geometry_of(shape))
         except BundleError as error:
             raise TrainingError(
-                "the training has diverged: at validation the network's answer is not finite",
+                "training has diverged: the network's output is not finite at validation",
                 fix="lower training.optimiser.learning_rate, or train with --precision fp32",
             ) from error
         reference = np.asarray(subject.target)
@@ -52,7 +52,7 @@ def validate(
 
 @dataclass(frozen=True)
 class Means:
-    """Mean Dice over the subjects, over all targets and of each; ``score`` is what chooses the weights."""
+    """Mean Dice over the subjects, for all targets and for each; the weights are selected by ``score``."""
 
     dice: float
     targets: Mapping[str, float]
@@ -60,7 +60,7 @@ class Means:
 
 
 def summary(scores: Sequence[dict[str, float]], metric: str) -> Means:
-    """Means of what :func:`validate` gave; ``metric`` says which is the score."""
+    """Means of what :func:`validate` returned; ``metric`` says which is the score."""
     names = list(scores[0])
     means = {name: math.fsum(s[name] for s in scores) / len(scores) for name in names}
     dice = math.fsum(means.values()) / len(means)
