@@ -269,7 +269,8 @@ class PostprocessingSpec(Specification):
 class Recipe(Specification):
     """Everything that defines a run: an immutable value, checked on creation.
 
-    ``deviates``: what a recipe that bears a report's name does not do as the report did, a sentence each.
+    ``format``: the version of this form. ``deviates``: what a recipe named after a report does not do as the report
+    did, one sentence each.
 
     >>> recipe = Recipe.model_validate(
     ...     {
@@ -283,6 +284,7 @@ class Recipe(Specification):
     (2, 'class_balanced')
     """
 
+    format: Literal[1] = 1
     name: str
     description: str = ""
     deviates: Annotated[tuple[str, ...], Field(max_length=64)] = ()
