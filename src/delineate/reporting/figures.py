@@ -322,7 +322,9 @@ def identity_chart(agreeing: Agreeing) -> str:
                 ("axes fraction", "data"), "offset points", ha="right", fontsize=8, color=MUTED,
             )  # fmt: skip
             for i in np.flatnonzero((said >= compared.threshold) != (true >= compared.threshold))[:6]:
-                axes.annotate(agreeing.subjects[i], (true[i], said[i]), (5, -3), textcoords="offset points", fontsize=8)
+                axes.annotate(
+                    agreeing.subjects[i], (true[i], said[i]), (5, -13), textcoords="offset points", fontsize=8
+                )
         if colours:
             _site_legend(axes, colours, loc="lower right" if compared.threshold is None else "center right")
         axes.set(
