@@ -20,10 +20,10 @@ from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, check_grids, load_scan
 from delineate.errors import BadVoxels, BundleError, DatasetError, DelineateError, MissingFile, RecipeError
-from delineate.inference.batch import find_subjects, measure_predicted, predict_subjects, unseen_by, with_quantity
+from delineate.inference.batch import carry_out, find_subjects, unseen_by, with_quantity
 from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Predictor
-from delineate.inference.review import Review, write_queue
+from delineate.inference.review import Review
 from delineate.interop import Image, volume_of
 from delineate.io.exports import check_label_format
 from delineate.metrics.quantities import Measurement, QuantityMap, quantity_map
@@ -311,33 +311,26 @@ def predict(
     kept += [path for place in bundle.folders for path in place.iterdir()]
     chosen = unseen_by(parts, subjects) if unseen else subjects
     planned = outputs.plan(chosen, kept, overwrite=overwrite)
-    failed = {subject.id: error for subject, error in planned.failed}
-    write_queue(outputs.review, [Review.of_failure(name, error) for name, error in failed.items()])
+    failed: dict[str, DelineateError] = {}
     made: dict[str, Path] = {}
     reviews: list[Review] = []
     measured: dict[str, Mapping[str, Measurement]] = {}
-    resample = bundle.recipe.data.resample_channels
-    for outcome in measure_predicted(outputs, planned.unmeasured, bundle.targets, resample=resample):
-        check(cancel)
-        if outcome.error is not None:
-            failed[outcome.subject.id] = outcome.error
-        else:
-            measured[outcome.subject.id] = outcome.measured
-    if planned.ahead:
-        said = counting("scans", progress, cancel)
-        between_tiles = counting("tiles", None, cancel)
-        with torch_threads(bundle._plan.threads):
-            predictor = bundle._predictor(**settings, probabilities=probabilities)
-            outcomes = predict_subjects(predictor, planned.ahead, folder, on_tile=between_tiles, outputs=outputs)
-            for done, outcome in enumerate(outcomes, start=1):
-                if outcome.error is not None:
-                    failed[outcome.subject.id] = outcome.error
-                elif outcome.path is not None and outcome.review is not None:
-                    made[outcome.subject.id] = outcome.path
-                    reviews.append(outcome.review)
-                    if outcome.measured:
-                        measured[outcome.subject.id] = outcome.measured
-                said(done, len(planned.ahead))
+    said = counting("scans", progress, cancel)
+
+    def predictor() -> Predictor:
+        return bundle._predictor(**settings, probabilities=probabilities)
+
+    with torch_threads(bundle._plan.threads):
+        outcomes = carry_out(planned, outputs, predictor, on_tile=counting("tiles", None, cancel))
+        for done, outcome in enumerate(outcomes, start=1):
+            if outcome.error is not None:
+                failed[outcome.subject.id] = outcome.error
+            if outcome.measured:
+                measured[outcome.subject.id] = outcome.measured
+            if outcome.path is not None and outcome.review is not None:
+                made[outcome.subject.id] = outcome.path
+                reviews.append(outcome.review)
+            said(done, planned.total)
     urgent = tuple(sorted(reviews, key=lambda one: -one.need))
     return Predictions(folder, made, tuple(subject.id for subject in planned.done), failed, urgent, measured)
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from delineate.core.subject import Subject
     from delineate.errors import DelineateError
     from delineate.fingerprint import Oddity
-    from delineate.inference.batch import Outcome
     from delineate.inference.review import Review
     from delineate.metrics.quantities import QuantityMap
 
@@ -117,11 +116,10 @@ def predict(
         from delineate.compute import check_device, plan_compute, torch_threads
         from delineate.core.text import printable
         from delineate.errors import OutputError
-        from delineate.inference.batch import find_subjects, measure_predicted, predict_subjects, unseen_by
+        from delineate.inference.batch import carry_out, find_subjects, unseen_by
         from delineate.inference.measurements import rows_of
         from delineate.inference.outputs import Outputs
         from delineate.inference.predictor import Predictor
-        from delineate.inference.review import Review, write_queue
         from delineate.io.exports import check_label_format
 
     stages = Stages(STARTED)
@@ -161,65 +159,58 @@ def predict(
             texts = "; ".join(oddity.text for oddity in odd)
             terminal.say(f"{printable(subject.id)}: unlike the training scans: {printable(texts)}")
 
-        def keep(outcome: Outcome) -> None:
-            if read_within is not None:
-                measurements.extend(rows_of(outcome.subject.id, outcome.measured, read_within))
-
-        for subject, error in planned.failed:
-            fail(subject, error)
-        write_queue(outputs.review, [Review.of_failure(subject.id, error) for subject, error in planned.failed])
         if planned.done:
             terminal.say(f"{len(planned.done)} scans have been predicted already; --overwrite predicts them again")
-        resample = bundles[0].recipe.data.resample_channels
-        for outcome in measure_predicted(outputs, planned.unmeasured, bundles[0].targets, resample=resample):
-            if outcome.error is not None:
-                fail(outcome.subject, outcome.error)
-            keep(outcome)
-        if planned.ahead:
-            plan = plan_compute(
-                device=device,
-                precision=precision,
-                compile=compile,
-                threads=threads,
-                expected_seconds=float(len(planned.ahead)),  # about a second per scan
-            )
+        plan = plan_compute(
+            device=device,
+            precision=precision,
+            compile=compile,
+            threads=threads,
+            expected_seconds=float(len(planned.ahead)),  # about a second per scan
+        )
+
+        def load() -> Predictor:
             for choice in plan.choices:
                 terminal.say(f"{choice.what}: {choice.choice} ({choice.why})")
-            with torch_threads(plan.threads):
-                predictor = Predictor(
-                    bundles,
-                    plan,
-                    overlap=overlap,
-                    flips=flips,
-                    budget_bytes=int(memory_gb * 1e9),
-                    mirrored=mirrored,
-                    probabilities=probabilities,
-                )
-                stages.lap("loading")
-                outcomes = predict_subjects(predictor, planned.ahead, out, on_oddities=warn, outputs=outputs)
-                try:
-                    for done, outcome in enumerate(outcomes, start=1):
-                        terminal.progress("predicting", done, len(planned.ahead))
-                        if outcome.error is not None:
-                            fail(outcome.subject, outcome.error)
-                            continue
-                        assert outcome.review is not None
-                        reviews.append(outcome.review)
-                        keep(outcome)
-                        rows.append(
-                            {
-                                "subject": outcome.subject.id,
-                                "file": str(outcome.path),
-                                "seconds": outcome.seconds,
-                                "targets": outcome.review.targets,
-                                "no_interval": outcome.review.no_interval,
-                                "unusual": list(outcome.review.oddities),
-                                "need": outcome.review.need,
-                            }
-                        )
-                except OutputError as error:
-                    full = error  # nothing more can be written; what has been written stays
-                stages.lap("reading and writing", beside=[row["seconds"] for row in rows])
+            predictor = Predictor(
+                bundles,
+                plan,
+                overlap=overlap,
+                flips=flips,
+                budget_bytes=int(memory_gb * 1e9),
+                mirrored=mirrored,
+                probabilities=probabilities,
+            )
+            stages.lap("loading")
+            return predictor
+
+        with torch_threads(plan.threads):
+            try:
+                outcomes = carry_out(planned, outputs, load, on_oddities=warn)
+                for done, outcome in enumerate(outcomes, start=1):
+                    terminal.progress("predicting", done, planned.total)
+                    if outcome.error is not None:
+                        fail(outcome.subject, outcome.error)
+                        continue
+                    if read_within is not None:
+                        measurements += rows_of(outcome.subject.id, outcome.measured, read_within)
+                    if outcome.review is None:
+                        continue
+                    reviews.append(outcome.review)
+                    rows.append(
+                        {
+                            "subject": outcome.subject.id,
+                            "file": str(outcome.path),
+                            "seconds": outcome.seconds,
+                            "targets": outcome.review.targets,
+                            "no_interval": outcome.review.no_interval,
+                            "unusual": list(outcome.review.oddities),
+                            "need": outcome.review.need,
+                        }
+                    )
+            except OutputError as error:
+                full = error  # nothing more can be written; what has been written stays
+        stages.lap("reading and writing", beside=[row["seconds"] for row in rows])
     if json:
         skipped = [subject.id for subject in planned.done]
         measured = {} if read_within is None else {"measurements": measurements}

@@ -23,7 +23,7 @@ from delineate.datasets.dataset import check_shows_something, load_map, load_sca
 from delineate.errors import BadFormat, Cancelled, DatasetError, DelineateError, MissingFile, OutputError, RecipeError
 from delineate.fingerprint import Oddity
 from delineate.inference.measurements import measure_label, rows_of, write_measurements
-from delineate.inference.outputs import Outputs
+from delineate.inference.outputs import Outputs, Planned
 from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review, write_queue
 from delineate.io.exports import export_label
@@ -259,12 +259,34 @@ def predict_subjects(
             yield written(*writing)
 
 
-def measure_predicted(
-    outputs: Outputs, subjects: Sequence[Subject], targets: Targets, *, resample: bool = False
+def carry_out(
+    planned: Planned,
+    outputs: Outputs,
+    predictor: Callable[[], Predictor],
+    *,
+    on_oddities: Callable[[Subject, Sequence[Oddity]], None] = lambda subject, oddities: None,
+    on_tile: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Outcome]:
-    """Measure the quantity of ``outputs`` in labels that are there, as somebody may have corrected them since."""
+    """The outcome of every subject of a plan that was not done: first those that cannot be predicted, then labels
+    to measure, which have no review, then predictions as they are made.
+
+    ``predictor`` is called once, if there is anything to predict. Raises what :func:`predict_subjects` raises.
+    """
+    write_queue(outputs.review, [Review.of_failure(subject.id, error) for subject, error in planned.failed])
+    for subject, error in planned.failed:
+        yield Outcome(subject, None, {}, error)
+    yield from _measure_predicted(outputs, planned.unmeasured)
+    if planned.ahead:
+        yield from predict_subjects(
+            predictor(), planned.ahead, outputs.folder, on_oddities=on_oddities, on_tile=on_tile, outputs=outputs
+        )
+
+
+def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterator[Outcome]:
+    """Measure the quantity of ``outputs`` in existing labels, which somebody may have corrected."""
     for subject in subjects:
-        chosen = replace(subject, resample=resample)
+        first = outputs.bundles[0]
+        targets, chosen = first.targets, replace(subject, resample=first.recipe.data.resample_channels)
         try:
             if not suffix_of(outputs.label(chosen)):
                 raise BadFormat(

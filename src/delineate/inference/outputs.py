@@ -43,6 +43,11 @@ class Planned(NamedTuple):
     failed: list[tuple[Subject, DelineateError]]
     unmeasured: list[Subject]
 
+    @property
+    def total(self) -> int:
+        """Number of subjects that are not done."""
+        return len(self.ahead) + len(self.failed) + len(self.unmeasured)
+
 
 @dataclass(frozen=True)
 class Outputs:
