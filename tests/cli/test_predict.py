@@ -243,7 +243,7 @@ def test_other_files_are_replaced_only_on_request(bundle: Path, scans: Path, tmp
     assert content(out)["b.nii.gz"] != b"somebody's"
     (out / "review.csv").write_text("name,remark\na,fine\n")
     done = predict(bundle, scans, "-o", out, "--overwrite", code=1)
-    assert "not a review list from predict" in str(done.exception)
+    assert "not a list from predict" in str(done.exception)
 
 
 def test_the_same_command_resumes_and_another_one_is_refused(bundle: Path, scans: Path, tmp_path: Path) -> None:

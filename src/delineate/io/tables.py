@@ -86,7 +86,7 @@ def growing_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     except (OSError, ValueError, csv.Error) as error:
         raise OutputError(f"'{path}' cannot be read ({error})", fix="move it away, or choose another folder") from error
     if not known:
-        raise OutputError(f"'{path}' is not a list that predict wrote", fix="move it away, or choose another folder")
+        raise OutputError(f"'{path}' is not a list from predict", fix="move it away, or choose another folder")
     return rows
 
 
