@@ -101,7 +101,7 @@ def read_measurements(path: Path) -> list[dict[str, str]]:
             ours = False
         if not ours:
             raise OutputError(
-                f"'{other}' is not a list that predict wrote", fix="move it away, or choose another folder"
+                f"'{other}' is not a list from predict", fix="move it away, or choose another folder"
             )
     return rows
 
