@@ -190,7 +190,7 @@ def test_the_same_command_again_says_that_all_is_done(run, balls) -> None:
         "train", run.parent / "tiny.yaml", "--data", balls, "--out", run, "--cache", run.parent / "cache",
         "--device", "cpu", "--threads", 1,
     )  # fmt: skip
-    assert "complete after 30 steps" in done.stderr
+    assert "already complete, after 30 steps" in done.stderr
 
 
 def test_auto_writes_a_recipe_that_reproduces_itself(balls, tmp_path) -> None:
@@ -288,7 +288,7 @@ def test_what_needs_a_look_is_said_and_probabilities_are_measured(run, balls, tm
     assert {p.stem for p in (out / "probabilities").iterdir()} == {p.stem for p in out.glob("*.nii.gz")}
     done = delineate("evaluate", out, balls, "--quantity", "T1", "--margin-mm", 1.5, "--threshold", 1.5)
     assert "probabilities of ball: expected calibration error" in done.stdout
-    assert f"ball: {len(review)} of {len(review)} on the right side of the threshold 1.5" in done.stdout
+    assert f"ball: mean T1 on the right side of 1.5 in {len(review)} of {len(review)}" in done.stdout
     refused = delineate("evaluate", out, balls, "--threshold", 1.5, code=2)
     assert "name its channel with --quantity" in refused.stderr
     odd = Volume(read_volume(balls / "imagesTr/c1_0000.nii.gz").voxels, Grid.of_spacing(GRID.shape, (1, 1, 9)))

@@ -172,7 +172,7 @@ BOMBS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
     "merged laughs": ("recipe.yaml", merged_laughs, "load_recipe", "E_RECIPE"),
     "deep YAML": ("recipe.yaml", lambda path: path.write_text("[" * 100_000), "load_recipe", "E_RECIPE"),
     "long YAML": ("recipe.yaml", lambda path: path.write_text("a: b\n" * 10**6), "load_recipe", "E_TOO_LARGE"),
-    "deep JSON": ("split.json", lambda path: path.write_text("[" * 10**6), "load_split", "E_TOO_LARGE"),
+    "deep JSON": ("split.json", lambda path: path.write_text("[" * 10**6), "load_split", "E_SPLIT"),
     "long split": ("split.json", lambda path: os.truncate(path, 2**34), "load_split", "E_TOO_LARGE"),
     "zip of zeros": ("study.zip", lambda path: packed_zeros(path, "a.dcm", 2**28), "read_volume", "E_TOO_LARGE"),
     "weights of zeros": ("w.pth", lambda path: packed_zeros(path, "w/data/0", 2**28), "read_tensors", "E_WEIGHTS"),

@@ -49,6 +49,7 @@ DICE = {
     "smooth": 1.0,  # eq. 1
     "over_batch": False,  # sec. 2.2.3: "for each predicted minicube"
     "include_background": True,
+    "denominator": "sums",  # eq. 1
     "weights": {"background": 1, "edema": 3, "non_enhancing": 5, "enhancing": 7},  # its code
     "soft_labels": None,
 }

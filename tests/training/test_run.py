@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from delineate.bundle import Bundle
+from delineate.compute import Choice, PlanFile
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import load_scan
 from delineate.datasets.layouts import open_dataset
@@ -259,12 +260,10 @@ def test_epochs_are_a_budget_of_their_own(recipe, balls, tmp_path) -> None:
     assert "an epoch is 2 steps: 3 items, 2 a step; 6 steps in all are 3 epochs" in report.messages
     assert any(text.startswith("trained 6 steps (3 epochs)") for text in report.messages)
     assert pd.read_csv(tmp_path / "run/logs/epochs.csv")[["step", "epoch"]].values.tolist() == [[2, 1], [4, 2], [6, 3]]
-    assert {"what": "epoch", "choice": "2 steps", "why": "3 items, 2 a step"} in json.loads(
-        (tmp_path / "run/plan.json").read_text()
-    )
+    assert Choice("epoch", "2 steps", "3 items, 2 a step") in PlanFile.read(tmp_path / "run/plan.json").choices
     page = write_run_report(tmp_path / "run", balls).read_text(encoding="utf-8")
-    assert "2 steps (3 items, 2 a step)" in page
-    assert "Minutes an epoch" in page
+    assert "2 steps (3 items, 2 per step)" in page
+    assert "Minutes per epoch" in page
     assert "Unfinished" not in page
     longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"epochs": 4})})
     assert run(longer, balls, tmp_path / "run", evaluate=False).steps == 8

@@ -100,9 +100,7 @@ def read_measurements(path: Path) -> list[dict[str, str]]:
         except (OSError, ValueError, TypeError):
             ours = False
         if not ours:
-            raise OutputError(
-                f"'{other}' is not a list from predict", fix="move it away, or choose another folder"
-            )
+            raise OutputError(f"'{other}' is not a list from predict", fix="move it away, or choose another folder")
     return rows
 
 
