@@ -125,9 +125,9 @@ class OptimiserSpec(Specification):
 class ScheduleSpec(Specification):
     """The learning rate: a linear warm-up over the budget's first part (``warmup``), then what ``kind`` says.
 
-    ``polynomial`` and ``cosine`` fall to zero over the budget, ``constant`` stays. Of n periods that have passed,
-    each of ``every_steps`` or ``every_epochs`` (one step where neither is given), ``step`` multiplies the rate by
-    ``factor`` to the n, and ``inverse`` divides it by 1 + ``decay`` · n: of one step each, Keras' ``decay``.
+    ``polynomial`` and ``cosine`` fall to zero over the budget, ``constant`` stays. After n periods of ``every_steps``
+    or ``every_epochs`` (by default, one step), ``step`` has multiplied the rate n times by ``factor``, and ``inverse``
+    divides it by 1 + ``decay`` · n, which with periods of one step is Keras' ``decay``.
     """
 
     kind: Literal["polynomial", "cosine", "constant", "step", "inverse"] = "polynomial"
@@ -166,8 +166,8 @@ class ScheduleSpec(Specification):
 class ValidationSpec(Specification):
     """Validation on whole volumes of a few subjects taken from the training folds, always the same ones.
 
-    They are whole patients, at most a tenth of the subjects, of every site its share; a split that names subjects to
-    validate on decides instead.
+    They are whole patients, at most a ninth of the subjects that are not held out, each site with its share; a split
+    that names subjects to validate on decides instead.
     ``times`` over the budget (less often where that would take more than a tenth of the
     minutes); the best ``metric`` selects the weights to keep. ``patience``
     validations without a better one end the training early; ``null``: never. Every ``loss_every``

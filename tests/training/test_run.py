@@ -21,7 +21,7 @@ from delineate.compute import Choice, PlanFile
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import load_scan
 from delineate.datasets.layouts import open_dataset
-from delineate.datasets.splits import load_split, make_split
+from delineate.datasets.splits import Split, load_split, make_split
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError, TrainingError
 from delineate.io.formats import read_header, read_label, write_label
 from delineate.networks import unet
@@ -452,6 +452,16 @@ def test_on_the_same_tiles_the_validation_loss_is_the_training_loss(recipe, ball
     assert of_validation.to_numpy() == pytest.approx(of_training, rel=1e-4)
 
 
+@pytest.mark.parametrize("labelled", [3, 5, 10, 20, 54, 200])
+def test_few_labelled_subjects_are_trained_on_however_many_are_held_out(balls, recipe, labelled: int) -> None:
+    names = [f"s{i:03}" for i in range(labelled + 40)]
+    subjects = tuple(replace(balls.subjects[0], id=name, patient=name) for name in names)
+    split = Split((tuple(names[labelled:]), tuple(names[:labelled])))
+    roles = assign_roles(subjects, split, 0, recipe)
+    assert len(roles.validation) == min(recipe.training.validation.subjects, max(1, labelled // 9))
+    assert len(roles.training) + len(roles.validation) == labelled
+
+
 def test_roles_are_disjoint_and_leave_the_locked_test_set_alone(recipe, balls) -> None:
     split = make_split(balls.subjects, folds=2, test_fraction=0.34, seed=0)
     roles = assign_roles(balls.subjects, split, 0, recipe)
@@ -470,12 +480,12 @@ def test_moved_subjects_are_never_validated_on_nor_held_out(recipe, balls, fold)
     moved = {"s21", "s30", "s39"}
     values = recipe.as_dict()
     for seed in range(40):
-        values["training"] |= {"seed": seed, "validation": {"subjects": 4}}
+        values["training"] |= {"seed": seed, "validation": {"subjects": 2}}
         split = make_split(subjects, folds=4, seed=seed).with_always_train(moved)
         roles = assign_roles(subjects, split, fold, recipe_from(values))
         assert moved <= {s.id for s in roles.training}
         sites = [s.site for s in roles.validation]
-        assert (sites.count("A"), sites.count("B")) == (2, 2)
+        assert (sites.count("A"), sites.count("B")) == (1, 1)
 
 
 def test_a_split_s_own_subjects_are_validated_on(recipe, balls, tmp_path) -> None:

@@ -367,7 +367,8 @@ def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, re
     spec = recipe.training.validation
     chosen = present.intersection(() if spec.held_out else split.validation)
     if not chosen and len(pool) >= 3 and not spec.held_out:
-        wanted = min(spec.subjects, max(1, round(len(pool | held) / 10)))
+        # A ninth of these is a tenth of all where one of ten folds is held out, however many others are held out.
+        wanted = min(spec.subjects, max(1, len(pool) // 9))
         drawable = [s for s in subjects if s.id in pool and s.id not in split.always_train]
         chosen = set(drawn_over_sites(drawable, wanted, np.random.default_rng((recipe.training.seed, 4))))
     return Roles(
