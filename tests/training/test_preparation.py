@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from delineate.core.targets import Targets
 from delineate.datasets.inspection import Inspection
+from delineate.errors import BrokenSubjects
 from delineate.recipe import Recipe, recipe_from
 from delineate.training.options import Reporter, RunOptions
-from delineate.training.preparation import inspected
+from delineate.training.preparation import derived_recipe, inspected
 
 
 def test_a_target_that_means_other_values_than_the_data_set_s_is_warned_of(balls, recipe: Recipe) -> None:
@@ -24,3 +27,9 @@ def test_a_target_that_means_other_values_than_the_data_set_s_is_warned_of(balls
     assert len(first) == 1
     assert "'edema' is label value 1, by the data set it is 2" in first[0]
     assert others == [[], []]
+
+
+def test_one_sound_subject_is_too_few_and_is_counted(balls) -> None:
+    alone = replace(balls, subjects=balls.subjects[:1])
+    with pytest.raises(BrokenSubjects, match="1 usable subject is left; training needs at least two"):
+        derived_recipe(alone, RunOptions(device="cpu"), Reporter(), steps=2)

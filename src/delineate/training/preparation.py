@@ -79,8 +79,9 @@ def derived_recipe(
         )
     inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
     sound = [row for row in inspection.rows if row.subject not in inspection.broken]
-    if len(sound) < 2 or (inspection.broken and not options.leave_out_broken):
+    if inspection.broken and not options.leave_out_broken:
         raise BrokenSubjects(broken_message(inspection))
+    _check_enough(len(sound))
     plan = plan_compute(device=options.device)
     memory = available_memory_bytes()
     if plan.device.type == "cuda":
@@ -188,8 +189,7 @@ def inspected(
         report(f"left out because of broken files: {', '.join(inspection.broken)}")
         kept = tuple(s for s in dataset.subjects if s.id not in inspection.broken)
         dataset = replace(dataset, subjects=kept)
-    if len(dataset.subjects) < 2:
-        raise BrokenSubjects(f"{len(dataset.subjects)} usable subjects are left", fix="training needs at least two")
+    _check_enough(len(dataset.subjects))
     return dataset, targets, inspection
 
 
@@ -204,6 +204,13 @@ def _warn_of_other_values(targets: Targets, dataset: Dataset, report: Reporter) 
                     "--set data.targets=null takes the data set's"
                 )
             )
+
+
+def _check_enough(usable: int) -> None:
+    if usable < 2:
+        raise BrokenSubjects(
+            f"{usable} usable {'subject is' if usable == 1 else 'subjects are'} left", fix="training needs at least two"
+        )
 
 
 def broken_message(inspection: Inspection) -> str:
