@@ -57,7 +57,7 @@ def compare(
         from delineate.reporting.html import MethodsReport, write_report
 
         common = on_common_subjects(named)
-        about = f"{len(next(iter(common.values())).subjects)} subjects that they share."
+        about = f"On the {len(next(iter(common.values())).subjects)} subjects that all of them measured."
         write_report(report, MethodsReport(", ".join(named) + " compared", about, common, found))
     if json:
         print_json([d.as_dict() for d in found])

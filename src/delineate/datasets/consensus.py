@@ -28,7 +28,8 @@ def consensus(labels: Sequence[LabelVolume], method: Method = "majority", *, sub
     than two.
     """
     if len(labels) < 2:
-        raise DatasetError(f"'{subject}' has {len(labels)} annotators", fix="give at least two for a consensus")
+        whose = f"'{subject}'" if subject else "the scan"
+        raise DatasetError(f"labels of {whose} by annotator: {len(labels)}", fix="give at least two for a consensus")
     first = labels[0]
     for number, other in enumerate(labels[1:], start=2):
         check_grids(subject, f"label of annotator {number}", other.grid, "that of the first", first.grid)
