@@ -279,8 +279,10 @@ def _study(report: StudyReport) -> dict[str, Any]:
         shown = dict.fromkeys((report.metric, "dice", "hd95_mm", "assd_mm"))
         rows += [{"group": name, **_estimate(METRICS[m], estimates[m])} for m in shown if m in estimates]
     label = METRICS[report.metric].title
-    charts = [curve_chart(report.curves, report.axis, label)] if report.curves else []
-    if len(report.evaluations) <= _MOST_ROWS and report.evaluations:
+    charts = []
+    if report.curves:
+        charts.append(curve_chart(report.curves, report.axis, label))
+    elif report.evaluations and len(report.evaluations) <= _MOST_ROWS:
         charts.append(methods_chart(report.evaluations, report.metric, label))
     return {"rows": rows, "charts": charts}
 
