@@ -160,7 +160,7 @@ def predict(
             terminal.say(f"{printable(subject.id)}: unlike the training scans: {printable(texts)}")
 
         if planned.done:
-            terminal.say(f"{len(planned.done)} scans have been predicted already; --overwrite predicts them again")
+            terminal.say(f"predicted already: {len(planned.done)} of the scans; --overwrite predicts them again")
         plan = plan_compute(
             device=device,
             precision=precision,
@@ -237,7 +237,8 @@ def predict(
                 f"probabilities change {median(seams):.2f} times as much across the borders of tiles as beside them"
             )
         counts = [f"{len(planned.done)} already there"] * bool(planned.done) + [f"{len(failed)} failed"] * bool(failed)
-        typer.echo(", ".join([f"{len(rows)} predictions in {printable(str(out))}", *counts]))
+        predictions = "1 prediction" if len(rows) == 1 else f"{len(rows)} predictions"
+        typer.echo(", ".join([f"{predictions} in {printable(str(out))}", *counts]))
     if full is not None:
         typer.echo(f"error {full}; run the same command again to resume", err=True)
     if failed or full is not None:
