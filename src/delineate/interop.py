@@ -6,7 +6,6 @@ A library is imported only when one of its images is made, so none has to be ins
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -207,7 +206,7 @@ def volume_of(image: Image | Volume) -> Volume:
         return from_simpleitk(image)
     if isinstance(image, NibabelImage):
         return from_nibabel(image)
-    if isinstance(image, TorchIOImage) and not isinstance(image, Mapping | np.ndarray):
+    if isinstance(image, TorchIOImage):  # which is a dictionary, too
         return from_torchio(image)
     raise BadFormat(
         f"a {type(image).__name__} is not a scan",

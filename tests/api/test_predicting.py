@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchio
 from PIL import Image
 from torch import nn
 
@@ -43,19 +44,20 @@ def test_whatever_holds_the_scan_the_label_is_the_same(here) -> None:
     wanted = bundle.predict("scan.nii.gz").label
     subject = delineate.open_dataset("scans").subjects[0]
     tensor = torch.from_numpy(scan.voxels.copy())
-    torchio = type("ScalarImage", (), {"data": tensor, "affine": scan.grid.affine, "type": "intensity"})()
-    label = type("LabelMap", (), {"data": tensor, "affine": scan.grid.affine, "type": "label"})()
+    image = torchio.ScalarImage(tensor=tensor, affine=scan.grid.affine)
+    label = torchio.LabelMap(tensor=tensor, affine=scan.grid.affine)
     for same in (
         Path("scan.nii.gz"),
         scan,
         subject,
         interop.to_nibabel(scan),
         interop.to_simpleitk(scan),
-        torchio,
+        image,
+        torchio.ScalarImage("scan.nii.gz"),  # not read yet
         interop.from_numpy(scan.voxels[0], scan.grid.affine),
         {"image": "scan.nii.gz"},
         {"image": scan},
-        {"t1": torchio, "label": label},  # as a TorchIO subject shows itself
+        torchio.Subject(t1=image, label=label),
     ):
         found = bundle.predict(same).label
         np.testing.assert_array_equal(found.voxels, wanted.voxels)

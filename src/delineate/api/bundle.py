@@ -24,7 +24,7 @@ from delineate.inference.batch import carry_out, find_subjects, unseen_by, with_
 from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Predictor
 from delineate.inference.review import Review
-from delineate.interop import Image, volume_of
+from delineate.interop import Image, TorchIOImage, volume_of
 from delineate.io.exports import check_label_format
 from delineate.metrics.quantities import Measurement, QuantityMap, quantity_map
 from delineate.recipe import Recipe
@@ -356,12 +356,17 @@ def _as_volume(scan: Any, channels: Sequence[str], *, resample: bool) -> tuple[V
                 f"'{scan}' holds {len(found)} scans", fix="give one scan, or a folder for the labels as out="
             )
         scan = found[0]
-    elif isinstance(scan, Mapping) and scan and all(isinstance(one, str | Path) for one in scan.values()):
+    elif (
+        isinstance(scan, Mapping)
+        and scan
+        and not isinstance(scan, TorchIOImage)
+        and all(isinstance(one, str | Path) for one in scan.values())
+    ):
         scan = Subject("scan", {name: Path(file) for name, file in scan.items()})
     if isinstance(scan, Subject):
         chosen = replace(scan.with_channels(channels), resample=resample)
         return load_scan(chosen), chosen.files[: len(dict.fromkeys(chosen.scans.values()))]
-    if not isinstance(scan, Mapping):
+    if not isinstance(scan, Mapping) or isinstance(scan, TorchIOImage):
         return _checked(volume_of(scan)), ()
     volumes = [_checked(_volume_of_channel(scan[name])) for name in _chosen(scan, channels)]
     for name, volume in zip(channels, volumes, strict=True):
