@@ -258,7 +258,9 @@ DOCUMENTS: list[Document] = [
     SplitFile.of(SPLIT),
     SplitFile.of(Split((("a",),), ("b",), 3, ("c",), ("d",))),
     RunStatus(state="failed", failure="a: ü", seconds=0.5, attempts=2),
-    StudyPlan(size="quick", data_set="d", runs=(PlannedEntry("a-0", "a", 3, 1, None, ""),)),
+    StudyPlan(
+        study=load_study("hippocampus-cv"), size="quick", data_set="d", runs=(PlannedEntry("a", "b", 3, 1, None, ""),)
+    ),
     Entry(name="vgg11", source="f.pth", preprocessing="caffe", sha256="0f", tensors=16),
 ]  # fmt: skip
 

@@ -21,7 +21,10 @@ from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import MissingFile, OutputError, StudyError
 from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import read_table
+from delineate.recipe import load_recipe
+from delineate.studies.planning import plan_runs
 from delineate.studies.running import RunStatus, StudyFolder, part_of
+from delineate.studies.specification import Size, load_study
 
 TINY = {
     "name": "tiny",
@@ -92,8 +95,8 @@ def test_a_killed_study_resumes_and_ends_with_the_same_tables(world: Path) -> No
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     before = folder.status("plain-fold1-seed0")
-    study, _, runs = folder.open()
-    assert study.name == "small"
+    plan, runs = folder.open()
+    assert plan.study.name == "small"
     assert len(runs) == 2
     for out in ("killed", "whole"):
         assert started(world, out).wait() == 0
@@ -139,6 +142,27 @@ def test_a_folder_holds_one_study_and_nothing_of_somebody_elses(world: Path) -> 
     assert not (world / "one").exists(), "a plan writes nothing"
     with pytest.raises(MissingFile):
         StudyFolder(world / "one").open()
+
+
+def test_a_study_that_was_killed_as_it_began_begins_again_and_another_is_refused(world: Path) -> None:
+    study = load_study(world / "small.yaml")
+    dataset = load_recipe(world / "tiny.yaml").data.open(world / "data")
+    runs = plan_runs(study, study.sizes["quick"], dataset, world)
+    folder = StudyFolder(world / "out")
+    folder.begin(study, "quick", dataset.name, runs)
+    written = sorted(path for path in (world / "out").rglob("*") if path.is_file())
+    whole = {path: path.read_bytes() for path in written}
+    for path in written:
+        if path.name != "plan.json":  # which is there first
+            path.unlink()
+            folder.begin(study, "quick", dataset.name, runs)
+            assert path.read_bytes() == whole[path]
+    assert folder.open()[1] == runs
+    other = Size(set=("training.steps=3",))
+    for changed in (plan_runs(study, other, dataset, world), runs[:1]):
+        with pytest.raises(StudyError, match="holds another study"):
+            folder.begin(study, "quick", dataset.name, changed)
+    assert {path: path.read_bytes() for path in written} == whole
 
 
 def test_parts_of_a_job_array_are_all_runs_once() -> None:

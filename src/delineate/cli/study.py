@@ -159,8 +159,8 @@ def report(folder: Annotated[Path, typer.Argument(help="A study's folder, at any
     from delineate.studies.running import StudyFolder
 
     kept = StudyFolder(folder)
-    study, planned, runs = kept.open()
-    results = collect(kept, study, runs)
+    planned, runs = kept.open()
+    results = collect(kept, planned.study, runs)
     page = write_study_report(results, folder, planned.size)
     if json:
         print_json({"runs": {n: s.state for n, s in results.statuses.items()}, "report": str(page)})

@@ -1,14 +1,14 @@
-"""Runs of a study, one process each: started, resumed, retried, and left as they were found.
+"""Run a study, each run in a process of its own; resume, retry, and keep what is done.
 
-A study's folder::
+A study folder::
 
     OUT/
-        study.yaml, plan.json what it is, and its runs; the same command resumes them
-        recipes/NAME.yaml     each run's recipe
-        splits/NAME.json      and who is held out
-        runs/NAME/            what `delineate train` leaves
-        runs/NAME.json        whether it is done, failed (and why) or under way
-        runs/NAME.log         what it said
+        plan.json             the study, its size and its runs
+        recipes/NAME.yaml     the recipe of each run
+        splits/NAME.json      and its split
+        runs/NAME/            what `delineate train` writes
+        runs/NAME.json        the state of the run, and why it failed
+        runs/NAME.log         its messages
         report.html, results.csv, differences.csv
 """
 
@@ -34,18 +34,18 @@ from delineate.io.files import writing_beside
 from delineate.io.overwriting import check_folder
 from delineate.recipe import load_recipe, to_yaml
 from delineate.studies.planning import PlannedRun
-from delineate.studies.specification import Study, load_study
+from delineate.studies.specification import Study
 from delineate.training.lock import in_use
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 
-STUDY, PLAN = "study.yaml", "plan.json"
-_WRITTEN = (STUDY, PLAN, "recipes", "splits", "runs", "report.html", "results.csv", "differences.csv")
+PLAN = "plan.json"
+_WRITTEN = (PLAN, "recipes", "splits", "runs", "report.html", "results.csv", "differences.csv")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A run by name; its recipe and split lie in files of that name."""
+    """A run by name; its recipe and split are in files of that name."""
 
     name: str
     arm: str
@@ -56,17 +56,18 @@ class Entry:
 
 
 class StudyPlan(Document):
-    """A study's ``plan.json``: at which size it is run, on which data set, and its runs in order."""
+    """A study folder's ``plan.json``: the study, its size, the data set, and the runs in order."""
 
+    study: Study
     size: str
     data_set: str
     runs: tuple[Entry, ...]
 
 
 class RunStatus(Document):
-    """What became of a run.
+    """The state of a run.
 
-    ``failure`` is the last line that a failed run said; ``seconds`` are of all its attempts.
+    ``failure`` is the last line that a failed run printed; ``seconds`` is the time of all its attempts.
     """
 
     state: State
@@ -98,12 +99,12 @@ class StudyFolder:
         return self.path / "splits" / f"{name}.json"
 
     def status(self, name: str) -> RunStatus:
-        """What became of a run so far."""
+        """The state of a run so far."""
         path = self.status_file(name)
         return RunStatus.read(path) if path.exists() else RunStatus(state="waiting")
 
-    def open(self) -> tuple[Study, StudyPlan, tuple[PlannedRun, ...]]:
-        """The study that the folder holds, with its runs. Raises :class:`MissingFile` where it holds none."""
+    def open(self) -> tuple[StudyPlan, tuple[PlannedRun, ...]]:
+        """The study in the folder, with its runs. Raises :class:`MissingFile` if there is none."""
         if not (self.path / PLAN).exists():
             raise MissingFile(f"'{self.path}' holds no study", fix="give a folder that `delineate study run` wrote")
         plan = StudyPlan.read(self.path / PLAN)
@@ -120,47 +121,48 @@ class StudyFolder:
             )
             for entry in plan.runs
         )
-        return load_study(self.path / STUDY), plan, tuple(runs)
+        return plan, tuple(runs)
 
     def check(self) -> None:
-        """Raise :class:`OutputError` where the folder cannot be written to or holds what is no study's."""
+        """Raise :class:`OutputError` if the folder cannot be written to, or holds files that no study wrote."""
         check_folder(self.path)
         there = [name for name in _WRITTEN if os.path.lexists(self.path / name)]
         if there and PLAN not in there:
             raise OutputError(
-                f"'{self.path}' holds {', '.join(there)}, and no study", fix="choose another --out, or move them away"
+                f"'{self.path}' holds {', '.join(there)}, but no study", fix="choose another --out, or move them away"
             )
 
     def begin(self, study: Study, size: str, data_set: str, runs: Sequence[PlannedRun]) -> None:
-        """Write the study, its plan, and each run's recipe and split, or find that they are there.
+        """Write the plan, and the recipe and split of each run, or check that they are the same.
 
-        Raises :class:`StudyError` where the folder holds another study, and :class:`OutputError` where it holds
+        Raises :class:`StudyError` if the folder holds another study, and :class:`OutputError` if it holds
         something else.
         """
-        entries = (Entry(r.name, r.arm, r.seed, r.fold, r.count, r.direction) for r in runs)
-        plan = StudyPlan(size=size, data_set=data_set, runs=tuple(entries))
         self.check()
-        if (self.path / PLAN).exists():
-            if self.open() != (study, plan, tuple(runs)):
-                raise StudyError(
-                    f"'{self.path}' holds another study, or this one at another size, on other data or with recipes "
-                    "that have changed since",
-                    fix="use another --out",
-                )
-            return
-        texts = {self.path / STUDY: to_yaml(study.model_dump(mode="json"))}
-        texts |= {self.recipe(run.name): to_yaml(run.recipe.as_dict()) for run in runs}
-        for path, text in texts.items():
-            with writing_beside(path) as beside:
-                beside.write_text(text, encoding="utf-8")
+        entries = (Entry(r.name, r.arm, r.seed, r.fold, r.count, r.direction) for r in runs)
+        plan = StudyPlan(study=study, size=size, data_set=data_set, runs=tuple(entries))
+        if not (self.path / PLAN).exists():
+            plan.write(self.path / PLAN)
+        same = StudyPlan.read(self.path / PLAN) == plan
         for run in runs:
-            save_split(self.split(run.name), run.split)
-        plan.write(self.path / PLAN)  # last: a folder with a plan is whole
+            recipe, split = self.recipe(run.name), self.split(run.name)
+            if same and not recipe.exists():
+                with writing_beside(recipe) as beside:
+                    beside.write_text(to_yaml(run.recipe.as_dict()), encoding="utf-8")
+            if same and not split.exists():
+                save_split(split, run.split)
+            same = same and load_recipe(recipe) == run.recipe and load_split(split) == run.split
+        if not same:
+            raise StudyError(
+                f"'{self.path}' holds another study, or this one at another size, on other data or with recipes "
+                "that have changed since",
+                fix="use another --out",
+            )
 
 
 @dataclass
 class _Children:
-    """Processes under way, which a signal that ends the study ends, too: each leaves a run that resumes."""
+    """Running processes. A signal that ends the study ends them too; each leaves a run that can be resumed."""
 
     processes: set[subprocess.Popen] = field(default_factory=set)
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -183,11 +185,10 @@ def run_study(
     options: Sequence[str] = (),
     said: Callable[[PlannedRun, RunStatus], None] = lambda run, status: None,
 ) -> bool:
-    """Run what is not done, ``jobs`` at a time; a run that fails does not stop the others.
+    """Run what is not done, ``jobs`` runs at a time; a run that fails does not stop the others.
 
-    ``options`` are given to every `delineate train`. ``said`` is told of each run that starts or ends. Returns whether
-    all are done.
-    On SIGINT and SIGTERM the runs under way are stopped where they can resume, and KeyboardInterrupt is raised.
+    ``options`` are passed to every `delineate train`. ``said`` is called when a run starts or ends. Returns whether all
+    runs are done. SIGINT and SIGTERM stop the running ones so that they can be resumed, and raise KeyboardInterrupt.
     """
     children = _Children()
 
@@ -224,8 +225,8 @@ def run_study(
 def _train(
     folder: StudyFolder, run: PlannedRun, data: Path, options: Sequence[str], children: _Children
 ) -> tuple[int, str]:
-    """Train one run in a process of its own; returns its exit status and the last line that it said."""
-    # One that a killed study left behind ends by itself; training it again then finds it done.
+    """Train one run in a process of its own; return its exit status and the last line that it printed."""
+    # A run that a killed study left behind finishes by itself; the command below then finds it complete.
     while in_use(folder.run(run.name)) and not children.stopping.wait(1.0):
         pass
     command = [
@@ -266,7 +267,7 @@ def _stopping(children: _Children) -> Iterator[None]:
 
 
 def part_of(runs: Sequence[PlannedRun], only: str) -> tuple[PlannedRun, ...]:
-    """Runs of part ``i/n``, counted from 1, as the tasks of a job array take them. Raises :class:`StudyError`."""
+    """The runs of part ``i/n``, counted from 1, for one task of a job array. Raises :class:`StudyError`."""
     index, _, parts = only.partition("/")
     if not (index.isdecimal() and parts.isdecimal() and 1 <= int(index) <= int(parts) <= 10**6):
         raise StudyError(f"'{only[:40]}' is no part of the runs", fix="write for example --only 2/5")
