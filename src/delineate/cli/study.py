@@ -130,14 +130,14 @@ def run(
     with Terminal() as terminal:
         terminal.say(f"{len(some)} runs; {_expected(some)}")
 
-        def said(planned: PlannedRun, status: RunStatus) -> None:
+        def on_change(planned: PlannedRun, status: RunStatus) -> None:
             done = sum(folder.status(one.name).state == "done" for one in some)
             text = f"{planned.name}: {status.state}" + (f": {status.failure}" if status.failure else "")
             (terminal.say_failure if status.state == "failed" else terminal.say)(text)
             terminal.progress("runs", done, len(some))
 
         try:
-            finished = run_study(folder, some, place, jobs=jobs, options=options, said=said)
+            finished = run_study(folder, some, place, jobs=jobs, options=options, on_change=on_change)
         finally:
             results = collect(folder, chosen, runs)
             page = write_study_report(results, out, size)

@@ -1,1 +1,1 @@
-"""Experiments of many runs: a base recipe, what varies, how it is judged, and what comes of it."""
+"""Experiments of many runs: a recipe, what varies, how it is measured, and the report."""

@@ -1,4 +1,4 @@
-"""From a study and a data set to runs: which recipe is trained on whom, and who is held out."""
+"""Expand a study on a data set into runs: the recipe, the training subjects and the held-out subjects of each."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from delineate.recipe import Recipe, load_recipe, packaged_recipes
 from delineate.studies.specification import Arm, CrossValidation, LearningCurve, MovedSubjects, Size, Study
 
 _FIRST_FOLD = 0
-"""The fold that is held out in splits with one purpose."""
+"""The held-out fold of a split that is made for one run."""
 
 
 @dataclass(frozen=True)
 class PlannedRun:
     """One training of a study.
 
-    ``group`` is what a run is pooled with: its arm and, along a curve, its ``count`` and direction. ``seed``
+    Runs of one ``group`` are pooled: those of an arm and, along a curve, of a ``count`` and direction. ``seed``
     tells repetitions apart. ``fold`` of ``split`` is held out.
     """
 
@@ -39,16 +39,16 @@ class PlannedRun:
 
     @property
     def group(self) -> str:
-        """Name of the runs whose held-out subjects are pooled."""
+        """Name of the group of runs whose held-out subjects are pooled."""
         parts = [self.arm, self.direction, "" if self.count is None else str(self.count)]
         return " ".join(part for part in parts if part)
 
 
 def plan_runs(study: Study, size: Size, dataset: Dataset, beside: Path = Path()) -> tuple[PlannedRun, ...]:
-    """Every run of a study at a size, in the order in which they are run: repetitions last.
+    """Every run of a study at a size, in running order: repetitions last.
 
-    ``beside`` is the folder that paths of recipes start from. A pure function of its arguments. Raises
-    :class:`StudyError` where the data set does not fit the design, and :class:`RecipeError` for a wrong change.
+    Recipe paths are relative to ``beside``. A pure function of its arguments. Raises :class:`StudyError` if the
+    data set does not fit the design, and :class:`RecipeError` for a wrong change.
     """
     recipes = {name: arm_recipe(study, arm, size, beside) for name, arm in study.compared.items()}
     match study.design:
@@ -62,7 +62,7 @@ def plan_runs(study: Study, size: Size, dataset: Dataset, beside: Path = Path())
 
 
 def arm_recipe(study: Study, arm: Arm, size: Size, beside: Path) -> Recipe:
-    """The recipe of an arm, with the study's changes, the arm's and the size's, in this order."""
+    """The recipe of an arm with the changes of the study, the arm and the size, in this order."""
     name = arm.recipe or study.recipe
     own = name not in packaged_recipes() and (beside / name).is_file()
     return load_recipe(beside / name if own else name, [*study.set, *arm.set, *size.set])
@@ -149,7 +149,7 @@ def _in_a_name(text: str) -> str:
 
 
 def in_turn(subjects: Sequence[Subject], seed: int) -> list[list[Subject]]:
-    """Patients' scans in a drawn order in which any beginning has each site's share."""
+    """Scans by patient, in a random order of which every prefix has each site's share."""
     patients: dict[str, list[Subject]] = defaultdict(list)
     for subject in sorted(subjects, key=lambda one: one.id):
         patients[subject.patient].append(subject)
@@ -165,7 +165,7 @@ def in_turn(subjects: Sequence[Subject], seed: int) -> list[list[Subject]]:
 
 
 def first_patients(order: Iterable[Sequence[Subject]], count: int) -> list[Subject]:
-    """Scans of the first patients: ``count`` of them, or a few more where the last patient has several."""
+    """Scans of the first patients: ``count`` scans, or a few more if the last patient has several."""
     chosen: list[Subject] = []
     for scans in order:
         if len(chosen) >= count:

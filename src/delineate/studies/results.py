@@ -1,4 +1,4 @@
-"""What came of a study so far: its runs' held-out subjects pooled, compared, and set along a curve."""
+"""Results of a study so far: held-out subjects pooled over runs, compared, and set along curves."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Gain:
-    """What more subjects brought on the same held-out ones: later count minus earlier, paired by patient."""
+    """The gain from more subjects, on the same held-out ones: later count minus earlier, paired by patient."""
 
     curve: str
     earlier: int
@@ -57,7 +57,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim of a report, and what our figures say of it."""
+    """A claim of a report, and what our figures say about it."""
 
     claim: Claim
     ruling: Ruling
@@ -66,7 +66,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """``pooled`` has the held-out subjects of each group of runs that has any done, by the group's name."""
+    """``pooled`` maps each group that has finished runs to their held-out subjects."""
 
     study: Study
     runs: tuple[PlannedRun, ...]
@@ -75,12 +75,12 @@ class StudyResults:
 
     @property
     def done(self) -> int:
-        """How many runs are done."""
+        """Number of finished runs."""
         return sum(status.state == "done" for status in self.statuses.values())
 
     @property
     def failed(self) -> dict[str, str]:
-        """Runs that failed, with what they said last."""
+        """Runs that failed, with the last line that they printed."""
         return {name: status.failure for name, status in self.statuses.items() if status.state == "failed"}
 
     @property
@@ -99,7 +99,7 @@ class StudyResults:
         return sorted(found, key=lambda point: (point.curve, point.count))
 
     def gains(self) -> list[Gain]:
-        """What each next count of a curve brought, on the subjects that both judged."""
+        """The gain of each count of a curve over the one before, on the subjects that both measured."""
         by_curve: dict[str, list[tuple[int, Evaluation]]] = {}
         for point in self.points():
             group = f"{point.curve} {point.count}"
@@ -116,7 +116,7 @@ class StudyResults:
         return gains
 
     def differences(self) -> list[MethodDifference]:
-        """Arms against each other; along curves, at their largest count. Empty where fewer than two can be."""
+        """Arms against each other; along curves, at their largest count. Empty with fewer than two."""
         arms = self._arms_at_most()
         if len(arms) < 2:
             return []
@@ -126,12 +126,12 @@ class StudyResults:
             return []
 
     def claims(self) -> list[Judged]:
-        """Each claim of the report, judged by the paired difference of its two arms."""
+        """Each claim, judged by the paired difference of its two arms."""
         arms = self._arms_at_most()
         return [_judge(claim, arms) for claim in self.study.claims]
 
     def _arms_at_most(self) -> dict[str, Evaluation]:
-        """The evaluation of each arm with most subjects; directions are told apart by the arm's name."""
+        """The evaluation of each arm and direction at its largest count."""
         last: dict[str, PlannedRun] = {}
         for run in self.runs:
             name = " ".join(part for part in (run.arm, run.direction) if part)
@@ -141,7 +141,7 @@ class StudyResults:
 
 
 def collect(folder: StudyFolder, study: Study, runs: Sequence[PlannedRun]) -> StudyResults:
-    """Read what is there of a study's runs; works at any time."""
+    """Read the results of the finished runs; works at any time."""
     statuses = {run.name: folder.status(run.name) for run in runs}
     found: dict[str, list[tuple[PlannedRun, Evaluation]]] = {}
     for run in runs:
@@ -154,8 +154,8 @@ def collect(folder: StudyFolder, study: Study, runs: Sequence[PlannedRun]) -> St
 def pooled(runs: Sequence[tuple[PlannedRun, Evaluation]]) -> Evaluation:
     """One table of several runs' held-out subjects.
 
-    What one subject gave under another seed stands as another scan of its patient, so that
-    intervals by patient count it once.
+    A subject's results under other seeds count as other scans of its patient, so that intervals take each
+    patient once.
     """
     several = len({run.seed for run, _ in runs}) > 1
     tables = []
@@ -179,6 +179,6 @@ def _judge(claim: Claim, arms: dict[str, Evaluation]) -> Judged:
     except DatasetError as error:
         return Judged(claim, "too few to tell", error.message)
     if found.better is None:
-        # Arms that are not told apart may still differ by less than so many patients show, which the sentence says.
+        # The arms may still differ by less than this many patients can show; the sentence says by how much.
         return Judged(claim, "too few to tell", str(found))
     return Judged(claim, "held" if found.better == claim.better else "did not hold", str(found))

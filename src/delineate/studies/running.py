@@ -183,11 +183,11 @@ def run_study(
     *,
     jobs: int = 1,
     options: Sequence[str] = (),
-    said: Callable[[PlannedRun, RunStatus], None] = lambda run, status: None,
+    on_change: Callable[[PlannedRun, RunStatus], None] = lambda run, status: None,
 ) -> bool:
     """Run what is not done, ``jobs`` runs at a time; a run that fails does not stop the others.
 
-    ``options`` are passed to every `delineate train`. ``said`` is called when a run starts or ends. Returns whether all
+    ``options`` are passed to every `delineate train`. ``on_change`` is called when a run starts or ends. Returns whether all
     runs are done. SIGINT and SIGTERM stop the running ones so that they can be resumed, and raise KeyboardInterrupt.
     """
     children = _Children()
@@ -198,7 +198,7 @@ def run_study(
             return before
         status = before.model_copy(update={"state": "running", "attempts": before.attempts + 1, "failure": ""})
         status.write(folder.status_file(run.name))
-        said(run, status)
+        on_change(run, status)
         began = time.monotonic()
         code, last = _train(folder, run, data, options, children)
         state: State = "done" if code == 0 else "stopped" if children.stopping.is_set() or code == 3 else "failed"
@@ -207,7 +207,7 @@ def run_study(
             update={"state": state, "seconds": seconds, "failure": last if state == "failed" else ""}
         )
         status.write(folder.status_file(run.name))
-        said(run, status)
+        on_change(run, status)
         return status
 
     with _stopping(children), ThreadPoolExecutor(jobs) as pool:

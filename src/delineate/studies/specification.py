@@ -39,7 +39,7 @@ class LearningCurve(Specification):
 
     ``counts``: numbers of labelled subjects, those that choose the weights included. Each draw puts the
     patients in an order of its own, sites in turn by their share; smaller counts are the beginning of
-    larger ones. ``held_out``: one of so many folds is held out.
+    larger ones. ``held_out``: the number of folds, one of which is held out.
     """
 
     kind: Literal["learning_curve"] = "learning_curve"
@@ -71,10 +71,10 @@ class Arm(Specification):
 
 
 class Size(Specification):
-    """How much of the study is run: changes to every arm, such as a budget, and which folds, seeds or counts.
+    """How much of the study to run: changes to every arm, such as the budget, and which folds, seeds or counts.
 
-    ``seeds`` are those of training and, in other designs than cross-validation, of draws, too. ``folds`` and
-    ``counts`` choose among the design's; ``null``: all.
+    ``seeds`` seed the training and, except in cross-validation, the draws. ``folds`` and ``counts`` select from the
+    design's; ``null``: all.
     """
 
     set: Changes = ()
@@ -113,7 +113,7 @@ class Published(Specification):
 
 
 class Phantom(Specification):
-    """Simulated scans that the study can be run on where its data cannot be had: kind, patients and seed."""
+    """Simulated scans to run the study on if its data are not available."""
 
     kind: Text
     patients: Annotated[int, Field(ge=2, le=10**4)] = 20
@@ -123,9 +123,9 @@ class Phantom(Specification):
 class Study(Specification):
     """A question, and the runs that answer it.
 
-    ``recipe`` is packaged, or a file's path from the study's own folder; ``set`` changes it for every arm. Without
-    ``arms``, the recipe alone is studied. ``quick`` sizes take a quarter of an hour on two cores, ``paper`` sizes what
-    the report, or a careful answer, takes.
+    ``recipe`` is the name of a packaged recipe, or a path relative to the study's file; ``set`` changes it for every
+    arm. Without ``arms``, the recipe itself is studied. A ``quick`` size takes about a quarter of an hour on two
+    cores, a ``paper`` size what the report or a careful answer needs.
     """
 
     format: Literal[1] = 1
