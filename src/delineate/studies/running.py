@@ -188,7 +188,8 @@ def run_study(
     """Run what is not done, ``jobs`` runs at a time; a run that fails does not stop the others.
 
     ``options`` are passed to every `delineate train`. ``on_change`` is called when a run starts or ends. Returns
-    whether all runs are done. SIGINT and SIGTERM stop the running ones so that they can be resumed, and raise KeyboardInterrupt.
+    whether all runs are done. SIGINT and SIGTERM stop the running ones so that they can be resumed, and raise
+    KeyboardInterrupt.
     """
     children = _Children()
 
