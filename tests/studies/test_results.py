@@ -92,8 +92,14 @@ def test_the_page_says_what_is_missing_and_where_scans_are_simulated(tmp_path: P
     simulated = Evaluation(found.pooled["base 5"].table, simulated=True)
     statuses = {**found.statuses, "lost": RunStatus(state="failed", failure="no <memory> was left")}
     part = StudyResults(found.study, found.runs, statuses, {**found.pooled, "base 5": simulated})
-    page = write_study_report(part, tmp_path, "quick").read_text(encoding="utf-8")
-    for text in ("2 of 2 runs are done", "1 run failed", "no &lt;memory&gt; was left", "Simulated scans", "labelled"):
+    page = write_study_report(part, tmp_path, size="quick", data_set="hearts").read_text(encoding="utf-8")
+    for text in (
+        "Data set hearts, size quick: 2 of 2 runs are done",
+        "1 run failed",
+        "no &lt;memory&gt; was left",
+        "Simulated scans",
+        "labelled",
+    ):
         assert text in page, text
     rows = (tmp_path / "results.csv").read_text(encoding="utf-8")
     assert "base 10,organ,dice,0.8095" in rows
@@ -103,5 +109,5 @@ def test_a_study_of_which_nothing_is_done_has_a_page(tmp_path: Path) -> None:
     planned = (run(count=5), run(count=10))
     found = collect(StudyFolder(tmp_path), study(), planned)
     assert (found.done, found.pooled, found.gains(), found.differences()) == (0, {}, [], [])
-    page = write_study_report(found, tmp_path, "quick").read_text(encoding="utf-8")
+    page = write_study_report(found, tmp_path, size="quick", data_set="hearts").read_text(encoding="utf-8")
     assert "No run is done yet." in page

@@ -140,7 +140,7 @@ def run(
             finished = run_study(folder, some, place, jobs=jobs, options=options, on_change=on_change)
         finally:
             results = collect(folder, chosen, runs)
-            page = write_study_report(results, out, size)
+            page = write_study_report(results, out, size=size, data_set=dataset.name)
     if json:
         states = {name: status.state for name, status in results.statuses.items()}
         print_json({"study": str(out), "runs": states, "report": str(page)})
@@ -161,7 +161,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A study's folder, at any
     kept = StudyFolder(folder)
     planned, runs = kept.open()
     results = collect(kept, planned.study, runs)
-    page = write_study_report(results, folder, planned.size)
+    page = write_study_report(results, folder, size=planned.size, data_set=planned.data_set)
     if json:
         print_json({"runs": {n: s.state for n, s in results.statuses.items()}, "report": str(page)})
     else:

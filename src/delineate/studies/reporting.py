@@ -15,14 +15,14 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def write_study_report(results: StudyResults, folder: Path, size: str) -> Path:
+def write_study_report(results: StudyResults, folder: Path, *, size: str, data_set: str) -> Path:
     """Write ``report.html``, ``results.csv`` and ``differences.csv`` of what is done so far."""
     write_table(folder / "results.csv", _COLUMNS, _rows(results))
     found = [difference.as_dict() for difference in results.differences()]
     columns = ("metric", "first", "second", "verdict", "better", "sentence")
     write_table(folder / "differences.csv", columns, found)
     path = folder / "report.html"
-    write_report(path, _page(results, size))
+    write_report(path, _page(results, size, data_set))
     return path
 
 
@@ -50,7 +50,7 @@ def _rows(results: StudyResults) -> list[dict[str, object]]:
     return rows
 
 
-def _page(results: StudyResults, size: str) -> StudyReport:
+def _page(results: StudyResults, size: str, data_set: str) -> StudyReport:
     study = results.study
     curves: dict[str, list[tuple[float, Estimate]]] = {}
     for point in results.points():
@@ -59,7 +59,7 @@ def _page(results: StudyResults, size: str) -> StudyReport:
         title=study.name,
         description=study.question,
         simulated=results.simulated,
-        notes=_notes(results, size),
+        notes=_notes(results, size, data_set),
         metric=study.metric,
         evaluations=results.pooled,
         differences=[str(difference) for difference in results.differences()],
@@ -84,9 +84,11 @@ def _axis(results: StudyResults) -> str:
     return "moved subjects"
 
 
-def _notes(results: StudyResults, size: str) -> list[str]:
+def _notes(results: StudyResults, size: str, data_set: str) -> list[str]:
     """What a reader should know before the numbers."""
-    notes = [f"Size: {size}. {results.done} of {len(results.runs)} runs are done."]
+    notes = [f"Data set {data_set}, size {size}: {results.done} of {len(results.runs)} runs are done."]
+    if size == "quick":
+        notes.append("Quick runs have small budgets: they show that the study works, not how good its arms can get.")
     if results.failed:
         counted = "1 run failed and is" if len(results.failed) == 1 else f"{len(results.failed)} runs failed and are"
         notes.append(f"{counted} missing from every number: see the table of runs.")
