@@ -10,7 +10,7 @@ import pytest
 from delineate.bundle import Bundle
 from delineate.compute import plan_compute
 from delineate.core.targets import Targets
-from delineate.errors import BadFormat
+from delineate.errors import BadFormat, MissingFile
 from delineate.inference.batch import find_subjects, predict_subjects
 from delineate.inference.predictor import Predictor
 from delineate.io.formats import read_header, read_label
@@ -36,6 +36,11 @@ def predictor(tmp_path: Path) -> Predictor:
     bundle = Bundle(recipe, recipe.pipeline, targets, tuple(PATTERNS), geometry, (3.0, 3.0, 6.5))
     bundle.save(tmp_path / "bundle", bundle.network().state_dict(), {})
     return Predictor([Bundle.load(tmp_path / "bundle")], plan_compute(device="cpu", compile="off"))
+
+
+def test_series_that_are_not_named_are_asked_for(predictor, real_data: Path) -> None:
+    with pytest.raises(MissingFile, match=r"DICOM series by their description: --images FLAIR="):
+        find_subjects([real_data / "dicom" / "PGBM-001"], predictor.channels)
 
 
 @pytest.mark.parametrize("suffix", [".dcm", ".vtk", ".vti", ".nii.gz"])

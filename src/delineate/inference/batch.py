@@ -87,7 +87,12 @@ def find_subjects(
             chosen.append(subject)
             lacking.append(error)
     if lacking and len(lacking) == len(found):
-        raise lacking[0]
+        if images is not None or quantity is not None:
+            raise lacking[0]
+        raise MissingFile(
+            lacking[0].message,
+            fix=f"name each channel's files, or its DICOM series by their description: --images {channels[0]}='*…*'",
+        ) from lacking[0]
     return chosen
 
 
