@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -103,6 +104,15 @@ def test_the_page_says_what_is_missing_and_where_scans_are_simulated(tmp_path: P
         assert text in page, text
     rows = (tmp_path / "results.csv").read_text(encoding="utf-8")
     assert "base 10,organ,dice,0.8095" in rows
+
+
+@pytest.mark.parametrize(("steps", "unequal"), [((150, 150), False), ((150, 160), False), ((32, 165), True)])
+def test_a_page_says_where_runs_trained_unequally(steps: tuple[int, int], unequal: bool, tmp_path: Path) -> None:
+    found = results(study(), few=(run(count=5), table(NAMES, 0.7)), more=(run(count=10), table(NAMES, 0.8)))
+    counted = replace(found, steps=dict(zip(found.statuses, steps, strict=True)))
+    page = write_study_report(counted, tmp_path, size="quick", data_set="hearts").read_text(encoding="utf-8")
+    assert ("between 32 and 165 steps" in page) == unequal
+    assert ("may be due to that alone" in page) == unequal
 
 
 def test_a_study_of_which_nothing_is_done_has_a_page(tmp_path: Path) -> None:

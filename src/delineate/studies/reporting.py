@@ -10,6 +10,9 @@ from delineate.reporting.html import StudyReport, write_report
 from delineate.studies.results import StudyResults
 from delineate.studies.specification import CrossValidation, LearningCurve
 
+_UNEQUAL = 1.1
+"""Ratio of steps from which runs are not on equal terms."""
+
 _COLUMNS = (
     "runs", "target", "metric", "mean", "sd", "low", "high", "patients", "n", "failures", "undefined"
 )  # fmt: skip
@@ -92,6 +95,12 @@ def _notes(results: StudyResults, size: str, data_set: str) -> list[str]:
     if results.failed:
         counted = "1 run failed and is" if len(results.failed) == 1 else f"{len(results.failed)} runs failed and are"
         notes.append(f"{counted} missing from every number: see the table of runs.")
+    fewest, most = min(results.steps.values(), default=0), max(results.steps.values(), default=0)
+    if most > _UNEQUAL * fewest:
+        notes.append(
+            f"Runs trained between {fewest} and {most} steps, so part of any difference may be due to that alone. A "
+            "budget of training.steps instead of minutes gives every run as many."
+        )
     if results.simulated:
         notes.append("The scans are simulated: nothing here reproduces, or contradicts, a published result.")
     recipes = {run.arm: run.recipe for run in results.runs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -17,6 +17,7 @@ from delineate.metrics.statistics import Difference, Estimate, paired_difference
 from delineate.studies.planning import PlannedRun
 from delineate.studies.running import RunStatus, StudyFolder
 from delineate.studies.specification import Claim, Study
+from delineate.training.events import Trained, read_events
 
 Ruling = Literal["held", "did not hold", "too few to tell"]
 
@@ -72,6 +73,8 @@ class StudyResults:
     runs: tuple[PlannedRun, ...]
     statuses: dict[str, RunStatus]
     pooled: dict[str, Evaluation]
+    steps: dict[str, int] = field(default_factory=dict)
+    """Training steps of each finished run."""
 
     @property
     def done(self) -> int:
@@ -144,11 +147,14 @@ def collect(folder: StudyFolder, study: Study, runs: Sequence[PlannedRun]) -> St
     """Read the results of the finished runs; works at any time."""
     statuses = {run.name: folder.status(run.name) for run in runs}
     found: dict[str, list[tuple[PlannedRun, Evaluation]]] = {}
+    steps: dict[str, int] = {}
     for run in runs:
         if statuses[run.name].state == "done":
+            trained = [e.step for e in read_events(folder.run(run.name) / "logs") if isinstance(e, Trained)]
+            steps |= {run.name: trained[-1]} if trained else {}
             evaluation = Evaluation.read(folder.run(run.name) / "evaluation")
             found.setdefault(run.group, []).append((run, evaluation))
-    return StudyResults(study, tuple(runs), statuses, {group: pooled(ones) for group, ones in found.items()})
+    return StudyResults(study, tuple(runs), statuses, {group: pooled(ones) for group, ones in found.items()}, steps)
 
 
 def pooled(runs: Sequence[tuple[PlannedRun, Evaluation]]) -> Evaluation:
