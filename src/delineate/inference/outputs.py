@@ -35,7 +35,7 @@ _LABELS = re.compile(
 class Planned(NamedTuple):
     """Subjects to predict, those already predicted, and those that cannot be, with the reason.
 
-    Of those already predicted, ``unmeasured`` have a label in which the quantity is still to be measured.
+    ``unmeasured`` are those already predicted whose labels the quantity has yet to be measured in.
     """
 
     ahead: list[Subject]
@@ -65,7 +65,7 @@ class Outputs:
 
     @property
     def measurements(self) -> Path:
-        """What was measured of each target; the same for programs lies beside it."""
+        """Path of the table of each target's measurements; the same as JSON is next to it."""
         return self.folder / MEASUREMENTS
 
     @property

@@ -37,8 +37,7 @@ class Patches(Specification):
     """Boxes of a fixed shape, for 3D networks. ``null`` along an axis means all of it.
 
     ``standardise``: each tile that a network reads is scaled to mean 0 and standard deviation 1, channel by channel,
-    or with ``together`` by one mean and one deviation for all channels. ``outside``: what is read beyond the volume,
-    its ``edge`` repeated or ``zero``.
+    or over all channels (``together``). ``outside``: the padding beyond the volume, its ``edge`` repeated or ``zero``.
     """
 
     kind: Literal["patches"] = "patches"
