@@ -224,9 +224,9 @@ class TestFile:
             load_or_make_split(path, dataset(many(10)), folds=3)
         for what, asked in {
             "test set": {"test_fraction": 0.1},
-            "test set, as": {"test_last": 1},
+            "test set, which": {"test_last": 1},
             "validation subjects": {"validation_fraction": 0.1},
-            "such subjects that are always": {"always_train": ["s001"]},
+            "such always_train subjects": {"always_train": ["s001"]},
         }.items():
             with pytest.raises(BadSplit, match=f"no {what}"):
                 load_or_make_split(path, dataset(many(10)), **asked)

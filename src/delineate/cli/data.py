@@ -33,7 +33,7 @@ def inspect(
     ] = None,
     orientation: Annotated[
         Literal["refuse", "sform", "qform"],
-        typer.Option("--orientation", help="Use this orientation where a file has two that differ."),
+        typer.Option("--orientation", help="Use this orientation if a file has two that differ."),
     ] = "refuse",
     json: Json = False,
 ) -> None:

@@ -216,7 +216,7 @@ def load_or_make_split(
     for asked, part, what in (
         (test_fraction or test_last, split.test, "test set"),
         (validation_fraction, split.validation, "validation subjects"),
-        (set(always_train) - set(split.always_train), (), "such subjects that are always trained on"),
+        (set(always_train) - set(split.always_train), (), "such always_train subjects"),
     ):
         if asked and not part:
             raise BadSplit(

@@ -55,7 +55,8 @@ def find_subjects(
 
     ``images`` are patterns as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
     lacks a channel is returned as it is; :func:`predict_subjects` reports it. A ``quantity`` is added as a
-    separate channel. Raises :class:`MissingFile` for an input that does not exist, and if every subject lacks a channel.
+    separate channel. Raises :class:`MissingFile` for an input that does not exist, or if every subject lacks
+    a channel.
     """
     from delineate.datasets.layouts import open_dataset
 
@@ -167,7 +168,7 @@ def predict_subjects(
     ``.dcm`` is a DICOM-SEG that refers to the subject's first channel, which must be a DICOM series.
     ``on_oddities`` is called with anything unusual about a scan before it is segmented. ``probabilities`` is a
     folder for ``<id>.nii.gz`` files with a channel for each target; the predictor must keep probabilities.
-    With ``outputs``, which then decides where everything goes, each subject is entered in the review list
+    With ``outputs``, which then decides all paths, each subject is entered in the review list
     before its label is written, and measured with the outputs' quantity. Raises :class:`OutputError` if the disk is
     full, since nothing more can be written.
     """

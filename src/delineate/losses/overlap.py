@@ -57,7 +57,7 @@ class DiceSpec(_Overlap):
     labels of 0 and 1 the two are equal. For soft labels they differ: with squares, a prediction that equals them is
     always best; with sums, one that is 1 everywhere may be better (docs/losses.md).
 
-    Takes logits; probabilities are formed inside (softmax where targets exclude each other, else sigmoid).
+    Takes logits; probabilities are formed inside (softmax if targets exclude each other, else sigmoid).
     """
 
     kind: Literal["dice"] = "dice"

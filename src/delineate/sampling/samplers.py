@@ -27,9 +27,9 @@ class SamplerSpecification(Specification):
         kind: str  # every sampler has its own
 
     def listed(self, subjects: Sequence[PreparedSubject], geometry: TileGeometry) -> list[tuple[int, Tile]]:
-        """The tiles of a pass, each with the number of its subject; empty: every subject once, where ``draw`` says.
+        """The tiles of a pass, each with the number of its subject; empty: every subject once, where ``draw`` puts it.
 
-        Raises :class:`RecipeError` where there is none.
+        Raises :class:`RecipeError` if there is none.
         """
         return []
 
@@ -209,7 +209,7 @@ def drawn(subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Gener
 
 
 def drawn_around(point: np.ndarray, subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
-    """A tile that holds ``point`` in its middle half, inside the volume where it fits."""
+    """A tile that holds ``point`` in its middle half, inside the volume if it fits."""
     start = []
     for p, n, (low, high) in zip(point, geometry.shape, _range(subject, geometry), strict=True):
         first = int(p) - n // 2 + int(rng.integers(-(n // 4), n // 4 + 1))
