@@ -160,7 +160,7 @@ def test_a_rate_changes_by_steps_or_by_epochs_not_by_both() -> None:
 @pytest.mark.parametrize("change", ["training.keep=best", "training.validation.patience=3"])
 def test_held_out_subjects_choose_nothing(change) -> None:
     assert load_recipe("demo", ["training.keep=last", "training.validation.held_out=true"]).training.validation.held_out
-    with pytest.raises(RecipeError, match="held-out subjects choose"):
+    with pytest.raises(RecipeError, match="on the held-out subjects"):
         load_recipe("demo", ["training.keep=last", "training.validation.held_out=true", change])
 
 

@@ -75,7 +75,7 @@ class DataSpec(Specification):
 
     ``images`` and ``labels`` are file patterns relative to its folder; several channels have one pattern each.
     ``resample_channels``: channels on other grids are resampled to the grid of the first, instead of being an error.
-    ``codes`` say what targets are, by name, in formats that carry codes; targets without one are coded as
+    ``codes`` give targets' codes, by name, for formats that carry codes; targets without one are coded as
     unspecified regions.
     """
 
@@ -125,9 +125,9 @@ class OptimiserSpec(Specification):
 class ScheduleSpec(Specification):
     """The learning rate: a linear warm-up over the budget's first part (``warmup``), then what ``kind`` says.
 
-    ``polynomial`` and ``cosine`` fall to zero over the budget, ``constant`` stays. After n periods of ``every_steps``
-    or ``every_epochs`` (by default, one step), ``step`` has multiplied the rate n times by ``factor``, and ``inverse``
-    divides it by 1 + ``decay`` · n, which with periods of one step is Keras' ``decay``.
+    ``polynomial`` and ``cosine`` fall to zero over the budget, ``constant`` does not change. After n periods of
+    ``every_steps`` or ``every_epochs`` (by default, one step), ``step`` has multiplied the rate by ``factor`` n times,
+    and ``inverse`` divides it by 1 + ``decay`` · n, which for periods of one step is Keras' ``decay``.
     """
 
     kind: Literal["polynomial", "cosine", "constant", "step", "inverse"] = "polynomial"
@@ -145,7 +145,7 @@ class ScheduleSpec(Specification):
         return self
 
     def multiple(self, progress: float, steps: int = 0, steps_an_epoch: int = 1) -> float:
-        """Multiple of the learning rate after so many ``steps``, when ``progress`` (0 … 1) of the budget is spent."""
+        """Multiple of the learning rate after ``steps``, with the fraction ``progress`` (0 … 1) of the budget spent."""
         import math
 
         progress = min(max(progress, 0.0), 1.0)
@@ -166,13 +166,12 @@ class ScheduleSpec(Specification):
 class ValidationSpec(Specification):
     """Validation on whole volumes of a few subjects taken from the training folds, always the same ones.
 
-    They are whole patients, at most a ninth of the subjects that are not held out, each site with its share; a split
-    that names subjects to validate on decides instead.
-    ``times`` over the budget (less often where that would take more than a tenth of the
-    minutes); the best ``metric`` selects the weights to keep. ``patience``
-    validations without a better one end the training early; ``null``: never. Every ``loss_every``
+    They are whole patients, at most a ninth of the subjects that are not held out, stratified by site, unless the
+    split names validation subjects. Validation runs ``times`` over the budget (less often if that would take more than
+    a tenth of the minutes); the best ``metric`` selects the weights to keep. ``patience`` validations without an
+    improvement end the training early; ``null``: never. Every ``loss_every``
     steps, the loss is measured on a batch of their tiles without augmentation; ``null``: never. ``held_out``: validate
-    on the held-out subjects instead, as reports draw their test curves; allowed only if that selects nothing
+    on the held-out subjects instead, as reports do for their test curves; allowed only if that selects nothing
     (``keep: last`` and no ``patience``).
     """
 
@@ -185,19 +184,19 @@ class ValidationSpec(Specification):
 
 
 class TrainingSpec(Specification):
-    """The budget is ``minutes`` of training, a number of ``steps`` or of ``epochs``, whichever ends first.
+    """The budget is ``minutes`` of training, a number of ``steps`` or of ``epochs``, whichever runs out first.
 
-    An epoch takes every item of the sampler's pass once: as many steps as the pass has batches. Where the batch
-    size does not divide the pass, an epoch's last batch is filled from the next pass.
+    An epoch is one pass of the sampler: as many steps as the pass has batches. If the batch size does not divide the
+    pass, an epoch's last batch is filled from the next pass.
 
     ``ema`` is the decay of the averaged weights that are validated and kept (0: none).
-    ``collapse_after``: from this step on, predictions of background alone are reported.
+    ``collapse_after``: from this step on, predictions of only background are reported.
     ``folds`` are made after the last ``test_last`` subjects, by name, are set aside as the test set; with a
     single fold, that fold is trained on and the test set is held out. An existing split file decides instead.
     ``initialisation``: how the kernels of all convolutions, transposed ones included, are initialised, with biases at
-    zero; ``default``: as the network's own description says. Weights to start from replace them.
-    ``norm_statistics``: BatchNorms predict with statistics ``measured`` on training tiles under the weights that
-    are kept, or with the ``moving`` averages that the networks update.
+    zero; ``default``: as the network defines. Weights to start from replace them.
+    ``norm_statistics``: BatchNorms predict with statistics ``measured`` on training tiles with the kept weights, or
+    with the ``moving`` averages from training.
     ``keep``: the bundle keeps the ``best`` weights by validation, or the ``last``; without validation, the last.
     ``frozen``: patterns of parameters that keep their initial values, such as ``encoder.0.*``; their
     BatchNorms keep their statistics, too.
@@ -225,8 +224,8 @@ class TrainingSpec(Specification):
     def _held_out_chooses_nothing(self) -> TrainingSpec:
         if self.validation.held_out and (self.keep != "last" or self.validation.patience is not None):
             raise ValueError(
-                "validation.held_out lets the held-out subjects choose the weights or the end of the training; "
-                "add keep: last, and take patience away"
+                "validation.held_out would select the weights or end the training on the held-out subjects; "
+                "add keep: last, and remove patience"
             )
         return self
 
@@ -257,8 +256,8 @@ class InferenceSpec(Specification):
 class PostprocessingSpec(Specification):
     """Targets that keep only their largest component, and the smallest component to keep (ml), by target.
 
-    ``drop_end_slices``: nothing is predicted in the first and in the last such share of the slices, rounded
-    down (Li et al. 2018 drop a tenth at either end); this comes first.
+    ``drop_end_slices``: predictions are removed from this fraction of the slices at each end, rounded down (Li et al.
+    2018 drop a tenth at each end); this is applied first.
     """
 
     drop_end_slices: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -269,8 +268,8 @@ class PostprocessingSpec(Specification):
 class Recipe(Specification):
     """Everything that defines a run: an immutable value, checked on creation.
 
-    ``format``: the version of this form. ``deviates``: what a recipe named after a report does not do as the report
-    did, one sentence each.
+    ``format``: the version of the recipe format. ``deviates``: where a recipe named after a report departs from it,
+    one sentence each.
 
     >>> recipe = Recipe.model_validate(
     ...     {
@@ -395,7 +394,7 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
 
 
 def apply_changes(values: dict[str, Any], changes: Iterable[str]) -> dict[str, Any]:
-    """Values with ``path.to.field=value`` applied; list items are addressed by number, the next one is appended."""
+    """Values with ``path.to.field=value`` applied; list items are addressed by number, and one past the end appends."""
     values = _copied(values)
     for change in changes:
         with parsing(_short(change), RecipeError, fix="write path.to.field=value"):
@@ -430,7 +429,7 @@ def _index(node: list[Any], key: str, path: str) -> int:
 
 
 def to_yaml(values: Any, reasons: Mapping[str, str] | None = None, *, path: str = "", indent: int = 0) -> str:
-    """YAML of plain values, with a reason as a comment beside each field named in ``reasons``."""
+    """YAML of plain values, with a reason as a comment next to each field named in ``reasons``."""
     pad, reasons, lines = "  " * indent, reasons or {}, []
     for key, value in values.items():
         here = f"{path}.{key}" if path else str(key)
@@ -451,7 +450,7 @@ def to_yaml(values: Any, reasons: Mapping[str, str] | None = None, *, path: str 
 
 
 def _is_prose(value: Any) -> bool:
-    """Whether a list holds sentences, each of which is better read on a line of its own."""
+    """Whether a list holds sentences, which are easier to read on one line each."""
     return isinstance(value, list) and any(isinstance(item, str) and len(item) > 40 for item in value)
 
 

@@ -170,7 +170,7 @@ def test_maps_may_lie_beside_the_scans(bundle: Path, patients: Path, tmp_path: P
     refused = predict(bundle, patients, *WATER, *one, "-o", tmp_path / "two", code=1)
     assert "one map of fat_fraction, for 2 subjects" in str(refused.exception)
     refused = predict(bundle, patients, *WATER, "--quantity", f"water={maps}", "-o", tmp_path / "two", code=1)
-    assert "the bundle itself takes water" in str(refused.exception), "the network would see the map"
+    assert "the bundle itself uses water" in str(refused.exception), "the network would see the map"
     (maps / "b_fat_fraction.nii.gz").unlink()
     answer = json.loads(predict(bundle, patients, *beside, "-o", tmp_path / "lacking", "--json", code=1).stdout)
     assert [(row["subject"], row["code"]) for row in answer["failed"]] == [("b", "E_MISSING")]
@@ -186,7 +186,7 @@ def test_shares_of_one_are_not_taken_for_percent(bundle: Path, patients: Path, t
     answer = json.loads(predict(bundle, patients, *BOTH, "-o", tmp_path / "out", "--json", code=1).stdout)
     [failure] = answer["failed"]
     assert failure["subject"] == "a"
-    assert "shares of 1" in failure["error"]
+    assert "fractions of 1" in failure["error"]
 
 
 def test_a_map_on_another_grid_is_refused(bundle: Path, patients: Path, tmp_path: Path) -> None:

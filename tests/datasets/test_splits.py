@@ -220,13 +220,13 @@ class TestFile:
     def test_what_is_asked_for_must_be_in_it(self, tmp_path: Path) -> None:
         path = tmp_path / "split.json"
         load_or_make_split(path, dataset(many(10)), folds=5)
-        with pytest.raises(BadSplit, match="has 5 folds, 3"):
+        with pytest.raises(BadSplit, match="has 5 folds, not the requested 3"):
             load_or_make_split(path, dataset(many(10)), folds=3)
         for what, asked in {
             "test set": {"test_fraction": 0.1},
-            "test set, as": {"test_last": 1},
-            "subjects to validate on": {"validation_fraction": 0.1},
-            "such subjects that are always": {"always_train": ["s001"]},
+            "test set, which": {"test_last": 1},
+            "validation subjects": {"validation_fraction": 0.1},
+            "such always_train subjects": {"always_train": ["s001"]},
         }.items():
             with pytest.raises(BadSplit, match=f"no {what}"):
                 load_or_make_split(path, dataset(many(10)), **asked)

@@ -98,6 +98,6 @@ def test_a_fat_fraction_is_in_percent() -> None:
     assert QuantityMap("fat_fraction", threshold=6.5).threshold == 6.5
     for fine in (np.array([0.0, 96.0]), np.zeros(3)):
         fat.check(fine, "a")
-    with pytest.raises(DatasetError, match=r"'a' reaches 0\.98: shares of 1"):
+    with pytest.raises(DatasetError, match=r"'a' has values up to 0\.98: fractions of 1"):
         fat.check(np.array([0.1, 0.98]), "a")
     QuantityMap("T2*").check(np.array([0.1, 0.98]), "a")

@@ -174,7 +174,7 @@ def test_only_the_cts_that_give_the_slices_are_read(tmp_path) -> None:
     options = RunOptions(cache=tmp_path / "cache", device="cpu", precision="fp32", compile="off", threads=1)
     report = Reporter()
     result = train(recipe, dataset, tmp_path / "run", options, report)
-    assert "an epoch is 2 steps: 10 items, 5 a step; 2 steps in all are 1 epochs" in report.messages
+    assert "an epoch is 2 steps: 10 items, 5 per step; 2 steps in total are 1 epochs" in report.messages
     options = replace(options, evaluate=False)
     assert train(recipe, dataset, tmp_path / "run", options, Reporter()).steps == result.steps == 2  # by its split
     subjects, (first, *_) = RunSubjects.load(tmp_path / "run"), dataset.subjects

@@ -25,7 +25,7 @@ def test_a_target_that_means_other_values_than_the_data_set_s_is_warned_of(balls
         said[str(values)] = report.messages
     first, *others = said.values()
     assert len(first) == 1
-    assert "'edema' is label value 1, by the data set it is 2" in first[0]
+    assert "'edema' is label value 1 in the recipe, but 2 in the data set" in first[0]
     assert others == [[], []]
 
 

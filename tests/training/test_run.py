@@ -245,7 +245,7 @@ def test_a_time_budget_ends_the_run(recipe, balls, tmp_path) -> None:
 
 
 def test_epochs_are_a_budget_of_their_own(recipe, balls, tmp_path) -> None:
-    """Three subjects are trained on, two a step: an epoch is two steps, whatever else limits the run."""
+    """Three subjects are trained on, two per step: an epoch is two steps, whatever else limits the run."""
     values = recipe.as_dict()
     values["training"] |= {"steps": 100, "epochs": 3}
     recipe = recipe_from(values)
@@ -257,10 +257,10 @@ def test_epochs_are_a_budget_of_their_own(recipe, balls, tmp_path) -> None:
     assert run(recipe, balls, tmp_path / "run", Reporter(stop)).steps < 6
     report = Reporter()
     assert run(recipe, balls, tmp_path / "run", report).steps == 6
-    assert "an epoch is 2 steps: 3 items, 2 a step; 6 steps in all are 3 epochs" in report.messages
+    assert "an epoch is 2 steps: 3 items, 2 per step; 6 steps in total are 3 epochs" in report.messages
     assert any(text.startswith("trained 6 steps (3 epochs)") for text in report.messages)
     assert pd.read_csv(tmp_path / "run/logs/epochs.csv")[["step", "epoch"]].values.tolist() == [[2, 1], [4, 2], [6, 3]]
-    assert Choice("epoch", "2 steps", "3 items, 2 a step") in PlanFile.read(tmp_path / "run/plan.json").choices
+    assert Choice("epoch", "2 steps", "3 items, 2 per step") in PlanFile.read(tmp_path / "run/plan.json").choices
     page = write_run_report(tmp_path / "run", balls).read_text(encoding="utf-8")
     assert "2 steps (3 items, 2 per step)" in page
     assert "Minutes per epoch" in page

@@ -33,7 +33,7 @@ def inspect(
     ] = None,
     orientation: Annotated[
         Literal["refuse", "sform", "qform"],
-        typer.Option("--orientation", help="Use this orientation where a file has two that differ."),
+        typer.Option("--orientation", help="Use this orientation if a file has two that differ."),
     ] = "refuse",
     json: Json = False,
 ) -> None:
@@ -83,25 +83,26 @@ def split(
         Path, typer.Option("--out", "-o", help="Write this split file; an existing one is checked and kept.")
     ],
     folds: Annotated[
-        int, typer.Option("--folds", min=1, help="Make this many folds; 1: train on all but the test set.")
+        int, typer.Option("--folds", min=1, help="Make this many folds; 1: train on everything except the test set.")
     ] = 5,
     test_fraction: Annotated[
         float,
         typer.Option("--test-fraction", min=0, max=0.9, help="Lock this share of the patients away as a test set."),
     ] = 0.0,
     test_last: Annotated[
-        int, typer.Option("--test-last", min=0, help="Lock the last subjects away instead, this many, by name.")
+        int, typer.Option("--test-last", min=0, help="Lock away this many of the last subjects by name instead.")
     ] = 0,
     validation_fraction: Annotated[
         float,
         typer.Option(
-            "--validation-fraction", min=0, max=0.9, help="Set this share of the patients aside to validate on."
+            "--validation-fraction", min=0, max=0.9, help="Set aside this share of the patients for validation."
         ),
     ] = 0.0,
     always_train: Annotated[
         list[str] | None,
         typer.Option(
-            "--always-train", help="Train on this subject whichever fold is held out, and never validate on it."
+            "--always-train",
+            help="Train on this subject whichever fold is held out; never validate on it. Can be repeated.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Draw the folds with this seed.")] = 0,
@@ -292,7 +293,7 @@ def phantom(
 
 
 def _print(inspection: Inspection) -> None:
-    """Print the table of subjects, then the problems; of many alike, only the first few."""
+    """Print the table of subjects, then the problems; only the first few of many similar ones."""
     from delineate.cli.terminal import print_table
 
     rows = []

@@ -96,7 +96,7 @@ def evaluate(
 def _check_outputs(
     out: Path | None, report: Path | None, predictions: Sequence[Path], known: Path | Dataset, overwrite: bool
 ) -> None:
-    """Raise where labels or scans would be overwritten, or other files that may not be replaced."""
+    """Raise if labels or scans, or other files that may not be replaced, would be overwritten."""
     from delineate.evaluation.table import FILES
     from delineate.io.formats import suffix_of
     from delineate.io.overwriting import check_outputs
@@ -115,7 +115,7 @@ def _check_outputs(
 
 
 def _print_details(evaluation: Evaluation) -> None:
-    """Print everything but means: limits of agreement, lesions by size, calibration, sides of a threshold."""
+    """Print everything except means: limits of agreement, lesions by size, calibration, sides of a threshold."""
     from delineate.cli.terminal import print_table
 
     rows = [list(row.values()) for agreeing in evaluation.agreements for row in agreeing.described()]
@@ -124,7 +124,7 @@ def _print_details(evaluation: Evaluation) -> None:
         print_table("agreement with the reference", columns, rows)
     if pooled := [list(row.values()) for row in evaluation.described_pooled()]:
         columns = ["class", "voxels", "share", "precision", "recall", "F1"]
-        print_table("voxels of all subjects together", columns, pooled)
+        print_table("voxels pooled over all subjects", columns, pooled)
     if sizes := [list(row.values()) for row in evaluation.described_lesions()]:
         print_table(
             "lesions by size", ["target", "ml", "reference lesions detected", "predicted lesions confirmed"], sizes

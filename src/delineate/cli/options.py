@@ -94,8 +94,8 @@ Quantity = Annotated[
     str | None,
     typer.Option(
         "--quantity",
-        help="Measure this channel within each target, such as fat_fraction; fat_fraction=FOLDER where its maps lie "
-        "beside the scans, as <subject> files.",
+        help="Measure this channel within each target, such as fat_fraction; fat_fraction=FOLDER for maps in "
+        "a folder of their own, as <subject> files.",
     ),
 ]
 MarginMm = Annotated[

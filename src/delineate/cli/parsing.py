@@ -52,7 +52,7 @@ def parse_patterns(texts: Sequence[str] | None) -> str | dict[str, str] | None:
 
 
 def parse_quantity(text: str | None, margin_mm: float, threshold: float | None) -> QuantityMap | None:
-    """``fat_fraction``, or ``fat_fraction=maps`` where its maps lie in that folder. Raises :class:`RecipeError`."""
+    """``fat_fraction``, or ``fat_fraction=maps`` if its maps are in that folder. Raises :class:`RecipeError`."""
     if text is None:
         if threshold is not None or margin_mm:
             raise typer.BadParameter("--margin-mm and --threshold need a quantity; name its channel with --quantity")

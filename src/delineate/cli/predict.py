@@ -71,7 +71,7 @@ def predict(
     mirrored: Annotated[
         bool,
         typer.Option(
-            "--mirrored", help="Predict the mirror image too, where training did, and report how well both agree."
+            "--mirrored", help="Predict the mirror image too, if training mirrored, and report how well both agree."
         ),
     ] = False,
     probabilities: Annotated[
@@ -83,13 +83,13 @@ def predict(
         float | None,
         typer.Option(
             "--threshold",
-            help="Measure how much of a target has this value of the quantity or more (default: 5.56 for a fat "
+            help="Measure the share of a target at or above this value of the quantity (default: 5.56 for a fat "
             "fraction).",
         ),
     ] = None,
     overlap: Annotated[
         float | None,
-        typer.Option("--overlap", min=0, max=0.9, help="Overlap tiles by this share (default: the recipe's)."),
+        typer.Option("--overlap", min=0, max=0.9, help="Overlap tiles by this fraction (default: the recipe's)."),
     ] = None,
     memory_gb: Annotated[
         float,
@@ -107,7 +107,7 @@ def predict(
     """Segment scans, each on its own grid. Not for diagnosis.
 
     Run the same command again to resume: scans that the same bundle has predicted into OUT are skipped. With
-    --quantity their labels are measured as they are, corrected or not: OUT/measurements.csv and .json.
+    --quantity, their labels are measured as they are, corrected or not: OUT/measurements.csv and .json.
     """
     with importing():
         from delineate.bundle import Bundle, bundle_folder
@@ -160,7 +160,7 @@ def predict(
             terminal.say(f"{printable(subject.id)}: unlike the training scans: {printable(texts)}")
 
         if planned.done:
-            terminal.say(f"predicted already: {len(planned.done)} of the scans; --overwrite predicts them again")
+            terminal.say(f"already predicted: {len(planned.done)} of the scans; --overwrite predicts them again")
         plan = plan_compute(
             device=device,
             precision=precision,
@@ -234,7 +234,7 @@ def predict(
             from statistics import median  # takes 50 ms to import
 
             typer.echo(
-                f"probabilities change {median(seams):.2f} times as much across the borders of tiles as beside them"
+                f"probabilities change {median(seams):.2f} times as much across the borders of tiles as next to them"
             )
         counts = [f"{len(planned.done)} already there"] * bool(planned.done) + [f"{len(failed)} failed"] * bool(failed)
         predictions = "1 prediction" if len(rows) == 1 else f"{len(rows)} predictions"
@@ -271,7 +271,7 @@ _SHOWN = 10
 
 
 def _print_queue(reviews: list[Review]) -> None:
-    """Print what to look at first, the most urgent on top: first what is measured, then what is calibrated."""
+    """Print what to look at first, the most urgent on top: measured columns first, then calibrated ones."""
     from delineate.calibration import LEVEL
     from delineate.cli.terminal import print_table
     from delineate.core.text import printable
@@ -302,7 +302,7 @@ def _print_queue(reviews: list[Review]) -> None:
 
 
 def _print_measurements(measurements: list[dict[str, Any]], quantity: QuantityMap) -> None:
-    """The first of what was measured, by subject and target."""
+    """Print the first measurements, by subject and target."""
     from delineate.cli.terminal import print_table
     from delineate.core.text import printable
 

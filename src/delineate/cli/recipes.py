@@ -14,7 +14,7 @@ app = Commands(help="Show the packaged recipes.")
 
 @app.command("list")
 def list_recipes(json: Json = False) -> None:
-    """List the packaged recipes, and what those named after a report do not do as the report did."""
+    """List the packaged recipes, and where those named after a report deviate from it."""
     from delineate.cli.terminal import print_json, print_table
     from delineate.recipe import load_recipe, packaged_recipes
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from delineate.studies.results import StudyResults
     from delineate.studies.specification import Study
 
-app = Commands(help="Run experiments of many trainings, and report what came of them.")
+app = Commands(help="Run experiments of many trainings, and report the results.")
 
 Name = Annotated[str, typer.Argument(help="A packaged study or a YAML file.", autocompletion=studies)]
 SizeOption = Annotated[
@@ -30,7 +30,7 @@ StudyData = Annotated[
     Path | None, typer.Option("--data", help="Read this data set; its layout is recognised (see also --phantom).")
 ]
 PhantomFlag = Annotated[
-    bool, typer.Option("--phantom", help="Simulate the study's scans into OUT/data, where it says which.")
+    bool, typer.Option("--phantom", help="Simulate the study's scans into OUT/data, if it names a kind of phantom.")
 ]
 
 
@@ -69,7 +69,7 @@ def plan(
     size: SizeOption = "quick",
     json: Json = False,
 ) -> None:
-    """Print the runs of a study, who is in them, and the training time they may take, before anything is run."""
+    """Print the runs of a study, their subjects and their training time, without running anything."""
     from delineate.cli.terminal import print_json, print_table
 
     chosen, beside = _load(study)
@@ -97,15 +97,15 @@ def run(
     size: SizeOption = "quick",
     jobs: Annotated[int, typer.Option("--jobs", min=1, max=256, help="Run this many trainings at a time.")] = 1,
     only: Annotated[
-        str | None, typer.Option("--only", help="Run this part of the runs alone, such as 2/5, in a job array.")
+        str | None, typer.Option("--only", help="Run only this part of the runs, such as 2/5, in a job array.")
     ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Run a study: every training in a process of its own, then the report.
+    """Run a study: every training in its own process, then the report.
 
-    Run the same command again to resume: what is done is kept, what was stopped or failed is run again. A run that
-    fails does not stop the others. Exit status: 0 all done, 1 some failed, 130 by Ctrl-C.
+    Run the same command again to resume: finished runs are kept, stopped or failed ones are repeated. A run that fails
+    does not stop the others. Exit status: 0 all done, 1 some failed, 130 after Ctrl-C.
     """
     from delineate.cli.terminal import Terminal, print_json
     from delineate.compute import check_device, usable_cores
@@ -125,7 +125,7 @@ def run(
     folder.begin(chosen, size, dataset.name, runs)
     some = runs if only is None else part_of(runs, only)
     options = ["--device", device]
-    if jobs > 1:  # as many processes as cores would take all of each for every one of them
+    if jobs > 1:  # otherwise every process would use all cores
         options += ["--threads", str(max(1, usable_cores() // jobs))]
     with Terminal() as terminal:
         terminal.say(f"{len(some)} runs; {_expected(some)}")
@@ -151,8 +151,10 @@ def run(
 
 
 @app.command("report")
-def report(folder: Annotated[Path, typer.Argument(help="A study's folder, at any time.")], json: Json = False) -> None:
-    """Write the report of what is done so far."""
+def report(
+    folder: Annotated[Path, typer.Argument(help="A study's folder, finished or not.")], json: Json = False
+) -> None:
+    """Write the report of the runs finished so far."""
     from delineate.cli.terminal import print_json
     from delineate.studies.reporting import write_study_report
     from delineate.studies.results import collect
@@ -169,7 +171,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A study's folder, at any
 
 
 def _load(name: str) -> tuple[Study, Path]:
-    """A study, and the folder that its recipes' paths start from."""
+    """A study, and the folder that its recipes' paths are relative to."""
     from delineate.studies.specification import load_study, study_file
 
     return load_study(name), study_file(name).parent
@@ -211,7 +213,7 @@ def _budget(recipe: Recipe) -> str:
 
 
 def _expected(runs: Sequence[PlannedRun]) -> str:
-    """The training time that recipes allow, where they all limit it."""
+    """The training time that the recipes allow, if they all limit it."""
     minutes = [run.recipe.training.minutes for run in runs]
     if any(m is None for m in minutes):
         return "how long they train depends on their steps or epochs"

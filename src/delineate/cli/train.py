@@ -27,7 +27,8 @@ Recipe = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Write the run to this folder, one training at a time.")]
 Fold = Annotated[
-    str, typer.Option("--fold", help="Hold out this fold (0 where the split has none: its test set), or train on all.")
+    str,
+    typer.Option("--fold", help="Hold out this fold (for a split without folds, 0 is its test set), or train on all."),
 ]
 Minutes = Annotated[
     float | None, typer.Option("--minutes", min=0.01, help="Train for this many minutes (default: the recipe's).")

@@ -1,6 +1,6 @@
 """Which subjects are trained on and which are held out: folds that no patient straddles, and a locked test set.
 
-Or a fixed split: one training set, subjects to validate on, and the test set.
+Alternatively, a fixed split: one training set, validation subjects, and the test set.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from delineate.errors import BadSplit, DelineateError
 from delineate.io.documents import Document
 
 _log = logging.getLogger(__name__)
-_FIX = "correct it, or delete it, and a new one is made"
+_FIX = "correct it, or delete it to have a new one made"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Subjects' names by fold, and the test set that nothing is trained or chosen on.
+    """Subjects' names by fold, and the test set that nothing is trained or selected on.
 
-    A single fold makes it a fixed split: that fold is the training set, and what is held out is the test set.
-    ``validation`` subjects are validated on whichever fold is held out; without any, a training draws its own from
-    the other folds. ``always_train`` are trained on whichever fold is held out, and never validated on.
+    A single fold makes it a fixed split: that fold is the training set, and the test set is held out.
+    ``validation`` lists the validation subjects, whichever fold is held out; if empty, training draws its own from the
+    other folds. ``always_train`` subjects are in training whichever fold is held out, and never used for validation.
     """
 
     folds: tuple[tuple[str, ...], ...]
@@ -46,14 +46,14 @@ class Split:
         return len(self.folds) == 1
 
     def held_out(self, fold: int) -> tuple[str, ...]:
-        """Subjects of one fold, of a fixed split the test set. Raises :class:`BadSplit` for another fold."""
+        """Subjects of one fold; for a fixed split, the test set. Raises :class:`BadSplit` for another fold."""
         if not 0 <= fold < len(self.folds):
             there = "fold 0 only, its test set" if self.fixed else f"folds 0 to {len(self.folds) - 1}"
             raise BadSplit(f"there is no fold {fold}", fix=f"the split has {there}")
         return self.test if self.fixed else self.folds[fold]
 
     def training_of(self, fold: int | None) -> tuple[str, ...]:
-        """Subjects of all other folds (of all where none is held out) and those always trained on, sorted."""
+        """Subjects of all other folds (of all folds if none is held out) and those always trained on, sorted."""
         out = () if fold is None else self.held_out(fold)
         return tuple(sorted({*self.always_train}.union(*self.folds) - {*out}))
 
@@ -62,14 +62,14 @@ class Split:
         return frozenset((*self.test, *self.validation, *self.always_train)).union(*self.folds)
 
     def with_always_train(self, names: Iterable[str]) -> Split:
-        """The same split, but these subjects leave their part of it: they are trained on whichever fold is held out.
+        """The same split with these subjects moved to ``always_train``: in training whichever fold is held out.
 
         Raises :class:`BadSplit` for names that the split does not have.
         """
         moved = set(names)
         if strangers := sorted(moved - self.subjects):
             raise BadSplit(
-                f"{', '.join(strangers)} cannot always be trained on: the split does not have them",
+                f"{', '.join(strangers)} cannot always be trained on: they are not in the split",
                 fix="check the subjects' names",
             )
         left = [tuple(name for name in part if name not in moved) for part in self._parts.values()]
@@ -78,7 +78,7 @@ class Split:
 
     @property
     def _parts(self) -> dict[str, tuple[str, ...]]:
-        """Names by what their part is called."""
+        """Subjects' names by the name of their part."""
         folds = (
             {"the training set": self.folds[0]} if self.fixed else {f"fold {i}": f for i, f in enumerate(self.folds)}
         )
@@ -99,13 +99,12 @@ def make_split(
     test_last: int = 0,
     validation_fraction: float = 0.0,
 ) -> Split:
-    """Assign patients to k folds, balanced over sites, after locking away a test set with a share of every site.
+    """Assign patients to k folds, balanced over sites, after locking away a test set stratified by site.
 
     A pure function of the subjects' names, patients and sites, in any order, and of the seed. Folds differ by at
-    most one patient from each site, and by at most one in all. ``test_last`` locks away the last subjects by name
-    instead (numbers counted as numbers). ``validation_fraction`` sets aside a share of every site to validate on.
-    One fold is a fixed split, which needs a test set. Raises :class:`BadSplit` where there are fewer patients than
-    folds.
+    most one patient from each site, and by at most one in total. ``test_last`` locks away the last subjects by
+    name instead (numbers compared as numbers). ``validation_fraction`` sets aside a share of every site for validation.
+    One fold is a fixed split, which needs a test set. Raises :class:`BadSplit` if there are fewer patients than folds.
     """
     shares = (test_fraction, validation_fraction)
     if folds < 1 or not all(0 <= share < 1 for share in shares) or sum(shares) >= 1:
@@ -115,7 +114,7 @@ def make_split(
         )
     if test_fraction and test_last:
         raise BadSplit(
-            "both a fraction of the patients and the last subjects are asked for as test set", fix="choose one"
+            "the test set cannot be both a fraction of the patients and the last subjects", fix="give one of them"
         )
     if folds == 1 and not (test_fraction or test_last):
         raise BadSplit("one fold without a test set holds nothing out", fix="ask for two folds, or for a test set")
@@ -144,9 +143,9 @@ def make_split(
 
 
 def drawn_over_sites(subjects: Sequence[Subject], wanted: int, rng: np.random.Generator) -> tuple[str, ...]:
-    """Names of whole patients, so many that they have ``wanted`` subjects, and of every site its share.
+    """Names of whole patients with at least ``wanted`` subjects in total, stratified by site.
 
-    A site's share is in proportion to its patients; what is drawn of it is less than one patient off.
+    A site's share is in proportion to its patients, to within less than one patient.
     """
     by_site = _permuted(subjects, rng)
     counts = {site: len(groups) for site, groups in by_site.items()}
@@ -167,7 +166,7 @@ def sites_of(subjects: Iterable[Subject]) -> tuple[str, ...]:
 def leave_one_site_out(subjects: Sequence[Subject]) -> Split:
     """A fold for each site of :func:`sites_of`.
 
-    Raises :class:`BadSplit` where there is only one site, or a patient was scanned at several.
+    Raises :class:`BadSplit` if there is only one site, or a patient was scanned at several.
     """
     sites = sites_of(subjects)
     if len(sites) < 2:
@@ -191,7 +190,7 @@ def load_or_make_split(
 ) -> Split:
     """The split in a JSON file, which is made (by default with five folds and no test set) if it does not exist.
 
-    An existing file decides; the seed is only for making one. Raises :class:`BadSplit` where it is
+    An existing file decides; the seed is only for making one. Raises :class:`BadSplit` if it is
     damaged, names subjects that the data set does not have, separates a patient's scans, or lacks the
     folds or sets asked for. Subjects added later are left out with a logged warning: to include
     them, delete the file and accept new folds.
@@ -212,22 +211,24 @@ def load_or_make_split(
     check_split(split, dataset, str(path))
     if folds is not None and folds != len(split.folds):
         raise BadSplit(
-            f"'{path}' has {len(split.folds)} folds, {folds} are asked for", fix="ask for these, or name another"
+            f"'{path}' has {len(split.folds)} folds, not the requested {folds}", fix="ask for these, or name another"
         )
     for asked, part, what in (
         (test_fraction or test_last, split.test, "test set"),
-        (validation_fraction, split.validation, "subjects to validate on"),
-        (set(always_train) - set(split.always_train), (), "such subjects that are always trained on"),
+        (validation_fraction, split.validation, "validation subjects"),
+        (set(always_train) - set(split.always_train), (), "such always_train subjects"),
     ):
         if asked and not part:
-            raise BadSplit(f"'{path}' has no {what}, as is asked for", fix="do without, or name another file")
+            raise BadSplit(
+                f"'{path}' has no {what}, which the options ask for", fix="leave the option out, or name another file"
+            )
     if new := split.unassigned(dataset.subjects):
         _log.warning("%d subjects are in no part of '%s' and are left out: %s", len(new), path, ", ".join(new))
     return split
 
 
 class SplitFile(Document):
-    """A split as it is written: ``folds``, or one ``training`` set, and the other parts."""
+    """A split as written to its file: ``folds``, or one ``training`` set, and the other parts."""
 
     error: ClassVar[type[DelineateError]] = BadSplit
     fix: ClassVar[str] = _FIX
@@ -247,7 +248,7 @@ class SplitFile(Document):
 
     @classmethod
     def of(cls, split: Split) -> SplitFile:
-        """What is written of a split."""
+        """The file's form of a split."""
         folds = {"training": split.folds[0]} if split.fixed else {"folds": split.folds}
         others = {name: getattr(split, name) for name in ("test", "validation", "always_train", "seed")}
         return cls.model_validate(folds | others)
@@ -264,7 +265,7 @@ def save_split(path: Path, split: Split) -> None:
 
 
 def load_split(path: Path) -> Split:
-    """Read a split. Raises :class:`BadSplit` where the file is not one, or names a subject twice."""
+    """Read a split. Raises :class:`BadSplit` if the file is not one, or names a subject twice."""
     split = SplitFile.read(path).split()
     counts = Counter(name for part in split._parts.values() for name in part)
     if twice := sorted(name for name, count in counts.items() if count > 1):
@@ -273,7 +274,7 @@ def load_split(path: Path) -> Split:
 
 
 def check_split(split: Split, dataset: Dataset, where: str = "the split") -> None:
-    """Raise :class:`BadSplit` where the split names unknown subjects or separates a patient's scans."""
+    """Raise :class:`BadSplit` if the split names unknown subjects or separates a patient's scans."""
     by_name = {subject.id: subject for subject in dataset.subjects}
     if strangers := sorted(split.subjects - set(by_name)):
         raise BadSplit(
@@ -293,7 +294,7 @@ def _refuse_straddling(parts: dict[str, list[Subject]]) -> None:
 
 
 def _patients(subjects: Sequence[Subject]) -> dict[str, list[list[str]]]:
-    """Subjects' names by patient, by site; a patient scanned at several sites counts at the one with most scans."""
+    """Subjects' names by patient, by site; a patient scanned at several sites counts at the one with the most scans."""
     patients: dict[str, list[Subject]] = defaultdict(list)
     for subject in sorted(subjects, key=lambda s: s.id):
         patients[subject.patient].append(subject)
@@ -310,7 +311,7 @@ def _permuted(subjects: Sequence[Subject], rng: np.random.Generator) -> dict[str
 
 
 def _taken(by_site: dict[str, list[list[str]]], shares: dict[str, int]) -> list[str]:
-    """Names of the first patients of each site, so many as its share, which are taken out."""
+    """Remove the first patients of each site, as many as its share, and return their subjects' names."""
     taken = [name for site, share in shares.items() for group in by_site[site][:share] for name in group]
     for site, share in shares.items():
         del by_site[site][:share]
@@ -318,7 +319,7 @@ def _taken(by_site: dict[str, list[list[str]]], shares: dict[str, int]) -> list[
 
 
 def in_order(subjects: Iterable[Subject]) -> list[Subject]:
-    """Subjects by name, numbers within names counted as numbers: case9 before case10."""
+    """Subjects sorted by name, with numbers in names compared as numbers: case9 before case10."""
     return sorted(subjects, key=lambda s: [int(p) if i % 2 else p for i, p in enumerate(re.split(r"(\d+)", s.id))])
 
 
@@ -334,10 +335,10 @@ def _last(subjects: Sequence[Subject], count: int) -> list[str]:
 
 
 def _shares(counts: dict[str, int], fraction: float) -> dict[str, int]:
-    """How many from each site, rounded so that the sum is right too (largest remainders)."""
+    """How many from each site, rounded so that the sum is right, too (largest remainders)."""
     exact = {site: count * fraction for site, count in counts.items()}
     shares = {site: int(share) for site, share in exact.items()}
-    # Whoever asks for a test set gets one.
+    # Any fraction above 0 takes at least one patient.
     missing = max(round(sum(exact.values())), 1 if fraction else 0) - sum(shares.values())
     for site in sorted(exact, key=lambda site: exact[site] - shares[site], reverse=True)[:missing]:
         shares[site] += 1

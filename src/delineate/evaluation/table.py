@@ -56,14 +56,14 @@ class Evaluation:
 
     Its columns are subject, site, patient, target, metrics by name, and case: ``both``,
     ``reference empty``, ``prediction empty`` or ``both empty``. Without a patient column, each subject counts as
-    a patient of its own. Ignored voxels are left out of everything.
+    a separate patient. Ignored voxels are left out of everything.
 
     ``lesions`` has a row for each lesion, if lesions were counted: whether it is ``of`` the
     reference or the prediction, its volume (ml), the share of it that the other covers, and whether that
     is a match. ``confusion`` counts voxels by subject, reference class and predicted class,
     if targets are exclusive. ``reliability`` sums probabilities in bins by target, if they were
-    given. ``quantity`` is the map that was read within targets; ``simulated`` says that the
-    scans are simulated.
+    given. ``quantity`` is the map that was measured within targets; ``simulated`` says that
+    the scans are simulated.
     """
 
     table: pd.DataFrame
@@ -145,12 +145,12 @@ class Evaluation:
         return summary
 
     def overall(self, site: str | None = None) -> dict[str, Estimate]:
-        """The part of :meth:`summary` that stands for all targets: their mean or, where there is one target, that."""
+        """The row of :meth:`summary` for all targets together: their mean, or the only target."""
         return self.summary(site)[self.overall_name]
 
     @property
     def overall_name(self) -> str:
-        """Which row of :meth:`summary` stands for all targets."""
+        """The name of the row of :meth:`summary` for all targets together."""
         return MEAN_OF_TARGETS if len(self.targets) > 1 else self.targets[0]
 
     def as_dict(self) -> dict[str, object]:
@@ -242,11 +242,11 @@ class Evaluation:
 
     @cached_property
     def pooled(self) -> pd.DataFrame:
-        """Precision, recall and F1 of every class, the background first, over the voxels of all subjects together.
+        """Precision, recall and F1 of every class, the background first, pooled over the voxels of all subjects.
 
-        Columns: class, voxels ``reference`` and ``predicted`` and how many of both are ``right``, share of the
-        reference's voxels, precision, recall, f1. What would be 0/0 is undefined, and F1, their harmonic mean, where
-        precision or recall is. No rows where targets overlap.
+        Columns: class, ``reference`` and ``predicted`` voxels and how many of them coincide (``right``), share of the
+        reference's voxels, precision, recall, f1. Values of 0/0 are undefined, and so is F1, their harmonic mean, if
+        precision or recall is. No rows if targets overlap.
         """
         pairs = self.confusion
         counted = {
@@ -256,7 +256,7 @@ class Evaluation:
         }
         counts = pd.DataFrame({name: rows["voxels"].sum() for name, rows in counted.items()}).astype(int)
         precision, recall = counts["right"] / counts["predicted"], counts["right"] / counts["reference"]
-        either = (precision + recall).replace(0, 1)  # nothing right: 0, whatever it is divided by
+        either = (precision + recall).replace(0, 1)  # nothing right: 0 over anything
         measured = counts.assign(
             share=counts["reference"] / counts["reference"].sum(),
             precision=precision,
@@ -266,7 +266,7 @@ class Evaluation:
         return measured.rename_axis("class").reset_index()
 
     def described_pooled(self) -> list[dict[str, str]]:
-        """:attr:`pooled` as a reader sees it."""
+        """:attr:`pooled` as text for a reader."""
         return [
             {
                 "class": str(row["class"]),
@@ -319,11 +319,11 @@ class Evaluation:
         return tuple(agreements(self.table, self.quantity))
 
     def crossings(self) -> list[str]:
-        """Who lies on which side of the quantity's threshold, in words; empty without a threshold."""
+        """Which subjects lie on which side of the quantity's threshold, in words; empty without a threshold."""
         return [] if self.quantity is None else crossing_sentences(self.table, self.quantity)
 
     def described_metric(self, name: str) -> Metric:
-        """A metric as a reader sees it: with the name and unit of the quantity that was measured."""
+        """A metric with the name and unit of the measured quantity."""
         return named_metric(name, self.quantity)
 
     def reliabilities(self) -> dict[str, Reliability]:

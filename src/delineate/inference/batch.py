@@ -54,8 +54,9 @@ def find_subjects(
     """Subjects in folders (any known layout, or loose scans) and files, with the channels in the bundle's order.
 
     ``images`` are patterns as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
-    lacks a channel is returned as it is; :func:`predict_subjects` reports it. A ``quantity`` joins as a channel of
-    its own. Raises :class:`MissingFile` for an input that does not exist, and if every subject lacks a channel.
+    lacks a channel is returned as it is; :func:`predict_subjects` reports it. A ``quantity`` is added as a
+    separate channel. Raises :class:`MissingFile` for an input that does not exist, or if every subject lacks
+    a channel.
     """
     from delineate.datasets.layouts import open_dataset
 
@@ -97,22 +98,20 @@ def find_subjects(
 
 
 def with_quantity(subjects: Sequence[Subject], channels: Sequence[str], quantity: QuantityMap | None) -> list[Subject]:
-    """Subjects with the maps of a quantity that lie beside their scans, for a bundle that takes these channels.
+    """Subjects with a quantity's maps, if kept apart from their scans, for a bundle that takes these channels.
 
-    Raises :class:`RecipeError` where that would change what the network sees, and as
-    :func:`~delineate.datasets.dataset.with_maps` does.
+    Raises :class:`RecipeError` if that would change what the network sees, and whatever
+    :func:`~delineate.datasets.dataset.with_maps` raises.
     """
     if quantity is None or quantity.maps is None:
         return list(subjects)
     if quantity.channel in channels:
-        raise RecipeError(
-            f"the bundle itself takes {quantity.channel}, which is in the scans", fix="name the channel alone"
-        )
+        raise RecipeError(f"the bundle itself uses {quantity.channel} from the scans", fix="name only the channel")
     return with_maps(subjects, quantity.channel, quantity.maps)
 
 
 def _with_channels(subject: Subject, channels: Sequence[str], quantity: QuantityMap | None) -> Subject:
-    """The channels that a bundle takes, then the quantity's where that is none of them."""
+    """The channels that a bundle takes, then the quantity's if it is not among them."""
     if quantity is None or quantity.channel in channels:
         return subject.with_channels(channels)
     kept = {name: path for name, path in subject.scans.items() if name == quantity.channel}
@@ -121,7 +120,7 @@ def _with_channels(subject: Subject, channels: Sequence[str], quantity: Quantity
     if not kept:
         raise MissingFile(
             f"subject '{subject.id}' has channels {list(subject.scans)}, lacks {quantity.channel}",
-            fix=f"name its files (--images), or say where maps are: {quantity.channel}=FOLDER",
+            fix=f"name its files (--images), or give the folder of maps: {quantity.channel}=FOLDER",
         )
     return replace(chosen, scans={**chosen.scans, **kept})
 
@@ -174,7 +173,7 @@ def predict_subjects(
     ``.dcm`` is a DICOM-SEG that refers to the subject's first channel, which must be a DICOM series.
     ``on_oddities`` is called with anything unusual about a scan before it is segmented. ``probabilities`` is a
     folder for ``<id>.nii.gz`` files with a channel for each target; the predictor must keep probabilities.
-    With ``outputs``, which then decides where everything goes, each subject is entered in the review list
+    With ``outputs``, which then decides all paths, each subject is entered in the review list
     before its label is written, and measured with the outputs' quantity. Raises :class:`OutputError` if the disk is
     full, since nothing more can be written.
     """
@@ -202,7 +201,7 @@ def predict_subjects(
         path, source = where.label(subject), next(iter(subject.scans.values()))
         with _nothing_left_of(where.files(subject)):
             # If this is interrupted, an entry without its label is predicted again, whereas a label without its
-            # entry would block the next run. But a new entry must never stand beside an old label.
+            # entry would block the next run. But a new entry must never stand next to an old label.
             first = not path.exists()
             if outputs is not None and first:
                 write_queue(outputs.review, [reviewed])
@@ -272,7 +271,7 @@ def carry_out(
     on_oddities: Callable[[Subject, Sequence[Oddity]], None] = lambda subject, oddities: None,
     on_tile: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Outcome]:
-    """The outcome of every subject of a plan that was not done: first those that cannot be predicted, then labels
+    """The outcome of every subject in a plan that was not done yet: first those that cannot be predicted, then labels
     to measure, which have no review, then predictions as they are made.
 
     ``predictor`` is called once, if there is anything to predict. Raises what :func:`predict_subjects` raises.
@@ -295,12 +294,12 @@ def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterato
         try:
             if not suffix_of(outputs.label(chosen)):
                 raise BadFormat(
-                    f"the label of '{subject.id}' is there, and {outputs.suffix} cannot be read back to be measured",
-                    fix="predict it again with --overwrite, or choose another --format",
+                    f"'{subject.id}' has a label already, and {outputs.suffix} cannot be read back to measure it",
+                    fix="predict it again with --overwrite, or select another --format",
                 )
             label = read_label(outputs.label(chosen))
             targets.check(label.voxels, subject.id)
-            assert outputs.quantity is not None  # what else would be unmeasured
+            assert outputs.quantity is not None  # otherwise nothing would be unmeasured
             values = _map_of(chosen, outputs.quantity, "the label", label.grid)
             measured = _measure(outputs, chosen, label, targets, values)
         except DelineateError as error:
@@ -313,7 +312,7 @@ def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterato
 
 @dataclass(frozen=True)
 class _Read:
-    """A subject with its scan, and the map of a quantity (X, Y, Z) where that is measured."""
+    """A subject with its scan, and the map (X, Y, Z) of the quantity, if one is measured."""
 
     subject: Subject
     scan: Volume
@@ -336,7 +335,7 @@ def _map_of(subject: Subject, quantity: QuantityMap, other: str, grid: Grid) -> 
 def _measure(
     outputs: Outputs, subject: Subject, label: LabelVolume, targets: Targets, values: NDArray
 ) -> dict[str, Measurement]:
-    """Measure a label that has been written, and enter it."""
+    """Measure a label that has been written, and record the result."""
     assert outputs.quantity is not None
     measured = measure_label(label, targets, values, outputs.quantity)
     rows = rows_of(subject.id, measured, outputs.quantity, made_from=outputs.made_from(subject))

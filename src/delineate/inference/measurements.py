@@ -1,4 +1,4 @@
-"""What was measured of predicted targets: volumes, and a quantity within them, as a table and for programs."""
+"""Measurements of predicted targets, volumes and a quantity within them, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from delineate.metrics.quantities import Measurement, QuantityMap, measure_targe
 DEFINITIONS = {
     "subject": "whose scan it is",
     "target": "what was delineated",
-    "volume_ml": "volume of the label as it was written, in ml",
-    "quantity": "channel or map that was read within the target",
-    "unit": "of the quantity, where it is known",
-    "quantity_mean": "mean of the voxels that were read",
-    "quantity_median": "median of them",
-    "quantity_sd": "standard deviation of them",
-    "threshold": "of the quantity, in its unit",
-    "above_threshold_percent": "how many of them are at or above the threshold, in percent",
-    "margin_mm": "voxels were read this far or farther inside the target's surface, in mm",
-    "measured_ml": "volume of the voxels that were read, in ml",
-    "made_from": "a digest of the label, the map and the settings, by which a measurement is known again",
+    "volume_ml": "volume of the label as written, in ml",
+    "quantity": "channel or map that was measured within the target",
+    "unit": "unit of the quantity, if known",
+    "quantity_mean": "mean over the measured voxels",
+    "quantity_median": "median over the measured voxels",
+    "quantity_sd": "standard deviation over the measured voxels",
+    "threshold": "threshold of the quantity, in its unit",
+    "above_threshold_percent": "share of the measured voxels at or above the threshold, in percent",
+    "margin_mm": "voxels were measured this far or farther inside the target's surface, in mm",
+    "measured_ml": "volume of the measured voxels, in ml",
+    "made_from": "a digest of the label, the map and the settings, by which a measurement is recognised",
 }
 """Columns of the table. Empty: undefined, as the mean of an empty target is."""
 
@@ -54,7 +54,7 @@ def measure_label(
 def rows_of(
     subject: str, measured: Mapping[str, Measurement], quantity: QuantityMap, **more: str
 ) -> list[dict[str, Any]]:
-    """A row for each target, with the columns of :data:`DEFINITIONS`; ``made_from`` where it is given."""
+    """A row for each target, with the columns of :data:`DEFINITIONS`; ``made_from`` if given."""
     rows = []
     for target, found in measured.items():
         values = asdict(found)
@@ -73,7 +73,7 @@ def rows_of(
 
 
 def write_measurements(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Put rows into ``path``, a CSV by subject, and all there are into the JSON beside it.
+    """Put rows into ``path``, a CSV by subject, and all of its rows into the JSON next to it.
 
     Raises :class:`OutputError`.
     """
@@ -89,9 +89,9 @@ def write_measurements(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_measurements(path: Path) -> list[dict[str, str]]:
-    """The rows of :func:`write_measurements`'s table as they stand in it; none where there is no file.
+    """The rows of the table that :func:`write_measurements` wrote, unparsed; none if there is no file.
 
-    Raises :class:`OutputError` where the table, or the JSON beside it, is something else.
+    Raises :class:`OutputError` if the table, or the JSON next to it, is something else.
     """
     rows, other = growing_rows(path, tuple(DEFINITIONS)[:3]), beside_as_json(path)
     if other.exists():
@@ -100,12 +100,12 @@ def read_measurements(path: Path) -> list[dict[str, str]]:
         except (OSError, ValueError, TypeError):
             ours = False
         if not ours:
-            raise OutputError(f"'{other}' is not a list from predict", fix="move it away, or choose another folder")
+            raise OutputError(f"'{other}' is not a list from predict", fix="move it away, or select another folder")
     return rows
 
 
 def beside_as_json(path: Path) -> Path:
-    """Where the same goes for programs."""
+    """The path of the JSON next to a table."""
     return path.with_suffix(".json")
 
 
@@ -115,5 +115,5 @@ def _value(column: str, text: str) -> Any:
     try:
         value = float(text)
     except ValueError:
-        return None  # undefined, or what a person wrote there
+        return None  # undefined, or edited by a person
     return value if isfinite(value) else None

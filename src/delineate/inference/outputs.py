@@ -35,7 +35,7 @@ _LABELS = re.compile(
 class Planned(NamedTuple):
     """Subjects to predict, those already predicted, and those that cannot be, with the reason.
 
-    Of those already predicted, ``unmeasured`` have a label in which the quantity is still to be measured.
+    ``unmeasured`` are those already predicted whose labels the quantity has yet to be measured in.
     """
 
     ahead: list[Subject]
@@ -65,7 +65,7 @@ class Outputs:
 
     @property
     def measurements(self) -> Path:
-        """What was measured of each target; the same for programs lies beside it."""
+        """Path of the table of each target's measurements; the same as JSON is next to it."""
         return self.folder / MEASUREMENTS
 
     @property
@@ -99,7 +99,7 @@ class Outputs:
         if self.suffix in DICOM_SUFFIXES and (source is None or not is_series(source)):
             raise BadFormat(
                 f"a DICOM-SEG must refer to a DICOM series, which '{source}' is not",
-                fix="give the DICOM series that the scan came from, or choose another --format",
+                fix="give the DICOM series that the scan came from, or select another --format",
             )
 
     def made_by(self, subject: Subject) -> str:
@@ -119,7 +119,7 @@ class Outputs:
         return [[b.weights_sha256, b.recipe.as_dict(), b.pipeline.model_dump_json()] for b in self.bundles]
 
     def plan(self, subjects: Sequence[Subject], kept: Sequence[Path], *, overwrite: bool = False) -> Planned:
-        """Decide what is to be predicted, before anything is.
+        """Decide what to predict, before predicting anything.
 
         A subject is already done if the same bundle has predicted the same scan, unless ``overwrite`` is set.
         Raises :class:`OutputError` if a prediction would overwrite one of the ``kept`` files (scans and

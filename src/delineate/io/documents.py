@@ -48,7 +48,7 @@ class Document(Specification):
         try:
             return from_json(cls, content)
         except ValidationError as error:
-            raise cls.error(f"'{path}' is not what it should be:\n{explained(error, cls)}", fix=cls.fix) from error
+            raise cls.error(f"'{path}' is not valid:\n{explained(error, cls)}", fix=cls.fix) from error
 
 
 class _Form(BaseModel):

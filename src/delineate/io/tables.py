@@ -24,14 +24,14 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
 
 
 def as_cell(value: Any) -> Any:
-    """What is written for a value: text through :func:`delineate.core.text.cell`, numbers as they are."""
+    """The cell for a value: text through :func:`delineate.core.text.cell`, numbers unchanged."""
     if isinstance(value, str):
         return cell(value)
     return "" if value is None or value != value else value
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a table written by :func:`write_table`, as text. Raises :class:`BadFormat` where it is damaged."""
+    """The rows of a table written by :func:`write_table`, as text. Raises :class:`BadFormat` if it is damaged."""
     with parsing(path, BadFormat):
         header, *rows = csv.reader(io.StringIO(read_text(path), newline="")) if path.stat().st_size else [[]]
         columns = [from_cell(name) for name in header]
@@ -49,11 +49,11 @@ def put_rows(
     order: Callable[[Mapping[str, str]], Any],
     first: Callable[[list[dict[str, str]]], None] = lambda rows: None,
 ) -> None:
-    """Put rows into a table that grows, in this order. The first column names a subject.
+    """Put rows into a table that grows, sorted by ``order``. The first column names a subject.
 
-    Rows of the same subjects are replaced; others, and columns that somebody added, stay as they are; numbers have
-    four decimals, undefined ones are left empty. The file is whole at any moment, whoever else writes into the folder.
-    ``first`` is given all rows before they are there: a row that is in the table has been there, too. Raises
+    Rows of the same subjects are replaced; others, and columns that somebody added, are unchanged; numbers have four
+    decimals, undefined ones are left empty. The file is complete at any moment, even if other processes write to the
+    folder. ``first`` is called with all rows before they are written, so it has seen every row in the table. Raises
     :class:`OutputError`.
     """
     key = columns[0]
@@ -72,7 +72,7 @@ def put_rows(
 
 
 def growing_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of :func:`put_rows`'s file as they stand in it; none where there is no file.
+    """The rows of the file that :func:`put_rows` wrote, unparsed; none if there is no file.
 
     Raises :class:`OutputError` for a file that lacks one of the ``needed`` columns: it is something else.
     """
@@ -98,7 +98,7 @@ def _as_text(value: Any) -> str:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes that add to the same file, where the system can lock."""
+    """Lock the folder against other processes that add to the same file, if the system can."""
     try:
         import fcntl
     except ModuleNotFoundError:
@@ -110,7 +110,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(f"'{folder}' cannot be written to: {error.strerror}", fix="choose another folder") from error
     try:
-        with suppress(OSError):  # not every network's disk can
+        with suppress(OSError):  # not every network disk can
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

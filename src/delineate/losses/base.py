@@ -72,7 +72,7 @@ def softened(reference: Tensor, soft: tuple[float, float] | None) -> Tensor:
 
 
 def class_weights(weights: Mapping[str, float] | None, targets: Targets) -> list[float]:
-    """The weights of the background and each target in order; 1 where none is given.
+    """The weights of the background and each target in order; 1 if none is given.
 
     Raises :class:`RecipeError` for a name that is not a target's.
     """

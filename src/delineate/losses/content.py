@@ -78,7 +78,7 @@ class SiameseContent(nn.Module):
             return (distance.mean(1) if self.spec.reduction == "paper" else distance.sum(1)).mean()
 
     def _shown(self, image: Tensor, size: torch.Size) -> Tensor:
-        """The chosen channel (N, 1, *space) of the middle of the image, brought to 0…1 where that is asked for."""
+        """The chosen channel (N, 1, *space) of the middle of the image, scaled to 0…1 if ``stretched``."""
         channel = image.shape[1] // 2 if self.spec.channel is None else self.spec.channel
         image = image[:, channel : channel + 1].to(self.vgg.input.mean.dtype)
         for axis, n in enumerate(size, start=2):

@@ -19,7 +19,7 @@ class _Overlap(LossSpecification):
     """Fields that overlap losses share.
 
     ``smooth`` is added above and below: a target absent from both reference and prediction gives 0.
-    ``over_batch`` pools a target's voxels over the batch before dividing, which is steadier where a tile
+    ``over_batch`` pools a target's voxels over the batch before dividing, which is more stable if a tile
     may miss the target; otherwise each sample counts separately. The background is left out unless
     ``include_background``. ``weights`` by target name (or ``background``) weight the mean over
     targets. ``soft_labels`` are the reference's values for absent and present.
@@ -53,11 +53,11 @@ class _Overlap(LossSpecification):
 class DiceSpec(_Overlap):
     """Soft Dice loss, mean over targets: 1 - (2Σpy + s) / (Σp + Σy + s), s being ``smooth``.
 
-    ``denominator: squares`` has Σp² + Σy² in place of Σp + Σy (Milletari et al. 2016). Labels of 0 and 1
-    do not tell the two apart. Soft ones do: with squares a prediction that equals them is the best,
-    whatever they are; with sums one that is 1 everywhere may be better (docs/losses.md).
+    ``denominator: squares`` has Σp² + Σy² in place of Σp + Σy (Milletari et al. 2016). For masks and
+    labels of 0 and 1 the two are equal. For soft labels they differ: with squares, a prediction that equals them is
+    always best; with sums, one that is 1 everywhere may be better (docs/losses.md).
 
-    Takes logits; probabilities are formed inside (softmax where targets exclude each other, else sigmoid).
+    Takes logits; probabilities are formed inside (softmax if targets exclude each other, else sigmoid).
     """
 
     kind: Literal["dice"] = "dice"
@@ -144,7 +144,7 @@ class GeneralisedDiceSpec(LossSpecification):
 def sums(seen: Judged, over_batch: bool, *, squares: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Overlap, excess and missed volume in voxels, (K,) over the batch or (N, K).
 
-    With ``squares`` the predicted and the true volume are sums of squares.
+    With ``squares``, the predicted and the true volume are sums of squares.
     """
     probability, reference = seen.probability * seen.known, seen.reference * seen.known
     space = [*([0] if over_batch else []), *range(2, probability.ndim)]

@@ -1,4 +1,4 @@
-"""The losses by kind. To add one to Delineate takes a class and a word here; others are found by entry points."""
+"""The losses by kind. To add one to Delineate, write a class and list it here; others are found by entry points."""
 
 from __future__ import annotations
 

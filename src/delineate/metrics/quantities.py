@@ -26,19 +26,19 @@ FATTY_LIVER_PERCENT = 5.56
 """Fat fraction from which a liver counts as fatty (Szczepaniak et al. 2005)."""
 
 _KNOWN = dict.fromkeys(("fat_fraction", "pdff"), ("fat fraction", "%", FATTY_LIVER_PERCENT))
-"""Channels whose name says what they hold: its title, unit and threshold."""
+"""Channels with known names: their title, unit and threshold."""
 
 _LARGEST_SHARE = 1.5
-"""Shares of 1 reach a little beyond it, by noise; percent of fat reach far beyond this below anybody's skin."""
+"""Noise takes fractions of 1 a little beyond 1; fat percentages far exceed this under anybody's skin."""
 
 
 @dataclass(frozen=True)
 class QuantityMap:
-    """A channel of the scans, such as a fat fraction, that is read within each target.
+    """A channel of the scans, such as a fat fraction, that is measured within each target.
 
-    ``margin_mm`` or more inside the target's surface. ``threshold`` divides patients, and a target's voxels: at or
-    above it, or below; None: the quantity's own, where it has one. ``maps``, where the channel lies beside the scans,
-    is a file or a folder of one for each subject.
+    Voxels count if they are ``margin_mm`` or more inside the target's surface. ``threshold`` separates patients, and a
+    target's voxels, into those at or above it and those below; None: the quantity's own, if it has one. ``maps``, for
+    maps kept apart from the scans, is a file, or a folder with one for each subject.
     """
 
     channel: str
@@ -56,12 +56,12 @@ class QuantityMap:
 
     @property
     def title(self) -> str:
-        """What a reader calls it."""
+        """Its name for readers."""
         return self._known[0] if self._known else self.channel
 
     @property
     def unit(self) -> str:
-        """Of its values; empty where it is not known."""
+        """The unit of its values; empty if unknown."""
         return self._known[1] if self._known else ""
 
     def with_unit(self, value: float) -> str:
@@ -69,16 +69,16 @@ class QuantityMap:
         return f"{value:g} {self.unit}".rstrip()
 
     def check(self, values: NDArray, subject: str) -> None:
-        """Raise :class:`DatasetError` for a map of percent whose values are shares of 1."""
+        """Raise :class:`DatasetError` for a map in percent whose values look like fractions of 1."""
         largest = float(values.max(initial=0))
         if self.unit == "%" and 0 < largest <= _LARGEST_SHARE:
             raise DatasetError(
-                f"'{self.channel}' of '{subject}' reaches {largest:.3g}: shares of 1, where percent are expected",
+                f"'{self.channel}' of '{subject}' has values up to {largest:.3g}: fractions of 1, not percent",
                 fix="multiply it by 100, or call the channel something else",
             )
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values; where the maps lie is nobody else's."""
+        """Plain values, without the path of the maps, which is private."""
         return {"channel": self.channel, "unit": self.unit, "margin_mm": self.margin_mm, "threshold": self.threshold}
 
     def __str__(self) -> str:
@@ -91,11 +91,11 @@ class QuantityMap:
 def quantity_map(
     channel: str | None, margin_mm: float, threshold: float | None, maps: str | Path | None
 ) -> QuantityMap | None:
-    """What is asked for, where a channel is named. Raises :class:`RecipeError` for the rest without it."""
+    """The quantity of a named channel. Raises :class:`RecipeError` for other settings without a channel."""
     if channel is not None:
         return QuantityMap(channel, margin_mm, threshold, None if maps is None else Path(maps))
     if threshold is not None or maps is not None or margin_mm:
-        raise RecipeError("margin_mm, threshold and maps are of a quantity, and none is named", fix="name its channel")
+        raise RecipeError("margin_mm, threshold and maps need a quantity, but none is named", fix="name its channel")
     return None
 
 
@@ -103,9 +103,9 @@ def quantity_map(
 class Measurement:
     """A target of one scan: its volume, and a quantity within it.
 
-    Read in ``measured_ml`` of it, what a margin leaves: ``mean``, ``median`` and standard deviation ``sd`` of the
-    voxels, and the percentage of them at or above the threshold. An empty target has 0 ml; the rest is undefined
-    (NaN) where nothing is read, ``above_threshold_percent`` also without a threshold.
+    ``mean``, ``median``, standard deviation ``sd`` and the percentage at or above the threshold are over the voxels
+    that the margin leaves, ``measured_ml`` in volume. An empty target has 0 ml; the rest is undefined (NaN) if no
+    voxels are left, and ``above_threshold_percent`` also without a threshold.
     """
 
     volume_ml: float
@@ -119,7 +119,7 @@ class Measurement:
 def measure_target(mask: NDArray[np.bool_], values: NDArray, grid: Grid, quantity: QuantityMap) -> Measurement:
     """Measure the target of a boolean mask (X, Y, Z) with the map of a quantity (X, Y, Z), both on ``grid``.
 
-    The margin keeps out voxels that hold part of what lies around.
+    The margin excludes voxels that contain part of the surroundings.
     """
     found = _within(values, mask, grid.affine[:3, :3], quantity.margin_mm)
     whole_ml = volume_ml(mask, grid.voxel_ml)

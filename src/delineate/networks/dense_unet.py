@@ -22,10 +22,10 @@ class DenseUNetSpec(Architecture):
     A block passes on the output of its last convolution. Convolution 3², BatchNorm, LeakyReLU 0.1; filters
     double at each max-pool; transposed convolutions 2² enlarge.
 
-    ``batch_norm``: whose constants; PyTorch's are eps 1e-5 and momentum 0.1, Keras' 1e-3 and 0.99 (PyTorch
-    calls that 0.01). ``vgg_input``: an image from 0 to 1 is brought to VGG's three channels (one is
-    repeated, of two the first comes again, three are red, green and blue) and preprocessed as VGG's images
-    were, before the first convolution.
+    ``batch_norm``: which library's constants; PyTorch's are eps 1e-5 and momentum 0.1, Keras' 1e-3 and 0.99 (PyTorch
+    calls that 0.01). ``vgg_input``: an image from 0 to 1 is expanded to VGG's three channels (one is repeated,
+    with two the first is repeated, three are red, green and blue) and preprocessed like VGG's images before the
+    first convolution.
     """
 
     kind: Literal["dense_unet"] = "dense_unet"
@@ -51,7 +51,7 @@ class DenseUNet(EncoderDecoder):
         if spec.vgg_input is not None and inputs > 3:
             raise RecipeError(
                 f"vgg_input takes images of one to three channels, got {inputs}",
-                fix="add project_inputs_to: 3 to the network, or take vgg_input out",
+                fix="add project_inputs_to: 3 to the network, or remove vgg_input",
             )
         channels = inputs if spec.vgg_input is None else 3
         widths = [spec.first_filters * 2**level for level in range(spec.pools + 1)]

@@ -90,8 +90,8 @@ class Resample(Step):
 class Resize(Step):
     """Linear resampling to ``shape`` voxels (None keeps an axis), over the same extent, whatever the spacing.
 
-    The spacing becomes what the extent and the shape make it, so that it differs between scans and may
-    between axes. Otherwise as :class:`Resample`, labels too.
+    The spacing follows from the extent and the shape, so it differs between scans and may differ between axes.
+    Otherwise like :class:`Resample`, labels included.
     """
 
     kind: Literal["resize"] = "resize"

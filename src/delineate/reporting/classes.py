@@ -1,4 +1,4 @@
-"""How many voxels of each class there are to train on, to choose by and to test on."""
+"""Voxels of each class in training, validation and test."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ class SpatialSpec(Specification):
 
     ``elastic_mm`` is the standard deviation of the displacement of ``elastic_points`` control
     points along each axis of a tile; ``elastic_voxels`` is the same in voxels, whatever their size.
-    ``mirror`` lists axes (x, y, z) that are flipped with probability 1/2. ``rotate_in``: what keeps its length in a
-    rotation, millimetres or ``voxels``, as image libraries rotate arrays whatever their spacing.
+    ``mirror`` lists axes (x, y, z) that are flipped with probability 1/2. ``rotate_in``: rotate in
+    millimetres, or in ``voxels`` as image libraries rotate arrays, whatever their spacing.
     """
 
     probability: Probability = 0.7

@@ -58,7 +58,7 @@ class BatchSource:
 
     @property
     def steps_an_epoch(self) -> int:
-        """Batches of each process in which all processes together take every item of a pass."""
+        """Batches per process in which all processes together cover one pass."""
         return -(-self.sampler.pass_length // (self.batch_size * self.world))
 
     def samples(self, i: int) -> list[int]:

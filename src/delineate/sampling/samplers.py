@@ -27,14 +27,14 @@ class SamplerSpecification(Specification):
         kind: str  # every sampler has its own
 
     def listed(self, subjects: Sequence[PreparedSubject], geometry: TileGeometry) -> list[tuple[int, Tile]]:
-        """The tiles of a pass, each with the number of its subject; empty: every subject once, where ``draw`` says.
+        """The tiles of a pass, each with the number of its subject; empty: every subject once, where ``draw`` puts it.
 
-        Raises :class:`RecipeError` where there is none.
+        Raises :class:`RecipeError` if there is none.
         """
         return []
 
     def order(self, tiles: Sequence[tuple[int, Tile]], rng: np.random.Generator) -> NDArray[np.integer]:
-        """The order in which a pass shows what :meth:`listed` lists, by number."""
+        """The order of a pass, as indices into what :meth:`listed` lists."""
         return rng.permutation(len(tiles))
 
     def draw(self, subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
@@ -96,7 +96,7 @@ class ClassCentredTiles(SamplerSpecification):
     """Every subject once per pass; the tile is centred on a voxel of a class drawn with equal probability.
 
     The classes are the background and the targets that the subject has; each voxel of a class is equally likely. A
-    tile that would reach beyond the volume is moved inside.
+    tile that would extend beyond the volume is moved inside.
     """
 
     kind: Literal["class_centred"] = "class_centred"
@@ -120,8 +120,8 @@ class ChosenSlices(SamplerSpecification):
     """Some slices of every subject once per pass, in a new order each time; for tiles that are slices.
 
     From each subject, ``with_target`` slices that hold a target, evenly spread, and ``adjacent`` slices without
-    one, those nearest to any that has one. ``at_most`` this many slices in all, from subjects by name (case9 before
-    case10), held-out ones included; subjects beyond that are left out of the run.
+    one, those nearest to any that has one. ``at_most`` limits the total, over subjects in order of name (case9 before
+    case10), held-out ones included; subjects beyond it are left out of the run.
     """
 
     kind: Literal["chosen_slices"] = "chosen_slices"
@@ -130,7 +130,7 @@ class ChosenSlices(SamplerSpecification):
     at_most: Annotated[int, Field(ge=1, le=10**9)] | None = None
 
     def count(self, held: int, slices: int) -> int:
-        """How many are chosen of a subject's slices of which so many hold a target."""
+        """How many slices are chosen from a subject with ``slices`` slices, ``held`` of which hold a target."""
         return min(self.with_target, held) + min(self.adjacent, slices - held) if held else 0
 
     def listed(self, subjects: Sequence[PreparedSubject], geometry: TileGeometry) -> list[tuple[int, Tile]]:
@@ -209,7 +209,7 @@ def drawn(subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Gener
 
 
 def drawn_around(point: np.ndarray, subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:
-    """A tile that holds ``point`` in its middle half, inside the volume where it fits."""
+    """A tile that holds ``point`` in its middle half, inside the volume if it fits."""
     start = []
     for p, n, (low, high) in zip(point, geometry.shape, _range(subject, geometry), strict=True):
         first = int(p) - n // 2 + int(rng.integers(-(n // 4), n // 4 + 1))
@@ -218,8 +218,8 @@ def drawn_around(point: np.ndarray, subject: PreparedSubject, geometry: TileGeom
 
 
 def _background(subject: PreparedSubject, rng: np.random.Generator) -> NDArray[np.integer]:
-    """Some voxels (n, 3) of no target, each as likely; there is at least one."""
-    # Nearly every scan is background for the most part: a few draws find it without looking at the whole label.
+    """Some background voxels (n, 3), all equally likely; there must be at least one."""
+    # Nearly every scan is mostly background: a few draws find some without searching the whole label.
     x, y, z = (rng.integers(n, size=64) for n in subject.target.shape[1:])
     found = np.stack([x, y, z], axis=1)[~subject.target[:, x, y, z].any(axis=0)]
     return found if len(found) else np.argwhere((subject.target == 0).all(axis=0))

@@ -37,8 +37,7 @@ class Patches(Specification):
     """Boxes of a fixed shape, for 3D networks. ``null`` along an axis means all of it.
 
     ``standardise``: each tile that a network reads is scaled to mean 0 and standard deviation 1, channel by channel,
-    or with ``together`` by one mean and one deviation for all channels. ``outside``: what is read beyond the volume,
-    its ``edge`` repeated or ``zero``.
+    or over all channels (``together``). ``outside``: the padding beyond the volume, its ``edge`` repeated or ``zero``.
     """
 
     kind: Literal["patches"] = "patches"
@@ -168,7 +167,7 @@ def geometry_for(
 ) -> TileGeometry:
     """Geometry of ``spec`` for volumes of a shape, padded to what ``network`` accepts.
 
-    Raises :class:`RecipeError` where a 2D network meets 3D tiles or the other way round.
+    Raises :class:`RecipeError` for a 2D network with 3D tiles or the reverse.
     """
     slice_axis = _slice_axis(spec, spacing_mm)
     wanted = 3 if slice_axis is None else 2
@@ -234,7 +233,7 @@ def read_box(volume: NDArray, start: Sequence[int], shape: Sequence[int], outsid
 
 def _read_with_zeros(volume: NDArray, start: Sequence[int], shape: Sequence[int]) -> NDArray:
     box = np.zeros((len(volume), *shape), volume.dtype, order="F")
-    # First and last plane of what both share; none where the box lies wholly outside.
+    # First and last plane of what both share; none if the box is entirely outside.
     shared = [
         (max(first, 0), max(min(first + n, size), first, 0))
         for first, n, size in zip(start, shape, volume.shape[1:], strict=True)
@@ -254,7 +253,7 @@ def _slice_axis(spec: Patches | Slices | Whole, spacing_mm: Sequence[float]) -> 
 
 
 def _starts(size: int, tile: int, overlap: float) -> list[int]:
-    """First voxels of tiles along one axis; one centred tile where it covers everything."""
+    """First voxels of tiles along one axis; one centred tile if it covers everything."""
     if size <= tile:
         return [-((tile - size) // 2)]
     step = max(1, int(tile * (1 - overlap)))

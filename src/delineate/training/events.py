@@ -26,7 +26,7 @@ Cause = Literal["the stop file", "Ctrl-C", "a signal to end"]
 
 
 class _Event(Specification):
-    """``at`` is when it happened, ``step`` after how many steps; ``text`` says it in words."""
+    """``at`` is the time, ``step`` the number of steps done; ``text`` describes it in words."""
 
     at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
     step: Count = 0
@@ -47,13 +47,13 @@ class Started(_Event):
     @property
     def text(self) -> str:
         return (
-            f"{self.training} subjects for training, {self.validation} of the training folds for validation, "
+            f"{self.training} subjects for training, {self.validation} from the training folds for validation, "
             f"{self.held_out} held out"
         )
 
 
 class Planned(_Event):
-    """How many items a pass over the data has, in how many steps, and after how many steps training ends at most."""
+    """Items and steps in a pass over the data, and the number of steps after which training ends at the latest."""
 
     kind: Literal["planned"] = "planned"
     items: Count
@@ -63,10 +63,10 @@ class Planned(_Event):
 
     @property
     def text(self) -> str:
-        epoch = f"an epoch is {self.steps_an_epoch} steps: {self.items} items, {self.batch_size} a step"
+        epoch = f"an epoch is {self.steps_an_epoch} steps: {self.items} items, {self.batch_size} per step"
         if self.steps is None:
             return epoch
-        return f"{epoch}; {self.steps} steps in all are {self.steps / self.steps_an_epoch:.3g} epochs"
+        return f"{epoch}; {self.steps} steps in total are {self.steps / self.steps_an_epoch:.3g} epochs"
 
 
 class Resumed(_Event):
@@ -156,7 +156,7 @@ class Finished(_Event):
 
 
 class Warned(_Event):
-    """Something that a reader of the results should know."""
+    """Something that readers of the results should know."""
 
     kind: Literal["warned"] = "warned"
     message: str

@@ -127,17 +127,17 @@ def _value_at(values: Any, path: str) -> Any:
 
 
 def reached(recipe: Recipe, dataset: Dataset, split_file: Path | None = None) -> Dataset:
-    """``dataset`` without the subjects that the sampler does not come to, since others give ``at_most`` slices.
+    """``dataset`` without the subjects that the sampler never reaches, because ``at_most`` slices come from others.
 
-    Labels are read one by one until these have enough; a split that is there decides instead. A label that cannot be
-    read counts for nothing here: inspection will say what is wrong with it.
+    Labels are read one by one until there are enough slices; an existing split decides instead. A label that cannot
+    be read is ignored here: inspection will report what is wrong with it.
     """
     sampler, tiles = recipe.sampler, recipe.tiles
     targets = recipe.data.targets.targets() if recipe.data.targets else dataset.targets
     if not isinstance(sampler, ChosenSlices) or sampler.at_most is None:
         return dataset
     if not isinstance(tiles, Slices) or targets is None:
-        return dataset  # refused by name further on
+        return dataset  # refused later, with the reason
     if split_file is not None and split_file.exists():
         named = load_split(split_file).subjects
         return replace(dataset, subjects=tuple(s for s in in_order(dataset.subjects) if s.id in named))
@@ -157,7 +157,7 @@ def reached(recipe: Recipe, dataset: Dataset, split_file: Path | None = None) ->
 
 
 def _slice_axis(tiles: Slices, preprocessing: Sequence[Step], grid: Grid) -> int:
-    """The axis of a grid, as it is stored, that is across the slices once it is prepared."""
+    """The axis of a stored grid that runs across the slices after preparation."""
     if tiles.axis == "thickest":
         return grid.slice_axis
     axis = AXES.index(tiles.axis)
@@ -194,13 +194,13 @@ def inspected(
 
 
 def _warn_of_other_values(targets: Targets, dataset: Dataset, report: Reporter) -> None:
-    """Say which targets have the data set's name for other label values, as BraTS numbers by the year."""
+    """Warn of targets that share a name with the data set's but not its label values, which in BraTS vary by year."""
     for name, values in (dataset.targets.values if dataset.targets else {}).items():
         if name in targets.values and not set(values) & set(targets.values[name]):
             here, there = (", ".join(map(str, numbers)) for numbers in (targets.values[name], values))
             report.event(
                 Warned(
-                    message=f"by the recipe '{name}' is label value {here}, by the data set it is {there}; "
+                    message=f"'{name}' is label value {here} in the recipe, but {there} in the data set; "
                     "--set data.targets=null takes the data set's"
                 )
             )
@@ -223,12 +223,12 @@ def broken_message(inspection: Inspection) -> str:
 
 
 def expected_seconds(recipe: Recipe, subjects: int) -> float:
-    """Rough duration of the run on this many subjects, to decide whether compiling pays; by epochs, a lower bound."""
+    """Rough duration of the run, to decide whether compiling pays off; for epochs, a lower bound."""
     training = recipe.training
     by_time = float("inf") if training.minutes is None else training.minutes * 60
     # A step of the packaged recipes takes about a second on two cores.
     by_steps = float("inf") if training.steps is None else float(training.steps)
-    # How many tiles a pass has is known once the subjects are prepared: each gives one or more.
+    # The number of tiles in a pass is unknown before preparation; each subject gives at least one.
     an_epoch = max(1.0, subjects / training.batch_size)
     by_epochs = float("inf") if training.epochs is None else training.epochs * an_epoch
     shortest = min(by_time, by_steps, by_epochs)
@@ -243,7 +243,7 @@ def threads_of(plan: ComputePlan, options: RunOptions) -> int:
 
 
 def conditions(plan: ComputePlan, options: RunOptions) -> dict[str, str | int]:
-    """What decides the weights to the last bit, besides the recipe, the data and the versions.
+    """What determines the weights to the last bit, besides the recipe, the data and the versions.
 
     The number of threads and the instruction set change the order of summation.
     """
@@ -348,7 +348,7 @@ def without_descriptions(dataset: Dataset) -> Dataset:
         return dataset
     if any(len(subject.scans) != 1 for subject in dataset.subjects):
         raise RecipeError(
-            f"the channels of '{dataset.name}' have no names but the series descriptions "
+            f"the channels of '{dataset.name}' have no names except the series descriptions "
             f"({', '.join(dataset.channels)}), which may name a person and would be shared with the bundle",
             fix="name each with a pattern, such as --set \"data.images={T1: '*t1*', FLAIR: '*flair*'}\"",
         )
@@ -367,14 +367,14 @@ class Roles:
 
 
 def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, recipe: Recipe) -> Roles:
-    """Roles for a fold. Validation subjects are those that the split names, else whole patients of the other folds."""
+    """Roles for a fold. Validation subjects are those in the split, or else whole patients from the other folds."""
     present = {subject.id for subject in subjects}
     held = present.intersection(() if fold is None else split.held_out(fold))
     pool = present.intersection(split.training_of(fold))
     spec = recipe.training.validation
     chosen = present.intersection(() if spec.held_out else split.validation)
     if not chosen and len(pool) >= 3 and not spec.held_out:
-        # A ninth of these is a tenth of all where one of ten folds is held out, however many others are held out.
+        # With one of ten folds held out, a ninth of the rest is a tenth of all.
         wanted = min(spec.subjects, max(1, len(pool) // 9))
         drawable = [s for s in subjects if s.id in pool and s.id not in split.always_train]
         chosen = set(drawn_over_sites(drawable, wanted, np.random.default_rng((recipe.training.seed, 4))))
@@ -386,12 +386,12 @@ def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, re
 
 
 def split_file(folder: Path, options: RunOptions) -> Path:
-    """Where the split of a run lies, or will."""
+    """Path of a run's split, whether or not it exists yet."""
     return options.split_file or folder / "split.json"
 
 
 def split_for(recipe: Recipe, whole: Dataset, usable: Dataset, folder: Path, options: RunOptions) -> Split:
-    """The split of a run, made where there is none."""
+    """The split of a run, made if there is none."""
     path = split_file(folder, options)
     if not path.exists():
         split = new_split(recipe, whole, usable)
@@ -403,7 +403,7 @@ def split_for(recipe: Recipe, whole: Dataset, usable: Dataset, folder: Path, opt
 def new_split(recipe: Recipe, whole: Dataset, usable: Dataset) -> Split:
     """The recipe's split: folds of the ``whole`` data set, which stay the same when a broken subject is fixed later.
 
-    The last subjects, where the recipe tests on them, are the last of the ``usable`` ones.
+    If the recipe tests on the last subjects, they are the last of the ``usable`` ones.
     """
     spec = recipe.training
     subjects = usable.subjects if spec.test_last else whole.subjects
@@ -414,5 +414,5 @@ def new_split(recipe: Recipe, whole: Dataset, usable: Dataset) -> Split:
 
 
 def cache_folder(options: RunOptions) -> Path:
-    """Where prepared subjects are kept: the folder given, else delineate's home folder."""
+    """The folder for prepared subjects: the one given, or else delineate's home folder."""
     return home_folder() if options.cache is None else options.cache

@@ -161,7 +161,7 @@ def _run(
     source = BatchSource(sampler, recipe.augmentation, recipe.training.batch_size)
     planned = _planned(recipe, source.for_process(0, options.devices))
     report.event(planned)
-    why = f"{planned.items} items, {planned.batch_size} a step"
+    why = f"{planned.items} items, {planned.batch_size} per step"
     plan = replace(plan, choices=(*plan.choices, Choice("epoch", f"{planned.steps_an_epoch} steps", why)))
     if first:
         subjects.save(folder)
@@ -178,7 +178,7 @@ def _run(
 
 
 def _planned(recipe: Recipe, source: BatchSource) -> Planned:
-    """How long an epoch is, and after how many steps training ends at most."""
+    """The length of an epoch, and the number of steps after which training ends at the latest."""
     return Planned(
         items=source.sampler.pass_length,
         batch_size=source.batch_size * source.world,
@@ -225,8 +225,8 @@ def _compare_conditions(bundle: Bundle, folder: Path, report: Reporter) -> None:
     differing = [f"{what} {before[what]}, now {now[what]}" for what in now if before.get(what, now[what]) != now[what]]
     if differing:
         message = (
-            f"this run was started with {'; '.join(differing)}: the weights will not be bit for bit "
-            "those of an uninterrupted run"
+            f"this run was started with {'; '.join(differing)}: the weights will not equal "
+            "those of an uninterrupted run bit for bit"
         )
         report.event(Warned(message=message))
 
@@ -301,7 +301,7 @@ def _fit(
             # Only these weights were missing, and the hooks after the last step did not run again.
             module.refresh_statistics()
         weights = module.kept_network.state_dict()
-        # The last validation may lie before the last step, where a run gave up or the clock ended it.
+        # The last validation may precede the last step if patience or the clock ended the run.
         if validator.best_step < 0 or (spec.keep == "last" and validator.last_step != trainer.global_step):
             save_weights(folder / "bundle", weights, {"step": trainer.global_step})
         bundle.save(folder / "last", weights, {"step": trainer.global_step})
