@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,11 @@ def test_a_design_that_does_not_fit_the_data_is_refused() -> None:
         assert error.value.fix
     with pytest.raises(StudyError, match="has 1 sites"):
         plan_runs(study(kind="moved_subjects"), Size(), dataset(*subjects(9, 0)))
+
+
+def test_the_study_of_the_documentation_is_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
+    [text] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    shown = Study.model_validate(yaml.safe_load(text))
+    for size in shown.sizes.values():
+        assert {run.arm for run in plan_runs(shown, size, dataset(*subjects(20, 20)))} == {"narrow", "wide"}
