@@ -30,6 +30,8 @@ class Point:
     direction: str
     count: int
     estimate: Estimate
+    group: str
+    """Name of the group of runs, as in :attr:`StudyResults.pooled`."""
 
     @property
     def curve(self) -> str:
@@ -98,15 +100,14 @@ class StudyResults:
         for group, run in groups.items():
             estimate = self.pooled[group].overall().get(self.study.metric)
             if estimate is not None and run.count is not None:
-                found.append(Point(run.arm, run.direction, run.count, estimate))
+                found.append(Point(run.arm, run.direction, run.count, estimate, group))
         return sorted(found, key=lambda point: (point.curve, point.count))
 
     def gains(self) -> list[Gain]:
         """The gain of each count of a curve over the one before, on the subjects that both measured."""
         by_curve: dict[str, list[tuple[int, Evaluation]]] = {}
         for point in self.points():
-            group = f"{point.curve} {point.count}"
-            by_curve.setdefault(point.curve, []).append((point.count, self.pooled[group]))
+            by_curve.setdefault(point.curve, []).append((point.count, self.pooled[point.group]))
         metric = self.study.metric
         gains = []
         for curve, counted in by_curve.items():
