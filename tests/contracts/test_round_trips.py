@@ -33,7 +33,7 @@ from delineate.recipe import Recipe, load_recipe, packaged_recipes, recipe_from,
 from delineate.sampling.tiles import TileGeometry
 from delineate.specification import Specification, from_json, to_json
 from delineate.studies.running import Entry as PlannedEntry
-from delineate.studies.running import RunStatus, StudyPlan
+from delineate.studies.running import FinalTest, RunStatus, StudyPlan
 from delineate.studies.specification import Study, load_study, packaged_studies
 from delineate.training import events
 from delineate.training.subjects import RunSubjects
@@ -259,8 +259,10 @@ DOCUMENTS: list[Document] = [
     SplitFile.of(Split((("a",),), ("b",), 3, ("c",), ("d",))),
     RunStatus(state="failed", failure="a: ü", seconds=0.5, attempts=2),
     StudyPlan(
-        study=load_study("hippocampus-cv"), size="quick", data_set="d", runs=(PlannedEntry("a", "b", 3, 1, None, ""),)
+        study=load_study("hippocampus-cv"), size="quick", data_sets={"scans": "d"}, scores={"a": 0.5, "b": None},
+        runs=(PlannedEntry("a", "b", 3, 1, weights_of="c", changes=("inference.overlap=0.5",)),),
     ),
+    FinalTest(began=datetime(2026, 2, 3, tzinfo=UTC), runs=("a",)),
     Entry(name="vgg11", source="f.pth", preprocessing="caffe", sha256="0f", tensors=16),
 ]  # fmt: skip
 

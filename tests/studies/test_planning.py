@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.errors import DelineateError, RecipeError, StudyError
-from delineate.studies.planning import in_turn, plan_runs
+from delineate.studies.planning import PlannedRun, in_turn, plan_runs
 from delineate.studies.specification import Size, Study, load_study, packaged_studies
 
 
@@ -38,9 +40,13 @@ def study(**design: object) -> Study:
     )  # fmt: skip
 
 
+def planned(what: Study, size: Size, people: Dataset, beside: Path = Path(), **more: Any) -> tuple[PlannedRun, ...]:
+    return plan_runs(what, size, dict.fromkeys(what.data, people), beside, **more).runs
+
+
 def test_folds_hold_everybody_out_once_and_are_the_same_for_every_arm_and_seed() -> None:
     people = subjects(20, 7, scans=2)
-    runs = plan_runs(study(kind="cross_validation", folds=4), Size(seeds=(0, 3)), dataset(*people))
+    runs = planned(study(kind="cross_validation", folds=4), Size(seeds=(0, 3)), dataset(*people))
     assert len(runs) == 2 * 2 * 4
     assert len({run.name for run in runs}) == len(runs)
     assert len({run.split for run in runs}) == 1
@@ -57,7 +63,7 @@ def test_folds_hold_everybody_out_once_and_are_the_same_for_every_arm_and_seed()
 def test_more_labelled_subjects_contain_fewer_and_nobody_held_out(a: int, b: int, scans: int, seed: int) -> None:
     people = dataset(*subjects(a, b, scans))
     size = Size(seeds=(seed,), counts=(2, 4, 8))
-    runs = [run for run in plan_runs(study(kind="learning_curve", counts=[2]), size, people) if run.arm == "plain"]
+    runs = [run for run in planned(study(kind="learning_curve", counts=[2]), size, people) if run.arm == "plain"]
     trained = [set(run.split.training_of(run.fold)) for run in runs]
     assert trained[0] < trained[1] < trained[2]
     assert [run.count for run in runs] == [2, 4, 8]
@@ -72,9 +78,9 @@ def test_more_labelled_subjects_contain_fewer_and_nobody_held_out(a: int, b: int
 @given(st.integers(2, 30), st.integers(8, 30), st.integers(0, 2**32), st.integers(0, 2**32))
 def test_moved_subjects_are_never_judged_and_the_judged_never_change(a: int, b: int, one: int, two: int) -> None:
     people = subjects(a, b)
-    size = Size(seeds=(one, two), counts=(0, 1, 3))
+    size = Size(seeds=tuple({one, two}), counts=(0, 1, 3))
     design = {"kind": "moved_subjects", "source": "A", "target": "B"}
-    runs = plan_runs(study(**design), size, dataset(*people))
+    runs = planned(study(**design), size, dataset(*people))
     assert len({run.split.held_out(run.fold) for run in runs}) == 1
     for run in runs:
         trained, judged = run.split.training_of(run.fold), run.split.held_out(run.fold)
@@ -86,7 +92,7 @@ def test_moved_subjects_are_never_judged_and_the_judged_never_change(a: int, b: 
 
 
 def test_both_directions_are_studied_where_none_is_named() -> None:
-    runs = plan_runs(study(kind="moved_subjects", counts=[0]), Size(), dataset(*subjects(8, 8)))
+    runs = planned(study(kind="moved_subjects", counts=[0]), Size(), dataset(*subjects(8, 8)))
     assert {run.direction for run in runs} == {"A-to-B", "B-to-A"}
     assert {run.group for run in runs if run.arm == "wide"} == {"wide A-to-B 0", "wide B-to-A 0"}
 
@@ -105,10 +111,151 @@ def test_a_packaged_study_has_both_sizes_and_plans_different_runs(name: str) -> 
     assert set(packaged.sizes) == {"quick", "paper"}
     people = dataset(*subjects(110, 110))
     for size in packaged.sizes.values():
-        runs = plan_runs(packaged, size, people)
+        runs = planned(packaged, size, people)
         assert len({run.name for run in runs}) == len(runs)
         minutes = [run.recipe.training.minutes for run in runs]
         assert size is not packaged.sizes["quick"] or sum(m or 0 for m in minutes) <= 12, "a quarter of an hour"
+
+
+SIX = {
+    "name": "s", "question": "?", "recipe": "hippocampus", "sizes": {"quick": {}},
+    "design": {"kind": "cross_validation", "folds": 2},
+    "factors": {
+        "size": {"narrow": {"set": ["network.widths=[8, 16]"]}, "wide": {"set": ["network.widths=[16, 32]"]}},
+        "E": ["augmentation.intensity=null"],
+    },
+}  # fmt: skip
+
+
+def test_factors_make_every_combination_or_each_alone() -> None:
+    both = Study.model_validate(SIX)
+    assert both.labels == ("narrow", "narrow+E", "wide", "wide+E")
+    recipes = {run.arm: run.recipe for run in planned(both, Size(), dataset(*subjects(5, 5)))}
+    assert recipes["wide+E"].augmentation.intensity is None
+    assert recipes["wide"].augmentation.intensity is not None
+    assert {name: recipe.network.widths for name, recipe in recipes.items()} == {  # type: ignore[union-attr]
+        "narrow": (8, 16), "narrow+E": (8, 16), "wide": (16, 32), "wide+E": (16, 32)
+    }  # fmt: skip
+    [(one, other, pairs), (effect, _, paired)] = list(both.parts[0].opposites())
+    assert (one, other, pairs) == ("wide", "narrow", [("wide", "narrow"), ("wide+E", "narrow+E")])
+    assert (effect, paired) == ("E", [("narrow+E", "narrow"), ("wide+E", "wide")])
+    alone = Study.model_validate({**SIX, "combine": "alone"})
+    assert alone.labels == ("narrow", "narrow+E", "wide")
+    options = {name: [f"training.seed={i}"] for i, name in enumerate("EVRT")}
+    sixteen = Study.model_validate({**SIX, "factors": options}).labels
+    assert len(set(sixteen)) == 16
+    assert {"base", "E", "E+T", "E+V+R+T"} < set(sixteen)
+    assert Study.model_validate({**SIX, "factors": options, "combine": "alone"}).labels == ("base", *"EVRT")
+
+
+STAGED = {
+    "name": "s", "question": "?", "recipe": "hippocampus", "sizes": {"quick": {}},
+    "data": {"scans": {"locked": 0.2}},
+    "stages": [
+        {"name": "first", "factors": {"E": ["augmentation.intensity=null"], "W": ["network.widths=[8, 16]"]},
+         "combine": "alone", "design": {"kind": "cross_validation", "folds": 2}},
+        {"name": "second", "best_of": "first", "arms": {"slow": {"set": ["training.optimiser.learning_rate=1e-4"]}},
+         "design": {"kind": "cross_validation", "folds": 3}},
+        {"name": "final", "best_of": "second", "design": {"kind": "locked_test"}},
+    ],
+}  # fmt: skip
+
+
+def test_a_stage_builds_on_the_best_of_another_and_the_locked_subjects_are_seen_once_at_the_end() -> None:
+    what, people = Study.model_validate(STAGED), dataset(*subjects(20, 10, scans=2))
+    scores: dict[str, float | None] = {}
+    first = plan_runs(what, Size(), {"scans": people}, scores=scores, final=True)
+    assert {run.stage for run in first.runs} == {"first"}
+    assert len(first.pending) == 2
+    scores |= {"first/base": 0.7, "first/E": None, "first/W": 0.8}
+    second = plan_runs(what, Size(), {"scans": people}, scores=scores, final=True)
+    assert second.runs[: len(first.runs)] == first.runs
+    slow = [run for run in second.runs if run.stage == "second"]
+    assert {(run.recipe.network.widths, run.recipe.training.optimiser.learning_rate) for run in slow} == {  # type: ignore[union-attr]
+        ((8, 16), 1e-4)
+    }
+    scores |= {"second/slow": 0.9}
+    assert plan_runs(what, Size(), {"scans": people}, scores=scores).runs == second.runs, "not without --final"
+    whole = plan_runs(what, Size(), {"scans": people}, scores=scores, final=True)
+    [last] = whole.runs[len(second.runs) :]
+    assert last.recipe.training.optimiser.learning_rate == 1e-4
+    locked = set(last.split.held_out(0))
+    assert len(locked) == 12, "a fifth of 30 patients, with both scans"
+    assert set(last.split.training_of(0)) == {person.id for person in people.subjects} - locked
+    for run in second.runs:
+        assert not locked & run.split.subjects
+    with pytest.raises(StudyError, match="every arm of stage 'first' failed"):
+        plan_runs(what, Size(), {"scans": people}, scores=dict.fromkeys(["first/base", "first/E", "first/W"]))
+
+
+TRANSFER = {
+    "name": "s", "question": "?", "recipe": "hippocampus", "sizes": {"quick": {"seeds": [0, 1]}},
+    "data": {"new": {}, "old": {}, "elsewhere": {}},
+    "stages": [
+        {"name": "before", "arms": {"old": {}}, "data": "old", "design": {"kind": "recipe_split"}},
+        {"name": "after", "design": {"kind": "cross_validation", "folds": 2}, "arms": {
+            "scratch": {},
+            "transferred": {"start_from": "before/old"},
+            "again": {"start_from": "scratch"},
+            "forgotten": {"weights_of": "transferred", "data": "old"},
+            "external": {"weights_of": "transferred", "data": "elsewhere"},
+            "overlapping": {"weights_of": "scratch", "set": ["inference.overlap=0.75"]},
+        }},
+    ],
+}  # fmt: skip
+
+
+def test_a_network_starts_from_its_own_seed_and_fold_and_is_tested_on_nobody_it_was_trained_on() -> None:
+    what = Study.model_validate(TRANSFER)
+    sets = {
+        name: dataset(*(replace(one, id=f"{name}-{one.id}") for one in subjects(9, 9))) for name in ("new", "old")
+    } | {"elsewhere": dataset(*subjects(3, 3))}
+    runs = plan_runs(what, what.sizes["quick"], sets).runs
+    by_name = {run.name: run for run in runs}
+    assert len(runs) == 2 + 3 * 4 + 3 * 4
+    order = list(by_name)
+    for run in runs:
+        assert run.needs is None or order.index(run.needs) < order.index(run.name)
+        if run.start_from is not None:
+            source = by_name[run.start_from]
+            assert source.seed == run.seed
+            assert run.arm != "again" or (source.arm, source.fold, source.split) == ("scratch", run.fold, run.split)
+        if run.weights_of is not None:
+            tested, trained = set(run.split.held_out(run.fold)), set[str]()
+            needed: PlannedRun | None = run
+            while needed is not None:
+                trained |= set(needed.split.training_of(needed.fold)) if needed.weights_of is None else set()
+                needed = by_name.get(needed.needs or "")
+            assert tested
+            assert not tested & trained
+    assert {run.data for run in runs if run.arm == "forgotten"} == {"old"}
+    assert all(len(run.split.held_out(0)) == 6 for run in runs if run.arm == "external")
+    assert {run.group for run in runs if run.arm == "overlapping"} == {"after/overlapping"}
+
+
+def test_a_search_draws_the_same_trials_from_the_same_scores() -> None:
+    values = {
+        **SIX, "factors": {},
+        "design": {"kind": "search", "trials": 6, "at_a_time": 2, "parameters": {
+            "training.optimiser.learning_rate": {"low": 1e-5, "high": 1e-1, "log": True},
+            "training.batch_size": {"low": 1, "high": 8},
+            "network.widths": ["[8, 16]", "[16, 32]"],
+        }},
+    }  # fmt: skip
+    what, people = Study.model_validate(values), dataset(*subjects(5, 5))
+    scores: dict[str, float | None] = {}
+    before: tuple[PlannedRun, ...] = ()
+    for batch in (2, 4, 6):
+        runs = planned(what, Size(), people, scores=scores)
+        assert [run.arm for run in runs] == [f"trial{k}" for k in range(batch)]
+        assert runs[: len(before)] == before
+        rates = [run.recipe.training.optimiser.learning_rate for run in runs]
+        assert all(1e-5 <= rate <= 1e-1 for rate in rates)
+        assert all(1 <= run.recipe.training.batch_size <= 8 for run in runs)
+        scores |= {run.label: None if run.arm == "trial1" else -rate for run, rate in zip(runs, rates, strict=True)}
+        before = runs
+    assert planned(what, Size(), people, scores=scores) == before
+    assert planned(what, Size(trials=3), people) == planned(what, Size(trials=2), people)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +270,15 @@ def test_a_packaged_study_has_both_sizes_and_plans_different_runs(name: str) -> 
         ({"sizes": {"quick": {"folds": [5]}}}, "has fold 5"),
         ({"design": {"kind": "crossvalidation"}}, "cross_validation"),
         ({"set": ["network.widthss=[1]"]}, "did you mean 'widths'"),
+        ({"stages": [{"name": "x", "design": {"kind": "recipe_split"}}]}, "either a design or stages"),
+        ({"design": {"kind": "locked_test"}}, "give data.scans.locked a share"),
+        ({"arms": {"a": {"start_from": "b"}}}, "refers to arm 'b'"),
+        ({"arms": {"a": {}, "b": {"weights_of": "a", "set": ["training.steps=3"]}}}, "can change inference"),
+        ({"arms": {"a": {"data": "mr"}}}, "on data set 'mr'"),
+        ({"sizes": {"quick": {"seeds": [1, 1]}}}, "holds 1 twice"),
+        ({"sizes": {"quick": {"trials": 3}}}, "has trials"),
+        ({"sizes": {"quick": {"arms": {"x": []}}}}, "changes arm 'x'"),
+        ({"claims": [{"text": "x", "better": "base", "worse": "base", "metric": "parameters"}]}, "no metric"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, object], says: str, tmp_path: Path) -> None:
@@ -132,12 +288,12 @@ def test_what_is_wrong_is_named(change: dict[str, object], says: str, tmp_path: 
     }  # fmt: skip
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(values))
 
-    def planned() -> None:
+    def plan() -> None:
         found = load_study(tmp_path / "s.yaml")
-        plan_runs(found, found.sizes["quick"], dataset(*subjects(5, 5)), tmp_path)
+        planned(found, found.sizes["quick"], dataset(*subjects(5, 5)), tmp_path)
 
     with pytest.raises((StudyError, RecipeError)) as error:
-        planned()
+        plan()
     assert says in str(error.value)
 
 
@@ -151,10 +307,10 @@ def test_a_design_that_does_not_fit_the_data_is_refused() -> None:
         ({"kind": "cross_validation", "folds": 11}, Size()),
     ):
         with pytest.raises(DelineateError) as error:
-            plan_runs(study(**design), size, people)
+            planned(study(**design), size, people)
         assert error.value.fix
     with pytest.raises(StudyError, match="has 1 sites"):
-        plan_runs(study(kind="moved_subjects"), Size(), dataset(*subjects(9, 0)))
+        planned(study(kind="moved_subjects"), Size(), dataset(*subjects(9, 0)))
 
 
 def test_the_study_of_the_documentation_is_one() -> None:
@@ -162,4 +318,4 @@ def test_the_study_of_the_documentation_is_one() -> None:
     [text] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     shown = Study.model_validate(yaml.safe_load(text))
     for size in shown.sizes.values():
-        assert {run.arm for run in plan_runs(shown, size, dataset(*subjects(20, 20)))} == {"narrow", "wide"}
+        assert {run.arm for run in planned(shown, size, dataset(*subjects(20, 20)))} == {"narrow", "wide"}

@@ -93,7 +93,7 @@ def test_the_page_says_what_is_missing_and_where_scans_are_simulated(tmp_path: P
     simulated = Evaluation(found.pooled["base 5"].table, simulated=True)
     statuses = {**found.statuses, "lost": RunStatus(state="failed", failure="no <memory> was left")}
     part = StudyResults(found.study, found.runs, statuses, {**found.pooled, "base 5": simulated})
-    page = write_study_report(part, tmp_path, size="quick", data_set="hearts").read_text(encoding="utf-8")
+    page = write_study_report(part, tmp_path, size="quick", data_sets={"scans": "hearts"}).read_text(encoding="utf-8")
     for text in (
         "Data set hearts, size quick: 2 of 2 runs are done",
         "1 run failed",
@@ -109,8 +109,11 @@ def test_the_page_says_what_is_missing_and_where_scans_are_simulated(tmp_path: P
 @pytest.mark.parametrize(("steps", "unequal"), [((150, 150), False), ((150, 160), False), ((32, 165), True)])
 def test_a_page_says_where_runs_trained_unequally(steps: tuple[int, int], unequal: bool, tmp_path: Path) -> None:
     found = results(study(), few=(run(count=5), table(NAMES, 0.7)), more=(run(count=10), table(NAMES, 0.8)))
-    counted = replace(found, steps=dict(zip(found.statuses, steps, strict=True)))
-    page = write_study_report(counted, tmp_path, size="quick", data_set="hearts").read_text(encoding="utf-8")
+    measured = {name: {"steps": float(n)} for name, n in zip(found.statuses, steps, strict=True)}
+    counted = replace(found, measured=measured)
+    page = write_study_report(counted, tmp_path, size="quick", data_sets={"scans": "hearts"}).read_text(
+        encoding="utf-8"
+    )
     assert ("between 32 and 165 steps" in page) == unequal
     assert ("may be due to that alone" in page) == unequal
 
@@ -119,5 +122,5 @@ def test_a_study_of_which_nothing_is_done_has_a_page(tmp_path: Path) -> None:
     planned = (run(count=5), run(count=10))
     found = collect(StudyFolder(tmp_path), study(), planned)
     assert (found.done, found.pooled, found.gains(), found.differences()) == (0, {}, [], [])
-    page = write_study_report(found, tmp_path, size="quick", data_set="hearts").read_text(encoding="utf-8")
+    page = write_study_report(found, tmp_path, size="quick", data_sets={"scans": "hearts"}).read_text(encoding="utf-8")
     assert "No run is done yet." in page

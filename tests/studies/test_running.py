@@ -147,21 +147,21 @@ def test_a_folder_holds_one_study_and_nothing_of_somebody_elses(world: Path) -> 
 def test_a_study_that_was_killed_as_it_began_begins_again_and_another_is_refused(world: Path) -> None:
     study = load_study(world / "small.yaml")
     dataset = load_recipe(world / "tiny.yaml").data.open(world / "data")
-    runs = plan_runs(study, study.sizes["quick"], dataset, world)
+    runs = plan_runs(study, study.sizes["quick"], {"scans": dataset}, world).runs
     folder = StudyFolder(world / "out")
-    folder.begin(study, "quick", dataset.name, runs)
+    folder.begin(study, "quick", {"scans": dataset.name}, runs, {})
     written = sorted(path for path in (world / "out").rglob("*") if path.is_file())
     whole = {path: path.read_bytes() for path in written}
     for path in written:
         if path.name != "plan.json":  # which is there first
             path.unlink()
-            folder.begin(study, "quick", dataset.name, runs)
+            folder.begin(study, "quick", {"scans": dataset.name}, runs, {})
             assert path.read_bytes() == whole[path]
     assert folder.open()[1] == runs
     other = Size(set=("training.steps=3",))
-    for changed in (plan_runs(study, other, dataset, world), runs[:1]):
+    for changed in (plan_runs(study, other, {"scans": dataset}, world).runs, runs[:1]):
         with pytest.raises(StudyError, match="holds another study"):
-            folder.begin(study, "quick", dataset.name, changed)
+            folder.begin(study, "quick", {"scans": dataset.name}, changed, {})
     assert {path: path.read_bytes() for path in written} == whole
 
 

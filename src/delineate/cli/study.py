@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from delineate.recipe import Recipe
     from delineate.studies.planning import PlannedRun
     from delineate.studies.results import StudyResults
-    from delineate.studies.specification import Study
+    from delineate.studies.specification import Size, Study
 
 app = Commands(help="Run experiments of many trainings, and report the results.")
 
@@ -27,10 +27,16 @@ SizeOption = Annotated[
     typer.Option("--size", help="Run the study at this size; quick takes a quarter of an hour on two cores."),
 ]
 StudyData = Annotated[
-    Path | None, typer.Option("--data", help="Read this data set; its layout is recognised (see also --phantom).")
+    list[str] | None,
+    typer.Option("--data", help="Read this data set; name=folder where a study has several. Can be repeated."),
 ]
 PhantomFlag = Annotated[
-    bool, typer.Option("--phantom", help="Simulate the study's scans into OUT/data, if it names a kind of phantom.")
+    bool, typer.Option("--phantom", help="Simulate the data sets that are not given, where the study says how.")
+]
+
+
+Final = Annotated[
+    bool, typer.Option("--final", help="Test on the locked subjects: once, when everything else has been decided.")
 ]
 
 
@@ -65,27 +71,41 @@ def show(study: Name, json: Json = False) -> None:
 @app.command("plan")
 def plan(
     study: Name,
-    data: Annotated[Path, typer.Option("--data", help="Read this data set.")],
+    data: StudyData = None,
+    phantom: PhantomFlag = False,
     size: SizeOption = "quick",
+    final: Final = False,
     json: Json = False,
 ) -> None:
     """Print the runs of a study, their subjects and their training time, without running anything."""
+    from tempfile import TemporaryDirectory
+
     from delineate.cli.terminal import print_json, print_table
+    from delineate.studies.planning import plan_runs
 
     chosen, beside = _load(study)
-    dataset = _opened(chosen, beside, data)
-    runs = _planned(chosen, size, dataset, beside)
+    known = _size(chosen, size)
+    with TemporaryDirectory() as scratch:
+        places = _places(chosen, data, phantom, known, Path(scratch))
+        planned = plan_runs(chosen, known, _opened(chosen, beside, places), beside, final=final)
     rows = [
-        [run.name, run.arm, str(len(run.split.training_of(run.fold))), str(len(run.split.held_out(run.fold))),
-         _budget(run.recipe)]
-        for run in runs
-    ]  # fmt: skip
-    columns = ["run", "arm", "trained on", "held out", "budget"]
+        {
+            "run": run.name,
+            "arm": run.label,
+            "trained on": len(run.split.training_of(run.fold)),
+            "held out": len(run.split.held_out(run.fold)),
+            "budget": "tests only" if run.weights_of else _budget(run.recipe),
+            "after": run.needs or "",
+        }
+        for run in planned.runs
+    ]
     if json:
-        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+        print_json({"runs": rows, "pending": list(planned.pending)})
         return
-    print_table("", columns, rows)
-    typer.echo(f"{len(runs)} runs; {_expected(runs)}")
+    print_table("", list(rows[0]) if rows else [], [[str(value) for value in row.values()] for row in rows])
+    typer.echo(f"{len(rows)} runs; {_expected(planned.runs)}")
+    for line in planned.pending:
+        typer.echo(f"later: {line}")
 
 
 @app.command("run")
@@ -99,48 +119,69 @@ def run(
     only: Annotated[
         str | None, typer.Option("--only", help="Run only this part of the runs, such as 2/5, in a job array.")
     ] = None,
+    final: Final = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Run a study: every training in its own process, then the report.
 
     Run the same command again to resume: finished runs are kept, stopped or failed ones are repeated. A run that fails
-    does not stop the others. Exit status: 0 all done, 1 some failed, 130 after Ctrl-C.
+    stops none but those that need it. Exit status: 0 all done, 1 some failed, 130 after Ctrl-C.
     """
     from delineate.cli.terminal import Terminal, print_json
     from delineate.compute import check_device, usable_cores
+    from delineate.studies.conducting import conduct
+    from delineate.studies.planning import Plan
     from delineate.studies.reporting import write_study_report
     from delineate.studies.results import collect
-    from delineate.studies.running import RunStatus, StudyFolder, part_of, run_study
+    from delineate.studies.running import LocalProcesses, RunStatus, StudyFolder
 
     check_device(device)
-    if (data is None) == (not phantom):
-        raise typer.BadParameter("give either --data or --phantom")
     chosen, beside = _load(study)
     folder = StudyFolder(out)
     folder.check()
-    place = data if data is not None else _simulated(chosen, out)
-    dataset = _opened(chosen, beside, place)
-    runs = _planned(chosen, size, dataset, beside)
-    folder.begin(chosen, size, dataset.name, runs)
-    some = runs if only is None else part_of(runs, only)
+    places = _places(chosen, data, phantom, _size(chosen, size), out / "data")
+    datasets = _opened(chosen, beside, places)
     options = ["--device", device]
     if jobs > 1:  # otherwise every process would use all cores
         options += ["--threads", str(max(1, usable_cores() // jobs))]
     with Terminal() as terminal:
-        terminal.say(f"{len(some)} runs; {_expected(some)}")
+
+        def on_plan(planned: Plan) -> None:
+            terminal.say(f"{len(planned.runs)} runs; {_expected(planned.runs)}")
+            for line in planned.pending:
+                terminal.say(f"later: {line}")
 
         def on_change(planned: PlannedRun, status: RunStatus) -> None:
-            done = sum(folder.status(one.name).state == "done" for one in some)
+            names = [entry.name for entry in folder.open_plan().runs]
+            done = sum(folder.status(name).state == "done" for name in names)
             text = f"{planned.name}: {status.state}" + (f": {status.failure}" if status.failure else "")
             (terminal.say_failure if status.state == "failed" else terminal.say)(text)
-            terminal.progress("runs", done, len(some))
+            terminal.progress("runs", done, len(names))
 
+        page = None
         try:
-            finished = run_study(folder, some, place, jobs=jobs, options=options, on_change=on_change)
+            _, finished = conduct(
+                chosen,
+                size,
+                datasets,
+                places,
+                folder,
+                LocalProcesses(),
+                beside=beside,
+                final=final,
+                only=only,
+                jobs=jobs,
+                options=options,
+                on_plan=on_plan,
+                on_change=on_change,
+            )
         finally:
-            results = collect(folder, chosen, runs)
-            page = write_study_report(results, out, size=size, data_set=dataset.name)
+            if folder.begun:
+                planned, runs = folder.open()
+                results = collect(folder, chosen, runs)
+                page = write_study_report(results, out, size=size, data_sets=planned.data_sets)
+    assert page is not None
     if json:
         states = {name: status.state for name, status in results.statuses.items()}
         print_json({"study": str(out), "runs": states, "report": str(page)})
@@ -163,7 +204,7 @@ def report(
     kept = StudyFolder(folder)
     planned, runs = kept.open()
     results = collect(kept, planned.study, runs)
-    page = write_study_report(results, folder, size=planned.size, data_set=planned.data_set)
+    page = write_study_report(results, folder, size=planned.size, data_sets=planned.data_sets)
     if json:
         print_json({"runs": {n: s.state for n, s in results.statuses.items()}, "report": str(page)})
     else:
@@ -177,33 +218,62 @@ def _load(name: str) -> tuple[Study, Path]:
     return load_study(name), study_file(name).parent
 
 
-def _opened(study: Study, beside: Path, data: Path) -> Dataset:
-    """The data set, read as the recipe of the first arm says."""
+def _size(study: Study, name: str) -> Size:
+    from delineate.errors import StudyError
+
+    known = study.sizes.get(name)  # type: ignore[call-overload]
+    if known is None:
+        raise StudyError(f"study '{study.name}' has no size {name}", fix=f"its sizes are {', '.join(study.sizes)}")
+    return known
+
+
+def _places(study: Study, given: list[str] | None, phantom: bool, size: Size, simulated: Path) -> dict[str, Path]:
+    """The folder of each data set: as given, or simulated if ``phantom``."""
+    from delineate.errors import StudyError
+    from delineate.studies.phantoms import simulate
+
+    places: dict[str, Path] = {}
+    for text in given or []:
+        name, sign, rest = text.partition("=")
+        name, place = (name, rest) if sign and name in study.data else (next(iter(study.data)), text)
+        if name in places:
+            raise typer.BadParameter(f"--data gives '{name}' twice")
+        places[name] = Path(place)
+    for name, data in study.data.items():
+        if name in places:
+            continue
+        if not phantom:
+            raise StudyError(
+                f"the study needs data set '{name}'{f' ({data.description})' if data.description else ''}",
+                fix=f"give --data {name + '=' if len(study.data) > 1 else ''}FOLDER"
+                + (", or --phantom" if data.phantom else ""),
+            )
+        if data.phantom is None:
+            raise StudyError(
+                f"study '{study.name}' does not say which scans to simulate for '{name}'", fix="give --data"
+            )
+        places[name] = simulated / name if len(study.data) > 1 else simulated
+        simulate(data.phantom, size, places[name])
+    return {name: places[name] for name in study.data}
+
+
+def _opened(study: Study, beside: Path, places: dict[str, Path]) -> dict[str, Dataset]:
+    """The data sets, each read as the recipe of the first arm on it says."""
     from delineate.studies.planning import arm_recipe
     from delineate.studies.specification import Size
 
-    first = next(iter(study.compared.values()))
-    return arm_recipe(study, first, Size(), beside).data.open(data)
-
-
-def _planned(study: Study, size: str, dataset: Dataset, beside: Path) -> tuple[PlannedRun, ...]:
-    from delineate.errors import StudyError
-    from delineate.studies.planning import plan_runs
-
-    known = study.sizes.get(size)  # type: ignore[call-overload]
-    if known is None:
-        raise StudyError(f"study '{study.name}' has no size {size}", fix=f"its sizes are {', '.join(study.sizes)}")
-    return plan_runs(study, known, dataset, beside)
-
-
-def _simulated(study: Study, out: Path) -> Path:
-    from delineate.datasets.phantoms.writing import write_phantoms
-    from delineate.errors import StudyError
-
-    if study.phantom is None:
-        raise StudyError(f"study '{study.name}' does not say which scans to simulate", fix="give --data")
-    write_phantoms(out / "data", study.phantom.patients, study.phantom.kind, seed=study.phantom.seed)
-    return out / "data"
+    found: dict[str, Dataset] = {}
+    for stage in study.parts:
+        for arm in stage.compared.values():
+            name = study.data_of(stage, arm)
+            if name not in found and arm.weights_of is None:
+                found[name] = arm_recipe(study, stage, arm, Size(), beside).data.open(places[name])
+    for name, place in places.items():  # only tested on
+        if name not in found:
+            first = study.parts[0]
+            recipe = arm_recipe(study, first, next(iter(first.compared.values())), Size(), beside)
+            found[name] = recipe.data.open(place)
+    return found
 
 
 def _budget(recipe: Recipe) -> str:
@@ -214,7 +284,7 @@ def _budget(recipe: Recipe) -> str:
 
 def _expected(runs: Sequence[PlannedRun]) -> str:
     """The training time that the recipes allow, if they all limit it."""
-    minutes = [run.recipe.training.minutes for run in runs]
+    minutes = [run.recipe.training.minutes for run in runs if run.weights_of is None]
     if any(m is None for m in minutes):
         return "how long they train depends on their steps or epochs"
     return f"they train for {sum(m for m in minutes if m is not None):.0f} minutes at most, one after another"
@@ -231,6 +301,6 @@ def _print(results: StudyResults, page: Path) -> None:
             rows.append([group, formatted(metric, estimate.mean), f"{low} to {high}", str(estimate.patients)])
     if rows:
         print_table(metric, ["runs", "mean", "95 % interval", "patients"], rows)
-    for line in (*results.gains(), *results.differences()):
+    for line in (*results.gains(), *results.effects(), *results.differences()):
         typer.echo(str(line))
     typer.echo(f"{results.done} of {len(results.runs)} runs are done; report  {page}")

@@ -1,11 +1,13 @@
-"""Expand a study on a data set into runs: the recipe, the training subjects and the held-out subjects of each."""
+"""Expand a study on its data sets into runs: the recipe, the training subjects and the held-out subjects of each."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -13,19 +15,37 @@ from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.splits import Split, make_split
 from delineate.errors import StudyError
+from delineate.metrics.catalogue import METRICS
 from delineate.recipe import Recipe, load_recipe, packaged_recipes
-from delineate.studies.specification import Arm, CrossValidation, LearningCurve, MovedSubjects, Size, Study
+from delineate.studies.search import drawn_trials
+from delineate.studies.specification import (
+    Arm,
+    CrossValidation,
+    LearningCurve,
+    LockedTest,
+    MovedSubjects,
+    RecipeSplit,
+    Search,
+    Size,
+    Stage,
+    Study,
+)
+from delineate.studies.trials import steps_for_gflop
 
 _FIRST_FOLD = 0
 """The held-out fold of a split that is made for one run."""
 
+Scores = Mapping[str, float | None]
+"""The study's metric of each arm whose runs have all ended; None where one of them failed."""
+
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training of a study.
+    """One training of a study, or one test of another run's network (``weights_of``).
 
     Runs of one ``group`` are pooled: those of an arm and, along a curve, of a ``count`` and direction. ``seed``
-    tells repetitions apart. ``fold`` of ``split`` is held out.
+    tells repetitions apart. ``fold`` of ``split`` is held out. ``data`` names the study's data set. ``start_from``
+    is the run whose weights it starts from.
     """
 
     name: str
@@ -36,36 +56,231 @@ class PlannedRun:
     split: Split
     count: int | None = None
     direction: str = ""
+    stage: str = ""
+    data: str = "scans"
+    start_from: str | None = None
+    weights_of: str | None = None
+    changes: tuple[str, ...] = ()
+    """Of a test: what it changes in the network's own recipe."""
+
+    @property
+    def label(self) -> str:
+        """The arm's name within the study."""
+        return f"{self.stage}/{self.arm}" if self.stage else self.arm
 
     @property
     def group(self) -> str:
         """Name of the group of runs whose held-out subjects are pooled."""
-        parts = [self.arm, self.direction, "" if self.count is None else str(self.count)]
+        parts = [self.label, self.direction, "" if self.count is None else str(self.count)]
         return " ".join(part for part in parts if part)
 
+    @property
+    def needs(self) -> str | None:
+        """The run that has to be done before this one."""
+        return self.start_from or self.weights_of
 
-def plan_runs(study: Study, size: Size, dataset: Dataset, beside: Path = Path()) -> tuple[PlannedRun, ...]:
-    """Every run of a study at a size, in running order: repetitions last.
 
-    Recipe paths are relative to ``beside``. A pure function of its arguments. Raises :class:`StudyError` if the
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a study that are known so far, in running order, and what the others wait for."""
+
+    runs: tuple[PlannedRun, ...]
+    pending: tuple[str, ...] = ()
+
+
+def plan_runs(
+    study: Study,
+    size: Size,
+    datasets: Mapping[str, Dataset],
+    beside: Path = Path(),
+    *,
+    scores: Scores = MappingProxyType({}),
+    final: bool = False,
+) -> Plan:
+    """The runs of a study at a size.
+
+    Stages that build on the best arm of another, and searches, have more runs once ``scores`` tell how the arms
+    before did; each plan begins with the runs of the one before. The locked test is planned only if ``final``.
+    Recipe paths are relative to ``beside``. A pure function of its arguments. Raises :class:`StudyError` if a
     data set does not fit the design, and :class:`RecipeError` for a wrong change.
     """
-    recipes = {name: arm_recipe(study, arm, size, beside) for name, arm in study.compared.items()}
-    match study.design:
-        case CrossValidation() as design:
-            runs = _cross_validation(design, size, dataset.subjects, recipes)
-        case LearningCurve() as design:
-            runs = _learning_curve(design, size, dataset.subjects, recipes)
-        case MovedSubjects() as design:
-            runs = _moved_subjects(design, size, dataset.subjects, recipes)
-    return tuple(runs)
+    planning = _Planning(study, size, {name: _limited(data, size) for name, data in datasets.items()}, beside, scores)
+    for stage in study.parts:
+        if isinstance(stage.design, LockedTest) and not final:
+            planning.pending.append(f"{stage.name or 'the locked test'} runs only with --final")
+        elif stage.best_of is not None and planning.best(stage.best_of) is None:
+            planning.pending.append(f"{stage.name} waits for the best arm of {stage.best_of}")
+        else:
+            planning.add(stage)
+    return Plan(tuple(planning.runs.values()), tuple(planning.pending))
 
 
-def arm_recipe(study: Study, arm: Arm, size: Size, beside: Path) -> Recipe:
-    """The recipe of an arm with the changes of the study, the arm and the size, in this order."""
+def arm_recipe(study: Study, stage: Stage, arm: Arm, size: Size, beside: Path, label: str = "") -> Recipe:
+    """The recipe of an arm: changed by the study, the stage, the arm, and the size, in this order."""
     name = arm.recipe or study.recipe
     own = name not in packaged_recipes() and (beside / name).is_file()
-    return load_recipe(beside / name if own else name, [*study.set, *arm.set, *size.set])
+    changes = [*study.set, *stage.set, *arm.set, *size.set, *size.arms.get(label, ())]
+    return load_recipe(beside / name if own else name, changes)
+
+
+def _limited(dataset: Dataset, size: Size) -> Dataset:
+    """The data set with the size's number of subjects, each site with its share."""
+    if size.subjects is None or len(dataset.subjects) <= size.subjects:
+        return dataset
+    kept = {subject.id for subject in first_patients(in_turn(dataset.subjects, 0), size.subjects)}
+    return replace(dataset, subjects=tuple(subject for subject in dataset.subjects if subject.id in kept))
+
+
+@dataclass
+class _Planning:
+    """The plan as it grows, stage by stage."""
+
+    study: Study
+    size: Size
+    datasets: Mapping[str, Dataset]
+    beside: Path
+    scores: Scores
+    runs: dict[str, PlannedRun] = field(default_factory=dict)
+    pending: list[str] = field(default_factory=list)
+    settled: dict[str, Arm] = field(default_factory=dict)
+    """Arms by label, with what they build on."""
+
+    def best(self, stage: str) -> Arm | None:
+        """The best arm of a stage, once all of them have ended."""
+        [planned] = [one for one in self.study.parts if one.name == stage]
+        labels = {run.label for run in self.runs.values() if run.stage == stage and run.weights_of is None}
+        growing = isinstance(planned.design, Search) and len(labels) < self._trials(planned.design)
+        if not labels or growing or not labels <= set(self.scores):
+            return None
+        sign = 1 if METRICS[self.study.metric].better == "higher" else -1
+        known = {label: sign * score for label in sorted(labels) if (score := self.scores[label]) is not None}
+        if not known:
+            raise StudyError(f"every arm of stage '{stage}' failed", fix="see the failures in the report")
+        return self.settled[max(known, key=lambda label: known[label])]
+
+    def add(self, stage: Stage) -> None:
+        """Add the runs of a stage; of a search, as many as what is known allows."""
+        arms = self._searched(stage) if isinstance(stage.design, Search) else stage.compared
+        base = self.best(stage.best_of) if stage.best_of else None
+        if base is not None:
+            arms = {name: arm if arm.weights_of else base.joined(arm) for name, arm in arms.items()}
+        trained = {name: arm for name, arm in arms.items() if arm.weights_of is None}
+        self.settled |= {stage.label(name): arm for name, arm in arms.items()}
+        by_data: dict[str, dict[str, Arm]] = defaultdict(dict)
+        for name, arm in trained.items():
+            by_data[self.study.data_of(stage, arm)][name] = arm
+        for data, some in by_data.items():
+            recipes = {name: self._recipe(stage, arm, stage.label(name), data) for name, arm in some.items()}
+            for run in self._designed(stage, data, recipes):
+                self._put(replace(run, start_from=self._source(stage, run, some[run.arm].start_from)))
+        for name, arm in arms.items():
+            if arm.weights_of is not None:
+                self._add_tests(stage, name, arm)
+
+    def _put(self, run: PlannedRun) -> None:
+        if run.name in self.runs:
+            raise StudyError(f"two runs have the name '{run.name}'", fix="give stages and arms other names")
+        self.runs[run.name] = run
+
+    def _recipe(self, stage: Stage, arm: Arm, label: str, data: str) -> Recipe:
+        recipe = arm_recipe(self.study, stage, arm, self.size, self.beside, label)
+        if self.size.gflop is None:
+            return recipe
+        steps = steps_for_gflop(recipe, len(self.datasets[data].channels), self.size.gflop)
+        training = recipe.training.model_copy(update={"steps": steps, "minutes": None, "epochs": None})
+        return recipe.model_copy(update={"training": training})
+
+    def _designed(self, stage: Stage, data: str, recipes: dict[str, Recipe]) -> Iterable[PlannedRun]:
+        subjects = self.datasets[data].subjects
+        locked = self._locked(data)
+        free = [subject for subject in subjects if subject.id not in locked]
+        match stage.design:
+            case CrossValidation() as design:
+                runs = _cross_validation(design, self.size, free, recipes)
+            case Search() as design:
+                first = self.size if self.size.folds else self.size.model_copy(update={"folds": (_FIRST_FOLD,)})
+                runs = _cross_validation(design, first, free, recipes)
+            case RecipeSplit():
+                runs = _recipe_split(self.size, free, recipes)
+            case LearningCurve() as design:
+                runs = _learning_curve(design, self.size, free, recipes)
+            case MovedSubjects() as design:
+                runs = _moved_subjects(design, self.size, free, recipes)
+            case LockedTest():
+                split = Split((tuple(sorted(subject.id for subject in free)),), tuple(sorted(locked)))
+                runs = _fixed(self.size, split, recipes)
+        for run in runs:
+            prefix = f"{stage.name}-" if stage.name else ""
+            yield replace(run, name=prefix + run.name, stage=stage.name, data=data)
+
+    def _locked(self, data: str) -> frozenset[str]:
+        """The subjects of a data set that are for the locked test alone."""
+        share = self.study.data[data].locked
+        subjects = self.datasets[data].subjects
+        return frozenset(make_split(subjects, 1, share).test) if share else frozenset()
+
+    def _source(self, stage: Stage, run: PlannedRun, arm: str | None) -> str | None:
+        """The run whose weights ``run`` starts from: of the same seed and, on the same data, the same fold."""
+        if arm is None:
+            return None
+        found = self._runs_of(stage, arm)
+        alike = [one for one in found if one.seed == run.seed] or found
+        if same_data := [one for one in alike if one.data == run.data]:
+            alike = [one for one in same_data if (one.split, one.fold) == (run.split, run.fold)]
+        if len(alike) != 1:
+            raise StudyError(
+                f"arm '{run.arm}' starts from '{arm}', of which {len(alike)} runs fit '{run.name}'",
+                fix="give both the same design on the same data, or the other arm one run for each seed",
+            )
+        return alike[0].name
+
+    def _runs_of(self, stage: Stage, arm: str) -> list[PlannedRun]:
+        labels = (stage.label(arm), arm)
+        found = [run for run in self.runs.values() if run.label in labels]
+        if not found:
+            raise StudyError(f"arm '{arm}' has no runs to build on", fix="put it before the arms that refer to it")
+        return found
+
+    def _add_tests(self, stage: Stage, name: str, arm: Arm) -> None:
+        """A test of each network of another arm: on that data set's held-out subjects, if it was trained on it."""
+        assert arm.weights_of is not None
+        data = self.study.data_of(stage, arm)
+        subjects = self.datasets[data].subjects
+        for trained in self._runs_of(stage, arm.weights_of):
+            chain = [trained]
+            while (needed := chain[-1].needs) is not None:
+                chain.append(self.runs[needed])
+            on_this = [run for run in chain if run.data == data and run.weights_of is None]
+            held_out = on_this[0].split.held_out(on_this[0].fold) if on_this else tuple(s.id for s in subjects)
+            split = Split(((),), tuple(sorted(held_out)))
+            self._put(
+                replace(
+                    trained,
+                    name=f"{stage.name + '-' if stage.name else ''}{name}-of-{trained.name}",
+                    arm=name,
+                    stage=stage.name,
+                    data=data,
+                    fold=_FIRST_FOLD,
+                    split=split,
+                    start_from=None,
+                    weights_of=trained.name,
+                    changes=arm.set,
+                )
+            )
+
+    def _trials(self, design: Search) -> int:
+        return self.size.trials or design.trials
+
+    def _searched(self, stage: Stage) -> dict[str, Arm]:
+        """The trials of a search that can be drawn now: each batch needs the scores of the ones before."""
+        assert isinstance(stage.design, Search)
+        names = [f"trial{k}" for k in range(self._trials(stage.design))]
+        known = takewhile(self.scores.__contains__, map(stage.label, names))
+        done = [self.scores[label] for label in known]
+        drawn = drawn_trials(stage.design, done, len(names), METRICS[self.study.metric].better == "higher")
+        if len(drawn) < len(names):
+            self.pending.append(f"{len(names) - len(drawn)} more trials wait for the results of these")
+        return {name: Arm(set=changes) for name, changes in zip(names, drawn, strict=False)}
 
 
 def _seeded(recipe: Recipe, seed: int) -> Recipe:
@@ -73,13 +288,28 @@ def _seeded(recipe: Recipe, seed: int) -> Recipe:
 
 
 def _cross_validation(
-    design: CrossValidation, size: Size, subjects: Sequence[Subject], recipes: dict[str, Recipe]
+    design: CrossValidation | Search, size: Size, subjects: Sequence[Subject], recipes: dict[str, Recipe]
 ) -> Iterable[PlannedRun]:
     split = make_split(subjects, folds=design.folds)  # the same for every seed, so that repetitions pair
+    chosen = [fold for fold in size.folds or range(design.folds) if fold < design.folds]
     for seed in size.seeds:
-        for fold in size.folds if size.folds is not None else range(design.folds):
+        for fold in chosen:
             for arm, recipe in recipes.items():
                 yield PlannedRun(f"{arm}-fold{fold}-seed{seed}", arm, seed, fold, _seeded(recipe, seed), split)
+
+
+def _recipe_split(size: Size, subjects: Sequence[Subject], recipes: dict[str, Recipe]) -> Iterable[PlannedRun]:
+    for arm, recipe in recipes.items():
+        spec = recipe.training
+        patients = len({subject.patient for subject in subjects})
+        split = make_split(subjects, min(spec.folds, patients), seed=spec.seed, test_last=spec.test_last)
+        yield from _fixed(size, split, {arm: recipe})
+
+
+def _fixed(size: Size, split: Split, recipes: dict[str, Recipe]) -> Iterable[PlannedRun]:
+    for seed in size.seeds:
+        for arm, recipe in recipes.items():
+            yield PlannedRun(f"{arm}-seed{seed}", arm, seed, _FIRST_FOLD, _seeded(recipe, seed), split)
 
 
 def _learning_curve(

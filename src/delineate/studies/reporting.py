@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from delineate.io.tables import write_table
 from delineate.metrics.statistics import Estimate
 from delineate.reporting.html import StudyReport, write_report
 from delineate.studies.results import StudyResults
-from delineate.studies.specification import CrossValidation, LearningCurve
+from delineate.studies.specification import LearningCurve
 
 _UNEQUAL = 1.1
 """Ratio of steps from which runs are not on equal terms."""
@@ -18,14 +19,14 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def write_study_report(results: StudyResults, folder: Path, *, size: str, data_set: str) -> Path:
+def write_study_report(results: StudyResults, folder: Path, *, size: str, data_sets: Mapping[str, str]) -> Path:
     """Write ``report.html``, ``results.csv`` and ``differences.csv`` of what is done so far."""
     write_table(folder / "results.csv", _COLUMNS, _rows(results))
     found = [difference.as_dict() for difference in results.differences()]
     columns = ("metric", "first", "second", "verdict", "better", "sentence")
     write_table(folder / "differences.csv", columns, found)
     path = folder / "report.html"
-    write_report(path, _page(results, size, data_set))
+    write_report(path, _page(results, size, data_sets))
     return path
 
 
@@ -53,7 +54,7 @@ def _rows(results: StudyResults) -> list[dict[str, object]]:
     return rows
 
 
-def _page(results: StudyResults, size: str, data_set: str) -> StudyReport:
+def _page(results: StudyResults, size: str, data_sets: Mapping[str, str]) -> StudyReport:
     study = results.study
     curves: dict[str, list[tuple[float, Estimate]]] = {}
     for point in results.points():
@@ -62,13 +63,13 @@ def _page(results: StudyResults, size: str, data_set: str) -> StudyReport:
         title=study.name,
         description=study.question,
         simulated=results.simulated,
-        notes=_notes(results, size, data_set),
+        notes=_notes(results, size, data_sets),
         metric=study.metric,
         evaluations=results.pooled,
         differences=[str(difference) for difference in results.differences()],
         curves=curves,
         axis=_axis(results),
-        gains=[str(gain) for gain in results.gains()],
+        gains=[str(gain) for gain in (*results.gains(), *results.effects())],
         claims=[(judged.claim.text, judged.ruling, judged.why) for judged in results.claims()],
         published=[(table.source, table.columns, table.rows) for table in study.published],
         runs=[
@@ -79,17 +80,15 @@ def _page(results: StudyResults, size: str, data_set: str) -> StudyReport:
 
 
 def _axis(results: StudyResults) -> str:
-    match results.study.design:
-        case CrossValidation():
-            return ""
-        case LearningCurve():
-            return "labelled subjects"
-    return "moved subjects"
+    learning = any(isinstance(stage.design, LearningCurve) for stage in results.study.parts)
+    return "labelled subjects" if learning else "moved subjects"
 
 
-def _notes(results: StudyResults, size: str, data_set: str) -> list[str]:
+def _notes(results: StudyResults, size: str, data_sets: Mapping[str, str]) -> list[str]:
     """What a reader should know before the numbers."""
-    notes = [f"Data set {data_set}, size {size}: {results.done} of {len(results.runs)} runs are done."]
+    named = ", ".join(data_sets.values())
+    sets = f"Data set {named}" if len(data_sets) == 1 else f"Data sets {named}"
+    notes = [f"{sets}, size {size}: {results.done} of {len(results.runs)} runs are done."]
     if size == "quick":
         notes.append("Quick runs have small budgets: they show that the study works, not how good its arms can get.")
     if results.failed:

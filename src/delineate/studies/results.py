@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import isnan
 from typing import Literal
 
 import pandas as pd
@@ -13,11 +15,11 @@ from delineate.errors import DatasetError
 from delineate.evaluation.methods import MethodDifference, compare_methods
 from delineate.evaluation.table import Evaluation
 from delineate.metrics.catalogue import METRICS, formatted
-from delineate.metrics.statistics import Difference, Estimate, paired_difference
+from delineate.metrics.statistics import Difference, Estimate, estimate_means, paired_difference
+from delineate.studies.measures import MEASURES, Curves, measure_run, read_curves, steps_to_common_loss
 from delineate.studies.planning import PlannedRun
 from delineate.studies.running import RunStatus, StudyFolder
-from delineate.studies.specification import Claim, Study
-from delineate.training.events import Trained, read_events
+from delineate.studies.specification import Claim, Stage, Study
 
 Ruling = Literal["held", "did not hold", "too few to tell"]
 
@@ -59,6 +61,28 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class Effect:
+    """What a factor changes: the metric with it minus without, averaged over the other factors' combinations.
+
+    Paired by patient. ``level`` against ``other``: of a factor that is made or not, its name against the base.
+    """
+
+    stage: str
+    level: str
+    other: str
+    metric: str
+    difference: Difference
+
+    def __str__(self) -> str:
+        d, low, high = self.difference, *(formatted(self.metric, v) for v in self.difference.ci95)
+        where = f"{self.stage}: " if self.stage else ""
+        return (
+            f"{where}{self.level} instead of {self.other} changed {METRICS[self.metric].label} by "
+            f"{formatted(self.metric, d.mean)} on average ({low} to {high}, n = {d.n} patients)"
+        )
+
+
+@dataclass(frozen=True)
 class Judged:
     """A claim of a report, and what our figures say about it."""
 
@@ -75,8 +99,15 @@ class StudyResults:
     runs: tuple[PlannedRun, ...]
     statuses: dict[str, RunStatus]
     pooled: dict[str, Evaluation]
-    steps: dict[str, int] = field(default_factory=dict)
-    """Training steps of each finished run."""
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Measures of each finished run; see :data:`~delineate.studies.measures.MEASURES`."""
+    curves: dict[str, Curves] = field(default_factory=dict)
+    """Losses of each finished training."""
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Training steps of each finished run."""
+        return {name: int(found["steps"]) for name, found in self.measured.items() if "steps" in found}
 
     @property
     def done(self) -> int:
@@ -120,42 +151,139 @@ class StudyResults:
         return gains
 
     def differences(self) -> list[MethodDifference]:
-        """Arms against each other; along curves, at their largest count. Empty with fewer than two."""
-        arms = self._arms_at_most()
+        """Arms of a stage against each other; along curves, at their largest count. Empty with fewer than two."""
+        return [found for arms in self._arms_at_most().values() for found in self._compared(arms)]
+
+    def _compared(self, arms: Mapping[str, Evaluation]) -> list[MethodDifference]:
         if len(arms) < 2:
             return []
         try:
             return compare_methods(arms, [self.study.metric])
-        except DatasetError:  # so far the arms share no subjects
+        except DatasetError:  # the arms share no subjects so far, or differ in targets
             return []
+
+    def effects(self) -> list[Effect]:
+        """What each factor of a stage with all combinations changes."""
+        return [effect for stage in self.study.parts if stage.combine == "all" for effect in self._effects(stage)]
+
+    def _effects(self, stage: Stage) -> list[Effect]:
+        metric, found = self.study.metric, []
+        for one, other, pairs in stage.opposites():
+            tables = [
+                (self.pooled[stage.label(a)], self.pooled[stage.label(b)])
+                for a, b in pairs
+                if stage.label(a) in self.pooled and stage.label(b) in self.pooled
+            ]
+            if len(tables) < len(pairs):
+                continue
+            values = [
+                pd.DataFrame({"a": a.mean_of_targets(metric), "b": b.mean_of_targets(metric)}).dropna()
+                for a, b in tables
+            ]
+            whose = {name: patient for a, _ in tables for name, patient in a.patients.items()}
+            both = pd.concat(values)
+            if len(both):
+                difference = paired_difference(both["a"], both["b"], [whose[name] for name in both.index])
+                found.append(Effect(stage.name, one, other, metric, difference))
+        return found
 
     def claims(self) -> list[Judged]:
         """Each claim, judged by the paired difference of its two arms."""
-        arms = self._arms_at_most()
-        return [_judge(claim, arms) for claim in self.study.claims]
+        arms = {name: found for group in self._arms_at_most().values() for name, found in group.items()}
+        return [
+            self._judge_runs(claim) if claim.metric in MEASURES else _judge(claim, arms) for claim in self.study.claims
+        ]
 
-    def _arms_at_most(self) -> dict[str, Evaluation]:
-        """The evaluation of each arm and direction at its largest count."""
-        last: dict[str, PlannedRun] = {}
+    def _judge_runs(self, claim: Claim) -> Judged:
+        """A claim on a measure of runs: paired by seed, fold and count."""
+        measure = MEASURES[claim.metric]
+        first, second = (self._values(arm, claim.metric) for arm in (claim.better, claim.worse))
+        common = sorted(first.keys() & second.keys(), key=str)
+        if not common:
+            return Judged(claim, "too few to tell", "not all of its runs are done")
+        d = paired_difference([first[key] for key in common], [second[key] for key in common])
+        unit = f" {measure.unit}" if measure.unit else ""
+        arms = f"{claim.better} minus {claim.worse}"
+        why = f"{measure.label}: {arms} {measure.shown(d.mean)}{unit}, n = {d.n} pairs of runs"
+        if not isnan(d.p):
+            low, high = map(measure.shown, d.ci95)
+            why += f" ({low} to {high}), p {d.p:.3f}"
+        if d.too_few:
+            return Judged(claim, "too few to tell", f"{why}; at least {d.needed} pairs are needed")
+        if not d.distinguishable:
+            return Judged(claim, "too few to tell", why)
+        return Judged(claim, "held" if d.mean < 0 else "did not hold", why)
+
+    def _values(self, arm: str, measure: str) -> dict[tuple[object, ...], float]:
+        return {
+            (run.seed, run.fold, run.count, run.direction): value
+            for run in self.runs
+            if run.label == arm and not isnan(value := self.measured.get(run.name, {}).get(measure, float("nan")))
+        }
+
+    def measure(self, arm: str, measure: str) -> Estimate | None:
+        """The mean of a measure over an arm's runs; None where it was not measured."""
+        values = list(self._values(arm, measure).values())
+        return estimate_means(pd.DataFrame(values).to_numpy(float))[0] if values else None
+
+    def estimate(self, arm: str, measure: str) -> Estimate | None:
+        """An arm's figure for a published column: a metric, ``metric@target``, or a measure of runs."""
+        if measure in MEASURES:
+            return self.measure(arm, measure)
+        metric, _, target = measure.partition("@")
+        evaluation = self.pooled.get(arm)
+        if evaluation is None or metric not in evaluation.metrics:
+            return None
+        summary = evaluation.summary().get(target) if target else evaluation.overall()
+        return (summary or {}).get(metric)
+
+    def scores(self, attempted: Collection[str]) -> dict[str, float | None]:
+        """The study's metric of each arm all of whose runs have ended; None where one of them failed.
+
+        A failed run counts as ended if it was ``attempted``.
+        """
+        by_label: dict[str, list[PlannedRun]] = defaultdict(list)
         for run in self.runs:
-            name = " ".join(part for part in (run.arm, run.direction) if part)
-            if run.group in self.pooled and (name not in last or (run.count or 0) > (last[name].count or 0)):
-                last[name] = run
-        return {name: self.pooled[run.group] for name, run in last.items()}
+            by_label[run.label].append(run)
+        found: dict[str, float | None] = {}
+        for label, runs in by_label.items():
+            states = {self.statuses[run.name].state for run in runs}
+            failed = any(self.statuses[run.name].state == "failed" and run.name in attempted for run in runs)
+            if states == {"done"}:
+                groups = list(dict.fromkeys(run.group for run in runs))
+                means = [self.pooled[group].overall()[self.study.metric].mean for group in groups]
+                found[label] = sum(means) / len(means)
+            elif failed and states <= {"done", "failed"}:
+                found[label] = None
+        return found
+
+    def _arms_at_most(self) -> dict[tuple[str, str], dict[str, Evaluation]]:
+        """By stage and data set: the evaluation of each arm and direction at its largest count."""
+        last: dict[tuple[str, str], dict[str, PlannedRun]] = defaultdict(dict)
+        for run in self.runs:
+            name = " ".join(part for part in (run.label, run.direction) if part)
+            among = last[run.stage, run.data]
+            if run.group in self.pooled and (name not in among or (run.count or 0) > (among[name].count or 0)):
+                among[name] = run
+        return {place: {name: self.pooled[run.group] for name, run in among.items()} for place, among in last.items()}
 
 
 def collect(folder: StudyFolder, study: Study, runs: Sequence[PlannedRun]) -> StudyResults:
     """Read the results of the finished runs; works at any time."""
     statuses = {run.name: folder.status(run.name) for run in runs}
     found: dict[str, list[tuple[PlannedRun, Evaluation]]] = {}
-    steps: dict[str, int] = {}
+    measured: dict[str, dict[str, float]] = {}
+    curves: dict[str, Curves] = {}
     for run in runs:
         if statuses[run.name].state == "done":
-            trained = [e.step for e in read_events(folder.run(run.name) / "logs") if isinstance(e, Trained)]
-            steps |= {run.name: trained[-1]} if trained else {}
-            evaluation = Evaluation.read(folder.run(run.name) / "evaluation")
-            found.setdefault(run.group, []).append((run, evaluation))
-    return StudyResults(study, tuple(runs), statuses, {group: pooled(ones) for group, ones in found.items()}, steps)
+            place = folder.run(run.name)
+            own = curves[run.name] = read_curves(place)
+            measured[run.name] = measure_run(place, own, peak_gb=statuses[run.name].peak_gb)
+            found.setdefault(run.group, []).append((run, Evaluation.read(place / "evaluation")))
+    for name, steps in steps_to_common_loss(curves).items():
+        measured[name]["steps_to_loss"] = steps
+    groups = {group: pooled(ones) for group, ones in found.items()}
+    return StudyResults(study, tuple(runs), statuses, groups, measured, curves)
 
 
 def pooled(runs: Sequence[tuple[PlannedRun, Evaluation]]) -> Evaluation:

@@ -6,9 +6,10 @@ A study folder::
         plan.json             the study, its size and its runs
         recipes/NAME.yaml     the recipe of each run
         splits/NAME.json      and its split
-        runs/NAME/            what `delineate train` writes
+        runs/NAME/            what `delineate train` or `delineate test` writes
         runs/NAME.json        the state of the run, and why it failed
         runs/NAME.log         its messages
+        final.json            when the locked test began, and of which runs it consists
         report.html, results.csv, differences.csv
 """
 
@@ -20,12 +21,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Protocol
+
+from pydantic import AwareDatetime, Field
 
 from delineate.datasets.splits import load_split, save_split
 from delineate.errors import MissingFile, OutputError, StudyError
@@ -33,14 +37,14 @@ from delineate.io.documents import Document
 from delineate.io.files import writing_beside
 from delineate.io.overwriting import check_folder
 from delineate.recipe import load_recipe, to_yaml
-from delineate.studies.planning import PlannedRun
+from delineate.studies.planning import PlannedRun, Scores
 from delineate.studies.specification import Study
 from delineate.training.lock import in_use
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 
-PLAN = "plan.json"
-_WRITTEN = (PLAN, "recipes", "splits", "runs", "report.html", "results.csv", "differences.csv")
+PLAN, FINAL = "plan.json", "final.json"
+_WRITTEN = (PLAN, "recipes", "splits", "runs", FINAL, "report.html", "results.csv", "differences.csv", "runs.csv")
 
 
 @dataclass(frozen=True)
@@ -51,29 +55,51 @@ class Entry:
     arm: str
     seed: int
     fold: int
-    count: int | None
-    direction: str
+    count: int | None = None
+    direction: str = ""
+    stage: str = ""
+    data: str = "scans"
+    start_from: str | None = None
+    weights_of: str | None = None
+    changes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, run: PlannedRun) -> Entry:
+        return cls(**{name: getattr(run, name) for name in cls.__dataclass_fields__})
 
 
 class StudyPlan(Document):
-    """A study folder's ``plan.json``: the study, its size, the data set, and the runs in order."""
+    """A study folder's ``plan.json``: the study, its size, its data sets by name, and the runs in order.
+
+    ``scores``: what later stages and trials were planned from.
+    """
 
     study: Study
     size: str
-    data_set: str
+    data_sets: dict[str, str]
     runs: tuple[Entry, ...]
+    scores: dict[str, float | None] = Field(default_factory=dict)
+
+
+class FinalTest(Document):
+    """A study folder's ``final.json``: when the locked test began, and of which runs it consists."""
+
+    began: AwareDatetime
+    runs: tuple[str, ...]
 
 
 class RunStatus(Document):
     """The state of a run.
 
-    ``failure`` is the last line that a failed run printed; ``seconds`` is the time of all its attempts.
+    ``failure`` is the last line that a failed run printed; ``seconds`` is the time of all its attempts, ``peak_gb``
+    the most memory that its process held.
     """
 
     state: State
     failure: str = ""
     seconds: float = 0.0
     attempts: int = 0
+    peak_gb: Annotated[float, Field(ge=0)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,21 +129,23 @@ class StudyFolder:
         path = self.status_file(name)
         return RunStatus.read(path) if path.exists() else RunStatus(state="waiting")
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a study in the folder."""
+        return (self.path / PLAN).exists()
+
+    def open_plan(self) -> StudyPlan:
+        """The plan of the study in the folder. Raises :class:`MissingFile` if there is none."""
+        if not self.begun:
+            raise MissingFile(f"'{self.path}' holds no study", fix="give a folder that `delineate study run` wrote")
+        return StudyPlan.read(self.path / PLAN)
+
     def open(self) -> tuple[StudyPlan, tuple[PlannedRun, ...]]:
         """The study in the folder, with its runs. Raises :class:`MissingFile` if there is none."""
-        if not (self.path / PLAN).exists():
-            raise MissingFile(f"'{self.path}' holds no study", fix="give a folder that `delineate study run` wrote")
-        plan = StudyPlan.read(self.path / PLAN)
+        plan = self.open_plan()
         runs = (
             PlannedRun(
-                entry.name,
-                entry.arm,
-                entry.seed,
-                entry.fold,
-                load_recipe(self.recipe(entry.name)),
-                load_split(self.split(entry.name)),
-                entry.count,
-                entry.direction,
+                recipe=load_recipe(self.recipe(entry.name)), split=load_split(self.split(entry.name)), **vars(entry)
             )
             for entry in plan.runs
         )
@@ -132,45 +160,115 @@ class StudyFolder:
                 f"'{self.path}' holds {', '.join(there)}, but no study", fix="choose another --out, or move them away"
             )
 
-    def begin(self, study: Study, size: str, data_set: str, runs: Sequence[PlannedRun]) -> None:
+    def scores(self) -> dict[str, float | None]:
+        """What the study in the folder has been planned from; nothing if there is none."""
+        return dict(self.open_plan().scores) if self.begun else {}
+
+    def begin(
+        self, study: Study, size: str, data_sets: Mapping[str, str], runs: Sequence[PlannedRun], scores: Scores
+    ) -> None:
         """Write the plan, and the recipe and split of each run, or check that they are the same.
 
-        Raises :class:`StudyError` if the folder holds another study, and :class:`OutputError` if it holds
-        something else.
+        Runs that the plan in the folder does not have yet are added. Raises :class:`StudyError` if the folder holds
+        another study, and :class:`OutputError` if it holds something else.
         """
         self.check()
-        entries = (Entry(r.name, r.arm, r.seed, r.fold, r.count, r.direction) for r in runs)
-        plan = StudyPlan(study=study, size=size, data_set=data_set, runs=tuple(entries))
-        if not (self.path / PLAN).exists():
-            plan.write(self.path / PLAN)
-        same = StudyPlan.read(self.path / PLAN) == plan
+        entries = {run.name: Entry.of(run) for run in runs}
+        before = self.open_plan() if self.begun else None
+        same = True
+        if before is not None:
+            kept = {entry.name: entry for entry in before.runs}
+            left_out = study.locked_stages  # without --final
+            alike = [entries.get(n, e if e.stage in left_out else None) == e for n, e in kept.items()]
+            same = (before.study, before.size, before.data_sets) == (study, size, dict(data_sets)) and all(alike)
+            entries = kept | entries
+        plan = StudyPlan(
+            study=study, size=size, data_sets=dict(data_sets), runs=tuple(entries.values()), scores=dict(scores)
+        )
         for run in runs:
             recipe, split = self.recipe(run.name), self.split(run.name)
-            if same and not recipe.exists():
-                with writing_beside(recipe) as beside:
-                    beside.write_text(to_yaml(run.recipe.as_dict()), encoding="utf-8")
-            if same and not split.exists():
-                save_split(split, run.split)
-            same = same and load_recipe(recipe) == run.recipe and load_split(split) == run.split
+            same = same and (not recipe.exists() or load_recipe(recipe) == run.recipe)
+            same = same and (not split.exists() or load_split(split) == run.split)
         if not same:
             raise StudyError(
                 f"'{self.path}' holds another study, or this one at another size, on other data or with recipes "
                 "that have changed since",
                 fix="use another --out",
             )
+        if plan != before:
+            plan.write(self.path / PLAN)
+        for run in runs:
+            recipe, split = self.recipe(run.name), self.split(run.name)
+            if not recipe.exists():
+                with writing_beside(recipe) as beside:
+                    beside.write_text(to_yaml(run.recipe.as_dict()), encoding="utf-8")
+            if not split.exists():
+                save_split(split, run.split)
+
+    def begin_final(self, runs: Sequence[str]) -> None:
+        """Record that the locked test begins. Raises :class:`StudyError` if it is over, or was of other runs."""
+        path = self.path / FINAL
+        if not path.exists():
+            FinalTest(began=datetime.now(UTC), runs=tuple(runs)).write(path)
+            return
+        final = FinalTest.read(path)
+        over = all(self.status(name).state == "done" for name in final.runs)
+        if over or set(final.runs) != set(runs):
+            raise StudyError(
+                f"the locked test of '{self.path}' was done on {final.began:%Y-%m-%d}: a second look would be "
+                "training on it",
+                fix="see the report, or lock other subjects away in a new study",
+            )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit status, and the most memory that it held (GB; 0 if not known)."""
+
+    code: int
+    peak_gb: float = 0.0
+
+
+class Launcher(Protocol):
+    """Where the processes of a study run."""
+
+    def __call__(self, command: Sequence[str], log: Path) -> Ended:
+        """Run ``delineate`` with the arguments of ``command`` to its end, appending its messages to ``log``."""
+
+    def stop(self) -> None:
+        """Ask every process to stop so that it can be resumed."""
 
 
 @dataclass
-class _Children:
-    """Running processes. A signal that ends the study ends them too; each leaves a run that can be resumed."""
+class LocalProcesses:
+    """Processes on this machine. A signal that ends the study ends them too; each leaves a run that can be resumed."""
 
     processes: set[subprocess.Popen] = field(default_factory=set)
-    stopping: threading.Event = field(default_factory=threading.Event)
+    stopping: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def __call__(self, command: Sequence[str], log: Path) -> Ended:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            # In a session of its own: a Ctrl-C reaches it once, through us.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "delineate", *command],
+                stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            with self.lock:
+                self.processes.add(process)
+                if self.stopping:
+                    process.send_signal(signal.SIGTERM)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            with self.lock:
+                self.processes.discard(process)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return Ended(process.returncode, usage.ru_maxrss * unit / 1e9)
+
     def stop(self) -> None:
-        self.stopping.set()
         with self.lock:
+            self.stopping = True
             for process in self.processes:
                 with suppress(ProcessLookupError):
                     process.send_signal(signal.SIGTERM)
@@ -179,88 +277,101 @@ class _Children:
 def run_study(
     folder: StudyFolder,
     runs: Sequence[PlannedRun],
-    data: Path,
+    data: Mapping[str, Path],
+    launcher: Launcher,
     *,
     jobs: int = 1,
     options: Sequence[str] = (),
     on_change: Callable[[PlannedRun, RunStatus], None] = lambda run, status: None,
 ) -> bool:
-    """Run what is not done, ``jobs`` runs at a time; a run that fails does not stop the others.
+    """Run what is not done, ``jobs`` runs at a time; a run that fails stops none but those that need it.
 
-    ``options`` are passed to every `delineate train`. ``on_change`` is called when a run starts or ends. Returns
-    whether all runs are done. SIGINT and SIGTERM stop the running ones so that they can be resumed, and raise
-    KeyboardInterrupt.
+    ``options`` are passed to every command. ``on_change`` is called when a run starts or ends. Runs that need one
+    which is neither done nor among ``runs`` wait. Returns whether all runs are done. SIGINT and SIGTERM stop the
+    running ones so that they can be resumed, and raise KeyboardInterrupt.
     """
-    children = _Children()
+    stopping = threading.Event()
 
-    def one(run: PlannedRun) -> RunStatus:
-        before = folder.status(run.name)
-        if before.state == "done" or children.stopping.is_set():
-            return before
-        status = before.model_copy(update={"state": "running", "attempts": before.attempts + 1, "failure": ""})
-        status.write(folder.status_file(run.name))
-        on_change(run, status)
+    def one(run: PlannedRun, before: RunStatus) -> None:
+        # A run that a killed study left behind finishes by itself; the command below then finds it complete.
+        while in_use(folder.run(run.name)) and not stopping.wait(1.0):
+            pass
         began = time.monotonic()
-        code, last = _train(folder, run, data, options, children)
-        state: State = "done" if code == 0 else "stopped" if children.stopping.is_set() or code == 3 else "failed"
-        seconds = before.seconds + time.monotonic() - began
-        status = status.model_copy(
-            update={"state": state, "seconds": seconds, "failure": last if state == "failed" else ""}
-        )
+        ended = launcher(_command(folder, run, data[run.data], options), folder.log(run.name))
+        stopped = stopping.is_set() or ended.code == 3
+        state: State = "done" if ended.code == 0 else "stopped" if stopped else "failed"
+        changes = {
+            "state": state,
+            "seconds": before.seconds + time.monotonic() - began,
+            "failure": _last_line(folder.log(run.name), ended.code) if state == "failed" else "",
+            "peak_gb": max(before.peak_gb, ended.peak_gb),
+        }
+        _change(run, before.model_copy(update=changes))
+
+    def _change(run: PlannedRun, status: RunStatus) -> None:
         status.write(folder.status_file(run.name))
         on_change(run, status)
-        return status
 
-    with _stopping(children), ThreadPoolExecutor(jobs) as pool:
-        waiting: set[Future[RunStatus]] = {pool.submit(one, run) for run in runs}
-        found: list[RunStatus] = []
-        while waiting:
+    waiting = [run for run in runs if folder.status(run.name).state != "done"]
+    running: set[Future[None]] = set()
+    with _stopping(stopping, launcher), ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            for run in list(waiting):
+                if stopping.is_set() or len(running) >= jobs:
+                    break
+                before, needed = folder.status(run.name), run.needs and folder.status(run.needs).state
+                if needed == "failed" and run.needs not in {other.name for other in waiting}:
+                    waiting.remove(run)
+                    _change(run, before.model_copy(update={"state": "failed", "failure": f"{run.needs} failed"}))
+                elif needed in (None, "done"):
+                    waiting.remove(run)
+                    begun = {"state": "running", "attempts": before.attempts + 1, "failure": ""}
+                    before = before.model_copy(update=begun)
+                    _change(run, before)
+                    running.add(pool.submit(one, run, before))
+            if not running:
+                break  # the rest needs runs of others
             # Without a timeout, a signal would be noticed at the end of a run only.
-            done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-            found += [future.result() for future in done]
-    if children.stopping.is_set():
+            done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+    if stopping.is_set():
         raise KeyboardInterrupt
-    return all(status.state == "done" for status in found)
+    return all(folder.status(run.name).state == "done" for run in runs)
 
 
-def _train(
-    folder: StudyFolder, run: PlannedRun, data: Path, options: Sequence[str], children: _Children
-) -> tuple[int, str]:
-    """Train one run in a process of its own; return its exit status and the last line that it printed."""
-    # A run that a killed study left behind finishes by itself; the command below then finds it complete.
-    while in_use(folder.run(run.name)) and not children.stopping.wait(1.0):
-        pass
-    command = [
-        sys.executable, "-m", "delineate", "train", str(folder.recipe(run.name)), "--data", str(data),
-        "--out", str(folder.run(run.name)), "--fold", str(run.fold), "--split", str(folder.split(run.name)), *options,
-    ]  # fmt: skip
-    path = folder.log(run.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as log:
-        # In a session of its own: a Ctrl-C reaches it once, through us.
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-        with children.lock:
-            children.processes.add(process)
-        if children.stopping.is_set():
-            process.send_signal(signal.SIGTERM)
-        try:
-            code = process.wait()
-        finally:
-            with children.lock:
-                children.processes.discard(process)
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return code, next((line for line in reversed(lines) if line.strip()), f"it ended with status {code}")
+def _command(folder: StudyFolder, run: PlannedRun, data: Path, options: Sequence[str]) -> list[str]:
+    """The arguments of ``delineate`` that train or test one run."""
+    places = ["--data", str(data), "--out", str(folder.run(run.name)), "--fold", str(run.fold)]
+    places += ["--split", str(folder.split(run.name))]
+    if run.weights_of is not None:
+        changes = [part for change in run.changes for part in ("--set", change)]
+        return ["test", str(folder.run(run.weights_of)), *places, *changes, *options]
+    start = []
+    if run.start_from is not None:
+        start = ["--set", f"start.weights={folder.run(run.start_from).resolve()}"]
+    return ["train", str(folder.recipe(run.name)), *places, *start, *options]
+
+
+def _last_line(log: Path, code: int) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    return next((line for line in reversed(lines) if line.strip()), f"it ended with status {code}")
 
 
 @contextmanager
-def _stopping(children: _Children) -> Iterator[None]:
+def _stopping(stopping: threading.Event, launcher: Launcher) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
+    def stop(*_: object) -> None:
+        stopping.set()
+        launcher.stop()
+
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number in before:
-            signal.signal(number, lambda *_: children.stop())
+            signal.signal(number, stop)
         yield
     finally:
         for number, handler in before.items():

@@ -1,0 +1,55 @@
+"""Carry a study out: plan what can be planned, run it, and plan further from its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from delineate.datasets.dataset import Dataset
+from delineate.studies.planning import Plan, PlannedRun, plan_runs
+from delineate.studies.results import collect
+from delineate.studies.running import Launcher, RunStatus, StudyFolder, part_of, run_study
+from delineate.studies.specification import Study
+
+
+def conduct(
+    study: Study,
+    size: str,
+    datasets: Mapping[str, Dataset],
+    data: Mapping[str, Path],
+    folder: StudyFolder,
+    launcher: Launcher,
+    *,
+    beside: Path = Path(),
+    final: bool = False,
+    only: str | None = None,
+    jobs: int = 1,
+    options: Sequence[str] = (),
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+    on_change: Callable[[PlannedRun, RunStatus], None] = lambda run, status: None,
+) -> tuple[Plan, bool]:
+    """Run a study as far as it goes: the plan in the end, and whether all of its runs are done.
+
+    Stages and trials that build on results are planned from the scores that the folder keeps, so that a study that
+    is resumed makes the same choices. ``on_plan`` is called with each plan that has new runs; for the rest, see
+    :func:`~delineate.studies.running.run_study`.
+    """
+    scores = folder.scores()
+    names = {name: dataset.name for name, dataset in datasets.items()}
+    locked = study.locked_stages
+    attempted: set[str] = set()
+    finished = True
+    while True:
+        plan = plan_runs(study, study.sizes[size], datasets, beside, scores=scores, final=final)  # type: ignore[index]
+        folder.begin(study, size, names, plan.runs, scores)
+        finals = [run.name for run in plan.runs if run.stage in locked]
+        if finals and not attempted & set(finals):
+            folder.begin_final(finals)
+        fresh = [run for run in plan.runs if run.name not in attempted]
+        mine = fresh if only is None else part_of(fresh, only)
+        if not fresh:
+            return plan, finished
+        on_plan(plan)
+        finished = run_study(folder, mine, data, launcher, jobs=jobs, options=options, on_change=on_change) and finished
+        attempted |= {run.name for run in fresh}
+        scores = collect(folder, study, plan.runs).scores(attempted) | scores

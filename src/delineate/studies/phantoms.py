@@ -1,0 +1,14 @@
+"""Simulated data sets of a study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from delineate.datasets.phantoms.writing import write_phantoms
+from delineate.studies.specification import Phantom, Size
+
+
+def simulate(phantom: Phantom, size: Size, out: Path) -> None:
+    """Write a study's simulated patients, no more than the size has subjects; those that are there stay."""
+    patients = min(phantom.patients, size.subjects or phantom.patients)
+    write_phantoms(out, patients, phantom.kind, seed=phantom.seed)
