@@ -25,11 +25,21 @@ from delineate.datasets.examination import Problem, SubjectRow
 from delineate.datasets.inspection import InspectionFile, Intensity
 from delineate.datasets.splits import Split, SplitFile, load_split, save_split
 from delineate.errors import RecipeError
+from delineate.evaluation.held_out import PlannedTest
 from delineate.fingerprint import Fingerprint, Range
 from delineate.io.documents import Document
 from delineate.io.settings import parse_yaml
 from delineate.pretrained.weights import Entry
-from delineate.recipe import Recipe, load_recipe, packaged_recipes, recipe_from, to_yaml
+from delineate.recipe import (
+    InferenceSpec,
+    PostprocessingSpec,
+    Recipe,
+    TargetsSpec,
+    load_recipe,
+    packaged_recipes,
+    recipe_from,
+    to_yaml,
+)
 from delineate.sampling.tiles import TileGeometry
 from delineate.specification import Specification, from_json, to_json
 from delineate.studies.running import Entry as PlannedEntry
@@ -260,6 +270,11 @@ DOCUMENTS: list[Document] = [
     RunStatus(state="failed", failure="a: ü", seconds=0.5, attempts=2),
     StudyPlan(
         study=load_study("hippocampus-cv"), size="quick", data_set="d", runs=(PlannedEntry("a", "b", 3, 1, None, ""),)
+    ),
+    PlannedTest(
+        weights_sha256="0f", inference=InferenceSpec(overlap=0.25, flips=("x",)),
+        postprocessing=PostprocessingSpec(minimum_ml={"a": 0.5}), data_set="d", subjects=("x",),
+        references=TargetsSpec(values={"a": (1, 2)}), metrics="dice", lesion_overlap=0.1, quantity="",
     ),
     Entry(name="vgg11", source="f.pth", preprocessing="caffe", sha256="0f", tensors=16),
 ]  # fmt: skip
