@@ -13,7 +13,7 @@ from delineate.errors import BundleError
 from delineate.evaluation.held_out import measure_outcomes
 from delineate.evaluation.measure import Measuring
 from delineate.evaluation.table import FILES, Evaluation
-from delineate.inference.batch import predict_subjects, unseen_by
+from delineate.inference.batch import Outcome, predict_subjects, unseen_by
 from delineate.inference.predictor import Predictor
 
 BEFORE, AFTER = "before", "after"
@@ -51,14 +51,18 @@ def measure_forgetting(
     evaluations = {}
     for k, (name, bundle) in enumerate(((BEFORE, before), (AFTER, after))):
         chosen = [subject.with_channels(bundle.channels) for subject in unseen]
-        before_it, total = k * len(chosen), 2 * len(chosen)
         evaluations[name] = measure_outcomes(
             predict_subjects(Predictor([bundle], plan), chosen, out / name),
             chosen,
             SharedTargets.of(bundle.targets, before.targets, common),
             measuring,
             simulated=dataset.simulated,
-            on_outcome=lambda _, done, first=before_it, total=total: on_subject(first + done, total),  # type: ignore[misc]
+            on_outcome=_counting(on_subject, k * len(chosen), 2 * len(chosen)),
         ).evaluation
         evaluations[name].write(out / f"{name}_evaluation")
     return evaluations
+
+
+def _counting(on_subject: Callable[[int, int], None], before: int, total: int) -> Callable[[Outcome, int], None]:
+    """A callback for the outcomes of one bundle, counted after those ``before``."""
+    return lambda outcome, done: on_subject(before + done, total)
