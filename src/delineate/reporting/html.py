@@ -75,7 +75,7 @@ class RunReport:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationReport:
-    """Content of an evaluation's page."""
+    """Content of an evaluation's page. ``notes``: what a reader should know before the numbers."""
 
     title: str
     description: str
@@ -83,6 +83,7 @@ class EvaluationReport:
     overlays: Sequence[Overlay] = ()
     band_percent: float | None = None
     palette: Palette = "distinct"
+    notes: Sequence[str] = ()
 
     @property
     def simulated(self) -> bool:

@@ -24,7 +24,6 @@ from delineate.datasets.dataset import check_grids
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
 from delineate.io.files import writing_beside
-from delineate.io.formats import read_label
 from delineate.io.voxels import Orientation
 
 MARKS = {1: "agree", 2: "missed", 3: "excess", 4: "other target"}
@@ -100,8 +99,7 @@ def overlays_of(
     for place in sorted({*places, *range(max(0, len(dice) - MOST_PICTURES), len(dice))}):
         rank, subject = places.get(place, ""), str(dice.index[place])
         pair = files[subject]
-        prediction = read_label(pair.prediction, orientation=orientation)
-        reference = read_label(pair.reference, orientation=orientation)
+        prediction, reference = pair.labels(orientation=orientation)
         views = views_of(scans(subject), prediction, reference, targets, subject=subject)
         overlays.append(Overlay(subject, rank, float(dice.iloc[place]), views))
     return overlays
