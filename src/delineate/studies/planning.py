@@ -166,7 +166,9 @@ class _Planning:
         if base is not None:
             arms = {name: arm if arm.weights_of else base.joined(arm) for name, arm in arms.items()}
         trained = {name: arm for name, arm in arms.items() if arm.weights_of is None}
-        self.settled |= {stage.label(name): arm for name, arm in arms.items()}
+        for name, arm in arms.items():
+            source = stage.label(arm.start_from) if arm.start_from in arms else arm.start_from
+            self.settled[stage.label(name)] = arm.model_copy(update={"start_from": source})
         by_data: dict[str, dict[str, Arm]] = defaultdict(dict)
         for name, arm in trained.items():
             by_data[self.study.data_of(stage, arm)][name] = arm
