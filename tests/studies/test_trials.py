@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import read_table
 from delineate.recipe import Recipe, apply_changes, recipe_from
 from delineate.studies.trials import ANSWER, REQUEST, Request, Trial, duration, jobs_within, steps_for_gflop, try_recipe
-from delineate.studies.trying import answer, tried
+from delineate.studies.trying import tried
 from delineate.training.events import Finished, Planned, Started, Validated, read_events
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.run import train
@@ -147,13 +149,25 @@ def test_what_training_refuses_crosses_the_processes_whole(
     data: Path, split: Split, places: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = request_for(data, split, "tiles={kind: patches, shape: [8, 8, 8]}")
-    (tmp_path / REQUEST).write_bytes(pickle.dumps(wrong))
-    monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path)])
-    answer()
+    with pytest.raises(RecipeError) as refused:
+        tried(wrong, tmp_path)
+    (tmp_path / ANSWER).write_bytes(pickle.dumps(refused.value))
     interpreter(tmp_path / "python", f'cp {tmp_path / ANSWER} "$3"', monkeypatch)
     with pytest.raises(RecipeError, match="are for 3D networks, got a 2D one; use kind: slices"):
         try_recipe(wrong.recipe, data, split, 0)
     assert left_in(places) == []
+
+
+def test_it_ends_with_the_process_that_asked_however_that_ends(data: Path, split: Split, tmp_path: Path) -> None:
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    (folder / REQUEST).write_bytes(pickle.dumps(request_for(data, split)))
+    code = "from delineate.studies.trying import answer; answer()"
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, start_new_session=True)
+    assert process.stdin is not None
+    process.stdin.close()  # as a killed process does
+    assert process.wait() == -signal.SIGKILL
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

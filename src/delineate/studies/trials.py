@@ -162,16 +162,18 @@ def _answered_apart(folder: Path) -> int:
     # The user's key is made when it is first used, and a trial leaves nothing behind.
     environment = {**os.environ, "DELINEATE_KEY": str(folder / "key")}
     with (folder / "log").open("wb") as log:
-        # In a session of its own, so that whatever it has started can be killed with it.
+        # In a session of its own, so that whatever it has started can be killed with it; the pipe tells it of our end.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
         )
-        try:
-            return process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
+        assert process.stdin is not None
+        with process.stdin:
+            try:
+                return process.wait()
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
 
 
 def _crash(name: str, status: int, log: str) -> TrainingError:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +43,7 @@ from delineate.training.run import train
 def answer() -> None:
     """Answer the request in the folder that the command line names: all that a trial's process does."""
     folder = Path(sys.argv[1])
+    threading.Thread(target=_end_with_the_asker, args=(folder,), daemon=True).start()
     found: Trial | DelineateError
     try:
         found = tried(pickle.loads((folder / REQUEST).read_bytes()), folder)
@@ -46,6 +51,13 @@ def answer() -> None:
         found = error
     with writing_beside(folder / ANSWER) as beside:
         beside.write_bytes(pickle.dumps(found))
+
+
+def _end_with_the_asker(folder: Path) -> None:
+    """Wait until the asking process ends, however it does, then leave nothing behind."""
+    os.read(0, 1)  # its end of the pipe is closed
+    shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 def tried(request: Request, folder: Path) -> Trial:
