@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,22 +29,13 @@ def interleaved(cases: dict[str, Callable[[], object]], repetitions: int) -> dic
 def process_of(work: str) -> tuple[str, float]:
     """Run ``work`` in a new process; returns what it prints and its peak memory in GB."""
     folder = str(Path(__file__).parent)
-    code = f"import sys; sys.path.insert(0, {folder!r}); {work}; import measuring; print(measuring.peak_bytes())"
+    peak = "from delineate.core.memory import peak_memory_bytes; print(peak_memory_bytes())"
+    code = f"import sys; sys.path.insert(0, {folder!r}); {work}; {peak}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{work} failed:\n{done.stderr}")
-    *printed, peak = done.stdout.splitlines()
-    return "\n".join(printed), int(peak) / 1e9
-
-
-def peak_bytes() -> int:
-    """Peak memory of this process in bytes. On Linux, getrusage may report what the parent had taken."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    *printed, peak_bytes = done.stdout.splitlines()
+    return "\n".join(printed), int(peak_bytes) / 1e9
 
 
 def peak_of(work: str) -> float:

@@ -100,11 +100,8 @@ class PreparedDataset(Sequence[PreparedSubject]):
         return sum(entry.nbytes for entry in self._entries)
 
     def in_memory(self, budget_bytes: int | None = None) -> PreparedDataset:
-        """This data set with all arrays in memory if they fit the budget, else itself.
-
-        The budget is a quarter of the memory that this process may use, unless it is given.
-        """
-        if self.nbytes > (_memory_bytes() // 4 if budget_bytes is None else budget_bytes):
+        """This data set with all arrays in memory if they fit the budget (:func:`budget_in_memory`), else itself."""
+        if self.nbytes > (budget_in_memory() if budget_bytes is None else budget_bytes):
             return self
         dataset = PreparedDataset(self.folders)
         dataset._loaded = tuple(entry.open(mmap_mode=None) for entry in self._entries)
@@ -321,9 +318,9 @@ def _damaged(folder: Path) -> Truncated:
     return Truncated(f"prepared subject '{folder}' is damaged", fix="delete this folder and run again")
 
 
-def _memory_bytes() -> int:
-    """Memory that this process may use: the machine's, or its container's where that is less."""
+def budget_in_memory() -> int:
+    """How many bytes of prepared subjects stay in memory: a quarter of the machine's, or of its container's if less."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     container = limit.read_text().strip() if limit.exists() else "max"
-    return machine if container == "max" else min(machine, int(container))
+    return (machine if container == "max" else min(machine, int(container))) // 4

@@ -1,0 +1,261 @@
+"""A trial's own process: a shortened run of a few subjects, and what the whole run will take by it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from delineate.bundle import Bundle
+from delineate.compute import ComputePlan, plan_compute
+from delineate.core.memory import peak_memory_bytes
+from delineate.core.subject import Subject
+from delineate.datasets.splits import Split, check_split, save_split
+from delineate.errors import DelineateError
+from delineate.io.files import writing_beside
+from delineate.io.formats import read_header
+from delineate.networks.cost import count_convolutions
+from delineate.preprocessing.cache import PreparedDataset, budget_in_memory
+from delineate.recipe import Recipe
+from delineate.reporting.run import write_run_report
+from delineate.sampling.samplers import ChosenSlices
+from delineate.sampling.tiles import TileGeometry
+from delineate.studies.trials import ANSWER, REQUEST, Request, Trial
+from delineate.training.events import Event, Planned, Started, Trained, read_events
+from delineate.training.module import Budget
+from delineate.training.options import Reporter, RunOptions, check_possible
+from delineate.training.preparation import Roles, assign_roles, expected_seconds
+from delineate.training.run import train
+
+
+def answer() -> None:
+    """Answer the request in the folder that the command line names: all that a trial's process does."""
+    folder = Path(sys.argv[1])
+    threading.Thread(target=_end_with_the_asker, args=(folder,), daemon=True).start()
+    found: Trial | DelineateError
+    try:
+        found = tried(pickle.loads((folder / REQUEST).read_bytes()), folder)
+    except DelineateError as error:
+        found = error
+    with writing_beside(folder / ANSWER) as beside:
+        beside.write_bytes(pickle.dumps(found))
+
+
+def _end_with_the_asker(folder: Path) -> None:
+    """Wait until the asking process ends, however it does, then leave nothing behind."""
+    os.read(0, 1)  # its end of the pipe is closed
+    shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
+
+
+def tried(request: Request, folder: Path) -> Trial:
+    """Try a recipe in this process; the run is left in ``folder/run``, its prepared subjects in ``folder/cache``."""
+    recipe, began = request.recipe, time.time()
+    dataset = recipe.data.open(request.data)
+    check_split(request.split, dataset)
+    roles = assign_roles(dataset.subjects, request.split, request.fold, recipe)
+    sizes = {subject.id: _voxels(subject) for subject in dataset.subjects}
+    few = _few_of(roles, sizes)
+    split = Split((_names(few.held_out), _names(few.training)), validation=_names(few.validation))
+    save_split(folder / "split.json", split)
+    plan = plan_compute(
+        device=request.device,
+        threads=request.threads,
+        expected_seconds=expected_seconds(recipe, len(roles.training)),
+        convolutions=count_convolutions(recipe.network, len(recipe.data.channels or dataset.channels), 1),
+    )
+    options = RunOptions(
+        split_file=folder / "split.json",
+        cache=folder / "cache",
+        device=request.device,
+        compile="on" if plan.compile else "off",
+        threads=request.threads,
+    )
+    check_possible(options)
+    some = replace(dataset, subjects=tuple(subject for subject in dataset.subjects if subject.id in split.subjects))
+    steps = _StepTimes(plan.device)
+    result = train(_shortened(recipe, request.steps), some, folder / "run", options, Reporter(progress=steps.progress))
+    if result.stopped is not None:
+        sys.exit(result.stopped)
+    measured = time.time()
+    write_run_report(folder / "run", some)
+    took = _Took.of(read_events(folder / "run" / "logs"), steps.ends, request.asked, began, measured)
+    return _expected(recipe, roles, few, sizes, took, plan, folder)
+
+
+def _voxels(subject: Subject) -> int:
+    """The size of a scan, as its header states it; 0 if there is none, which inspection refuses."""
+    first = next(iter(subject.scans.values()), None)
+    return 0 if first is None else prod(read_header(first).grid.shape)
+
+
+def _few_of(roles: Roles, sizes: Mapping[str, int]) -> Roles:
+    """The smallest and the largest training subject, and the largest one in each other role."""
+    training, validation, held_out = (
+        tuple(sorted(part, key=lambda subject: sizes[subject.id]))
+        for part in (roles.training, roles.validation, roles.held_out)
+    )
+    return Roles((*training[:1], *training[1:][-1:]), validation[-1:], held_out[-1:])
+
+
+def _names(subjects: Sequence[Subject]) -> tuple[str, ...]:
+    return tuple(subject.id for subject in subjects)
+
+
+def _shortened(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with a budget of a few steps, validated after the last."""
+    validation = recipe.training.validation.model_copy(update={"times": 1, "patience": None})
+    budget = {"steps": steps, "minutes": None, "epochs": None, "validation": validation}
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=budget)})
+
+
+class _StepTimes:
+    """Notes when each training step ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ends: list[float] = []
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if stage == "training":
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # the step has only been queued
+            self.ends.append(time.time())
+
+
+@dataclass(frozen=True)
+class _Took:
+    """Seconds that the parts of a shortened run took.
+
+    ``first_step`` includes building the network. ``keeping``: statistics and files of weights to keep, once;
+    ``validating`` includes it, too.
+    """
+
+    steps: int
+    starting: float
+    inspecting: float
+    preparing: float
+    first_step: float
+    step: float
+    validating: float
+    keeping: float
+    predicting: float
+    reporting: float
+
+    @classmethod
+    def of(cls, events: Sequence[Event], steps: Sequence[float], asked: float, began: float, measured: float) -> _Took:
+        """From a run's events, when each of its steps ended, and when the held-out subjects were ``measured``."""
+        at = {type(event): event.at.timestamp() for event in events}
+        step = (steps[-2] - steps[0]) / (len(steps) - 2)
+        return cls(
+            steps=len(steps),
+            starting=began - asked,
+            inspecting=at[Started] - began,
+            preparing=at[Planned] - at[Started],
+            first_step=steps[0] - at[Planned],
+            step=step,
+            validating=max(0.0, steps[-1] - steps[-2] - step),
+            keeping=at[Trained] - steps[-1],
+            predicting=measured - at[Trained],
+            reporting=time.time() - measured,
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sizes (voxels) of all subjects that something is done with, and of the few that the trial does it with."""
+
+    all: tuple[int, ...]
+    few: tuple[int, ...]
+
+    def __add__(self, other: _Part) -> _Part:
+        return _Part(self.all + other.all, self.few + other.few)
+
+    def times(self, threads: int = 1) -> float:
+        """How many times as long all take if each thread takes one at a time; so few may leave some idle."""
+        busy = min(threads, len(self.few)) / max(1, min(threads, len(self.all)))
+        return busy * sum(self.all) / max(1, sum(self.few))
+
+    def summed(self, known: Sequence[float]) -> float:
+        """The sum over all of what is ``known`` of the few; between two of them, it is on a line by size."""
+        if len(set(self.few)) < 2:
+            return len(self.all) * sum(known) / max(1, len(known))
+        return float(np.interp(self.all, self.few, known).sum())
+
+
+def _expected(
+    recipe: Recipe, whole: Roles, few: Roles, sizes: Mapping[str, int], took: _Took, plan: ComputePlan, folder: Path
+) -> Trial:
+    """What the whole run will take, from what the run of a few subjects in ``folder`` took."""
+
+    def part(of: Callable[[Roles], Sequence[Subject]]) -> _Part:
+        all_sizes, few_sizes = (tuple(sizes[name] for name in _names(of(roles))) for roles in (whole, few))
+        return _Part(all_sizes, few_sizes)
+
+    def validated(roles: Roles) -> tuple[Subject, ...]:
+        return roles.held_out if spec.validation.held_out else roles.validation
+
+    spec = recipe.training
+    training, validation, held_out = part(lambda r: r.training), part(validated), part(lambda r: r.held_out)
+    everybody = _Part(tuple(sizes.values()), training.few + part(lambda r: r.validation).few + held_out.few)
+    preparing = took.inspecting * everybody.times() + took.preparing * (training + validation).times(plan.threads)
+    keeping = min(took.keeping, took.validating)
+    validating = keeping + (took.validating - keeping) * validation.times() if validation.all else 0.0
+    trained_on, validated_on = (_prepared(folder / "cache", part) for part in (few.training, validated(few)))
+    items = _items(recipe, Bundle.load(folder / "run" / "bundle").geometry, trained_on, training)
+    total_steps = Budget.of(spec, -(-items // spec.batch_size)).steps
+    limits = [] if spec.minutes is None else [60 * spec.minutes + validating]
+    if total_steps is not None:
+        limits.append(total_steps * took.step + min(spec.validation.times, total_steps) * validating)
+    others = took.starting + max(0.0, took.first_step - took.step) + took.keeping + took.reporting
+    seconds = preparing + min(limits) + took.predicting * held_out.times() + others
+    more = _more_in_memory(trained_on, training) + _more_in_memory(validated_on, validation)
+    return Trial(
+        steps=took.steps,
+        seconds_a_step=took.step,
+        preparing_seconds=preparing,
+        validating_seconds=validating,
+        predicting_seconds=took.predicting * held_out.times() / max(1, len(held_out.all)),
+        peak_gb=(peak_memory_bytes() + more) / 1e9,
+        device_gb=torch.cuda.max_memory_reserved(plan.device) / 1e9 if plan.device.type == "cuda" else None,
+        compiled=plan.compile,
+        total_steps=total_steps,
+        expected_minutes=seconds / 60,
+    )
+
+
+def _prepared(cache: Path, subjects: Sequence[Subject]) -> PreparedDataset:
+    """What a run has prepared of these subjects."""
+    places = [meta.parent for meta in cache.glob("*/meta.json")]
+    by_name = dict(zip(PreparedDataset(places).ids, places, strict=True))
+    return PreparedDataset([by_name[name] for name in _names(subjects)])
+
+
+def _items(recipe: Recipe, geometry: TileGeometry, prepared: PreparedDataset, training: _Part) -> int:
+    """Items in a pass over all training subjects, from the few that are prepared.
+
+    Exact if every subject has the same number, or a number in proportion to its size, as of slices.
+    """
+    tiles = recipe.sampler.listed(prepared, geometry)
+    listed = Counter(subject for subject, _ in tiles)
+    items = round(training.summed([listed[i] if tiles else 1 for i in range(len(prepared))]))
+    most = recipe.sampler.at_most if isinstance(recipe.sampler, ChosenSlices) else None
+    return items if most is None else min(items, most)
+
+
+def _more_in_memory(prepared: PreparedDataset, part: _Part) -> float:
+    """Bytes of all subjects of a part that a run keeps in memory, beyond those of the few that are prepared."""
+    everything = part.summed([prepared[i : i + 1].nbytes for i in range(len(prepared))])
+    return max(0.0, everything - prepared.nbytes) if everything <= budget_in_memory() else 0.0
