@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ from delineate.cli.options import Device, Json, studies
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from delineate.cli.terminal import Terminal
     from delineate.datasets.dataset import Dataset
     from delineate.recipe import Recipe
     from delineate.studies.planning import PlannedRun
@@ -75,19 +76,30 @@ def plan(
     phantom: PhantomFlag = False,
     size: SizeOption = "quick",
     final: Final = False,
+    trial: Annotated[
+        bool, typer.Option("--try", help="Train each arm for three steps, to tell its time and memory on this machine.")
+    ] = False,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Print the runs of a study, their subjects and their training time, without running anything."""
+    """Print the runs of a study, their subjects and their budgets; with --try, their time and memory. Writes nothing."""
     from tempfile import TemporaryDirectory
 
-    from delineate.cli.terminal import print_json, print_table
+    from delineate.cli.terminal import Terminal, print_json, print_table
+    from delineate.compute import check_device
     from delineate.studies.planning import plan_runs
+
+    check_device(device)
 
     chosen, beside = _load(study)
     known = _size(chosen, size)
     with TemporaryDirectory() as scratch:
         places = _places(chosen, data, phantom, known, Path(scratch))
         planned = plan_runs(chosen, known, _opened(chosen, beside, places), beside, final=final)
+        tried: list[dict[str, object]] = []
+        if trial:
+            with Terminal() as terminal:
+                tried = _tried(planned.runs, places, device, terminal)
     rows = [
         {
             "run": run.name,
@@ -100,12 +112,14 @@ def plan(
         for run in planned.runs
     ]
     if json:
-        print_json({"runs": rows, "pending": list(planned.pending)})
+        print_json({"runs": rows, "pending": list(planned.pending), "trials": tried})
         return
     print_table("", list(rows[0]) if rows else [], [[str(value) for value in row.values()] for row in rows])
     typer.echo(f"{len(rows)} runs; {_expected(planned.runs)}")
     for line in planned.pending:
         typer.echo(f"later: {line}")
+    if tried:
+        _print_trials(tried)
 
 
 @app.command("run")
@@ -275,6 +289,52 @@ def _opened(study: Study, beside: Path, places: dict[str, Path]) -> dict[str, Da
             recipe = arm_recipe(study, first, next(iter(first.compared.values())), Size(), beside)
             found[name] = recipe.data.open(place)
     return found
+
+
+def _tried(
+    runs: Sequence[PlannedRun], places: dict[str, Path], device: str, terminal: Terminal
+) -> list[dict[str, object]]:
+    """Time and memory of each arm's trainings, from trial steps of the first; a failing trial stops no other."""
+    from dataclasses import asdict
+
+    from delineate.errors import DelineateError
+    from delineate.studies.trials import try_recipe
+
+    by_arm: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        if run.weights_of is None:
+            by_arm.setdefault(run.label, []).append(run)
+    found: list[dict[str, object]] = []
+    for done, (label, some) in enumerate(by_arm.items(), start=1):
+        first = some[0]
+        # The weights that it would start from are not there yet, and change neither time nor memory.
+        recipe = first.recipe.model_copy(update={"start": None})
+        row: dict[str, object] = {"arm": label, "runs": len(some)}
+        try:
+            row |= asdict(try_recipe(recipe, places[first.data], first.split, first.fold, device=device))
+        except DelineateError as error:
+            row["error"] = str(error)
+            terminal.say_failure(f"{label}: {error}")
+        found.append(row)
+        terminal.progress("trials", done, len(by_arm))
+    return found
+
+
+def _print_trials(tried: list[dict[str, Any]]) -> None:
+    from delineate.cli.terminal import print_table
+    from delineate.studies.trials import duration
+
+    good = [row for row in tried if "error" not in row]
+    rows = [
+        [row["arm"], str(row["runs"]), f"{row['seconds_a_step']:.3g} s", str(row["total_steps"] or ""),
+         f"{row['peak_gb']:.1f} GB", duration(60 * row["expected_minutes"])]
+        for row in good
+    ]  # fmt: skip
+    print_table("three trial steps of each arm", ["arm", "runs", "a step", "steps", "memory", "a run"], rows)
+    total = sum(60 * row["expected_minutes"] * row["runs"] for row in good)
+    typer.echo(f"expected on this machine, one run after another: {duration(total)}")
+    if failed := [str(row["arm"]) for row in tried if "error" in row]:
+        typer.echo(f"without {', '.join(failed)}, whose trials failed")
 
 
 def _budget(recipe: Recipe) -> str:

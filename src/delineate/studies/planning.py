@@ -189,7 +189,9 @@ class _Planning:
         recipe = arm_recipe(self.study, stage, arm, self.size, self.beside, label)
         if self.size.gflop is None:
             return recipe
-        steps = steps_for_gflop(recipe, len(self.datasets[data].channels), self.size.gflop)
+        dataset = self.datasets[data]
+        outputs = None if dataset.targets is None else dataset.targets.outputs
+        steps = steps_for_gflop(recipe, len(dataset.channels), self.size.gflop, outputs=outputs)
         training = recipe.training.model_copy(update={"steps": steps, "minutes": None, "epochs": None})
         return recipe.model_copy(update={"training": training})
 
