@@ -82,7 +82,7 @@ def plan(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Print the runs of a study, their subjects and their budgets; with --try, their time and memory. Writes nothing."""
+    """Print the runs of a study, their subjects and budgets, and with --try their time and memory; write nothing."""
     from tempfile import TemporaryDirectory
 
     from delineate.cli.terminal import Terminal, print_json, print_table
