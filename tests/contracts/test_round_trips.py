@@ -147,21 +147,27 @@ def samples() -> dict[type[Specification], list[Specification]]:
         events.Warned(at=NOW, message="two\nlines"),
     ]
     studies = [load_study(name) for name in packaged_studies()]
-    studies.append(
-        Study.model_validate(
+    locked = {"name": "x", "design": {"kind": "locked_test"}, "best_of": "s"}
+    searched = {
+        "kind": "search",
+        "parameters": {"a.b": {"low": 0.5, "high": 1, "log": True}, "c": {"low": 1, "high": 3}, "d": ["x", 1.5, True]},
+    }
+    factors = {"E": ["a=1"], "size": {"small": {"set": ["b=2"]}, "large": {}}}
+    studies += [
+        Study.model_validate({"name": "s", "question": "?", "recipe": "r.yaml", "sizes": {"quick": {}}, **more})
+        for more in (
             {
-                "name": "s",
-                "question": "?",
-                "recipe": "r.yaml",
                 "arms": {"a": {"recipe": "x.yaml", "set": ["b.c=[1, 2]"]}, "b": {}},
                 "design": {"kind": "cross_validation"},
-                "sizes": {"quick": {"folds": [0]}},
-                "phantom": {"kind": "liver"},
+                "sizes": {"quick": {"folds": [0], "arms": {"a": ["x=1"]}}},
+                "data": {"d": {"phantom": {"kind": "liver"}, "locked": 0.1}},
                 "claims": [{"text": "a: ü", "better": "a", "worse": "b"}],
-                "published": [{"source": "s", "columns": ["a"], "rows": [[".9"]]}],
-            }
+                "published": [{"source": "s", "columns": ["a", "b"], "rows": [["1", ".9"]], "measures": [None]}],
+            },
+            {"stages": [{"name": "s", "factors": factors, "design": searched}, locked], "data": {"d": {"locked": 0.1}}},
+            {"design": {"kind": "recipe_split"}, "arms": {"a": {}, "b": {"weights_of": "a"}}},
         )
-    )
+    ]
     for whole in (*recipes, *made, *studies, *(recipe.pipeline for recipe in recipes), described, *happened):
         for part in parts_of(whole):
             if part not in found[type(part)]:
