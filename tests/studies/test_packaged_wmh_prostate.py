@@ -130,3 +130,12 @@ def test_the_quick_size_has_every_arm_and_few_steps_without_weights_from_elsewhe
     shared = [run.split.held_out(run.fold) for run in quick.values() if run.data == "scans"]
     assert len(set(shared)) == 1
     assert 2 <= len(shared[0]) <= 5
+
+
+def test_published_rows_stand_beside_the_arm_that_they_are_about() -> None:
+    in_distribution, external = load_study("wmh-content-loss").published
+    assert [row[0] for row in in_distribution.rows if row[0] not in in_distribution.arms] == ["Leaderboard"]
+    assert [in_distribution.arms.get(row[0], "") for row in in_distribution.rows[:5]] == [f"losses/{a}" for a in LOSSES]
+    assert [external.arms[row[0]] for row in external.rows] == [f"external/{a}" for a in LOSSES]
+    [prostates] = load_study("prostate-architectures").published
+    assert [prostates.arms[row[0]] for row in prostates.rows] == [f"networks/{arm}" for arm in NETWORKS]

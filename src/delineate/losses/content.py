@@ -63,8 +63,9 @@ class SiameseContent(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
         if min(logits.shape[2:4]) < 2**self.spec.pools:
+            pixels = "×".join(map(str, logits.shape[2:4]))
             raise RecipeError(
-                f"loss siamese_content halves images {self.spec.pools} times; got {'×'.join(map(str, logits.shape[2:4]))} pixels",
+                f"loss siamese_content halves images {self.spec.pools} times; got {pixels} pixels",
                 fix="use larger tiles, or fewer pools",
             )
         with torch.autocast(logits.device.type, enabled=False):
