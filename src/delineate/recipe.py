@@ -264,6 +264,11 @@ class PostprocessingSpec(Specification):
     largest_component: Names = ()
     minimum_ml: Annotated[dict[str, Weight], Field(max_length=256)] = Field(default_factory=dict)
 
+    def check(self, targets: Targets) -> None:
+        """Raise :class:`RecipeError` if any other target is named."""
+        if unknown := sorted({*self.largest_component, *self.minimum_ml} - set(targets.names)):
+            raise RecipeError(f"postprocessing names unknown targets {unknown}", fix=f"use {list(targets.names)}")
+
 
 class Recipe(Specification):
     """Everything that defines a run: an immutable value, checked on creation.

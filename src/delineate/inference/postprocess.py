@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
-from delineate.errors import RecipeError
 from delineate.recipe import PostprocessingSpec
 
 
@@ -17,9 +16,8 @@ def postprocess(masks: NDArray[np.bool_], targets: Targets, grid: Grid, spec: Po
     Slices lie across ``grid.slice_axis``; components are 26-connected.
     Raises :class:`RecipeError` if the specification names an unknown target.
     """
+    spec.check(targets)
     named = {*spec.largest_component, *spec.minimum_ml}
-    if unknown := sorted(named - set(targets.names)):
-        raise RecipeError(f"postprocessing names unknown targets {unknown}", fix=f"use {list(targets.names)}")
     result = masks.copy()
     slices = np.moveaxis(result, 1 + grid.slice_axis, 0)  # a view
     ends = int(spec.drop_end_slices * len(slices) + 1e-9)  # 0.29 of 100 is 28.999…
