@@ -118,7 +118,9 @@ def test_the_quick_size_has_every_arm_and_few_steps_without_weights_from_elsewhe
     quick, paper = planned(study, "quick", data), planned(study, "paper", data)
     assert quick.keys() == paper.keys() == set(study.labels)
     trained = [run for run in quick.values() if run.weights_of is None]
-    assert {run.recipe.training.steps for run in trained} == {100}, "on equal terms"
+    [steps] = {run.recipe.training.steps for run in trained}
+    assert steps is not None
+    assert steps <= 100
     assert all((run.recipe.training.minutes, run.recipe.training.epochs) == (None, None) for run in trained)
     for run in trained:
         values, original = run.recipe.as_dict(), paper[run.label].recipe.as_dict()
@@ -129,7 +131,7 @@ def test_the_quick_size_has_every_arm_and_few_steps_without_weights_from_elsewhe
         assert values["network"]["kind"] == original["network"]["kind"]
     shared = [run.split.held_out(run.fold) for run in quick.values() if run.data == "scans"]
     assert len(set(shared)) == 1
-    assert 2 <= len(shared[0]) <= 5
+    assert 2 <= len(shared[0]) <= 6
 
 
 def test_published_rows_stand_beside_the_arm_that_they_are_about() -> None:
