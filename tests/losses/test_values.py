@@ -410,6 +410,23 @@ def test_the_paper_s_vector_has_its_length() -> None:
     assert first.numel() + second.numel() == 1_204_224
 
 
+def test_content_of_any_number_of_pools_is_one_vector(content_case) -> None:
+    """Each pool adds its squares to the distance, and its length to the vector."""
+    logits, target, image = (torch.nn.functional.interpolate(x, scale_factor=4) for x in content_case)
+    for pools in (1, 2, 3, 4, 5):
+        loss = content(pools=pools, intensities="prepared")
+        predicted = loss.vgg((image * logits.softmax(1)[:, 1:]).expand(-1, 3, -1, -1))
+        true = loss.vgg((image * (0.1 + 0.8 * target)).expand(-1, 3, -1, -1))
+        assert [layer.shape[1:] for layer in predicted] == [
+            (channels, 64 >> level, 64 >> level)
+            for level, channels in enumerate((64, 128, 256, 512, 512)[:pools], start=1)
+        ]
+        squares = sum(((p - t) ** 2).flatten(1).sum(1) for p, t in zip(predicted, true, strict=True))
+        torch.testing.assert_close(loss(logits, target, image), (squares / sum(p[0].numel() for p in predicted)).mean())
+    with pytest.raises(RecipeError, match="halves images 5 times; got 16×16 pixels"):
+        content(pools=5)(*content_case)
+
+
 def test_content_looks_at_the_image_under_the_mask(content_case) -> None:
     """Masks that differ only where the image is black are the same to it."""
     logits, target, image = content_case

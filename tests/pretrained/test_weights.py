@@ -48,6 +48,12 @@ def test_vgg19_up_to_its_second_pool() -> None:
     assert {k: tuple(v.shape) for k, v in features.state_dict().items()}.items() <= expected_shapes("vgg19").items()
 
 
+def test_vgg19_up_to_its_last_pool_has_all_its_convolutions() -> None:
+    with torch.device("meta"):
+        features = VGG19Features("torchvision", pools=5)
+    assert {k: tuple(v.shape) for k, v in features.state_dict().items()} == expected_shapes("vgg19")
+
+
 def test_the_two_preprocessings_are_those_of_their_weights() -> None:
     """A pixel of (0.485, 0.456, 0.406), the mean of one; of the other's mean in BGR."""
     pixel = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)

@@ -21,7 +21,14 @@ from delineate.metrics.quantities import QuantityMap
 from delineate.reporting.classes import class_rows
 from delineate.reporting.evaluation import write_evaluation_report
 from delineate.reporting.figures import agreement_chart, class_chart, confusion_chart, density_chart, methods_chart
-from delineate.reporting.html import EvaluationReport, MethodsReport, RunReport, write_report
+from delineate.reporting.html import (
+    EvaluationReport,
+    MethodsReport,
+    RunReport,
+    StudyReport,
+    StudySection,
+    write_report,
+)
 from delineate.reporting.overlays import Overlay, views_of
 
 TARGETS = Targets({"organ": (1,), "<lesion>": (2,)})
@@ -236,6 +243,15 @@ def test_what_was_measured_besides_is_drawn(tmp_path) -> None:
     assert "10⁰" in page
     assert "Absolute volume error, % of organ over its density, 9 subjects" in page
     assert "0.3–1 % (n 9)" in page
+
+
+def test_a_study_draws_the_volume_error_of_each_arm_over_density(tmp_path) -> None:
+    arms = {"external/dice": with_probabilities(), "external/gdl": with_probabilities()}
+    study = StudyReport("a", "b", False, (), "dice", [StudySection("external", arms)])
+    write_report(tmp_path / "page.html", study)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for arm in arms:
+        assert f"{arm}: Absolute volume error, % of organ over its density, 9 subjects" in page
 
 
 def test_density_bins_have_fixed_edges_and_name_outliers() -> None:

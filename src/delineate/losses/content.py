@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from delineate.core.targets import Targets
+from delineate.errors import RecipeError
 from delineate.losses.base import LossSpecification, judged
 from delineate.losses.pixelwise import Soft
 from delineate.pretrained.vgg import VGG19Features
@@ -18,9 +19,9 @@ from delineate.pretrained.weights import load_features
 class SiameseContentSpec(LossSpecification):
     """Squared distance between VGG19's features of the image under the true and the predicted mask.
 
-    Features are the outputs of the first two max-pools, taken as one vector. ``reduction``: ``paper``
+    Features are the outputs of the first max-pools, ``pools`` of them, taken as one vector. ``reduction``: ``paper``
     divides the squared distance by that vector's length, ``sum`` by nothing, ``mean`` averages each
-    layer separately and then the two. The loss is a mean over samples and targets. ``channel`` of the image
+    layer separately and then the layers. The loss is a mean over samples and targets. ``channel`` of the image
     (``null``: the middle one) is shown to VGG as three equal channels; the mask multiplies it before VGG's own
     preprocessing, which expects 0…1. ``intensities``: ``prepared``, for recipes that scale scans to 0…1 themselves,
     shows the image as it is; ``stretched`` scales each sample to 0…1. Slices of a volume are treated one by one.
@@ -31,6 +32,7 @@ class SiameseContentSpec(LossSpecification):
 
     kind: Literal["siamese_content"] = "siamese_content"
     weights: str = "imagenet"
+    pools: Annotated[int, Field(ge=1, le=5)] = 2
     soft_labels: Soft | None = (0.1, 0.9)
     reduction: Literal["paper", "sum", "mean"] = "paper"
     channel: Annotated[int, Field(ge=0, le=1023)] | None = None
@@ -49,7 +51,7 @@ class SiameseContent(nn.Module):
         super().__init__()
         self.spec, self.targets = spec, targets
         weights, preprocessing = load_features("vgg19", spec.weights)
-        self.vgg = VGG19Features(preprocessing)
+        self.vgg = VGG19Features(preprocessing, spec.pools)
         if weights is not None:
             own = self.vgg.state_dict()
             self.vgg.load_state_dict({key: weights[key] for key in own})
@@ -60,6 +62,12 @@ class SiameseContent(nn.Module):
         return [p for p in self.vgg.parameters() if p.requires_grad]
 
     def forward(self, logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
+        if min(logits.shape[2:4]) < 2**self.spec.pools:
+            pixels = "×".join(map(str, logits.shape[2:4]))
+            raise RecipeError(
+                f"loss siamese_content halves images {self.spec.pools} times; got {pixels} pixels",
+                fix="use larger tiles, or fewer pools",
+            )
         with torch.autocast(logits.device.type, enabled=False):
             probability, reference, known = judged(
                 logits.to(self.vgg.input.mean.dtype), target, self.targets, self.spec.soft_labels
@@ -90,7 +98,7 @@ class SiameseContent(nn.Module):
         return (image - low) / torch.where(high > low, high - low, torch.ones_like(high))
 
     def _features(self, masked: Tensor) -> tuple[Tensor, ...]:
-        """VGG's two layers of each target's masked slices, all as samples."""
+        """VGG's layers of each target's masked slices, all as samples."""
         if masked.ndim == 5:  # (N, T, X, Y, Z): slices are images
             masked = masked.movedim(-1, 1).flatten(0, 1)
         pictures = masked.flatten(0, 1).unsqueeze(1)

@@ -53,26 +53,39 @@ class VGGInput(nn.Module):
 
 
 class VGG19Features(nn.Module):
-    """The outputs of VGG19's first two max-pools, (N, 64, X / 2, Y / 2) and (N, 128, X / 4, Y / 4).
+    """The outputs of VGG19's first max-pools, of (N, 64, X / 2, Y / 2), (N, 128, X / 4, Y / 4), … up to five.
 
     Takes images (N, 3, X, Y) of RGB values from 0 to 1, and applies the preprocessing that the weights were
     trained with.
     """
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
+    def __init__(self, preprocessing: Preprocessing, pools: int = 2) -> None:
         super().__init__()
         self.caffe = preprocessing == "caffe"
         self.input = VGGInput(preprocessing)
-        convolutions = [nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 64), (64, 64), (64, 128), (128, 128))]
-        for convolution in convolutions:
-            # PyTorch's default halves the signal at each layer, which would leave random features almost blind.
-            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-        a, b, c, d = convolutions
-        self.features = nn.Sequential(
-            a, nn.ReLU(), b, nn.ReLU(), nn.MaxPool2d(2), c, nn.ReLU(), d, nn.ReLU(), nn.MaxPool2d(2)
-        )
+        layers: list[nn.Module] = []
+        before, left = 3, pools
+        for width in _LAYERS["vgg19"]:
+            if width is not None:
+                layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+                before = width
+                continue
+            layers.append(nn.MaxPool2d(2))
+            left -= 1
+            if not left:
+                break
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                # PyTorch's default halves the signal at each layer, which would leave random features almost blind.
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.features = nn.Sequential(*layers)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        first = self.features[:5](self.input(image.flip(1) if self.caffe else image))
-        return first, self.features[5:](first)
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        x = self.input(image.flip(1) if self.caffe else image)
+        pooled = []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.MaxPool2d):
+                pooled.append(x)
+        return tuple(pooled)

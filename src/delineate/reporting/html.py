@@ -262,20 +262,24 @@ def _charts(evaluation: Evaluation, band_percent: float | None) -> list[list[str
         for agreeing in evaluation.agreements
     ]
     charts = [lesion_chart(evaluation, target) for target in evaluation.lesions["target"].unique()]
-    over_density = []
-    if "density_percent" in evaluation.metrics:
-        rows = {target: evaluation.table[evaluation.table["target"] == target] for target in evaluation.targets}
-        over_density = [
-            density_chart(evaluation, target, name, METRICS[name].title)
-            for target in evaluation.targets
-            for name in chosen
-            if np.isfinite(rows[target][name].astype(float)).sum() >= _LEAST_FOR_BINS
-        ]
     if len(evaluation.confusion):
         charts += [confusion_chart(evaluation), class_chart(evaluation)]
     if len(evaluation.reliability):
         charts.append(reliability_chart(evaluation))
-    return [group for group in (distributions, *pairs, over_density, charts) if group]
+    return [group for group in (distributions, *pairs, _over_density(evaluation, chosen), charts) if group]
+
+
+def _over_density(evaluation: Evaluation, metrics: Sequence[str], of: str = "") -> list[str]:
+    """Charts of metrics over the density of targets, where it was measured and enough subjects have them."""
+    if "density_percent" not in evaluation.metrics:
+        return []
+    rows = {target: evaluation.table[evaluation.table["target"] == target] for target in evaluation.targets}
+    return [
+        density_chart(evaluation, target, name, f"{of}{METRICS[name].title}")
+        for target in evaluation.targets
+        for name in metrics
+        if name in evaluation.metrics and np.isfinite(rows[target][name].astype(float)).sum() >= _LEAST_FOR_BINS
+    ]
 
 
 def _methods(report: MethodsReport) -> dict[str, Any]:
@@ -296,13 +300,14 @@ def _study(report: StudyReport) -> list[dict[str, Any]]:
 
 
 def _section(section: StudySection, metric: str) -> dict[str, Any]:
-    rows, pooled, agreement = [], [], []
+    rows, pooled, agreement, over_density = [], [], [], []
     for name, evaluation in section.evaluations.items():
         estimates = evaluation.overall()
         shown = dict.fromkeys((metric, "dice", "hd95_mm", "assd_mm"))
         rows += [{"group": name, **_estimate(METRICS[m], estimates[m])} for m in shown if m in estimates]
         pooled += [{"runs": name, **row} for row in evaluation.described_pooled()]
         agreement += [{"runs": name, **row} for agreeing in evaluation.agreements for row in agreeing.described()]
+        over_density += _over_density(evaluation, ["avd_percent"], of=f"{name}: ")
     label = METRICS[metric].title
     charts = []
     if section.curves:
@@ -318,6 +323,7 @@ def _section(section: StudySection, metric: str) -> dict[str, Any]:
         "section": section,
         "rows": rows,
         "charts": charts,
+        "over_density": over_density,
         "learning": learning,
         "pooled": pooled,
         "agreement": agreement,

@@ -15,7 +15,7 @@ from delineate.errors import StudyError
 from delineate.io.files import parsing, read_text
 from delineate.io.settings import MOST_CHARACTERS, parse_yaml
 from delineate.metrics.catalogue import METRICS
-from delineate.specification import Specification, Text, explained
+from delineate.specification import Names, Specification, Text, explained
 from delineate.studies.measures import MEASURES
 
 Changes = Annotated[tuple[Text, ...], Field(max_length=256)]
@@ -309,13 +309,16 @@ class Published(Specification):
 
 
 class Phantom(Specification):
-    """Simulated scans to run the study on if its data are not available; see `delineate data phantom`."""
+    """Simulated scans to run the study on if its data are not available; see `delineate data phantom`.
+
+    ``sites``: only patients imaged there.
+    """
 
     kind: Text
     patients: Annotated[int, Field(ge=2, le=10**4)] = 20
     seed: Annotated[int, Field(ge=0, le=2**32)] = 0
     layout: Text | None = None
-    sites: Annotated[tuple[Text, ...], Field(max_length=100)] | None = None
+    sites: Names | None = None
     coarse: Annotated[float, Field(ge=1, le=16)] = 1.0
 
 
