@@ -20,7 +20,7 @@ from delineate.compute import plan_compute
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
-from delineate.errors import BundleError, UnknownKey
+from delineate.errors import BundleError, RecipeError, UnknownKey
 from delineate.fingerprint import Fingerprint, Range
 from delineate.inference.predictor import Predictor
 from delineate.io.pseudonyms import key_id
@@ -120,6 +120,26 @@ def test_a_scan_with_other_channels_is_refused(saved, scan) -> None:
     two = Volume(np.concatenate([scan.voxels] * 2), scan.grid)
     with pytest.raises(BundleError, match="has 2 channels, but the bundle needs 1: T1"):
         Predictor([Bundle.load(saved)], PLAN).predict(two)
+
+
+def test_other_settings_of_prediction_leave_the_network_as_it_is(saved, scan) -> None:
+    bundle = Bundle.load(saved)
+    changed = bundle.with_settings(["inference.overlap=0", "postprocessing.drop_end_slices=0.45"])
+    assert changed.differing_settings(bundle) == {
+        "inference.overlap": (0.0, 0.5),
+        "postprocessing.drop_end_slices": (0.45, 0.0),
+    }
+    assert changed.weights_sha256 == bundle.weights_sha256
+    assert bundle.with_settings(["inference.overlap=0.5"]) == bundle
+    before, now = (Predictor([one], PLAN, probabilities=True).predict(scan) for one in (bundle, changed))
+    assert before.label.voxels.any()
+    assert not np.array_equal(before.probabilities, now.probabilities)
+    assert now.label.voxels[..., [0, 1, 2, 4, 5, 6]].max() == 0
+    for change in ("training.steps=1", "inference_more=1", "=1", "name=x"):
+        with pytest.raises(RecipeError, match="another network"):
+            bundle.with_settings([change])
+    with pytest.raises(RecipeError, match="unknown targets"):
+        bundle.with_settings(["postprocessing.minimum_ml.spleen=1"])
 
 
 def test_new_weights_leave_the_rest_as_it_is(saved) -> None:

@@ -16,7 +16,7 @@ A bundle with a file that differs from what was saved is refused on opening, bef
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from delineate.calibration import CALIBRATION
 from delineate.core.grid import AXES
 from delineate.core.targets import Targets
-from delineate.errors import BundleError, DelineateError, OutputError, UnknownKey
+from delineate.errors import BundleError, DelineateError, OutputError, RecipeError, UnknownKey
 from delineate.fingerprint import PATIENT_AXES, Fingerprint
 from delineate.io.files import writing_beside
 from delineate.io.pseudonyms import PATTERN, key_file, key_id, pseudonym
@@ -40,12 +40,15 @@ from delineate.io.settings import parse_yaml
 from delineate.networks.base import Unfilled
 from delineate.plugins import missing
 from delineate.preprocessing.pipeline import Pipeline
-from delineate.recipe import Recipe, TargetsSpec, recipe_from, to_yaml
+from delineate.recipe import Recipe, TargetsSpec, apply_changes, recipe_from, to_yaml
 from delineate.sampling.tiles import Slices, TileGeometry, TileSpec, Whole, geometry_for
 from delineate.specification import Specification, Text, from_json, to_json
 
 FORMAT: Final = 2
 RECIPE, PREPROCESSING, WEIGHTS = "recipe.yaml", "preprocessing.json", "weights.safetensors"
+
+_AFTER_TRAINING = ("inference", "postprocessing")
+"""The recipe's groups that a trained network does not depend on."""
 
 _MOST_VOXELS = 2**30
 """Largest tile, as the network reads it."""
@@ -146,6 +149,32 @@ class Bundle:
                 fix="set DELINEATE_KEY to the key of whoever trained it, ask them, or choose subjects by hand",
             )
         return pseudonym("subject", subject) in {*known.training, *known.validation}
+
+    def with_settings(self, changes: Iterable[str]) -> Bundle:
+        """This bundle with other ``inference`` and ``postprocessing`` settings, as ``path.to.field=value``.
+
+        Raises :class:`RecipeError` for any other setting, on which the trained network depends.
+        """
+        changes = list(changes)
+        for change in changes:
+            if change.partition("=")[0].partition(".")[0].strip() not in _AFTER_TRAINING:
+                raise RecipeError(
+                    f"'{change[:100]}' would be another network",
+                    fix=f"change only {' and '.join(f'{group}.*' for group in _AFTER_TRAINING)} of a trained bundle",
+                )
+        recipe = recipe_from(apply_changes(self.recipe.as_dict(), changes))
+        recipe.postprocessing.check(self.targets)
+        return replace(self, recipe=recipe)
+
+    def differing_settings(self, other: Bundle) -> dict[str, tuple[Any, Any]]:
+        """The ``inference`` and ``postprocessing`` settings in which two bundles differ, by name: here, and there."""
+        here, there = self.recipe.as_dict(), other.recipe.as_dict()
+        return {
+            f"{group}.{name}": (value, there[group][name])
+            for group in _AFTER_TRAINING
+            for name, value in here[group].items()
+            if value != there[group][name]
+        }
 
     @property
     def _no_weights(self) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from delineate.bundle import Bundle
+from delineate.bundle import Bundle, Provenance, hidden
 from delineate.cli.app import app
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
@@ -24,6 +24,7 @@ from delineate.errors import BadPath, OutputError
 from delineate.evaluation.table import Evaluation
 from delineate.io.formats import write_label, write_volume
 from delineate.io.overwriting import check_outputs
+from delineate.io.pseudonyms import key_id
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
 
@@ -51,8 +52,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table = {"subject": ["c0", "c1"], "site": "", "target": "organ", "case": "both", "dice": [0.5, 0.6]}
         Evaluation(pd.DataFrame(table)).write(root / name)
     recipe = recipe_from(TINY)
+    geometry, known = TileGeometry((8, 8, 4)), Provenance(key=key_id(), training=hidden(["somebody"]))
     bundle = Bundle(
-        recipe, recipe.pipeline, Targets({"organ": (1,)}), ("MR",), TileGeometry((8, 8, 4)), (1.0, 1.0, 3.0)
+        recipe, recipe.pipeline, Targets({"organ": (1,)}), ("MR",), geometry, (1.0, 1.0, 3.0), provenance=known
     )
     bundle.save(root / "bundle", bundle.network().state_dict(), {})
     return root
@@ -102,6 +104,20 @@ WRITERS = {
     "compare's page": Writer("compare @m1 @m2", "--report OUT", "", ("m1/metrics.csv", "m2/summary.json")),
     "weights export": Writer("weights export @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
     "forgetting": Writer("forgetting @bundle @bundle --data @data --device cpu", "-o OUT", "before/c0.nii.gz"),
+    "test": Writer("test @bundle --data @data --device cpu", "-o OUT", "predictions/c0.nii.gz"),
+    "test's tables": Writer("test @bundle --data @data --device cpu", "-o OUT", "evaluation/metrics.csv"),
+    "test's page": Writer(
+        "test @bundle --data @data --device cpu",
+        "-o OUT",
+        "report.html",
+        ("data/labelsTr/c0.nii.gz", "bundle/weights.safetensors"),
+    ),
+    "test's probabilities": Writer(
+        "test @bundle --data @data --device cpu",
+        "-o OUT",
+        "predictions/probabilities/c1.nii.gz",
+        ("data/imagesTr/c0_0000.nii.gz", "data/labelsTr/c1.nii.gz"),
+    ),
     "study": Writer("study run hippocampus-cv --data @data", "-o OUT", "report.html", flag=False),
     "train": Writer("train generic_3d --data @data", "-o OUT", "report.html", flag=False),
 }

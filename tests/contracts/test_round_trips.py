@@ -25,11 +25,21 @@ from delineate.datasets.examination import Problem, SubjectRow
 from delineate.datasets.inspection import InspectionFile, Intensity
 from delineate.datasets.splits import Split, SplitFile, load_split, save_split
 from delineate.errors import RecipeError
+from delineate.evaluation.held_out import PlannedTest
 from delineate.fingerprint import Fingerprint, Range
 from delineate.io.documents import Document
 from delineate.io.settings import parse_yaml
 from delineate.pretrained.weights import Entry
-from delineate.recipe import Recipe, load_recipe, packaged_recipes, recipe_from, to_yaml
+from delineate.recipe import (
+    InferenceSpec,
+    PostprocessingSpec,
+    Recipe,
+    TargetsSpec,
+    load_recipe,
+    packaged_recipes,
+    recipe_from,
+    to_yaml,
+)
 from delineate.sampling.tiles import TileGeometry
 from delineate.specification import Specification, from_json, to_json
 from delineate.studies.running import Entry as PlannedEntry
@@ -269,6 +279,11 @@ DOCUMENTS: list[Document] = [
         runs=(PlannedEntry("a", "b", 3, 1, weights_of="c", changes=("inference.overlap=0.5",)),),
     ),
     FinalTest(began=datetime(2026, 2, 3, tzinfo=UTC), runs=("a",)),
+    PlannedTest(
+        weights_sha256="0f", inference=InferenceSpec(overlap=0.25, flips=("x",)),
+        postprocessing=PostprocessingSpec(minimum_ml={"a": 0.5}), data_set="d", subjects=("x",),
+        references=TargetsSpec(values={"a": (1, 2)}), metrics="dice", lesion_overlap=0.1, quantity="",
+    ),
     Entry(name="vgg11", source="f.pth", preprocessing="caffe", sha256="0f", tensors=16),
 ]  # fmt: skip
 

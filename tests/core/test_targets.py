@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from delineate.core.targets import IGNORED, Targets
+from delineate.core.targets import IGNORED, SharedTargets, Targets
 from delineate.errors import BadLabelValue, RecipeError
 
 LABEL = np.array([0, 1, 2, 3, 4, 9]).reshape(6, 1, 1)
@@ -54,3 +54,30 @@ def test_ambiguous_targets_are_refused() -> None:
         Targets({"background": (0,)})
     with pytest.raises(RecipeError, match="both segmented and ignored"):
         Targets({"lesion": (1,)}, ignore=(1,))
+
+
+def test_labels_with_other_values_are_matched_by_their_targets_names() -> None:
+    """The shared numbering says of every voxel which shared targets it belongs to, as each side's own values do."""
+    sides = (
+        Targets({"liver": (1, 2), "tumour": (2,), "spleen": (5,)}, "overlapping"),
+        Targets({"tumour": (1,), "liver": (3, 1), "kidney": (4,)}, "overlapping", ignore=(-7,)),
+        Targets({"tumour": (3,), "liver": (1,)}, ignore=(300,)),
+        Targets({"liver": (4,)}),
+    )
+    for predictions in sides:
+        for references in sides:
+            shared = SharedTargets.of(predictions, references)
+            assert shared.targets.names == tuple(n for n in references.names if n in predictions.names)
+            assert shared.relabels == (predictions != references)
+            for own, relabelled in ((predictions, shared.prediction), (references, shared.reference)):
+                label = np.array(sorted(own.known_values)).reshape(-1, 1, 1)
+                before, now = own.masks(label), shared.targets.masks(relabelled(label, "a"))
+                assert all(np.array_equal(now[name], before[name]) for name in shared.targets.names)
+                assert np.array_equal(shared.targets.known(relabelled(label, "a")), own.known(label))
+                with pytest.raises(BadLabelValue):
+                    relabelled(label + 1000, "a")
+    chosen = SharedTargets.of(sides[0], sides[0], ["tumour"])
+    assert chosen.targets.names == ("tumour",)
+    assert chosen.relabels
+    with pytest.raises(RecipeError, match="no target in common"):
+        SharedTargets.of(sides[3], Targets({"spleen": (4,)}))

@@ -51,7 +51,7 @@ def test_both_are_measured_on_what_neither_saw_in_what_both_name(tmp_path: Path)
         assert evaluation.subjects == tuple(s.id for s in subjects[2:])
         assert evaluation.simulated
     assert Evaluation.read(tmp_path / "out/before_evaluation").simulated
-    same = measure_forgetting(both, both, source, tmp_path / "same", PLAN, Measuring("dice,volume_ml"))
+    same = measure_forgetting(both, both, source, tmp_path / "same", PLAN, Measuring("lits"))
     assert same["before"].table.equals(same["after"].table)
     assert same["before"].targets == ("liver", "tumour")
 

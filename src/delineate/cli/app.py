@@ -12,6 +12,7 @@ from delineate.cli import (
     demo,
     evaluate,
     forgetting,
+    held_out,
     metrics,
     networks,
     predict,
@@ -83,6 +84,7 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+app.command("test")(held_out.measure_held_out)
 app.command("compare")(compare.compare)
 app.command("forgetting")(forgetting.forgetting)
 app.add_typer(study.app, name="study")

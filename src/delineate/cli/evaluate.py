@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from delineate.cli.options import Json, MarginMm, Metrics, Overwrite, Quantity, TargetsOption
+from delineate.cli.options import Json, LesionOverlap, MarginMm, Metrics, Overwrite, Quantity, TargetsOption, Threshold
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,24 +22,10 @@ def evaluate(
     references: Annotated[Path, typer.Argument(help="Folder of reference labels, or a data set.")],
     targets: TargetsOption = None,
     metrics: Metrics = "standard",
-    lesion_overlap: Annotated[
-        float,
-        typer.Option(
-            "--lesion-overlap",
-            min=0,
-            max=0.99,
-            help="Count a lesion as detected if more than this share of it is covered.",
-        ),
-    ] = 0.0,
+    lesion_overlap: LesionOverlap = 0.0,
     quantity: Quantity = None,
     margin_mm: MarginMm = 0.0,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            "--threshold",
-            help="Report subjects on the wrong side of this value of the quantity (default: 5.56 for a fat fraction).",
-        ),
-    ] = None,
+    threshold: Threshold = None,
     probabilities: Annotated[
         Path | None,
         typer.Option("--probabilities", help="Read probabilities here (default: PREDICTIONS/probabilities, if any)."),
@@ -90,7 +76,7 @@ def evaluate(
         print_json(evaluation.as_dict())
         return
     print_evaluation(evaluation, subjects=True)
-    _print_details(evaluation)
+    print_details(evaluation)
 
 
 def _check_outputs(
@@ -114,7 +100,7 @@ def _check_outputs(
     check_outputs(outputs, inputs, overwrite=overwrite)
 
 
-def _print_details(evaluation: Evaluation) -> None:
+def print_details(evaluation: Evaluation) -> None:
     """Print everything except means: limits of agreement, lesions by size, calibration, sides of a threshold."""
     from delineate.cli.terminal import print_table
 

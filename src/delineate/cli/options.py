@@ -69,6 +69,14 @@ Images = Annotated[
     str | None,
     typer.Option("--images", help="Find the images by this pattern below the folder, such as '*/artery.nii'."),
 ]
+ChannelImages = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--images",
+        help="Find a channel by this pattern, such as T1='*/t1.nii', or a DICOM series by its description. "
+        "Can be repeated.",
+    ),
+]
 Labels = Annotated[
     str | None,
     typer.Option("--labels", help="Find the labels by this pattern below the folder, such as '*/label.nii'."),
@@ -90,6 +98,15 @@ Metrics = Annotated[
         autocompletion=metrics,
     ),
 ]
+LesionOverlap = Annotated[
+    float,
+    typer.Option(
+        "--lesion-overlap",
+        min=0,
+        max=0.99,
+        help="Count a lesion as detected if more than this share of it is covered.",
+    ),
+]
 Quantity = Annotated[
     str | None,
     typer.Option(
@@ -101,6 +118,13 @@ Quantity = Annotated[
 MarginMm = Annotated[
     float,
     typer.Option("--margin-mm", min=0, help="Measure the quantity this far inside a target's surface, in mm."),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold",
+        help="Report subjects on the wrong side of this value of the quantity (default: 5.56 for a fat fraction).",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text, for errors too.")]
 Device = Annotated[

@@ -10,6 +10,7 @@ import typer
 
 from delineate.cli.commands import importing
 from delineate.cli.options import (
+    ChannelImages,
     Compile,
     Device,
     Json,
@@ -59,14 +60,7 @@ def predict(
     unseen: Annotated[
         bool, typer.Option("--unseen", help="Predict only subjects that no bundle has seen in training.")
     ] = False,
-    images: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--images",
-            help="Find a channel by this pattern, such as T1='*/t1.nii', or a DICOM series by its description. "
-            "Can be repeated.",
-        ),
-    ] = None,
+    images: ChannelImages = None,
     flips: Flips = None,
     mirrored: Annotated[
         bool,

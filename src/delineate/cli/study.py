@@ -132,7 +132,7 @@ def run(
     from delineate.compute import check_device, usable_cores
     from delineate.studies.conducting import conduct
     from delineate.studies.planning import Plan
-    from delineate.studies.reporting import write_study_report
+    from delineate.studies.reporting import draw_pictures, write_study_report
     from delineate.studies.results import collect
     from delineate.studies.running import LocalProcesses, RunStatus, StudyFolder
 
@@ -180,6 +180,7 @@ def run(
             if folder.begun:
                 planned, runs = folder.open()
                 results = collect(folder, chosen, runs)
+                draw_pictures(results, folder, datasets)
                 page = write_study_report(results, out, size=size, data_sets=planned.data_sets)
     assert page is not None
     if json:

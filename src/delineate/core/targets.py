@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -178,6 +178,84 @@ class Targets:
     def as_dict(self) -> dict[str, object]:
         """Plain values for YAML and JSON."""
         return {"values": {n: list(v) for n, v in self.values.items()}, "mode": self.mode, "ignore": list(self.ignore)}
+
+
+@dataclass(frozen=True)
+class SharedTargets:
+    """The targets that predictions and references both name, and one numbering for labels whose values differ.
+
+    ``targets`` are those of relabelled labels: a value for each combination of shared targets that a value of either
+    stands for. Targets that only one of them names become background; what references ignore stays ignored. Where
+    both are the same, labels stay as they are.
+
+    >>> import numpy as np
+    >>> shared = SharedTargets.of(Targets({"liver": (1,), "tumour": (2,)}), Targets({"tumour": (5,)}))
+    >>> shared.targets.names, shared.prediction(np.array([0, 1, 2]), "a"), shared.reference(np.array([0, 5, 0]), "a")
+    (('tumour',), array([0, 0, 1], dtype=uint16), array([0, 1, 0], dtype=uint16))
+    """
+
+    targets: Targets
+    of_predictions: Targets
+    of_references: Targets
+
+    @classmethod
+    def of(cls, predictions: Targets, references: Targets, names: Sequence[str] | None = None) -> SharedTargets:
+        """What both name, in the references' order; of these, ``names`` if given.
+
+        Raises :class:`RecipeError` if they share no target.
+        """
+        shared = [n for n in references.names if n in predictions.values and (names is None or n in names)]
+        if not shared:
+            raise RecipeError(
+                f"predictions hold {', '.join(predictions.names)}, references {', '.join(references.names)}: "
+                "they have no target in common",
+                fix="name the references' targets as the predictions', such as --targets liver=1,tumour=2",
+            )
+        if predictions == references and len(shared) == len(references.names):
+            return cls(references, predictions, references)
+        numbers = _numbers(shared, predictions, references)
+        values = {name: tuple(n for within, n in numbers.items() if name in within) for name in shared}
+        ignored = (len(numbers) + 1,) if references.ignore or predictions.ignore else ()
+        exclusive = predictions.exclusive and references.exclusive
+        targets = Targets(values, "exclusive" if exclusive else "overlapping", ignored)
+        return cls(targets, predictions, references)
+
+    @property
+    def relabels(self) -> bool:
+        """Whether labels have to be relabelled."""
+        return not self.targets == self.of_predictions == self.of_references
+
+    def prediction(self, label: NDArray, subject: str) -> NDArray:
+        """A prediction (X, Y, Z) in the shared numbering; raises :class:`BadLabelValue`."""
+        return self._relabelled(label, self.of_predictions, subject)
+
+    def reference(self, label: NDArray, subject: str) -> NDArray:
+        """A reference (X, Y, Z) in the shared numbering; raises :class:`BadLabelValue`."""
+        return self._relabelled(label, self.of_references, subject)
+
+    def _relabelled(self, label: NDArray, own: Targets, subject: str) -> NDArray:
+        own.check(label, subject)
+        if not self.relabels:
+            return label
+        numbers = _numbers(self.targets.names, self.of_predictions, self.of_references)
+        found, place = np.unique(label, return_inverse=True)
+        new = [
+            self.targets.ignore[0] if v in own.ignore else numbers.get(_within(self.targets.names, own, v), 0)
+            for v in found.tolist()
+        ]
+        return np.array(new, np.uint16)[place].reshape(label.shape)
+
+
+def _within(names: Sequence[str], targets: Targets, value: int) -> tuple[str, ...]:
+    """Which of ``names`` a label value belongs to."""
+    return tuple(name for name in names if value in targets.values[name])
+
+
+def _numbers(names: Sequence[str], *several: Targets) -> dict[tuple[str, ...], int]:
+    """A number from 1 for each combination of ``names`` that any label value stands for."""
+    values = [(targets, v) for targets in several for numbers in targets.values.values() for v in numbers]
+    combinations = dict.fromkeys(_within(names, targets, value) for targets, value in values)
+    return {within: number for number, within in enumerate(filter(None, combinations), start=1)}
 
 
 def _as_tuple(values: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 from delineate.bundle import Bundle
 from delineate.compute import ComputePlan
-from delineate.core.targets import Targets
-from delineate.core.volume import LabelVolume
-from delineate.datasets.dataset import Dataset, load_label
+from delineate.core.targets import SharedTargets
+from delineate.datasets.dataset import Dataset
 from delineate.errors import BundleError
-from delineate.evaluation.measure import Measuring, measure_prediction
+from delineate.evaluation.held_out import measure_outcomes
+from delineate.evaluation.measure import Measuring
 from delineate.evaluation.table import FILES, Evaluation
-from delineate.inference.batch import predict_subjects, unseen_by
+from delineate.inference.batch import Outcome, predict_subjects, unseen_by
 from delineate.inference.predictor import Predictor
-from delineate.io.formats import read_label
 
 BEFORE, AFTER = "before", "after"
 
@@ -54,24 +50,19 @@ def measure_forgetting(
     unseen = [s for s in unseen_by([before, after], dataset.subjects) if s.label is not None]
     evaluations = {}
     for k, (name, bundle) in enumerate(((BEFORE, before), (AFTER, after))):
-        rows = []
         chosen = [subject.with_channels(bundle.channels) for subject in unseen]
-        for done, outcome in enumerate(predict_subjects(Predictor([bundle], plan), chosen, out / name), start=1):
-            if outcome.error is not None or outcome.path is None:
-                raise outcome.error or BundleError(f"'{outcome.subject.id}' could not be predicted")
-            prediction = read_label(outcome.path)
-            reference = load_label(outcome.subject, before.targets, prediction.grid)
-            predicted, true = bundle.targets.masks(prediction.voxels), before.targets.masks(reference.voxels)
-            for target in common:
-                # One target at a time: its label value may differ between the two bundles.
-                said, wanted = (
-                    LabelVolume(masks[target].astype(np.uint8), prediction.grid) for masks in (predicted, true)
-                )
-                subject, alone = outcome.subject, Targets({target: (1,)})
-                rows += measure_prediction(
-                    said, wanted, alone, measuring, subject=subject.id, site=subject.site, patient=subject.patient
-                ).targets
-            on_subject(k * len(chosen) + done, 2 * len(chosen))
-        evaluations[name] = Evaluation(pd.DataFrame(rows), simulated=dataset.simulated)
+        evaluations[name] = measure_outcomes(
+            predict_subjects(Predictor([bundle], plan), chosen, out / name),
+            chosen,
+            SharedTargets.of(bundle.targets, before.targets, common),
+            measuring,
+            simulated=dataset.simulated,
+            on_outcome=_counting(on_subject, k * len(chosen), 2 * len(chosen)),
+        ).evaluation
         evaluations[name].write(out / f"{name}_evaluation")
     return evaluations
+
+
+def _counting(on_subject: Callable[[int, int], None], before: int, total: int) -> Callable[[Outcome, int], None]:
+    """A callback for the outcomes of one bundle, counted after those ``before``."""
+    return lambda outcome, done: on_subject(before + done, total)

@@ -19,7 +19,7 @@ from delineate.datasets.dataset import Dataset, check_grids, load_map, with_maps
 from delineate.errors import BadShape, MissingFile, RecipeError
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import LESION_COLUMNS, Evaluation, reliability_table
-from delineate.io.formats import read_label, read_volume
+from delineate.io.formats import read_volume
 from delineate.io.voxels import Orientation
 from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, QUANTITIES, metric_names, targets_of
 from delineate.metrics.comparison import Comparison
@@ -114,7 +114,7 @@ def evaluate(
         pairs = [replace(pair, source=source) for pair, source in zip(pairs, mapped, strict=True)]
 
     def measure(pair: Pair) -> Measured:
-        prediction, reference = (read_label(p, orientation=orientation) for p in (pair.prediction, pair.reference))
+        prediction, reference = pair.labels(orientation=orientation)
         return measure_prediction(
             prediction,
             reference,
@@ -183,7 +183,7 @@ def measure_prediction(
     """
     labelled, targets = targets, targets_of(measuring.wanted, targets) or targets
     if probabilities is not None:
-        probabilities = _of_regions(probabilities, labelled, targets)
+        probabilities = probabilities_of_regions(probabilities, labelled, targets)
     check_grids(subject, "prediction", prediction.grid, "reference", reference.grid)
     for label in (prediction, reference):
         targets.check(label.voxels, subject)
@@ -242,20 +242,24 @@ def _map_of(pair: Pair, quantity: QuantityMap, grid: Grid) -> NDArray:
 
 
 def _probabilities_of(pair: Pair, folder: Path, targets: Targets, grid: Grid) -> NDArray:
-    """Probabilities (T, X, Y, Z) of the pair's prediction."""
+    """Probabilities (T, X, Y, Z) of the pair's prediction for the ``targets``."""
     file = folder / f"{pair.subject}.nii.gz"
     found = read_volume(file)
     check_grids(pair.subject, "probabilities", found.grid, "reference", grid)
-    if found.channels != len(targets.names):
+    predicted = targets.names if pair.shared is None else pair.shared.of_predictions.names
+    if found.channels != len(predicted):
         raise BadShape(
-            f"'{file}' holds {found.channels} probabilities, but the targets are {', '.join(targets.names)}",
+            f"'{file}' holds {found.channels} probabilities, but the targets are {', '.join(predicted)}",
             fix="give the targets that were predicted (--targets)",
         )
-    return found.voxels
+    return found.voxels if predicted == targets.names else found.voxels[[predicted.index(n) for n in targets.names]]
 
 
-def _of_regions(probabilities: NDArray, labelled: Targets, regions: Targets) -> NDArray:
-    """Probabilities (R, X, Y, Z) of regions from those (T, X, Y, Z) of the targets they are made of."""
+def probabilities_of_regions(probabilities: NDArray, labelled: Targets, regions: Targets) -> NDArray:
+    """Probabilities (R, X, Y, Z) of regions from those (T, X, Y, Z) of the targets they are made of.
+
+    Raises :class:`RecipeError` if they do not follow from them.
+    """
     if regions.values == labelled.values:
         return probabilities
     planes = []

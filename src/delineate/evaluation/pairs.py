@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from delineate.core.subject import Subject
-from delineate.core.targets import Targets
+from delineate.core.targets import SharedTargets, Targets
+from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.layouts import open_dataset
 from delineate.errors import DuplicateSubject, MissingFile, UnknownLayout
@@ -23,12 +24,16 @@ _LABEL_ENDING = re.compile(r"_(segmentation|seg|label|mask|gt)$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Pair:
-    """A prediction and the reference it is measured against; ``source`` is the subject, if a data set has it."""
+    """A prediction and the reference it is measured against; ``source`` is the subject, if a data set has it.
+
+    ``shared`` relabels both if their label values differ.
+    """
 
     subject: str
     prediction: Path
     reference: Path
     source: Subject | None = None
+    shared: SharedTargets | None = None
 
     @property
     def site(self) -> str:
@@ -39,6 +44,16 @@ class Pair:
     def patient(self) -> str:
         """Whose scan it is; the subject itself, if that is not known."""
         return self.subject if self.source is None else self.source.patient
+
+    def labels(self, *, orientation: Orientation = "refuse") -> tuple[LabelVolume, LabelVolume]:
+        """The prediction and the reference, with the same label values. Raises any error of reading."""
+        prediction, reference = (read_label(p, orientation=orientation) for p in (self.prediction, self.reference))
+        if self.shared is None:
+            return prediction, reference
+        return (
+            LabelVolume(self.shared.prediction(prediction.voxels, self.subject), prediction.grid),
+            LabelVolume(self.shared.reference(reference.voxels, self.subject), reference.grid),
+        )
 
 
 class Pairing(NamedTuple):

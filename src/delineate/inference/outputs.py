@@ -134,6 +134,7 @@ class Outputs:
             measured = {from_cell(row["subject"]): row.get("made_from", "") for row in read_measurements(tables[0])}
         planned = Planned([], [], [], [])
         outputs: list[Path] = []
+        leftovers: list[Path] = []
         for subject in subjects:
             try:
                 self.check(subject)
@@ -142,17 +143,20 @@ class Outputs:
                 planned.failed.append((subject, error))
                 continue
             row = rows.get(printable(subject.id), {})
-            there, made_by = all(map(os.path.lexists, files)), row.get("made_by")
-            if there and made_by and not overwrite and made_by == self._known(subject):
+            made_by = row.get("made_by")
+            own = bool(made_by) and not overwrite and made_by == self._known(subject)
+            if own and all(map(os.path.lexists, files)):
                 planned.done.append(subject)
                 if self.quantity is not None and measured.get(printable(subject.id)) != self.made_from(subject):
                     planned.unmeasured.append(subject)
                 continue
             planned.ahead.append(subject)
-            outputs += files
+            # The label is written last: without it, the other files are left from a process that was killed.
+            (leftovers if own and not os.path.lexists(self.label(subject)) else outputs).extend(files)
             if _LABELS.fullmatch(self.folder.resolve().name) and not row:
                 kept = [*kept, *files]
         check_outputs(outputs, kept, overwrite=overwrite)
+        check_outputs(leftovers, kept, overwrite=True)
         return planned
 
     def _known(self, subject: Subject) -> str | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
 from delineate.calibration import Calibration, Confidence
+from delineate.core.text import from_cell
 from delineate.errors import DelineateError
 from delineate.fingerprint import Oddity
 from delineate.io.tables import growing_rows, put_rows
@@ -117,6 +118,17 @@ def read_queue(path: Path) -> list[dict[str, str]]:
     Raises :class:`OutputError` for any other kind of file.
     """
     return growing_rows(path, COLUMNS[:3])
+
+
+def read_confidences(path: Path) -> dict[str, dict[str, Confidence]]:
+    """What the predictions in such a file said of themselves, by subject and target. Raises as :func:`read_queue`."""
+    names = [field.name for field in fields(Confidence)]
+    found: dict[str, dict[str, Confidence]] = {}
+    for row in read_queue(path):
+        if row["target"]:
+            values = {name: float(row.get(name) or nan) for name in names}
+            found.setdefault(from_cell(row["subject"]), {})[from_cell(row["target"])] = Confidence(**values)
+    return found
 
 
 def queue(reviews: Sequence[Review]) -> list[Review]:

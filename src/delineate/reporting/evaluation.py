@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, load_scan
-from delineate.evaluation.pairs import pair_files
+from delineate.evaluation.pairs import Pair, pair_files
 from delineate.evaluation.table import Evaluation
 from delineate.reporting.html import EvaluationReport, write_report
 from delineate.reporting.overlays import Overlay, Palette, overlays_of
@@ -29,16 +30,49 @@ def write_evaluation_report(
     are given or named by it. A band of ±``band_percent`` is drawn around zero where volumes are compared.
     """
     place = references.root if isinstance(references, Dataset) else references
-    read_within = "" if evaluation.quantity is None else f"; {evaluation.quantity}"
     report = EvaluationReport(
         title=f"{predictions.resolve().name} against {place.resolve().name}",
-        description=f"{len(evaluation.subjects)} subjects, {', '.join(evaluation.targets)}{read_within}.",
+        description=_description(evaluation, "subjects"),
         evaluation=evaluation,
         overlays=_overlays(evaluation, predictions, references, targets) if isinstance(references, Dataset) else [],
         band_percent=band_percent,
         palette=palette,
     )
     write_report(path, report)
+
+
+def write_held_out_report(
+    path: Path,
+    evaluation: Evaluation,
+    pairs: Sequence[Pair],
+    targets: Targets,
+    *,
+    title: str,
+    channel: str,
+    notes: Sequence[str] = (),
+) -> None:
+    """Write a page about subjects that a bundle had not seen to ``path``.
+
+    The pairs' sources have the scans, of which the pictures show ``channel``. ``notes`` are shown before the numbers.
+    """
+    sources = {pair.subject: pair.source for pair in pairs if pair.source is not None}
+
+    def scan(name: str) -> Volume:
+        return load_scan(sources[name].with_channels([channel]))
+
+    report = EvaluationReport(
+        title=title,
+        description=_description(evaluation, "subjects that were not seen in training"),
+        evaluation=evaluation,
+        overlays=overlays_of(evaluation, scan, pairs, targets) if "dice" in evaluation.metrics else [],
+        notes=notes,
+    )
+    write_report(path, report)
+
+
+def _description(evaluation: Evaluation, subjects: str) -> str:
+    read_within = "" if evaluation.quantity is None else f"; {evaluation.quantity}"
+    return f"{len(evaluation.subjects)} {subjects}, {', '.join(evaluation.targets)}{read_within}."
 
 
 def _overlays(evaluation: Evaluation, predictions: Path, dataset: Dataset, targets: Targets | None) -> list[Overlay]:

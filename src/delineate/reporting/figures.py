@@ -68,16 +68,35 @@ def loss_chart(learning: pd.DataFrame, validation_loss: pd.DataFrame | None = No
             values = validation_loss["validation_loss"]
             _smoothed(axes, validation_loss["step"], values, SERIES[1], "validation subjects")
             axes.legend(loc="upper right", fontsize=9)
-        low, high = axes.dataLim.intervaly
-        if low > 0 and high > 5 * low:
-            # The first steps would flatten all others onto the axis.
-            axes.set(yscale="log", ylabel="loss, log scale")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter("{x:g}")
+        _log_if_wide(axes, "loss")
 
     beside = " and validation" if validation_loss is not None else ""
     return _chart(draw, f"Training{beside} loss over {last} steps", height=2.7)
+
+
+def losses_chart(losses: Mapping[str, pd.Series], what: str) -> str:
+    """Losses by step, a line for each method, on a logarithmic scale where they span more than a factor of five."""
+
+    def draw(axes: Axes) -> None:
+        for k, (name, values) in enumerate(losses.items()):
+            style = ("-", "--", ":", "-.")[k // len(SERIES) % 4]
+            few = values.iloc[:: max(1, len(values) // _MOST_POINTS)]
+            axes.plot(few.index, few.to_numpy(), style, color=SERIES[k % len(SERIES)], linewidth=1.3, label=name)
+        axes.set(xlabel="training step", ylabel=what)
+        _log_if_wide(axes, what)
+        axes.legend(loc="upper right", fontsize=8, ncols=1 + len(losses) // 9)
+
+    return _chart(draw, f"{what} over training steps: {', '.join(losses)}", height=3.2)
+
+
+def _log_if_wide(axes: Axes, label: str) -> None:
+    """A logarithmic axis where the first steps would flatten all others onto it."""
+    low, high = axes.dataLim.intervaly
+    if low > 0 and high > 5 * low:
+        axes.set(yscale="log", ylabel=f"{label}, log scale")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _smoothed(axes: Axes, steps: pd.Series, values: pd.Series, colour: str, label: str) -> None:

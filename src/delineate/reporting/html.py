@@ -34,6 +34,7 @@ from delineate.reporting.figures import (
     identity_chart,
     lesion_chart,
     loss_chart,
+    losses_chart,
     methods_chart,
     metric_chart,
     reliability_chart,
@@ -74,7 +75,7 @@ class RunReport:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationReport:
-    """Content of an evaluation's page."""
+    """Content of an evaluation's page. ``notes``: what a reader should know before the numbers."""
 
     title: str
     description: str
@@ -82,6 +83,7 @@ class EvaluationReport:
     overlays: Sequence[Overlay] = ()
     band_percent: float | None = None
     palette: Palette = "distinct"
+    notes: Sequence[str] = ()
 
     @property
     def simulated(self) -> bool:
@@ -105,12 +107,33 @@ class MethodsReport:
 
 
 @dataclass(frozen=True, eq=False)
+class StudySection:
+    """What the page of a study tells of one stage and data set.
+
+    ``evaluations`` are the pooled held-out subjects of each group of runs, ``curves`` means of the study's metric over
+    what ``axis`` counts. ``findings`` are sentences. ``losses`` and ``test_losses`` are by arm and step; ``measures``
+    is a table of runs' measures by arm, ``picture`` a WebP of one ``pictured`` subject under every arm.
+    """
+
+    title: str
+    evaluations: Mapping[str, Evaluation]
+    findings: Sequence[str] = ()
+    curves: Mapping[str, Sequence[tuple[float, Estimate]]] = field(default_factory=dict)
+    axis: str = ""
+    losses: Mapping[str, pd.Series] = field(default_factory=dict)
+    test_losses: Mapping[str, pd.Series] = field(default_factory=dict)
+    measures: tuple[Sequence[str], Sequence[Sequence[str]]] = ((), ())
+    picture: bytes | None = None
+    pictured: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class StudyReport:
     """What the page of a study tells.
 
-    ``evaluations`` are the pooled held-out subjects of each group of runs, ``curves`` means of ``metric`` over what
-    ``axis`` counts. ``claims`` are sentences with what our figures say of them; ``published`` tables are
-    others' figures: source, columns, rows. ``runs`` have a name, a state, minutes, and why they failed.
+    ``claims`` are sentences with what our figures say of them; ``published`` tables are others' figures with ours
+    beside them: source, columns, rows. ``runs`` have a name, a page if there is one, a state, minutes, and why they
+    failed.
     """
 
     title: str
@@ -118,14 +141,10 @@ class StudyReport:
     simulated: bool
     notes: Sequence[str]
     metric: str
-    evaluations: Mapping[str, Evaluation]
-    differences: Sequence[str] = ()
-    curves: Mapping[str, Sequence[tuple[float, Estimate]]] = field(default_factory=dict)
-    axis: str = ""
-    gains: Sequence[str] = ()
+    sections: Sequence[StudySection]
     claims: Sequence[tuple[str, str, str]] = ()
     published: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
-    runs: Sequence[tuple[str, str, str, str]] = ()
+    runs: Sequence[tuple[str, str, str, str, str]] = ()
 
 
 def write_report(path: Path, report: RunReport | EvaluationReport | MethodsReport | StudyReport) -> None:
@@ -136,7 +155,7 @@ def write_report(path: Path, report: RunReport | EvaluationReport | MethodsRepor
     elif isinstance(report, MethodsReport):
         name, content = "methods.html.j2", _measured(None, []) | {"methods": _methods(report)}
     elif isinstance(report, StudyReport):
-        name, content = "study.html.j2", _measured(None, []) | {"study": _study(report)}
+        name, content = "study.html.j2", _measured(None, []) | {"parts": _study(report)}
     else:
         content = _measured(report.evaluation, report.overlays)
         name = "run.html.j2"
@@ -272,19 +291,38 @@ def _methods(report: MethodsReport) -> dict[str, Any]:
     }
 
 
-def _study(report: StudyReport) -> dict[str, Any]:
-    rows = []
-    for name, evaluation in report.evaluations.items():
+def _study(report: StudyReport) -> list[dict[str, Any]]:
+    return [_section(section, report.metric) for section in report.sections]
+
+
+def _section(section: StudySection, metric: str) -> dict[str, Any]:
+    rows, pooled, agreement = [], [], []
+    for name, evaluation in section.evaluations.items():
         estimates = evaluation.overall()
-        shown = dict.fromkeys((report.metric, "dice", "hd95_mm", "assd_mm"))
+        shown = dict.fromkeys((metric, "dice", "hd95_mm", "assd_mm"))
         rows += [{"group": name, **_estimate(METRICS[m], estimates[m])} for m in shown if m in estimates]
-    label = METRICS[report.metric].title
+        pooled += [{"runs": name, **row} for row in evaluation.described_pooled()]
+        agreement += [{"runs": name, **row} for agreeing in evaluation.agreements for row in agreeing.described()]
+    label = METRICS[metric].title
     charts = []
-    if report.curves:
-        charts.append(curve_chart(report.curves, report.axis, label))
-    elif report.evaluations and len(report.evaluations) <= _MOST_ROWS:
-        charts.append(methods_chart(report.evaluations, report.metric, label))
-    return {"rows": rows, "charts": charts}
+    if section.curves:
+        charts.append(curve_chart(section.curves, section.axis, label))
+    elif section.evaluations and len(section.evaluations) <= _MOST_ROWS:
+        charts.append(methods_chart(section.evaluations, metric, label))
+    learning = []
+    if section.losses:
+        learning.append(losses_chart(section.losses, "training loss"))
+    if section.test_losses:
+        learning.append(losses_chart(section.test_losses, "validation loss"))
+    return {
+        "section": section,
+        "rows": rows,
+        "charts": charts,
+        "learning": learning,
+        "pooled": pooled,
+        "agreement": agreement,
+        "picture": None if section.picture is None else _embedded(section.picture),
+    }
 
 
 def _training_charts(report: RunReport) -> list[str]:

@@ -24,7 +24,6 @@ from delineate.datasets.dataset import check_grids
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
 from delineate.io.files import writing_beside
-from delineate.io.formats import read_label
 from delineate.io.voxels import Orientation
 
 MARKS = {1: "agree", 2: "missed", 3: "excess", 4: "other target"}
@@ -50,6 +49,7 @@ _DISPLAY = "LPI"
 # Plane, the axis it cuts, and the letters on its left, right, top and bottom.
 _PLANES = (("axial", 2, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 0, "APSI"))
 _LEAST_SIDE_MM = 60.0
+_PANELS_A_ROW = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +99,7 @@ def overlays_of(
     for place in sorted({*places, *range(max(0, len(dice) - MOST_PICTURES), len(dice))}):
         rank, subject = places.get(place, ""), str(dice.index[place])
         pair = files[subject]
-        prediction = read_label(pair.prediction, orientation=orientation)
-        reference = read_label(pair.reference, orientation=orientation)
+        prediction, reference = pair.labels(orientation=orientation)
         views = views_of(scans(subject), prediction, reference, targets, subject=subject)
         overlays.append(Overlay(subject, rank, float(dice.iloc[place]), views))
     return overlays
@@ -129,12 +128,48 @@ def views_of_label(scan: Volume, label: LabelVolume, targets: Targets) -> tuple[
     return _views(scan, marks, marks > 0)
 
 
-def _views(scan: Volume, marks: NDArray[np.uint8], segmented: NDArray[np.bool_]) -> tuple[View, ...]:
-    """Slices where ``segmented`` is largest, or in the middle if it is empty; all arrays are on the scan's grid."""
+def comparison_picture(
+    scan: Volume, reference: LabelVolume, predictions: Mapping[str, LabelVolume], targets: Targets, subject: str
+) -> bytes:
+    """A WebP image: the axial slice where the reference is largest, alone, and under each prediction by name."""
+    for name, label in {"reference": reference, **predictions}.items():
+        check_grids(subject, name, label.grid, "scan", scan.grid)
+    marks = {name: agreement(label.voxels, reference.voxels, targets) for name, label in predictions.items()}
+    segmented = targets.foreground(reference.voxels)
+    shown = np.logical_or.reduce([segmented, *(found > 0 for found in marks.values())])
+    panels = {"scan": np.zeros(segmented.shape, np.uint8), "reference": segmented.astype(np.uint8), **marks}
+    views = {
+        name: _views(scan, found, segmented if segmented.any() else shown, shown)[0] for name, found in panels.items()
+    }
+    columns = min(len(views), _PANELS_A_ROW)
+    rows = -(-len(views) // columns)
+    height, width = views["scan"].size_mm
+    figure = Figure((2.6 * columns, (2.6 * height / width + 0.3) * rows), facecolor="black", layout="constrained")
+    for axes, (name, view) in zip(figure.subplots(rows, columns, squeeze=False).flat, views.items(), strict=False):
+        _draw(axes, view, COLOURS["distinct"])
+        axes.set_title(printable(name), color="white", fontsize=10, parse_math=False)
+    for axes in figure.axes[len(views) :]:
+        axes.set_axis_off()
+    written = BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        warnings.filterwarnings("ignore", "constrained_layout not applied")
+        figure.savefig(written, format="webp", dpi=100, pil_kwargs={"quality": 82})
+    return written.getvalue()
+
+
+def _views(
+    scan: Volume, marks: NDArray[np.uint8], segmented: NDArray[np.bool_], shown: NDArray[np.bool_] | None = None
+) -> tuple[View, ...]:
+    """Slices where ``segmented`` is largest, or in the middle if it is empty; all arrays are on the scan's grid.
+
+    They are cut to a cube around ``shown``, by default the marks.
+    """
     order, flip = scan.grid.axes_to(_DISPLAY)
     spacing_mm = scan.grid.permute(order, flip).spacing_mm
-    image, marks, segmented = (permute_axes(voxels, order, flip) for voxels in (scan.voxels[0], marks, segmented))
-    box = _cube(marks > 0, spacing_mm)
+    arrays = (scan.voxels[0], marks, segmented, marks > 0 if shown is None else shown)
+    image, marks, segmented, shown = (permute_axes(voxels, order, flip) for voxels in arrays)
+    box = _cube(shown, spacing_mm)
     black, white = np.percentile(image, [0.5, 99.5])
 
     def view(plane: str, axis: int, edges: str) -> View:

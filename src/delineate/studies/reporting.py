@@ -1,18 +1,33 @@
-"""The page and the tables of a study."""
+"""The page, the tables and the pictures of a study."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import isnan
 from pathlib import Path
+from urllib.parse import quote
 
+import pandas as pd
+
+from delineate.datasets.dataset import Dataset, load_label, load_scan
+from delineate.evaluation.table import averaged
+from delineate.io.files import writing_beside
+from delineate.io.formats import read_label
 from delineate.io.tables import write_table
 from delineate.metrics.statistics import Estimate
-from delineate.reporting.html import StudyReport, write_report
+from delineate.reporting.html import StudyReport, StudySection, write_report
+from delineate.reporting.overlays import comparison_picture
+from delineate.studies.measures import MEASURES
+from delineate.studies.planning import PlannedRun
 from delineate.studies.results import StudyResults
-from delineate.studies.specification import LearningCurve
+from delineate.studies.running import StudyFolder
+from delineate.studies.specification import LearningCurve, Published
 
 _UNEQUAL = 1.1
 """Ratio of steps from which runs are not on equal terms."""
+
+_MOST_ARMS_COMPARED = 5
+"""Of stages with more arms, only the factors' effects and the gains are said in sentences."""
 
 _COLUMNS = (
     "runs", "target", "metric", "mean", "sd", "low", "high", "patients", "n", "failures", "undefined"
@@ -20,14 +35,56 @@ _COLUMNS = (
 
 
 def write_study_report(results: StudyResults, folder: Path, *, size: str, data_sets: Mapping[str, str]) -> Path:
-    """Write ``report.html``, ``results.csv`` and ``differences.csv`` of what is done so far."""
+    """Write ``report.html`` and the tables ``results.csv``, ``differences.csv`` and ``runs.csv`` of what is done."""
     write_table(folder / "results.csv", _COLUMNS, _rows(results))
     found = [difference.as_dict() for difference in results.differences()]
     columns = ("metric", "first", "second", "verdict", "better", "sentence")
     write_table(folder / "differences.csv", columns, found)
+    write_table(folder / "runs.csv", ("run", "arm", "seed", "fold", "state", *MEASURES), _run_rows(results))
     path = folder / "report.html"
-    write_report(path, _page(results, size, data_sets))
+    write_report(path, _page(results, folder, size, data_sets))
     return path
+
+
+def draw_pictures(results: StudyResults, folder: StudyFolder, datasets: Mapping[str, Dataset]) -> None:
+    """Draw one subject under every arm of each stage, if the arms have a held-out subject in common."""
+    for place, runs in _places(results).items():
+        first = _first_runs(run for run in runs if run.name in results.curves)
+        held_out = [set(run.split.held_out(run.fold)) for run in first.values()]
+        common = sorted(set.intersection(*held_out)) if held_out else []
+        subjects = {subject.id: subject for subject in datasets[place[1]].subjects}
+        targets = datasets[place[1]].targets
+        predictions = {
+            arm: folder.run(run.name) / "predictions" / f"{common[0]}.nii.gz" for arm, run in first.items() if common
+        }
+        if not predictions or targets is None or not all(path.exists() for path in predictions.values()):
+            continue
+        subject = subjects[common[0]]
+        scan = load_scan(subject, subject.channels[:1])
+        labels = {arm: read_label(path) for arm, path in predictions.items()}
+        written = comparison_picture(scan, load_label(subject, targets, scan.grid), labels, targets, subject.id)
+        with writing_beside(_picture(folder.path, *place)) as beside:
+            beside.write_bytes(written)
+
+
+def _picture(folder: Path, stage: str, data: str) -> Path:
+    return folder / "pictures" / f"{stage or 'study'}-{data}.webp"
+
+
+def _places(results: StudyResults) -> dict[tuple[str, str], list[PlannedRun]]:
+    """Runs by stage and data set."""
+    places: dict[tuple[str, str], list[PlannedRun]] = {}
+    for run in results.runs:
+        places.setdefault((run.stage, run.data), []).append(run)
+    return places
+
+
+def _first_runs(runs: Iterable[PlannedRun]) -> dict[str, PlannedRun]:
+    """One run of each arm."""
+    first: dict[str, PlannedRun] = {}
+    for run in runs:
+        first.setdefault(run.arm, run)
+    return first
 
 
 def _rows(results: StudyResults) -> list[dict[str, object]]:
@@ -54,29 +111,116 @@ def _rows(results: StudyResults) -> list[dict[str, object]]:
     return rows
 
 
-def _page(results: StudyResults, size: str, data_sets: Mapping[str, str]) -> StudyReport:
+def _run_rows(results: StudyResults) -> list[dict[str, object]]:
+    return [
+        {
+            "run": run.name,
+            "arm": run.label,
+            "seed": run.seed,
+            "fold": run.fold,
+            "state": results.statuses[run.name].state,
+            **{name: results.measured.get(run.name, {}).get(name, "") for name in MEASURES},
+        }
+        for run in results.runs
+    ]
+
+
+def _page(results: StudyResults, folder: Path, size: str, data_sets: Mapping[str, str]) -> StudyReport:
     study = results.study
-    curves: dict[str, list[tuple[float, Estimate]]] = {}
-    for point in results.points():
-        curves.setdefault(point.curve, []).append((point.count, point.estimate))
     return StudyReport(
         title=study.name,
         description=study.question,
         simulated=results.simulated,
         notes=_notes(results, size, data_sets),
         metric=study.metric,
-        evaluations=results.pooled,
-        differences=[str(difference) for difference in results.differences()],
-        curves=curves,
-        axis=_axis(results),
-        gains=[str(gain) for gain in (*results.gains(), *results.effects())],
+        sections=[_section(results, folder, *place, runs) for place, runs in _places(results).items()],
         claims=[(judged.claim.text, judged.ruling, judged.why) for judged in results.claims()],
-        published=[(table.source, table.columns, table.rows) for table in study.published],
+        published=[_beside(results, table) for table in study.published],
         runs=[
-            (name, status.state, f"{status.seconds / 60:.1f}" if status.seconds else "", status.failure)
+            (
+                name,
+                quote(f"runs/{name}/report.html") if (folder / "runs" / name / "report.html").exists() else "",
+                status.state,
+                f"{status.seconds / 60:.1f}" if status.seconds else "",
+                status.failure,
+            )
             for name, status in results.statuses.items()
         ],
     )
+
+
+def _section(results: StudyResults, folder: Path, stage: str, data: str, runs: list[PlannedRun]) -> StudySection:
+    groups = dict.fromkeys(run.group for run in runs if run.group in results.pooled)
+    several = len(results.study.data) > 1 and stage
+    curves: dict[str, list[tuple[float, Estimate]]] = {}
+    for point in results.points():
+        if point.group in groups:
+            curves.setdefault(point.curve, []).append((point.count, point.estimate))
+    labels = dict.fromkeys(run.label for run in runs)
+    findings = [str(gain) for gain in results.gains() if gain.curve in curves]
+    findings += [str(effect) for effect in results.effects() if effect.stage == stage]
+    if len(labels) <= _MOST_ARMS_COMPARED:
+        findings += [str(d) for d in results.differences() if {d.first, d.second} <= {*groups, *curves}]
+    picture = _picture(folder, stage, data)
+    pictured = sorted(set.intersection(*(set(run.split.held_out(run.fold)) for run in _first_runs(runs).values())))
+    return StudySection(
+        title=f"{stage}, {data}" if several else stage,
+        evaluations={group: results.pooled[group] for group in groups},
+        findings=findings,
+        curves=curves,
+        axis=_axis(results),
+        losses=_mean_curves(results, runs, "smoothed"),
+        test_losses=_mean_curves(results, runs, "test"),
+        measures=_measures(results, list(labels)),
+        picture=picture.read_bytes() if picture.exists() and pictured else None,
+        pictured=pictured[0] if pictured else "",
+    )
+
+
+def _mean_curves(results: StudyResults, runs: Iterable[PlannedRun], which: str) -> dict[str, pd.Series]:
+    """By arm: the mean loss of its runs at the steps that all of them logged."""
+    by_arm: dict[str, list[pd.Series]] = {}
+    for run in runs:
+        if run.name in results.curves and len(losses := getattr(results.curves[run.name], which)):
+            by_arm.setdefault(run.arm, []).append(losses)
+    return {arm: pd.concat(losses, axis=1, join="inner").mean(axis=1) for arm, losses in by_arm.items()}
+
+
+def _measures(results: StudyResults, labels: list[str]) -> tuple[list[str], list[list[str]]]:
+    """The measures that any of the arms has, as a table."""
+    found = {name: {label: results.measure(label, name) for label in labels} for name in MEASURES}
+    some = [name for name, values in found.items() if any(values.values())]
+    heads = [f"{MEASURES[name].label}{f' ({unit})' if (unit := MEASURES[name].unit) else ''}" for name in some]
+    rows = [
+        [label, *(MEASURES[name].shown(e.mean) if (e := found[name][label]) else "–" for name in some)]
+        for label in labels
+        if any(found[name][label] for name in some)
+    ]
+    return ["arm", *heads], rows
+
+
+def _beside(results: StudyResults, table: Published) -> tuple[str, list[str], list[list[str]]]:
+    """A published table, with ours in a column beside each that we measure."""
+    measures = table.measures or (None,) * (len(table.columns) - 1)
+    columns = [table.columns[0]]
+    for column, measure in zip(table.columns[1:], measures, strict=True):
+        columns += [f"{column}, published", *([f"{column}, here"] if measure else [])]
+    rows = []
+    for name, *cells in table.rows:
+        row = [name]
+        for cell, measure in zip(cells, measures, strict=True):
+            row += [cell, *([_ours(results, table.arms.get(name, name), measure)] if measure else [])]
+        rows.append(row)
+    return table.source, columns, rows
+
+
+def _ours(results: StudyResults, arm: str, measure: str) -> str:
+    estimate = results.estimate(arm, measure)
+    if estimate is None or isnan(estimate.mean):
+        return "–"
+    if measure in MEASURES:
+        return MEASURES[measure].shown(estimate.mean)
+    return f"{averaged(measure.partition('@')[0], estimate)} (n = {estimate.patients})"
 
 
 def _axis(results: StudyResults) -> str:
@@ -102,7 +246,12 @@ def _notes(results: StudyResults, size: str, data_sets: Mapping[str, str]) -> li
         )
     if results.simulated:
         notes.append("The scans are simulated: nothing here reproduces, or contradicts, a published result.")
-    recipes = {run.arm: run.recipe for run in results.runs}
-    for arm, recipe in recipes.items():
-        notes += [f"{arm} deviates from the report: {text}" for text in getattr(recipe, "deviates", ())]
+    notes += [f"The study deviates from the report: {text}" for text in results.study.deviates]
+    arms: dict[str, list[str]] = {}
+    for label, text in dict.fromkeys((run.label, text) for run in results.runs for text in run.recipe.deviates):
+        arms.setdefault(text, []).append(label)
+    every = len({run.label for run in results.runs})
+    for text, labels in arms.items():
+        some = "every arm" if len(labels) == every else ", ".join(labels)
+        notes.append(f"The recipe of {some} deviates from the report: {text}")
     return notes

@@ -218,7 +218,8 @@ class StudyResults:
         return {
             (run.seed, run.fold, run.count, run.direction): value
             for run in self.runs
-            if run.label == arm and not isnan(value := self.measured.get(run.name, {}).get(measure, float("nan")))
+            if arm in (run.label, run.group)
+            and not isnan(value := self.measured.get(run.name, {}).get(measure, float("nan")))
         }
 
     def measure(self, arm: str, measure: str) -> Estimate | None:
@@ -311,16 +312,21 @@ def pooled(runs: Sequence[tuple[PlannedRun, Evaluation]]) -> Evaluation:
     patient once.
     """
     several = len({run.seed for run, _ in runs}) > 1
-    tables = []
+    tables: dict[str, list[pd.DataFrame]] = defaultdict(list)
     for run, evaluation in runs:
         table = evaluation.table
         if "patient" not in table:
             table = table.assign(patient=table["subject"])
-        if several:
-            table = table.assign(subject=table["subject"] + f" (seed {run.seed})")
-        tables.append(table)
+        for name, part in (("table", table), ("lesions", evaluation.lesions), ("confusion", evaluation.confusion)):
+            tables[name].append(part.assign(subject=part["subject"] + f" (seed {run.seed})") if several else part)
+        tables["reliability"].append(evaluation.reliability)
+    joined = {
+        name: pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+        for name, parts in tables.items()
+    }
+    evaluations = [evaluation for _, evaluation in runs]
     return Evaluation(
-        pd.concat(tables, ignore_index=True), simulated=any(evaluation.simulated for _, evaluation in runs)
+        **joined, quantity=evaluations[0].quantity, simulated=any(evaluation.simulated for evaluation in evaluations)
     )
 
 

@@ -10,7 +10,8 @@ A study folder::
         runs/NAME.json        the state of the run, and why it failed
         runs/NAME.log         its messages
         final.json            when the locked test began, and of which runs it consists
-        report.html, results.csv, differences.csv
+        pictures/             one subject under every arm
+        report.html, results.csv, differences.csv, runs.csv
 """
 
 from __future__ import annotations
@@ -44,7 +45,18 @@ from delineate.training.lock import in_use
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 
 PLAN, FINAL = "plan.json", "final.json"
-_WRITTEN = (PLAN, "recipes", "splits", "runs", FINAL, "report.html", "results.csv", "differences.csv", "runs.csv")
+_WRITTEN = (
+    PLAN,
+    "recipes",
+    "splits",
+    "runs",
+    FINAL,
+    "report.html",
+    "results.csv",
+    "differences.csv",
+    "runs.csv",
+    "pictures",
+)
 
 
 @dataclass(frozen=True)

@@ -388,7 +388,8 @@ class Study(Specification):
             if strangers := [arm for arm in (claim.better, claim.worse) if arm not in labels]:
                 raise ValueError(f"a claim names arm '{strangers[0]}'; the arms are {', '.join(labels)}")
         for table in self.published:
-            if strangers := [arm for arm in table.arms.values() if arm not in labels]:
+            # An arm, or one point of its curve: "base A-to-B 3".
+            if strangers := [arm for arm in table.arms.values() if arm.partition(" ")[0] not in labels]:
                 raise ValueError(f"a published table names arm '{strangers[0]}'; the arms are {', '.join(labels)}")
         for name, size in self.sizes.items():
             self._check_size(name, size)

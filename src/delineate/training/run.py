@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,16 @@ from delineate.bundle import Bundle, is_whole, save_weights
 from delineate.calibration import LEVEL, Calibration, Case, Intervals, check_intervals
 from delineate.compute import Choice, ComputePlan, plan_compute
 from delineate.core.subject import Subject
+from delineate.core.targets import SharedTargets
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.inspection import Inspection
 from delineate.errors import OutputError, RecipeError, TrainingError
+from delineate.evaluation.held_out import measure_outcomes, write_confidence
 from delineate.evaluation.measure import Measuring, evaluate
-from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
 from delineate.inference.batch import Outcome, predict_subjects
 from delineate.inference.predictor import Predictor
 from delineate.io.files import writing_beside
-from delineate.io.tables import write_table
 from delineate.losses.content import has_random_features
 from delineate.metrics.catalogue import targets_of
 from delineate.networks.cost import count_convolutions
@@ -370,6 +370,10 @@ def _has_more(budget: Budget, state: Path) -> bool:
     return spent.progress(int(saved["global_step"])) < 0.99
 
 
+class _Stopped(Exception):
+    """The run's stop file was found between two predictions."""
+
+
 def _evaluate_held_out(
     folder: Path, subjects: Sequence[Subject], plan: ComputePlan, report: Reporter
 ) -> Evaluation | None:
@@ -377,24 +381,30 @@ def _evaluate_held_out(
     bundle = Bundle.load(folder / "bundle")
     predictor = Predictor([bundle], replace(plan, compile=False), probabilities=True)
     chosen = [subject.with_channels(bundle.channels) for subject in subjects]
-    pairs, outcomes = [], []
     probabilities = folder / "predictions" / "probabilities"
-    predicting = predict_subjects(predictor, chosen, folder / "predictions", probabilities=probabilities)
-    for done, outcome in enumerate(predicting, start=1):
+    measuring = Measuring(",".join(bundle.recipe.metrics), probabilities=probabilities)
+
+    def watch(outcome: Outcome, done: int) -> None:
         if stop_file(folder).exists():
-            report.event(Stopped(cause=Stop.FILE.cause))
-            return None
+            raise _Stopped
         if isinstance(outcome.error, OutputError):
             raise outcome.error
-        if outcome.error is not None or outcome.path is None:
+        if outcome.error is not None:
             raise TrainingError(f"held-out subject '{outcome.subject.id}' could not be predicted: {outcome.error}")
-        assert outcome.subject.label is not None  # inspection refuses subjects without one
-        pairs.append(Pair(outcome.subject.id, outcome.path, outcome.subject.label, outcome.subject))
-        outcomes.append(outcome)
         report.progress("predicting held-out subjects", done, len(chosen))
-    measuring = Measuring(",".join(bundle.recipe.metrics), probabilities=probabilities)
-    simulated = bundle.provenance.simulated
-    evaluation = evaluate(pairs, bundle.targets, measuring, simulated=simulated)
+
+    try:
+        evaluation, pairs, outcomes = measure_outcomes(
+            predict_subjects(predictor, chosen, folder / "predictions", probabilities=probabilities),
+            chosen,
+            SharedTargets.of(bundle.targets, bundle.targets),
+            measuring,
+            simulated=bundle.provenance.simulated,
+            on_outcome=watch,
+        )
+    except _Stopped:
+        report.event(Stopped(cause=Stop.FILE.cause))
+        return None
     evaluation.write(folder / "evaluation")
     needed = ["dice", "reference_volume_ml"]
     has_them = set(needed) <= set(evaluation.metrics) and targets_of(measuring.wanted, bundle.targets) == bundle.targets
@@ -402,12 +412,7 @@ def _evaluate_held_out(
     cases = _cases(outcomes, known.table.set_index(["subject", "target"])[needed])
     Calibration.of(cases).save(folder / "bundle")
     Intervals(level=LEVEL, rows=check_intervals(cases)).write(folder / "evaluation" / "intervals.json")
-    said = [
-        {"subject": outcome.subject.id, "target": target, **asdict(confidence)}
-        for outcome in outcomes
-        for target, confidence in outcome.confidence.items()
-    ]
-    write_table(folder / "evaluation" / "confidence.csv", list(said[0]) if said else [], said)
+    write_confidence(folder / "evaluation", {outcome.subject.id: outcome.confidence for outcome in outcomes})
     return evaluation
 
 
