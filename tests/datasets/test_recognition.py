@@ -51,7 +51,7 @@ def write_set(root: Path, layout: str, *, described: bool = True) -> Path:
         label = LabelVolume(np.minimum(rng.integers(0, 2, GRID.shape), 1).astype(np.uint8), GRID)
         arrangement.write(root, kind, i, scan, label)
     if arrangement.describe is not None and described:
-        _write_json(root / "dataset.json", arrangement.describe(kind, 3))
+        _write_json(root / "dataset.json", arrangement.describe(kind, range(3)))
     return root
 
 

@@ -131,6 +131,86 @@ def test_a_failing_run_stops_no_other_and_is_run_again(world: Path, monkeypatch)
     assert "1 of 2 runs are done" in shown.output
 
 
+STAGED = {
+    "name": "staged",
+    "question": "Does a study choose, transfer, test elsewhere and look at the locked subjects once?",
+    "recipe": "tiny.yaml",
+    "data": {"new": {"locked": 0.34}, "old": {}},
+    "stages": [
+        {
+            "name": "arms",
+            "arms": {
+                "first": {"data": "old"},
+                "then": {"start_from": "first"},
+                "forgetting": {"weights_of": "then", "data": "old"},
+                "apart": {"weights_of": "then", "set": ["inference.overlap=0"]},
+            },
+            "design": {"kind": "cross_validation", "folds": 2},
+        },
+        {"name": "final", "best_of": "arms", "design": {"kind": "locked_test"}},
+    ],
+    "sizes": {"quick": {"folds": [0]}},
+    "claims": [
+        {"text": "Transfer learns faster.", "better": "arms/then", "worse": "arms/first", "metric": "steps_to_loss"}
+    ],
+    "published": [
+        {
+            "source": "Nobody 1900",
+            "columns": ["arm", "parameters", "Dice"],
+            "rows": [["transferred", "1", ".99"]],
+            "measures": ["parameters", "dice@ball"],
+            "arms": {"transferred": "arms/then"},
+        }
+    ],
+}
+
+
+def test_a_study_chooses_transfers_tests_elsewhere_and_looks_at_the_locked_subjects_once(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (world / "staged.yaml").write_text(yaml.safe_dump(STAGED))
+    run = ["study", "run", str(world / "staged.yaml"), "--out", str(world / "out"), "--device", "cpu"]
+    run += ["--data", str(world / "data"), "--data", f"old={world / 'data'}"]
+    assert CliRunner().invoke(app, run).exit_code == 0
+    folder = StudyFolder(world / "out")
+    plan, runs = folder.open()
+    assert [entry.arm for entry in plan.runs] == ["first", "then", "forgetting", "apart"]
+    locked = {f"case{i}" for i in range(6)} - {name for one in runs for name in one.split.subjects if one.data == "new"}
+    assert len(locked) == 2
+    messages = (folder.run("arms-then-fold0-seed0") / "logs" / "messages.txt").read_text(encoding="utf-8")
+    assert "arms-first-fold0-seed0" in messages, "it starts from the other's weights"
+    done = CliRunner().invoke(app, [*run, "--final"])
+    assert done.exit_code == 0, done.output
+    plan, runs = folder.open()
+    [final] = [one for one in runs if one.stage == "final"]
+    assert set(final.split.held_out(0)) == locked
+    assert set(read_subjects(folder, final.name)) == locked
+    page = (world / "out" / "report.html").read_text(encoding="utf-8")
+    for text in ("Nobody 1900", "parameters, here", "Transfer learns faster.", "data:image/webp", "final"):
+        assert text in page, text
+    again = CliRunner().invoke(app, [*run, "--final"])
+    assert isinstance(again.exception, StudyError)
+    assert "a second look" in str(again.exception)
+    assert CliRunner().invoke(app, run).exit_code == 0, "without --final, nothing is left to do"
+    assert {one.name for one in folder.open()[1]} == {one.name for one in runs}
+
+
+def read_subjects(folder: StudyFolder, name: str) -> list[str]:
+    return [row["subject"] for row in read_table(folder.run(name) / "evaluation" / "metrics.csv")]
+
+
+def test_a_run_whose_start_failed_is_not_tried_and_says_so(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
+    arms = {"lost": {"set": ["start.weights=nowhere"]}, "then": {"start_from": "lost"}}
+    (world / "small.yaml").write_text(yaml.safe_dump({**STUDY, "arms": arms, "claims": []}))
+    assert CliRunner().invoke(app, command(world, "out")).exit_code == 1
+    status = StudyFolder(world / "out").status("then-fold1-seed0")
+    assert (status.state, status.attempts) == ("failed", 0)
+    assert "lost-fold1-seed0 failed" in status.failure
+
+
 def test_a_folder_holds_one_study_and_nothing_of_somebody_elses(world: Path) -> None:
     (world / "taken").mkdir()
     (world / "taken" / "report.html").write_text("somebody's")
