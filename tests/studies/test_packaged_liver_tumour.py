@@ -72,7 +72,8 @@ def test_the_paper_size_trains_as_the_report_did(data: dict[str, Dataset]) -> No
         source = run.start_from and (names[run.start_from].label, names[run.start_from].seed)
         assert source == (("pretraining/batch10", run.seed) if run.arm in ("B", "C") else None)
     for arm, recipe in (("A", "liver_tumour_a"), ("B", "liver_tumour_b"), ("C", "liver_tumour_c")):
-        assert names[f"transfer-{arm}-seed0"].recipe == load_recipe(recipe)
+        found = names[f"transfer-{arm}-seed0"].recipe
+        assert found.model_copy(update={"start": None}) == load_recipe(recipe).model_copy(update={"start": None})
     assert names["pretraining-batch10-seed0"].recipe == load_recipe("liver_tumour_lits")
     assert names["transfer-C-seed0"].recipe.training.frozen
 

@@ -326,8 +326,10 @@ def _recipe_split(size: Size, dataset: Dataset, recipes: dict[str, Recipe]) -> I
     known: list[tuple[tuple[object, ...], Split]] = []
     for arm, recipe in recipes.items():
         spec = recipe.training
-        decisive = (recipe.sampler, recipe.tiles, recipe.preprocessing, recipe.data)
-        decisive += (spec.folds, spec.test_last, spec.seed)
+        decisive: tuple[object, ...] = (
+            *(recipe.sampler, recipe.tiles, recipe.preprocessing, recipe.data),
+            *(spec.folds, spec.test_last, spec.seed),
+        )
         split = next((split for same, split in known if same == decisive), None)
         if split is None:  # labels may have to be read
             split = new_split(recipe, dataset, reached(recipe, dataset))
