@@ -48,17 +48,21 @@ STUDY = {
 }
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Path:
-    """Six scans with a bright ball each, a recipe and a study."""
+def write_balls(folder: Path, name: str) -> None:
     rng = np.random.default_rng(0)
     grid = Grid.of_spacing((8, 8, 8), (1, 1, 1.5))
     for i in range(6):
         ball = np.zeros(grid.shape, np.uint8)
         ball[2 : 5 + i % 3, 2:6, 2:6] = 1
         voxels = (ball * 3 + rng.standard_normal(grid.shape)).astype(np.float32)
-        write_volume(tmp_path / f"data/case{i}_image.nii.gz", Volume(voxels[None], grid))
-        write_label(tmp_path / f"data/case{i}_label.nii.gz", LabelVolume(ball, grid))
+        write_volume(folder / f"{name}{i}_image.nii.gz", Volume(voxels[None], grid))
+        write_label(folder / f"{name}{i}_label.nii.gz", LabelVolume(ball, grid))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """Six scans with a bright ball each, a recipe and a study."""
+    write_balls(tmp_path / "data", "case")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(STUDY))
     return tmp_path
@@ -175,11 +179,13 @@ def test_a_study_chooses_transfers_tests_elsewhere_and_looks_at_the_locked_subje
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (world / "staged.yaml").write_text(yaml.safe_dump(STAGED))
     run = ["study", "run", str(world / "staged.yaml"), "--out", str(world / "out"), "--device", "cpu"]
-    run += ["--data", str(world / "data"), "--data", f"old={world / 'data'}"]
-    assert CliRunner().invoke(app, run).exit_code == 0
+    write_balls(world / "old", "ball")
+    run += ["--data", str(world / "data"), "--data", f"old={world / 'old'}"]
+    done = CliRunner().invoke(app, run)
+    assert done.exit_code == 0, done.output
     folder = StudyFolder(world / "out")
     plan, runs = folder.open()
-    assert [entry.arm for entry in plan.runs] == ["first", "then", "forgetting", "apart"]
+    assert {entry.arm for entry in plan.runs} == {"first", "then", "forgetting", "apart"}
     locked = {f"case{i}" for i in range(6)} - {name for one in runs for name in one.split.subjects if one.data == "new"}
     assert len(locked) == 2
     messages = (folder.run("arms-then-fold0-seed0") / "logs" / "messages.txt").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from delineate.datasets.dataset import Dataset
 from delineate.datasets.splits import Split, make_split
 from delineate.errors import StudyError
 from delineate.metrics.catalogue import METRICS
-from delineate.recipe import Recipe, load_recipe, packaged_recipes
+from delineate.recipe import Recipe, StartSpec, load_recipe, packaged_recipes
 from delineate.studies.search import drawn_trials
 from delineate.studies.specification import (
     Arm,
@@ -110,7 +110,7 @@ def plan_runs(
     for stage in study.parts:
         if isinstance(stage.design, LockedTest) and not final:
             planning.pending.append(f"{stage.name or 'the locked test'} runs only with --final")
-        elif stage.best_of is not None and planning.best(stage.best_of) is None:
+        elif stage.best_of is not None and planning.best(stage.best_of, study.data_of(stage, Arm())) is None:
             planning.pending.append(f"{stage.name} waits for the best arm of {stage.best_of}")
         else:
             planning.add(stage)
@@ -147,10 +147,11 @@ class _Planning:
     settled: dict[str, Arm] = field(default_factory=dict)
     """Arms by label, with what they build on."""
 
-    def best(self, stage: str) -> Arm | None:
-        """The best arm of a stage, once all of them have ended."""
+    def best(self, stage: str, data: str) -> Arm | None:
+        """The best of a stage's arms that are trained on this data set, once all of them have ended."""
         [planned] = [one for one in self.study.parts if one.name == stage]
-        labels = {run.label for run in self.runs.values() if run.stage == stage and run.weights_of is None}
+        trained = [run for run in self.runs.values() if run.stage == stage and run.weights_of is None]
+        labels = {run.label for run in trained if run.data == data}
         growing = isinstance(planned.design, Search) and len(labels) < self._trials(planned.design)
         if not labels or growing or not labels <= set(self.scores):
             return None
@@ -163,7 +164,7 @@ class _Planning:
     def add(self, stage: Stage) -> None:
         """Add the runs of a stage; of a search, as many as what is known allows."""
         arms = self._searched(stage) if isinstance(stage.design, Search) else stage.compared
-        base = self.best(stage.best_of) if stage.best_of else None
+        base = self.best(stage.best_of, self.study.data_of(stage, Arm())) if stage.best_of else None
         if base is not None:
             arms = {name: arm if arm.weights_of else base.joined(arm) for name, arm in arms.items()}
         trained = {name: arm for name, arm in arms.items() if arm.weights_of is None}
@@ -174,7 +175,7 @@ class _Planning:
         for data, some in by_data.items():
             recipes = {name: self._recipe(stage, arm, stage.label(name), data) for name, arm in some.items()}
             for run in self._designed(stage, data, recipes):
-                self._put(replace(run, start_from=self._source(stage, run, some[run.arm].start_from)))
+                self._put(self._started(stage, run, some[run.arm].start_from))
         for name, arm in arms.items():
             if arm.weights_of is not None:
                 self._add_tests(stage, name, arm)
@@ -221,10 +222,10 @@ class _Planning:
         subjects = self.datasets[data].subjects
         return frozenset(make_split(subjects, 1, share).test) if share else frozenset()
 
-    def _source(self, stage: Stage, run: PlannedRun, arm: str | None) -> str | None:
-        """The run whose weights ``run`` starts from: of the same seed and, on the same data, the same fold."""
+    def _started(self, stage: Stage, run: PlannedRun, arm: str | None) -> PlannedRun:
+        """The run with the one whose weights it starts from: of the same seed and, on the same data, the same fold."""
         if arm is None:
-            return None
+            return run
         found = self._runs_of(stage, arm)
         alike = [one for one in found if one.seed == run.seed] or found
         if same_data := [one for one in alike if one.data == run.data]:
@@ -234,7 +235,10 @@ class _Planning:
                 f"arm '{run.arm}' starts from '{arm}', of which {len(alike)} runs fit '{run.name}'",
                 fix="give both the same design on the same data, or the other arm one run for each seed",
             )
-        return alike[0].name
+        source = alike[0].name
+        weights = {"weights": f"runs/{source}"}  # in the study's folder
+        start = StartSpec(**weights) if run.recipe.start is None else run.recipe.start.model_copy(update=weights)
+        return replace(run, start_from=source, recipe=run.recipe.model_copy(update={"start": start}))
 
     def _runs_of(self, stage: Stage, arm: str) -> list[PlannedRun]:
         labels = (stage.label(arm), arm)

@@ -166,7 +166,8 @@ class Stage(Specification):
 
     ``factors``: changes by name, made or not, or levels by name. With ``combine: all``, there is an arm for every
     combination, named after the factors and levels it has; with ``alone``, the base and each factor on its own.
-    ``best_of``: an earlier stage, whose best arm by the study's metric is what this stage changes.
+    ``best_of``: an earlier stage, whose best arm on the same data set, by the study's metric, is what this stage
+    changes.
     """
 
     name: Name | Literal[""] = ""
@@ -308,16 +309,13 @@ class Published(Specification):
 
 
 class Phantom(Specification):
-    """Simulated scans to run the study on if its data are not available; see `delineate data phantom`.
-
-    ``coarse`` divides the number of voxels along each axis, in every size.
-    """
+    """Simulated scans to run the study on if its data are not available; see `delineate data phantom`."""
 
     kind: Text
     patients: Annotated[int, Field(ge=2, le=10**4)] = 20
     seed: Annotated[int, Field(ge=0, le=2**32)] = 0
     layout: Text | None = None
-    sites: Annotated[tuple[Text, ...], Field(min_length=1, max_length=100)] | None = None
+    sites: Annotated[tuple[Text, ...], Field(max_length=100)] | None = None
     coarse: Annotated[float, Field(ge=1, le=16)] = 1.0
 
 
