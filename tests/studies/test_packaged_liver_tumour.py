@@ -99,7 +99,7 @@ def test_the_quick_size_is_small_and_as_long_for_every_arm(data: dict[str, Datas
     runs = planned("quick", data)
     trainings = [run for run in runs if run.weights_of is None]
     assert len(runs) == len({run.name for run in runs}) == 19
-    assert {(run.recipe.training.steps, run.recipe.training.epochs) for run in trainings} == {(100, None)}
+    assert {(run.recipe.training.steps, run.recipe.training.epochs) for run in trainings} == {(120, None)}
     for run in trainings:
         half = "half-rate" in run.arm
         assert run.recipe.training.optimiser.learning_rate == (5e-4 if half else 1e-3)
