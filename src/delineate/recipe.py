@@ -257,17 +257,32 @@ class PostprocessingSpec(Specification):
     """Targets that keep only their largest component, and the smallest component to keep (ml), by target.
 
     ``drop_end_slices``: predictions are removed from this fraction of the slices at each end, rounded down (Li et al.
-    2018 drop a tenth at each end); this is applied first.
+    2018 drop a tenth at each end); this is applied first. ``within``: of overlapping targets, the first is cut to what
+    is left of the second, before its own components are chosen, such as ``{tumour: liver}``.
     """
 
     drop_end_slices: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     largest_component: Names = ()
     minimum_ml: Annotated[dict[str, Weight], Field(max_length=256)] = Field(default_factory=dict)
+    within: Annotated[dict[str, str], Field(max_length=MOST_TARGETS)] = Field(default_factory=dict)
+
+    @field_validator("within")
+    @classmethod
+    def _one_level(cls, within: dict[str, str]) -> dict[str, str]:
+        if both := sorted(within.keys() & set(within.values())):
+            raise ValueError(f"'{both[0]}' cannot be cut itself where others are cut to it")
+        return within
 
     def check(self, targets: Targets) -> None:
-        """Raise :class:`RecipeError` if any other target is named."""
-        if unknown := sorted({*self.largest_component, *self.minimum_ml} - set(targets.names)):
+        """Raise :class:`RecipeError` if any other target is named, or ``within`` is given for exclusive ones."""
+        named = {*self.largest_component, *self.minimum_ml, *self.within, *self.within.values()}
+        if unknown := sorted(named - set(targets.names)):
             raise RecipeError(f"postprocessing names unknown targets {unknown}", fix=f"use {list(targets.names)}")
+        if self.within and targets.exclusive:
+            raise RecipeError(
+                "postprocessing.within is for overlapping targets; these exclude each other",
+                fix="remove it, or set data.targets.mode: overlapping",
+            )
 
 
 class Recipe(Specification):

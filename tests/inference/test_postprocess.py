@@ -59,3 +59,23 @@ def test_components_are_chosen_among_what_the_dropped_slices_leave(masks) -> Non
     result = postprocess(masks, TARGETS, Grid.of_spacing((12, 12, 12), (4, 1, 1)), spec)
     assert result[0].sum() == 8
     assert result[0, 6:8, 6:8, 6:8].all()
+
+
+def test_a_target_is_cut_to_what_is_left_of_another(masks) -> None:
+    """The smaller cubes of the liver go, and with them the tumour there; then the tumour's specks go by volume."""
+    overlapping = Targets({"liver": (1, 2), "tumour": (2,)}, "overlapping")
+    masks[1, 2:] &= False  # of the large cube, the tumour has half
+    masks[1, 6:8, 6:8, 6:8] = masks[1, 11, 11, 11] = True
+    spec = PostprocessingSpec(within={"tumour": "liver"}, largest_component=("liver",))
+    result = postprocess(masks, overlapping, GRID, spec)
+    np.testing.assert_array_equal(result[1], masks[1] & result[0])
+    assert (result[0].sum(), result[1].sum()) == (64, 32)
+    small = PostprocessingSpec(within={"tumour": "liver"}, largest_component=("liver",), minimum_ml={"tumour": 3.3})
+    assert not postprocess(masks, overlapping, GRID, small)[1].any()
+
+
+def test_only_overlapping_targets_are_cut_and_not_in_a_chain(masks) -> None:
+    with pytest.raises(RecipeError, match="exclude each other"):
+        postprocess(masks, TARGETS, GRID, PostprocessingSpec(within={"tumour": "liver"}))
+    with pytest.raises(ValueError, match="'liver' cannot be cut itself"):
+        PostprocessingSpec(within={"tumour": "liver", "liver": "tumour"})

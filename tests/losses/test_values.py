@@ -339,6 +339,27 @@ def test_a_region_s_box_and_margin() -> None:
     assert not touched[1].any()  # this sample lacks the region
 
 
+def test_a_region_may_restrict_one_of_several_overlapping_targets() -> None:
+    """A tumour counts within the liver alone, the liver everywhere, and the mean is over the voxels that count."""
+    targets = Targets({"liver": (1, 2), "tumour": (2,)}, "overlapping")
+    target = torch.zeros(1, 2, 8, 8, dtype=torch.uint8)
+    target[0, 0, 2:5, 2:5] = 1
+    target[0, 1, 3, 3] = 1
+    logits = torch.randn(1, 2, 8, 8, requires_grad=True)
+    loss = build_loss(RegionSpec(loss=CrossEntropySpec(), within=("liver",), only=("tumour",)), targets)
+    value = loss(logits, target, logits)
+    value.backward()
+    touched = logits.grad[0] != 0
+    assert touched[0].all()
+    assert touched[1].nonzero().tolist() == [[x, y] for x in range(2, 5) for y in range(2, 5)]
+    terms = torch.nn.functional.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
+    torch.testing.assert_close(value, (terms[0, 0].sum() + terms[0, 1, 2:5, 2:5].sum()) / (64 + 9))
+    with pytest.raises(RecipeError, match="for overlapping targets"):
+        build_loss(RegionSpec(loss=DiceSpec(), within=("organ",), only=("organ",)), ONE)
+    with pytest.raises(RecipeError, match="region 'lung' is not a target"):
+        build_loss(RegionSpec(loss=DiceSpec(), within=("liver",), only=("lung",)), targets)
+
+
 def test_an_unknown_region_is_refused() -> None:
     with pytest.raises(RecipeError, match="region 'lung' is not a target"):
         build_loss(RegionSpec(loss=DiceSpec(), within=("lung",)), ONE)

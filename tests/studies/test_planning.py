@@ -233,6 +233,28 @@ def test_a_network_starts_from_its_own_seed_and_fold_and_is_tested_on_nobody_it_
     assert {run.group for run in runs if run.arm == "overlapping"} == {"after/overlapping"}
 
 
+def test_networks_are_tested_on_all_that_no_run_was_trained_on_and_another_data_set_is_read_its_own_way() -> None:
+    """Where runs keep to their recipe's split, networks from elsewhere are tested on the same subjects as theirs."""
+    what = Study.model_validate({
+        **TRANSFER, "sizes": {"quick": {"set": ["training.folds=3"]}}, "stages": [
+            {"name": "before", "arms": {"old": {"set": ["data.images='*/artery.nii'"]}}, "data": "old",
+             "design": {"kind": "recipe_split"}},
+            {"name": "after", "data": "new", "design": {"kind": "recipe_split"}, "arms": {
+                "scratch": {"set": ["training.folds=2"]},
+                "transferred": {"start_from": "before/old"},
+                "forgotten": {"weights_of": "transferred", "data": "old"},
+                "never-knew": {"weights_of": "scratch", "data": "old"},
+            }},
+        ],
+    })  # fmt: skip
+    sets = dict.fromkeys(what.data, dataset(*subjects(9, 9)))
+    runs = {run.arm: run for run in plan_runs(what, what.sizes["quick"], sets).runs}
+    tested = [set(runs[arm].split.held_out(0)) for arm in ("forgotten", "never-knew")]
+    assert tested[0] == tested[1] == set(runs["old"].split.held_out(0))
+    assert runs["forgotten"].recipe.data.images == "*/artery.nii"
+    assert runs["transferred"].recipe.data.images is None
+
+
 def test_a_search_draws_the_same_trials_from_the_same_scores() -> None:
     values = {
         **SIX, "factors": {},

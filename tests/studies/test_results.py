@@ -10,6 +10,8 @@ import pytest
 
 from delineate.datasets.splits import Split
 from delineate.evaluation.table import Evaluation
+from delineate.io.tables import write_table
+from delineate.losses.overlap import DiceSpec
 from delineate.recipe import load_recipe
 from delineate.studies.planning import PlannedRun
 from delineate.studies.reporting import write_study_report
@@ -124,3 +126,40 @@ def test_a_study_of_which_nothing_is_done_has_a_page(tmp_path: Path) -> None:
     assert (found.done, found.pooled, found.gains(), found.differences()) == (0, {}, [], [])
     page = write_study_report(found, tmp_path, size="quick", data_sets={"scans": "hearts"}).read_text(encoding="utf-8")
     assert "No run is done yet." in page
+
+
+def test_arms_with_different_targets_are_compared_in_those_they_share() -> None:
+    """A network that finds organ and lesion against one that finds organs alone."""
+    what = study(
+        arms={"a": {}, "b": {"set": ["training.seed=1"]}},
+        design={"kind": "cross_validation"},
+        claims=[{"text": "a is better", "better": "a", "worse": "b"}],
+    )
+    first = table(NAMES, 0.9)
+    lesion = first.table.assign(target="lesion", dice=0.1)
+    both = Evaluation(pd.concat([first.table, lesion], ignore_index=True))
+    found = results(what, a=(run("a"), both), b=(run("b"), table(NAMES, 0.8)))
+    assert [judged.ruling for judged in found.claims()] == ["held"]
+    [difference] = found.differences()
+    assert difference.difference.mean == pytest.approx(0.1)
+
+
+def test_steps_to_a_loss_are_counted_among_runs_with_the_same_loss_stage_and_data(tmp_path: Path) -> None:
+    """A slow run and a quick one meet at .5; another loss that never falls below 9 does not move that."""
+    other = RECIPE.model_copy(update={"loss": DiceSpec()})
+    runs = (run("quick"), run("slow"), replace(run("other"), recipe=other), replace(run("elsewhere"), data="more"))
+    losses = {
+        "quick": [0.9, 0.4, 0.4, 0.4],
+        "slow": [0.9, 0.8, 0.7, 0.5],
+        "other": [9.0, 9.0, 9.0, 9.0],
+        "elsewhere": [8.0, 7.0, 6.0, 5.0],
+    }
+    folder = StudyFolder(tmp_path)
+    for planned in runs:
+        rows = [{"step": str(i + 1), "loss": str(loss)} for i, loss in enumerate(losses[planned.arm])]
+        write_table(folder.run(planned.name) / "logs" / "training.csv", ("step", "loss"), rows)
+        table(NAMES, 0.8).write(folder.run(planned.name) / "evaluation")
+        RunStatus(state="done").write(folder.status_file(planned.name))
+    measured = collect(folder, study(), runs).measured
+    steps = {planned.arm: measured[planned.name]["steps_to_loss"] for planned in runs}
+    assert steps == {"quick": 2, "slow": 4, "other": 1, "elsewhere": 4}

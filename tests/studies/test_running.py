@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,13 @@ from typer.testing import CliRunner
 from delineate.cli.app import app
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.splits import Split
 from delineate.errors import MissingFile, OutputError, StudyError
 from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import read_table
 from delineate.recipe import load_recipe
-from delineate.studies.planning import plan_runs
-from delineate.studies.running import RunStatus, StudyFolder, part_of
+from delineate.studies.planning import PlannedRun, plan_runs
+from delineate.studies.running import Ended, RunStatus, StudyFolder, part_of, run_study
 from delineate.studies.specification import Size, load_study
 
 TINY = {
@@ -263,3 +266,28 @@ def test_parts_of_a_job_array_are_all_runs_once() -> None:
 
 def test_a_status_begins_as_waiting(tmp_path: Path) -> None:
     assert StudyFolder(tmp_path).status("x") == RunStatus(state="waiting")
+
+
+def test_a_test_reads_its_data_set_as_its_recipe_says_and_not_as_the_network_s(tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+
+    class Recording:
+        def __call__(self, command: Sequence[str], log: Path) -> Ended:
+            commands.append(list(command))
+            return Ended(0)
+
+        def stop(self) -> None:
+            """Nothing runs."""
+
+    split = Split((("a",),))
+    recipe = load_recipe("hippocampus", ["data.images={T1: '*/t1.nii', T2: '*/t2.nii'}", "data.labels='*/label.nii'"])
+    trained = PlannedRun("trained", "arm", 0, 0, load_recipe("hippocampus"), split)
+    tested = replace(trained, name="tested", recipe=recipe, weights_of="trained", data="other")
+    places = {"scans": tmp_path / "scans", "other": tmp_path / "other"}
+    assert run_study(StudyFolder(tmp_path), [trained, tested], places, Recording())
+    assert [command[0] for command in commands] == ["train", "test"]
+    options = commands[1]
+    assert [options[i + 1] for i, part in enumerate(options) if part == "--images"] == ["T1=*/t1.nii", "T2=*/t2.nii"]
+    assert options[options.index("--labels") + 1] == "*/label.nii"
+    assert options[options.index("--layout") + 1] == "auto"
+    assert options[options.index("--data") + 1] == str(tmp_path / "other")

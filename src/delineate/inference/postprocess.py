@@ -1,4 +1,4 @@
-"""Clean up predicted masks: drop end slices, keep a target's largest component, remove specks."""
+"""Clean up predicted masks: drop end slices, cut a target to another, keep its largest component, remove specks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from delineate.recipe import PostprocessingSpec
 def postprocess(masks: NDArray[np.bool_], targets: Targets, grid: Grid, spec: PostprocessingSpec) -> NDArray[np.bool_]:
     """Masks (T, X, Y, Z) without the slices that ``spec`` drops, and with each target's components chosen by it.
 
-    Slices lie across ``grid.slice_axis``; components are 26-connected.
-    Raises :class:`RecipeError` if the specification names an unknown target.
+    Slices lie across ``grid.slice_axis``; components are 26-connected. Targets that are cut to another come last.
+    Raises :class:`RecipeError` if the specification does not fit the targets.
     """
     spec.check(targets)
     named = {*spec.largest_component, *spec.minimum_ml}
@@ -22,7 +22,10 @@ def postprocess(masks: NDArray[np.bool_], targets: Targets, grid: Grid, spec: Po
     slices = np.moveaxis(result, 1 + grid.slice_axis, 0)  # a view
     ends = int(spec.drop_end_slices * len(slices) + 1e-9)  # 0.29 of 100 is 28.999…
     slices[:ends] = slices[len(slices) - ends :] = False
-    for index, name in enumerate(targets.names):
+    for name in sorted(targets.names, key=lambda name: name in spec.within):
+        index = targets.names.index(name)
+        if name in spec.within:
+            result[index] &= result[targets.names.index(spec.within[name])]
         if name in named and result[index].any():
             result[index] = _chosen_components(
                 result[index],

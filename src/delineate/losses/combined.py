@@ -27,11 +27,20 @@ class Sum(nn.Module):
 
 
 class Region(nn.Module):
-    """A loss that ignores everything outside a region of the reference."""
+    """A loss that ignores everything outside a region of the reference, in ``only`` these planes of it if given."""
 
-    def __init__(self, loss: Loss, classes: Sequence[int], exclusive: bool, dilate: int, box: bool) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        classes: Sequence[int],
+        exclusive: bool,
+        dilate: int,
+        box: bool,
+        only: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.loss, self.classes, self.exclusive, self.dilate, self.box = loss, tuple(classes), exclusive, dilate, box
+        self.only = only
 
     def forward(self, logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
         if self.exclusive:
@@ -43,7 +52,12 @@ class Region(nn.Module):
             width = 2 * self.dilate + 1
             pool = F.max_pool3d if region.ndim == 5 else F.max_pool2d
             region = pool(region.float(), width, stride=1, padding=self.dilate) > 0
-        return self.loss(logits, target.masked_fill(~region, IGNORED), image)
+        outside = ~region
+        if self.only is not None:
+            restricted = torch.zeros(target.shape[1], dtype=torch.bool, device=target.device)
+            restricted[list(self.only)] = True
+            outside = outside & restricted.view(1, -1, *[1] * (target.ndim - 2))
+        return self.loss(logits, target.masked_fill(outside, IGNORED), image)
 
 
 def _box(region: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from delineate.core.targets import Targets
+from delineate.errors import RecipeError
 from delineate.losses.base import LossSpecification
 from delineate.losses.combined import DeepSupervision, Region, Sum, target_indices
 from delineate.losses.content import SiameseContentSpec
@@ -36,18 +37,27 @@ class RegionSpec(LossSpecification):
     """A loss that counts only voxels within the reference's masks of some targets (any of them).
 
     ``box`` uses their bounding box in each sample instead; ``dilate_voxels`` widens either on all
-    sides. A sample without the region does not count.
+    sides. A sample without the region does not count. ``only``: of overlapping targets, these alone are
+    restricted, and the others count everywhere, such as a tumour within the liver beside the liver itself (Chlebus et
+    al. 2018).
     """
 
     kind: Literal["region"] = "region"
     loss: LossSpec
     within: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
+    only: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)] | None = None
     box: bool = False
     dilate_voxels: Annotated[int, Field(ge=0, le=256)] = 0
 
     def build(self, targets: Targets) -> Region:
         classes = target_indices(self.within, targets)
-        return Region(self.loss.build(targets), classes, targets.exclusive, self.dilate_voxels, self.box)
+        if self.only is not None and targets.exclusive:
+            raise RecipeError(
+                "a region loss with `only` is for overlapping targets; these exclude each other",
+                fix="remove only, or set data.targets.mode: overlapping",
+            )
+        only = None if self.only is None else target_indices(self.only, targets)
+        return Region(self.loss.build(targets), classes, targets.exclusive, self.dilate_voxels, self.box, only)
 
 
 class DeepSupervisionSpec(LossSpecification):

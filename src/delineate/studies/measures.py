@@ -51,8 +51,8 @@ MEASURES: dict[str, Measure] = {
         Measure("seam", "seam score"),
     )
 }
-"""``steps_to_loss``: steps until the smoothed training loss stays below the highest one that any run ends with, so
-that every run of the study gets there."""
+"""``steps_to_loss``: steps until the smoothed training loss stays below the highest one that any comparable run ends
+with (of the same stage, data set and loss), so that every one of them gets there."""
 
 _TAIL = 0.1
 """Part of the training over which the loss at its end is averaged."""

@@ -31,6 +31,7 @@ from delineate.studies.specification import (
     Study,
 )
 from delineate.studies.trials import steps_for_gflop
+from delineate.training.preparation import new_split, reached
 
 _FIRST_FOLD = 0
 """The held-out fold of a split that is made for one run."""
@@ -101,8 +102,9 @@ def plan_runs(
 
     Stages that build on the best arm of another, and searches, have more runs once ``scores`` tell how the arms
     before did; each plan begins with the runs of the one before. The locked test is planned only if ``final``.
-    Recipe paths are relative to ``beside``. A pure function of its arguments. Raises :class:`StudyError` if a
-    data set does not fit the design, and :class:`RecipeError` for a wrong change.
+    Recipe paths are relative to ``beside``. A function of its arguments and, for recipes that sample a limited number
+    of slices, of the labels, which say which subjects these come from. Raises :class:`StudyError` if a data set does
+    not fit the design, and :class:`RecipeError` for a wrong change.
     """
     planning = _Planning(study, size, {name: _limited(data, size) for name, data in datasets.items()}, beside, scores)
     for stage in study.parts:
@@ -206,7 +208,7 @@ class _Planning:
                 first = self.size if self.size.folds else self.size.model_copy(update={"folds": (_FIRST_FOLD,)})
                 runs = _cross_validation(design, first, free, recipes)
             case RecipeSplit():
-                runs = _recipe_split(self.size, free, recipes)
+                runs = _recipe_split(self.size, replace(self.datasets[data], subjects=tuple(free)), recipes)
             case LearningCurve() as design:
                 runs = _learning_curve(design, self.size, free, recipes)
             case MovedSubjects() as design:
@@ -250,17 +252,13 @@ class _Planning:
         return found
 
     def _add_tests(self, stage: Stage, name: str, arm: Arm) -> None:
-        """A test of each network of another arm: on that data set's held-out subjects, if it was trained on it."""
+        """A test of each network of another arm: on those of the data set's subjects that it has not seen."""
         assert arm.weights_of is not None
         data = self.study.data_of(stage, arm)
-        subjects = self.datasets[data].subjects
+        read = next((run.recipe.data for run in self._trained_on(data)), None)
         for trained in self._runs_of(stage, arm.weights_of):
-            chain = [trained]
-            while (needed := chain[-1].needs) is not None:
-                chain.append(self.runs[needed])
-            on_this = [run for run in chain if run.data == data and run.weights_of is None]
-            held_out = on_this[0].split.held_out(on_this[0].fold) if on_this else tuple(s.id for s in subjects)
-            split = Split(((),), tuple(sorted(held_out)))
+            split = Split(((),), tuple(sorted(self._unseen(trained, data))))
+            recipe = trained.recipe if read is None else trained.recipe.model_copy(update={"data": read})
             self._put(
                 replace(
                     trained,
@@ -269,12 +267,38 @@ class _Planning:
                     stage=stage.name,
                     data=data,
                     fold=_FIRST_FOLD,
+                    recipe=recipe,
                     split=split,
                     start_from=None,
                     weights_of=trained.name,
                     changes=arm.set,
                 )
             )
+
+    def _trained_on(self, data: str) -> list[PlannedRun]:
+        return [run for run in self.runs.values() if run.data == data and run.weights_of is None]
+
+    def _unseen(self, trained: PlannedRun, data: str) -> Iterable[str]:
+        """The subjects of a data set that a run's network is tested on.
+
+        Those held out from it or from what it started from, if that was on this data set, otherwise all. Where runs on
+        this data set keep to their recipe's split, they are the ones that none of these runs was trained on, so that
+        networks which have seen the data set are compared with others, and on more than what the split holds out.
+        """
+        there = {subject.id for subject in self.datasets[data].subjects}
+        chain = [trained]
+        while (needed := chain[-1].needs) is not None:
+            chain.append(self.runs[needed])
+        on_this = [run for run in chain if run.data == data and run.weights_of is None]
+        fixed = [run for run in self._trained_on(data) if self._keeps_the_split(run)]
+        if fixed and all(self._keeps_the_split(run) for run in on_this):
+            used = {name for run in fixed for name in (*run.split.training_of(run.fold), *run.split.validation)}
+            return there - used - self._locked(data)
+        return on_this[0].split.held_out(on_this[0].fold) if on_this else there
+
+    def _keeps_the_split(self, run: PlannedRun) -> bool:
+        [stage] = [stage for stage in self.study.parts if stage.name == run.stage]
+        return isinstance(stage.design, RecipeSplit)
 
     def _trials(self, design: Search) -> int:
         return self.size.trials or design.trials
@@ -306,11 +330,18 @@ def _cross_validation(
                 yield PlannedRun(f"{arm}-fold{fold}-seed{seed}", arm, seed, fold, _seeded(recipe, seed), split)
 
 
-def _recipe_split(size: Size, subjects: Sequence[Subject], recipes: dict[str, Recipe]) -> Iterable[PlannedRun]:
+def _recipe_split(size: Size, dataset: Dataset, recipes: dict[str, Recipe]) -> Iterable[PlannedRun]:
+    known: list[tuple[tuple[object, ...], Split]] = []
     for arm, recipe in recipes.items():
         spec = recipe.training
-        patients = len({subject.patient for subject in subjects})
-        split = make_split(subjects, min(spec.folds, patients), seed=spec.seed, test_last=spec.test_last)
+        decisive: tuple[object, ...] = (
+            *(recipe.sampler, recipe.tiles, recipe.preprocessing, recipe.data),
+            *(spec.folds, spec.test_last, spec.seed),
+        )
+        split = next((split for same, split in known if same == decisive), None)
+        if split is None:  # labels may have to be read
+            split = new_split(recipe, dataset, reached(recipe, dataset))
+            known.append((decisive, split))
         yield from _fixed(size, split, {arm: recipe})
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import isnan
 from typing import Literal
@@ -158,8 +158,8 @@ class StudyResults:
         if len(arms) < 2:
             return []
         try:
-            return compare_methods(arms, [self.study.metric])
-        except DatasetError:  # the arms share no subjects so far, or differ in targets
+            return compare_methods(_on_common_targets(arms), [self.study.metric])
+        except DatasetError:  # the arms share no subjects so far, or no targets
             return []
 
     def effects(self) -> list[Effect]:
@@ -281,10 +281,28 @@ def collect(folder: StudyFolder, study: Study, runs: Sequence[PlannedRun]) -> St
             own = curves[run.name] = read_curves(place)
             measured[run.name] = measure_run(place, own, peak_gb=statuses[run.name].peak_gb)
             found.setdefault(run.group, []).append((run, Evaluation.read(place / "evaluation")))
-    for name, steps in steps_to_common_loss(curves).items():
-        measured[name]["steps_to_loss"] = steps
+    for alike in _with_the_same_loss(runs):
+        steps = steps_to_common_loss({run.name: curves[run.name] for run in alike if run.name in curves})
+        for name, value in steps.items():
+            measured[name]["steps_to_loss"] = value
     groups = {group: pooled(ones) for group, ones in found.items()}
     return StudyResults(study, tuple(runs), statuses, groups, measured, curves)
+
+
+def _with_the_same_loss(runs: Sequence[PlannedRun]) -> Iterable[list[PlannedRun]]:
+    """Trainings whose losses can be compared: of one stage, on one data set, with one loss."""
+    alike: list[list[PlannedRun]] = []
+    for run in runs:
+        if run.weights_of is not None:
+            continue
+        for others in alike:
+            first = others[0]
+            if (run.stage, run.data, run.recipe.loss) == (first.stage, first.data, first.recipe.loss):
+                others.append(run)
+                break
+        else:
+            alike.append([run])
+    return alike
 
 
 def pooled(runs: Sequence[tuple[PlannedRun, Evaluation]]) -> Evaluation:
@@ -312,11 +330,20 @@ def pooled(runs: Sequence[tuple[PlannedRun, Evaluation]]) -> Evaluation:
     )
 
 
+def _on_common_targets(arms: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
+    """The arms' tables of the targets that all of them have; all targets if they share none."""
+    shared = set.intersection(*(set(found.targets) for found in arms.values()))
+    if not shared:
+        return dict(arms)
+    return {name: replace(found, table=found.table[found.table["target"].isin(shared)]) for name, found in arms.items()}
+
+
 def _judge(claim: Claim, arms: dict[str, Evaluation]) -> Judged:
     if claim.better not in arms or claim.worse not in arms:
         return Judged(claim, "too few to tell", "not all of its runs are done")
     try:
-        [found] = compare_methods({arm: arms[arm] for arm in (claim.better, claim.worse)}, [claim.metric])
+        both = _on_common_targets({arm: arms[arm] for arm in (claim.better, claim.worse)})
+        [found] = compare_methods(both, [claim.metric])
     except DatasetError as error:
         return Judged(claim, "too few to tell", error.message)
     if found.better is None:

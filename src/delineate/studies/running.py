@@ -37,7 +37,7 @@ from delineate.errors import MissingFile, OutputError, StudyError
 from delineate.io.documents import Document
 from delineate.io.files import writing_beside
 from delineate.io.overwriting import check_folder
-from delineate.recipe import load_recipe, to_yaml
+from delineate.recipe import DataSpec, load_recipe, to_yaml
 from delineate.studies.planning import PlannedRun, Scores
 from delineate.studies.specification import Study
 from delineate.training.lock import in_use
@@ -358,11 +358,18 @@ def _command(folder: StudyFolder, run: PlannedRun, data: Path, options: Sequence
     places += ["--split", str(folder.split(run.name))]
     if run.weights_of is not None:
         changes = [part for change in run.changes for part in ("--set", change)]
-        return ["test", str(folder.run(run.weights_of)), *places, *changes, *options]
+        return ["test", str(folder.run(run.weights_of)), *places, *_reading(run.recipe.data), *changes, *options]
     start = []
     if run.start_from is not None:
         start = ["--set", f"start.weights={folder.run(run.start_from).resolve()}"]
     return ["train", str(folder.recipe(run.name)), *places, *start, *options]
+
+
+def _reading(data: DataSpec) -> list[str]:
+    """How a test reads its data set, which may be another than that of the network's own recipe."""
+    images = [data.images] if isinstance(data.images, str) else [f"{c}={p}" for c, p in (data.images or {}).items()]
+    found = ["--layout", data.layout, *(part for pattern in images for part in ("--images", pattern))]
+    return [*found, *(["--labels", data.labels] if data.labels else [])]
 
 
 def _last_line(log: Path, code: int) -> str:
