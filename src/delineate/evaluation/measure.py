@@ -18,15 +18,13 @@ from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset, check_grids, load_map, with_maps
 from delineate.errors import BadShape, MissingFile, RecipeError
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
-from delineate.evaluation.table import LESION_COLUMNS, Evaluation, reliability_table
+from delineate.evaluation.table import BACKGROUND, LESION_COLUMNS, Evaluation, reliability_table
 from delineate.io.formats import read_volume
 from delineate.io.voxels import Orientation
 from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, QUANTITIES, metric_names, targets_of
 from delineate.metrics.comparison import Comparison
 from delineate.metrics.quantities import QuantityMap, measure_target
 from delineate.metrics.reliability import Reliability
-
-BACKGROUND = "background"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ from delineate.metrics.statistics import Estimate, estimate_means
 
 MEAN_OF_TARGETS = "mean of targets"
 
+BACKGROUND = "background"
+"""The class of every voxel that is in no target."""
+
 MISSED, RIGHTLY_NOTHING = "prediction empty", "both empty"
 """Cases in which the prediction has no voxel of a target."""
 
@@ -264,6 +267,33 @@ class Evaluation:
             f1=2 * precision * recall / either,
         )
         return measured.rename_axis("class").reset_index()
+
+    @cached_property
+    def background(self) -> dict[str, Estimate]:
+        """Estimates of the background's precision, recall and Dice, as :meth:`summary` has them for targets.
+
+        Empty if targets overlap, as the background is a class only where they do not.
+        """
+        pairs = self.confusion
+        if not len(pairs):
+            return {}
+        mine = {name: pairs[name] == BACKGROUND for name in ("reference", "prediction")}
+        counts = pd.DataFrame(
+            {
+                name: pairs["voxels"].where(counted, 0).groupby(pairs["subject"], sort=False).sum()
+                for name, counted in {**mine, "right": mine["reference"] & mine["prediction"]}.items()
+            }
+        ).astype(float)
+        values = pd.DataFrame(
+            {
+                "precision": counts["right"] / counts["prediction"],
+                "recall": counts["right"] / counts["reference"],
+                "dice": 2 * counts["right"] / (counts["prediction"] + counts["reference"]),
+            }
+        )
+        whose = self.patients
+        estimates = estimate_means(values.to_numpy(float), [whose[subject] for subject in values.index])
+        return dict(zip(values, estimates, strict=True))
 
     def described_pooled(self) -> list[dict[str, str]]:
         """:attr:`pooled` as text for a reader."""

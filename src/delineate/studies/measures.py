@@ -52,7 +52,8 @@ MEASURES: dict[str, Measure] = {
     )
 }
 """``steps_to_loss``: steps until the smoothed training loss stays below the highest one that any comparable run ends
-with (of the same stage, data set and loss), so that every one of them gets there."""
+with (of the same stage, data set and loss), so that every one of them gets there. ``peak_gb``: of the GPU if it trained
+on one, otherwise of the run's process."""
 
 _TAIL = 0.1
 """Part of the training over which the loss at its end is averaged."""
@@ -98,6 +99,8 @@ def measure_run(run: Path, curves: Curves, *, peak_gb: float) -> dict[str, float
     if trained := [event for event in events if isinstance(event, Trained)]:
         last = trained[-1]
         measured["steps"] = last.step
+        if last.gpu_gb is not None:
+            measured["peak_gb"] = last.gpu_gb
         measured["seconds_a_step"] = 60 * last.minutes / max(last.step, 1)
         if last.epochs:
             measured["minutes_an_epoch"] = last.minutes / last.epochs

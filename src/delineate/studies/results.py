@@ -13,7 +13,7 @@ import pandas as pd
 
 from delineate.errors import DatasetError
 from delineate.evaluation.methods import MethodDifference, compare_methods
-from delineate.evaluation.table import Evaluation
+from delineate.evaluation.table import BACKGROUND, Evaluation
 from delineate.metrics.catalogue import METRICS, formatted
 from delineate.metrics.statistics import Difference, Estimate, estimate_means, paired_difference
 from delineate.studies.measures import MEASURES, Curves, measure_run, read_curves, steps_to_common_loss
@@ -228,12 +228,19 @@ class StudyResults:
         return estimate_means(pd.DataFrame(values).to_numpy(float))[0] if values else None
 
     def estimate(self, arm: str, measure: str) -> Estimate | None:
-        """An arm's figure for a published column: a metric, ``metric@target``, or a measure of runs."""
+        """An arm's figure for a published column: a metric, ``metric@target``, or a measure of runs.
+
+        Besides the targets, there is ``background``, with precision, recall and Dice.
+        """
         if measure in MEASURES:
             return self.measure(arm, measure)
         metric, _, target = measure.partition("@")
         evaluation = self.pooled.get(arm)
-        if evaluation is None or metric not in evaluation.metrics:
+        if evaluation is None:
+            return None
+        if target == BACKGROUND:
+            return evaluation.background.get(metric)
+        if metric not in evaluation.metrics:
             return None
         summary = evaluation.summary().get(target) if target else evaluation.overall()
         return (summary or {}).get(metric)

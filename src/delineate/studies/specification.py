@@ -316,6 +316,9 @@ class Phantom(Specification):
 
     kind: Text
     patients: Annotated[int, Field(ge=2, le=10**4)] = 20
+    sites: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)] | None = None
+    coarse: Annotated[float, Field(ge=1, le=16)] = 1.0
+    layout: Text | None = None
     seed: Annotated[int, Field(ge=0, le=2**32)] = 0
     layout: Text | None = None
     sites: Names | None = None

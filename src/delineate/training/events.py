@@ -132,11 +132,12 @@ class Stopped(_Event):
 
 
 class Trained(_Event):
-    """The budget is spent."""
+    """The budget is spent. ``gpu_gb``: the most memory that was reserved on the GPU, if it trained on one."""
 
     kind: Literal["trained"] = "trained"
     minutes: Minutes
     epochs: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    gpu_gb: Annotated[float, Field(ge=0, le=1e9)] | None = None
 
     @property
     def text(self) -> str:

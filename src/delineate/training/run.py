@@ -306,7 +306,10 @@ def _fit(
             save_weights(folder / "bundle", weights, {"step": trainer.global_step})
         bundle.save(folder / "last", weights, {"step": trainer.global_step})
         epochs = trainer.global_step / planned.steps_an_epoch
-        report.event(Trained(step=trainer.global_step, minutes=budget.elapsed() / 60, epochs=epochs))
+        on_gpu = plan.device.type == "cuda"
+        gpu_gb = torch.cuda.max_memory_reserved(plan.device) / 1e9 if on_gpu else None
+        minutes = budget.elapsed() / 60
+        report.event(Trained(step=trainer.global_step, minutes=minutes, epochs=epochs, gpu_gb=gpu_gb))
     return trainer.global_step, stopper.asked
 
 
