@@ -88,6 +88,19 @@ def test_a_claim_holds_only_where_the_arms_are_told_apart(better: float, subject
     assert [judged.ruling for judged in alone.claims()] == ["too few to tell"]
 
 
+def test_a_claim_and_a_published_row_can_be_about_a_point_of_a_curve() -> None:
+    table_of_report = {
+        "source": "Table 2", "columns": ["labelled", "Dice"], "rows": [["5", ".7"]], "measures": ["dice"],
+        "arms": {"5": "base 5"},
+    }  # fmt: skip
+    what = study(claims=[{"text": "more", "better": "base 10", "worse": "base 5"}], published=[table_of_report])
+    found = results(what, few=(run(count=5), table(NAMES, 0.7)), more=(run(count=10), table(NAMES, 0.8)))
+    assert [judged.ruling for judged in found.claims()] == ["held"]
+    estimate = found.estimate(what.published[0].arms["5"], "dice")
+    assert estimate is not None
+    assert estimate.mean == pytest.approx(0.7095)
+
+
 def test_the_page_says_what_is_missing_and_where_scans_are_simulated(tmp_path: Path) -> None:
     found = results(study(), few=(run(count=5), table(NAMES, 0.7)), more=(run(count=10), table(NAMES, 0.8)))
     simulated = Evaluation(found.pooled["base 5"].table, simulated=True)

@@ -100,16 +100,25 @@ def plan_runs(
     """The runs of a study at a size.
 
     Stages that build on the best arm of another, and searches, have more runs once ``scores`` tell how the arms
-    before did; each plan begins with the runs of the one before. The locked test is planned only if ``final``.
-    Recipe paths are relative to ``beside``. A pure function of its arguments. Raises :class:`StudyError` if a
+    before did; each plan begins with the runs of the one before. The locked test is planned only if ``final``, and
+    once nothing else waits for results. Recipe paths are relative to ``beside``. A pure function of its arguments. Raises :class:`StudyError` if a
     data set does not fit the design, and :class:`RecipeError` for a wrong change.
     """
     planning = _Planning(study, size, {name: _limited(data, size) for name, data in datasets.items()}, beside, scores)
-    for stage in study.parts:
-        if isinstance(stage.design, LockedTest) and not final:
-            planning.pending.append(f"{stage.name or 'the locked test'} runs only with --final")
-        elif stage.best_of is not None and planning.best(stage.best_of) is None:
+    locked = study.locked_stages
+    for stage in (one for one in study.parts if one.name not in locked):
+        if stage.best_of is not None and planning.best(stage.best_of) is None:
             planning.pending.append(f"{stage.name} waits for the best arm of {stage.best_of}")
+        else:
+            planning.add(stage)
+    last = [stage for stage in study.parts if stage.name in locked]
+    undecided = bool(planning.pending) or any(one.best_of and planning.best(one.best_of) is None for one in last)
+    for stage in last:
+        name = stage.name or "the locked test"
+        if not final:
+            planning.pending.append(f"{name} runs only with --final")
+        elif undecided:
+            planning.pending.append(f"{name} waits until everything else has been decided")
         else:
             planning.add(stage)
     return Plan(tuple(planning.runs.values()), tuple(planning.pending))
@@ -119,7 +128,7 @@ def arm_recipe(study: Study, stage: Stage, arm: Arm, size: Size, beside: Path, l
     """The recipe of an arm: changed by the study, the stage, the arm, and the size, in this order."""
     name = arm.recipe or study.recipe
     own = name not in packaged_recipes() and (beside / name).is_file()
-    changes = [*study.set, *stage.set, *arm.set, *size.set, *size.arms.get(label, ())]
+    changes = [*study.set, *stage.set, *arm.set, *size.set, *size.changes_to(label)]
     return load_recipe(beside / name if own else name, changes)
 
 
@@ -143,7 +152,7 @@ class _Planning:
     runs: dict[str, PlannedRun] = field(default_factory=dict)
     pending: list[str] = field(default_factory=list)
     settled: dict[str, Arm] = field(default_factory=dict)
-    """Arms by label, with what they build on."""
+    """Trained arms by label, with what they build on and what the size changes in them."""
 
     def best(self, stage: str) -> Arm | None:
         """The best arm of a stage, once all of them have ended."""
@@ -165,7 +174,9 @@ class _Planning:
         if base is not None:
             arms = {name: arm if arm.weights_of else base.joined(arm) for name, arm in arms.items()}
         trained = {name: arm for name, arm in arms.items() if arm.weights_of is None}
-        self.settled |= {stage.label(name): arm for name, arm in arms.items()}
+        for name, arm in trained.items():
+            label = stage.label(name)
+            self.settled[label] = arm.joined(Arm(set=self.size.changes_to(label)))
         by_data: dict[str, dict[str, Arm]] = defaultdict(dict)
         for name, arm in trained.items():
             by_data[self.study.data_of(stage, arm)][name] = arm

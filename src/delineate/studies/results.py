@@ -189,7 +189,9 @@ class StudyResults:
 
     def claims(self) -> list[Judged]:
         """Each claim, judged by the paired difference of its two arms."""
-        arms = {name: found for group in self._arms_at_most().values() for name, found in group.items()}
+        arms = dict(self.pooled)
+        for at_most in self._arms_at_most().values():
+            arms |= at_most
         return [
             self._judge_runs(claim) if claim.metric in MEASURES else _judge(claim, arms) for claim in self.study.claims
         ]

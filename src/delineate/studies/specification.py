@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from importlib import resources
 from itertools import combinations, product
 from pathlib import Path
@@ -237,7 +238,8 @@ def _joined_name(levels: Sequence[str], which: int | None = None, instead: str =
 class Size(Specification):
     """How much of the study to run: changes to every arm, such as the budget, and which folds, seeds or counts.
 
-    ``arms``: changes to single arms. ``seeds`` seed the training and, except in cross-validation, the draws. ``folds``
+    ``arms``: changes to single arms by name, in which ``*`` stands for anything; a stage that builds on the best of
+    them keeps that one's. ``seeds`` seed the training and, except in cross-validation, the draws. ``folds``
     and ``counts`` select from the design's; ``null``: all. ``subjects``: at most this many of each data set.
     ``gflop``: every arm trains for as many steps as this much compute allows, instead of its recipe's budget.
     """
@@ -250,6 +252,10 @@ class Size(Specification):
     subjects: Annotated[int, Field(ge=2, le=10**6)] | None = None
     trials: Annotated[int, Field(ge=1, le=10**4)] | None = None
     gflop: Annotated[float, Field(gt=0, le=1e15)] | None = None
+
+    def changes_to(self, label: str) -> Changes:
+        """What ``arms`` changes in the arm of this name."""
+        return tuple(one for name, changes in self.arms.items() if fnmatchcase(label, name) for one in changes)
 
     @model_validator(mode="after")
     def _distinct(self) -> Size:
@@ -264,7 +270,7 @@ class Claim(Specification):
     """Something a report concluded, put to the test: arm ``better`` beats arm ``worse`` in a measure.
 
     A metric is compared over the same patients; a measure of runs, such as ``steps_to_loss``, over the same
-    seeds and folds.
+    seeds and folds. Along a curve, an arm's name alone means its largest count; ``arm direction count`` names another.
     """
 
     text: Text
@@ -285,7 +291,8 @@ class Published(Specification):
     """A table of a report, printed beside ours and never instead of it.
 
     ``columns`` are its headings, the first that of the rows' names; ``measures`` are ours for each other column, or
-    null where we have none. ``arms``: which of our arms a row is about, where they differ in name.
+    null where we have none. ``arms``: which of our arms a row is about, where they differ in name; of a curve,
+    ``arm direction count``.
     """
 
     source: Text
@@ -385,10 +392,10 @@ class Study(Specification):
         self._check_stages()
         labels = self.labels
         for claim in self.claims:
-            if strangers := [arm for arm in (claim.better, claim.worse) if arm not in labels]:
+            if strangers := [arm for arm in (claim.better, claim.worse) if arm.partition(" ")[0] not in labels]:
                 raise ValueError(f"a claim names arm '{strangers[0]}'; the arms are {', '.join(labels)}")
         for table in self.published:
-            if strangers := [arm for arm in table.arms.values() if arm not in labels]:
+            if strangers := [arm for arm in table.arms.values() if arm.partition(" ")[0] not in labels]:
                 raise ValueError(f"a published table names arm '{strangers[0]}'; the arms are {', '.join(labels)}")
         for name, size in self.sizes.items():
             self._check_size(name, size)
@@ -431,7 +438,7 @@ class Study(Specification):
             raise ValueError(f"size {name} has counts, which no design of the study has")
         if size.trials is not None and not any(isinstance(d, Search) for d in designs):
             raise ValueError(f"size {name} has trials, which no design of the study has")
-        if strangers := [arm for arm in size.arms if arm not in self.labels]:
+        if strangers := [arm for arm in size.arms if not any(fnmatchcase(label, arm) for label in self.labels)]:
             raise ValueError(f"size {name} changes arm '{strangers[0]}'; the arms are {', '.join(self.labels)}")
 
 
