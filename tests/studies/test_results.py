@@ -10,6 +10,7 @@ import pytest
 
 from delineate.datasets.splits import Split
 from delineate.evaluation.table import Evaluation
+from delineate.metrics.quantities import QuantityMap
 from delineate.recipe import load_recipe
 from delineate.studies.planning import PlannedRun
 from delineate.studies.reporting import write_study_report
@@ -52,6 +53,12 @@ def test_folds_are_pooled_into_one_table() -> None:
     both = pooled([(run(fold=0), table(NAMES[:10], 0.8)), (run(fold=1), table(NAMES[10:], 0.9))])
     assert sorted(both.subjects) == NAMES
     assert both.overall()["dice"].patients == 20
+
+
+def test_the_quantity_that_was_measured_is_kept() -> None:
+    fat = QuantityMap("fat_fraction")
+    one, other = (replace(table(names, 0.8), quantity=fat) for names in (NAMES[:10], NAMES[10:]))
+    assert pooled([(run(fold=0), one), (run(fold=1), other)]).quantity == fat
 
 
 def test_seeds_of_one_patient_are_one_patient() -> None:

@@ -303,8 +303,11 @@ def pooled(runs: Sequence[tuple[PlannedRun, Evaluation]]) -> Evaluation:
         if several:
             table = table.assign(subject=table["subject"] + f" (seed {run.seed})")
         tables.append(table)
+    quantities = {evaluation.quantity for _, evaluation in runs}
     return Evaluation(
-        pd.concat(tables, ignore_index=True), simulated=any(evaluation.simulated for _, evaluation in runs)
+        pd.concat(tables, ignore_index=True),
+        quantity=quantities.pop() if len(quantities) == 1 else None,
+        simulated=any(evaluation.simulated for _, evaluation in runs),
     )
 
 

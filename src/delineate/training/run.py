@@ -392,7 +392,8 @@ def _evaluate_held_out(
         pairs.append(Pair(outcome.subject.id, outcome.path, outcome.subject.label, outcome.subject))
         outcomes.append(outcome)
         report.progress("predicting held-out subjects", done, len(chosen))
-    measuring = Measuring(",".join(bundle.recipe.metrics), probabilities=probabilities)
+    quantity = bundle.recipe.quantity and bundle.recipe.quantity.map()
+    measuring = Measuring(",".join(bundle.recipe.metrics), quantity=quantity, probabilities=probabilities)
     simulated = bundle.provenance.simulated
     evaluation = evaluate(pairs, bundle.targets, measuring, simulated=simulated)
     evaluation.write(folder / "evaluation")
