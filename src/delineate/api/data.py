@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -104,6 +105,8 @@ def simulate(
     *,
     layout: str | None = None,
     seed: int = 0,
+    sites: Collection[str] | None = None,
+    coarse: float = 1.0,
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> Dataset:
@@ -114,10 +117,13 @@ def simulate(
     >>> dataset.layout, dataset.targets.names, len(dataset.subjects)
     ('msd', ('liver', 'tumour'), 2)
 
-    ``kind`` is abdomen, liver, liver-ct, liver-fat, brain-tumour, white-matter or prostate; ``layout`` is its
-    challenge's, unless another is named. Patient i depends on ``kind``, ``seed`` and i alone.
+    ``kind`` is abdomen, liver, liver-tumour, liver-ct, liver-fat, liver-fat-fraction, ct-slice-liver,
+    ct-slice-abdomen, ct-slice-thigh, brain-tumour, white-matter or prostate; ``layout`` is its challenge's, unless
+    another is named. Patient i depends on ``kind``, ``seed`` and i alone. With ``sites``, patients who are imaged
+    elsewhere are left out. ``coarse`` divides the number of voxels along each axis over the same field of view.
 
-    Raises :class:`~delineate.errors.RecipeError` for an unknown kind or a layout that cannot hold it, and
+    Raises :class:`~delineate.errors.RecipeError` for an unknown kind or site, a factor that is not from 1 to 16, or
+    a layout that cannot hold the kind, and
     :class:`~delineate.errors.OutputError` where ``out`` holds anything else. Setting ``cancel`` raises
     :class:`~delineate.errors.Cancelled`.
     """
@@ -125,7 +131,14 @@ def simulate(
 
     check(cancel)
     return write_phantoms(
-        Path(out), patients, kind, seed=seed, layout=layout, progress=counting("simulating", progress, cancel)
+        Path(out),
+        patients,
+        kind,
+        seed=seed,
+        layout=layout,
+        sites=sites,
+        coarse=coarse,
+        progress=counting("simulating", progress, cancel),
     )
 
 

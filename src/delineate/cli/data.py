@@ -261,7 +261,8 @@ def phantom(
     kind: Annotated[
         str,
         typer.Argument(
-            help="abdomen, liver, liver-ct, liver-fat, brain-tumour, white-matter or prostate.",
+            help="abdomen, liver, liver-tumour, liver-ct, liver-fat, liver-fat-fraction, ct-slice-liver, "
+            "ct-slice-abdomen, ct-slice-thigh, brain-tumour, white-matter or prostate.",
             autocompletion=phantoms,
         ),
     ],
@@ -276,6 +277,23 @@ def phantom(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Simulate with this seed.")] = 0,
+    sites: Annotated[
+        str | None,
+        typer.Option(
+            "--sites",
+            help="Simulate the patients of these sites alone, such as site1,site2 (default: all; sets of different "
+            "sites have no patient in common).",
+        ),
+    ] = None,
+    coarse: Annotated[
+        float,
+        typer.Option(
+            "--coarse",
+            min=1,
+            max=16,
+            help="Simulate with this many times fewer voxels along each axis, for quick trials.",
+        ),
+    ] = 1.0,
 ) -> None:
     """Simulate scans with known truth, in the layout of their challenge."""
     from delineate.cli.terminal import Terminal
@@ -284,7 +302,14 @@ def phantom(
 
     with Terminal() as terminal:
         dataset = write_phantoms(
-            out, n, kind, seed=seed, layout=layout, progress=lambda done, n: terminal.progress("simulating", done, n)
+            out,
+            n,
+            kind,
+            seed=seed,
+            layout=layout,
+            sites=None if sites is None else [site.strip() for site in sites.split(",")],
+            coarse=coarse,
+            progress=lambda done, n: terminal.progress("simulating", done, n),
         )
     chosen = kind_named(kind)
     typer.echo(f"{len(dataset.subjects)} simulated patients in {out}, layout {dataset.layout}: {chosen.description}")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 from dataclasses import replace
 from math import exp, log
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion
 
+from delineate.api.data import simulate
+from delineate.cli.data import phantom
 from delineate.core.grid import Grid
 from delineate.datasets.dataset import load_label, load_scan
 from delineate.datasets.inspection import inspect
@@ -18,35 +23,21 @@ from delineate.datasets.layouts import open_dataset
 from delineate.datasets.phantoms import abdomen, brain
 from delineate.datasets.phantoms.anatomy import Anatomy, Ellipsoid, Folds, Part, SmoothField
 from delineate.datasets.phantoms.kinds import KINDS, Kind
-from delineate.datasets.phantoms.scanner import Scanner, rician
+from delineate.datasets.phantoms.scanner import rician
 from delineate.datasets.phantoms.tissues import TISSUES, Sequence
 from delineate.datasets.phantoms.writing import ARRANGEMENTS, write_phantoms
-from delineate.errors import RecipeError
+from delineate.errors import OutputError, RecipeError
+from delineate.metrics.quantities import QuantityMap, measure_target
 
 
-def coarse(kind: Kind) -> Kind:
-    """The kind on scanners with a quarter of the voxels along each axis, so that tests are fast."""
-    return replace(kind, scanners=tuple(coarser(scanner) for scanner in kind.scanners))
-
-
-def coarser(scanner: Scanner, factor: int = 4) -> Scanner:
-    x, y, z = scanner.shape
-    dx, dy, dz = scanner.spacing_mm
-    thick = max(1, round(factor * dx / dz))
-    slices = None if scanner.slices is None else (scanner.slices[0] // thick, scanner.slices[1] // thick)
-    shape, spacing_mm = (x // factor, y // factor, z // thick), (dx * factor, dy * factor, dz * thick)
-    return replace(scanner, shape=shape, spacing_mm=spacing_mm, slices=slices)
-
-
-@pytest.fixture
-def coarse_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, kind in list(KINDS.items()):
-        monkeypatch.setitem(KINDS, name, coarse(kind))
+def coarse(name: str, factor: float = 4) -> Kind:
+    """The kind with a quarter of the voxels along each axis, so that tests are fast."""
+    return KINDS[name].coarser(factor)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_patient_is_a_function_of_kind_seed_and_number(name: str) -> None:
-    kind = coarse(KINDS[name])
+    kind = coarse(name)
     (scan, label, _), (again, label_again, _), (other, _, _) = (kind.simulate(3, i) for i in (1, 1, 2))
     np.testing.assert_array_equal(scan.voxels, again.voxels)
     np.testing.assert_array_equal(label.voxels, label_again.voxels)
@@ -54,7 +45,6 @@ def test_a_patient_is_a_function_of_kind_seed_and_number(name: str) -> None:
     assert scan.grid is label.grid
     scanner = kind.scanner_of(1)
     assert scan.grid.orientation == scanner.orientation
-    assert scan.grid.spacing_mm == pytest.approx(scanner.spacing_mm)
     assert scan.channels == len(kind.channels)
 
 
@@ -63,6 +53,11 @@ VOLUMES_ML = {
     "liver": {"liver": (900, 3200)},
     "liver-ct": {"liver": (900, 3200)},
     "liver-fat": {"liver": (900, 3200)},
+    "liver-fat-fraction": {"liver": (700, 2900)},
+    "liver-tumour": {"tumour": (0.5, 300)},
+    "ct-slice-liver": {"liver": (40, 160)},
+    "ct-slice-abdomen": {"visceral_fat": (60, 260), "subcutaneous_fat": (20, 200)},
+    "ct-slice-thigh": {"fat": (15, 130), "connective_tissue": (12, 60), "muscle": (50, 150)},
     "brain-tumour": {"edema": (10, 280)},
     "white-matter": {"lesion": (0.0, 100)},
     "prostate": {"prostate": (12, 130)},
@@ -71,7 +66,7 @@ VOLUMES_ML = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_anatomies_are_plausible(name: str) -> None:
-    kind = coarse(KINDS[name])
+    kind = coarse(name)
     for patient in range(4):
         _, label, _ = kind.simulate(7, patient)
         assert set(np.unique(label.voxels)) <= {0, *kind.values.values()}
@@ -80,7 +75,7 @@ def test_anatomies_are_plausible(name: str) -> None:
 
 
 def test_brains_have_tumours_of_the_reports_shares() -> None:
-    kind = coarse(KINDS["brain-tumour"])
+    kind = coarse("brain-tumour")
     shares = [
         [np.mean(label.voxels == value) for value in (1, 2, 3)]
         for _, label, _ in (kind.simulate(0, patient) for patient in range(12))
@@ -103,8 +98,9 @@ def test_two_scanners_see_one_patient(rng: np.random.Generator) -> None:
     assert centres[0][0] > 0, "the liver is on the patient's right"
 
 
-def test_the_fat_fraction_in_the_liver_is_the_patients_own() -> None:
-    kind = coarse(KINDS["liver-fat"])
+@pytest.mark.parametrize("name", ["liver-fat", "liver-fat-fraction"])
+def test_the_fat_fraction_in_the_liver_is_the_patients_own(name: str) -> None:
+    kind = coarse(name, 2)
     for patient in range(4):
         scan, label, anatomy = kind.simulate(2, patient)
         inside = binary_erosion(label.voxels == 1, iterations=2)
@@ -112,6 +108,64 @@ def test_the_fat_fraction_in_the_liver_is_the_patients_own() -> None:
         found = np.median(scan.voxels[kind.channels.index("fat_fraction")][inside])
         # T1 weighting makes fat look like more, noise lifts the smallest.
         assert found == pytest.approx(true, rel=0.3, abs=2.0)
+
+
+def test_references_for_a_fat_fraction_keep_the_margin_that_is_measured_without_one() -> None:
+    kind = coarse("liver-fat-fraction", 2)
+    assert kind.margin_mm == 5
+    _, label, _ = kind.simulate(2, 1)
+    scan, whole, _ = replace(kind, margin_mm=0.0).simulate(2, 1)
+    values = scan.voxels[kind.channels.index("fat_fraction")]
+    measured = measure_target(whole.voxels == 1, values, whole.grid, QuantityMap("fat_fraction", margin_mm=5))
+    kept = measure_target(label.voxels == 1, values, label.grid, QuantityMap("fat_fraction"))
+    assert (kept.volume_ml, kept.median) == (measured.measured_ml, measured.median)
+    assert 0.7 < kept.volume_ml / measured.volume_ml < 0.95
+
+
+def test_slices_of_ct_show_each_tissue_at_its_attenuation() -> None:
+    expected = {"visceral_fat": -95, "subcutaneous_fat": -100, "liver": 60, "fat": -100, "muscle": 60}
+    for part in ("liver", "abdomen", "thigh"):
+        kind = coarse(f"ct-slice-{part}", 1)
+        assert kind.scanners[0].shape == (256, 256, 1)
+        scan, label, _ = kind.simulate(0, 1)
+        for name in kind.values.keys() & expected:
+            found = np.median(scan.voxels[0][label.voxels == kind.values[name]])
+            assert found == pytest.approx(expected[name], abs=18), name
+
+
+def test_the_reports_series_have_their_slices() -> None:
+    # Lindgren, Lundin & Wallin 2020, section 3.1: mm in plane and between slices, and slices.
+    series = {
+        "liver-fat": [(2.0, 5.0, 55), (1.5, 5.0, 28)],
+        "liver-fat-fraction": [(1.95, 6.0, 34), (1.72, 10.0, 25)],
+    }
+    for name, published in series.items():
+        scanners = KINDS[name].scanners
+        assert [(s.spacing_mm[0], s.spacing_mm[2], s.shape[2]) for s in scanners] == published
+        assert all(s.spacing_mm[0] == s.spacing_mm[1] for s in scanners)
+
+
+def test_a_scan_at_full_size_is_what_it_has_always_been() -> None:
+    """Counted before scans could be coarser: with the same seed, published sets of simulated patients stay the same."""
+    for patient, counts, mean, largest in ((0, [20900, 996], 323.8004, 955), (1, [26009, 169], 999.4505, 3708)):
+        for kind in (KINDS["abdomen"], coarse("abdomen", 1.0)):
+            scan, label, _ = kind.simulate(1, patient)
+            assert scan.grid.shape == kind.scanner_of(patient).shape
+            assert [np.count_nonzero(label.voxels == value) for value in (1, 2)] == counts
+            assert (scan.voxels.mean(), scan.voxels.max()) == (pytest.approx(mean, abs=1e-3), largest)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("abdomen", 1), ("liver-ct", 3), ("ct-slice-liver", 1)])
+def test_a_coarse_scan_is_the_same_patient_in_the_same_field_of_view(name: str, factor: float) -> None:
+    (fine, label, _), (scan, rough, _) = (coarse(name, f).simulate(4, 1) for f in (factor, 2 * factor))
+    halves = [max(n // 2, min(n, 8)) for n in fine.grid.shape]
+    np.testing.assert_allclose(scan.grid.shape, halves, atol=1)
+    for corner in (np.zeros(3), np.ones(3)):
+        outer = [grid.world((corner * grid.shape - 0.5)[None])[0] for grid in (fine.grid, scan.grid)]
+        np.testing.assert_allclose(*outer, atol=1e-6)
+    volumes = [np.count_nonzero(drawn.voxels) * drawn.grid.voxel_ml for drawn in (label, rough)]
+    assert volumes[0] == pytest.approx(volumes[1], rel=0.05)
+    assert min(coarse(name, 16).simulate(4, 1)[0].grid.shape) == (1 if "slice" in name else 8)
 
 
 def test_what_lies_within_counts_and_what_covers_cuts(rng: np.random.Generator) -> None:
@@ -180,7 +234,7 @@ def test_every_reports_flair_nulls_the_fluid() -> None:
 
 
 def test_skulls_are_stripped_where_a_scanner_says_so() -> None:
-    kind = coarse(KINDS["brain-tumour"])
+    kind = coarse("brain-tumour")
     scan, label, anatomy = kind.simulate(0, 0)
     assert brain.CRANIAL in anatomy.names
     assert (scan.voxels == 0).all(axis=0).mean() > 0.5
@@ -188,7 +242,7 @@ def test_skulls_are_stripped_where_a_scanner_says_so() -> None:
 
 
 def test_numbers_of_slices_are_ragged_where_they_should_be() -> None:
-    kind = coarse(KINDS["liver-ct"])
+    kind = coarse("liver-ct")
     slices = {kind.simulate(0, patient)[0].grid.shape[2] for patient in range(6)}
     assert len(slices) > 2
 
@@ -230,18 +284,23 @@ def test_noise_is_rician(rng: np.random.Generator) -> None:
     assert rician(strong, 2.0, rng).std() == pytest.approx(2, rel=0.03)
 
 
+IN_ALL_LAYOUTS = ("abdomen", "liver-fat", "ct-slice-liver", "brain-tumour", "white-matter", "prostate")
+"""The other kinds have as many channels, targets and slices as one of these: their own layout is enough."""
+
 FITTING = [
-    (kind, layout) for kind in KINDS for layout, arrangement in ARRANGEMENTS.items() if arrangement.holds(KINDS[kind])
+    (name, layout)
+    for name, kind in KINDS.items()
+    for layout, arrangement in ARRANGEMENTS.items()
+    if layout == kind.layout or (name in IN_ALL_LAYOUTS and arrangement.holds(kind))
 ]
 
 
 @pytest.mark.parametrize(("kind", "layout"), FITTING)
-@pytest.mark.usefixtures("coarse_kinds")
 def test_every_layout_is_recognised_and_sound(kind: str, layout: str, tmp_path: Path) -> None:
-    written = write_phantoms(tmp_path / "scans", 4, kind, seed=5, layout=layout)
+    written = write_phantoms(tmp_path / "scans", 4, kind, seed=5, layout=layout, coarse=6)
     assert written.layout == {"cases": "patterns"}.get(layout, layout)
     assert written.simulated
-    chosen = KINDS[kind]
+    chosen = coarse(kind, 6)
     assert len(written.subjects) == 4
     if layout != "cases":
         assert open_dataset(tmp_path / "scans").layout == layout
@@ -274,3 +333,60 @@ def test_a_layout_that_cannot_hold_a_kind_is_refused_before_anything_is_written(
     with pytest.raises(RecipeError, match="no kind 'kidney'"):
         write_phantoms(tmp_path / "scans", 1, "kidney")
     assert not (tmp_path / "scans").exists()
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.rglob("*.nii.gz")}
+
+
+def test_chosen_sites_have_the_patients_of_the_whole_set_who_are_imaged_there(tmp_path: Path) -> None:
+    def written(name: str, n: int, sites: list[str] | None) -> tuple[set[tuple[str, str]], dict[str, bytes]]:
+        dataset = write_phantoms(tmp_path / name, n, "liver-fat", seed=3, coarse=8, sites=sites)
+        return {(subject.id, subject.site) for subject in dataset.subjects}, files_in(tmp_path / name)
+
+    everybody, all_files = written("all", 6, None)
+    at_one, files_of_one = written("one", 3, ["scanner1"])
+    at_two, files_of_two = written("two", 2, ["scanner2"])
+    assert {site for _, site in at_one} == {"scanner1"}
+    assert (len(at_one), len(at_two)) == (3, 2)
+    assert files_of_one | files_of_two == {name: all_files[name] for name in files_of_one | files_of_two}
+    assert not files_of_one.keys() & files_of_two.keys()
+    assert written("two", 3, ["scanner2"])[0] | at_one == everybody, "a patient was added"
+    assert json.loads((tmp_path / "two/simulated.json").read_text())["sites"] == ["scanner2"]
+
+
+def test_a_site_that_there_is_not_and_a_factor_out_of_range_are_refused(tmp_path: Path) -> None:
+    for sites, message in (
+        (["site1", "site9"], "no site 'site9'; its sites are site1, site2, site3, external"),
+        ([], "no site of kind 'white-matter' is chosen; its sites are site1"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            write_phantoms(tmp_path / "scans", 1, "white-matter", sites=sites)
+    for factor in (0.5, 17.0, float("nan")):
+        with pytest.raises(RecipeError, match=r"coarse is .*; give a factor from 1 .* to 16"):
+            write_phantoms(tmp_path / "scans", 1, "white-matter", coarse=factor)
+    assert not (tmp_path / "scans").exists()
+
+
+def test_patients_are_added_only_to_those_of_the_same_sites_and_size(tmp_path: Path) -> None:
+    write_phantoms(tmp_path, 1, "abdomen", coarse=8, sites=["north", "south"])
+    write_phantoms(tmp_path, 2, "abdomen", coarse=8)  # both sites are all sites
+    for other in ({"coarse": 4.0}, {"coarse": 8, "sites": ["north"]}):
+        with pytest.raises(OutputError, match="with these sites and voxels; name a new folder"):
+            write_phantoms(tmp_path, 3, "abdomen", **other)
+    # Written by a version that could do neither: all sites at full size.
+    marker = tmp_path / "simulated.json"
+    marker.write_text(json.dumps({"simulated": True, "kind": "abdomen", "seed": 0, "patients": 2}))
+    with pytest.raises(OutputError, match="name a new folder"):
+        write_phantoms(tmp_path, 3, "abdomen", coarse=8)
+    assert len(write_phantoms(tmp_path, 2, "abdomen").subjects) == 2
+
+
+def test_every_kind_is_documented_wherever_kinds_are_listed() -> None:
+    page = (Path(__file__).parents[3] / "docs/phantoms.md").read_text(encoding="utf-8")
+    told = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert told == set(KINDS)
+    helped = get_type_hints(phantom, include_extras=True)["kind"].__metadata__[0].help
+    for text in (helped, simulate.__doc__):
+        (listed,) = re.findall(r"abdomen, .*? or prostate", text, re.DOTALL)
+        assert re.split(r",\s+| or ", listed) == list(KINDS)

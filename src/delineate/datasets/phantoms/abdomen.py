@@ -21,6 +21,7 @@ from delineate.datasets.phantoms.anatomy import (
 from delineate.datasets.phantoms.tissues import TISSUES
 
 LIVER, TUMOUR, CYST = "liver", "tumour", "cyst"
+VISCERAL, SUBCUTANEOUS = "visceral_fat", "subcutaneous_fat"
 
 
 def with_tumours(rng: np.random.Generator) -> Anatomy:
@@ -47,6 +48,16 @@ def with_fat(rng: np.random.Generator) -> Anatomy:
             parts.append(Part("cyst", (_blob(rng, lobes, rng.uniform(7, 22)),), CYST, within=LIVER))
     tissues = {"liver": replace(TISSUES["liver"], fat=share)}
     return replace(_with_parts(anatomy, parts), tissues=tissues)
+
+
+def without_contrast(rng: np.random.Generator) -> Anatomy:
+    """A liver without lesions, and fat under the skin and around the organs, as CT sees them before contrast agent."""
+    anatomy, _ = _abdomen(rng)
+    skin, fat, muscle, cavity, *others = anatomy.parts
+    named = (skin, replace(fat, name=SUBCUTANEOUS), muscle, replace(cavity, name=VISCERAL), *others)
+    hounsfield = {"blood": 45, "veins": 42, "liver": rng.normal(60, 5), "spleen": 50, "kidney": 32}
+    tissues = {name: replace(TISSUES[name], hounsfield=float(value)) for name, value in hounsfield.items()}
+    return replace(anatomy, parts=named, tissues=tissues)
 
 
 def _with_parts(anatomy: Anatomy, parts: list[Part]) -> Anatomy:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from itertools import count, islice
 
 import numpy as np
 
 from delineate.core.text import near
 from delineate.core.volume import LabelVolume, Volume
-from delineate.datasets.phantoms import abdomen, brain, pelvis
+from delineate.datasets.phantoms import abdomen, brain, pelvis, thigh
 from delineate.datasets.phantoms.anatomy import Anatomy
 from delineate.datasets.phantoms.scanner import Scanner
 from delineate.datasets.phantoms.tissues import Sequence
@@ -20,7 +21,8 @@ from delineate.errors import RecipeError
 class Kind:
     """``values`` are label values by the anatomy's names, later ones on top; ``layout`` is the usual one.
 
-    Patients take turns on the scanners, which are the sites. ``modality`` is "MR" or "CT".
+    Patients take turns on the scanners, which are the sites. ``modality`` is "MR" or "CT". References keep
+    ``margin_mm`` to their border, as a reader does who avoids voxels that are only partly inside.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Kind:
     layout: str
     modality: str = "MR"
     ignored: tuple[str, ...] = ()
+    margin_mm: float = 0.0
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -39,11 +42,41 @@ class Kind:
     def scanner_of(self, patient: int) -> Scanner:
         return self.scanners[patient % len(self.scanners)]
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(scanner.name for scanner in self.scanners)
+
+    def patients(self, n: int, sites: Collection[str] | None = None) -> list[int]:
+        """Numbers of the first ``n`` patients who are imaged at one of ``sites``, by default at any.
+
+        Raises :class:`RecipeError`, listing all, for a site that there is not.
+        """
+        chosen = self.sites if sites is None else sites
+        known = f"its sites are {', '.join(self.sites)}"
+        if not chosen:
+            raise RecipeError(f"no site of kind '{self.name}' is chosen", fix=known)
+        for site in chosen:
+            if site not in self.sites:
+                raise RecipeError(f"kind '{self.name}' has no site '{site}'", fix=f"{known}{near(site, self.sites)}")
+        return list(islice((i for i in count() if self.scanner_of(i).name in chosen), n))
+
+    def coarser(self, factor: float) -> Kind:
+        """The kind with ``factor`` times fewer voxels along each axis, over the same fields of view."""
+        return replace(
+            self, scanners=tuple(replace(scanner, coarse=factor * scanner.coarse) for scanner in self.scanners)
+        )
+
     def simulate(self, seed: int, patient: int) -> tuple[Volume, LabelVolume, Anatomy]:
         """A patient's scan (C, X, Y, Z), label and anatomy: a function of kind, seed and number."""
         rng = np.random.default_rng((seed, patient))
         anatomy = self.draw(rng)
-        return *self.scanner_of(patient).acquire(anatomy, self.values, rng), anatomy
+        scan, label = self.scanner_of(patient).acquire(anatomy, self.values, rng)
+        if self.margin_mm:
+            from scipy.ndimage import distance_transform_edt  # slow to import, seldom needed
+
+            depth_mm = distance_transform_edt(label.voxels, sampling=label.grid.spacing_mm)
+            label = LabelVolume(label.voxels * (depth_mm > self.margin_mm), label.grid)
+        return scan, label, anatomy
 
 
 def kind_named(name: str) -> Kind:
@@ -69,6 +102,43 @@ def _flair(tr_ms: float, te_ms: float, ti_ms: float) -> tuple[Sequence, ...]:
 
 def _t2(tr_ms: float, te_ms: float) -> tuple[Sequence, ...]:
     return (Sequence("T2", "spin echo", tr_ms, te_ms),)
+
+
+_LIVERS = Scanner("north", (320, 260, 72), (1.2, 1.2, 2.5), (_ARTERIAL,), noise=0.08, bias=0.15)
+_VOLUME = (
+    Scanner("scanner1", (192, 160, 55), (2.0, 2.0, 5.0), _dixon(10, 4.6, 3), noise=0.012, bias=0.1),
+    Scanner(
+        "scanner2",
+        (256, 192, 28),
+        (1.5, 1.5, 5.0),
+        _dixon(7.5, 3.2, 4),
+        "LAS",
+        field_tesla=3.0,
+        noise=0.022,
+        bias=0.3,
+        gain=900,
+    ),
+)
+
+
+def _single_slice(
+    part: str,
+    description: str,
+    draw: Callable[[np.random.Generator], Anatomy],
+    values: Mapping[str, int],
+    height_mm: float,
+) -> Kind:
+    """A kind with one CT slice for each patient, without contrast agent, about ``height_mm`` above the middle."""
+    scanner = Scanner(
+        "ct",
+        (256, 256, 1),
+        (1.5, 1.5, 5.0),
+        (Sequence("CT", "ct"),),
+        centre_mm=(0.0, 0.0, height_mm),
+        noise=13,
+        oblique=False,
+    )
+    return Kind(f"ct-slice-{part}", description, draw, (scanner,), values, "msd", "CT")
 
 
 KINDS: dict[str, Kind] = {
@@ -104,8 +174,16 @@ KINDS: dict[str, Kind] = {
             "liver",
             "Livers with tumours on arterial-phase T1 gradient echo.",
             abdomen.with_tumours,
-            (Scanner("north", (320, 260, 72), (1.2, 1.2, 2.5), (_ARTERIAL,), noise=0.08, bias=0.15),),
+            (_LIVERS,),
             {abdomen.LIVER: 1, abdomen.TUMOUR: 2},
+            "cases",
+        ),
+        Kind(
+            "liver-tumour",
+            "The same livers on arterial-phase MR, with their tumours alone delineated.",
+            abdomen.with_tumours,
+            (_LIVERS,),
+            {abdomen.TUMOUR: 1},
             "cases",
         ),
         Kind(
@@ -131,22 +209,42 @@ KINDS: dict[str, Kind] = {
             "liver-fat",
             "Livers on two scanners: water and fat images and the fat fraction in percent; a few have cysts.",
             abdomen.with_fat,
+            _VOLUME,
+            {abdomen.LIVER: 1},
+            "msd",
+        ),
+        Kind(
+            "liver-fat-fraction",
+            "The same livers in a series for the fat fraction: thicker slices, the reference 5 mm inside the surface.",
+            abdomen.with_fat,
             (
-                Scanner("scanner1", (192, 160, 55), (2.0, 2.0, 5.0), _dixon(10, 4.6, 3), noise=0.012, bias=0.1),
-                Scanner(
-                    "scanner2",
-                    (256, 192, 28),
-                    (1.5, 1.5, 5.0),
-                    _dixon(7.5, 3.2, 4),
-                    "LAS",
-                    field_tesla=3.0,
-                    noise=0.022,
-                    bias=0.3,
-                    gain=900,
-                ),
+                replace(_VOLUME[0], shape=(196, 164, 34), spacing_mm=(1.95, 1.95, 6.0)),
+                replace(_VOLUME[1], shape=(224, 168, 25), spacing_mm=(1.72, 1.72, 10.0)),
             ),
             {abdomen.LIVER: 1},
             "msd",
+            margin_mm=5.0,
+        ),
+        _single_slice(
+            "liver",
+            "Single slices of livers on CT without contrast agent.",
+            abdomen.without_contrast,
+            {abdomen.LIVER: 1},
+            5.0,
+        ),
+        _single_slice(
+            "abdomen",
+            "Single slices of abdomens below the liver on CT: fat under the skin and around the organs.",
+            abdomen.without_contrast,
+            {abdomen.VISCERAL: 1, abdomen.SUBCUTANEOUS: 2},
+            -95.0,
+        ),
+        _single_slice(
+            "thigh",
+            "Single slices of both thighs on CT: fat, connective tissue between the muscles, and muscle.",
+            thigh.with_fat,
+            {thigh.FAT: 1, thigh.CONNECTIVE: 2, thigh.MUSCLE: 3},
+            0.0,
         ),
         Kind(
             "brain-tumour",

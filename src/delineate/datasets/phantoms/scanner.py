@@ -17,6 +17,9 @@ from delineate.datasets.phantoms.tissues import TISSUES, Sequence
 _MOST_SUBSLICES = 3
 """Planes simulated and averaged for each slice: thick slices mix whatever lies above each other."""
 
+_FEWEST = 8
+"""A coarser scan keeps this many voxels along an axis, or all where there are fewer."""
+
 _SLAB = 4
 """Slices rendered at a time: few enough to stay in the processor's caches."""
 
@@ -32,6 +35,7 @@ class Scanner:
     Hounsfield units; ``bias`` that of the coils' log sensitivity; ``blur`` the fraction of a voxel's
     signal that spreads to its neighbours in the plane; ``gain`` the stored value of muscle's signal.
     ``stripped`` names the part outside which everything is set to zero, as after skull stripping.
+    ``coarse`` divides the number of voxels along each axis, over the same field of view.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Scanner:
     centre_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     stripped: str = ""
     oblique: bool = True
+    coarse: float = 1.0
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -65,7 +70,8 @@ class Scanner:
         drawn = self
         if self.slices is not None:
             drawn = replace(self, shape=(*self.shape[:2], int(rng.integers(*self.slices, endpoint=True))))
-        grid = drawn._placed(rng)
+        placed = drawn._placed(rng)
+        grid = placed.resample([min(n, max(_FEWEST, round(n / self.coarse))) for n in placed.shape])
         image, shares = drawn._seen(anatomy, grid)
         (grain,) = SmoothField.draw(rng, (6.0, 25.0)).on(grid)
         (coils,) = SmoothField.draw(rng, (250.0, 800.0)).on(grid)

@@ -39,6 +39,7 @@ TISSUES: Mapping[str, Tissue] = {
     "visceral fat": Tissue(350, 110, 0.9, -95, fat=0.85),
     "skin": Tissue(900, 30, 0.7, 20, 0.1),
     "muscle": Tissue(900, 33, 0.78, 60, 0.1, fat=0.03),
+    "connective tissue": Tissue(800, 30, 0.7, -30, 0.1, fat=0.4),
     "fluid": Tissue(3000, 600, 1.0, 8),
     "csf": Tissue(4200, 1800, 1.0, 8),
     "blood": Tissue(1441, 25, 0.9, 160, 2.5),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +32,23 @@ def write_phantoms(
     *,
     seed: int = 0,
     layout: str | None = None,
+    sites: Collection[str] | None = None,
+    coarse: float = 1.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dataset:
     """Write ``n`` simulated patients of a kind, in its usual ``layout`` or another that can hold it.
 
-    Patient i is a function of kind, seed and i, so more can be added later. ``truth.csv`` holds each
-    patient's true values: millilitres, and a liver's fat fraction. Raises :class:`RecipeError` for an
-    unknown kind or a layout that cannot hold it, :class:`OutputError` where ``out`` holds anything but
-    simulated patients of this kind and seed.
+    Patient i is a function of kind, seed and i, so more can be added later. With ``sites``, the patients who are
+    imaged elsewhere are left out, so sets of different sites have no patient in common. ``coarse`` divides the
+    number of voxels along each axis over the same field of view, down to 8. ``truth.csv`` holds each patient's true
+    values: millilitres of the reference, and a liver's fat fraction. Raises :class:`RecipeError` for an unknown kind
+    or site, a factor that is not from 1 to 16, or a layout that cannot hold the kind, :class:`OutputError` where
+    ``out`` holds anything but simulated patients of this kind, seed, sites and factor.
     """
     chosen = kind_named(kind)
+    if not 1 <= coarse <= _COARSEST:
+        raise RecipeError(f"coarse is {coarse:g}", fix=f"give a factor from 1 (as they are) to {_COARSEST}")
+    chosen, numbers = chosen.coarser(coarse), chosen.patients(n, sites)
     name = layout or chosen.layout
     holding = [other for other, arrangement in ARRANGEMENTS.items() if arrangement.holds(chosen)]
     if name not in holding:
@@ -50,40 +57,50 @@ def write_phantoms(
             f"layout '{name}' cannot hold simulated scans of kind '{kind}'", fix=f"{', '.join(holding)} can{hint}"
         )
     arrangement, rows = ARRANGEMENTS[name], []
-    _check_alike(out, kind, seed)
+    drawn = {
+        "kind": kind,
+        "seed": seed,
+        "sites": [site for site in chosen.sites if sites is None or site in sites],
+        "coarse": float(coarse),
+    }
+    _check_alike(out, drawn, chosen.sites)
     # First, so that no folder of simulated scans is ever taken for patients.
-    about = {"simulated": True, "kind": kind, "description": chosen.description, "seed": seed, "patients": n}
-    _write_json(out / SIMULATED, about)
-    for i in range(n):
+    _write_json(out / SIMULATED, {"simulated": True, "description": chosen.description, **drawn, "patients": n})
+    for done, i in enumerate(numbers, start=1):
         scan, label, anatomy = chosen.simulate(seed, i)
         subject, site = arrangement.subject(chosen, i), chosen.scanner_of(i).name
         arrangement.write(out, chosen, i, scan, label)
         rows.append({"subject": subject, "site": site, **_truth(chosen, label, anatomy)})
-        progress(i + 1, n)
+        progress(done, n)
     write_table(out / "truth.csv", list(rows[0]), rows)
     if not arrangement.sites_are_folders:
         write_table(out / "sites.csv", ("subject", "site"), rows)
     if arrangement.describe is not None:
         # Last: a folder without it is not a data set, so one that was interrupted is not taken for complete.
-        _write_json(out / "dataset.json", arrangement.describe(chosen, n))
+        _write_json(out / "dataset.json", arrangement.describe(chosen, numbers))
     if arrangement.by_patterns:
         return open_dataset(out, images=f"*/{chosen.channels[0]}.nii", labels="*/label.nii")
     return open_dataset(out)
 
 
-def _check_alike(out: Path, kind: str, seed: int) -> None:
+_COARSEST = 16
+
+
+def _check_alike(out: Path, drawn: Mapping[str, object], sites: Sequence[str]) -> None:
     """Raise :class:`OutputError` where files from elsewhere would be overwritten or mixed with simulated ones."""
     check_folder(out)
     if not out.is_dir() or not any(out.iterdir()):
         return
     try:
-        about = json.loads((out / SIMULATED).read_text(encoding="utf-8"))
-        alike = (about["kind"], about["seed"]) == (kind, seed)
+        about = {"sites": list(sites), "coarse": 1.0} | json.loads((out / SIMULATED).read_text(encoding="utf-8"))
+        alike = all(about[name] == value for name, value in drawn.items())
     except (OSError, ValueError, KeyError, TypeError):
         alike = False
     if not alike:
         raise OutputError(
-            f"'{out}' holds other files than simulated scans of kind '{kind}', seed {seed}", fix="name a new folder"
+            f"'{out}' holds other files than simulated scans of kind '{drawn['kind']}', seed {drawn['seed']}, with "
+            f"these sites and voxels",
+            fix="name a new folder",
         )
 
 
@@ -98,7 +115,7 @@ class Arrangement:
     holds: Callable[[Kind], bool]
     subject: Callable[[Kind, int], str]
     write: Callable[[Path, Kind, int, Volume, LabelVolume], None]
-    describe: Callable[[Kind, int], Mapping[str, object]] | None = None
+    describe: Callable[[Kind, Sequence[int]], Mapping[str, object]] | None = None
     sites_are_folders: bool = False
     by_patterns: bool = False
 
@@ -116,14 +133,14 @@ def _write_msd(out: Path, kind: Kind, i: int, scan: Volume, label: LabelVolume) 
     write_label(out / "labelsTr" / f"{_name(kind, i)}.nii.gz", label)
 
 
-def _describe_msd(kind: Kind, n: int) -> Mapping[str, object]:
-    names = [_name(kind, i) for i in range(n)]
+def _describe_msd(kind: Kind, numbers: Sequence[int]) -> Mapping[str, object]:
+    names = [_name(kind, i) for i in numbers]
     return {
         "name": f"simulated {kind.name}",
         "description": kind.description,
         "modality": {str(k): _modality(kind, channel) for k, channel in enumerate(kind.channels)},
         "labels": {"0": "background", **{str(value): part for part, value in _by_value(kind)}},
-        "numTraining": n,
+        "numTraining": len(names),
         "training": [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names],
         "test": [],
     }
@@ -135,14 +152,14 @@ def _write_nnunet(out: Path, kind: Kind, i: int, scan: Volume, label: LabelVolum
     write_label(out / "labelsTr" / f"{_name(kind, i)}.nii.gz", label)
 
 
-def _describe_nnunet(kind: Kind, n: int) -> Mapping[str, object]:
+def _describe_nnunet(kind: Kind, numbers: Sequence[int]) -> Mapping[str, object]:
     return {
         "channel_names": {str(k): channel for k, channel in enumerate(kind.channels)},
         "labels": {
             "background": 0,
             **{"ignore" if part in kind.ignored else part: value for part, value in _by_value(kind)},
         },
-        "numTraining": n,
+        "numTraining": len(numbers),
         "file_ending": ".nii.gz",
     }
 
