@@ -11,4 +11,12 @@ from delineate.studies.specification import Phantom, Size
 def simulate(phantom: Phantom, size: Size, out: Path) -> None:
     """Write a study's simulated patients, no more than the size has subjects; those that are there stay."""
     patients = min(phantom.patients, size.subjects or phantom.patients)
-    write_phantoms(out, patients, phantom.kind, seed=phantom.seed)
+    write_phantoms(
+        out,
+        patients,
+        phantom.kind,
+        seed=phantom.seed,
+        layout=phantom.layout,
+        sites=phantom.sites,
+        coarse=phantom.coarse,
+    )

@@ -315,11 +315,17 @@ class Published(Specification):
 
 
 class Phantom(Specification):
-    """Simulated scans to run the study on if its data are not available; see `delineate data phantom`."""
+    """Simulated scans to run the study on if its data are not available; see `delineate data phantom`.
+
+    ``coarse`` divides the number of voxels along each axis, in every size.
+    """
 
     kind: Text
     patients: Annotated[int, Field(ge=2, le=10**4)] = 20
     seed: Annotated[int, Field(ge=0, le=2**32)] = 0
+    layout: Text | None = None
+    sites: Annotated[tuple[Text, ...], Field(min_length=1, max_length=100)] | None = None
+    coarse: Annotated[float, Field(ge=1, le=16)] = 1.0
 
 
 class DataSet(Specification):
