@@ -101,8 +101,8 @@ def plan_runs(
 
     Stages that build on the best arm of another, and searches, have more runs once ``scores`` tell how the arms
     before did; each plan begins with the runs of the one before. The locked test is planned only if ``final``, and
-    once nothing else waits for results. Recipe paths are relative to ``beside``. A pure function of its arguments. Raises :class:`StudyError` if a
-    data set does not fit the design, and :class:`RecipeError` for a wrong change.
+    once nothing else waits for results. Recipe paths are relative to ``beside``. A pure function of its arguments.
+    Raises :class:`StudyError` if a data set does not fit the design, and :class:`RecipeError` for a wrong change.
     """
     planning = _Planning(study, size, {name: _limited(data, size) for name, data in datasets.items()}, beside, scores)
     locked = study.locked_stages
