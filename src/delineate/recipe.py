@@ -17,13 +17,14 @@ from delineate.io.files import parsing, read_text
 from delineate.io.settings import MOST_CHARACTERS, MOST_LEVELS, parse_yaml
 from delineate.losses.spec import DICE_AND_CROSS_ENTROPY, LossSpec
 from delineate.metrics.catalogue import METRICS, metric_names
+from delineate.metrics.quantities import QuantityMap
 from delineate.networks.spec import NetworkSpec
 from delineate.plugins import requirement_of
 from delineate.preprocessing.pipeline import Pipeline, StepSpec
 from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.samplers import ClassBalancedTiles, SamplerSpec
 from delineate.sampling.tiles import TileSpec
-from delineate.specification import Names, PositiveWeight, Specification, Weight, explained, specifications_in
+from delineate.specification import Names, PositiveWeight, Specification, Text, Weight, explained, specifications_in
 
 if TYPE_CHECKING:
     from delineate.datasets.dataset import Dataset
@@ -285,6 +286,21 @@ class PostprocessingSpec(Specification):
             )
 
 
+class QuantitySpec(Specification):
+    """A channel, such as a fat fraction, whose mean and median in each target are measured beside the metrics.
+
+    Voxels count if they are ``margin_mm`` or more inside the target's surface. ``threshold`` separates patients;
+    ``null``: the quantity's own, if it has one.
+    """
+
+    channel: Text
+    margin_mm: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    threshold: Annotated[float, Field(ge=-1e9, le=1e9)] | None = None
+
+    def map(self) -> QuantityMap:
+        return QuantityMap(self.channel, self.margin_mm, self.threshold)
+
+
 class Recipe(Specification):
     """Everything that defines a run: an immutable value, checked on creation.
 
@@ -319,6 +335,7 @@ class Recipe(Specification):
     inference: InferenceSpec = InferenceSpec()
     postprocessing: PostprocessingSpec = PostprocessingSpec()
     metrics: Names = ("standard",)
+    quantity: QuantitySpec | None = None
 
     @model_validator(mode="after")
     def _batch_suffices(self) -> Recipe:

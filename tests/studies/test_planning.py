@@ -16,7 +16,7 @@ from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.errors import DelineateError, RecipeError, StudyError
 from delineate.studies.planning import PlannedRun, in_turn, plan_runs
-from delineate.studies.specification import Size, Study, load_study, packaged_studies
+from delineate.studies.specification import MovedSubjects, Size, Study, load_study, packaged_studies
 
 
 def subjects(a: int, b: int, scans: int = 1) -> tuple[Subject, ...]:
@@ -109,7 +109,9 @@ def test_a_packaged_study_has_both_sizes_and_plans_different_runs(name: str) -> 
     packaged = load_study(name)
     assert packaged.name == name
     assert set(packaged.sizes) == {"quick", "paper"}
-    people = dataset(*subjects(110, 110))
+    moved = [stage.design for stage in packaged.parts if isinstance(stage.design, MovedSubjects)]
+    sites = {"A": moved[0].source or "A", "B": moved[0].target or "B"} if moved else {"A": "A", "B": "B"}
+    people = dataset(*(replace(one, site=sites[one.site]) for one in subjects(110, 110)))
     for size in packaged.sizes.values():
         runs = planned(packaged, size, people)
         assert len({run.name for run in runs}) == len(runs)
@@ -186,6 +188,21 @@ def test_a_stage_builds_on_the_best_of_another_and_the_locked_subjects_are_seen_
         assert not locked & run.split.subjects
     with pytest.raises(StudyError, match="every arm of stage 'first' failed"):
         plan_runs(what, Size(), {"scans": people}, scores=dict.fromkeys(["first/base", "first/E", "first/W"]))
+
+
+def test_the_locked_test_waits_until_nothing_else_does_and_the_best_arm_keeps_what_the_size_changed_in_it() -> None:
+    base = {"name": "base", "arms": {"plain": {}}, "design": {"kind": "locked_test"}}
+    what = Study.model_validate({**STAGED, "stages": [base, *STAGED["stages"]]})  # type: ignore[misc]
+    size, sets = Size(arms={"*/W": ("network.short_skips=encoder",)}), {"scans": dataset(*subjects(20, 10))}
+    scores: dict[str, float | None] = {"first/base": 0.7, "first/E": 0.7, "first/W": 0.8}
+    before = plan_runs(what, size, sets, scores=scores, final=True)
+    assert {run.stage for run in before.runs} == {"first", "second"}
+    assert [line.partition(" ")[0] for line in before.pending] == ["base", "final"]
+    scores |= {"second/slow": 0.9}
+    runs = plan_runs(what, size, sets, scores=scores, final=True).runs
+    assert [run.stage for run in runs[len(before.runs) :]] == ["base", "final"]
+    changed = {run.label: run.recipe.network.short_skips for run in runs}  # type: ignore[union-attr]
+    assert {label for label, kind in changed.items() if kind == "encoder"} == {"first/W", "second/slow", "final/base"}
 
 
 TRANSFER = {

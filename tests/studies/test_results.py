@@ -12,6 +12,7 @@ from delineate.datasets.splits import Split
 from delineate.evaluation.table import Evaluation
 from delineate.io.tables import write_table
 from delineate.losses.overlap import DiceSpec
+from delineate.metrics.quantities import QuantityMap
 from delineate.recipe import load_recipe
 from delineate.studies.measures import measure_run, read_curves
 from delineate.studies.planning import PlannedRun
@@ -56,6 +57,12 @@ def test_folds_are_pooled_into_one_table() -> None:
     both = pooled([(run(fold=0), table(NAMES[:10], 0.8)), (run(fold=1), table(NAMES[10:], 0.9))])
     assert sorted(both.subjects) == NAMES
     assert both.overall()["dice"].patients == 20
+
+
+def test_the_quantity_that_was_measured_is_kept() -> None:
+    fat = QuantityMap("fat_fraction")
+    one, other = (replace(table(names, 0.8), quantity=fat) for names in (NAMES[:10], NAMES[10:]))
+    assert pooled([(run(fold=0), one), (run(fold=1), other)]).quantity == fat
 
 
 def test_seeds_of_one_patient_are_one_patient() -> None:
@@ -120,6 +127,19 @@ def test_a_claim_holds_only_where_the_arms_are_told_apart(better: float, subject
     assert [judged.ruling for judged in found.claims()] == [ruling]
     alone = results(what, a=(run("a"), table(names, better)))
     assert [judged.ruling for judged in alone.claims()] == ["too few to tell"]
+
+
+def test_a_claim_and_a_published_row_can_be_about_a_point_of_a_curve() -> None:
+    table_of_report = {
+        "source": "Table 2", "columns": ["labelled", "Dice"], "rows": [["5", ".7"]], "measures": ["dice"],
+        "arms": {"5": "base 5"},
+    }  # fmt: skip
+    what = study(claims=[{"text": "more", "better": "base 10", "worse": "base 5"}], published=[table_of_report])
+    found = results(what, few=(run(count=5), table(NAMES, 0.7)), more=(run(count=10), table(NAMES, 0.8)))
+    assert [judged.ruling for judged in found.claims()] == ["held"]
+    estimate = found.estimate(what.published[0].arms["5"], "dice")
+    assert estimate is not None
+    assert estimate.mean == pytest.approx(0.7095)
 
 
 def test_the_page_says_what_is_missing_and_where_scans_are_simulated(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.ndimage import distance_transform_edt
 
 from delineate.bundle import Bundle
 from delineate.compute import Choice, PlanFile
@@ -24,8 +25,9 @@ from delineate.datasets.layouts import open_dataset
 from delineate.datasets.splits import Split, load_split, make_split
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError, TrainingError
 from delineate.io.formats import read_header, read_label, write_label
+from delineate.metrics.quantities import QuantityMap
 from delineate.networks import unet
-from delineate.recipe import recipe_from, to_yaml
+from delineate.recipe import QuantitySpec, recipe_from, to_yaml
 from delineate.reporting.run import write_run_report
 from delineate.training.options import Reporter, RunOptions, Stop
 from delineate.training.preparation import assign_roles, new_split
@@ -94,6 +96,27 @@ def test_a_challenges_regions_are_measured_of_the_held_out_or_nothing_is_trained
     assert set(calibrated["target"]) == {"liver", "tumour"}
     assert "Not as Chlebus did it." in write_run_report(tmp_path / "run", halves).read_text(encoding="utf-8")
     assert Bundle.load(tmp_path / "run/bundle").recipe.deviates == ("Not as Chlebus did it.",)
+
+
+def test_a_quantity_is_measured_within_the_held_out_targets_or_nothing_is_trained(recipe, balls, tmp_path) -> None:
+    [channel] = balls.channels
+
+    def measuring(name: str):
+        short = recipe.training.model_copy(update={"steps": 2})
+        quantity = QuantitySpec(channel=name, margin_mm=1.5, threshold=2)
+        return recipe.model_copy(update={"quantity": quantity, "training": short})
+
+    with pytest.raises(RecipeError, match=f"quantity 'fat' is no channel of the scans; they have {channel}"):
+        run(measuring("fat"), balls, tmp_path / "refused")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    found = run(measuring(channel), balls, tmp_path / "run", fold=0).evaluation
+    assert found.quantity == QuantityMap(channel, 1.5, 2)
+    row = found.table.iloc[0]
+    [subject] = [subject for subject in balls.subjects if subject.id == row["subject"]]
+    ball, values = read_label(subject.label).voxels > 0, load_scan(subject).voxels[0]
+    inside = distance_transform_edt(np.pad(ball, 1), sampling=(1, 1, 1.5))[1:-1, 1:-1, 1:-1] >= 1.5
+    assert row["reference_quantity_median"] == pytest.approx(np.median(values[inside]), abs=0.2)
+    assert f"{channel.capitalize()}, median" in write_run_report(tmp_path / "run", balls).read_text(encoding="utf-8")
 
 
 def test_it_learns(recipe, balls, tmp_path) -> None:

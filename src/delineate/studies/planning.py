@@ -101,17 +101,26 @@ def plan_runs(
     """The runs of a study at a size.
 
     Stages that build on the best arm of another, and searches, have more runs once ``scores`` tell how the arms
-    before did; each plan begins with the runs of the one before. The locked test is planned only if ``final``.
-    Recipe paths are relative to ``beside``. A function of its arguments and, for recipes that sample a limited number
-    of slices, of the labels, which say which subjects these come from. Raises :class:`StudyError` if a data set does
-    not fit the design, and :class:`RecipeError` for a wrong change.
+    before did; each plan begins with the runs of the one before. The locked test is planned only if ``final``, and
+    once nothing else waits for results. Recipe paths are relative to ``beside``. A function of its arguments and, for
+    recipes that sample a limited number of slices, of the labels, which say which subjects these come from. Raises
+    :class:`StudyError` if a data set does not fit the design, and :class:`RecipeError` for a wrong change.
     """
     planning = _Planning(study, size, {name: _limited(data, size) for name, data in datasets.items()}, beside, scores)
-    for stage in study.parts:
-        if isinstance(stage.design, LockedTest) and not final:
-            planning.pending.append(f"{stage.name or 'the locked test'} runs only with --final")
-        elif stage.best_of is not None and planning.best(stage.best_of, study.data_of(stage, Arm())) is None:
+    locked = study.locked_stages
+    for stage in (one for one in study.parts if one.name not in locked):
+        if not planning.decided(stage):
             planning.pending.append(f"{stage.name} waits for the best arm of {stage.best_of}")
+        else:
+            planning.add(stage)
+    last = [stage for stage in study.parts if stage.name in locked]
+    undecided = bool(planning.pending) or not all(map(planning.decided, last))
+    for stage in last:
+        name = stage.name or "the locked test"
+        if not final:
+            planning.pending.append(f"{name} runs only with --final")
+        elif undecided:
+            planning.pending.append(f"{name} waits until everything else has been decided")
         else:
             planning.add(stage)
     return Plan(tuple(planning.runs.values()), tuple(planning.pending))
@@ -121,7 +130,7 @@ def arm_recipe(study: Study, stage: Stage, arm: Arm, size: Size, beside: Path, l
     """The recipe of an arm: changed by the study, the stage, the arm, and the size, in this order."""
     name = arm.recipe or study.recipe
     own = name not in packaged_recipes() and (beside / name).is_file()
-    changes = [*study.set, *stage.set, *arm.set, *size.set, *size.arms.get(label, ())]
+    changes = [*study.set, *stage.set, *arm.set, *size.set, *size.changes_to(label)]
     return load_recipe(beside / name if own else name, changes)
 
 
@@ -145,7 +154,11 @@ class _Planning:
     runs: dict[str, PlannedRun] = field(default_factory=dict)
     pending: list[str] = field(default_factory=list)
     settled: dict[str, Arm] = field(default_factory=dict)
-    """Arms by label, with what they build on."""
+    """Trained arms by label, with what they build on and what the size changes in them."""
+
+    def decided(self, stage: Stage) -> bool:
+        """Whether what the stage builds on, if anything, has been found."""
+        return stage.best_of is None or self.best(stage.best_of, self.study.data_of(stage, Arm())) is not None
 
     def best(self, stage: str, data: str) -> Arm | None:
         """The best of a stage's arms that are trained on this data set, once all of them have ended."""
@@ -168,9 +181,11 @@ class _Planning:
         if base is not None:
             arms = {name: arm if arm.weights_of else base.joined(arm) for name, arm in arms.items()}
         trained = {name: arm for name, arm in arms.items() if arm.weights_of is None}
-        for name, arm in arms.items():
+        for name, arm in trained.items():
+            label = stage.label(name)
             source = stage.label(arm.start_from) if arm.start_from in arms else arm.start_from
-            self.settled[stage.label(name)] = arm.model_copy(update={"start_from": source})
+            changed = arm.joined(Arm(set=self.size.changes_to(label)))
+            self.settled[label] = changed.model_copy(update={"start_from": source})
         by_data: dict[str, dict[str, Arm]] = defaultdict(dict)
         for name, arm in trained.items():
             by_data[self.study.data_of(stage, arm)][name] = arm

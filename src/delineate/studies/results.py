@@ -189,7 +189,9 @@ class StudyResults:
 
     def claims(self) -> list[Judged]:
         """Each claim, judged by the paired difference of its two arms."""
-        arms = {name: found for group in self._arms_at_most().values() for name, found in group.items()}
+        arms = dict(self.pooled)
+        for at_most in self._arms_at_most().values():
+            arms |= at_most
         return [
             self._judge_runs(claim) if claim.metric in MEASURES else _judge(claim, arms) for claim in self.study.claims
         ]
@@ -331,9 +333,11 @@ def pooled(runs: Sequence[tuple[PlannedRun, Evaluation]]) -> Evaluation:
         name: pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
         for name, parts in tables.items()
     }
-    evaluations = [evaluation for _, evaluation in runs]
+    quantities = {evaluation.quantity for _, evaluation in runs}
     return Evaluation(
-        **joined, quantity=evaluations[0].quantity, simulated=any(evaluation.simulated for evaluation in evaluations)
+        **joined,
+        quantity=quantities.pop() if len(quantities) == 1 else None,
+        simulated=any(evaluation.simulated for _, evaluation in runs),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from importlib import resources
 from itertools import combinations, product
 from pathlib import Path
@@ -15,7 +16,7 @@ from delineate.errors import StudyError
 from delineate.io.files import parsing, read_text
 from delineate.io.settings import MOST_CHARACTERS, parse_yaml
 from delineate.metrics.catalogue import METRICS
-from delineate.specification import Names, Specification, Text, explained
+from delineate.specification import Specification, Text, explained
 from delineate.studies.measures import MEASURES
 
 Changes = Annotated[tuple[Text, ...], Field(max_length=256)]
@@ -238,7 +239,8 @@ def _joined_name(levels: Sequence[str], which: int | None = None, instead: str =
 class Size(Specification):
     """How much of the study to run: changes to every arm, such as the budget, and which folds, seeds or counts.
 
-    ``arms``: changes to single arms. ``seeds`` seed the training and, except in cross-validation, the draws. ``folds``
+    ``arms``: changes to single arms by name, in which ``*`` stands for anything; a stage that builds on the best of
+    them keeps that one's. ``seeds`` seed the training and, except in cross-validation, the draws. ``folds``
     and ``counts`` select from the design's; ``null``: all. ``subjects``: at most this many of each data set.
     ``gflop``: every arm trains for as many steps as this much compute allows, instead of its recipe's budget.
     """
@@ -251,6 +253,10 @@ class Size(Specification):
     subjects: Annotated[int, Field(ge=2, le=10**6)] | None = None
     trials: Annotated[int, Field(ge=1, le=10**4)] | None = None
     gflop: Annotated[float, Field(gt=0, le=1e15)] | None = None
+
+    def changes_to(self, label: str) -> Changes:
+        """What ``arms`` changes in the arm of this name."""
+        return tuple(one for name, changes in self.arms.items() if fnmatchcase(label, name) for one in changes)
 
     @model_validator(mode="after")
     def _distinct(self) -> Size:
@@ -265,7 +271,7 @@ class Claim(Specification):
     """Something a report concluded, put to the test: arm ``better`` beats arm ``worse`` in a measure.
 
     A metric is compared over the same patients; a measure of runs, such as ``steps_to_loss``, over the same
-    seeds and folds.
+    seeds and folds. Along a curve, an arm's name alone means its largest count; ``arm direction count`` names another.
     """
 
     text: Text
@@ -286,7 +292,8 @@ class Published(Specification):
     """A table of a report, printed beside ours and never instead of it.
 
     ``columns`` are its headings, the first that of the rows' names; ``measures`` are ours for each other column, or
-    null where we have none. ``arms``: which of our arms a row is about, where they differ in name.
+    null where we have none. ``arms``: which of our arms a row is about, where they differ in name; of a curve,
+    ``arm direction count``.
     """
 
     source: Text
@@ -311,17 +318,14 @@ class Published(Specification):
 class Phantom(Specification):
     """Simulated scans to run the study on if its data are not available; see `delineate data phantom`.
 
-    ``sites``: only patients imaged there.
+    ``coarse`` divides the number of voxels along each axis, in every size. ``sites``: only patients imaged there.
     """
 
     kind: Text
     patients: Annotated[int, Field(ge=2, le=10**4)] = 20
-    sites: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)] | None = None
-    coarse: Annotated[float, Field(ge=1, le=16)] = 1.0
-    layout: Text | None = None
     seed: Annotated[int, Field(ge=0, le=2**32)] = 0
     layout: Text | None = None
-    sites: Names | None = None
+    sites: Annotated[tuple[Text, ...], Field(min_length=1, max_length=100)] | None = None
     coarse: Annotated[float, Field(ge=1, le=16)] = 1.0
 
 
@@ -395,7 +399,7 @@ class Study(Specification):
         self._check_stages()
         labels = self.labels
         for claim in self.claims:
-            if strangers := [arm for arm in (claim.better, claim.worse) if arm not in labels]:
+            if strangers := [arm for arm in (claim.better, claim.worse) if arm.partition(" ")[0] not in labels]:
                 raise ValueError(f"a claim names arm '{strangers[0]}'; the arms are {', '.join(labels)}")
         for table in self.published:
             # An arm, or one point of its curve: "base A-to-B 3".
@@ -442,7 +446,7 @@ class Study(Specification):
             raise ValueError(f"size {name} has counts, which no design of the study has")
         if size.trials is not None and not any(isinstance(d, Search) for d in designs):
             raise ValueError(f"size {name} has trials, which no design of the study has")
-        if strangers := [arm for arm in size.arms if arm not in self.labels]:
+        if strangers := [arm for arm in size.arms if not any(fnmatchcase(label, arm) for label in self.labels)]:
             raise ValueError(f"size {name} changes arm '{strangers[0]}'; the arms are {', '.join(self.labels)}")
 
 

@@ -179,6 +179,11 @@ def inspected(
     if recipe.data.channels is not None:
         channels = recipe.data.channels
         dataset = replace(dataset, subjects=tuple(s.with_channels(channels) for s in dataset.subjects))
+    if recipe.quantity is not None and recipe.quantity.channel not in dataset.channels:
+        raise RecipeError(
+            f"quantity '{recipe.quantity.channel}' is no channel of the scans; they have {', '.join(dataset.channels)}",
+            fix="name one of them in quantity.channel and, where it is given, in data.channels",
+        )
     if recipe.data.resample_channels:
         dataset = replace(dataset, subjects=tuple(replace(s, resample=True) for s in dataset.subjects))
     if inspection is None:

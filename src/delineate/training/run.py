@@ -385,7 +385,8 @@ def _evaluate_held_out(
     predictor = Predictor([bundle], replace(plan, compile=False), probabilities=True)
     chosen = [subject.with_channels(bundle.channels) for subject in subjects]
     probabilities = folder / "predictions" / "probabilities"
-    measuring = Measuring(",".join(bundle.recipe.metrics), probabilities=probabilities)
+    quantity = None if bundle.recipe.quantity is None else bundle.recipe.quantity.map()
+    measuring = Measuring(",".join(bundle.recipe.metrics), quantity=quantity, probabilities=probabilities)
 
     def watch(outcome: Outcome, done: int) -> None:
         if stop_file(folder).exists():
