@@ -128,6 +128,7 @@ def samples() -> dict[type[Specification], list[Specification]]:
         for values in (
             {
                 "name": "x",
+                "quantity": {"channel": "fat_fraction"},
                 "tiles": {"kind": "whole"},
                 "network": {"kind": "unet", "dimensions": 3},
                 "start": {"weights": "w.pt", "rows": {"a": "b"}},
