@@ -103,6 +103,9 @@ WRITERS = {
     "weights export": Writer("weights export @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
     "forgetting": Writer("forgetting @bundle @bundle --data @data --device cpu", "-o OUT", "before/c0.nii.gz"),
     "study": Writer("study run hippocampus-cv --data @data", "-o OUT", "report.html", flag=False),
+    "adapt": Writer(
+        "adapt @bundle --data @data --device cpu", "-o OUT", "report.html", ("bundle/weights.safetensors",), flag=False
+    ),
     "train": Writer("train generic_3d --data @data", "-o OUT", "report.html", flag=False),
 }
 writers = pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)

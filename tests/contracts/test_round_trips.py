@@ -36,6 +36,7 @@ from delineate.studies.running import Entry as PlannedEntry
 from delineate.studies.running import RunStatus, StudyPlan
 from delineate.studies.specification import Study, load_study, packaged_studies
 from delineate.training import events
+from delineate.training.adapted import AdaptationPlan
 from delineate.training.subjects import RunSubjects
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678, UTC)
@@ -132,7 +133,18 @@ def samples() -> dict[type[Specification], list[Specification]]:
         tiles=TileGeometry((8, 8, 1), (1, 2, 0), 2, True),
         spacing_mm=(1.0, 1.5, 3.0),
         fingerprint=Fingerprint(2, (Range("spacing", "SI", 1.0, 1.5, 2.0), Range("contrast", "T1: ü", 0.1, 0.2, 1e9))),
-        provenance=Provenance("msd", True, 1, 2, "now", PSEUDONYM, versions={"a": "b"}, computed={"threads": 2}),
+        provenance=Provenance(
+            "msd",
+            True,
+            1,
+            2,
+            "now",
+            PSEUDONYM,
+            versions={"a": "b"},
+            computed={"threads": 2},
+            adapted_from="0f" * 32,
+            other_keys=(PSEUDONYM,),
+        ),
     )
     happened = [
         events.Started(at=NOW, training=3, validation=1, held_out=1),
@@ -260,6 +272,9 @@ DOCUMENTS: list[Document] = [
     RunStatus(state="failed", failure="a: ü", seconds=0.5, attempts=2),
     StudyPlan(
         study=load_study("hippocampus-cv"), size="quick", data_set="d", runs=(PlannedEntry("a", "b", 3, 1, None, ""),)
+    ),
+    AdaptationPlan(
+        origin="0f" * 32, data_set="d", recipe=load_recipe("hippocampus"), folds=(("a", "b"), ("c",)), rehearsed=("d",)
     ),
     Entry(name="vgg11", source="f.pth", preprocessing="caffe", sha256="0f", tensors=16),
 ]  # fmt: skip
