@@ -34,7 +34,10 @@ def check_own(folder: Path, written: Sequence[str], files: Iterable[Path], marks
     places = [(folder / name).resolve() for name in written]
     for file in files:
         if any(place in (path := file.resolve()).parents or place == path for place in places):
-            raise OutputError(f"'{file}' is an input, and the {what} would overwrite it", fix="choose another --out")
+            article = "an" if what[0] in "aeiou" else "a"
+            raise OutputError(
+                f"'{file}' is an input, and {article} {what} would overwrite it", fix="choose another --out"
+            )
     there = [str(folder / name) for name in written if os.path.lexists(folder / name)]
     if there and not any(mark.exists() for mark in marks):
         raise OutputError(
