@@ -106,9 +106,9 @@ def test_every_command_says_what_it_does(path: tuple[str, ...]) -> None:
 
 
 VERBS = {
-    "Add", "Average", "Change", "Check", "Choose", "Colour", "Combine", "Compare", "Compile", "Compute", "Convert",
-    "Count", "Draw", "Explain", "Export", "Find", "Hold", "Import", "Inspect", "Install", "Keep", "List", "Lock",
-    "Log", "Make", "Measure", "Name", "Overlap", "Predict", "Prepare", "Print", "Read", "Refer", "Replace",
+    "Adapt", "Add", "Average", "Change", "Check", "Choose", "Colour", "Combine", "Compare", "Compile", "Compute",
+    "Convert", "Count", "Draw", "Explain", "Export", "Find", "Hold", "Import", "Inspect", "Install", "Keep", "List",
+    "Lock", "Log", "Make", "Measure", "Name", "Overlap", "Predict", "Prepare", "Print", "Read", "Refer", "Replace",
     "Report", "Run", "Segment", "Set", "Show", "Simulate", "Split", "Train", "Use", "Write",
 }  # fmt: skip
 

@@ -35,16 +35,20 @@ def adapt(
         Path | None,
         typer.Option(
             "--original",
-            help="Rehearse on this data set, which the bundle was trained on, and measure on its unseen subjects what "
-            "is forgotten.",
+            help="Read the data that the bundle was trained on, to rehearse it and to measure what is forgotten.",
         ),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option("--minutes", min=0.01, help="Let each training take this many minutes.")
+        float | None,
+        typer.Option("--minutes", min=0.01, help="Train for this many minutes, once for each fold and once more."),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", min=1, help="Let each training take this many optimiser steps (default: 200)."),
+        typer.Option(
+            "--steps",
+            min=1,
+            help="Train for this many optimiser steps, once for each fold and once more (default: 200).",
+        ),
     ] = None,
     folds: Annotated[
         int,
@@ -52,7 +56,7 @@ def adapt(
             "--folds",
             min=2,
             max=100,
-            help="Divide the new scans into at most this many parts, patients whole, and hold out each in turn.",
+            help="Split the new scans into at most this many parts, patients whole, and hold out each in turn.",
         ),
     ] = 3,
     set: Set = None,
