@@ -99,6 +99,7 @@ def test_the_adapted_network_is_fed_as_the_original_one(world, adapted) -> None:
     assert before.pipeline.steps[0].shift is not None, "this is fitted to the original scans"
     assert (after.geometry, after.channels, after.targets) == (before.geometry, before.channels, before.targets)
     assert after.recipe.network == before.recipe.network
+    assert after.fingerprint.subjects == before.fingerprint.subjects + 3, "those rehearsed are counted once"
     scan = read_volume(world / "new" / "fresh0_image.nii.gz")
     np.testing.assert_array_equal(before.pipeline.apply(scan)[0].voxels, after.pipeline.apply(scan)[0].voxels)
     assert adapted.bundle.predict(scan).label.voxels.shape == scan.grid.shape

@@ -37,7 +37,7 @@ from delineate.evaluation.forgetting import AFTER, BEFORE, measure_forgetting
 from delineate.evaluation.measure import STANDARD, Measuring, evaluate
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
-from delineate.fingerprint import merged
+from delineate.fingerprint import fingerprint_of, merged
 from delineate.inference.batch import predict_subjects
 from delineate.inference.predictor import Predictor
 from delineate.metrics.statistics import fewest_patients
@@ -202,9 +202,10 @@ class _Work:
         if stopped is not None:
             return stopped
         tuned = Bundle.load(self.folder / "final" / "bundle")
+        new = fingerprint_of([row for row in self.inspection.rows if row.subject in self.plan.new])
         adapted = replace(
             tuned,
-            fingerprint=merged(self.origin.fingerprint, tuned.fingerprint),
+            fingerprint=merged(self.origin.fingerprint, new),
             provenance=_provenance(self.origin, tuned.provenance),
         )
         weights = mixed_network(self.origin, tuned, share).state_dict()
