@@ -29,7 +29,7 @@ from delineate.core.volume import Volume
 from delineate.datasets.inspection import inspect
 from delineate.datasets.phantoms.writing import write_phantoms
 from delineate.errors import BundleError
-from delineate.fingerprint import Oddity, fingerprint_of, oddities
+from delineate.fingerprint import Fingerprint, Oddity, fingerprint_of, merged, oddities
 from delineate.inference.predictor import Predictor
 from delineate.inference.review import Review, queue, review, write_queue
 from delineate.recipe import recipe_from
@@ -154,6 +154,16 @@ def test_scans_like_those_trained_on_are_not_unusual_however_they_are_stored(tra
         how = scan.grid.axes_to("SAR")
         turned = np.stack([permute_axes(channel, *how) for channel in scan.voxels])
         assert oddities(fingerprint, Volume(turned * 7.0 + 100, scan.grid.permute(*how)), ["MRI"]) == []
+
+
+def test_two_groups_together_have_the_ranges_of_all_their_scans(trained_on) -> None:
+    dataset, whole = trained_on
+    rows = inspect(dataset).rows
+    both = merged(fingerprint_of(rows[:1]), fingerprint_of(rows[1:]))
+    assert both.subjects == whole.subjects == 4
+    ends = [{(r.quantity, r.of): (r.min, r.max) for r in one.ranges} for one in (both, whole)]
+    assert ends[0] == ends[1]
+    assert merged(whole, Fingerprint()) == merged(Fingerprint(), whole) == whole
 
 
 def test_what_is_unusual_is_named_with_what_was_usual(trained_on) -> None:

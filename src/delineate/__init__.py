@@ -8,6 +8,7 @@ TYPE_CHECKING = False  # stands in for typing.TYPE_CHECKING: importing typing wo
 
 if TYPE_CHECKING:
     from delineate import errors, interop
+    from delineate.api.adapting import adapt
     from delineate.api.bundle import Bundle, load, predict
     from delineate.api.data import inspect, open_dataset, read, simulate, write
     from delineate.api.measuring import compare, evaluate
@@ -29,6 +30,7 @@ __all__ = [
     "Targets",
     "Volume",
     "__version__",
+    "adapt",
     "auto",
     "compare",
     "errors",
@@ -53,6 +55,7 @@ _HOMES = {
     "Subject": "delineate.core.subject",
     "Targets": "delineate.core.targets",
     "Volume": "delineate.core.volume",
+    "adapt": "delineate.api.adapting",
     "auto": "delineate.api.training",
     "compare": "delineate.api.measuring",
     "evaluate": "delineate.api.measuring",

@@ -41,7 +41,7 @@ from delineate.networks.base import Unfilled
 from delineate.plugins import missing
 from delineate.preprocessing.pipeline import Pipeline
 from delineate.recipe import Recipe, TargetsSpec, apply_changes, recipe_from, to_yaml
-from delineate.sampling.tiles import Slices, TileGeometry, TileSpec, Whole, geometry_for
+from delineate.sampling.tiles import Patches, Slices, TileGeometry, TileSpec, Whole, geometry_for
 from delineate.specification import Specification, Text, from_json, to_json
 
 FORMAT: Final = 2
@@ -65,6 +65,10 @@ class Provenance:
     the run folder. ``left_out`` lists subjects with broken files. ``computed`` is whatever affects results down to the
     last bit: device, threads, precision and so on. ``requires`` lists the packages that provide parts of the recipe, as
     ``package==version``, and the modules of parts that belong to no package.
+
+    For an adapted bundle, ``adapted_from`` is the digest of the weights that it was adapted from, and the subjects
+    include those of the bundle that had them. Subjects hidden with other keys are not listed: ``other_keys``
+    identifies these keys.
     """
 
     layout: Text = ""
@@ -80,6 +84,8 @@ class Provenance:
     versions: Mapping[Text, Text] = field(default_factory=dict)
     computed: Mapping[Text, Text | int] = field(default_factory=dict)
     requires: tuple[Text, ...] = ()
+    adapted_from: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    other_keys: tuple[Pseudonym, ...] = ()
 
 
 def hidden(subjects: Sequence[str]) -> tuple[str, ...]:
@@ -148,7 +154,14 @@ class Bundle:
                 f"a key other than '{key_file()}'",
                 fix="set DELINEATE_KEY to the key of whoever trained it, ask them, or choose subjects by hand",
             )
-        return pseudonym("subject", subject) in {*known.training, *known.validation}
+        found = pseudonym("subject", subject) in {*known.training, *known.validation}
+        if known.other_keys and not found:
+            raise UnknownKey(
+                f"cannot tell all subjects that '{self.folder}' was trained on: it was adapted from a bundle whose "
+                "subjects were hidden with another key",
+                fix="ask whoever trained that bundle, or choose subjects by hand",
+            )
+        return found
 
     def with_settings(self, changes: Iterable[str]) -> Bundle:
         """This bundle with other ``inference`` and ``postprocessing`` settings, as ``path.to.field=value``.
@@ -260,6 +273,20 @@ class Bundle:
         if not free:
             return self.geometry
         return geometry_for(_as_trained(spec, self.geometry), shape, self.spacing_mm, self.recipe.network)
+
+    @property
+    def tiles(self) -> TileSpec:
+        """The recipe's tiles, with the sides and the axis that training read from its scans written out.
+
+        Whole slices and volumes stay as large as each scan.
+        """
+        spec, shape = _as_trained(self.recipe.tiles, self.geometry), self.geometry.shape
+        if isinstance(spec, Patches):
+            return spec.model_copy(update={"shape": shape})
+        if isinstance(spec, Slices) and spec.shape != (None, None):
+            in_plane = tuple(side for axis, side in enumerate(shape) if axis != self.geometry.slice_axis)
+            return spec.model_copy(update={"shape": in_plane})
+        return spec
 
 
 class _Description(Specification):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, log
 from typing import Annotated, Literal
 
@@ -75,6 +75,16 @@ def fingerprint_of(rows: Sequence[SubjectRow]) -> Fingerprint:
             measured[key].append(value)
     ranges = (Range(*key, min(v), float(np.median(v)), max(v)) for key, v in measured.items())
     return Fingerprint(len(rows), tuple(ranges))
+
+
+def merged(first: Fingerprint, second: Fingerprint) -> Fingerprint:
+    """The fingerprint of both groups of scans together; a median is the larger group's."""
+    larger, smaller = (first, second) if first.subjects >= second.subjects else (second, first)
+    ranges = {(r.quantity, r.of): r for r in smaller.ranges}
+    for r in larger.ranges:
+        other = ranges.get((r.quantity, r.of), r)
+        ranges[r.quantity, r.of] = replace(r, min=min(r.min, other.min), max=max(r.max, other.max))
+    return Fingerprint(first.subjects + second.subjects, tuple(ranges.values()))
 
 
 def oddities(fingerprint: Fingerprint, scan: Volume, channels: Sequence[str]) -> list[Oddity]:

@@ -201,6 +201,8 @@ class TrainingSpec(Specification):
     ``keep``: the bundle keeps the ``best`` weights by validation, or the ``last``; without validation, the last.
     ``frozen``: patterns of parameters that keep their initial values, such as ``encoder.0.*``; their
     BatchNorms keep their statistics, too.
+    ``always_train_share``: about this share of the samples comes from the split's ``always_train`` subjects, however
+    few they are; ``null``: every subject is used equally often.
     """
 
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 2
@@ -220,6 +222,7 @@ class TrainingSpec(Specification):
     norm_statistics: Literal["measured", "moving"] = "measured"
     keep: Literal["best", "last"] = "best"
     frozen: Names = ()
+    always_train_share: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def _held_out_chooses_nothing(self) -> TrainingSpec:

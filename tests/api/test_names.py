@@ -47,7 +47,7 @@ def test_volumes_and_grids_come_without_torch() -> None:
 
 def test_the_names_are_the_public_ones() -> None:
     assert set(delineate.__all__) >= PROMISED
-    assert set(delineate.__all__) - PROMISED == {"__version__", "errors", "interop", "simulate", "tiles"}
+    assert set(delineate.__all__) - PROMISED == {"__version__", "adapt", "errors", "interop", "simulate", "tiles"}
     assert dir(delineate) == sorted(delineate.__all__)
     for name in delineate.__all__:
         assert getattr(delineate, name) is getattr(delineate, name)

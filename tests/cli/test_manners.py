@@ -106,9 +106,9 @@ def test_every_command_says_what_it_does(path: tuple[str, ...]) -> None:
 
 
 VERBS = {
-    "Add", "Average", "Change", "Check", "Choose", "Colour", "Combine", "Compare", "Compile", "Compute", "Convert",
-    "Count", "Draw", "Explain", "Export", "Find", "Hold", "Import", "Inspect", "Install", "Keep", "List", "Lock",
-    "Log", "Make", "Measure", "Name", "Overlap", "Predict", "Prepare", "Print", "Read", "Refer", "Replace",
+    "Adapt", "Add", "Average", "Change", "Check", "Choose", "Colour", "Combine", "Compare", "Compile", "Compute",
+    "Convert", "Count", "Draw", "Explain", "Export", "Find", "Hold", "Import", "Inspect", "Install", "Keep", "List",
+    "Lock", "Log", "Make", "Measure", "Name", "Overlap", "Predict", "Prepare", "Print", "Read", "Refer", "Replace",
     "Report", "Run", "Segment", "Set", "Show", "Simulate", "Split", "Train", "Use", "Write",
 }  # fmt: skip
 
@@ -234,6 +234,7 @@ def test_a_device_or_package_that_is_missing_is_said_before_anything_is_read(tmp
         ["predict", "nowhere", "scan.nii.gz", "--out", "out"],
         ["test", "nowhere", "--data", "nowhere", "--out", "out"],
         ["forgetting", "nowhere", "nowhere", "--data", "nowhere", "--out", "out"],
+        ["adapt", "nowhere", "--data", "nowhere", "--out", "out"],
         ["demo", "--out", str(tmp_path / "demo")],
     ):
         refused = runner.invoke(app, [*arguments, "--device", absent])

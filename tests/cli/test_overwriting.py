@@ -119,6 +119,9 @@ WRITERS = {
         ("data/imagesTr/c0_0000.nii.gz", "data/labelsTr/c1.nii.gz"),
     ),
     "study": Writer("study run hippocampus-cv --data @data", "-o OUT", "report.html", flag=False),
+    "adapt": Writer(
+        "adapt @bundle --data @data --device cpu", "-o OUT", "report.html", ("bundle/weights.safetensors",), flag=False
+    ),
     "train": Writer("train generic_3d --data @data", "-o OUT", "report.html", flag=False),
 }
 writers = pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)

@@ -46,6 +46,7 @@ from delineate.studies.running import Entry as PlannedEntry
 from delineate.studies.running import FinalTest, RunStatus, StudyPlan
 from delineate.studies.specification import Study, load_study, packaged_studies
 from delineate.training import events
+from delineate.training.adapted import AdaptationPlan
 from delineate.training.subjects import RunSubjects
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678, UTC)
@@ -143,7 +144,18 @@ def samples() -> dict[type[Specification], list[Specification]]:
         tiles=TileGeometry((8, 8, 1), (1, 2, 0), 2, True),
         spacing_mm=(1.0, 1.5, 3.0),
         fingerprint=Fingerprint(2, (Range("spacing", "SI", 1.0, 1.5, 2.0), Range("contrast", "T1: ü", 0.1, 0.2, 1e9))),
-        provenance=Provenance("msd", True, 1, 2, "now", PSEUDONYM, versions={"a": "b"}, computed={"threads": 2}),
+        provenance=Provenance(
+            "msd",
+            True,
+            1,
+            2,
+            "now",
+            PSEUDONYM,
+            versions={"a": "b"},
+            computed={"threads": 2},
+            adapted_from="0f" * 32,
+            other_keys=(PSEUDONYM,),
+        ),
     )
     happened = [
         events.Started(at=NOW, training=3, validation=1, held_out=1),
@@ -284,6 +296,9 @@ DOCUMENTS: list[Document] = [
         weights_sha256="0f", inference=InferenceSpec(overlap=0.25, flips=("x",)),
         postprocessing=PostprocessingSpec(minimum_ml={"a": 0.5}), data_set="d", subjects=("x",),
         references=TargetsSpec(values={"a": (1, 2)}), metrics="dice", lesion_overlap=0.1, quantity="",
+    ),
+    AdaptationPlan(
+        origin="0f" * 32, data_set="d", recipe=load_recipe("hippocampus"), folds=(("a", "b"), ("c",)), rehearsed=("d",)
     ),
     Entry(name="vgg11", source="f.pth", preprocessing="caffe", sha256="0f", tensors=16),
 ]  # fmt: skip

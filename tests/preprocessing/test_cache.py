@@ -301,6 +301,12 @@ class TestDataset:
         shutil.rmtree(dataset.folders[0].parent)
         assert [subject.id for subject in loaded] == ["s0", "s1", "s2"]
 
+    def test_repeated_subjects_share_their_arrays(self, dataset: PreparedDataset) -> None:
+        for one in (dataset, dataset.in_memory()):
+            again = one.repeated([2, 0, 1])
+            assert [subject.id for subject in again] == ["s0", "s0", "s2"]
+            assert again[0].image is again[1].image
+
     def test_nbytes_is_what_its_arrays_take(self, dataset: PreparedDataset) -> None:
         arrays = [(s.image, s.target, *s.points.values()) for s in dataset]
         assert dataset.nbytes == sum(a.nbytes for subject in arrays for a in subject)

@@ -8,10 +8,11 @@ import pytest
 
 from delineate.core.targets import Targets
 from delineate.datasets.inspection import Inspection
+from delineate.datasets.splits import Split
 from delineate.errors import BrokenSubjects
-from delineate.recipe import Recipe, recipe_from
+from delineate.recipe import Recipe, apply_changes, recipe_from
 from delineate.training.options import Reporter, RunOptions
-from delineate.training.preparation import derived_recipe, inspected
+from delineate.training.preparation import assign_roles, derived_recipe, inspected
 
 
 def test_a_target_that_means_other_values_than_the_data_set_s_is_warned_of(balls, recipe: Recipe) -> None:
@@ -33,3 +34,18 @@ def test_one_sound_subject_is_too_few_and_is_counted(balls) -> None:
     alone = replace(balls, subjects=balls.subjects[:1])
     with pytest.raises(BrokenSubjects, match="1 usable subject is left; training needs at least two"):
         derived_recipe(alone, RunOptions(device="cpu"), Reporter(), steps=2)
+
+
+@pytest.mark.parametrize(("always", "others"), [(1, 5), (2, 4), (5, 1), (3, 3)])
+def test_subjects_always_trained_on_get_their_share_of_the_samples(balls, recipe, always, others) -> None:
+    names = [subject.id for subject in balls.subjects]
+    split = Split((tuple(names[always:]),), always_train=tuple(names[:always]))
+    for share in (0.25, 0.5, 0.8):
+        changed = recipe_from(apply_changes(recipe.as_dict(), [f"training.always_train_share={share}"]))
+        unvalidated = recipe_from(apply_changes(changed.as_dict(), ["training.validation.subjects=0"]))
+        roles = assign_roles(balls.subjects, split, None, unvalidated)
+        assert len(roles.training) == 6
+        few = sum(n for s, n in zip(roles.training, roles.repeats, strict=True) if s.id in split.always_train)
+        # Repeats are whole numbers, so that the share is met to within the rounding of one of them.
+        assert abs(few / sum(roles.repeats) - share) < 0.12
+    assert set(assign_roles(balls.subjects, split, None, recipe).repeats) == {1}

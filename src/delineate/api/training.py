@@ -122,10 +122,10 @@ def train(
         threads=threads,
     )
     check_possible(options)
-    changed = [*budget_changes(minutes, steps, epochs), *_as_texts(changes)]
+    changed = [*budget_changes(minutes, steps, epochs), *as_texts(changes)]
     named = None if recipe == "auto" else _recipe(recipe, changed)
     dataset = _dataset(data, named.data if named else DataSpec.of_changes(changed))
-    report = _reporter(progress, say, cancel, folder)
+    report = reporter(progress, say, cancel, folder)
     result = train_and_report(
         named, dataset, folder, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changed
     )
@@ -194,9 +194,9 @@ def auto(
     from delineate.training.preparation import derived_recipe
 
     check(cancel)
-    changed = _as_texts(changes)
+    changed = as_texts(changes)
     options = RunOptions(leave_out_broken=leave_out_broken, device=device)
-    dataset, report = _dataset(data, DataSpec.of_changes(changed)), _reporter(progress, say, cancel)
+    dataset, report = _dataset(data, DataSpec.of_changes(changed)), reporter(progress, say, cancel)
     return derived_recipe(dataset, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changed).recipe
 
 
@@ -267,8 +267,8 @@ def tiles(
     from delineate.training.preparation import assign_roles, inspected, new_split, prepared_bundle, reached
 
     check(cancel)
-    chosen = _recipe(recipe, _as_texts(changes))
-    whole, report = reached(chosen, _dataset(data, chosen.data)), _reporter(progress, None, cancel)
+    chosen = _recipe(recipe, as_texts(changes))
+    whole, report = reached(chosen, _dataset(data, chosen.data)), reporter(progress, None, cancel)
     options = RunOptions(
         fold=fold, cache=None if cache is None else Path(cache), leave_out_broken=leave_out_broken, device="cpu"
     )
@@ -296,7 +296,8 @@ def _dataset(data: str | Path | Dataset, spec: DataSpec) -> Dataset:
     return spec.open(Path(data)) if isinstance(data, str | Path) else data
 
 
-def _as_texts(changes: Changes) -> list[str]:
+def as_texts(changes: Changes) -> list[str]:
+    """Changes as on the command line. Raises :class:`RecipeError` for a value that no recipe can hold."""
     if isinstance(changes, str) or not isinstance(changes, Mapping):
         return [changes] if isinstance(changes, str) else list(changes)
     try:
@@ -308,16 +309,21 @@ def _as_texts(changes: Changes) -> list[str]:
         ) from error
 
 
-def _reporter(
-    progress: Progress | None, say: Say | None, cancel: Cancel | None, folder: Path | None = None
+def reporter(
+    progress: Progress | None,
+    say: Say | None,
+    cancel: Cancel | None,
+    folder: Path | None = None,
+    *,
+    begun: str = "bundle",
 ) -> Reporter:
-    """The callbacks of a run. Once training has begun, setting ``cancel`` makes it stop where it can be resumed."""
+    """The callbacks of a run. Once the folder holds ``begun``, setting ``cancel`` makes it stop where it can resume."""
     from delineate.training.lock import stop_file
     from delineate.training.options import Reporter
 
     def told(what: str, done: int, total: int) -> None:
         if cancel is not None and cancel.is_set():
-            if folder is None or not (folder / "bundle").exists():
+            if folder is None or not (folder / begun).exists():
                 check(cancel)
             else:
                 stop_file(folder).touch()

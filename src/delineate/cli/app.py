@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from delineate.cli import (
+    adapt,
     compare,
     data,
     demo,
@@ -82,6 +83,7 @@ def _everywhere(
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
+app.command("adapt")(adapt.adapt)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("test")(held_out.measure_held_out)

@@ -107,6 +107,14 @@ class PreparedDataset(Sequence[PreparedSubject]):
         dataset._loaded = tuple(entry.open(mmap_mode=None) for entry in self._entries)
         return dataset
 
+    def repeated(self, counts: Sequence[int]) -> PreparedDataset:
+        """This data set with each subject as many times as ``counts`` says, sharing its arrays."""
+        places = [place for place, count in enumerate(counts) for _ in range(count)]
+        dataset = PreparedDataset([self.folders[place] for place in places])
+        dataset._entries = tuple(self._entries[place] for place in places)
+        dataset._loaded = None if self._loaded is None else tuple(self._loaded[place] for place in places)
+        return dataset
+
     def __len__(self) -> int:
         return len(self.folders)
 

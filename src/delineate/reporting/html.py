@@ -19,6 +19,8 @@ from delineate.compute import Choice
 from delineate.core.text import printable_lines
 from delineate.datasets.inspection import SubjectRow
 from delineate.evaluation.agreement import crossings, signed
+from delineate.evaluation.change import JUDGED_BY, Change
+from delineate.evaluation.forgetting import AFTER, BEFORE
 from delineate.evaluation.methods import MethodDifference
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary, averaged
 from delineate.io.files import writing_beside
@@ -147,8 +149,22 @@ class StudyReport:
     runs: Sequence[tuple[str, str, str, str, str]] = ()
 
 
-def write_report(path: Path, report: RunReport | EvaluationReport | MethodsReport | StudyReport) -> None:
-    """Write the page of a run, evaluation, comparison or study, whole or not at all. Raises :class:`OutputError`."""
+@dataclass(frozen=True, eq=False)
+class AdaptationReport:
+    """Content of an adaptation's page: what changed on each group of subjects, by the group's name."""
+
+    title: str
+    description: str
+    simulated: bool
+    notes: Sequence[str]
+    changes: Mapping[str, Change]
+
+
+Report = RunReport | EvaluationReport | MethodsReport | StudyReport | AdaptationReport
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the page of a run, an evaluation or whatever else, whole or not at all. Raises :class:`OutputError`."""
     name = "evaluation.html.j2"
     if isinstance(report, EvaluationReport):
         content = _measured(report.evaluation, report.overlays, report.band_percent, report.palette)
@@ -156,6 +172,8 @@ def write_report(path: Path, report: RunReport | EvaluationReport | MethodsRepor
         name, content = "methods.html.j2", _measured(None, []) | {"methods": _methods(report)}
     elif isinstance(report, StudyReport):
         name, content = "study.html.j2", _measured(None, []) | {"parts": _study(report)}
+    elif isinstance(report, AdaptationReport):
+        name, content = "adaptation.html.j2", _measured(None, []) | {"groups": _changed(report)}
     else:
         content = _measured(report.evaluation, report.overlays)
         name = "run.html.j2"
@@ -329,6 +347,29 @@ def _section(section: StudySection, metric: str) -> dict[str, Any]:
         "agreement": agreement,
         "picture": None if section.picture is None else _embedded(section.picture),
     }
+
+
+def _changed(report: AdaptationReport) -> list[dict[str, Any]]:
+    groups = []
+    for name, change in report.changes.items():
+        both = {BEFORE: change.before, AFTER: change.after}
+        rows = [
+            {"when": when, **_estimate(METRICS[metric], estimate)}
+            for when, evaluation in both.items()
+            for metric, estimate in evaluation.overall().items()
+            if METRICS[metric].better
+        ]
+        groups.append(
+            {
+                "name": name,
+                "verdict": change.verdict,
+                "differences": [str(difference) for difference in change.differences],
+                "chart": methods_chart(both, JUDGED_BY, METRICS[JUDGED_BY].title),
+                "rows": rows,
+                "subjects": change.rows,
+            }
+        )
+    return groups
 
 
 def _training_charts(report: RunReport) -> list[str]:

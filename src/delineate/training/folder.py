@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from delineate.datasets.dataset import Dataset
@@ -18,11 +20,26 @@ def check_run_folder(folder: Path, dataset: Dataset) -> None:
 
     A run that was started there is resumed, which overwrites only its own files.
     """
+    files = (file for subject in dataset.subjects for file in subject.files)
+    marks = [folder / "logs" / name for name in (EVENTS, MESSAGES)]
+    check_own(folder, _WRITTEN, files, marks, what="run")
+
+
+def check_own(folder: Path, written: Sequence[str], files: Iterable[Path], marks: Iterable[Path], what: str) -> None:
+    """Raise :class:`OutputError` if writing ``written`` into ``folder`` would replace input ``files`` or others' files.
+
+    Any of ``marks`` shows that the same command wrote what is there, to be resumed.
+    """
     check_folder(folder)
-    places = [(folder / name).resolve() for name in _WRITTEN]
-    for file in (file for subject in dataset.subjects for file in subject.files):
+    places = [(folder / name).resolve() for name in written]
+    for file in files:
         if any(place in (path := file.resolve()).parents or place == path for place in places):
-            raise OutputError(f"'{file}' is in the data set, and a run would overwrite it", fix="choose another --out")
-    there = [str(folder / name) for name in _WRITTEN if (folder / name).exists()]
-    if there and not any((folder / "logs" / name).exists() for name in (EVENTS, MESSAGES)):
-        raise OutputError(f"{', '.join(there)} would be overwritten, but no run wrote it", fix="choose another --out")
+            article = "an" if what[0] in "aeiou" else "a"
+            raise OutputError(
+                f"'{file}' is an input, and {article} {what} would overwrite it", fix="choose another --out"
+            )
+    there = [str(folder / name) for name in written if os.path.lexists(folder / name)]
+    if there and not any(mark.exists() for mark in marks):
+        raise OutputError(
+            f"{', '.join(there)} would be overwritten, but no {what} wrote it", fix="choose another --out"
+        )

@@ -81,7 +81,7 @@ def derived_recipe(
     sound = [row for row in inspection.rows if row.subject not in inspection.broken]
     if inspection.broken and not options.leave_out_broken:
         raise BrokenSubjects(broken_message(inspection))
-    _check_enough(len(sound))
+    _check_enough(len(sound), least=2)
     plan = plan_compute(device=options.device)
     memory = available_memory_bytes()
     if plan.device.type == "cuda":
@@ -194,7 +194,7 @@ def inspected(
         report(f"left out because of broken files: {', '.join(inspection.broken)}")
         kept = tuple(s for s in dataset.subjects if s.id not in inspection.broken)
         dataset = replace(dataset, subjects=kept)
-    _check_enough(len(dataset.subjects))
+    _check_enough(len(dataset.subjects), least=1 if options.fold is None else 2)
     return dataset, targets, inspection
 
 
@@ -211,10 +211,11 @@ def _warn_of_other_values(targets: Targets, dataset: Dataset, report: Reporter) 
             )
 
 
-def _check_enough(usable: int) -> None:
-    if usable < 2:
+def _check_enough(usable: int, least: int) -> None:
+    if usable < least:
         raise BrokenSubjects(
-            f"{usable} usable {'subject is' if usable == 1 else 'subjects are'} left", fix="training needs at least two"
+            f"{usable} usable {'subject is' if usable == 1 else 'subjects are'} left",
+            fix=f"training needs at least {'one' if least == 1 else 'two'}",
         )
 
 
@@ -327,7 +328,7 @@ def prepared_bundle(
             computed=conditions(plan, options),
         ),
     )
-    return bundle, Prepared(training.in_memory(), validation.in_memory())
+    return bundle, Prepared(training.in_memory().repeated(roles.repeats), validation.in_memory())
 
 
 def subjects_of(dataset: Dataset, inspection: Inspection, roles: Roles, options: RunOptions) -> RunSubjects:
@@ -364,11 +365,15 @@ def without_descriptions(dataset: Dataset) -> Dataset:
 
 @dataclass(frozen=True)
 class Roles:
-    """The role of each subject. ``validation`` selects weights; ``held_out`` is never used in training."""
+    """The role of each subject. ``validation`` selects weights; ``held_out`` is never used in training.
+
+    ``repeats``: how many times each training subject occurs among those that a pass draws from.
+    """
 
     training: tuple[Subject, ...]
     validation: tuple[Subject, ...]
     held_out: tuple[Subject, ...]
+    repeats: tuple[int, ...]
 
 
 def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, recipe: Recipe) -> Roles:
@@ -383,11 +388,24 @@ def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, re
         wanted = min(spec.subjects, max(1, len(pool) // 9))
         drawable = [s for s in subjects if s.id in pool and s.id not in split.always_train]
         chosen = set(drawn_over_sites(drawable, wanted, np.random.default_rng((recipe.training.seed, 4))))
+    training = tuple(s for s in subjects if s.id in pool - chosen)
+    always = [s.id in split.always_train for s in training]
     return Roles(
-        training=tuple(s for s in subjects if s.id in pool - chosen),
+        training=training,
         validation=tuple(s for s in subjects if s.id in chosen),
         held_out=tuple(s for s in subjects if s.id in held),
+        repeats=_repeats(always, recipe.training.always_train_share),
     )
+
+
+def _repeats(always: Sequence[bool], share: float | None) -> tuple[int, ...]:
+    """How often to repeat each subject so that those ``always`` trained on make up about ``share`` of all."""
+    few, rest = sum(always), len(always) - sum(always)
+    if share is None or not few or not rest:
+        return (1,) * len(always)
+    times = share / (1 - share) * rest / few
+    repeated, others = (round(times), 1) if times >= 1 else (1, round(1 / times))
+    return tuple(repeated if chosen else others for chosen in always)
 
 
 def split_file(folder: Path, options: RunOptions) -> Path:
