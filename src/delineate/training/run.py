@@ -392,8 +392,9 @@ def _evaluate_held_out(
         pairs.append(Pair(outcome.subject.id, outcome.path, outcome.subject.label, outcome.subject))
         outcomes.append(outcome)
         report.progress("predicting held-out subjects", done, len(chosen))
-    quantity = bundle.recipe.quantity and bundle.recipe.quantity.map()
-    measuring = Measuring(",".join(bundle.recipe.metrics), quantity=quantity, probabilities=probabilities)
+    spec = bundle.recipe
+    quantity = None if spec.quantity is None else spec.quantity.map()
+    measuring = Measuring(",".join(spec.metrics), quantity=quantity, probabilities=probabilities)
     simulated = bundle.provenance.simulated
     evaluation = evaluate(pairs, bundle.targets, measuring, simulated=simulated)
     evaluation.write(folder / "evaluation")
