@@ -107,7 +107,8 @@ def _few_of(roles: Roles, sizes: Mapping[str, int]) -> Roles:
         tuple(sorted(part, key=lambda subject: sizes[subject.id]))
         for part in (roles.training, roles.validation, roles.held_out)
     )
-    return Roles((*training[:1], *training[1:][-1:]), validation[-1:], held_out[-1:])
+    few = (*training[:1], *training[1:][-1:])
+    return Roles(few, validation[-1:], held_out[-1:], repeats=(1,) * len(few))
 
 
 def _names(subjects: Sequence[Subject]) -> tuple[str, ...]:
