@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     *ROOT.glob("*.md"),
     *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs" / "studies").glob("*.md"),
     *ROOT.glob("*/README.md"),
     *ROOT.glob("examples/*/README.md"),
 ]

@@ -37,6 +37,22 @@ def test_volumes_agree_in_millilitres_and_in_percent_of_those_that_have_the_targ
     assert list(agreements(volumes[2:])) == []
 
 
+def test_sizes_of_errors_are_those_of_the_subjects_that_have_the_target() -> None:
+    [agreeing] = agreements(table(volume_ml=SAID, reference_volume_ml=TRUE))
+    assert agreeing.error_sizes() == {
+        "target": "liver",
+        "of": "volume, %",
+        "mean": f"{100 * np.mean(1 / TRUE[:5]):.2f}",
+        "median": f"{100 / 30:.2f}",
+        "largest": "10.00 (a)",
+        "within 5 %": "4 of 5",
+    }
+    off = {"quantity_mean": TRUE + 1, "reference_quantity_mean": TRUE}
+    [mean] = agreements(table(**off), QuantityMap("fat_fraction"))
+    assert (mean.error_sizes()["of"], mean.error_sizes()["mean"]) == ("mean fat fraction, percentage points", "1.00")
+    assert mean.error_sizes()["within 5 %"] == ""
+
+
 def test_healthy_subjects_that_are_given_volume_count() -> None:
     """Six right to the millilitre, four healthy ones given 30 ml: the bias is 12 ml, not 0."""
     true = np.array([50.0] * 6 + [0.0] * 4)

@@ -108,6 +108,8 @@ def print_details(evaluation: Evaluation) -> None:
     if rows:
         columns = ["target", "of", "bias (95 %)", "limits of agreement", "concordance", "n", "beyond them"]
         print_table("agreement with the reference", columns, rows)
+        sizes = [list(agreeing.error_sizes().values()) for agreeing in evaluation.agreements]
+        print_table("sizes of errors", ["target", "of", "mean", "median", "largest", "within 5 %"], sizes)
     if pooled := [list(row.values()) for row in evaluation.described_pooled()]:
         columns = ["class", "voxels", "share", "precision", "recall", "F1"]
         print_table("voxels pooled over all subjects", columns, pooled)

@@ -18,6 +18,10 @@ LEAST_PATIENTS = 5
 """Fewest patients with the target for which limits of agreement mean anything."""
 
 
+NEAR_PERCENT = 5
+"""Volumes off by no more than this are counted as near, as Lindgren, Lundin & Wallin (2020) do."""
+
+
 @dataclass(frozen=True)
 class Compared:
     """Two columns of an evaluation's table that should agree; ``relative`` means that errors grow with the value.
@@ -127,6 +131,27 @@ class Agreeing:
             }
             for found, unit in self._kinds
         ]
+
+    def error_sizes(self) -> dict[str, str]:
+        """Sizes of errors as text, whatever their sign: of volumes in percent of the reference, else in the unit.
+
+        Scans whose reference volume is 0 are left out of the percentages.
+        """
+        sizes, names = np.abs(self.predicted - self.reference), np.array(self.subjects)
+        unit = self.compared.difference_unit
+        if self.compared.relative:
+            there = self.reference > 0
+            sizes, names, unit = 100 * sizes[there] / self.reference[there], names[there], "%"
+        worst = int(np.argmax(sizes)) if len(sizes) else None
+        within = np.count_nonzero(sizes <= NEAR_PERCENT)
+        return {
+            "target": self.target,
+            "of": f"{self.compared.name}{', ' * bool(unit)}{unit}",
+            "mean": f"{sizes.mean():.2f}" if len(sizes) else "–",
+            "median": f"{np.median(sizes):.2f}" if len(sizes) else "–",
+            "largest": "–" if worst is None else f"{sizes[worst]:.2f} ({names[worst]})",
+            f"within {NEAR_PERCENT} %": f"{within} of {len(sizes)}" if self.compared.relative else "",
+        }
 
     def without(self, found: Agreement) -> str:
         """How many subjects are left out and why, to be appended to n."""

@@ -230,6 +230,7 @@ def _measured(
             "summary": _summary_rows(evaluation, summary),
             "sites": _site_rows(evaluation) if len(evaluation.sites) > 1 else [],
             "agreement": [row for agreeing in evaluation.agreements for row in agreeing.described()],
+            "errors": [agreeing.error_sizes() for agreeing in evaluation.agreements],
             "pooled": evaluation.described_pooled(),
             "lesions": evaluation.described_lesions(),
             "crossings": evaluation.crossings(),
@@ -318,13 +319,15 @@ def _study(report: StudyReport) -> list[dict[str, Any]]:
 
 
 def _section(section: StudySection, metric: str) -> dict[str, Any]:
-    rows, pooled, agreement, over_density = [], [], [], []
+    rows, pooled, agreement, errors, crossed, over_density = [], [], [], [], [], []
     for name, evaluation in section.evaluations.items():
         estimates = evaluation.overall()
         shown = dict.fromkeys((metric, "dice", "hd95_mm", "assd_mm"))
         rows += [{"group": name, **_estimate(METRICS[m], estimates[m])} for m in shown if m in estimates]
         pooled += [{"runs": name, **row} for row in evaluation.described_pooled()]
         agreement += [{"runs": name, **row} for agreeing in evaluation.agreements for row in agreeing.described()]
+        errors += [{"runs": name, **agreeing.error_sizes()} for agreeing in evaluation.agreements]
+        crossed += [f"{name}: {line}" for line in evaluation.crossings()]
         over_density += _over_density(evaluation, ["avd_percent"], of=f"{name}: ")
     label = METRICS[metric].title
     charts = []
@@ -345,6 +348,8 @@ def _section(section: StudySection, metric: str) -> dict[str, Any]:
         "learning": learning,
         "pooled": pooled,
         "agreement": agreement,
+        "errors": errors,
+        "crossed": crossed,
         "picture": None if section.picture is None else _embedded(section.picture),
     }
 

@@ -47,7 +47,7 @@ MEASURES: dict[str, Measure] = {
         Measure("final_loss", "training loss at the end"),
         Measure("final_test_loss", "validation loss at the end"),
         Measure("steps_to_loss", "steps until the common loss", digits=0),
-        Measure("collapsed", "collapsed to background", digits=0),
+        Measure("collapsed", "collapsed", digits=0),
         Measure("seam", "seam score"),
     )
 }
