@@ -156,7 +156,8 @@ def run(
     folder.check()
     places = _places(chosen, data, phantom, _size(chosen, size), out / "data")
     datasets = _opened(chosen, beside, places)
-    options = ["--device", device]
+    # A quick run is over before compiling its network has paid off.
+    options = ["--device", device, "--compile", "off" if size == "quick" else "auto"]
     if jobs > 1:  # otherwise every process would use all cores
         options += ["--threads", str(max(1, usable_cores() // jobs))]
     with Terminal() as terminal:
