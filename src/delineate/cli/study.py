@@ -269,7 +269,7 @@ def _places(study: Study, given: list[str] | None, phantom: bool, size: Size, si
                 f"study '{study.name}' does not say which scans to simulate for '{name}'", fix="give --data"
             )
         places[name] = simulated / name if len(study.data) > 1 else simulated
-        simulate(data.phantom, size, places[name])
+        simulate(data.phantom, size, name, places[name])
     return {name: places[name] for name in study.data}
 
 

@@ -8,8 +8,8 @@ from delineate.datasets.phantoms.writing import write_phantoms
 from delineate.studies.specification import Phantom, Size
 
 
-def simulate(phantom: Phantom, size: Size, out: Path) -> None:
-    """Write a study's simulated patients, no more than the size has subjects; those that are there stay."""
+def simulate(phantom: Phantom, size: Size, name: str, out: Path) -> None:
+    """Write the patients of a study's data set, no more than the size has subjects; those that are there stay."""
     patients = min(phantom.patients, size.subjects or phantom.patients)
     write_phantoms(
         out,
@@ -18,5 +18,5 @@ def simulate(phantom: Phantom, size: Size, out: Path) -> None:
         seed=phantom.seed,
         layout=phantom.layout,
         sites=phantom.sites,
-        coarse=phantom.coarse,
+        coarse=size.coarse.get(name, 1.0),
     )

@@ -243,6 +243,7 @@ class Size(Specification):
     them keeps that one's. ``seeds`` seed the training and, except in cross-validation, the draws. ``folds``
     and ``counts`` select from the design's; ``null``: all. ``subjects``: at most this many of each data set.
     ``gflop``: every arm trains for as many steps as this much compute allows, instead of its recipe's budget.
+    ``coarse`` divides the number of voxels along each axis of the simulated scans of a data set, by its name.
     """
 
     set: Changes = ()
@@ -253,6 +254,9 @@ class Size(Specification):
     subjects: Annotated[int, Field(ge=2, le=10**6)] | None = None
     trials: Annotated[int, Field(ge=1, le=10**4)] | None = None
     gflop: Annotated[float, Field(gt=0, le=1e15)] | None = None
+    coarse: Annotated[dict[Name, Annotated[float, Field(ge=1, le=16)]], Field(max_length=16)] = Field(
+        default_factory=dict
+    )
 
     def changes_to(self, label: str) -> Changes:
         """What ``arms`` changes in the arm of this name."""
@@ -318,7 +322,7 @@ class Published(Specification):
 class Phantom(Specification):
     """Simulated scans to run the study on if its data are not available; see `delineate data phantom`.
 
-    ``coarse`` divides the number of voxels along each axis, in every size. ``sites``: only patients imaged there.
+    ``sites``: only patients imaged there.
     """
 
     kind: Text
@@ -326,7 +330,6 @@ class Phantom(Specification):
     seed: Annotated[int, Field(ge=0, le=2**32)] = 0
     layout: Text | None = None
     sites: Annotated[tuple[Text, ...], Field(min_length=1, max_length=100)] | None = None
-    coarse: Annotated[float, Field(ge=1, le=16)] = 1.0
 
 
 class DataSet(Specification):
@@ -444,6 +447,8 @@ class Study(Specification):
             raise ValueError(f"size {name} has fold {beyond[0]}; there are folds 0 to {folds - 1}")
         if size.counts is not None and not any(isinstance(d, LearningCurve | MovedSubjects) for d in designs):
             raise ValueError(f"size {name} has counts, which no design of the study has")
+        if unknown := [data for data in size.coarse if data not in self.data]:
+            raise ValueError(f"size {name} has coarse scans of '{unknown[0]}'; there are {', '.join(self.data)}")
         if size.trials is not None and not any(isinstance(d, Search) for d in designs):
             raise ValueError(f"size {name} has trials, which no design of the study has")
         if strangers := [arm for arm in size.arms if not any(fnmatchcase(label, arm) for label in self.labels)]:
