@@ -133,7 +133,7 @@ class StudySection:
 class StudyReport:
     """What the page of a study tells.
 
-    ``claims`` are sentences with what our figures say of them; ``published`` tables are others' figures with ours
+    ``deviations``: where it departs from the report that it is named after. ``claims`` are sentences with what our figures say of them; ``published`` tables are others' figures with ours
     beside them: source, columns, rows. ``runs`` have a name, a page if there is one, a state, minutes, and why they
     failed.
     """
@@ -144,6 +144,7 @@ class StudyReport:
     notes: Sequence[str]
     metric: str
     sections: Sequence[StudySection]
+    deviations: Sequence[str] = ()
     claims: Sequence[tuple[str, str, str]] = ()
     published: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
     runs: Sequence[tuple[str, str, str, str, str]] = ()

@@ -26,9 +26,6 @@ from delineate.studies.specification import LearningCurve, Published
 _UNEQUAL = 1.1
 """Ratio of steps from which runs are not on equal terms."""
 
-_MOST_ARMS_COMPARED = 5
-"""Of stages with more arms, only the factors' effects and the gains are said in sentences."""
-
 _COLUMNS = (
     "runs", "target", "metric", "mean", "sd", "low", "high", "patients", "n", "failures", "undefined"
 )  # fmt: skip
@@ -132,6 +129,7 @@ def _page(results: StudyResults, folder: Path, size: str, data_sets: Mapping[str
         description=study.question,
         simulated=results.simulated,
         notes=_notes(results, size, data_sets),
+        deviations=_deviations(results),
         metric=study.metric,
         sections=[_section(results, folder, *place, runs) for place, runs in _places(results).items()],
         claims=[(judged.claim.text, judged.ruling, judged.why) for judged in results.claims()],
@@ -157,16 +155,12 @@ def _section(results: StudyResults, folder: Path, stage: str, data: str, runs: l
         if point.group in groups:
             curves.setdefault(point.curve, []).append((point.count, point.estimate))
     labels = dict.fromkeys(run.label for run in runs)
-    findings = [str(gain) for gain in results.gains() if gain.curve in curves]
-    findings += [str(effect) for effect in results.effects() if effect.stage == stage]
-    if len(labels) <= _MOST_ARMS_COMPARED:
-        findings += [str(d) for d in results.differences() if {d.first, d.second} <= {*groups, *curves}]
     picture = _picture(folder, stage, data)
     pictured = sorted(set.intersection(*(set(run.split.held_out(run.fold)) for run in _first_runs(runs).values())))
     return StudySection(
         title=f"{stage}, {data}" if several else stage,
         evaluations={group: results.pooled[group] for group in groups},
-        findings=findings,
+        findings=results.findings()[stage, data],
         curves=curves,
         axis=_axis(results),
         losses=_mean_curves(results, runs, "smoothed"),
@@ -246,12 +240,17 @@ def _notes(results: StudyResults, size: str, data_sets: Mapping[str, str]) -> li
         )
     if results.simulated:
         notes.append("The scans are simulated: nothing here reproduces, or contradicts, a published result.")
-    notes += [f"The study deviates from the report: {text}" for text in results.study.deviates]
+    return notes
+
+
+def _deviations(results: StudyResults) -> list[str]:
+    """Where the study and its recipes depart from what they are named after, each once."""
+    found = list(results.study.deviates)
     arms: dict[str, list[str]] = {}
     for label, text in dict.fromkeys((run.label, text) for run in results.runs for text in run.recipe.deviates):
         arms.setdefault(text, []).append(label)
     every = len({run.label for run in results.runs})
     for text, labels in arms.items():
         some = "every arm" if len(labels) == every else ", ".join(labels)
-        notes.append(f"The recipe of {some} deviates from the report: {text}")
-    return notes
+        found.append(f"{some}: {text}")
+    return found

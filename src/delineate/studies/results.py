@@ -19,9 +19,13 @@ from delineate.metrics.statistics import Difference, Estimate, estimate_means, p
 from delineate.studies.measures import MEASURES, Curves, measure_run, read_curves, steps_to_common_loss
 from delineate.studies.planning import PlannedRun
 from delineate.studies.running import RunStatus, StudyFolder
-from delineate.studies.specification import Claim, Stage, Study
+from delineate.studies.specification import Arm, Claim, Stage, Study
 
 Ruling = Literal["held", "did not hold", "too few to tell"]
+
+
+_MOST_ARMS_COMPARED = 5
+"""Of stages with more arms, each pair is a row of the table of differences, and only effects and gains are sentences."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,23 @@ class StudyResults:
     def differences(self) -> list[MethodDifference]:
         """Arms of a stage against each other; along curves, at their largest count. Empty with fewer than two."""
         return [found for arms in self._arms_at_most().values() for found in self._compared(arms)]
+
+    def findings(self) -> dict[tuple[str, str], list[str]]:
+        """What is found in words, by stage and data set: gains along curves, effects of factors, few arms' differences."""
+        found: dict[tuple[str, str], list[str]] = {(run.stage, run.data): [] for run in self.runs}
+        places = {run.group: (run.stage, run.data) for run in self.runs}
+        curves = {point.curve: places[point.group] for point in self.points()}
+        for gain in self.gains():
+            found[curves[gain.curve]].append(str(gain))
+        for stage in self.study.parts:
+            if stage.combine == "all":
+                found.setdefault((stage.name, self.study.data_of(stage, Arm())), []).extend(
+                    map(str, self._effects(stage))
+                )
+        for place, arms in self._arms_at_most().items():
+            if len(arms) <= _MOST_ARMS_COMPARED:
+                found[place] += map(str, self._compared(arms))
+        return found
 
     def _compared(self, arms: Mapping[str, Evaluation]) -> list[MethodDifference]:
         if len(arms) < 2:
