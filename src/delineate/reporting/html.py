@@ -133,9 +133,9 @@ class StudySection:
 class StudyReport:
     """What the page of a study tells.
 
-    ``deviations``: where it departs from the report that it is named after. ``claims`` are sentences with what our figures say of them; ``published`` tables are others' figures with ours
-    beside them: source, columns, rows. ``runs`` have a name, a page if there is one, a state, minutes, and why they
-    failed.
+    ``deviations``: where it departs from the report that it is named after. ``claims`` are sentences with what our
+    figures say of them; ``published`` tables are others' figures with ours beside them: source, columns, rows. ``runs``
+    have a name, a page if there is one, a state, minutes, and why they failed.
     """
 
     title: str

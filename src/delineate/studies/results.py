@@ -25,7 +25,7 @@ Ruling = Literal["held", "did not hold", "too few to tell"]
 
 
 _MOST_ARMS_COMPARED = 5
-"""Of stages with more arms, each pair is a row of the table of differences, and only effects and gains are sentences."""
+"""Of stages with more arms, pairs stand in the table of differences alone."""
 
 
 @dataclass(frozen=True)
@@ -159,17 +159,16 @@ class StudyResults:
         return [found for arms in self._arms_at_most().values() for found in self._compared(arms)]
 
     def findings(self) -> dict[tuple[str, str], list[str]]:
-        """What is found in words, by stage and data set: gains along curves, effects of factors, few arms' differences."""
+        """What is found in words, by stage and data set: gains along curves, effects of factors, differences of arms."""
         found: dict[tuple[str, str], list[str]] = {(run.stage, run.data): [] for run in self.runs}
         places = {run.group: (run.stage, run.data) for run in self.runs}
         curves = {point.curve: places[point.group] for point in self.points()}
         for gain in self.gains():
             found[curves[gain.curve]].append(str(gain))
         for stage in self.study.parts:
-            if stage.combine == "all":
-                found.setdefault((stage.name, self.study.data_of(stage, Arm())), []).extend(
-                    map(str, self._effects(stage))
-                )
+            place = stage.name, self.study.data_of(stage, Arm())
+            if stage.combine == "all" and place in found:
+                found[place] += map(str, self._effects(stage))
         for place, arms in self._arms_at_most().items():
             if len(arms) <= _MOST_ARMS_COMPARED:
                 found[place] += map(str, self._compared(arms))
