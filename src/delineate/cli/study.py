@@ -362,6 +362,6 @@ def _print(results: StudyResults, page: Path) -> None:
             rows.append([group, formatted(metric, estimate.mean), f"{low} to {high}", str(estimate.patients)])
     if rows:
         print_table(metric, ["runs", "mean", "95 % interval", "patients"], rows)
-    for line in (*results.gains(), *results.effects(), *results.differences()):
+    for line in (*results.gains(), *results.order_gains(), *results.effects(), *results.differences()):
         typer.echo(str(line))
     typer.echo(f"{results.done} of {len(results.runs)} runs are done; report  {page}")

@@ -158,6 +158,7 @@ def _section(results: StudyResults, folder: Path, stage: str, data: str, runs: l
             curves.setdefault(point.curve, []).append((point.count, point.estimate))
     labels = dict.fromkeys(run.label for run in runs)
     findings = [str(gain) for gain in results.gains() if gain.curve in curves]
+    findings += [str(gain) for gain in results.order_gains() if gain.curve in curves]
     findings += [str(effect) for effect in results.effects() if effect.stage == stage]
     if len(labels) <= _MOST_ARMS_COMPARED:
         findings += [str(d) for d in results.differences() if {d.first, d.second} <= {*groups, *curves}]
