@@ -93,12 +93,7 @@ def oddities(fingerprint: Fingerprint, scan: Volume, channels: Sequence[str]) ->
     Contrast is the 99.5th percentile divided by the mean, both measured from the minimum, so that it does not
     depend on the scanner's intensity scale.
     """
-    measured = _geometry(scan.grid.shape, scan.grid.spacing_mm, scan.grid.orientation)
-    for channel, voxels in zip(channels, scan.voxels, strict=True):
-        some = voxels.ravel(order="K")[:: max(1, voxels.size // _SAMPLED)]
-        measured["contrast", channel] = _contrast(
-            float(some.min()), float(some.mean()), float(np.percentile(some, 99.5))
-        )
+    measured = measure_scan(scan, channels)
     found = [
         _oddity(value, trained) for key, value in measured.items() if (trained := fingerprint.range(*key)) is not None
     ]
@@ -108,6 +103,17 @@ def oddities(fingerprint: Fingerprint, scan: Volume, channels: Sequence[str]) ->
         if contrast is not None and contrast.min > 1.0 and voxels.min() == voxels.max():
             found.append(Oddity(f"{channel} has the same value everywhere", log(1e6)))
     return sorted((oddity for oddity in found if oddity is not None), key=lambda oddity: -oddity.distance)
+
+
+def measure_scan(scan: Volume, channels: Sequence[str]) -> dict[tuple[Quantity, str], float]:
+    """A scan's spacing and field of view by patient axis, and the contrast of each channel (:func:`oddities`)."""
+    measured = _geometry(scan.grid.shape, scan.grid.spacing_mm, scan.grid.orientation)
+    for channel, voxels in zip(channels, scan.voxels, strict=True):
+        some = voxels.ravel(order="K")[:: max(1, voxels.size // _SAMPLED)]
+        measured["contrast", channel] = _contrast(
+            float(some.min()), float(some.mean()), float(np.percentile(some, 99.5))
+        )
+    return measured
 
 
 def _geometry(shape: Sequence[int], spacing_mm: Sequence[float], orientation: str) -> _Measured:

@@ -289,7 +289,10 @@ DOCUMENTS: list[Document] = [
     RunStatus(state="failed", failure="a: ü", seconds=0.5, attempts=2),
     StudyPlan(
         study=load_study("hippocampus-cv"), size="quick", data_sets={"scans": "d"}, scores={"a": 0.5, "b": None},
-        runs=(PlannedEntry("a", "b", 3, 1, weights_of="c", changes=("inference.overlap=0.5",)),),
+        rankings={"a": ("x", "y")},
+        runs=(
+            PlannedEntry("a", "b", 3, 1, weights_of="c", changes=("inference.overlap=0.5",), order="c", ranks=True),
+        ),
     ),
     FinalTest(began=datetime(2026, 2, 3, tzinfo=UTC), runs=("a",)),
     PlannedTest(

@@ -61,7 +61,7 @@ def test_one_voxel_shifted_by_each_axis() -> None:
 
 
 def test_mean_and_rms_distance_by_hand() -> None:
-    reference, prediction = box((12, 1, 1), np.s_[0:1]), box((12, 1, 1), np.s_[0:5])
+    reference, prediction = box((12, 2, 2), *np.s_[0:1, :1, :1]), box((12, 2, 2), *np.s_[0:5, :1, :1])
     # A line of voxels is all surface: 0 from the reference, 0, 1, 2, 3, 4 from the prediction.
     found = measured(reference, prediction, (2.0, 1.0, 1.0))
     assert found["assd_mm"] == pytest.approx(2 * 10 / 6)
@@ -71,7 +71,7 @@ def test_mean_and_rms_distance_by_hand() -> None:
 
 
 def test_surface_dice_is_known_at_any_tolerance() -> None:
-    reference, prediction = box((12, 1, 1), np.s_[0:1]), box((12, 1, 1), np.s_[0:5])
+    reference, prediction = box((12, 2, 2), *np.s_[0:1, :1, :1]), box((12, 2, 2), *np.s_[0:5, :1, :1])
     comparison = Comparison.of(reference, prediction, Grid.of_spacing(reference.shape, (2.0, 1.0, 1.0)))
     for tolerance, within in (("0", 2), ("2", 3), ("3.9", 3), ("4.0", 4), ("100", 6)):
         [name] = metric_names(f"surface_dice_{tolerance}mm")

@@ -65,6 +65,27 @@ def test_a_margin_is_measured_in_the_world_under_any_affine(
         assert isnan(found.mean)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("lean", [0.0, 0.6])
+def test_a_margin_in_a_single_slice_is_measured_in_the_slice(rng: np.random.Generator, lean: float, axis: int) -> None:
+    figure = rng.random((14, 12)) < 0.97
+    values = rng.random(figure.shape)
+    plane_mm = np.array([[1.0, lean], [0.0, 1.3]])
+    affine = np.eye(4)
+    plane = [a for a in range(3) if a != axis]
+    affine[np.ix_(plane, plane)] = plane_mm
+    grid = Grid(np.expand_dims(figure, axis).shape, affine)
+    padded = np.pad(figure, 4)
+    outside, inside = (np.argwhere(mask) @ plane_mm.T for mask in (~padded, padded))
+    for margin_mm in (1.0, 2.2):  # of a slice thickness and more
+        deep = np.array([np.linalg.norm(outside - point, axis=1).min() > margin_mm * (1 + 1e-6) for point in inside])
+        expected = values[tuple((np.argwhere(padded) - 4)[deep].T)]
+        quantity = QuantityMap("water", margin_mm)
+        found = measure_target(np.expand_dims(figure, axis), np.expand_dims(values, axis), grid, quantity)
+        assert expected.size
+        assert (found.measured_ml, found.mean) == pytest.approx((expected.size * grid.voxel_ml, expected.mean()))
+
+
 def test_a_measurement_of_a_few_voxels() -> None:
     values = np.full(MASK.shape, 90.0)
     values[:4, 0, 0] = 2, 4, 5.56, 12

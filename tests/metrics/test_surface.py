@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
+from delineate.core.grid import Grid
+from delineate.metrics.catalogue import METRICS
+from delineate.metrics.comparison import Comparison
 from delineate.metrics.surface import outlines, surface, surface_distances
 from delineate.metrics.surfels import surfel_distances
 
@@ -110,6 +113,59 @@ def test_the_border_of_the_array_is_outside() -> None:
 @given(masks)
 def test_surface_is_the_mask_without_its_erosion(mask: np.ndarray) -> None:
     np.testing.assert_array_equal(surface(mask), mask & ~ndimage.binary_erosion(mask))
+
+
+figures = arrays(bool, (7, 6))
+
+
+@settings(deadline=None)
+@given(figures, figures, st.sampled_from([0, 1, 2]))
+def test_a_single_slice_is_measured_as_its_figure(reference: np.ndarray, prediction: np.ndarray, axis: int) -> None:
+    plane_mm = (0.8, 1.3)
+    steps_mm = np.insert(plane_mm, axis, 3.0)
+    found = surface_distances(*(np.expand_dims(mask, axis) for mask in (reference, prediction)), steps_mm)
+    edges = [mask & ~ndimage.binary_erosion(mask) for mask in (reference, prediction)]
+    there, back = (found.from_reference, *edges), (found.from_prediction, *edges[::-1])
+    for distances, own, other in (there, back):
+        far = ndimage.distance_transform_edt(~other, sampling=plane_mm) if other.any() else np.full(other.shape, inf)
+        np.testing.assert_allclose(distances, far[own])
+    # The same figure in each of many slices, too thick for their ends to be near.
+    steps_mm[axis] = 1e3
+    many = [np.repeat(np.expand_dims(mask, axis), 5, axis) for mask in (reference, prediction)]
+    inner = np.argwhere(surface(many[0]))[:, axis] == 2
+    extruded = surface_distances(*many, steps_mm)
+    np.testing.assert_allclose(extruded.from_reference[inner], found.from_reference)
+
+
+def test_nested_squares_in_one_slice_by_hand() -> None:
+    reference, prediction = (np.zeros((40, 40, 1), bool) for _ in range(2))
+    reference[10:30, 10:30] = prediction[5:35, 5:35] = True
+    comparison = Comparison.of(reference, prediction, Grid.of_spacing(reference.shape, (1, 1, 5)))
+    found = {name: METRICS[name].of(comparison) for name in ("hd_mm", "hd95_mm", "surface_dice_1mm", "hd95_area_mm")}
+    assert found["hd_mm"] == pytest.approx(50**0.5)
+    assert 5 < found["hd95_mm"] < 50**0.5
+    assert 5 < found["hd95_area_mm"] < 50**0.5
+    assert found["surface_dice_1mm"] == METRICS["surface_dice_area_1mm"].of(comparison) == 0
+    # A box of one slice in a scan of several has an end above and below.
+    low, high = (np.repeat(mask, 3, 2) & (np.arange(3) == 0) for mask in (reference, prediction))
+    several = Comparison.of(low, high, Grid.of_spacing(low.shape, (1, 1, 5)))
+    assert not several.surfaces.from_reference.any()
+    assert several.surfaces.from_reference.size == 400
+
+
+def test_a_third_of_one_slice_ends_above_and_below() -> None:
+    mask = np.ones((5, 5, 3), bool)
+    third = Comparison.of(mask, mask, Grid.of_spacing(mask.shape)).part("apex")
+    assert third is not None
+    assert third.surfaces.from_reference.size == 25
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_one_voxel_is_its_own_surface(swap: bool) -> None:
+    voxel = np.ones((1, 1, 1), bool)
+    pair = (voxel, ~voxel)[:: -1 if swap else 1]
+    assert surface_distances(voxel, voxel, (1, 1, 1)).from_reference.tolist() == [0]
+    assert surface_distances(*pair, (1, 1, 1)).mean_mm == surfel_distances(*pair, (1, 1, 1)).hausdorff95_mm == inf
 
 
 def test_both_empty() -> None:

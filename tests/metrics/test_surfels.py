@@ -114,6 +114,21 @@ def test_monai_agrees_on_surface_dice(rng: np.random.Generator, smoothness: floa
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:monai")
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_single_slice_is_measured_as_its_figure(rng: np.random.Generator, axis: int) -> None:
+    torch, metrics = pytest.importorskip("torch"), pytest.importorskip("monai.metrics")
+    plane_mm = np.array((0.9, 1.4))
+    reference, prediction = (np.pad(ndimage.gaussian_filter(rng.random((18, 16)), 1) > 0.5, 1) for _ in range(2))
+    batch = [torch.from_numpy(mask[None, None]).float() for mask in (prediction, reference)]
+    slices = [np.expand_dims(mask, axis) for mask in (reference, prediction)]
+    found = surfel_distances(*slices, np.insert(plane_mm, axis, 2.0))
+    options = {"include_background": True, "spacing": tuple(plane_mm), "use_subvoxels": True}
+    for tolerance_mm in (0.5, 1.0, 2.5):
+        expected = metrics.compute_surface_dice(*batch, [tolerance_mm], **options).item()
+        assert 0 < found.surface_dice(tolerance_mm) == pytest.approx(expected, rel=1e-5)
+
+
 def test_both_forms_are_named_and_differ_where_slices_are_thick() -> None:
     names = ("surface_dice_1mm", "surface_dice_area_1mm", "hd95_mm", "hd95_area_mm")
     assert metric_names(",".join(names)) == names

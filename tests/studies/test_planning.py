@@ -91,6 +91,55 @@ def test_moved_subjects_are_never_judged_and_the_judged_never_change(a: int, b: 
         assert len(judged) in (b // 2, (b + 1) // 2)
 
 
+ORDERED = {"kind": "moved_subjects", "counts": [0, 2, 4], "order": ["uncertainty", "random", "distance"]}
+
+
+def test_every_order_begins_without_moved_subjects_and_moves_those_that_it_ranks_first() -> None:
+    people = dataset(*subjects(6, 12, scans=2))
+    what = study(**ORDERED, source="A", target="B")
+    size = Size(seeds=(0, 1))
+    first = plan_runs(what, size, {"scans": people})
+    assert {(run.order, run.count) for run in first.runs if not run.ranks} == {("", 0), ("", 2), ("", 4)}
+    assert len(first.pending) == 3, "one by distance, and one by uncertainty for each seed"
+    rank = [run for run in first.runs if run.ranks]
+    assert [(run.weights_of, run.seed) for run in rank] == [("plain-A-to-B-0-draw0", 0), ("plain-A-to-B-0-draw1", 1)]
+    [compared] = first.comparisons
+    judged = set(first.runs[0].split.held_out(0))
+    assert set(compared.candidates) == set(rank[0].split.held_out(0)) == {
+        one.id for one in people.subjects if one.site == "B"
+    } - judged  # fmt: skip
+    assert {name[0] for name in compared.trained} == {"A"}
+    turns = {rank[0].name: compared.candidates[::-1], rank[1].name: compared.candidates[2:] + compared.candidates[:2]}
+    rankings = {compared.name: compared.candidates, **turns}
+    whole = plan_runs(what, size, {"scans": people}, rankings=rankings)
+    assert all(run in whole.runs for run in first.runs)
+    assert (whole.pending, whole.comparisons) == ((), ())
+    for run in (run for run in whole.runs if run.order and not run.ranks):
+        turn = rankings[compared.name if run.order == "distance" else rank[run.seed].name]
+        moved = [name for name in turn if name in run.split.always_train]
+        assert set(moved) == set(turn[: run.count])
+        assert run.split.held_out(0) == first.runs[0].split.held_out(0)
+    assert {run.group for run in whole.runs if run.arm == "wide" and run.count != 4} == {
+        "wide A-to-B 0", "wide A-to-B 2", "wide A-to-B distance 2", "wide A-to-B uncertainty 2",
+    }  # fmt: skip
+
+
+def test_an_arm_starts_from_the_network_of_its_own_order_though_orders_may_move_the_same_subjects() -> None:
+    values = {
+        "name": "s", "question": "?", "recipe": "hippocampus", "sizes": {"quick": {}},
+        "design": {**ORDERED, "source": "A", "target": "B"},
+        "arms": {"first": {}, "then": {"start_from": "first"}, "again": {"weights_of": "first"}},
+    }  # fmt: skip
+    what, people = Study.model_validate(values), dataset(*subjects(4, 8))
+    rank = [run for run in planned(what, Size(), people) if run.ranks]
+    candidates = rank[0].split.held_out(0)
+    runs = planned(what, Size(), people, rankings={rank[0].name: candidates, "scans A-to-B": candidates})
+    assert {run.name.removeprefix("then-"): run.start_from for run in runs if run.arm == "then"} == {
+        run.name.removeprefix("first-"): run.name for run in runs if run.arm == "first" and not run.ranks
+    }
+    assert not any(run.weights_of == rank[0].name for run in runs)
+
+
 def test_both_directions_are_studied_where_none_is_named() -> None:
     runs = planned(study(kind="moved_subjects", counts=[0]), Size(), dataset(*subjects(8, 8)))
     assert {run.direction for run in runs} == {"A-to-B", "B-to-A"}
@@ -316,6 +365,8 @@ def test_a_search_draws_the_same_trials_from_the_same_scores() -> None:
         ({"arms": {"a": {"data": "mr"}}}, "on data set 'mr'"),
         ({"sizes": {"quick": {"seeds": [1, 1]}}}, "holds 1 twice"),
         ({"sizes": {"quick": {"trials": 3}}}, "has trials"),
+        ({"design": {**ORDERED, "counts": [1]}}, "add it to counts"),
+        ({"design": {**ORDERED, "order": ["random", "random"]}}, "holds an entry twice"),
         ({"sizes": {"quick": {"arms": {"x": []}}}}, "changes arm 'x'"),
         ({"claims": [{"text": "x", "better": "base", "worse": "base", "metric": "parameters"}]}, "no metric"),
     ],

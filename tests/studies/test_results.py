@@ -112,6 +112,30 @@ def test_what_more_subjects_bring_is_paired_by_patient() -> None:
     assert "n = 20 patients" in str(gain)
 
 
+def test_orders_of_moved_subjects_are_compared_at_the_same_count_and_begin_at_the_same_point() -> None:
+    def moved(count: int, order: str = "") -> PlannedRun:
+        return replace(run(count=count), name=f"{order}{count}", direction="A-to-B", order=order)
+
+    what = study(
+        design={"kind": "moved_subjects", "order": ["random", "distance"]},
+        claims=[{"text": "?", "better": "base A-to-B distance 3", "worse": "base A-to-B 3"}],
+    )
+    found = results(
+        what,
+        none=(moved(0), table(NAMES, 0.6)),
+        random=(moved(3), table(NAMES, 0.7)),
+        distance=(moved(3, "distance"), table(NAMES, 0.8)),
+    )
+    assert [(point.curve, point.count) for point in found.points()] == [
+        ("base A-to-B", 0), ("base A-to-B", 3), ("base A-to-B distance", 0), ("base A-to-B distance", 3)
+    ]  # fmt: skip
+    assert [round(gain.difference.mean, 6) for gain in found.gains()] == [0.1, 0.2]
+    [gain] = found.order_gains()
+    assert gain.difference.mean == pytest.approx(0.1)
+    assert str(gain).startswith("base A-to-B: distance instead of random order at 3 subjects changed Dice by ")
+    assert [judged.ruling for judged in found.claims()] == ["held"]
+
+
 @pytest.mark.parametrize(
     ("better", "subjects", "ruling"),
     [(0.9, 20, "held"), (0.7, 20, "did not hold"), (0.8, 20, "too few to tell"), (0.9, 4, "too few to tell")],

@@ -22,6 +22,7 @@ from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.splits import Split
 from delineate.errors import MissingFile, OutputError, StudyError
+from delineate.inference.review import read_confidences
 from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import read_table
 from delineate.recipe import load_recipe
@@ -204,6 +205,31 @@ def test_a_study_chooses_transfers_tests_elsewhere_and_looks_at_the_locked_subje
     assert "a second look" in str(again.exception)
     assert CliRunner().invoke(app, run).exit_code == 0, "without --final, nothing is left to do"
     assert {one.name for one in folder.open()[1]} == {one.name for one in runs}
+
+
+def test_a_study_moves_the_subject_that_its_network_without_any_is_least_sure_of(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rows = [f"case{i},{'A' if i < 2 else 'B'}" for i in range(6)]
+    (world / "data" / "sites.csv").write_text("\n".join(["subject,site", *rows]))
+    design = {"kind": "moved_subjects", "source": "A", "target": "B", "counts": [0, 1], "order": ["uncertainty"]}
+    study = {**STUDY, "design": design, "sizes": {"quick": {}}, "arms": {}, "claims": [], "published": []}
+    (world / "small.yaml").write_text(yaml.safe_dump(study))
+    done = CliRunner().invoke(app, command(world, "out"))
+    assert done.exit_code == 0, done.output
+    folder = StudyFolder(world / "out")
+    plan, runs = folder.open()
+    [ranks] = [run for run in runs if run.ranks]
+    reviewed = read_confidences(folder.run(ranks.name) / "predictions" / "review.csv")
+    expected = {name: np.nan_to_num(of["ball"].expected_dice) for name, of in reviewed.items()}
+    assert set(expected) == set(ranks.split.held_out(0))
+    [ordered] = [run for run in runs if run.count]
+    assert ordered.split.always_train == (min(expected, key=lambda name: (expected[name], name)),)
+    assert plan.rankings[ranks.name][:1] == ordered.split.always_train
+    assert {row["runs"] for row in tables(world / "out")["results"]} == {"base A-to-B 0", "base A-to-B uncertainty 1"}
+    assert "base A-to-B uncertainty: from 0 to 1 subjects" in done.output
 
 
 def read_subjects(folder: StudyFolder, name: str) -> list[str]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from delineate.core.grid import Grid, box_around
 from delineate.metrics.lesions import Lesions
 from delineate.metrics.overlap import Overlap
-from delineate.metrics.surface import SurfaceDistances, surface_distances
+from delineate.metrics.surface import SurfaceDistances, extended_axes, surface_distances
 from delineate.metrics.surfels import SurfelDistances, surfel_distances
 
 Mask = NDArray[np.bool_]
@@ -24,7 +24,8 @@ Part = Literal["apex", "base"]
 class Comparison:
     """Two masks (X, Y, Z) cropped to the box around both, its grid, and the number of known ``voxels`` in the volume.
 
-    ``more`` holds values that masks alone cannot give, by metric name.
+    ``more`` holds values that masks alone cannot give, by metric name. ``axes`` are those along which the whole scan
+    has more than one voxel, and masks have surfaces.
     """
 
     reference: Mask
@@ -33,6 +34,7 @@ class Comparison:
     voxels: int
     minimum_overlap: float = 0.0
     more: Mapping[str, float] = field(default_factory=dict)
+    axes: tuple[int, ...] = (0, 1, 2)
 
     @classmethod
     def of(
@@ -49,14 +51,14 @@ class Comparison:
 
         ``minimum_overlap`` is the fraction of a lesion that must be covered for a match.
         """
-        voxels = reference.size
+        voxels, axes = reference.size, extended_axes(reference.shape)
         if known is not None:
             reference, prediction, voxels = reference & known, prediction & known, int(np.count_nonzero(known))
         # One voxel more than the box: outlines depend on what lies just outside.
         box = box_around(reference | prediction) or (slice(0, 1),) * 3
         box = tuple(slice(max(0, b.start - 1), b.stop + 1) for b in box)
         cropped = grid.crop([b.start for b in box], reference[box].shape)
-        return cls(reference[box], prediction[box], cropped, voxels, minimum_overlap, more or {})
+        return cls(reference[box], prediction[box], cropped, voxels, minimum_overlap, more or {}, axes)
 
     @cached_property
     def overlap(self) -> Overlap:
@@ -65,12 +67,12 @@ class Comparison:
 
     @cached_property
     def surfaces(self) -> SurfaceDistances:
-        return surface_distances(self.reference, self.prediction, self._steps_mm)
+        return surface_distances(self.reference, self.prediction, self._steps_mm, axes=self.axes)
 
     @cached_property
     def surfels(self) -> SurfelDistances:
         """Distances between surface elements, weighted by area."""
-        return surfel_distances(self.reference, self.prediction, self._steps_mm)
+        return surfel_distances(self.reference, self.prediction, self._steps_mm, axes=self.axes)
 
     @cached_property
     def outlines(self) -> SurfaceDistances:
@@ -128,4 +130,4 @@ class Comparison:
         index = tuple(chosen if a == axis else slice(0, n) for a, n in enumerate(self.reference.shape))
         reference, prediction = self.reference[index], self.prediction[index]
         grid = self.grid.crop([s.start for s in index], reference.shape)
-        return Comparison(reference, prediction, grid, self.voxels, self.minimum_overlap)
+        return Comparison(reference, prediction, grid, self.voxels, self.minimum_overlap, axes=self.axes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from delineate.core.grid import Grid, box_around
 from delineate.errors import DatasetError, RecipeError
-from delineate.metrics.surface import ROUNDING, steps_of
+from delineate.metrics.surface import ROUNDING, extended_axes, steps_of
 
 
 def volume_ml(mask: NDArray[np.bool_], voxel_ml: float, known: NDArray[np.bool_] | None = None) -> float:
@@ -119,7 +120,7 @@ class Measurement:
 def measure_target(mask: NDArray[np.bool_], values: NDArray, grid: Grid, quantity: QuantityMap) -> Measurement:
     """Measure the target of a boolean mask (X, Y, Z) with the map of a quantity (X, Y, Z), both on ``grid``.
 
-    The margin excludes voxels that contain part of the surroundings.
+    The margin excludes voxels that contain part of the surroundings; in a scan of a single slice, those in the slice.
     """
     found = _within(values, mask, grid.affine[:3, :3], quantity.margin_mm)
     whole_ml = volume_ml(mask, grid.voxel_ml)
@@ -139,23 +140,29 @@ def _within(
         return np.empty(0)
     inner = mask[box]
     if margin_mm > 0:
-        inner = _inside(inner, steps_of(steps_mm, 3), margin_mm)
+        inner = _inside(inner, steps_of(steps_mm, 3), margin_mm, extended_axes(mask.shape))
     return values[box][inner].astype(np.float64)
 
 
-def _inside(mask: NDArray[np.bool_], steps_mm: NDArray[np.float64], margin_mm: float) -> NDArray[np.bool_]:
-    """The mask's voxels that are farther than a margin from every voxel outside the mask or the array."""
+def _inside(
+    mask: NDArray[np.bool_], steps_mm: NDArray[np.float64], margin_mm: float, axes: Sequence[int]
+) -> NDArray[np.bool_]:
+    """The mask's voxels that are farther than a margin from every voxel outside the mask or, along ``axes``, array."""
     from scipy import ndimage  # slow to import
 
     margin_mm *= ROUNDING
     if np.count_nonzero(steps_mm) == 3:
         # A frame of background: a mask that reaches the edge of the scan ends there.
-        depth_mm = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=np.diag(steps_mm))
-        return np.asarray(depth_mm[1:-1, 1:-1, 1:-1] > margin_mm)
+        frame = [int(axis in axes) for axis in range(3)]
+        padded = np.pad(mask, [(n, n) for n in frame])
+        depth_mm = ndimage.distance_transform_edt(padded, sampling=np.diag(steps_mm))
+        inner = tuple(slice(n, n + size) for n, size in zip(frame, mask.shape, strict=True))
+        return np.asarray(depth_mm[inner] > margin_mm)
     # Sheared: distance transforms only know spacings, so check that everything within the margin is in the mask.
-    if margin_mm >= (mask.shape * np.linalg.norm(steps_mm, axis=0)).min():
+    if margin_mm >= min(mask.shape[axis] * np.linalg.norm(steps_mm[:, axis]) for axis in axes):
         return np.zeros_like(mask)  # no voxel is that deep along this axis
-    reach = [int(n) for n in margin_mm * np.linalg.norm(np.linalg.inv(steps_mm), axis=1)]
+    reaches = margin_mm * np.linalg.norm(np.linalg.inv(steps_mm), axis=1)
+    reach = [int(n) if axis in axes else 0 for axis, n in enumerate(reaches)]
     offsets = np.indices([2 * n + 1 for n in reach]) - np.array(reach)[:, None, None, None]
     within_margin = np.linalg.norm(np.tensordot(steps_mm, offsets, 1), axis=0) <= margin_mm
     return np.asarray(ndimage.binary_erosion(mask, within_margin))

@@ -1,8 +1,9 @@
 """How far apart the surfaces of two masks lie, in millimetres.
 
 Definition: a surface voxel belongs to its mask and has a face neighbour (6-connectivity) that does
-not; nothing outside the array does. Distances run between centres of surface voxels, unweighted,
-as in MONAI and MedPy; :mod:`delineate.metrics.surfels` weights surfaces by area. The WMH 2017
+not; nothing outside the array does. An axis along which the whole scan has one voxel has no neighbours:
+a single slice is measured as the figure that it shows. Distances run between centres of surface voxels,
+unweighted, as in MONAI and MedPy; :mod:`delineate.metrics.surfels` weights surfaces by area. The WMH 2017
 challenge measures between slice-by-slice outlines.
 """
 
@@ -84,14 +85,18 @@ def surface_distances(
     *,
     edge: Edge = "surface",
     slice_axis: int = 2,
+    axes: Sequence[int] | None = None,
 ) -> SurfaceDistances:
     """Distances between the surfaces of two boolean masks (X, Y, Z), or (X, Y), of the same shape.
 
     ``spacing_mm`` has one entry per axis if the axes are orthogonal; otherwise it is a matrix whose columns are the
     axes' steps from voxel to voxel in world millimetres (``Grid.affine[:3, :3]``), which may be rotated, mirrored
     and sheared. Voxels outside ``known`` count as background in both masks. ``edge``: the masks'
-    ``surface``, or their ``outlines`` in the slices across ``slice_axis``.
+    ``surface``, or their ``outlines`` in the slices across ``slice_axis``. ``axes``, for masks cropped from a scan:
+    its :func:`extended_axes`.
     """
+    if axes is None:
+        axes = extended_axes(reference.shape)
     steps_mm = steps_of(spacing_mm, reference.ndim)
     if known is not None:
         reference, prediction = reference & known, prediction & known
@@ -100,7 +105,7 @@ def surface_distances(
         return SurfaceDistances(np.empty(0), np.empty(0))
     # Outside the union's box is only background, so cropping to it moves no surface.
     if edge == "surface":
-        surfaces = surface(reference[box]), surface(prediction[box])
+        surfaces = surface(reference[box], axes), surface(prediction[box], axes)
     else:
         # The array's border is not an outline, since a mask may continue beyond it: keep a voxel around the box.
         box = tuple(slice(max(0, b.start - 1), b.stop + 1) for b in box)
@@ -108,10 +113,21 @@ def surface_distances(
     return SurfaceDistances(nearest_mm(*surfaces, steps_mm), nearest_mm(*surfaces[::-1], steps_mm))
 
 
-def surface(mask: Mask) -> Mask:
-    """A mask's voxels with a face neighbour outside the mask or the array."""
+def extended_axes(shape: Sequence[int]) -> tuple[int, ...]:
+    """The axes along which a scan has more than one voxel, or all if it is a single voxel.
+
+    Surfaces are looked for along these: a single slice does not end above and below, there is just nothing known.
+    """
+    return tuple(axis for axis, n in enumerate(shape) if n > 1) or tuple(range(len(shape)))
+
+
+def surface(mask: Mask, axes: Sequence[int] | None = None) -> Mask:
+    """A mask's voxels with a face neighbour along ``axes`` outside the mask or the array.
+
+    ``axes``: by default, the :func:`extended_axes` of the array.
+    """
     inner = mask.copy(order="K")
-    for axis in range(mask.ndim):
+    for axis in extended_axes(mask.shape) if axes is None else axes:
         core, whole = np.moveaxis(inner, axis, 0), np.moveaxis(mask, axis, 0)
         core[1:] &= whole[:-1]
         core[:-1] &= whole[1:]

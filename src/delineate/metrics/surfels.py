@@ -3,11 +3,13 @@
 A cell between eight neighbouring voxel centres is a surface element if the mask holds some of the eight
 but not all. Its area is that of the surface between them: polygons through the midpoints of the edges
 between voxels inside and outside (marching cubes, Lorensen & Cline 1987). Distances run between cell
-centres. Everything outside the array is background.
+centres. Everything outside the array is background, but a scan of a single slice is measured as if it continued
+unchanged above and below.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -17,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import box_around
-from delineate.metrics.surface import ROUNDING, Mask, Spacing, nearest_mm, steps_of
+from delineate.metrics.surface import ROUNDING, Mask, Spacing, extended_axes, nearest_mm, steps_of
 
 _CORNERS = tuple(product((0, 1), repeat=3))
 
@@ -47,16 +49,20 @@ class SurfelDistances:
         return float(areas[near].sum() / areas.sum()) if areas.size else 1.0
 
 
-def surfel_distances(reference: Mask, prediction: Mask, spacing_mm: Spacing) -> SurfelDistances:
+def surfel_distances(
+    reference: Mask, prediction: Mask, spacing_mm: Spacing, *, axes: Sequence[int] | None = None
+) -> SurfelDistances:
     """Distances between the surface elements of two boolean masks (X, Y, Z) of the same shape.
 
-    ``spacing_mm`` as for :func:`delineate.metrics.surface.surface_distances`.
+    ``spacing_mm`` and ``axes`` as for :func:`delineate.metrics.surface.surface_distances`.
     """
     steps_mm = steps_of(spacing_mm, 3)
+    if axes is None:
+        axes = extended_axes(reference.shape)
     box = box_around(reference | prediction)
     if box is None:
         return SurfelDistances(*(np.empty(0) for _ in range(4)))
-    codes = [_codes(np.pad(mask[box], 1)) for mask in (reference, prediction)]
+    codes = [_codes(_framed(mask[box], axes)) for mask in (reference, prediction)]
     cells = [(code > 0) & (code < 255) for code in codes]
     # Areas transform with the cofactor matrix, which is right for sheared axes too.
     cofactors = np.linalg.det(steps_mm) * np.linalg.inv(steps_mm).T
@@ -67,6 +73,12 @@ def surfel_distances(reference: Mask, prediction: Mask, spacing_mm: Spacing) -> 
         areas[codes[0][cells[0]]],
         areas[codes[1][cells[1]]],
     )
+
+
+def _framed(mask: Mask, axes: Sequence[int]) -> Mask:
+    """A mask with background around it along ``axes``; along others, its one slice twice, with one cell between."""
+    frame = np.pad(mask, [(1, 1) if axis in axes else (0, 0) for axis in range(3)])
+    return np.pad(frame, [(0, 0) if axis in axes else (0, 1) for axis in range(3)], mode="edge")
 
 
 def _codes(mask: Mask) -> NDArray[np.uint8]:

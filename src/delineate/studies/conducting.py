@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from delineate.datasets.dataset import Dataset
+from delineate.studies.ordering import by_distance, by_uncertainty
 from delineate.studies.planning import Plan, PlannedRun, plan_runs
 from delineate.studies.results import collect
 from delineate.studies.running import Launcher, RunStatus, StudyFolder, part_of, run_study
@@ -30,18 +31,22 @@ def conduct(
 ) -> tuple[Plan, bool]:
     """Run a study as far as it goes: the plan in the end, and whether all of its runs are done.
 
-    Stages and trials that build on results are planned from the scores that the folder keeps, so that a study that
-    is resumed makes the same choices. ``on_plan`` is called with each plan that has new runs; for the rest, see
-    :func:`~delineate.studies.running.run_study`.
+    Stages, trials and orders of subjects that build on results are planned from the scores and rankings that the folder
+    keeps, so that a study that is resumed makes the same choices. ``on_plan`` is called with each plan that has new
+    runs; for the rest, see :func:`~delineate.studies.running.run_study`.
     """
-    scores = folder.scores()
+    scores, rankings = folder.scores(), folder.rankings()
     names = {name: dataset.name for name, dataset in datasets.items()}
     locked = study.locked_stages
     attempted: set[str] = set()
     finished = True
     while True:
-        plan = plan_runs(study, study.sizes[size], datasets, beside, scores=scores, final=final)  # type: ignore[index]
-        folder.begin(study, size, names, plan.runs, scores)
+        known = study.sizes[size]  # type: ignore[index]
+        plan = plan_runs(study, known, datasets, beside, scores=scores, rankings=rankings, final=final)
+        folder.begin(study, size, names, plan.runs, scores, rankings)
+        if plan.comparisons:
+            rankings |= {one.name: by_distance(one, datasets[one.data]) for one in plan.comparisons}
+            continue
         finals = [run.name for run in plan.runs if run.stage in locked]
         if finals and not attempted & set(finals):
             folder.begin_final(finals)
@@ -53,3 +58,6 @@ def conduct(
         finished = run_study(folder, mine, data, launcher, jobs=jobs, options=options, on_change=on_change) and finished
         attempted |= {run.name for run in fresh}
         scores = collect(folder, study, plan.runs).scores(attempted) | scores
+        for run in plan.runs:
+            if run.ranks and run.name not in rankings and folder.status(run.name).state == "done":
+                rankings[run.name] = by_uncertainty(folder.run(run.name), run.split.held_out(run.fold))

@@ -17,6 +17,7 @@ from delineate.datasets.splits import Split, make_split
 from delineate.errors import StudyError
 from delineate.metrics.catalogue import METRICS
 from delineate.recipe import Recipe, StartSpec, load_recipe, packaged_recipes
+from delineate.studies.ordering import ScanComparison
 from delineate.studies.search import drawn_trials
 from delineate.studies.specification import (
     Arm,
@@ -24,6 +25,7 @@ from delineate.studies.specification import (
     LearningCurve,
     LockedTest,
     MovedSubjects,
+    Order,
     RecipeSplit,
     Search,
     Size,
@@ -39,14 +41,18 @@ _FIRST_FOLD = 0
 Scores = Mapping[str, float | None]
 """The study's metric of each arm whose runs have all ended; None where one of them failed."""
 
+Rankings = Mapping[str, tuple[str, ...]]
+"""Subjects in the order in which they are moved, by the name of a :class:`ScanComparison`, or of a run that ranks."""
+
 
 @dataclass(frozen=True)
 class PlannedRun:
     """One training of a study, or one test of another run's network (``weights_of``).
 
-    Runs of one ``group`` are pooled: those of an arm and, along a curve, of a ``count`` and direction. ``seed``
-    tells repetitions apart. ``fold`` of ``split`` is held out. ``data`` names the study's data set. ``start_from``
-    is the run whose weights it starts from.
+    Runs of one ``group`` are pooled: those of an arm and, along a curve, of a ``count``, direction and ``order`` (empty
+    if random). A test that ``ranks`` says which subjects are uncertain, and is no result. ``seed`` tells repetitions
+    apart. ``fold`` of ``split`` is held out. ``data`` names the study's data set. ``start_from`` is the run whose
+    weights it starts from.
     """
 
     name: str
@@ -63,6 +69,8 @@ class PlannedRun:
     weights_of: str | None = None
     changes: tuple[str, ...] = ()
     """Of a test: what it changes in the network's own recipe."""
+    order: str = ""
+    ranks: bool = False
 
     @property
     def label(self) -> str:
@@ -72,7 +80,7 @@ class PlannedRun:
     @property
     def group(self) -> str:
         """Name of the group of runs whose held-out subjects are pooled."""
-        parts = [self.label, self.direction, "" if self.count is None else str(self.count)]
+        parts = [self.label, self.direction, self.order, "" if self.count is None else str(self.count)]
         return " ".join(part for part in parts if part)
 
     @property
@@ -83,10 +91,14 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a study that are known so far, in running order, and what the others wait for."""
+    """The runs of a study that are known so far, in running order, and what the others wait for.
+
+    ``comparisons``: scans to compare before there are more runs.
+    """
 
     runs: tuple[PlannedRun, ...]
     pending: tuple[str, ...] = ()
+    comparisons: tuple[ScanComparison, ...] = ()
 
 
 def plan_runs(
@@ -96,17 +108,20 @@ def plan_runs(
     beside: Path = Path(),
     *,
     scores: Scores = MappingProxyType({}),
+    rankings: Rankings = MappingProxyType({}),
     final: bool = False,
 ) -> Plan:
     """The runs of a study at a size.
 
     Stages that build on the best arm of another, and searches, have more runs once ``scores`` tell how the arms
-    before did; each plan begins with the runs of the one before. The locked test is planned only if ``final``, and
-    once nothing else waits for results. Recipe paths are relative to ``beside``. A function of its arguments and, for
-    recipes that sample a limited number of slices, of the labels, which say which subjects these come from. Raises
-    :class:`StudyError` if a data set does not fit the design, and :class:`RecipeError` for a wrong change.
+    before did, and designs that order subjects once ``rankings`` tell the order; each plan has the runs of the one
+    before. The locked test is planned only if ``final``, and once nothing else waits for results. Recipe paths are
+    relative to ``beside``. A function of its arguments and, for recipes that sample a limited number of slices, of the
+    labels, which say which subjects these come from. Raises :class:`StudyError` if a data set does not fit the design,
+    and :class:`RecipeError` for a wrong change.
     """
-    planning = _Planning(study, size, {name: _limited(data, size) for name, data in datasets.items()}, beside, scores)
+    limited = {name: _limited(data, size) for name, data in datasets.items()}
+    planning = _Planning(study, size, limited, beside, scores, rankings)
     locked = study.locked_stages
     for stage in (one for one in study.parts if one.name not in locked):
         if not planning.decided(stage):
@@ -123,7 +138,7 @@ def plan_runs(
             planning.pending.append(f"{name} waits until everything else has been decided")
         else:
             planning.add(stage)
-    return Plan(tuple(planning.runs.values()), tuple(planning.pending))
+    return Plan(tuple(planning.runs.values()), tuple(planning.pending), tuple(planning.comparisons))
 
 
 def arm_recipe(study: Study, stage: Stage, arm: Arm, size: Size, beside: Path, label: str = "") -> Recipe:
@@ -151,8 +166,10 @@ class _Planning:
     datasets: Mapping[str, Dataset]
     beside: Path
     scores: Scores
+    rankings: Rankings
     runs: dict[str, PlannedRun] = field(default_factory=dict)
     pending: list[str] = field(default_factory=list)
+    comparisons: list[ScanComparison] = field(default_factory=list)
     settled: dict[str, Arm] = field(default_factory=dict)
     """Trained arms by label, with what they build on and what the size changes in them."""
 
@@ -192,7 +209,7 @@ class _Planning:
         for data, some in by_data.items():
             recipes = {name: self._recipe(stage, arm, stage.label(name), data) for name, arm in some.items()}
             for run in self._designed(stage, data, recipes):
-                self._put(self._started(stage, run, some[run.arm].start_from))
+                self._put(run if run.ranks else self._started(stage, run, some[run.arm].start_from))
         for name, arm in arms.items():
             if arm.weights_of is not None:
                 self._add_tests(stage, name, arm)
@@ -227,13 +244,76 @@ class _Planning:
             case LearningCurve() as design:
                 runs = _learning_curve(design, self.size, free, recipes)
             case MovedSubjects() as design:
-                runs = _moved_subjects(design, self.size, free, recipes)
+                runs = self._moved_subjects(stage, design, data, free, recipes)
             case LockedTest():
                 split = Split((tuple(sorted(subject.id for subject in free)),), tuple(sorted(locked)))
                 runs = _fixed(self.size, split, recipes)
+        prefix = f"{stage.name}-" if stage.name else ""
         for run in runs:
-            prefix = f"{stage.name}-" if stage.name else ""
-            yield replace(run, name=prefix + run.name, stage=stage.name, data=data)
+            tested = run.weights_of and prefix + run.weights_of
+            yield replace(run, name=prefix + run.name, stage=stage.name, data=data, weights_of=tested)
+
+    def _moved_subjects(
+        self,
+        stage: Stage,
+        design: MovedSubjects,
+        data: str,
+        subjects: Sequence[Subject],
+        recipes: dict[str, Recipe],
+    ) -> Iterable[PlannedRun]:
+        by_site: dict[str, list[Subject]] = defaultdict(list)
+        for subject in subjects:
+            by_site[subject.site].append(subject)
+        counts = self.size.counts or design.counts
+        # By uncertainty last, since these runs wait for others.
+        for which, order in enumerate(sorted(design.order, key=lambda order: order == "uncertainty")):
+            for source, target in _directions(design, sorted(by_site)):
+                judged, rest = make_split(by_site[target], folds=2).folds
+                candidates = [subject for subject in by_site[target] if subject.id in rest]
+                if max(counts) > len(candidates):
+                    raise StudyError(
+                        f"{max(counts)} subjects of site '{target}' are to be moved, and {len(candidates)} can be",
+                        fix="choose smaller counts",
+                    )
+                trained = tuple(sorted(subject.id for subject in by_site[source]))
+                direction = f"{source}-to-{target}"
+                for seed in self.size.seeds:
+                    draw = _Draw(direction, judged, trained, candidates, seed)
+                    if 0 in counts and not which:
+                        # Without moved subjects there is no order: these runs are the beginning of every curve.
+                        yield from draw.runs(0, "", [], recipes)
+                    if order == "uncertainty":
+                        yield draw.ranking(next(iter(recipes.items())))
+                    turn = self._turn(stage, data, draw, order, recipes)
+                    if turn is not None:
+                        for count in filter(None, counts):
+                            yield from draw.runs(count, "" if order == "random" else order, turn, recipes)
+
+    def _turn(
+        self, stage: Stage, data: str, draw: _Draw, order: Order, recipes: dict[str, Recipe]
+    ) -> list[list[Subject]] | None:
+        """Candidates by patient in the order in which they are moved; None if it is not known yet."""
+        if order == "random":
+            return in_turn(draw.candidates, draw.seed)
+        name = " ".join(part for part in (stage.name, data, draw.direction) if part)
+        if order == "uncertainty":
+            first = next(iter(recipes.items()))
+            name = f"{stage.name}-" * bool(stage.name) + draw.ranking(first).name
+        if name not in self.rankings:
+            waits_for = f"the predictions of {name}" if order == "uncertainty" else "a comparison of the scans"
+            note = f"moving from {draw.direction} in order of {order} waits for {waits_for}"
+            if note not in self.pending:
+                self.pending.append(note)
+            if order == "distance" and name not in {one.name for one in self.comparisons}:
+                reading = next(iter(recipes.values())).data
+                ids = tuple(sorted(subject.id for subject in draw.candidates))
+                self.comparisons.append(ScanComparison(name, data, reading, draw.trained, ids))
+            return None
+        rank = {subject: k for k, subject in enumerate(self.rankings[name])}
+        scans: dict[str, list[Subject]] = defaultdict(list)
+        for subject in sorted(draw.candidates, key=lambda one: rank.get(one.id, len(rank))):
+            scans[subject.patient].append(subject)
+        return list(scans.values())
 
     def _locked(self, data: str) -> frozenset[str]:
         """The subjects of a data set that are for the locked test alone."""
@@ -248,7 +328,8 @@ class _Planning:
         found = self._runs_of(stage, arm)
         alike = [one for one in found if one.seed == run.seed] or found
         if same_data := [one for one in alike if one.data == run.data]:
-            alike = [one for one in same_data if (one.split, one.fold) == (run.split, run.fold)]
+            same = (run.split, run.fold, run.count, run.order)  # orders may move the same subjects
+            alike = [one for one in same_data if (one.split, one.fold, one.count, one.order) == same]
         if len(alike) != 1:
             raise StudyError(
                 f"arm '{run.arm}' starts from '{arm}', of which {len(alike)} runs fit '{run.name}'",
@@ -261,7 +342,7 @@ class _Planning:
 
     def _runs_of(self, stage: Stage, arm: str) -> list[PlannedRun]:
         labels = (stage.label(arm), arm)
-        found = [run for run in self.runs.values() if run.label in labels]
+        found = [run for run in self.runs.values() if run.label in labels and not run.ranks]
         if not found:
             raise StudyError(f"arm '{arm}' has no runs to build on", fix="put it before the arms that refer to it")
         return found
@@ -386,33 +467,46 @@ def _learning_curve(
                 yield PlannedRun(name, arm, seed, _FIRST_FOLD, _seeded(recipe, seed), split, count)
 
 
-def _moved_subjects(
-    design: MovedSubjects, size: Size, subjects: Sequence[Subject], recipes: dict[str, Recipe]
-) -> Iterable[PlannedRun]:
-    by_site: dict[str, list[Subject]] = defaultdict(list)
-    for subject in subjects:
-        by_site[subject.site].append(subject)
-    for source, target in _directions(design, sorted(by_site)):
-        judged, rest = make_split(by_site[target], folds=2).folds
-        candidates = [subject for subject in by_site[target] if subject.id in rest]
-        for seed in size.seeds:
-            order = in_turn(candidates, seed)
-            for count in size.counts or design.counts:
-                if count > len(candidates):
-                    raise StudyError(
-                        f"{count} subjects of site '{target}' are to be moved, and {len(candidates)} can be",
-                        fix="choose smaller counts",
-                    )
-                moved = first_patients(order, count)
-                trained = tuple(sorted(subject.id for subject in by_site[source]))
-                # The few moved subjects are trained on, not spent on choosing weights.
-                always_train = tuple(sorted(subject.id for subject in moved))
-                split = Split((judged, trained), seed=seed, always_train=always_train)
-                direction = f"{source}-to-{target}"
-                for arm, recipe in recipes.items():
-                    name = f"{arm}-{_in_a_name(direction)}-{count}-draw{seed}"
-                    changed = _seeded(recipe, seed)
-                    yield PlannedRun(name, arm, seed, _FIRST_FOLD, changed, split, count, direction)
+@dataclass(frozen=True)
+class _Draw:
+    """Subjects of one site to be judged, and candidates to be moved into the training of another, for one seed."""
+
+    direction: str
+    judged: tuple[str, ...]
+    trained: tuple[str, ...]
+    candidates: Sequence[Subject]
+    seed: int
+
+    def runs(
+        self, count: int, order: str, turn: Iterable[Sequence[Subject]], recipes: dict[str, Recipe]
+    ) -> Iterable[PlannedRun]:
+        """A run of each arm with the first ``count`` candidates in training."""
+        # The few moved subjects are trained on, not spent on choosing weights.
+        always_train = tuple(sorted(subject.id for subject in first_patients(turn, count)))
+        split = Split((self.judged, self.trained), seed=self.seed, always_train=always_train)
+        for arm, recipe in recipes.items():
+            changed = _seeded(recipe, self.seed)
+            name = self._name(arm, f"{order}-{count}" if order else str(count))
+            yield PlannedRun(name, arm, self.seed, _FIRST_FOLD, changed, split, count, self.direction, order=order)
+
+    def ranking(self, first: tuple[str, Recipe]) -> PlannedRun:
+        """A test, on the candidates, of the first arm's network without moved subjects."""
+        arm, recipe = first
+        return PlannedRun(
+            self._name(arm, "candidates"),
+            arm,
+            self.seed,
+            _FIRST_FOLD,
+            _seeded(recipe, self.seed),
+            Split(((),), tuple(sorted(subject.id for subject in self.candidates))),
+            direction=self.direction,
+            weights_of=self._name(arm, "0"),
+            order="uncertainty",
+            ranks=True,
+        )
+
+    def _name(self, arm: str, what: str) -> str:
+        return f"{arm}-{_in_a_name(self.direction)}-{what}-draw{self.seed}"
 
 
 def _directions(design: MovedSubjects, sites: Sequence[str]) -> list[tuple[str, str]]:

@@ -38,11 +38,13 @@ class Point:
     estimate: Estimate
     group: str
     """Name of the group of runs, as in :attr:`StudyResults.pooled`."""
+    order: str = ""
+    """The order in which subjects are moved, if not random."""
 
     @property
     def curve(self) -> str:
         """Name of the curve that the point lies on."""
-        return " ".join(part for part in (self.arm, self.direction) if part)
+        return " ".join(part for part in (self.arm, self.direction, self.order) if part)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,25 @@ class Gain:
         return (
             f"{self.curve}: from {self.earlier} to {self.later} subjects, {label} changed by "
             f"{formatted(self.metric, d.mean)} ({low} to {high}, n = {d.n} patients)"
+        )
+
+
+@dataclass(frozen=True)
+class OrderGain:
+    """The gain from moving subjects in an order instead of at random: as many subjects, paired by patient."""
+
+    curve: str
+    order: str
+    count: int
+    metric: str
+    difference: Difference
+
+    def __str__(self) -> str:
+        d, low, high = self.difference, *(formatted(self.metric, v) for v in self.difference.ci95)
+        noun = "subject" if self.count == 1 else "subjects"
+        return (
+            f"{self.curve}: {self.order} instead of random order at {self.count} {noun} changed "
+            f"{METRICS[self.metric].label} by {formatted(self.metric, d.mean)} ({low} to {high}, n = {d.n} patients)"
         )
 
 
@@ -129,13 +150,24 @@ class StudyResults:
         return any(evaluation.simulated for evaluation in self.pooled.values())
 
     def points(self) -> list[Point]:
-        """The curve of each arm and direction, by count; none in cross-validation."""
+        """The curve of each arm, direction and order, by count; none in cross-validation.
+
+        All orders begin at the same point, without moved subjects.
+        """
         groups = {run.group: run for run in self.runs if run.count is not None and run.group in self.pooled}
         found = []
         for group, run in groups.items():
             estimate = self.pooled[group].overall().get(self.study.metric)
             if estimate is not None and run.count is not None:
-                found.append(Point(run.arm, run.direction, run.count, estimate, group))
+                found.append(Point(run.arm, run.direction, run.count, estimate, group, run.order))
+        ordered = {(point.arm, point.direction, point.order) for point in found if point.order}
+        begin = [point for point in found if not point.count]
+        found += [
+            replace(point, order=order)
+            for arm, direction, order in ordered
+            for point in begin
+            if (point.arm, point.direction) == (arm, direction)
+        ]
         return sorted(found, key=lambda point: (point.curve, point.count))
 
     def gains(self) -> list[Gain]:
@@ -147,11 +179,20 @@ class StudyResults:
         gains = []
         for curve, counted in by_curve.items():
             for (earlier, before), (later, after) in pairwise(counted):
-                both = pd.DataFrame({"a": after.mean_of_targets(metric), "b": before.mean_of_targets(metric)}).dropna()
-                whose = after.patients
-                if len(both):
-                    difference = paired_difference(both["a"], both["b"], [whose[name] for name in both.index])
+                if (difference := _paired(after, before, metric)) is not None:
                     gains.append(Gain(curve, earlier, later, metric, difference))
+        return gains
+
+    def order_gains(self) -> list[OrderGain]:
+        """Each order in which subjects are moved against the random one, at every count, paired by patient."""
+        points = {(point.arm, point.direction, point.order, point.count): point for point in self.points()}
+        metric, gains = self.study.metric, []
+        for (arm, direction, order, count), point in points.items():
+            other = points.get((arm, direction, "", count))
+            if order and count and other is not None:
+                difference = _paired(self.pooled[point.group], self.pooled[other.group], metric)
+                if difference is not None:
+                    gains.append(OrderGain(other.curve, order, count, metric, difference))
         return gains
 
     def differences(self) -> list[MethodDifference]:
@@ -159,11 +200,11 @@ class StudyResults:
         return [found for arms in self._arms_at_most().values() for found in self._compared(arms)]
 
     def findings(self) -> dict[tuple[str, str], list[str]]:
-        """What is found in words, by stage and data set: gains along curves, effects of factors, differences of arms."""
+        """What is found in words, by stage and data set: gains, effects of factors, differences between arms."""
         found: dict[tuple[str, str], list[str]] = {(run.stage, run.data): [] for run in self.runs}
         places = {run.group: (run.stage, run.data) for run in self.runs}
         curves = {point.curve: places[point.group] for point in self.points()}
-        for gain in self.gains():
+        for gain in (*self.gains(), *self.order_gains()):
             found[curves[gain.curve]].append(str(gain))
         for stage in self.study.parts:
             place = stage.name, self.study.data_of(stage, Arm())
@@ -238,7 +279,7 @@ class StudyResults:
 
     def _values(self, arm: str, measure: str) -> dict[tuple[object, ...], float]:
         return {
-            (run.seed, run.fold, run.count, run.direction): value
+            (run.seed, run.fold, run.count, run.direction, run.order): value
             for run in self.runs
             if arm in (run.label, run.group)
             and not isnan(value := self.measured.get(run.name, {}).get(measure, float("nan")))
@@ -280,7 +321,7 @@ class StudyResults:
             states = {self.statuses[run.name].state for run in runs}
             failed = any(self.statuses[run.name].state == "failed" and run.name in attempted for run in runs)
             if states == {"done"}:
-                groups = list(dict.fromkeys(run.group for run in runs))
+                groups = list(dict.fromkeys(run.group for run in runs if not run.ranks))
                 means = [self.pooled[group].overall()[self.study.metric].mean for group in groups]
                 found[label] = sum(means) / len(means)
             elif failed and states <= {"done", "failed"}:
@@ -288,10 +329,10 @@ class StudyResults:
         return found
 
     def _arms_at_most(self) -> dict[tuple[str, str], dict[str, Evaluation]]:
-        """By stage and data set: the evaluation of each arm and direction at its largest count."""
+        """By stage and data set: the evaluation of each arm, direction and order at its largest count."""
         last: dict[tuple[str, str], dict[str, PlannedRun]] = defaultdict(dict)
         for run in self.runs:
-            name = " ".join(part for part in (run.label, run.direction) if part)
+            name = " ".join(part for part in (run.label, run.direction, run.order) if part)
             among = last[run.stage, run.data]
             if run.group in self.pooled and (name not in among or (run.count or 0) > (among[name].count or 0)):
                 among[name] = run
@@ -309,7 +350,8 @@ def collect(folder: StudyFolder, study: Study, runs: Sequence[PlannedRun]) -> St
             place = folder.run(run.name)
             own = curves[run.name] = read_curves(place)
             measured[run.name] = measure_run(place, own, peak_gb=statuses[run.name].peak_gb)
-            found.setdefault(run.group, []).append((run, Evaluation.read(place / "evaluation")))
+            if not run.ranks:
+                found.setdefault(run.group, []).append((run, Evaluation.read(place / "evaluation")))
     for alike in _with_the_same_loss(runs):
         steps = steps_to_common_loss({run.name: curves[run.name] for run in alike if run.name in curves})
         for name, value in steps.items():
@@ -359,6 +401,13 @@ def pooled(runs: Sequence[tuple[PlannedRun, Evaluation]]) -> Evaluation:
         quantity=quantities.pop() if len(quantities) == 1 else None,
         simulated=any(evaluation.simulated for _, evaluation in runs),
     )
+
+
+def _paired(one: Evaluation, other: Evaluation, metric: str) -> Difference | None:
+    """The difference of a metric on the subjects that both measured; None if there are none."""
+    both = pd.DataFrame({"a": one.mean_of_targets(metric), "b": other.mean_of_targets(metric)}).dropna()
+    whose = one.patients
+    return paired_difference(both["a"], both["b"], [whose[name] for name in both.index]) if len(both) else None
 
 
 def _on_common_targets(arms: Mapping[str, Evaluation]) -> dict[str, Evaluation]:

@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal, Protocol
 
 from pydantic import AwareDatetime, Field
@@ -38,7 +39,7 @@ from delineate.io.documents import Document
 from delineate.io.files import writing_beside
 from delineate.io.overwriting import check_folder
 from delineate.recipe import DataSpec, load_recipe, to_yaml
-from delineate.studies.planning import PlannedRun, Scores
+from delineate.studies.planning import PlannedRun, Rankings, Scores
 from delineate.studies.specification import Study
 from delineate.training.lock import in_use
 
@@ -74,6 +75,8 @@ class Entry:
     start_from: str | None = None
     weights_of: str | None = None
     changes: tuple[str, ...] = ()
+    order: str = ""
+    ranks: bool = False
 
     @classmethod
     def of(cls, run: PlannedRun) -> Entry:
@@ -83,7 +86,7 @@ class Entry:
 class StudyPlan(Document):
     """A study folder's ``plan.json``: the study, its size, its data sets by name, and the runs in order.
 
-    ``scores``: what later stages and trials were planned from.
+    ``scores``: what later stages and trials were planned from. ``rankings``: in which order subjects are moved.
     """
 
     study: Study
@@ -91,6 +94,7 @@ class StudyPlan(Document):
     data_sets: dict[str, str]
     runs: tuple[Entry, ...]
     scores: dict[str, float | None] = Field(default_factory=dict)
+    rankings: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
 
 class FinalTest(Document):
@@ -176,8 +180,18 @@ class StudyFolder:
         """What the study in the folder has been planned from; nothing if there is none."""
         return dict(self.open_plan().scores) if self.begun else {}
 
+    def rankings(self) -> dict[str, tuple[str, ...]]:
+        """The orders of subjects that the study in the folder has been planned from; none if there is no study."""
+        return dict(self.open_plan().rankings) if self.begun else {}
+
     def begin(
-        self, study: Study, size: str, data_sets: Mapping[str, str], runs: Sequence[PlannedRun], scores: Scores
+        self,
+        study: Study,
+        size: str,
+        data_sets: Mapping[str, str],
+        runs: Sequence[PlannedRun],
+        scores: Scores,
+        rankings: Rankings = MappingProxyType({}),
     ) -> None:
         """Write the plan, and the recipe and split of each run, or check that they are the same.
 
@@ -195,7 +209,12 @@ class StudyFolder:
             same = (before.study, before.size, before.data_sets) == (study, size, dict(data_sets)) and all(alike)
             entries = kept | entries
         plan = StudyPlan(
-            study=study, size=size, data_sets=dict(data_sets), runs=tuple(entries.values()), scores=dict(scores)
+            study=study,
+            size=size,
+            data_sets=dict(data_sets),
+            runs=tuple(entries.values()),
+            scores=dict(scores),
+            rankings=dict(rankings),
         )
         for run in runs:
             recipe, split = self.recipe(run.name), self.split(run.name)

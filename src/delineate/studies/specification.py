@@ -62,17 +62,31 @@ class LearningCurve(Specification):
     held_out: Annotated[int, Field(ge=2, le=100)] = 5
 
 
+Order = Literal["random", "distance", "uncertainty"]
+
+
 class MovedSubjects(Specification):
     """Every arm is trained on one site and judged on another, of which ``counts`` subjects are moved into training.
 
     Half of the other site's patients are judged, whatever is moved; moved subjects come from the other half.
     Without ``source`` and ``target``, a data set of two sites is studied in both directions.
+
+    ``order``: which are moved first. ``random``: drawn for each seed. ``distance``: each time the one whose scan is
+    farthest from all that are trained on, by spacing, field of view and contrast. ``uncertainty``: those of which the
+    network of the first arm without moved subjects expects the lowest Dice, for each seed. Neither looks at labels.
     """
 
     kind: Literal["moved_subjects"] = "moved_subjects"
     counts: Counts = (0, 1, 3, 5, 10)
+    order: Annotated[tuple[Order, ...], Field(min_length=1, max_length=3)] = ("random",)
     source: Text | None = None
     target: Text | None = None
+
+    @model_validator(mode="after")
+    def _distinct(self) -> MovedSubjects:
+        if len(set(self.order)) < len(self.order):
+            raise ValueError("order holds an entry twice")
+        return self
 
 
 class LockedTest(Specification):
@@ -449,6 +463,9 @@ class Study(Specification):
             raise ValueError(f"size {name} has counts, which no design of the study has")
         if unknown := [data for data in size.coarse if data not in self.data]:
             raise ValueError(f"size {name} has coarse scans of '{unknown[0]}'; there are {', '.join(self.data)}")
+        for design in (one for one in designs if isinstance(one, MovedSubjects)):
+            if "uncertainty" in design.order and 0 not in (size.counts or design.counts):
+                raise ValueError(f"size {name} orders by uncertainty, which is that of count 0; add it to counts")
         if size.trials is not None and not any(isinstance(d, Search) for d in designs):
             raise ValueError(f"size {name} has trials, which no design of the study has")
         if strangers := [arm for arm in size.arms if not any(fnmatchcase(label, arm) for label in self.labels)]:
