@@ -204,7 +204,8 @@ class StudyResults:
         found: dict[tuple[str, str], list[str]] = {(run.stage, run.data): [] for run in self.runs}
         places = {run.group: (run.stage, run.data) for run in self.runs}
         curves = {point.curve: places[point.group] for point in self.points()}
-        for gain in (*self.gains(), *self.order_gains()):
+        gained: list[Gain | OrderGain] = [*self.gains(), *self.order_gains()]
+        for gain in gained:
             found[curves[gain.curve]].append(str(gain))
         for stage in self.study.parts:
             place = stage.name, self.study.data_of(stage, Arm())
