@@ -212,8 +212,15 @@ class StudyResults:
             if stage.combine == "all" and place in found:
                 found[place] += map(str, self._effects(stage))
         for place, arms in self._arms_at_most().items():
-            if len(arms) <= _MOST_ARMS_COMPARED:
-                found[place] += map(str, self._compared(arms))
+            differences = self._compared(arms)
+            if differences and all(one.difference.too_few for one in differences):
+                d = differences[0].difference
+                found[place].append(
+                    f"{d.n} patients are too few to tell these {len(arms)} arms apart, whatever the difference; at least "
+                    f"{d.needed} are needed"
+                )
+            elif len(arms) <= _MOST_ARMS_COMPARED:
+                found[place] += map(str, differences)
         return found
 
     def _compared(self, arms: Mapping[str, Evaluation]) -> list[MethodDifference]:
