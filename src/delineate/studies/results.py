@@ -216,8 +216,8 @@ class StudyResults:
             if differences and all(one.difference.too_few for one in differences):
                 d = differences[0].difference
                 found[place].append(
-                    f"{d.n} patients are too few to tell these {len(arms)} arms apart, whatever the difference; at least "
-                    f"{d.needed} are needed"
+                    f"{d.n} patients are too few to tell these {len(arms)} arms apart, whatever the difference; "
+                    f"at least {d.needed} are needed"
                 )
             elif len(arms) <= _MOST_ARMS_COMPARED:
                 found[place] += map(str, differences)
