@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -96,13 +96,20 @@ def tables(world: Path, out: str, launcher: Launcher) -> dict[str, list[dict[str
     return {name: read_table(folder.path / f"{name}.csv") for name in ("results", "differences")}
 
 
-def training_in(run: Path) -> psutil.Process:
-    """The process that trains in a folder, once it is in the middle of it."""
-    log, deadline = run.with_suffix(".log"), time.monotonic() + 600
+def training_in(run: Path, alive: Callable[[], bool] = lambda: True) -> psutil.Process:
+    """The process that trains in a folder, once it is in the middle of it, while what started it is ``alive``."""
+    log, deadline = run.with_suffix(".log"), time.monotonic() + 300
     while not (log.exists() and "best so far" in log.read_text(encoding="utf-8")):
         assert time.monotonic() < deadline
+        assert alive()
         threading.Event().wait(0.01)
     return psutil.Process(json.loads((run / ".lock").read_text())["pid"])
+
+
+def running(process: psutil.Popen, said: Path) -> bool:
+    if process.poll() is not None:
+        pytest.fail(said.read_text(encoding="utf-8"))
+    return True
 
 
 def test_a_run_whose_worker_is_killed_resumes_and_the_tables_are_the_same(
@@ -133,12 +140,14 @@ def test_a_study_killed_beside_its_ray_resumes_on_another_with_the_same_tables(
     world: Path, ray: ModuleType, undisturbed: dict
 ) -> None:
     command = ["study", "run", str(world / "small.yaml"), "--data", str(world / "data"), "--out", str(world / "killed")]
-    driver = psutil.Popen(
-        [sys.executable, "-m", "delineate", *command, "--device", "cpu", "--cluster", "local"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    training = training_in(world / "killed" / "runs" / PLAIN)
+    said = world / "driver.log"
+    with said.open("wb") as file:
+        driver = psutil.Popen(
+            [sys.executable, "-m", "delineate", *command, "--device", "cpu", "--cluster", "local"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    training = training_in(world / "killed" / "runs" / PLAIN, lambda: running(driver, said))
     family = driver.children(recursive=True)
     assert training in family
     driver.kill()

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -175,7 +176,9 @@ def connected(address: str) -> Iterator[ModuleType]:
         _knock(address)
         settings = {}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what becomes an error below
+            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         said = str(error).strip().splitlines()
         raise ClusterError(
@@ -213,8 +216,8 @@ def _room(resources: Mapping[str, float], wanted: Mapping[str, float]) -> int:
 
 
 def _described(resources: Mapping[str, float]) -> str:
-    said = [f"{resources.get(name, 0.0):g} {unit}" for name, unit in (("CPU", "CPUs"), ("GPU", "GPUs"))]
-    return f"{', '.join(said)} and {resources.get('memory', 0.0) / 1e9:.3g} GB"
+    said = [f"{name} {resources.get(name, 0.0):g}" for name in ("CPU", "GPU")]
+    return f"{', '.join(said)}, memory {resources.get('memory', 0.0) / 1e9:.3g} GB"
 
 
 def _run(command: Sequence[str], log: str, folder: str) -> Ended:
