@@ -15,13 +15,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-import delineate
 from delineate.errors import ClusterError
 from delineate.studies.processes import Ended, end_of, ending_with_us, start
 
@@ -101,7 +101,7 @@ class RayCluster:
         from ray.exceptions import RayError
 
         try:
-            version, problem = self._ray.get(answer, timeout=_ANSWER_SECONDS)
+            theirs, problem = self._ray.get(answer, timeout=_ANSWER_SECONDS)
         except RayError as error:
             said = str(error).strip().splitlines()
             raise ClusterError(
@@ -113,9 +113,9 @@ class RayCluster:
                 f"on '{host}', {problem}",
                 fix="put the data and --out into a folder that all nodes share under one path, and can write to",
             )
-        if version != delineate.__version__:
+        if theirs != (ours := version("delineate")):
             raise ClusterError(
-                f"'{host}' has delineate {version}, this machine {delineate.__version__}",
+                f"'{host}' has delineate {theirs}, this machine {ours}",
                 fix="install the same version on all nodes",
             )
 
@@ -251,4 +251,4 @@ def _look(token: str, word: str, data: Sequence[str]) -> tuple[str, str]:
             path.with_name(f"{path.name}-{os.getpid()}").write_text(word, encoding="ascii")
         except OSError as error:
             problem = f"'{path.parent}' cannot be written to ({error.strerror})"
-    return delineate.__version__, problem
+    return version("delineate"), problem
