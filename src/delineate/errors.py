@@ -37,6 +37,7 @@
      ├── TrainingError               E_TRAINING    training cannot continue
      ├── RunInUse                    E_IN_USE      another training run is using the folder
      ├── StudyError                  E_STUDY       a study is not valid, or does not fit the data
+     ├── ClusterError                E_CLUSTER     a cluster cannot be reached, or cannot run a study
      ├── OutputError                 E_OUTPUT      a result cannot be written
      └── Cancelled                   E_CANCELLED   the caller cancelled it
 
@@ -282,6 +283,12 @@ class StudyError(DelineateError):
     """A study is not valid, does not fit the data, or its folder holds another one."""
 
     code = "E_STUDY"
+
+
+class ClusterError(DelineateError):
+    """A cluster cannot be reached, has no node that is large enough, or does not see the study's folders."""
+
+    code = "E_CLUSTER"
 
 
 class OutputError(DelineateError):

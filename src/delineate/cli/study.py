@@ -129,12 +129,44 @@ def run(
     data: StudyData = None,
     phantom: PhantomFlag = False,
     size: SizeOption = "quick",
-    jobs: Annotated[int, typer.Option("--jobs", min=1, max=256, help="Run this many trainings at a time.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", min=1, max=256, help="Run this many at a time (default: 1, or as many as a cluster has room for)."
+        ),
+    ] = None,
     only: Annotated[
         str | None, typer.Option("--only", help="Run only this part of the runs, such as 2/5, in a job array.")
     ] = None,
     final: Final = False,
     device: Device = "auto",
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster", help="Run on the ray cluster at ray://HOST:PORT; local starts a ray on this machine."
+        ),
+    ] = None,
+    cpus_a_run: Annotated[
+        int | None, typer.Option("--cpus-a-run", min=1, max=1024, help="CPUs for each run on a cluster (default: 1).")
+    ] = None,
+    gpus_a_run: Annotated[
+        float | None,
+        typer.Option(
+            "--gpus-a-run",
+            min=0,
+            max=64,
+            help="GPUs for each run on a cluster, such as 0.5 (default: 1, or 0 if it has none).",
+        ),
+    ] = None,
+    memory_gb_a_run: Annotated[
+        float | None,
+        typer.Option(
+            "--memory-gb-a-run",
+            min=0,
+            max=10_000,
+            help="Memory for each run on a cluster, in GB (default: 0).",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Run a study: every training in its own process, then the report.
@@ -142,25 +174,49 @@ def run(
     Run the same command again to resume: finished runs are kept, stopped or failed ones are repeated. A run that fails
     stops none but those that need it. Exit status: 0 all done, 1 some failed, 130 after Ctrl-C.
     """
+    from contextlib import ExitStack
+
     from delineate.cli.terminal import Terminal, print_json
     from delineate.compute import check_device, usable_cores
     from delineate.studies.conducting import conduct
     from delineate.studies.planning import Plan
     from delineate.studies.reporting import draw_pictures, write_study_report
     from delineate.studies.results import collect
-    from delineate.studies.running import LocalProcesses, RunStatus, StudyFolder
+    from delineate.studies.running import Launcher, LocalProcesses, RunStatus, StudyFolder
 
-    check_device(device)
+    asked = {"--cpus-a-run": cpus_a_run, "--gpus-a-run": gpus_a_run, "--memory-gb-a-run": memory_gb_a_run}
+    if cluster is None:
+        check_device(device)
+        for option, value in asked.items():
+            if value is not None:
+                raise typer.BadParameter(f"{option} needs --cluster")
     chosen, beside = _load(study)
     folder = StudyFolder(out)
     folder.check()
-    places = _places(chosen, data, phantom, _size(chosen, size), out / "data")
-    datasets = _opened(chosen, beside, places)
-    # A quick run is over before compiling its network has paid off.
-    options = ["--device", device, "--compile", "off" if size == "quick" else "auto"]
-    if jobs > 1:  # otherwise every process would use all cores
-        options += ["--threads", str(max(1, usable_cores() // jobs))]
-    with Terminal() as terminal:
+    known = _size(chosen, size)
+    with Terminal() as terminal, ExitStack() as stack:
+        launcher: Launcher
+        if cluster is None:
+            places = _places(chosen, data, phantom, known, out / "data")
+            launcher, jobs = LocalProcesses(), jobs or 1
+            options = ["--device", device]
+            if jobs > 1:  # otherwise every process would use all cores
+                options += ["--threads", str(max(1, usable_cores() // jobs))]
+        else:
+            from delineate.studies.cluster import RayCluster, Request, connected
+
+            gpus = 0.0 if gpus_a_run is None and device == "cpu" else gpus_a_run
+            requested = Request(cpus_a_run or 1, gpus, memory_gb_a_run or 0.0)
+            workers = RayCluster(stack.enter_context(connected(cluster)), requested)
+            folder = StudyFolder(out.resolve())
+            places = _places(chosen, data, phantom, known, folder.path / "data")
+            places = {name: place.resolve() for name, place in places.items()}
+            workers.check_folders(folder.path, tuple(places.values()))
+            launcher, jobs, options = workers, jobs or min(workers.room, 256), workers.options(device)
+            terminal.say(f"runs at a time that the cluster has room for: {workers.room}")
+        datasets = _opened(chosen, beside, places)
+        # A quick run is over before compiling its network has paid off.
+        options += ["--compile", "off" if size == "quick" else "auto"]
 
         def on_plan(planned: Plan) -> None:
             terminal.say(f"{len(planned.runs)} runs; {_expected(planned.runs)}")
@@ -182,7 +238,7 @@ def run(
                 datasets,
                 places,
                 folder,
-                LocalProcesses(),
+                launcher,
                 beside=beside,
                 final=final,
                 only=only,

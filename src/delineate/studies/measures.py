@@ -33,7 +33,8 @@ class Measure:
             return "–"
         if value == inf:
             return "never"
-        return f"{value:,.0f}" if self.digits == 0 else f"{value:.{self.digits}g}"
+        text = f"{value:,.0f}" if self.digits == 0 else f"{value:.{self.digits}g}"
+        return text.replace("-", "−")
 
 
 MEASURES: dict[str, Measure] = {

@@ -275,7 +275,8 @@ class StudyResults:
         d = paired_difference([first[key] for key in common], [second[key] for key in common])
         unit = f" {measure.unit}" if measure.unit else ""
         arms = f"{claim.better} minus {claim.worse}"
-        why = f"{measure.label}: {arms} {measure.shown(d.mean)}{unit}, n = {d.n} pairs of runs"
+        label, pairs = measure.label[0].upper() + measure.label[1:], "pair" if d.n == 1 else "pairs"
+        why = f"{label}: {arms} {measure.shown(d.mean)}{unit}, n = {d.n} {pairs} of runs"
         if not isnan(d.p):
             low, high = map(measure.shown, d.ci95)
             why += f" ({low} to {high}), p {d.p:.3f}"

@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,8 +39,12 @@ from delineate.io.files import writing_beside
 from delineate.io.overwriting import check_folder
 from delineate.recipe import DataSpec, load_recipe, to_yaml
 from delineate.studies.planning import PlannedRun, Rankings, Scores
+from delineate.studies.processes import Ended, end_of, start
 from delineate.studies.specification import Study
 from delineate.training.lock import in_use
+
+_MOST_LOST = 4
+"""A run is repeated until it has lost this many workers: it may be what kills them, by its memory for example."""
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 
@@ -252,14 +255,6 @@ class StudyFolder:
             )
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a process ended: its exit status, and the most memory that it held (GB; 0 if not known)."""
-
-    code: int
-    peak_gb: float = 0.0
-
-
 class Launcher(Protocol):
     """Where the processes of a study run."""
 
@@ -279,23 +274,15 @@ class LocalProcesses:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, command: Sequence[str], log: Path) -> Ended:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            # In a session of its own: a Ctrl-C reaches it once, through us.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "delineate", *command],
-                stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-            with self.lock:
-                self.processes.add(process)
-                if self.stopping:
-                    process.send_signal(signal.SIGTERM)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            with self.lock:
-                self.processes.discard(process)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return Ended(process.returncode, usage.ru_maxrss * unit / 1e9)
+        process = start(command, log)
+        with self.lock:
+            self.processes.add(process)
+            if self.stopping:
+                process.send_signal(signal.SIGTERM)
+        ended = end_of(process)
+        with self.lock:
+            self.processes.discard(process)
+        return ended
 
     def stop(self) -> None:
         with self.lock:
@@ -324,17 +311,25 @@ def run_study(
     stopping = threading.Event()
 
     def one(run: PlannedRun, before: RunStatus) -> None:
-        # A run that a killed study left behind finishes by itself; the command below then finds it complete.
-        while in_use(folder.run(run.name)) and not stopping.wait(1.0):
-            pass
-        began = time.monotonic()
-        ended = launcher(_command(folder, run, data[run.data], options), folder.log(run.name))
+        log, began, lost = folder.log(run.name), time.monotonic(), 0
+        while True:
+            # A run that a killed study left behind finishes by itself; the command below then finds it complete.
+            while in_use(folder.run(run.name)) and not stopping.wait(1.0):
+                pass
+            ended = launcher(_command(folder, run, data[run.data], options), log)
+            if not ended.lost or stopping.is_set():
+                break
+            lost += 1
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"the worker of this run was lost{'; it is repeated elsewhere' * (lost < _MOST_LOST)}\n")
+            if lost == _MOST_LOST:
+                break
         stopped = stopping.is_set() or ended.code == 3
         state: State = "done" if ended.code == 0 else "stopped" if stopped else "failed"
         changes = {
             "state": state,
             "seconds": before.seconds + time.monotonic() - began,
-            "failure": _last_line(folder.log(run.name), ended.code) if state == "failed" else "",
+            "failure": _last_line(log, ended.code) if state == "failed" else "",
             "peak_gb": max(before.peak_gb, ended.peak_gb),
         }
         _change(run, before.model_copy(update=changes))
