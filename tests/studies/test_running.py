@@ -246,6 +246,32 @@ def test_a_run_whose_start_failed_is_not_tried_and_says_so(world: Path, monkeypa
     assert "lost-fold1-seed0 failed" in status.failure
 
 
+def test_a_plan_tells_time_and_memory_of_each_arm_and_goes_past_one_that_fails(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arms = {"plain": {}, "broken": {"set": ["training.batch_size=4096", "tiles.shape=[4096, 4096, 4096]"]}}
+    (world / "small.yaml").write_text(yaml.safe_dump({**STUDY, "arms": arms, "claims": []}))
+    before = sorted(world.rglob("*"))
+    plan = ["study", "plan", str(world / "small.yaml"), "--data", str(world / "data"), "--try", "--device", "cpu"]
+    done = CliRunner().invoke(app, [*plan, "--json"])
+    assert done.exit_code == 0, done.output
+    trials = {trial["arm"]: trial for trial in json.loads(done.stdout)["trials"]}
+    assert trials["plain"]["runs"] == 1
+    assert trials["plain"]["peak_gb"] > 0
+    assert trials["plain"]["expected_minutes"] > 0
+    assert "error" in trials["broken"]
+    assert [path for path in sorted(world.rglob("*")) if world / "home" not in (path, *path.parents)] == before
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "1000", "many", "1.5"])
+def test_a_number_of_jobs_that_is_none_is_refused(world: Path, jobs: str) -> None:
+    done = CliRunner().invoke(app, command(world, "out", "--jobs", jobs))
+    assert done.exit_code == 2
+    assert not (world / "out").exists()
+
+
 def test_a_folder_holds_one_study_and_nothing_of_somebody_elses(world: Path) -> None:
     (world / "taken").mkdir()
     (world / "taken" / "report.html").write_text("somebody's")

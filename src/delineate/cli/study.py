@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,10 +16,14 @@ if TYPE_CHECKING:
 
     from delineate.cli.terminal import Terminal
     from delineate.datasets.dataset import Dataset
+    from delineate.errors import DelineateError
     from delineate.recipe import Recipe
     from delineate.studies.planning import PlannedRun
     from delineate.studies.results import StudyResults
     from delineate.studies.specification import Size, Study
+    from delineate.studies.trials import Trial
+
+_MOST_JOBS = 256
 
 app = Commands(help="Run experiments of many trainings, and report the results.")
 
@@ -96,10 +101,10 @@ def plan(
     with TemporaryDirectory() as scratch:
         places = _places(chosen, data, phantom, known, Path(scratch))
         planned = plan_runs(chosen, known, _opened(chosen, beside, places), beside, final=final)
-        tried: list[dict[str, object]] = []
+        tried: list[dict[str, Any]] = []
         if trial:
             with Terminal() as terminal:
-                tried = _tried(planned.runs, places, device, terminal)
+                tried = _trial_rows(_tried(planned.runs, places, device, terminal), planned.runs)
     rows = [
         {
             "run": run.name,
@@ -130,9 +135,11 @@ def run(
     phantom: PhantomFlag = False,
     size: SizeOption = "quick",
     jobs: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            "--jobs", min=1, max=256, help="Run this many at a time (default: 1, or as many as a cluster has room for)."
+            "--jobs",
+            help="Run this many at a time, or auto: as many as memory and cores hold, by trial steps of each arm "
+            "(default: 1, or as many as a cluster has room for).",
         ),
     ] = None,
     only: Annotated[
@@ -179,7 +186,7 @@ def run(
     from delineate.cli.terminal import Terminal, print_json
     from delineate.compute import check_device, usable_cores
     from delineate.studies.conducting import conduct
-    from delineate.studies.planning import Plan
+    from delineate.studies.planning import Plan, plan_runs
     from delineate.studies.reporting import draw_pictures, write_study_report
     from delineate.studies.results import collect
     from delineate.studies.running import Launcher, LocalProcesses, RunStatus, StudyFolder
@@ -193,15 +200,19 @@ def run(
     chosen, beside = _load(study)
     folder = StudyFolder(out)
     folder.check()
-    known = _size(chosen, size)
+    known, at_once = _size(chosen, size), _jobs(jobs, cluster)
     with Terminal() as terminal, ExitStack() as stack:
         launcher: Launcher
         if cluster is None:
             places = _places(chosen, data, phantom, known, out / "data")
-            launcher, jobs = LocalProcesses(), jobs or 1
+            launcher = LocalProcesses()
+            if at_once is None:
+                first = plan_runs(chosen, known, _opened(chosen, beside, places), beside)
+                at_once = _room(_tried(first.runs, places, device, terminal))
+                terminal.say(f"runs at a time that this machine has room for: {at_once}")
             options = ["--device", device]
-            if jobs > 1:  # otherwise every process would use all cores
-                options += ["--threads", str(max(1, usable_cores() // jobs))]
+            if at_once > 1:  # otherwise every process would use all cores
+                options += ["--threads", str(max(1, usable_cores() // at_once))]
         else:
             from delineate.studies.cluster import RayCluster, Request, connected
 
@@ -212,7 +223,8 @@ def run(
             places = _places(chosen, data, phantom, known, folder.path / "data")
             places = {name: place.resolve() for name, place in places.items()}
             workers.check_folders(folder.path, tuple(places.values()))
-            launcher, jobs, options = workers, jobs or min(workers.room, 256), workers.options(device)
+            launcher, options = workers, workers.options(device)
+            at_once = at_once or min(workers.room, _MOST_JOBS)
             terminal.say(f"runs at a time that the cluster has room for: {workers.room}")
         datasets = _opened(chosen, beside, places)
         # A quick run is over before compiling its network has paid off.
@@ -242,7 +254,7 @@ def run(
                 beside=beside,
                 final=final,
                 only=only,
-                jobs=jobs,
+                jobs=at_once,
                 options=options,
                 on_plan=on_plan,
                 on_change=on_change,
@@ -348,33 +360,59 @@ def _opened(study: Study, beside: Path, places: dict[str, Path]) -> dict[str, Da
     return found
 
 
+def _jobs(text: str | None, cluster: str | None) -> int | None:
+    """How many runs at a time; None if it is still to be found out."""
+    if text == "auto" or (text is None and cluster is not None):
+        return None
+    if text is not None and not (text.isdecimal() and 1 <= int(text) <= _MOST_JOBS):
+        raise typer.BadParameter(f"--jobs takes auto or a number from 1 to {_MOST_JOBS}, not '{text[:40]}'")
+    return int(text or 1)
+
+
 def _tried(
     runs: Sequence[PlannedRun], places: dict[str, Path], device: str, terminal: Terminal
-) -> list[dict[str, object]]:
-    """Time and memory of each arm's trainings, from trial steps of the first; a failing trial stops no other."""
-    from dataclasses import asdict
-
+) -> dict[str, Trial | DelineateError]:
+    """What trial steps of each arm's first training took; a failing trial stops no other."""
     from delineate.errors import DelineateError
     from delineate.studies.trials import try_recipe
 
-    by_arm: dict[str, list[PlannedRun]] = {}
+    first: dict[str, PlannedRun] = {}
     for run in runs:
         if run.weights_of is None:
-            by_arm.setdefault(run.label, []).append(run)
-    found: list[dict[str, object]] = []
-    for done, (label, some) in enumerate(by_arm.items(), start=1):
-        first = some[0]
+            first.setdefault(run.label, run)
+    found: dict[str, Trial | DelineateError] = {}
+    for done, (label, run) in enumerate(first.items(), start=1):
         # The weights that it would start from are not there yet, and change neither time nor memory.
-        recipe = first.recipe.model_copy(update={"start": None})
-        row: dict[str, object] = {"arm": label, "runs": len(some)}
+        recipe = run.recipe.model_copy(update={"start": None})
         try:
-            row |= asdict(try_recipe(recipe, places[first.data], first.split, first.fold, device=device))
+            found[label] = try_recipe(recipe, places[run.data], run.split, run.fold, device=device)
         except DelineateError as error:
-            row["error"] = str(error)
+            found[label] = error
             terminal.say_failure(f"{label}: {error}")
-        found.append(row)
-        terminal.progress("trials", done, len(by_arm))
+        terminal.progress("trials", done, len(first))
     return found
+
+
+def _room(tried: dict[str, Trial | DelineateError]) -> int:
+    """How many runs fit into what is free of this machine's memory, and its cores, by trials of their arms."""
+    from delineate.compute import available_memory_bytes, usable_cores
+    from delineate.studies.trials import Trial, jobs_within
+
+    good = [trial for trial in tried.values() if isinstance(trial, Trial)]
+    return min(jobs_within(good, available_memory_bytes() / 1e9, usable_cores()), _MOST_JOBS)
+
+
+def _trial_rows(tried: dict[str, Trial | DelineateError], runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
+    """Plain values: of each arm its number of trainings, and the trial or the error."""
+    from dataclasses import asdict
+
+    from delineate.studies.trials import Trial
+
+    counts = Counter(run.label for run in runs if run.weights_of is None)
+    return [
+        {"arm": arm, "runs": counts[arm], **(asdict(found) if isinstance(found, Trial) else {"error": str(found)})}
+        for arm, found in tried.items()
+    ]
 
 
 def _print_trials(tried: list[dict[str, Any]]) -> None:
