@@ -35,9 +35,10 @@ OF_EXAMPLES = {("extending.md", "network.filters")}
 OF_OTHERS = {
     "--array", "--ntasks", "--time", "--gres", "--signal", "--repetitions", "--logdir", "--c", "--disable", "--verify",
     "--ml", "--roi", "--statistics", "--preview", "--fast",
+    "--head", "--address", "--disable-usage-stats", "--generate",
     "--rm", "--network", "--user", "--memory", "--cpuset-cpus", "--cpus", "--gpus",
 }  # fmt: skip
-"""Options of SLURM's, a benchmark's, TensorBoard's, nnU-Net's, TotalSegmentator's and Docker's."""
+"""Options of SLURM's, a benchmark's, TensorBoard's, nnU-Net's, TotalSegmentator's and Docker's, and ray's."""
 
 
 def literals(file: Path) -> Iterator[str]:

@@ -166,6 +166,20 @@ def test_a_claim_and_a_published_row_can_be_about_a_point_of_a_curve() -> None:
     assert estimate.mean == pytest.approx(0.7095)
 
 
+def test_the_effect_of_a_factor_is_averaged_over_the_combinations_of_the_others() -> None:
+    what = study(design={"kind": "cross_validation"}, factors={"E": ["training.seed=1"], "V": ["training.seed=2"]})
+    dice = {"base": 0.5, "E": 0.6, "V": 0.7, "E+V": 0.9}
+    every = {f"of_{i}": (run(arm), table(NAMES, value)) for i, (arm, value) in enumerate(dice.items())}
+    found = results(what, **every)
+    effects = {(effect.level, effect.other): effect.difference for effect in found.effects(what.parts[0])}
+    assert {name: round(d.mean, 6) for name, d in effects.items()} == {("E", "base"): 0.15, ("V", "base"): 0.25}
+    assert all(d.n == 20 for d in effects.values()), "a patient counts once"
+    [sentences] = found.findings().values()
+    assert "E instead of base changed Dice by 0.150 on average" in sentences[0]
+    every.pop("of_3")
+    assert results(what, **every).effects(what.parts[0]) == [], "not before every combination is done"
+
+
 def test_the_page_says_what_is_missing_and_where_scans_are_simulated(tmp_path: Path) -> None:
     found = results(study(), few=(run(count=5), table(NAMES, 0.7)), more=(run(count=10), table(NAMES, 0.8)))
     simulated = Evaluation(found.pooled["base 5"].table, simulated=True)

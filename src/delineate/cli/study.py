@@ -42,7 +42,7 @@ PhantomFlag = Annotated[
 
 
 Final = Annotated[
-    bool, typer.Option("--final", help="Test on the locked subjects: once, when everything else has been decided.")
+    bool, typer.Option("--final", help="Measure the locked subjects too: once, when everything else has been decided.")
 ]
 
 
@@ -154,7 +154,10 @@ def run(
         ),
     ] = None,
     cpus_a_run: Annotated[
-        int | None, typer.Option("--cpus-a-run", min=1, max=1024, help="CPUs for each run on a cluster (default: 1).")
+        int | None,
+        typer.Option(
+            "--cpus-a-run", min=1, max=1024, help="Use this many CPUs for each run on a cluster (default: 1)."
+        ),
     ] = None,
     gpus_a_run: Annotated[
         float | None,
@@ -162,7 +165,7 @@ def run(
             "--gpus-a-run",
             min=0,
             max=64,
-            help="GPUs for each run on a cluster, such as 0.5 (default: 1, or 0 if it has none).",
+            help="Use this many GPUs for each run on a cluster, such as 0.5 (default: 1, or 0 if it has none).",
         ),
     ] = None,
     memory_gb_a_run: Annotated[
@@ -171,7 +174,7 @@ def run(
             "--memory-gb-a-run",
             min=0,
             max=10_000,
-            help="Memory for each run on a cluster, in GB (default: 0).",
+            help="Hold this much memory for each run on a cluster, in GB (default: 0).",
         ),
     ] = None,
     json: Json = False,

@@ -209,8 +209,8 @@ class StudyResults:
             found[curves[gain.curve]].append(str(gain))
         for stage in self.study.parts:
             place = stage.name, self.study.data_of(stage, Arm())
-            if stage.combine == "all" and place in found:
-                found[place] += map(str, self._effects(stage))
+            if place in found:
+                found[place] += map(str, self.effects(stage))
         for place, arms in self._arms_at_most().items():
             differences = self._compared(arms)
             if differences and all(one.difference.too_few for one in differences):
@@ -231,11 +231,8 @@ class StudyResults:
         except DatasetError:  # the arms share no subjects so far, or no targets
             return []
 
-    def effects(self) -> list[Effect]:
-        """What each factor of a stage with all combinations changes."""
-        return [effect for stage in self.study.parts if stage.combine == "all" for effect in self._effects(stage)]
-
-    def _effects(self, stage: Stage) -> list[Effect]:
+    def effects(self, stage: Stage) -> list[Effect]:
+        """What each factor of a stage with all combinations changes, once all of their runs are done."""
         metric, found = self.study.metric, []
         for one, other, pairs in stage.opposites():
             tables = [
