@@ -38,7 +38,7 @@ OF_OTHERS = {
     "--head", "--address", "--disable-usage-stats", "--generate",
     "--rm", "--network", "--user", "--memory", "--cpuset-cpus", "--cpus", "--gpus",
 }  # fmt: skip
-"""Options of SLURM's, a benchmark's, TensorBoard's, nnU-Net's, TotalSegmentator's and Docker's, and ray's."""
+"""Options of SLURM's, a benchmark's, TensorBoard's, nnU-Net's, TotalSegmentator's, ray's and Docker's."""
 
 
 def literals(file: Path) -> Iterator[str]:
