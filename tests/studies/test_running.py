@@ -198,7 +198,13 @@ def test_a_study_chooses_transfers_tests_elsewhere_and_looks_at_the_locked_subje
     assert set(final.split.held_out(0)) == locked
     assert set(read_subjects(folder, final.name)) == locked
     page = (world / "out" / "report.html").read_text(encoding="utf-8")
-    for text in ("Nobody 1900", "parameters, here", "Transfer learns faster.", "data:image/webp", "final"):
+    for text in (
+        "Nobody 1900",
+        "parameters, here",
+        "Transfer learns faster.",
+        "data:image/webp",
+        "The locked test began on",
+    ):
         assert text in page, text
     again = CliRunner().invoke(app, [*run, "--final"])
     assert isinstance(again.exception, StudyError)

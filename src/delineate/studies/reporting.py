@@ -20,7 +20,7 @@ from delineate.reporting.overlays import comparison_picture
 from delineate.studies.measures import MEASURES
 from delineate.studies.planning import PlannedRun
 from delineate.studies.results import StudyResults
-from delineate.studies.running import StudyFolder
+from delineate.studies.running import FINAL, FinalTest, StudyFolder
 from delineate.studies.specification import LearningCurve, Published
 
 _UNEQUAL = 1.1
@@ -128,7 +128,7 @@ def _page(results: StudyResults, folder: Path, size: str, data_sets: Mapping[str
         title=study.name,
         description=study.question,
         simulated=results.simulated,
-        notes=_notes(results, size, data_sets),
+        notes=[*_notes(results, size, data_sets), *_final(folder)],
         deviations=_deviations(results),
         metric=study.metric,
         sections=[_section(results, folder, *place, runs) for place, runs in _places(results).items()],
@@ -241,6 +241,13 @@ def _notes(results: StudyResults, size: str, data_sets: Mapping[str, str]) -> li
     if results.simulated:
         notes.append("The scans are simulated: nothing here reproduces, or contradicts, a published result.")
     return notes
+
+
+def _final(folder: Path) -> list[str]:
+    """When the locked subjects were looked at."""
+    if not (folder / FINAL).exists():
+        return []
+    return [f"The locked test began on {FinalTest.read(folder / FINAL).began:%Y-%m-%d}; it is done once."]
 
 
 def _deviations(results: StudyResults) -> list[str]:
