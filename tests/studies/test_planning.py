@@ -158,6 +158,7 @@ def test_a_packaged_study_has_both_sizes_and_plans_different_runs(name: str) -> 
     packaged = load_study(name)
     assert packaged.name == name
     assert set(packaged.sizes) == {"quick", "paper"}
+    assert all(claim.text.endswith(".") for claim in packaged.claims), "sentences, before what we found"
     moved = [stage.design for stage in packaged.parts if isinstance(stage.design, MovedSubjects)]
     sites = {"A": moved[0].source or "A", "B": moved[0].target or "B"} if moved else {"A": "A", "B": "B"}
     people = dataset(*(replace(one, site=sites[one.site]) for one in subjects(110, 110)))
