@@ -174,7 +174,7 @@ def test_the_effect_of_a_factor_is_averaged_over_the_combinations_of_the_others(
     effects = {(effect.level, effect.other): effect.difference for effect in found.effects(what.parts[0])}
     assert {name: round(d.mean, 6) for name, d in effects.items()} == {("E", "base"): 0.15, ("V", "base"): 0.25}
     assert all(d.n == 20 for d in effects.values()), "a patient counts once"
-    [sentences] = found.findings().values()
+    [sentences] = found.findings.values()
     assert "E instead of base changed Dice by 0.150 on average" in sentences[0]
     every.pop("of_3")
     assert results(what, **every).effects(what.parts[0]) == [], "not before every combination is done"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delineate import bundle as contents
-from delineate.api.bundle import Bundle, load
 from delineate.api.progress import Cancel, Progress, Say, check
-from delineate.api.training import Changes, as_texts, reporter
+from delineate.api.training import Changes, InFolder, as_texts, reporter
 from delineate.compute import Compile, Precision
 from delineate.datasets.dataset import Dataset
 from delineate.evaluation.change import Change
@@ -24,7 +22,7 @@ __all__ = ["Adaptation", "adapt"]
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class Adaptation(InFolder):
     """An adapted bundle in ``folder``, and what adapting it gained and cost.
 
     ``share`` is that of the fine-tuned weights in the average with the original ones. ``gain`` compares new scans
@@ -39,20 +37,6 @@ class Adaptation:
     forgetting: Change | None = None
     notes: tuple[str, ...] = ()
     stopped: Stop | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.stopped is None
-
-    @property
-    def report(self) -> Path:
-        """The report page, once the adaptation is finished."""
-        return self.folder / "report.html"
-
-    @cached_property
-    def bundle(self) -> Bundle:
-        """The adapted bundle, ready to predict."""
-        return load(self.folder / "bundle")
 
 
 def adapt(

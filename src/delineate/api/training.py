@@ -32,8 +32,29 @@ Changes = Mapping[str, Any] | Sequence[str]
 """``{"training.batch_size": 4}``, or ``["training.batch_size=4"]`` as on the command line."""
 
 
+class InFolder:
+    """What the result of a training offers, in whichever folder it is."""
+
+    folder: Path
+    stopped: Stop | None
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped is None
+
+    @property
+    def report(self) -> Path:
+        """The report page, once it is finished."""
+        return self.folder / "report.html"
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        """The trained bundle, ready to predict."""
+        return load(self.folder / "bundle")
+
+
 @dataclass(frozen=True)
-class Run:
+class Run(InFolder):
     """A training run: its ``folder``, the ``steps`` done, and the ``evaluation`` of its held-out subjects.
 
     ``stopped`` says why it ended early; call :func:`train` again to resume it.
@@ -43,20 +64,6 @@ class Run:
     steps: int
     evaluation: Evaluation | None = None
     stopped: Stop | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.stopped is None
-
-    @property
-    def report(self) -> Path:
-        """The report page, once the run is finished."""
-        return self.folder / "report.html"
-
-    @cached_property
-    def bundle(self) -> Bundle:
-        """The best weights, ready to predict."""
-        return load(self.folder / "bundle")
 
 
 def train(

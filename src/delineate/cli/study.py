@@ -460,7 +460,7 @@ def _print(results: StudyResults, page: Path) -> None:
             rows.append([group, formatted(metric, estimate.mean), f"{low} to {high}", str(estimate.patients)])
     if rows:
         print_table(metric, ["runs", "mean", "95 % interval", "patients"], rows)
-    for lines in results.findings().values():
+    for lines in results.findings.values():
         for line in lines:
             typer.echo(line)
     typer.echo(f"{results.done} of {len(results.runs)} runs are done; report  {page}")

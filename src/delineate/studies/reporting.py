@@ -160,7 +160,7 @@ def _section(results: StudyResults, folder: Path, stage: str, data: str, runs: l
     return StudySection(
         title=f"{stage}, {data}" if several else stage,
         evaluations={group: results.pooled[group] for group in groups},
-        findings=results.findings()[stage, data],
+        findings=results.findings[stage, data],
         curves=curves,
         axis=_axis(results),
         losses=_mean_curves(results, runs, "smoothed"),

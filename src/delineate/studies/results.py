@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from math import isnan
 from typing import Literal
@@ -197,8 +198,9 @@ class StudyResults:
 
     def differences(self) -> list[MethodDifference]:
         """Arms of a stage against each other; along curves, at their largest count. Empty with fewer than two."""
-        return [found for arms in self._arms_at_most().values() for found in self._compared(arms)]
+        return [difference for found in self._compared.values() for difference in found]
 
+    @cached_property
     def findings(self) -> dict[tuple[str, str], list[str]]:
         """What is found in words, by stage and data set: gains, effects of factors, differences between arms."""
         found: dict[tuple[str, str], list[str]] = {(run.stage, run.data): [] for run in self.runs}
@@ -211,8 +213,8 @@ class StudyResults:
             place = stage.name, self.study.data_of(stage, Arm())
             if place in found:
                 found[place] += map(str, self.effects(stage))
-        for place, arms in self._arms_at_most().items():
-            differences = self._compared(arms)
+        for place, differences in self._compared.items():
+            arms = {name for one in differences for name in (one.first, one.second)}
             if differences and all(one.difference.too_few for one in differences):
                 d = differences[0].difference
                 found[place].append(
@@ -223,13 +225,17 @@ class StudyResults:
                 found[place] += map(str, differences)
         return found
 
-    def _compared(self, arms: Mapping[str, Evaluation]) -> list[MethodDifference]:
-        if len(arms) < 2:
-            return []
-        try:
-            return compare_methods(_on_common_targets(arms), [self.study.metric])
-        except DatasetError:  # the arms share no subjects so far, or no targets
-            return []
+    @cached_property
+    def _compared(self) -> dict[tuple[str, str], list[MethodDifference]]:
+        """By stage and data set: every pair of arms. Many arms make many resamplings, so this is done once."""
+        found: dict[tuple[str, str], list[MethodDifference]] = {}
+        for place, arms in self._arms_at_most().items():
+            try:
+                many = len(arms) > 1
+                found[place] = compare_methods(_on_common_targets(arms), [self.study.metric]) if many else []
+            except DatasetError:  # the arms share no subjects so far, or no targets
+                found[place] = []
+        return found
 
     def effects(self, stage: Stage) -> list[Effect]:
         """What each factor of a stage with all combinations changes, once all of their runs are done."""
