@@ -39,6 +39,19 @@
      ├── StudyError                  E_STUDY       a study is not valid, or does not fit the data
      ├── ClusterError                E_CLUSTER     a cluster cannot be reached, or cannot run a study
      ├── OutputError                 E_OUTPUT      a result cannot be written
+     ├── ServingError                a server and its clients
+     │    ├── ProtocolError            E_PROTOCOL
+     │    ├── NotIntroduced            E_HELLO
+     │    ├── VersionError             E_VERSION
+     │    ├── Unreachable              E_UNREACHABLE
+     │    ├── Denied                   E_DENIED
+     │    ├── Busy                     E_BUSY
+     │    ├── Conflict                 E_CONFLICT
+     │    ├── UnknownJob               E_UNKNOWN_JOB
+     │    ├── UnknownModel             E_UNKNOWN_MODEL
+     │    ├── Quarantined              E_QUARANTINED
+     │    ├── WorkerFailed             E_WORKER
+     │    └── DeadlinePassed           E_DEADLINE
      └── Cancelled                   E_CANCELLED   the caller cancelled it
 
 Each says what is wrong and what was found (``message``), and what to do about it (``fix``).
@@ -301,3 +314,93 @@ class Cancelled(DelineateError):
     """The caller's cancel token was set; nothing is left half written."""
 
     code = "E_CANCELLED"
+
+
+class ServingError(DelineateError):
+    """A server cannot do what a client asked for."""
+
+    code = "E_SERVING"
+
+
+class ProtocolError(ServingError):
+    """A message is not one of ``delineate/1``."""
+
+    code = "E_PROTOCOL"
+
+
+class NotIntroduced(ServingError):
+    """A connection has not said HELLO, or said it to a server that has restarted since."""
+
+    code = "E_HELLO"
+
+
+class VersionError(ServingError):
+    """Client and server have no version of the protocol in common."""
+
+    code = "E_VERSION"
+
+
+class Unreachable(ServingError):
+    """No server answers at an address."""
+
+    code = "E_UNREACHABLE"
+
+
+class Denied(ServingError):
+    """A key or a token does not allow this."""
+
+    code = "E_DENIED"
+
+
+class Busy(ServingError):
+    """The server's queue or its disk is full; try again later."""
+
+    code = "E_BUSY"
+
+
+class Conflict(ServingError):
+    """A job of this id has another content."""
+
+    code = "E_CONFLICT"
+
+
+class UnknownJob(ServingError):
+    """The server has no such job of this client."""
+
+    code = "E_UNKNOWN_JOB"
+
+
+class UnknownModel(ServingError):
+    """The server has no such model."""
+
+    code = "E_UNKNOWN_MODEL"
+
+
+class Quarantined(ServingError):
+    """A job has ended two workers, and is not tried again."""
+
+    code = "E_QUARANTINED"
+
+
+class WorkerFailed(ServingError):
+    """A worker failed in a way that is not the scan's fault."""
+
+    code = "E_WORKER"
+
+
+class DeadlinePassed(ServingError):
+    """A job took longer than its deadline."""
+
+    code = "E_DEADLINE"
+
+
+def error_of(code: str, message: str, fix: str = "") -> DelineateError:
+    """The error of a code, as it came from another process; one of this code's own if it is not known here."""
+    above: list[type[DelineateError]] = [DelineateError]
+    for kind in above:  # grows while it is walked
+        if kind.code == code:
+            return kind(message, fix)
+        above += kind.__subclasses__()
+    error = ServingError(message, fix)
+    error.code = code
+    return error

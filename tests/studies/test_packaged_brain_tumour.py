@@ -10,7 +10,8 @@ from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.recipe import Recipe, load_recipe
 from delineate.sampling.tiles import geometry_for
-from delineate.studies.planning import PlannedRun, plan_runs
+from delineate.studies.designs import PlannedRun
+from delineate.studies.planning import plan_runs
 from delineate.studies.specification import load_study
 
 STUDY = load_study("brain-tumour-minicubes")

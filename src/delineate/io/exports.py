@@ -116,13 +116,14 @@ def export_label(
     for file in written:
         if file.suffix == ".json":
             with writing_beside(file) as beside:
-                beside.write_text(json.dumps(_sidecar(label, targets) | dict(about or {}), indent=2) + "\n")
+                beside.write_text(json.dumps(sidecar_of(label, targets) | dict(about or {}), indent=2) + "\n")
         else:
             write_label(file, label, like=source)
     return written
 
 
-def _sidecar(label: LabelVolume, targets: Targets) -> dict[str, Any]:
+def sidecar_of(label: LabelVolume, targets: Targets) -> dict[str, Any]:
+    """What a label's format may not hold: its affine and shape, and the targets with their values and volumes."""
     voxel_ml = label.grid.voxel_ml
     volumes = {name: int(np.count_nonzero(m)) * voxel_ml for name, m in targets.masks(label.voxels).items()}
     return {

@@ -188,10 +188,10 @@ def writing_beside(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        _to_disk(beside)
+        sync_to_disk(beside)
         beside.replace(path)
         if os.name == "posix":  # elsewhere folders cannot be opened
-            _to_disk(path.parent)
+            sync_to_disk(path.parent)
     except OSError as error:
         raise _refused(path, error) from error
     finally:
@@ -239,7 +239,8 @@ def _refused(path: Path, reason: OSError) -> OutputError:
     return OutputError(f"'{path}' cannot be written: {reason.strerror or reason}", fix=fix)
 
 
-def _to_disk(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -17,8 +17,8 @@ from delineate.io.tables import write_table
 from delineate.metrics.statistics import Estimate
 from delineate.reporting.html import StudyReport, StudySection, write_report
 from delineate.reporting.overlays import comparison_picture
+from delineate.studies.designs import PlannedRun
 from delineate.studies.measures import MEASURES
-from delineate.studies.planning import PlannedRun
 from delineate.studies.results import StudyResults
 from delineate.studies.running import FINAL, FinalTest, StudyFolder
 from delineate.studies.specification import LearningCurve, Published
