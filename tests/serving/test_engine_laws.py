@@ -197,6 +197,12 @@ class Serving(RuleBasedStateMachine):
         self.payloads = [one.payload for one in found]
         return found[0].message
 
+    def tell(self, hand: Hand, message: Message, payload: bytes = b"") -> list[Answer]:
+        """A worker's message; it says HELLO first if it is not known."""
+        if hand.peer.id not in self.engine._connections:
+            self.greet(self.hands.index(hand), True)
+        return self.deliver(hand.peer, message, payload)
+
     def killed(self) -> None:
         self.stop()
         self.start()
@@ -374,7 +380,7 @@ class Serving(RuleBasedStateMachine):
         hand = self.hands[number]
         self.lane = lane
         before = set(hand.held)
-        self.deliver(hand.peer, Take(lane=lane))
+        self.tell(hand, Take(lane=lane))
         for lease in set(hand.held) - before if undelivered else ():
             try:
                 self.engine.unsent(hand.peer.id, hand.held.pop(lease), self.now)
@@ -384,19 +390,17 @@ class Serving(RuleBasedStateMachine):
     @rule(number=st.integers(0, 2), stage=st.sampled_from(["decode", "segment"]))
     def report(self, number, stage) -> None:
         hand = self.hands[number]
-        self.deliver(hand.peer, Ping())
+        self.tell(hand, Ping())
         for lease in list(hand.held):
-            self.deliver(hand.peer, Report(lease=lease, stage=stage, fraction=0.5))
+            self.tell(hand, Report(lease=lease, stage=stage, fraction=0.5))
 
     @rule(number=st.integers(0, 2))
     def work(self, number) -> None:
         """As a good worker does."""
         hand = self.hands[number]
-        if hand.peer.id not in self.engine._connections:
-            self.greet(number, True)
         self.take(number, "any", False)
         for lease, work in list(hand.held.items()):
-            self.deliver(hand.peer, Report(lease=lease, stage="segment", fraction=0.5))
+            self.tell(hand, Report(lease=lease, stage="segment", fraction=0.5))
             self.write(hand, lease, work)
             hand.held.pop(lease, None)
 
@@ -413,7 +417,7 @@ class Serving(RuleBasedStateMachine):
     def fail(self, data, released) -> None:
         hand, lease, _ = data.draw(self.any_work())
         problem = None if released else Problem("E_FORMAT", f"attempt {lease}")
-        self.deliver(hand.peer, Fail(lease=lease, problem=problem, released=released))
+        self.tell(hand, Fail(lease=lease, problem=problem, released=released))
         hand.held.pop(lease, None)
 
     def write(self, hand: Hand, lease: str, work: Work) -> None:
@@ -430,19 +434,19 @@ class Serving(RuleBasedStateMachine):
             return
         parts = []
         for index, part in enumerate(work.parts):
-            answers = self.deliver(hand.peer, Fetch(lease=lease, part=index))
+            answers = self.tell(hand, Fetch(lease=lease, part=index))
             parts += [one.payload for one in answers if isinstance(one.message, Data)]
             if len(parts) <= index or len(parts[index]) != part.size:
                 return
         result = b"|".join([lease.encode(), *parts])
         for offset in range(0, len(result), 40):
             piece = result[offset : offset + 40]
-            self.deliver(hand.peer, Chunk(lease=lease, output="label.vtk", offset=offset), piece)
+            self.tell(hand, Chunk(lease=lease, output="label.vtk", offset=offset), piece)
         self.hand_in(hand, lease, result)
 
     def hand_in(self, hand: Hand, lease: str, result: bytes) -> None:
         output = Output("label.vtk", len(result), hashlib.sha256(result).hexdigest())
-        self.deliver(hand.peer, Done(lease=lease, outputs=(output,), seconds={"infer": 1.0, "wait": 0.1}))
+        self.tell(hand, Done(lease=lease, outputs=(output,), seconds={"infer": 1.0, "wait": 0.1}))
 
     # What time and death do
 
