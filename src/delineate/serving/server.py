@@ -34,7 +34,7 @@ from delineate.errors import DelineateError, RunInUse, ServingError, error_of
 from delineate.io.files import writing_beside
 from delineate.serving.engine import Engine, Limits
 from delineate.serving.front_door import FrontDoor, check_bind
-from delineate.serving.keys import new_server_keys, read_server_keys, write_key
+from delineate.serving.keys import read_server_keys
 from delineate.serving.models import changed, offered
 from delineate.serving.spool import Spool
 from delineate.serving.store import Store
@@ -95,11 +95,12 @@ class Settings:
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Where a running server listens."""
+    """Where a running server listens, and whether it does without keys."""
 
     zmq: str
     http: str
     pid: int
+    plain: bool = False
 
 
 def read_address(state: Path) -> Address:
@@ -118,7 +119,9 @@ def prepare(settings: Settings) -> None:
         raise ServingError(f"'{settings.socket}' is too long for a socket's name", fix="choose a shorter --state")
     settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not settings.keys.exists():
-        write_key(settings.keys, new_server_keys())
+        from delineate.serving.places import make_keys  # imports this module
+
+        make_keys(settings.state, settings.bind)
     read_server_keys(settings.keys)
 
 
@@ -263,7 +266,7 @@ def _front_door(settings: Settings) -> None:
     keys = None if settings.plain else settings.keys
     door = FrontDoor(engine, settings.socket, bind=settings.bind, keys=keys, refresh=refresh)
     _with_parent(door.stop)
-    address = Address(door.address, settings.http, os.getppid())
+    address = Address(door.address, settings.http, os.getppid(), settings.plain)
     with writing_beside(settings.address) as beside:
         beside.write_bytes(msgspec.json.encode(address))
     try:
