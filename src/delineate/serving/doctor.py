@@ -165,10 +165,6 @@ def _port(bind: str) -> Finding:
 
 def _running(state: Path, address: Address) -> Finding:
     """How the front door says that the server is, asked through its own socket."""
-    if not _alive(address.pid):
-        return Finding(
-            "server", "wrong", f"it ended without notice (process {address.pid})", "start it again; see its log"
-        )
     figures = _figures(Settings(state).socket)
     jobs = ", ".join(f"{figures.figures.get(f'jobs {state}', 0):.0f} {state}" for state in ("queued", "running"))
     models = ", ".join(model.name for model in figures.models) or "none"
@@ -178,16 +174,6 @@ def _running(state: Path, address: Address) -> Finding:
     workers = figures.figures.get("workers", 0)
     why = "no worker is there" if not workers else "it has no model, or is stopping"
     return Finding("server", "wrong", f"{found}; not ready: {why}", "wait a minute; else see the server's log")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def _figures(door: Path) -> Figures:
