@@ -72,6 +72,7 @@ from .protocol import (
     Part,
     Ping,
     Progress,
+    Role,
     Status,
     Welcome,
     decode,
@@ -158,6 +159,7 @@ class _Talks:
 
     def __init__(self, name: str, address: str) -> None:
         self.name, self.address = name, address
+        self.role: Role = "client"
         self.welcome: Welcome | None = None
         self._ids = 0
 
@@ -189,7 +191,7 @@ class _Talks:
             rest = min(2 * rest, _LONGEST_WAIT_S)
 
     def _hello(self) -> _Talk[None]:
-        answer, _ = yield from self.ask(Hello(versions=(VERSION,), client=self.name))
+        answer, _ = yield from self.ask(Hello(versions=(VERSION,), client=self.name, role=self.role))
         if not isinstance(answer, Welcome):
             raise ServingError(f"{self.address} answers HELLO with {type(answer).__name__.upper()}")
         self.welcome = answer

@@ -21,6 +21,7 @@ from delineate.errors import (
     NotIntroduced,
     OutputError,
     ProtocolError,
+    TooLarge,
     UnknownJob,
     UnknownModel,
     VersionError,
@@ -76,6 +77,9 @@ from delineate.serving.protocol import (
 )
 from delineate.serving.spool import Spool, job_key
 from delineate.serving.store import Store
+
+STAGE_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, float("inf"))
+"""Bounds by which the seconds of stages are counted."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class Engine:
         self.store, self.spool, self.limits, self.name = store, spool, limits, name
         self.models: Mapping[str, Model] = {}
         self.draining = False
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float] = {}
         self._jobs = {job.key: job for job in store.unfinished()}
         self._leases = {job.lease: job.key for job in self._jobs.values() if job.lease}
         self._connections: dict[bytes, _Connection] = {}
@@ -352,8 +356,8 @@ class Engine:
             )
         size = sum(part.size for part in message.parts)
         if size > self.limits.job_bytes:
-            raise ProtocolError(
-                f"a job of {size:,} bytes; at most {self.limits.job_bytes:,}", fix="send fewer or smaller files"
+            raise TooLarge(
+                f"the scan has {size:,} bytes; at most {self.limits.job_bytes:,}", fix="send fewer or smaller files"
             )
         self._check_room(size, now)
         job = Job(
@@ -457,6 +461,7 @@ class Engine:
                     job, Finished(now=now, lease=lease, outputs=message.outputs, seconds=message.seconds)
                 )
                 self._learn(done, now)
+                self._measure(message.seconds)
                 yield Answer(to, Ack(lease=lease, re=message.id))
             case Fail():
                 if message.released or message.problem is None:
@@ -581,6 +586,13 @@ class Engine:
         before = self._pace.get(job.model_sha256, pace)
         self._pace[job.model_sha256] = 0.8 * before + 0.2 * pace
 
+    def _measure(self, seconds: Mapping[str, float]) -> None:
+        """Count what the stages of a job took, for a histogram: how many took at most so long, and their sum."""
+        for stage, took in seconds.items():
+            for most in STAGE_SECONDS:
+                self._count(f"stage {stage} {most:g}", float(took <= most))
+            self._count(f"stage {stage} sum", took)
+
     def _retry_after(self) -> float:
         """When it may be worth asking again: when about one job more will be done."""
         running = [job for job in self._jobs.values() if job.state == "running"]
@@ -649,7 +661,7 @@ class Engine:
                 if job.over:
                     del connection.watched[key]
 
-    def _count(self, what: str, by: int = 1) -> None:
+    def _count(self, what: str, by: float = 1) -> None:
         self.counts[what] = self.counts.get(what, 0) + by
 
     @property
@@ -674,7 +686,10 @@ class Engine:
         return sum(1 for connection in self._connections.values() if connection.role == "worker")
 
     def figures(self) -> dict[str, float]:
-        """Figures for monitoring: counters since the start, and what there is now."""
+        """Figures for monitoring: counters since the start, and what there is now.
+
+        A name is what is counted, or one word for it and then which: ``workers``, ``jobs queued``, ``refused E_BUSY``.
+        """
         by_state = {f"jobs {state}": 0.0 for state in ("receiving", "queued", "running")}
         for job in self._jobs.values():
             by_state[f"jobs {job.state}"] += 1
