@@ -562,7 +562,9 @@ class Client(_Talker):
 
     def _disconnect(self) -> None:
         if self._socket is not None:
+            assert self._monitor is not None
             self._socket.disable_monitor()
+            self._monitor.close(0)
             self._socket.close(0)
             self._socket = self._monitor = None
 
@@ -698,7 +700,9 @@ class AsyncClient(_Talker):
 
     def _disconnect(self) -> None:
         if self._socket is not None:
+            assert self._monitor is not None
             self._socket.disable_monitor()
+            self._monitor.close(0)
             self._socket.close(0)
             self._socket = self._monitor = None
 

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -122,6 +124,26 @@ def prepare(settings: Settings) -> None:
     read_server_keys(settings.keys)
 
 
+def listen(address: str, *, plain: bool) -> socket.socket:
+    """A socket that listens for HTTP. Raises :class:`ServingError`; without keys it may be on loopback only."""
+    host, _, port = address.rpartition(":")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+        raise ServingError(f"'{address}' is not an address", fix="give one like 127.0.0.1:8042")
+    check_bind(f"tcp://{address}", plain=plain)
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), int(port)), family=family, backlog=128)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ServingError(f"{address} cannot be used: {reason}", fix="choose another port or address") from error
+
+
+def _named(listener: socket.socket) -> str:
+    """The address that a socket has."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Server:
     """Starts the processes of a server, and starts those again that end."""
 
@@ -153,11 +175,15 @@ class Server:
             signal.signal(signal.SIGINT, terminate)
         settings.address.unlink(missing_ok=True)
         self._publish(first=True)
+        listener = None
+        if settings.http:  # bound here, so that connections wait while a gateway is started again
+            listener = listen(settings.http, plain=settings.plain)
+            settings = replace(settings, http=_named(listener))
         self._children["front door"] = _Child("front door", _front_door, (settings,))
         for number in range(settings.workers):
             self._children[f"worker {number}"] = _Child(f"worker {number}", _worker, (settings, f"worker{number}"))
-        if settings.http:
-            self._children["gateway"] = _Child("gateway", _gateway, (settings,))
+        if listener is not None:
+            self._children["gateway"] = _Child("gateway", _gateway, (settings, listener))
         told = False
         try:
             while not self._stopping:
@@ -171,6 +197,8 @@ class Server:
                 time.sleep(_LOOK_S)
         finally:
             self._end()
+            if listener is not None:
+                listener.close()
 
     def _publish(self, *, first: bool = False) -> None:
         """Offer the bundles as they are now. Raises what is wrong with them, the first time."""
@@ -288,11 +316,13 @@ def _worker(settings: Settings, name: str) -> None:
     worker.run()
 
 
-def _gateway(settings: Settings) -> None:
+def _gateway(settings: Settings, listener: socket.socket) -> None:
     _begin_process()
-    from delineate.serving.http import run_gateway
+    from delineate.serving.http.gateway import Gateway
 
-    run_gateway(settings)
+    gateway = Gateway(settings, listener)
+    _with_parent(gateway.stop)
+    gateway.run()
 
 
 def _publish(bundles: dict[str, Path], models: Path, queue: Any) -> None:
