@@ -29,7 +29,7 @@ from zmq.utils.monitor import recv_monitor_message
 from delineate.errors import ProtocolError, ServingError
 from delineate.serving.engine import Answer, Engine, Peer
 from delineate.serving.keys import ServerKeys, read_server_keys
-from delineate.serving.protocol import CREDIT, MOST_JSON, MOST_PAYLOAD, Err, Problem, decode, encode
+from delineate.serving.protocol import CREDIT, MOST_JSON, MOST_PAYLOAD, Err, Problem, Work, decode, encode
 
 _LOG = logging.getLogger("delineate.serving")
 
@@ -227,10 +227,12 @@ class FrontDoor:
                 door.socket.send_multipart([to[1:], *encode(message, payload)], zmq.NOBLOCK)
             except zmq.Again:
                 self._count("not sent: the peer does not read")
+                if isinstance(message, Work):
+                    self.engine.unsent(to, message, time.time())
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
-                self.engine.gone(to)
+                self.engine.unsent(to, message, time.time())
 
     def _drop(self, door: _Door, peer: Peer, descriptor: int | None, error: ProtocolError) -> None:
         """Close the connection of somebody who does not speak the protocol, after telling them so."""

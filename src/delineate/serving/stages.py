@@ -191,6 +191,7 @@ def _scan(folder: Path, *, mapped: bool = True) -> Volume:
 def _described(path: Path) -> Output:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())  # here, so that the front door need not wait for it
     return Output(path.name, path.stat().st_size, digest)
 
 
