@@ -321,8 +321,10 @@ class _Talker:
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             raise Denied(f"{self.address} does not know this key", fix="ask who runs it to add it: delineate keys add")
         elif event in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
-            self._refusals += 1  # a server that is being stopped does so, too, but not again and again
-            if self._refusals >= _REFUSALS:
+            # A server that is being stopped breaks off, too, but not again and again; after an error of the
+            # protocol, libzmq does not try again by itself.
+            self._refusals += 1
+            if self._refusals >= _REFUSALS or event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 have = "the server may have another key than the file says" if self._key else "it may want a key"
                 raise Denied(f"{self.address} refuses the connection: {have}", fix="ask who runs it for a key file")
 
@@ -559,8 +561,9 @@ class Client(_Talker):
         return self._socket
 
     def _disconnect(self) -> None:
-        if self._socket is not None:
+        if self._socket is not None and self._monitor is not None:
             self._socket.disable_monitor()
+            self._monitor.close(0)
             self._socket.close(0)
             self._socket = self._monitor = None
 
@@ -695,8 +698,9 @@ class AsyncClient(_Talker):
         return self._socket
 
     def _disconnect(self) -> None:
-        if self._socket is not None:
+        if self._socket is not None and self._monitor is not None:
             self._socket.disable_monitor()
+            self._monitor.close(0)
             self._socket.close(0)
             self._socket = self._monitor = None
 
