@@ -72,7 +72,6 @@ from .protocol import (
     Part,
     Ping,
     Progress,
-    Role,
     Status,
     Welcome,
     decode,
@@ -159,7 +158,6 @@ class _Talks:
 
     def __init__(self, name: str, address: str) -> None:
         self.name, self.address = name, address
-        self.role: Role = "client"
         self.welcome: Welcome | None = None
         self._ids = 0
 
@@ -191,7 +189,7 @@ class _Talks:
             rest = min(2 * rest, _LONGEST_WAIT_S)
 
     def _hello(self) -> _Talk[None]:
-        answer, _ = yield from self.ask(Hello(versions=(VERSION,), client=self.name, role=self.role))
+        answer, _ = yield from self.ask(Hello(versions=(VERSION,), client=self.name))
         if not isinstance(answer, Welcome):
             raise ServingError(f"{self.address} answers HELLO with {type(answer).__name__.upper()}")
         self.welcome = answer
@@ -323,8 +321,10 @@ class _Talker:
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             raise Denied(f"{self.address} does not know this key", fix="ask who runs it to add it: delineate keys add")
         elif event in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
-            self._refusals += 1  # a server that is being stopped does so, too, but not again and again
-            if self._refusals >= _REFUSALS:
+            # A server that is being stopped breaks off, too, but not again and again; after an error of the
+            # protocol, libzmq does not try again by itself.
+            self._refusals += 1
+            if self._refusals >= _REFUSALS or event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 have = "the server may have another key than the file says" if self._key else "it may want a key"
                 raise Denied(f"{self.address} refuses the connection: {have}", fix="ask who runs it for a key file")
 
@@ -561,8 +561,7 @@ class Client(_Talker):
         return self._socket
 
     def _disconnect(self) -> None:
-        if self._socket is not None:
-            assert self._monitor is not None
+        if self._socket is not None and self._monitor is not None:
             self._socket.disable_monitor()
             self._monitor.close(0)
             self._socket.close(0)
@@ -699,8 +698,7 @@ class AsyncClient(_Talker):
         return self._socket
 
     def _disconnect(self) -> None:
-        if self._socket is not None:
-            assert self._monitor is not None
+        if self._socket is not None and self._monitor is not None:
             self._socket.disable_monitor()
             self._monitor.close(0)
             self._socket.close(0)

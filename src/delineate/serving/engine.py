@@ -406,6 +406,12 @@ class Engine:
                 f"there is no model '{message.model}'" + (" with this digest" if model else ""),
                 fix=f"there are {', '.join(self.models) or 'none'}",
             )
+        known_channels = {"", message.options.quantity, *model.channels}
+        if any(part.channel not in known_channels for part in message.parts):
+            # Told to who asked, and written nowhere: it may be anything, even a patient's name.
+            raise ProtocolError(
+                f"'{model.name}' has no such channel", fix=f"name them as the model does: {', '.join(model.channels)}"
+            )
         size = sum(part.size for part in message.parts)
         if size > self.limits.job_bytes:
             raise TooLarge(
