@@ -20,12 +20,14 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -154,6 +156,26 @@ def prepare(settings: Settings) -> None:
     read_server_keys(settings.keys)
 
 
+def listen(address: str, *, plain: bool) -> socket.socket:
+    """A socket that listens for HTTP. Raises :class:`ServingError`; without keys it may be on loopback only."""
+    host, _, port = address.rpartition(":")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+        raise ServingError(f"'{address}' is not an address", fix="give one like 127.0.0.1:8042")
+    check_bind(f"tcp://{address}", plain=plain)
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), int(port)), family=family, backlog=128)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ServingError(f"{address} cannot be used: {reason}", fix="choose another port or address") from error
+
+
+def _named(listener: socket.socket) -> str:
+    """The address that a socket has."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Server:
     """Starts the processes of a server, and starts those again that end."""
 
@@ -179,13 +201,17 @@ class Server:
     def _run(self, ready: Callable[[Address], object]) -> None:
         settings, told = self.settings, False
         settings.address.unlink(missing_ok=True)
+        listener = None
+        if settings.http:  # bound here, so that connections wait while a gateway is started again
+            listener = listen(settings.http, plain=settings.plain)
+            settings = replace(settings, http=_named(listener))
         problems, theirs = _SPAWN.Pipe(duplex=False)
         try:
             door = self._start("front door", _front_door, settings, theirs)
             for number in range(settings.workers):
                 self._start(f"worker {number}", _worker, settings, number)
-            if settings.http:
-                self._start("gateway", _gateway, settings)
+            if listener is not None:
+                self._start("gateway", _gateway, settings, listener)
             while not self._signals.count:
                 if not told and problems.poll():
                     raise error_of(*problems.recv())
@@ -204,6 +230,8 @@ class Server:
             settings.address.unlink(missing_ok=True)
             problems.close()
             theirs.close()
+            if listener is not None:
+                listener.close()
 
     def _start(self, name: str, target: Callable[..., None], *arguments: Any) -> _Child:
         self._children.append(_Child(name, target, arguments))
@@ -452,12 +480,13 @@ def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, number: int, taken
     worker.run()
 
 
-def _gateway(settings: Settings) -> None:
+def _gateway(settings: Settings, listener: socket.socket) -> None:
     _begin_process()
-    from delineate.serving.http import run_gateway
+    from delineate.serving.http.gateway import Gateway
 
-    _end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    run_gateway(settings)
+    gateway = Gateway(settings, listener)
+    _end_with_parent(gateway.stop)
+    gateway.run()
 
 
 def _publish(bundles: dict[str, Path], models: Path, device: str, store: Path | None, answer: Connection) -> None:
