@@ -143,7 +143,7 @@ class FrontDoor:
             door.socket.close(0)
         if self._zap is not None:
             self._zap.close(0)
-        self._context.term()
+        self._context.destroy(0)
 
     def stop(self) -> None:
         """End the loop of :meth:`run` soon."""
