@@ -94,6 +94,8 @@ from delineate.serving.protocol import (
 from delineate.serving.spool import Spool, job_key
 from delineate.serving.store import Store
 
+STAGE_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, float("inf"))
+"""Bounds by which the seconds of stages are counted."""
 _LANES: tuple[Lane, ...] = get_args(Lane)
 _CLAIM_S = 45.0
 """For how long a place is kept for somebody who was refused: longer than clients wait before they ask again."""
@@ -404,6 +406,12 @@ class Engine:
                 f"there is no model '{message.model}'" + (" with this digest" if model else ""),
                 fix=f"there are {', '.join(self.models) or 'none'}",
             )
+        known_channels = {"", message.options.quantity, *model.channels}
+        if any(part.channel not in known_channels for part in message.parts):
+            # Told to who asked, and written nowhere: it may be anything, even a patient's name.
+            raise ProtocolError(
+                f"'{model.name}' has no such channel", fix=f"name them as the model does: {', '.join(model.channels)}"
+            )
         size = sum(part.size for part in message.parts)
         if size > self.limits.job_bytes:
             raise TooLarge(
@@ -559,6 +567,7 @@ class Engine:
                         job, Finished(now=now, lease=lease, outputs=message.outputs, seconds=message.seconds)
                     )
                     self._learn(job, now)
+                    self._measure(message.seconds)
                 else:
                     self._change(job, Lost(now=now, lease=lease))
                 yield Answer(to, Ack(lease=lease, re=message.id))
@@ -722,6 +731,13 @@ class Engine:
         before = self._pace.get(job.model_sha256, pace)
         self._pace[job.model_sha256] = 0.8 * before + 0.2 * pace
 
+    def _measure(self, seconds: Mapping[str, float]) -> None:
+        """Count what the stages of a job took, for a histogram: how many took at most so long, and their sum."""
+        for stage, took in seconds.items():
+            for most in STAGE_SECONDS:
+                self._count(f"stage {stage} {most:g}", float(took <= most))
+            self._count(f"stage {stage} sum", took)
+
     def _retry_after(self) -> float:
         """When it may be worth asking again: when one job more will be done, about."""
         running = [job for job in self._jobs.values() if job.state == "running"]
@@ -825,7 +841,10 @@ class Engine:
         return sum(1 for connection in self._connections.values() if connection.role == "worker")
 
     def figures(self) -> dict[str, float]:
-        """Figures for monitoring: counters since the start, and what there is now."""
+        """Figures for monitoring: counters since the start, and what there is now.
+
+        A name is what is counted, or one word for it and then which: ``workers``, ``jobs queued``, ``refused E_BUSY``.
+        """
         by_state = {f"jobs {state}": 0.0 for state in UNFINISHED}
         for job in self._jobs.values():
             by_state[f"jobs {job.state}"] += 1
