@@ -25,7 +25,7 @@ from delineate.errors import DelineateError, ProtocolError, ServingError
 from delineate.serving.engine import Answer, Engine, Peer
 from delineate.serving.guard import Guard, Line
 from delineate.serving.keys import LOCAL
-from delineate.serving.protocol import CREDIT, MOST_PAYLOAD, Err, Problem, decode, encode
+from delineate.serving.protocol import CREDIT, MAGIC, MOST_PAYLOAD, Err, Problem, decode, encode
 
 _LOG = logging.getLogger("delineate.serving")
 
@@ -223,7 +223,11 @@ class FrontDoor:
         try:
             message, payload = decode(frames)
         except ProtocolError as error:
-            self._drop(peer, error)
+            if len(frames) == 4 and frames[0] == MAGIC:  # of a later version, or with something that is not allowed
+                self._count(f"refused {error.code}")
+                self._refuse(peer, error)
+            else:
+                self._drop(peer, error)
             return
         try:
             answers = self.engine.handle(peer, message, payload, time.time())
@@ -252,10 +256,13 @@ class FrontDoor:
     def _drop(self, peer: Peer, error: ProtocolError) -> None:
         """Tell somebody who does not speak the protocol so, and close the connection."""
         self._count("dropped: not delineate/1")
-        self._send([Answer(peer.id, Err(problem=Problem(error.code, error.message[:2000], error.fix)))])
+        self._refuse(peer, error)
         self.engine.gone(peer.id)
         if (line := self._lines.get(peer.id)) is not None:
             line.closing = time.monotonic() + _FAREWELL_S
+
+    def _refuse(self, peer: Peer, error: ProtocolError) -> None:
+        self._send([Answer(peer.id, Err(problem=Problem(error.code, error.message[:2000], error.fix)))])
 
     def _safely(self, what: str, do: Callable[[], object]) -> None:
         """Do something that must not end the loop if it fails."""

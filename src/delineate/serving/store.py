@@ -41,6 +41,7 @@ class Store:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA secure_delete=ON")  # what is forgotten is not left in the file
             self._migrate()
         except (OSError, sqlite3.Error) as error:
             raise OutputError(f"'{path}' cannot be used as a job store: {error}", fix="give another --state") from error
