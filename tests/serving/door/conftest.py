@@ -304,3 +304,9 @@ def wait_until() -> Callable[..., Any]:
 def open_talker() -> Callable[..., Talker]:
     """Connects a peer to an address."""
     return Talker
+
+
+@pytest.fixture(scope="session")
+def open_raw() -> Callable[..., Raw]:
+    """Connects a peer that speaks ZMTP by hand."""
+    return Raw

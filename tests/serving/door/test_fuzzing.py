@@ -145,10 +145,16 @@ def test_every_mutated_message_is_answered(door) -> None:
                     talker.hello()
                 frames = mutated(rng)
                 talker.socket.send_multipart(frames)
+                if any(len(frame) > 2 * MOST_PAYLOAD for frame in frames):  # libzmq lets none of it in
+                    assert talker.disconnected()
+                    talker.close()
+                    talker = None
+                    continue
+                assert talker.socket.poll(20_000), (number, [frame[:200] for frame in frames])
                 answer, _ = talker.hear()
                 said = answer.problem.code if isinstance(answer, Err) else type(answer).__name__
                 answered[said] = answered.get(said, 0) + 1
-                assert said != "E_SERVING", (number, frames)
+                assert said != "E_SERVING", (number, [frame[:200] for frame in frames])
                 if len(frames) != 4 or frames[0] != protocol.MAGIC:  # it is hung up on
                     talker.close()
                     talker = None
