@@ -1,67 +1,55 @@
 """Send scans to a server and get their segmentations back; needs neither torch nor numpy.
 
->>> from delineate.serving.client import Client
+>>> from delineate.serving import Client
 >>> with Client("anna.key") as client:                                              # doctest: +SKIP
 ...     client.segment("scan.nii.gz", "seg.vtk", model="liver").files
 [PosixPath('seg.vtk'), PosixPath('seg.nii.gz'), PosixPath('seg.json')]
 
-Everything may be repeated: a job has an id, chosen here, and goes on where it stopped, whatever failed in between.
+Everything may be repeated: a job has an id, chosen here, and resumes where it stopped, whatever failed in between.
+
+What is said to a server is written once, as coroutines. :class:`AsyncClient` awaits them; for :class:`Client` they
+never pause, since whatever they wait for blocks instead.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import io
 import json
 import os
-import random
-import socket
-import tempfile
+import threading
 import time
 import uuid
-import zipfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import closing, suppress
+from functools import partial, update_wrapper
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import msgspec
-import zmq
-import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
 from ..errors import (
-    BadFormat,
     Cancelled,
     Conflict,
     DeadlinePassed,
     DelineateError,
-    Denied,
-    MissingFile,
-    NotIntroduced,
-    OutputError,
     ServingError,
-    Truncated,
+    UnknownJob,
     UnknownModel,
-    Unreachable,
     error_of,
 )
-from .keys import KeyFile, read_key
+from .calling import ANSWER_S, Caller, Later, Lost, Silence
+from .keys import KeyFile
 from .protocol import (
     CREDIT,
     MOST_PAYLOAD,
-    VERSION,
     Ack,
     Cancel,
     Chunk,
     Commit,
     Credit,
     Data,
-    Err,
     Fetch,
-    Hello,
     JobList,
     Jobs,
     Message,
@@ -69,385 +57,355 @@ from .protocol import (
     Open,
     Options,
     Output,
-    Part,
     Ping,
     Progress,
     Status,
-    Welcome,
-    decode,
-    encode,
 )
+from .results import ABOUT, Arriving, Result, places, suffix_of, together
+from .sending import Codec, Scan, Sending, SentFile
 
-__all__ = ["AsyncClient", "Client", "Result"]
+__all__ = ["AsyncClient", "Client", "Result", "Scan"]
 
-_ANSWER_S = 5.0
-"""An answer that takes longer is not coming: the connection is made anew, and the question asked again."""
-_LONGEST_WAIT_S = 10.0
-_REFUSALS = 5
-"""Failed handshakes in a row after which nobody is let in."""
-_HANDSHAKES = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
-_SUFFIXES = {".nii.gz": "nii.gz", ".nii": "nii", ".mha": "mha", ".nrrd": "nrrd", ".zip": "dicom.zip"}
-_RESULTS = (".seg.nrrd", ".nii.gz", ".vtk", ".vti", ".dcm", ".png", ".json")
-
-ABOUT = "label.json"
-"""The output that says what is known of a result."""
+_COMMIT_S = 60.0
+"""The server writes the whole scan to its disk before it answers."""
+_QUIET_S = 60.0
+"""A job of which nothing is heard for longer is asked about. A lost connection is noticed much earlier."""
+_FAREWELL_S = 1.0
+_OVER = ("done", "failed", "cancelled")
 
 T = TypeVar("T")
-Scan = str | os.PathLike | Mapping[str, str | os.PathLike]
-"""A file, a DICOM folder or zip, or one of these for each channel."""
+P = ParamSpec("P")
 OnProgress = Callable[[Progress], object]
+"""Called with the stage ``send`` or ``fetch`` while a file is on its way, and with what the server says in between."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What came of a job: its files, the first being the one asked for, what it says of itself, and where time went.
+class Wanted(TypedDict, total=False):
+    """Settings of a prediction and of what is measured, as ``delineate predict`` has them."""
 
-    ``about`` holds volumes in ml, expected Dice with intervals, and what is unusual about the scan.
-    """
-
-    job: str
-    files: list[Path]
-    about: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    overlap: float | None
+    flips: str | None
+    mirrored: bool
+    quantity: str
+    margin_mm: float
+    threshold: float | None
 
 
-# What a conversation asks of the one who holds the socket.
-
-
-class _Send(NamedTuple):
-    message: Message
-    payload: bytes = b""
-
-
-class _Receive(NamedTuple):
-    seconds: float
-
-
-class _Rest(NamedTuple):
-    seconds: float
-
-
-class _Reconnect(NamedTuple):
-    pass
-
-
-_Step = _Send | _Receive | _Rest | _Reconnect
-_Talk = Generator[_Step, tuple[Message, bytes] | None, T]
-"""A conversation: it yields steps, gets what was received (None: nothing in time), and returns what came of it."""
-
-
-class _Silence(Exception):
-    """No answer in time."""
-
-
-class _Later(Exception):
-    """The server says that it may work later."""
-
-    def __init__(self, error: DelineateError, seconds: float) -> None:
-        super().__init__(str(error))
-        self.error, self.seconds = error, seconds
-
-
-class _Talks:
-    """The conversations of a client, without a socket."""
-
-    def __init__(self, name: str, address: str) -> None:
-        self.name, self.address = name, address
-        self.welcome: Welcome | None = None
-        self._ids = 0
-
-    def persistently(self, talk: Callable[[], _Talk[T]], deadline: float) -> _Talk[T]:
-        """A conversation, begun again until it succeeds, with growing rests, until the deadline."""
-        rest = 0.1
-        while True:
-            try:
-                if self.welcome is None:
-                    yield from self._hello()
-                return (yield from talk())
-            except _Silence:
-                last: DelineateError = Unreachable(
-                    f"{self.address} does not answer",
-                    fix="check the address and the key; `delineate doctor` on the server checks the rest",
-                )
-                self.welcome = None
-                seconds = 0.0
-                yield _Reconnect()
-            except NotIntroduced as error:
-                last, seconds = error, 0.0
-                self.welcome = None
-            except _Later as later:
-                last, seconds = later.error, later.seconds
-            seconds = max(seconds, rest * random.uniform(0.5, 1.5))
-            if time.monotonic() + seconds > deadline:
-                raise last
-            yield _Rest(seconds)
-            rest = min(2 * rest, _LONGEST_WAIT_S)
-
-    def _hello(self) -> _Talk[None]:
-        answer, _ = yield from self.ask(Hello(versions=(VERSION,), client=self.name))
-        if not isinstance(answer, Welcome):
-            raise ServingError(f"{self.address} answers HELLO with {type(answer).__name__.upper()}")
-        self.welcome = answer
-
-    def ask(self, message: Message, payload: bytes = b"") -> _Talk[tuple[Message, bytes]]:
-        """One question, one answer."""
-        id = yield from self.tell(message, payload)
-        return (yield from self.hear(id))
-
-    def tell(self, message: Message, payload: bytes = b"") -> _Talk[int]:
-        """Send without waiting; the id by which answers are known."""
-        self._ids += 1
-        yield _Send(msgspec.structs.replace(message, id=self._ids), payload)
-        return self._ids
-
-    def hear(self, *ids: int, seconds: float = _ANSWER_S) -> _Talk[tuple[Message, bytes]]:
-        """The next answer to one of some questions."""
-        deadline = time.monotonic() + seconds
-        while True:
-            received = yield _Receive(max(0.0, deadline - time.monotonic()))
-            if received is None:
-                raise _Silence
-            message, payload = received
-            if isinstance(message, Err) and message.re in (0, *ids):
-                error = error_of(message.problem.code, message.problem.message, message.problem.fix)
-                if message.retryable and not isinstance(error, NotIntroduced):
-                    raise _Later(error, message.retry_after)
-                raise error
-            if message.re in ids:
-                return message, payload
-
-    def upload(self, job: str, model: Callable[[], str], files: list[_File], options: Options) -> _Talk[Progress]:
-        """Send a scan, from where an earlier attempt stopped."""
-        parts = tuple(file.part for file in files)
-        answer, _ = yield from self.ask(Open(job=job, model=model(), parts=parts, options=options))
-        assert isinstance(answer, Credit)
-        if answer.state == "receiving":
-            for index, (file, start) in enumerate(zip(files, answer.received, strict=True)):
-                yield from self._upload_part(job, index, file, start, answer.credit)
-        digests = tuple(file.sha256 for file in files)
-        progress, _ = yield from self.ask(Commit(job=job, sha256=digests))
-        assert isinstance(progress, Progress)
-        return progress
-
-    def _upload_part(self, job: str, index: int, file: _File, start: int, credit: int) -> _Talk[None]:
-        waiting: list[int] = []
-        for offset in range(start, file.part.size, MOST_PAYLOAD):
-            payload = file.read(offset, min(MOST_PAYLOAD, file.part.size - offset))
-            waiting.append((yield from self.tell(Chunk(job=job, part=index, offset=offset), payload)))
-            if len(waiting) >= credit:
-                answer, _ = yield from self.hear(*waiting)
-                waiting.remove(answer.re)
-        while waiting:
-            answer, _ = yield from self.hear(*waiting)
-            waiting.remove(answer.re)
-
-    def watch(self, job: str, told: OnProgress | None, deadline: float) -> _Talk[Progress]:
-        """Wait until a job is over."""
-        id = yield from self.tell(Status(job=job, watch=True))
-        while True:
-            try:
-                progress, _ = yield from self.hear(id, seconds=min(_ANSWER_S, max(0.1, deadline - time.monotonic())))
-            except _Silence:
-                if time.monotonic() >= deadline:
-                    raise DeadlinePassed(
-                        f"job {job} is not done yet", fix="ask for it again by its id, or allow more time"
-                    ) from None
-                id = yield from self.tell(Status(job=job, watch=True))  # it may just take long: one more chance
-                progress, _ = yield from self.hear(id)
-            assert isinstance(progress, Progress)
-            if told is not None:
-                told(progress)
-            if progress.state in ("done", "failed", "cancelled"):
-                return progress
-
-    def download(self, job: str, output: Output, file: IO[bytes]) -> _Talk[None]:
-        """An output, into a file that may hold its beginning."""
-        file.seek(0, os.SEEK_END)
-        offset = file.tell()
-        while offset < output.size:
-            count = min(CREDIT, -(-(output.size - offset) // MOST_PAYLOAD))
-            id = yield from self.tell(Fetch(job=job, output=output.name, offset=offset, count=count))
-            for _ in range(count):
-                data, payload = yield from self.hear(id)
-                if not isinstance(data, Data) or data.offset != offset or not payload:
-                    raise _Silence
-                file.write(payload)
-                offset += len(payload)
-
-    def simple(self, message: Message, kind: type[T]) -> _Talk[T]:
-        answer, _ = yield from self.ask(message)
-        if not isinstance(answer, kind):
-            raise ServingError(f"the server answers with {type(answer).__name__.upper()}")
-        return answer
-
-
-class _Talker:
-    """What both clients do, as conversations: the one drives them by waiting, the other by awaiting."""
+class _Talker(Caller):
+    """What is said to a server, for both clients."""
 
     def __init__(
-        self, key: str | os.PathLike | KeyFile | None = None, address: str = "", *, timeout_s: float = 3600.0
+        self,
+        key: str | os.PathLike | KeyFile | None = None,
+        address: str = "",
+        *,
+        timeout_s: float = 3600.0,
+        codec: Codec = "auto",
     ) -> None:
-        self._key = read_key(Path(key)) if isinstance(key, str | os.PathLike) else key
-        self.address = address or (self._key.address if self._key else "")
-        if not self.address:
-            raise MissingFile("no server is named", fix="give a key file, or the address of a server on this machine")
-        self.timeout_s = timeout_s
-        self._refusals = 0
-        name = f"{self._key.name if self._key else 'local'}@{socket.gethostname()}"
-        self._talks = _Talks(name[:100], self.address)
+        super().__init__(key, address, timeout_s=timeout_s)
+        if codec not in ("auto", "raw", "blosc2"):
+            raise ServingError(f"there is no codec '{codec}'", fix="choose auto, raw or blosc2")
+        self._codec = codec
 
-    def _configure(self, dealer: zmq.Socket) -> None:
-        dealer.linger = 0
-        dealer.sndhwm = dealer.rcvhwm = 4 * CREDIT
-        dealer.maxmsgsize = 2 * MOST_PAYLOAD
-        dealer.heartbeat_ivl, dealer.heartbeat_timeout = 2000, 6000
-        dealer.reconnect_ivl, dealer.reconnect_ivl_max = 100, 5000
-        if self._key is not None:
-            dealer.curve_serverkey = self._key.server_public.encode()
-            dealer.curve_publickey = self._key.public.encode()
-            dealer.curve_secretkey = self._key.secret.encode()
-        dealer.connect(self.address)
+    # Scans
 
-    def _noted(self, frames: list[bytes]) -> None:
-        """Take up what the socket says of its connection. Raises :class:`Denied` if the server lets nobody in."""
-        event = parse_monitor_message(frames)["event"]
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._refusals = 0
-        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            raise Denied(f"{self.address} does not know this key", fix="ask who runs it to add it: delineate keys add")
-        elif event in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
-            # A server that is being stopped breaks off, too, but not again and again; after an error of the
-            # protocol, libzmq does not try again by itself.
-            self._refusals += 1
-            if self._refusals >= _REFUSALS or event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                have = "the server may have another key than the file says" if self._key else "it may want a key"
-                raise Denied(f"{self.address} refuses the connection: {have}", fix="ask who runs it for a key file")
+    async def _send(
+        self,
+        scan: Scan,
+        model: str | None,
+        job: str,
+        options: Options,
+        told: OnProgress | None,
+    ) -> Progress:
+        """Send a scan, from where an earlier attempt stopped."""
+        with Sending(scan) as sending:
+            await self._persistently(partial(self._ask, Ping(), Ping))  # a server says what it can unpack
+            await self._stepwise(sending.packing(self._chosen_codec()))
+            return await self._persistently(partial(self._upload, job, model, sending.files, options, told))
 
-    def _deadline(self, timeout_s: float | None) -> float:
-        return time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+    def _chosen_codec(self) -> Codec:
+        """Packing takes longer than the way to a server on the same machine."""
+        assert self._welcome is not None
+        if self._codec == "auto" and ("blosc2" not in self._welcome.codecs or is_local(self.address)):
+            return "raw"
+        return self._codec
 
-    def _asking(self, message: Message, kind: type[T], timeout_s: float | None) -> _Talk[T]:
-        return self._talks.persistently(lambda: self._talks.simple(message, kind), self._deadline(timeout_s))
+    async def _stepwise(self, steps: Iterator[None]) -> None:
+        """Do something a step at a time, so that it can be stopped in between."""
+        end = object()
+        with closing(steps):  # type: ignore[type-var]
+            while await self._work(partial(next, steps, end)) is not end:
+                pass
 
-    def _meeting(self, timeout_s: float) -> _Talk[tuple[Model, ...]]:
-        self._talks.welcome = None
-        yield from self._asking(Ping(), Ping, timeout_s)
-        assert self._talks.welcome is not None
-        return self._talks.welcome.models
+    async def _upload(
+        self, job: str, model: str | None, files: list[SentFile], options: Options, told: OnProgress | None
+    ) -> Progress:
+        request = Open(job=job, model=self._model(model), parts=tuple(file.part for file in files), options=options)
+        again = False
+        while True:
+            opened = await self._ask(request, Credit)
+            if again and (opened.state != "receiving" or any(opened.received)):
+                raise Conflict(f"job {job} exists, of another content", fix="give each scan a job id of its own")
+            if opened.state == "receiving":
+                await self._upload_parts(job, files, opened, told)
+            for file in files:
+                await self._stepwise(file.hashing())
+            digests = tuple(file.sha256 for file in files)
+            try:
+                return await self._ask(Commit(job=job, sha256=digests), Progress, _COMMIT_S)
+            except Conflict:
+                if again or opened.state != "receiving":
+                    raise
+                again = True  # an earlier attempt left other bytes, which the server has thrown away now
+
+    async def _upload_parts(self, job: str, files: list[SentFile], opened: Credit, told: OnProgress | None) -> None:
+        received, total = list(opened.received), sum(file.part.size for file in files)
+        if len(received) != len(files):
+            raise ServingError(f"{self.address} has {len(received)} parts of {len(files)}", fix="update the server")
+        most = max(1, min(opened.credit, CREDIT))
+
+        def tell_progress() -> None:
+            if told is not None:
+                told(Progress(job=job, state="receiving", stage="send", fraction=min(1.0, sum(received) / total)))
+
+        tell_progress()
+        for part, file in enumerate(files):
+            offset, waiting = received[part], set[int]()
+            while offset < file.part.size or waiting:
+                if offset < file.part.size and len(waiting) < most:
+                    count = min(self._chunk, file.part.size - offset)
+                    payload = await self._work(partial(file.read, offset, count))
+                    waiting.add(self._tell(Chunk(job=job, part=part, offset=offset), payload))
+                    offset += count
+                else:
+                    answer, _ = await self._hear(*waiting)
+                    waiting.discard(answer.re)
+                    received[part] = max(received[part], self._checked(answer, Credit).received[part])
+                    tell_progress()
 
     def _model(self, wanted: str | None) -> str:
-        assert self._talks.welcome is not None
-        models = self._talks.welcome.models
+        assert self._welcome is not None
+        models = self._welcome.models
         if wanted is None and len(models) != 1:
             names = ", ".join(model.name for model in models) or "none"
             raise UnknownModel(f"the server has {len(models)} models: {names}", fix="name one of them")
         return models[0].name if wanted is None else wanted
 
-    def _submitting(
-        self, scan: Scan, model: str | None, job: str, options: Options, deadline: float
-    ) -> _Talk[Progress]:
-        with _files_of(scan) as files:
-            return (
-                yield from self._talks.persistently(
-                    lambda: self._talks.upload(job, lambda: self._model(model), files, options), deadline
+    # Results
+
+    async def _fetch(self, job: str, out: Path | None, told: OnProgress | None, overwrite: bool) -> Result:
+        """Wait for a job, and fetch its outputs; without ``out``, only what is known of the result."""
+        if out is not None:
+            places(out, (), overwrite=overwrite)
+        progress = await self._persistently(partial(self._watch, job, told))
+        began = time.monotonic()
+        outputs = {output.name: output for output in progress.outputs}
+        if not outputs:
+            raise UnknownJob(f"the results of job {job} have been fetched already", fix="send the scan again")
+        files: list[Path] = []
+        if out is None:
+            about = await self._download_about(job, outputs, told)
+        else:
+            if f"label{suffix_of(out)}" not in outputs:
+                raise UnknownJob(
+                    f"job {job} has no {suffix_of(out)}, but {', '.join(outputs)}", fix="choose one of these suffixes"
                 )
-            )
+            formats = [name.removeprefix("label.") for name in outputs]
+            placed = places(out, formats, overwrite=overwrite)
+            about = await self._download(job, outputs, placed, told)
+            files = list(placed.values())
+        if out is not None or set(outputs) == {ABOUT}:
+            # The results are here. If the server does not hear of it, it keeps its copy for a while.
+            with self._within(min(self._left(), ANSWER_S)), suppress(ServingError):
+                await self._persistently(partial(self._ask, Ack(job=job), Ack))
+        return Result(job, files, about, progress.seconds | {"fetch": round(time.monotonic() - began, 4)})
 
-    def _fetching(
-        self, job: str, out: Path | None, told: OnProgress | None, deadline: float, overwrite: bool
-    ) -> _Talk[Result]:
-        """Wait for a job; fetch all outputs beside their places, and put them there once all are whole."""
-        talks = self._talks
-        progress = yield from talks.persistently(lambda: talks.watch(job, told, deadline), deadline)
-        if progress.problem is not None:
-            raise error_of(progress.problem.code, progress.problem.message, progress.problem.fix)
-        if progress.state == "cancelled":
-            raise Cancelled(f"job {job} was cancelled")
-        places = _places(progress.outputs, out, overwrite)
+    async def _watch(self, job: str, told: OnProgress | None) -> Progress:
+        """Wait until a job is done. Raises why it has failed, and :class:`Cancelled`."""
+        while True:
+            id, seconds = self._tell(Status(job=job, watch=True)), ANSWER_S
+            try:
+                while id == self._ids:  # ``told`` may have asked something else, and missed what was said meanwhile
+                    answer, _ = await self._hear(id, seconds=seconds)
+                    progress, seconds = self._checked(answer, Progress), _QUIET_S
+                    if told is not None:
+                        told(progress)
+                    if progress.problem is not None:
+                        raise error_of(progress.problem.code, progress.problem.message, progress.problem.fix)
+                    if progress.state == "cancelled":
+                        raise Cancelled(f"job {job} was cancelled")
+                    if progress.state in _OVER:
+                        return progress
+            except Lost:
+                raise
+            except Silence:
+                if seconds == ANSWER_S:
+                    raise
+                if not self._left():
+                    raise DeadlinePassed(
+                        f"job {job} is not done yet", fix="fetch it later by its id, or allow more time"
+                    ) from None
+
+    async def _download(
+        self, job: str, outputs: dict[str, Output], placed: dict[str, Path], told: OnProgress | None
+    ) -> dict[str, Any]:
+        """Outputs to their places, which they reach together; what is known of the result."""
         about: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory(prefix=".delineate-", dir=_existing_folder(out)) as folder:
-            for output in progress.outputs:
-                path = Path(folder) / output.name
+        total, before = sum(outputs[name].size for name in placed), 0
+        with together(placed) as files:
+            for name, path in files.items():
                 with path.open("w+b") as file:
-                    yield from talks.persistently(partial(talks.download, job, output, file), deadline)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    file.seek(0)
-                    if hashlib.file_digest(file, "sha256").hexdigest() != output.sha256:
-                        raise Truncated(f"'{output.name}' is not what the server made", fix="ask for it again")
-                if output.name == ABOUT:
-                    about = json.loads(path.read_bytes())
-            for name, place in places.items():
-                try:
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    (Path(folder) / name).replace(place)
-                except OSError as error:
-                    raise OutputError(
-                        f"'{place}' cannot be written: {error.strerror}", fix="choose another place"
-                    ) from error
-        yield from talks.persistently(lambda: talks.simple(Ack(job=job), Ack), deadline)
-        return Result(job, list(places.values()), about, dict(progress.seconds))
+                    arriving = Arriving(outputs[name], file)
+                    tell = _share(told, job, before, total)
+                    await self._persistently(partial(self._download_one, job, arriving, tell))
+                    await self._work(arriving.finish)
+                    await self._work(partial(os.fsync, file.fileno()))
+                    if name == ABOUT:
+                        file.seek(0)
+                        about = _parsed(file.read())
+                before += outputs[name].size
+        return about
 
-    def _segmenting(
+    async def _download_about(self, job: str, outputs: dict[str, Output], told: OnProgress | None) -> dict[str, Any]:
+        if ABOUT not in outputs:
+            return {}
+        file = io.BytesIO()
+        arriving = Arriving(outputs[ABOUT], file)
+        tell = _share(told, job, 0, outputs[ABOUT].size)
+        await self._persistently(partial(self._download_one, job, arriving, tell))
+        arriving.finish()
+        return _parsed(file.getvalue())
+
+    async def _download_one(self, job: str, arriving: Arriving, tell: Callable[[int], None]) -> None:
+        """The rest of an output."""
+        output = arriving.output
+        while (left := output.size - arriving.size) > 0:
+            count = min(CREDIT, -(-left // MOST_PAYLOAD))
+            id = self._tell(Fetch(job=job, output=output.name, offset=arriving.size, count=count))
+            for _ in range(count):
+                answer, payload = await self._hear(id)
+                data = self._checked(answer, Data)
+                if data.offset != arriving.size or not 0 < len(payload) <= output.size - arriving.size:
+                    raise Silence  # something is missing in between
+                await self._work(partial(arriving.take, payload))
+                tell(arriving.size)
+
+    async def _segment(
         self,
         scan: Scan,
-        out: Path | None,
+        out: str | os.PathLike | None,
         model: str | None,
-        job: str,
-        options: Options,
+        job: str | None,
+        outputs: Iterable[str],
         told: OnProgress | None,
-        deadline: float,
         overwrite: bool,
-    ) -> _Talk[Result]:
-        if out is not None and out.exists() and not overwrite:
-            raise OutputError(f"'{out}' exists", fix="choose another name, or overwrite it")
-        progress = yield from self._submitting(scan, model, job, options, deadline)
-        if told is not None:
-            told(progress)
-        return (yield from self._fetching(job, out, told, deadline, overwrite))
+        timeout_s: float | None,
+        wanted: Wanted,
+    ) -> Result:
+        place, id = None if out is None else Path(out), job or new_job()
+        options = _options(place, outputs, wanted)
+        if place is not None:
+            places(place, _written(options), overwrite=overwrite)
+        with self._within(timeout_s):
+            began = time.monotonic()
+            try:
+                await self._send(scan, model, id, options, told)
+                sent_s = round(time.monotonic() - began, 4)
+                result = await self._fetch(id, place, told, overwrite)
+            except (KeyboardInterrupt, asyncio.CancelledError):
+                if job is None and self._welcome is not None:  # nobody else knows its id
+                    with self._within(_FAREWELL_S), suppress(DelineateError, Silence, Later):
+                        await self._ask(Cancel(job=id), Progress)
+                raise
+            result.seconds["send"] = sent_s
+            return result
+
+    async def _submit(
+        self,
+        scan: Scan,
+        model: str | None,
+        job: str | None,
+        outputs: Iterable[str],
+        told: OnProgress | None,
+        timeout_s: float | None,
+        wanted: Wanted,
+    ) -> str:
+        id, options = job or new_job(), _options(None, outputs, wanted)
+        with self._within(timeout_s):
+            await self._send(scan, model, id, options, told)
+        return id
+
+    async def _collect(
+        self, job: str, out: str | os.PathLike | None, told: OnProgress | None, overwrite: bool, timeout_s: float | None
+    ) -> Result:
+        with self._within(timeout_s):
+            return await self._fetch(job, None if out is None else Path(out), told, overwrite)
+
+    # Small things
+
+    async def _once(self, message: Message, kind: type[T], timeout_s: float) -> T:
+        with self._within(timeout_s):
+            return await self._persistently(partial(self._ask, message, kind))
+
+    async def _meet(self, timeout_s: float) -> tuple[Model, ...]:
+        self._welcome = None
+        await self._once(Ping(), Ping, timeout_s)
+        assert self._welcome is not None
+        return self._welcome.models
+
+    async def _there_and_back(self, timeout_s: float) -> float:
+        await self._once(Ping(), Ping, timeout_s)
+        began = time.perf_counter()
+        await self._once(Ping(), Ping, timeout_s)
+        return time.perf_counter() - began
+
+    async def _list(self, most: int, timeout_s: float) -> tuple[Progress, ...]:
+        return (await self._once(Jobs(most=most), JobList, timeout_s)).jobs
 
 
 class Client(_Talker):
     """A server's client. ``key`` is the file that ``delineate keys add`` made; ``address`` overrides the one in it.
 
     ``timeout_s`` is how long anything may take before :class:`~delineate.errors.Unreachable` or
-    :class:`~delineate.errors.DeadlinePassed` is raised. Not for several threads at once: give each its own.
+    :class:`~delineate.errors.DeadlinePassed` is raised; until then, whatever fails is tried again. ``codec`` says how
+    uncompressed files travel: ``raw``, packed with ``blosc2``, or ``auto``, which packs them for other machines if
+    blosc2 is installed.
+
+    Several threads may share one; it serves them one after the other.
+
+    >>> client = Client(address="tcp://127.0.0.1:7420")
+    >>> client.segment("scan.nii.gz", "seg.nii.gz").about["volume_ml"]             # doctest: +SKIP
+    {'liver': 1512.3}
+    >>> client.close()
     """
 
     def __init__(
-        self, key: str | os.PathLike | KeyFile | None = None, address: str = "", *, timeout_s: float = 3600.0
+        self,
+        key: str | os.PathLike | KeyFile | None = None,
+        address: str = "",
+        *,
+        timeout_s: float = 3600.0,
+        codec: Codec = "auto",
     ) -> None:
-        super().__init__(key, address, timeout_s=timeout_s)
-        self._context = zmq.Context()
-        self._socket: zmq.Socket | None = None
-        self._monitor: zmq.Socket | None = None
+        super().__init__(key, address, timeout_s=timeout_s, codec=codec)
+        self._turn = threading.RLock()
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *about: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._disconnect()
-        self._context.term()
-
     def models(self, timeout_s: float = 10.0) -> tuple[Model, ...]:
-        """What the server can segment."""
-        return self._run(self._meeting(timeout_s))
+        """What the server can segment.
+
+        >>> [model.name for model in client.models()]                              # doctest: +SKIP
+        ['liver', 'prostate']
+        """
+        return self._run(self._meet(timeout_s))
 
     def ping(self, timeout_s: float = 10.0) -> float:
-        """Seconds for a message there and back, on a connection that stands."""
-        self._run(self._asking(Ping(), Ping, timeout_s))
-        began = time.perf_counter()
-        self._run(self._asking(Ping(), Ping, timeout_s))
-        return time.perf_counter() - began
+        """Seconds for a message there and back, over a connection that is open already."""
+        return self._run(self._there_and_back(timeout_s))
 
     def segment(
         self,
@@ -460,23 +418,26 @@ class Client(_Talker):
         on_progress: OnProgress | None = None,
         overwrite: bool = False,
         timeout_s: float | None = None,
-        **options: Any,
+        **options: Unpack[Wanted],
     ) -> Result:
         """Send a scan, wait, and fetch its segmentation, on the scan's own grid. Not for diagnosis.
 
-        ``out`` ends in the format wanted: .nii.gz, .vtk, .vti, .seg.nrrd, .dcm, .png or .json; ``outputs`` names more
-        of them. A .vtk comes with a .nii.gz and a .json of its name. ``model`` may be left out if the server has one.
-        ``options`` are those of ``delineate predict``: overlap, flips, mirrored, quantity, margin_mm, threshold.
-        ``job`` goes on with the job of that id.
+        ``scan`` is a file, the folder or zip of a DICOM series, or one of these for each channel. ``out`` ends in the
+        format wanted: .nii.gz, .vtk, .vti, .seg.nrrd, .dcm, .png or .json; ``outputs`` names more of them. All come
+        with a .json of the same name, and a .vtk with a .nii.gz, too. They appear together, once all are whole. Without
+        ``out``, no file is written; the result's ``about`` says what is in the .json.
 
-        Raises what is wrong with the scan, and :class:`~delineate.errors.ServingError`.
+        ``model`` may be left out if the server has only one. ``options`` are those of ``delineate predict``: overlap,
+        flips, mirrored, quantity, margin_mm, threshold. ``job`` resumes the job of that id; without it, Ctrl-C and
+        cancelling cancel the job on the server, too.
+
+        Raises what is wrong with the scan, :class:`~delineate.errors.OutputError` for files that exist, before anything
+        is sent, and :class:`~delineate.errors.ServingError`.
+
+        >>> client.segment({"T1": "t1.nii", "FLAIR": "flair.nii"}, "wmh.nii.gz")   # doctest: +SKIP
+        Result(job='8f14…', files=[PosixPath('wmh.nii.gz'), PosixPath('wmh.json')], …)
         """
-        place = None if out is None else Path(out)
-        chosen = _options(place, outputs, options)
-        deadline = self._deadline(timeout_s)
-        return self._run(
-            self._segmenting(scan, place, model, job or new_job(), chosen, on_progress, deadline, overwrite)
-        )
+        return self._run(self._segment(scan, out, model, job, outputs, on_progress, overwrite, timeout_s, options))
 
     def submit(
         self,
@@ -485,13 +446,16 @@ class Client(_Talker):
         model: str | None = None,
         job: str | None = None,
         outputs: Iterable[str] = ("nii.gz",),
+        on_progress: OnProgress | None = None,
         timeout_s: float | None = None,
-        **options: Any,
+        **options: Unpack[Wanted],
     ) -> str:
-        """Send a scan without waiting for its result; the job's id. It takes what :meth:`segment` takes."""
-        id, chosen = job or new_job(), _options(None, outputs, options)
-        self._run(self._submitting(scan, model, id, chosen, self._deadline(timeout_s)))
-        return id
+        """Send a scan without waiting for its result, and return the job's id. Takes what :meth:`segment` takes.
+
+        >>> job = client.submit("scan.nii.gz", outputs=["vtk"])                    # doctest: +SKIP
+        >>> client.fetch(job, "seg.vtk")                                           # doctest: +SKIP
+        """
+        return self._run(self._submit(scan, model, job, outputs, on_progress, timeout_s, options))
 
     def fetch(
         self,
@@ -502,207 +466,135 @@ class Client(_Talker):
         overwrite: bool = False,
         timeout_s: float | None = None,
     ) -> Result:
-        """Wait for a job that was submitted, and fetch its results."""
-        place = None if out is None else Path(out)
-        return self._run(self._fetching(job, place, on_progress, self._deadline(timeout_s), overwrite))
+        """Wait for a job that was submitted, and fetch its results to ``out`` and beside it; the server forgets them.
+
+        Without ``out``, the result only has ``about``, and the server keeps the files.
+        """
+        return self._run(self._collect(job, out, on_progress, overwrite, timeout_s))
 
     def status(self, job: str, timeout_s: float = 10.0) -> Progress:
-        """Where a job stands."""
-        return self._run(self._asking(Status(job=job), Progress, timeout_s))
+        """Where a job stands.
+
+        >>> client.status(job).position                                            # doctest: +SKIP
+        3
+        """
+        return self._run(self._once(Status(job=job), Progress, timeout_s))
 
     def jobs(self, most: int = 20, timeout_s: float = 10.0) -> tuple[Progress, ...]:
         """One's own latest jobs, newest first."""
-        return self._run(self._asking(Jobs(most=most), JobList, timeout_s)).jobs
+        return self._run(self._list(most, timeout_s))
 
     def cancel(self, job: str, timeout_s: float = 10.0) -> Progress:
-        """Want no result any more."""
-        return self._run(self._asking(Cancel(job=job), Progress, timeout_s))
+        """Give up a job. If it is running, it stops within seconds."""
+        return self._run(self._once(Cancel(job=job), Progress, timeout_s))
 
-    def _run(self, talk: _Talk[T]) -> T:
-        received: tuple[Message, bytes] | None = None
-        try:
-            while True:
-                received = self._do(talk.send(received))
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        finally:
-            talk.close()
+    def _run(self, talk: Coroutine[Any, Any, T]) -> T:
+        with self._turn, closing(talk):
+            try:
+                talk.send(None)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            except BaseException:
+                self._hang_up()  # answers may be on their way that nobody waits for
+                raise
+        raise AssertionError("something awaits what only asyncio has")
 
-    def _do(self, step: _Step) -> tuple[Message, bytes] | None:
-        match step:
-            case _Send():
-                self._connected().send_multipart(encode(*step))
-            case _Receive():
-                return self._receive(step.seconds)
-            case _Rest():
-                time.sleep(step.seconds)
-            case _Reconnect():
-                self._disconnect()
-        return None
+    async def _wait(self, seconds: float) -> None:
+        self._poller.poll(int(1000 * seconds) + 1)
 
-    def _receive(self, seconds: float) -> tuple[Message, bytes] | None:
-        dealer, deadline = self._connected(), time.monotonic() + seconds
-        assert self._monitor is not None
-        poller = zmq.Poller()
-        poller.register(dealer, zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
-        while ready := dict(poller.poll(max(0, int(1000 * (deadline - time.monotonic()))))):
-            if dealer in ready:
-                return decode(dealer.recv_multipart())
-            self._noted(self._monitor.recv_multipart())
-        return None
+    async def _rest(self, seconds: float) -> None:
+        time.sleep(seconds)
 
-    def _connected(self) -> zmq.Socket:
-        if self._socket is None:
-            self._socket = self._context.socket(zmq.DEALER)
-            self._monitor = self._socket.get_monitor_socket(_HANDSHAKES)
-            self._configure(self._socket)
-        return self._socket
+    async def _work(self, work: Callable[[], T]) -> T:
+        return work()
 
-    def _disconnect(self) -> None:
-        if self._socket is not None and self._monitor is not None:
-            self._socket.disable_monitor()
-            self._monitor.close(0)
-            self._socket.close(0)
-            self._socket = self._monitor = None
+
+def _awaited(
+    method: Callable[Concatenate[Client, P], T],
+) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
+    """A method of :class:`Client` for one whose ``_run`` is to be awaited."""
+
+    async def awaited(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await method(self, *args, **kwargs)  # type: ignore[arg-type, misc]
+
+    update_wrapper(awaited, method)
+    return awaited
 
 
 class AsyncClient(_Talker):
-    """:class:`Client` for asyncio: the same methods, to be awaited, one at a time."""
+    """:class:`Client` for asyncio: the same methods, to be awaited. Files are read, hashed and packed in threads.
+
+    Cancelling a task that awaits one leaves the client usable. It serves its callers one after the other; have several
+    clients to send several scans at once.
+
+    >>> async def segment_all(paths):
+    ...     async with AsyncClient("anna.key") as client:
+    ...         return [await client.segment(path, path.with_suffix(".vtk")) for path in paths]
+    """
+
+    models = _awaited(Client.models)
+    ping = _awaited(Client.ping)
+    segment = _awaited(Client.segment)
+    submit = _awaited(Client.submit)
+    fetch = _awaited(Client.fetch)
+    status = _awaited(Client.status)
+    jobs = _awaited(Client.jobs)
+    cancel = _awaited(Client.cancel)
 
     def __init__(
-        self, key: str | os.PathLike | KeyFile | None = None, address: str = "", *, timeout_s: float = 3600.0
+        self,
+        key: str | os.PathLike | KeyFile | None = None,
+        address: str = "",
+        *,
+        timeout_s: float = 3600.0,
+        codec: Codec = "auto",
     ) -> None:
-        super().__init__(key, address, timeout_s=timeout_s)
-        self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket | None = None
-        self._monitor: zmq.asyncio.Socket | None = None
+        super().__init__(key, address, timeout_s=timeout_s, codec=codec)
+        self._turn = asyncio.Lock()
 
-    async def __aenter__(self) -> AsyncClient:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *about: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._disconnect()
-        self._context.term()
+    async def _run(self, talk: Coroutine[Any, Any, T]) -> T:
+        with closing(talk):
+            async with self._turn:
+                try:
+                    return await talk
+                except BaseException:
+                    self._hang_up()
+                    raise
 
-    async def models(self, timeout_s: float = 10.0) -> tuple[Model, ...]:
-        """What the server can segment."""
-        return await self._run(self._meeting(timeout_s))
-
-    async def segment(
-        self,
-        scan: Scan,
-        out: str | os.PathLike | None = None,
-        *,
-        model: str | None = None,
-        job: str | None = None,
-        outputs: Iterable[str] = (),
-        on_progress: OnProgress | None = None,
-        overwrite: bool = False,
-        timeout_s: float | None = None,
-        **options: Any,
-    ) -> Result:
-        """As :meth:`Client.segment`."""
-        place = None if out is None else Path(out)
-        chosen = _options(place, outputs, options)
-        deadline = self._deadline(timeout_s)
-        return await self._run(
-            self._segmenting(scan, place, model, job or new_job(), chosen, on_progress, deadline, overwrite)
-        )
-
-    async def submit(
-        self,
-        scan: Scan,
-        *,
-        model: str | None = None,
-        job: str | None = None,
-        outputs: Iterable[str] = ("nii.gz",),
-        timeout_s: float | None = None,
-        **options: Any,
-    ) -> str:
-        """As :meth:`Client.submit`."""
-        id, chosen = job or new_job(), _options(None, outputs, options)
-        await self._run(self._submitting(scan, model, id, chosen, self._deadline(timeout_s)))
-        return id
-
-    async def fetch(
-        self,
-        job: str,
-        out: str | os.PathLike | None = None,
-        *,
-        on_progress: OnProgress | None = None,
-        overwrite: bool = False,
-        timeout_s: float | None = None,
-    ) -> Result:
-        """As :meth:`Client.fetch`."""
-        place = None if out is None else Path(out)
-        return await self._run(self._fetching(job, place, on_progress, self._deadline(timeout_s), overwrite))
-
-    async def status(self, job: str, timeout_s: float = 10.0) -> Progress:
-        """As :meth:`Client.status`."""
-        return await self._run(self._asking(Status(job=job), Progress, timeout_s))
-
-    async def jobs(self, most: int = 20, timeout_s: float = 10.0) -> tuple[Progress, ...]:
-        """As :meth:`Client.jobs`."""
-        return (await self._run(self._asking(Jobs(most=most), JobList, timeout_s))).jobs
-
-    async def cancel(self, job: str, timeout_s: float = 10.0) -> Progress:
-        """As :meth:`Client.cancel`."""
-        return await self._run(self._asking(Cancel(job=job), Progress, timeout_s))
-
-    async def _run(self, talk: _Talk[T]) -> T:
-        received: tuple[Message, bytes] | None = None
+    async def _wait(self, seconds: float) -> None:
+        dealer, monitor = self._connected(), self._monitor
+        assert monitor is not None
+        loop, stirred = asyncio.get_running_loop(), asyncio.Event()
+        descriptors = (int(dealer.FD), int(monitor.FD))
+        for descriptor in descriptors:
+            loop.add_reader(descriptor, stirred.set)
         try:
-            while True:
-                received = await self._do(talk.send(received))
-        except StopIteration as end:
-            result: T = end.value
-            return result
+            # libzmq only signals changes: what has come before is to be asked for.
+            if not (dealer.poll(0) or monitor.poll(0)):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(stirred.wait(), seconds)
         finally:
-            talk.close()
+            for descriptor in descriptors:
+                loop.remove_reader(descriptor)
 
-    async def _do(self, step: _Step) -> tuple[Message, bytes] | None:
-        match step:
-            case _Send():
-                await self._connected().send_multipart(encode(*step))
-            case _Receive():
-                return await self._receive(step.seconds)
-            case _Rest():
-                await asyncio.sleep(step.seconds)
-            case _Reconnect():
-                self._disconnect()
-        return None
+    async def _rest(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
-    async def _receive(self, seconds: float) -> tuple[Message, bytes] | None:
-        dealer, deadline = self._connected(), time.monotonic() + seconds
-        assert self._monitor is not None
-        poller = zmq.asyncio.Poller()
-        poller.register(dealer, zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
-        while ready := dict(await poller.poll(max(0, int(1000 * (deadline - time.monotonic()))))):
-            if dealer in ready:
-                return decode(await dealer.recv_multipart())
-            self._noted(await self._monitor.recv_multipart())
-        return None
-
-    def _connected(self) -> zmq.asyncio.Socket:
-        if self._socket is None:
-            self._socket = self._context.socket(zmq.DEALER)
-            self._monitor = self._socket.get_monitor_socket(_HANDSHAKES)
-            self._configure(self._socket)
-        return self._socket
-
-    def _disconnect(self) -> None:
-        if self._socket is not None and self._monitor is not None:
-            self._socket.disable_monitor()
-            self._monitor.close(0)
-            self._socket.close(0)
-            self._socket = self._monitor = None
+    async def _work(self, work: Callable[[], T]) -> T:
+        working = asyncio.ensure_future(asyncio.to_thread(work))
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            await asyncio.wait([working])  # a file is closed only once no thread reads it
+            working.cancelled() or working.exception()
+            raise
 
 
 def new_job() -> str:
@@ -710,102 +602,49 @@ def new_job() -> str:
     return str(uuid.uuid4())
 
 
-class _File:
-    """A file to send: what is said of it, its bytes, and their digest."""
-
-    def __init__(self, file: IO[bytes], format: str, channel: str) -> None:
-        self._file = file
-        size = os.fstat(file.fileno()).st_size
-        if not size:
-            raise Truncated(f"'{file.name}' is empty", fix="copy it again")
-        self.part = Part(format=format, size=size, channel=channel)  # type: ignore[arg-type]
-
-    def read(self, offset: int, count: int) -> bytes:
-        self._file.seek(offset)
-        content = self._file.read(count)
-        if len(content) != count:
-            raise Conflict(f"'{self._file.name}' has changed while it was sent", fix="send it again when it is whole")
-        return content
-
-    @cached_property
-    def sha256(self) -> str:
-        self._file.seek(0)
-        return hashlib.file_digest(self._file, "sha256").hexdigest()
+def is_local(address: str) -> bool:
+    """Whether a server's address is on this machine by what it says."""
+    host = address.removeprefix("tcp://").rpartition(":")[0]
+    return not address.startswith("tcp://") or host in ("localhost", "[::1]") or host.startswith("127.")
 
 
-@contextmanager
-def _files_of(scan: Scan) -> Iterator[list[_File]]:
-    """The files of a scan, opened. A DICOM folder becomes a zip, without compression."""
-    channels = dict(scan) if isinstance(scan, Mapping) else {"": scan}
-    with ExitStack() as stack:
-        files = []
-        for channel, given in channels.items():
-            path = Path(given)
-            if path.is_dir():
-                packed = stack.enter_context(tempfile.TemporaryFile())
-                _pack(path, packed)
-                files.append(_File(packed, "dicom.zip", channel))
-                continue
-            suffix = next((one for one in _SUFFIXES if path.name.lower().endswith(one)), "")
-            if not suffix:
-                raise BadFormat(
-                    f"'{path}' cannot be sent", fix=f"give {', '.join(_SUFFIXES)}, or a folder of a DICOM series"
-                )
-            try:
-                files.append(_File(stack.enter_context(path.open("rb")), _SUFFIXES[suffix], channel))
-            except FileNotFoundError as error:
-                raise MissingFile(f"'{path}' is not there", fix="check the name") from error
-            except OSError as error:
-                raise BadFormat(f"'{path}' cannot be read: {error.strerror}", fix="check its permissions") from error
-        yield files
-
-
-def _pack(folder: Path, file: IO[bytes]) -> None:
-    """The files of a DICOM folder by number: their own names may hold a patient's, and nobody needs them."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    if not paths:
-        raise MissingFile(f"'{folder}' holds no files", fix="give the folder of a DICOM series")
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as packed:
-        for number, path in enumerate(paths):
-            packed.write(path, f"{number:06d}.dcm")
-    file.flush()
-
-
-def _options(out: Path | None, outputs: Iterable[str], options: Mapping[str, Any]) -> Options:
+def _options(out: Path | None, outputs: Iterable[str], wanted: Wanted) -> Options:
     """What is asked for; the format that ``out`` ends in comes first."""
-    wanted = [*([_suffix(out)[1:]] if out is not None else []), *(name.removeprefix(".") for name in outputs), "json"]
+    formats = [
+        *([suffix_of(out)[1:]] if out is not None else []),
+        *(name.removeprefix(".") for name in outputs),
+        "json",
+    ]
+    known = Wanted.__annotations__
+    if unknown := [name for name in wanted if name not in known]:
+        raise ServingError(f"there is no option '{unknown[0]}'", fix=f"the options are {', '.join(known)}")
     try:
-        return msgspec.convert({"outputs": list(dict.fromkeys(wanted)), **options}, Options, strict=True)
+        return msgspec.convert({"outputs": list(dict.fromkeys(formats)), **wanted}, Options, strict=True)
     except msgspec.ValidationError as error:
-        raise ServingError(f"this cannot be asked for: {error}", fix="see `delineate send --help`") from error
+        raise ServingError(f"this cannot be asked for: {error}", fix="see the help of Client.segment") from error
 
 
-def _suffix(path: Path) -> str:
-    suffix = next((one for one in _RESULTS if path.name.lower().endswith(one)), "")
-    if not suffix:
-        raise OutputError(f"'{path}' has no suffix of a result", fix=f"give one of {', '.join(_RESULTS)}")
-    return suffix
+def _written(options: Options) -> Iterator[str]:
+    """The formats that a server writes when it is asked for some."""
+    for format in options.outputs:
+        yield format
+        if format == "vtk":  # it cannot hold directions
+            yield "nii.gz"
 
 
-def _places(outputs: Iterable[Output], out: Path | None, overwrite: bool) -> dict[str, Path]:
-    """Where each output goes: ``out`` itself, and others beside it under its name. Without ``out``, nowhere.
+def _share(told: OnProgress | None, job: str, before: int, total: int) -> Callable[[int], None]:
+    """Tells how much of all outputs is here, given how much of one is."""
 
-    Outputs are called ``label`` and a suffix; nothing that a server says becomes part of another path.
-    """
-    if out is None:
-        return {}
-    asked, stem = _suffix(out), out.name[: -len(_suffix(out))]
-    places = {}
-    for output in outputs:
-        suffix = _suffix(Path(output.name))
-        places[output.name] = out if suffix == asked else out.with_name(stem + suffix)
-    if not overwrite and (there := [place for place in places.values() if place.exists()]):
-        raise OutputError(f"'{there[0]}' exists", fix="choose another name, or overwrite it")
-    return dict(sorted(places.items(), key=lambda one: one[1] != out))
+    def tell(size: int) -> None:
+        if told is not None:
+            told(Progress(job=job, state="done", stage="fetch", fraction=min(1.0, (before + size) / max(1, total))))
+
+    return tell
 
 
-def _existing_folder(out: Path | None) -> Path | None:
-    """A folder on the disk that the outputs go to, so that they only have to be renamed."""
-    if out is None:
-        return None
-    return next(folder for folder in out.absolute().parents if folder.is_dir())
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        about = json.loads(content)
+    except ValueError as error:
+        raise ServingError(f"'{ABOUT}' is not valid JSON: {error}", fix="update the server") from error
+    return about if isinstance(about, dict) else {}

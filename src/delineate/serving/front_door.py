@@ -26,7 +26,7 @@ from delineate.errors import DelineateError, ProtocolError, ServingError
 from delineate.serving.engine import Answer, Engine, Peer
 from delineate.serving.guard import Guard, Line
 from delineate.serving.keys import LOCAL
-from delineate.serving.protocol import CREDIT, MAGIC, MOST_PAYLOAD, Err, Problem, decode, encode
+from delineate.serving.protocol import CREDIT, MAGIC, MOST_PAYLOAD, Err, Problem, Work, decode, encode
 
 _LOG = logging.getLogger("delineate.serving")
 
@@ -254,10 +254,12 @@ class FrontDoor:
                 door.socket.send_multipart([to[1:], *frames], zmq.NOBLOCK)
             except zmq.Again:
                 self._count("not sent: the peer does not read")
+                if isinstance(message, Work):
+                    self.engine.unsent(to, message, time.time())
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
-                self.engine.gone(to)
+                self.engine.unsent(to, message, time.time())
             else:
                 if door.guard is not None and (line := self._lines.get(to)) is not None:
                     line.sent += door.guard.wire_size(frames)

@@ -221,3 +221,15 @@ def test_a_peer_that_does_not_read_loses_its_answers_and_nobody_elses(door, unti
         )
     assert not good.failures
     assert door.peak_mb() < MOST_MB
+
+
+def test_peers_of_old_versions_are_passed_over(plain_door) -> None:
+    """ZMTP 1 and 2, which libzmq still speaks, without saying who is at the other end."""
+    with plain_door.pinging() as good:
+        for greeting in (b"\xff" + bytes(8) + b"\x7f\x01\x05" + b"\0\0", b"\x01\0"):
+            with plain_door.raw(greeting=False, ready=False) as old:
+                old.send(greeting)
+                for _ in range(3):
+                    old.send(b"".join(old.frame(part, more=part != b"") for part in (b"DLN1", b"PING", b"{}", b"")))
+    assert not good.failures
+    assert plain_door.alive
