@@ -26,7 +26,6 @@ import zmq
 from prometheus_client.parser import text_string_to_metric_families
 
 from delineate.errors import Denied, ServingError
-from delineate.serving import server
 from delineate.serving.client import Client
 from delineate.serving.engine import STAGE_SECONDS
 from delineate.serving.engine import Limits as DoorLimits
@@ -52,7 +51,7 @@ from delineate.serving.protocol import (
     decode,
     encode,
 )  # fmt: skip
-from delineate.serving.server import Settings, _Child, _front_door, _gateway, listen, prepare
+from delineate.serving.server import _SPAWN, Address, Settings, _Child, _front_door, _gateway, listen, prepare
 
 MUTATIONS = int(os.environ.get("DELINEATE_MUTATIONS", "2000"))
 """Requests of the fuzz; set the variable for more."""
@@ -81,7 +80,8 @@ class Place:
         self.settings = Settings(state=state, bind=bind, plain=plain, limits=known, drain_s=20)
         prepare(self.settings)
         self.offer(*models)
-        self.door = _Child("front door", _front_door, (self.settings,))
+        self.problems, theirs = _SPAWN.Pipe(duplex=False)
+        self.door = _Child("front door", _front_door, (self.settings, theirs))
         until(self.settings.address.exists)
         self.gateways: list[_Child] = []
 
@@ -132,7 +132,7 @@ class Place:
 def end(child: _Child) -> None:
     child.terminate()
     child.join(10)
-    child.kill()
+    child.end()
 
 
 class Worker:
@@ -546,7 +546,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 def new_key(place: Place, name: str) -> KeyFile:
-    address = server.read_address(place.settings.state).zmq
+    address = msgspec.json.decode(place.settings.address.read_bytes(), type=Address).zmq
     keys, own = added(read_server_keys(place.settings.keys), name, "client", address)
     write_key(place.settings.keys, keys)
     return own
