@@ -94,6 +94,8 @@ from delineate.serving.protocol import (
 from delineate.serving.spool import Spool, job_key
 from delineate.serving.store import Store
 
+STAGE_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, float("inf"))
+"""Bounds by which the seconds of stages are counted."""
 _LANES: tuple[Lane, ...] = get_args(Lane)
 _CLAIM_S = 45.0
 """For how long a place is kept for somebody who was refused: longer than clients wait before they ask again."""
@@ -448,7 +450,7 @@ class Engine:
         waiting = [job for job in others if self._waits(job, now)]
         resting = [job for job in others if job.state == "receiving" and not self._waits(job, now)]
         resting.sort(key=lambda job: self._until[job.key])
-        self._check_place(owner, waiting, now)
+        self._check_place(owner, key in self._jobs, waiting, now)
 
         size += sum(self._missing(job) for job in waiting)
         disk = shutil.disk_usage(self.spool.path)
@@ -465,11 +467,12 @@ class Engine:
         for job in given_up:
             self._forget(job)
 
-    def _check_place(self, owner: str, waiting: list[Job], now: float) -> None:
+    def _check_place(self, owner: str, again: bool, waiting: list[Job], now: float) -> None:
         """Raise :class:`Busy` if the queue is full, but for places that are kept for others with fewer jobs in it."""
         held = Counter(job.owner for job in waiting)
+        mine = held[owner] + again  # of two with nothing in the queue, one who had a place gives way
         self._refused = {one: until for one, until in self._refused.items() if until > now}
-        kept = sum(1 for one in self._refused if one != owner and held[one] < held[owner])
+        kept = sum(1 for one in self._refused if one != owner and held[one] < mine)
         if len(waiting) + kept >= self.limits.queue:
             self._refused[owner] = now + _CLAIM_S
             raise Busy(f"{len(waiting)} jobs are waiting", fix=f"try again in {self._retry_after():.0f} s")
@@ -564,6 +567,7 @@ class Engine:
                         job, Finished(now=now, lease=lease, outputs=message.outputs, seconds=message.seconds)
                     )
                     self._learn(job, now)
+                    self._measure(message.seconds)
                 else:
                     self._change(job, Lost(now=now, lease=lease))
                 yield Answer(to, Ack(lease=lease, re=message.id))
@@ -727,6 +731,13 @@ class Engine:
         before = self._pace.get(job.model_sha256, pace)
         self._pace[job.model_sha256] = 0.8 * before + 0.2 * pace
 
+    def _measure(self, seconds: Mapping[str, float]) -> None:
+        """Count what the stages of a job took, for a histogram: how many took at most so long, and their sum."""
+        for stage, took in seconds.items():
+            for most in STAGE_SECONDS:
+                self._count(f"stage {stage} {most:g}", float(took <= most))
+            self._count(f"stage {stage} sum", took)
+
     def _retry_after(self) -> float:
         """When it may be worth asking again: when one job more will be done, about."""
         running = [job for job in self._jobs.values() if job.state == "running"]
@@ -830,7 +841,10 @@ class Engine:
         return sum(1 for connection in self._connections.values() if connection.role == "worker")
 
     def figures(self) -> dict[str, float]:
-        """Figures for monitoring: counters since the start, and what there is now."""
+        """Figures for monitoring: counters since the start, and what there is now.
+
+        A name is what is counted, or one word for it and then which: ``workers``, ``jobs queued``, ``refused E_BUSY``.
+        """
         by_state = {f"jobs {state}": 0.0 for state in UNFINISHED}
         for job in self._jobs.values():
             by_state[f"jobs {job.state}"] += 1

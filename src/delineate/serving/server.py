@@ -20,12 +20,14 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -156,6 +158,26 @@ def prepare(settings: Settings) -> None:
     read_server_keys(settings.keys)
 
 
+def listen(address: str, *, plain: bool) -> socket.socket:
+    """A socket that listens for HTTP. Raises :class:`ServingError`; without keys it may be on loopback only."""
+    host, _, port = address.rpartition(":")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+        raise ServingError(f"'{address}' is not an address", fix="give one like 127.0.0.1:8042")
+    check_bind(f"tcp://{address}", plain=plain)
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), int(port)), family=family, backlog=128)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ServingError(f"{address} cannot be used: {reason}", fix="choose another port or address") from error
+
+
+def _named(listener: socket.socket) -> str:
+    """The address that a socket has."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Server:
     """Starts the processes of a server, and starts those again that end."""
 
@@ -181,23 +203,26 @@ class Server:
     def _run(self, ready: Callable[[Address], object]) -> None:
         settings, told = self.settings, False
         settings.address.unlink(missing_ok=True)
-        self._publisher.first(self._signals)
+        listener = None
+        if settings.http:  # bound here, so that connections wait while a gateway is started again
+            listener = listen(settings.http, plain=settings.plain)
+            settings = replace(settings, http=_named(listener))
         problems, theirs = _SPAWN.Pipe(duplex=False)
         try:
             door = self._start("front door", _front_door, settings, theirs)
             for number in range(settings.workers):
                 self._start(f"worker {number}", _worker, settings, number)
-            if settings.http:
-                self._start("gateway", _gateway, settings)
+            if listener is not None:
+                self._start("gateway", _gateway, settings, listener)
             while not self._signals.count:
                 if not told and problems.poll():
                     raise error_of(*problems.recv())
-                if not told and settings.address.exists():
+                self._publisher.look()
+                if not told and self._publisher.offers and settings.address.exists():
                     told = True
                     ready(read_address(settings.state))
                 for child in self._children:
                     child.look()
-                self._publisher.look()
                 time.sleep(_LOOK_S)
             door.terminate()
             door.join(settings.drain_s + _LEFT_S, self._signals)
@@ -207,6 +232,8 @@ class Server:
             settings.address.unlink(missing_ok=True)
             problems.close()
             theirs.close()
+            if listener is not None:
+                listener.close()
 
     def _start(self, name: str, target: Callable[..., None], *arguments: Any) -> _Child:
         self._children.append(_Child(name, target, arguments))
@@ -227,16 +254,15 @@ def serve_elsewhere(settings: WorkerSettings, ready: Callable[[], object] = lamb
     with _held(settings.state, "a worker"), _Signals() as signals:
         bundles = {str(number): path for number, path in enumerate(settings.bundles)}
         publisher = _Publisher(bundles, settings.models, settings.device)
-        publisher.first(signals)
         taken_up, told = _SPAWN.Event(), False
         child = _Child("worker", _worker_elsewhere, (settings, key, os.getpid(), taken_up))
         try:
             while not signals.count:
+                publisher.look()
                 if not told and taken_up.is_set():
                     told = True
                     ready()
                 child.look()
-                publisher.look()
                 time.sleep(_LOOK_S)
         finally:
             publisher.close()
@@ -268,28 +294,24 @@ class _Publisher:
 
     def __init__(self, bundles: Mapping[str, Path], models: Path, device: str, store: Path | None = None) -> None:
         self._bundles, self._arguments = dict(bundles), (dict(bundles), models, device, store)
+        self.offers = False
+        """Whether the bundles have been offered once."""
         self._offered: dict[str, tuple[int, ...]] = {}
         self._seen: dict[str, tuple[int, ...]] = {}
         self._looked = 0.0
         self._process: BaseProcess | None = None
 
-    def first(self, signals: _Signals) -> None:
-        """Offer the bundles, and raise what is wrong with them."""
-        self._start()
-        try:
-            while not signals.count and not self._answer.poll(_LOOK_S):
-                pass
-            if not signals.count and (error := self._answered()) is not None:
-                raise error
-        finally:
-            self.close()
-
     def look(self) -> None:
-        """Offer the bundles again if they have changed. One that is being written is tried again later."""
+        """Offer the bundles, and again if they have changed. Raises what is wrong with them, the first time.
+
+        After that, one that is damaged or being written is tried again later.
+        """
         if self._process is not None:
             if self._answer.poll() and (error := self._answered()) is not None:
+                if not self.offers:
+                    raise error
                 _LOG.warning("a changed bundle is not offered yet: %s", error)
-        elif time.monotonic() - self._looked > _SOURCES_S and self._stamps() != self._offered:
+        elif not self.offers or (time.monotonic() - self._looked > _SOURCES_S and self._stamps() != self._offered):
             self._start()
 
     def close(self) -> None:
@@ -315,7 +337,7 @@ class _Publisher:
         self._process.join()
         self._process, self._looked = None, time.monotonic()
         if problem is None:
-            self._offered = self._seen
+            self._offered, self.offers = self._seen, True
             return None
         return error_of(*problem)
 
@@ -460,12 +482,13 @@ def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, number: int, taken
     worker.run()
 
 
-def _gateway(settings: Settings) -> None:
+def _gateway(settings: Settings, listener: socket.socket) -> None:
     _begin_process()
-    from delineate.serving.http import run_gateway
+    from delineate.serving.http.gateway import Gateway
 
-    _end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    run_gateway(settings)
+    gateway = Gateway(settings, listener)
+    _end_with_parent(gateway.stop)
+    gateway.run()
 
 
 def _publish(bundles: dict[str, Path], models: Path, device: str, store: Path | None, answer: Connection) -> None:
