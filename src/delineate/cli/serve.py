@@ -132,7 +132,7 @@ def _named(texts: Sequence[str]) -> dict[str, Path]:
 
 def _announced(settings: Settings, address: Address, models: Sequence[Model]) -> list[str]:
     """What to type on this machine, and what to do for others."""
-    from delineate.serving.front_door import LOOPBACK
+    from delineate.serving.front_door import is_loopback
     from delineate.serving.places import EVERYWHERE, FIRST, find_key, host_of, state_folder
 
     names = ", ".join(model.name for model in models)
@@ -151,7 +151,7 @@ def _announced(settings: Settings, address: Address, models: Sequence[Model]) ->
     host = host_of(address.zmq)
     if settings.plain:
         lines.append("without keys: every user of this machine may send scans and see all jobs")
-    elif host in LOOPBACK:
+    elif is_loopback(host):
         lines.append("only this machine can connect; for others, start it with --bind tcp://0.0.0.0:7420")
     else:
         port = address.zmq.rpartition(":")[2]
