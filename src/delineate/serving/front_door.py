@@ -170,13 +170,13 @@ class FrontDoor:
     def _tick(self) -> None:
         self._safely("the models could not be looked at", self._refresh)
         self._safely("the jobs could not be looked after", lambda: self._send(self.engine.tick(time.time())))
-        for door in self._doors:
-            if door.guard is not None:
-                self.engine.counts.update(door.guard.dropped)
 
     def _see_off(self, door: _Door) -> None:
-        """Forget those whose connections have ended."""
-        while door.guard is not None and door.guard.left:
+        """Forget those whose connections have ended, and count those who were turned away."""
+        if door.guard is None:
+            return
+        self.engine.counts.update(door.guard.dropped)
+        while door.guard.left:
             peer = door.guard.left.popleft()
             self._lines.pop(peer, None)
             self.engine.gone(peer)
