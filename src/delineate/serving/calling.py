@@ -31,7 +31,7 @@ from ..errors import (
     error_of,
 )
 from .keys import KeyFile, read_key
-from .protocol import CREDIT, MOST_PAYLOAD, VERSION, Err, Hello, Message, Welcome, decode, encode
+from .protocol import CREDIT, MOST_PAYLOAD, VERSION, Err, Hello, Message, Role, Welcome, decode, encode
 
 _LOG = logging.getLogger("delineate.serving")
 
@@ -66,6 +66,8 @@ class Later(Exception):
 
 class Caller:
     """A connection to a server, and what is said over it. How to wait is left to the two clients."""
+
+    _role: Role = "client"
 
     def __init__(
         self,
@@ -233,7 +235,7 @@ class Caller:
         )
 
     async def _introduce(self) -> None:
-        welcome = await self._ask(Hello(versions=(VERSION,), client=self._name), Welcome)
+        welcome = await self._ask(Hello(versions=(VERSION,), client=self._name, role=self._role), Welcome)
         if welcome.version != VERSION:
             raise VersionError(
                 f"{self.address} speaks delineate/{welcome.version}, this client delineate/{VERSION}",
