@@ -212,7 +212,7 @@ class Caller:
                 last, self._welcome = error, None
             except Later as later:
                 last, least = later.error, later.seconds
-            if time.monotonic() - began > _LONGEST_REST_S:  # it went well for a while
+            if time.monotonic() - began > _LONGEST_REST_S:  # it went well for a while, or has waited long enough
                 rest = _SHORTEST_REST_S
             seconds = least + rest * random.uniform(0.5, 1.5)
             if seconds >= self._left():

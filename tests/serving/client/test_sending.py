@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -167,6 +168,20 @@ def test_a_dicom_folder_travels_as_numbers(series: Path, tmp_path: Path) -> None
         files = sorted((series / "DOE_JANE_S1").iterdir())
         assert [packed.read(entry) for entry in entries] == [file.read_bytes() for file in files]
     assert sent(series)[0][1] == content
+
+
+def test_packing_can_be_stopped_halfway(series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stays open, and nothing is left in the folder of temporary files."""
+    big = tmp_path / "big.nii"
+    big.write_bytes(bytes(20 * 2**20))
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    for scan in (series, big):
+        with Sending(scan) as sending:
+            steps = sending.packing("blosc2")
+            next(steps)
+            steps.close()  # type: ignore[attr-defined]
+    assert list(temporary.iterdir()) == []
 
 
 def test_what_cannot_be_sent_is_named(tmp_path: Path) -> None:
