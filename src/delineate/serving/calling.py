@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -79,7 +78,7 @@ class Caller:
         if not self.address:
             raise MissingFile("no server is named", fix="give a key file, or the address of a server on this machine")
         self.timeout_s = timeout_s
-        self._name = f"{self._key.name if self._key else 'local'}@{socket.gethostname()}"[:100]
+        self._name = self._key.name if self._key else "local"
         self._context: zmq.Context | None = None
         self._socket: zmq.Socket | None = None
         self._monitor: zmq.Socket | None = None

@@ -113,12 +113,7 @@ class _Talker(Caller):
     # Scans
 
     async def _send(
-        self,
-        scan: Scan,
-        model: str | None,
-        job: str,
-        options: Options,
-        told: OnProgress | None,
+        self, scan: Scan, model: str | None, job: str, options: Options, told: OnProgress | None
     ) -> Progress:
         """Send a scan, from where an earlier attempt stopped."""
         with Sending(scan) as sending:
@@ -220,18 +215,18 @@ class _Talker(Caller):
             files = list(placed.values())
         if out is not None or set(outputs) == {ABOUT}:
             # The results are here. If the server does not hear of it, it keeps its copy for a while.
-            with self._within(min(self._left(), ANSWER_S)), suppress(ServingError):
+            with self._within(min(self._left(), ANSWER_S)), suppress(DelineateError):
                 await self._persistently(partial(self._ask, Ack(job=job), Ack))
         return Result(job, files, about, progress.seconds | {"fetch": round(time.monotonic() - began, 4)})
 
     async def _watch(self, job: str, told: OnProgress | None) -> Progress:
         """Wait until a job is done. Raises why it has failed, and :class:`Cancelled`."""
         while True:
-            id, seconds = self._tell(Status(job=job, watch=True)), ANSWER_S
+            id, heard = self._tell(Status(job=job, watch=True)), False
             try:
                 while True:
-                    answer, _ = await self._hear(id, seconds=seconds)
-                    progress, seconds = self._checked(answer, Progress), _QUIET_S
+                    answer, _ = await self._hear(id, seconds=_QUIET_S if heard else ANSWER_S)
+                    progress, heard = self._checked(answer, Progress), True
                     if told is not None:
                         told(progress)
                     if progress.problem is not None:
@@ -240,10 +235,8 @@ class _Talker(Caller):
                         raise Cancelled(f"job {job} was cancelled")
                     if progress.state in _OVER:
                         return progress
-            except Lost:
-                raise
-            except Silence:
-                if seconds == ANSWER_S:
+            except Silence as silence:
+                if isinstance(silence, Lost) or not heard:
                     raise
                 if not self._left():
                     raise DeadlinePassed(
@@ -385,7 +378,7 @@ class Client(_Talker):
     >>> client.close()
     """
 
-    _new_turn = threading.RLock
+    _new_turn = staticmethod(threading.RLock)
     _busy = False
 
     def __enter__(self) -> Self:
@@ -540,7 +533,7 @@ class AsyncClient(_Talker):
     ...         return [await client.segment(path, path.with_suffix(".vtk")) for path in paths]
     """
 
-    _new_turn = asyncio.Lock
+    _new_turn = staticmethod(asyncio.Lock)
 
     models = _awaited(Client.models)
     ping = _awaited(Client.ping)
