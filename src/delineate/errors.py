@@ -35,7 +35,7 @@
      ├── WeightsError                E_WEIGHTS     published weights are missing, damaged or for another network
      ├── CannotUndo                  E_UNDO        a preprocessing step cannot be undone
      ├── TrainingError               E_TRAINING    training cannot continue
-     ├── RunInUse                    E_IN_USE      another training run is using the folder
+     ├── RunInUse                    E_IN_USE      another training run, or server, is using the folder
      ├── StudyError                  E_STUDY       a study is not valid, or does not fit the data
      ├── ClusterError                E_CLUSTER     a cluster cannot be reached, or cannot run a study
      ├── OutputError                 E_OUTPUT      a result cannot be written
@@ -287,7 +287,7 @@ class TrainingError(DelineateError):
 
 
 class RunInUse(DelineateError):
-    """Another training run is using this folder."""
+    """Another training run, or a server, is using this folder."""
 
     code = "E_IN_USE"
 

@@ -1,15 +1,25 @@
 """The front door's mind: what it answers to each message, and what it gives to which worker. No socket.
 
 Every job lives in the store and, while it is not over, here. A change is on the disk before anybody hears of it.
+
+Owners take turns: the next job is the oldest of the owner whose last turn is longest ago. So with ``n`` owners waiting,
+at most ``n - 1`` jobs of others are begun before one's own oldest, however many they have sent. Small jobs pass others
+only when a worker asks for them, which it does while it computes a large one, for half of the time at most.
+
+The queue holds a number of jobs, whoever they belong to. When it is full and an owner is refused who has fewer jobs in
+it than another, a place is kept for them for a while. An upload that rests, or is too slow, loses its place until it
+goes on and there is room; if the disk is needed, it is thrown away.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from secrets import token_hex
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from msgspec.structs import replace
 
@@ -21,15 +31,19 @@ from delineate.errors import (
     NotIntroduced,
     OutputError,
     ProtocolError,
+    TooLarge,
+    Truncated,
     UnknownJob,
     UnknownModel,
     VersionError,
 )
 from delineate.serving.jobs import (
+    UNFINISHED,
     Acknowledged,
     Cancelled,
     Committed,
     Event,
+    Expired,
     Failed,
     Finished,
     Job,
@@ -44,6 +58,7 @@ from delineate.serving.protocol import (
     CREDIT,
     FROM_CLIENTS,
     FROM_WORKERS,
+    MOST_JSON,
     VERSION,
     Ack,
     Cancel,
@@ -63,6 +78,7 @@ from delineate.serving.protocol import (
     Message,
     Model,
     Open,
+    Output,
     Ping,
     Problem,
     Progress,
@@ -73,9 +89,22 @@ from delineate.serving.protocol import (
     Take,
     Welcome,
     Work,
+    to_json,
 )
 from delineate.serving.spool import Spool, job_key
 from delineate.serving.store import Store
+
+STAGE_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, float("inf"))
+"""Bounds by which the seconds of stages are counted."""
+_LANES: tuple[Lane, ...] = get_args(Lane)
+_CLAIM_S = 45.0
+"""For how long a place is kept for somebody who was refused: longer than clients wait before they ask again."""
+_RESTING = 3
+"""So many times the queue's length of uploads may rest; beyond, the one that has rested for longest is thrown away."""
+_MOST_OWNERS = 1024
+"""So many owners' last turns are known."""
+_AT_A_TIME = 32
+"""So many expired jobs are removed in one tick: each waits for the disk."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +118,13 @@ class Limits:
     disk_share: float = 0.75
     """The disk may be this full."""
     keep_s: float = 24 * 3600
-    """Results that nobody fetches are kept for this long; what is known of a job, too."""
+    """Results that nobody fetches are kept for this long; what is known of a job, too. No job waits for longer."""
     idle_s: float = 60
-    """An upload that rests for longer does not count as one of the queue."""
+    """An upload that rests for longer loses its place in the queue,"""
+    bytes_per_s: float = 64 * 1024
+    """and so does one that is slower."""
     silence_s: float = 15
-    """A worker that says nothing for longer is lost."""
+    """A job of which its worker says nothing for longer is lost."""
     cancel_s: float = 5
     """A worker that does not stop within this time is given up; it ends itself."""
     job_s: float = 3600
@@ -133,7 +164,7 @@ class _Connection:
     models: frozenset[str] = frozenset()
     lanes: dict[Lane, int] = field(default_factory=dict)
     """The lanes that it waits in, with the ids of its questions."""
-    watched: dict[str, tuple[int, Progress | None]] = field(default_factory=dict)
+    watched: dict[str, tuple[int, Progress]] = field(default_factory=dict)
     """Jobs whose progress it wants, with the id of its question and what it heard last."""
 
 
@@ -144,18 +175,26 @@ class Engine:
         self.store, self.spool, self.limits, self.name = store, spool, limits, name
         self.models: Mapping[str, Model] = {}
         self.draining = False
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float] = {}
         self._jobs = {job.key: job for job in store.unfinished()}
         self._leases = {job.lease: job.key for job in self._jobs.values() if job.lease}
         self._connections: dict[bytes, _Connection] = {}
-        self._touched = dict.fromkeys(self._jobs, now)
-        """When a job was last heard of: its upload, or its worker."""
+        self._until = dict.fromkeys(self._jobs, now)
+        """Until when an upload keeps its place, and until when a worker has to say something of its job."""
+        self._turn = 0
+        self._turns: dict[str, int] = {}
+        """The number of each owner's last turn; the last one comes last."""
+        self._refused: dict[str, float] = {}
+        """Owners for whom a place is kept, and until when."""
         self._pace: dict[str, float] = {}
         """Seconds that a model takes for a byte of input."""
         self._ended: dict[str, Job] = {}
         """Jobs that watchers have yet to hear the end of."""
         self._stirred = True
         """Whether something has happened that others may have to hear of."""
+        for job in self._jobs.values():
+            self._heard_of(job, now)
+            spool.clean_attempts(job.key, job.lease)
         spool.clean(store.keys().__contains__)
 
     # What comes in
@@ -165,7 +204,9 @@ class Engine:
         try:
             answers = list(self._handled(peer, message, payload, now))
         except DelineateError as error:
-            retry = isinstance(error, Busy | OutputError | NotIntroduced)
+            retry = isinstance(error, Busy | OutputError | NotIntroduced) or (
+                isinstance(error, UnknownJob) and isinstance(message, Chunk | Commit)  # an upload begins again
+            )
             self._count(f"refused {error.code}")
             problem = Problem(error.code, error.message[:2000], getattr(error, "fix", "")[:2000])
             answers = [
@@ -186,39 +227,57 @@ class Engine:
     def tick(self, now: float) -> list[Answer]:
         """What the time leads to; to be called every second or so."""
         answers: list[Answer] = []
-        for job in list(self._jobs.values()):
-            quiet = now - self._touched.get(job.key, now)
-            if job.state == "receiving" and quiet > self.limits.keep_s:
+        with self._trying():
+            for job in self.store.older(now - self.limits.keep_s, _AT_A_TIME):
                 self._forget(job)
-            elif (job.state == "running" and quiet > self.limits.silence_s) or (
-                job.state == "running" and job.cancelling and now - job.changed > 2 * self.limits.cancel_s
-            ):
-                self._change(job, Lost(now=now, lease=job.lease))
-            elif job.state == "running" and not job.cancelling and now - job.began > self.limits.job_s:
-                problem = Problem("E_DEADLINE", f"the job ran for more than {self.limits.job_s:.0f} s", "")
-                answers += self._stop(job)
-                self._change(job, Failed(now=now, lease=job.lease, problem=problem))
-        for job in self.store.older(now - self.limits.keep_s):
-            self._forget(job)
+        for job in list(self._jobs.values()):
+            with self._trying():
+                answers += self._looked_after(job, now)
         silent = [c for c in self._connections.values() if now - c.heard > 20 * self.limits.silence_s]
         for connection in silent:
             del self._connections[connection.peer.id]
+        self._stirred = True
         return [*answers, *self._consequences(now)]
+
+    def _looked_after(self, job: Job, now: float) -> Iterable[Answer]:
+        limits, late = self.limits, now - self._until[job.key]
+        if job.state == "receiving" and late > limits.keep_s:
+            self._forget(job)
+        elif job.state == "queued" and now - job.queued > limits.keep_s:
+            waited = f"no worker took the job within {limits.keep_s:.0f} s"
+            self._change(job, Expired(now=now, problem=Problem("E_DEADLINE", waited, "ask who runs the server")))
+        elif job.state == "running":
+            self.spool.measure(job.key)
+            if late > 0 or (job.cancelling and now - job.changed > 2 * limits.cancel_s):
+                self._change(job, Lost(now=now, lease=job.lease))
+            elif now - job.began > limits.job_s and not job.cancelling:
+                ran = f"the job ran for more than {limits.job_s:.0f} s"
+                self._change(job, Expired(now=now, problem=Problem("E_DEADLINE", ran, "send a smaller scan")))
+                return self._stop(job)
+        return ()
 
     def gone(self, peer: bytes) -> None:
         """A connection is no more. A worker's jobs stay its own until it has been silent for too long."""
         self._connections.pop(peer, None)
 
-    def lost(self, owner: str, name: str, now: float) -> list[Answer]:
-        """A worker's process has ended."""
-        for job in list(self._jobs.values()):
-            if job.state == "running" and job.worker == _worker(owner, name):
-                self._change(job, Lost(now=now, lease=job.lease))
-        return list(self._consequences(now))
+    def unsent(self, to: bytes, message: Message, now: float) -> None:
+        """A message could not be handed over: the connection is no more, and a job that it offered goes back."""
+        self.gone(to)
+        job = self._jobs.get(self._leases.get(message.lease, "")) if isinstance(message, Work) else None
+        if job is not None:
+            with self._trying():
+                self._change(job, Released(now=now, lease=job.lease))
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        """What cannot be written now is tried again with the next tick: nothing has changed."""
+        try:
+            yield
+        except DelineateError as error:
+            self._count(f"refused {error.code}")
 
     def _consequences(self, now: float) -> Iterable[Answer]:
         if self._stirred:
-            self._stirred = False
             yield from self._given_out(now)
             yield from self._told()
             self._stirred = False
@@ -275,9 +334,12 @@ class Engine:
         for job in list(self._jobs.values()):
             if job.state != "running" or job.worker != worker:
                 continue
-            self._touched[job.key] = now
             if job.lease not in held:  # it is another process than the one that had the job
                 self._change(job, Lost(now=now, lease=job.lease))
+                continue
+            self._heard_of(job, now)
+            if job.cancelling:
+                yield Answer(peer.id, Cancel(lease=job.lease))
         for lease in held - set(self._leases):
             yield Answer(peer.id, Cancel(lease=lease))
 
@@ -293,24 +355,19 @@ class Engine:
             case Chunk(job=str(id)):
                 job = self._job_of(owner, id)
                 if job.state == "receiving":
-                    self.spool.append(job, self._index(job, message.part), message.offset, payload)
-                    self._touched[job.key] = now
-                    self._count("received bytes", len(payload))
+                    self._receive(job, message, payload, now)
                 yield Answer(to, self._credit(job, message.id))
             case Commit():
                 job = self._commit(self._job_of(owner, message.job), message, now)
-                yield Answer(to, replace(self._progress(job), re=message.id))
+                yield Answer(to, replace(self._progress(job, self._places()), re=message.id))
             case Status():
                 job = self._job_of(owner, message.job)
-                told = self._progress(job)
+                told = self._progress(job, self._places())
                 if message.watch and not job.over:
                     connection.watched[job.key] = message.id, told
                 yield Answer(to, replace(told, re=message.id))
             case Jobs():
-                latest = self.store.of_owner(owner, message.most)
-                yield Answer(
-                    to, JobList(jobs=tuple(self._progress(self._jobs.get(j.key, j)) for j in latest), re=message.id)
-                )
+                yield Answer(to, JobList(jobs=tuple(self._latest(owner, message.most)), re=message.id))
             case Fetch(job=str(id), output=str(name)):
                 yield from self._fetch(to, self._job_of(owner, id), name, message)
             case Stats() if connection.role == "gateway":
@@ -323,15 +380,15 @@ class Engine:
             case Ack(job=str(id)):
                 job = self._job_of(owner, id)
                 if job.over and not job.fetched:
+                    self.spool.remove(job.key)  # first: if the disk is full, there is room to write it down now
                     self._change(job, Acknowledged(now=now))
-                    self.spool.remove(job.key)
                 yield Answer(to, Ack(job=id, re=message.id))
             case Cancel(job=str(id)):
                 job = self._job_of(owner, id)
                 if not job.over and not job.cancelling:
                     yield from self._stop(job)
                     job = self._change(job, Cancelled(now=now))
-                yield Answer(to, replace(self._progress(job), re=message.id))
+                yield Answer(to, replace(self._progress(job, self._places()), re=message.id))
             case _:
                 raise ProtocolError(f"{type(message).__name__.upper()} names no job")
 
@@ -342,7 +399,6 @@ class Engine:
         if known is not None:
             if known.request != wanted:
                 raise Conflict(f"job {message.job} exists, and is another", fix="give each scan a job id of its own")
-            self._touched[key] = now
             return self._credit(known, message.id)
         model = self.models.get(message.model)
         if model is None or message.model_sha256 not in (None, model.sha256):
@@ -350,48 +406,96 @@ class Engine:
                 f"there is no model '{message.model}'" + (" with this digest" if model else ""),
                 fix=f"there are {', '.join(self.models) or 'none'}",
             )
+        known_channels = {"", message.options.quantity, *model.channels}
+        if any(part.channel not in known_channels for part in message.parts):
+            # Told to who asked, and written nowhere: it may be anything, even a patient's name.
+            raise ProtocolError(
+                f"'{model.name}' has no such channel", fix=f"name them as the model does: {', '.join(model.channels)}"
+            )
         size = sum(part.size for part in message.parts)
         if size > self.limits.job_bytes:
-            raise ProtocolError(
-                f"a job of {size:,} bytes; at most {self.limits.job_bytes:,}", fix="send fewer or smaller files"
+            raise TooLarge(
+                f"the scan has {size:,} bytes; at most {self.limits.job_bytes:,}", fix="send fewer or smaller files"
             )
-        self._check_room(size, now)
+        self._make_room(key, owner, size, now)
         job = Job(
             key=key, id=message.job, owner=owner, request=wanted, model_sha256=model.sha256, created=now, changed=now
         )
-        self.spool.begin(key)
-        self._put(job)
-        self._touched[key] = now
+        self.store.put(job)
+        self._jobs[key] = job
+        self._until[key] = now + self.limits.idle_s
+        self._stirred = True
         self._count("opened")
         return self._credit(job, message.id)
 
-    def _check_room(self, size: int, now: float) -> None:
-        """Raise :class:`Busy` if there is no room for another job."""
+    def _receive(self, job: Job, message: Chunk, payload: bytes, now: float) -> None:
+        index = self._index(job, message.part)
+        self._keep_place(job, now)
+        new = self.spool.append(job, index, message.offset, payload)
+        until = self._until[job.key] + new / self.limits.bytes_per_s
+        self._until[job.key] = min(until, now + self.limits.idle_s)
+        self._count("received bytes", new)
+
+    def _keep_place(self, job: Job, now: float) -> None:
+        """Raise :class:`Busy` if an upload has lost its place, and there is none now."""
+        if now > self._until[job.key]:
+            self._make_room(job.key, job.owner, self._missing(job), now)
+            self._until[job.key] = now + self.limits.idle_s
+
+    def _make_room(self, key: str, owner: str, size: int, now: float) -> None:
+        """Raise :class:`Busy` if there is no room for another job, or for one that rested."""
         if self.draining:
             raise Busy("the server is stopping", fix="try again in a minute")
-        waiting = [
-            job
-            for job in self._jobs.values()
-            if job.state == "queued"
-            or (job.state == "receiving" and now - self._touched[job.key] <= self.limits.idle_s)
-        ]
-        if len(waiting) >= self.limits.queue:
-            raise Busy(f"{len(waiting)} jobs are waiting", fix=f"try again in {self._retry_after():.0f} s")
-        promised = sum(job.size for job in waiting if job.state == "receiving")
-        if self.spool.bytes + promised + size > self.limits.spool_bytes:
-            raise Busy("the spool is full", fix="try again later, or fetch and acknowledge results")
+        others = [job for job in self._jobs.values() if job.key != key]
+        waiting = [job for job in others if self._waits(job, now)]
+        resting = [job for job in others if job.state == "receiving" and not self._waits(job, now)]
+        resting.sort(key=lambda job: self._until[job.key])
+        self._check_place(owner, waiting, now)
+
+        size += sum(self._missing(job) for job in waiting)
         disk = shutil.disk_usage(self.spool.path)
-        if disk.used + size > self.limits.disk_share * (disk.used + disk.free):
-            raise Busy("the server's disk is nearly full", fix="try again later, or ask who runs the server")
+        short_spool = self.spool.total_bytes + size - self.limits.spool_bytes
+        short_disk = disk.used + size - self.limits.disk_share * (disk.used + disk.free)
+        short, given_up = max(short_spool, short_disk), resting[: max(0, len(resting) - _RESTING * self.limits.queue)]
+        for job in resting:
+            if short - sum(self.spool.size(job.key) for job in given_up) > 0 and job not in given_up:
+                given_up.append(job)
+        if short - sum(self.spool.size(job.key) for job in given_up) > 0:
+            if short_disk > short_spool:
+                raise Busy("the server's disk is nearly full", fix="try again later, or ask who runs the server")
+            raise Busy("the spool is full", fix="try again later, or fetch and acknowledge results")
+        for job in given_up:
+            self._forget(job)
+
+    def _check_place(self, owner: str, waiting: list[Job], now: float) -> None:
+        """Raise :class:`Busy` if the queue is full, but for places that are kept for others with fewer jobs in it."""
+        held = Counter(job.owner for job in waiting)
+        self._refused = {one: until for one, until in self._refused.items() if until > now}
+        kept = sum(1 for one in self._refused if one != owner and held[one] < held[owner])
+        if len(waiting) + kept >= self.limits.queue:
+            self._refused[owner] = now + _CLAIM_S
+            raise Busy(f"{len(waiting)} jobs are waiting", fix=f"try again in {self._retry_after():.0f} s")
+        self._refused.pop(owner, None)
+
+    def _waits(self, job: Job, now: float) -> bool:
+        """Whether a job takes one of the queue's places."""
+        return job.state == "queued" or (job.state == "receiving" and now <= self._until[job.key])
+
+    def _missing(self, job: Job) -> int:
+        """Bytes of a job's input that have yet to come."""
+        return job.size - sum(self.spool.received(job)) if job.state == "receiving" else 0
 
     def _commit(self, job: Job, message: Commit, now: float) -> Job:
         if job.state != "receiving":
-            if job.sha256 != message.sha256:
+            if job.sha256 and job.sha256 != message.sha256:
                 raise Conflict(f"job {job.id} exists, of another content", fix="give each scan a job id of its own")
             return job
+        if len(message.sha256) != len(job.request.parts):
+            raise ProtocolError(f"{len(message.sha256)} digests; the job has {len(job.request.parts)} parts")
+        self._keep_place(job, now)
         digests = self.spool.digests(job)
         if digests != message.sha256:
-            self.spool.restart(job.key)
+            self.spool.remove(job.key)
             raise Conflict(
                 "what arrived is not what was sent", fix="open the job again, and send it from the beginning"
             )
@@ -405,7 +509,9 @@ class Engine:
         [output] = found
         offset = message.offset
         for _ in range(message.count):
-            payload = self.spool.read(self.spool.output(job.key, name), offset)
+            payload = self.spool.read(self.spool.output(job.key, job.taken, name), offset)
+            if not payload and offset < output.size:
+                raise Truncated(f"'{name}' has {offset:,} of {output.size:,} bytes", fix="send the scan again")
             self._count("sent bytes", len(payload))
             yield Answer(to, Data(job=job.id, output=name, offset=offset, size=output.size, re=message.id), payload)
             offset += len(payload)
@@ -417,10 +523,6 @@ class Engine:
     def _of_worker(self, connection: _Connection, message: Message, payload: bytes, now: float) -> Iterable[Answer]:
         to, lease = connection.peer.id, getattr(message, "lease", None)
         if isinstance(message, Ping):
-            worker = _worker(connection.peer.owner, connection.name)
-            for job in self._jobs.values():
-                if job.state == "running" and job.worker == worker:
-                    self._touched[job.key] = now
             yield Answer(to, Ping(re=message.id))
             return
         if isinstance(message, Take):
@@ -428,17 +530,22 @@ class Engine:
             self._stirred = True
             return
         job = self._jobs.get(self._leases.get(lease or "", ""))
-        if job is None:
+        if job is None or job.worker != _worker(connection.peer.owner, connection.name):
             if isinstance(message, Done | Fail):
                 yield Answer(to, Ack(lease=lease, re=message.id))  # somebody else has done it, or it is cancelled
             else:
                 yield Answer(to, Cancel(lease=lease, re=message.id))
             return
-        self._touched[job.key] = now
+        self._heard_of(job, now)
         assert lease is not None
         match message:
             case Report():
-                job = self._report(job, message, now)
+                # How far it is need not outlive the process: the disk would be busy with it.
+                event = Reported(now=now, lease=lease, stage=message.stage, fraction=message.fraction)
+                self._jobs[job.key] = after(job, event)
+                self._stirred = True
+                if job.cancelling:  # it may not have heard
+                    yield Answer(to, Cancel(lease=lease))
             case Fetch():
                 index = self._index(job, message.part)
                 offset, size = message.offset, job.request.parts[index].size
@@ -449,14 +556,19 @@ class Engine:
                     if offset >= size or not chunk:
                         break
             case Chunk(output=str(name)):
-                there = self.spool.put_output(job.key, name, message.offset, payload)
+                if message.offset + len(payload) > self.limits.job_bytes:
+                    raise TooLarge(f"output {name} has more than {self.limits.job_bytes:,} bytes")
+                there = self.spool.put_output(job.key, lease, name, message.offset, payload)
                 yield Answer(to, Credit(lease=lease, received=(there,), state=job.state, re=message.id))
             case Done():
-                self.spool.check_outputs(job.key, message.outputs)
-                done = self._change(
-                    job, Finished(now=now, lease=lease, outputs=message.outputs, seconds=message.seconds)
-                )
-                self._learn(done, now)
+                if self._are_there(job, message.outputs, connection.peer):
+                    job = self._change(
+                        job, Finished(now=now, lease=lease, outputs=message.outputs, seconds=message.seconds)
+                    )
+                    self._learn(job, now)
+                    self._measure(message.seconds)
+                else:
+                    self._change(job, Lost(now=now, lease=lease))
                 yield Answer(to, Ack(lease=lease, re=message.id))
             case Fail():
                 if message.released or message.problem is None:
@@ -467,45 +579,71 @@ class Engine:
             case _:
                 raise ProtocolError(f"{type(message).__name__.upper()} without an output")
 
-    def _report(self, job: Job, message: Report, now: float) -> Job:
-        # How far it is need not outlive the process: the disk would be busy with it.
-        job = after(job, Reported(now=now, lease=message.lease, stage=message.stage, fraction=message.fraction))
-        self._jobs[job.key] = job
-        self._stirred = True
-        return job
+    def _are_there(self, job: Job, outputs: tuple[Output, ...], peer: Peer) -> bool:
+        """Whether a worker wrote, or sent, what it says."""
+        try:
+            self.spool.check_outputs(job.key, job.lease, outputs, digests=not peer.local)
+        except Truncated:
+            return False
+        return True
 
     def _given_out(self, now: float) -> Iterable[Answer]:
-        """Queued jobs for the workers that wait, oldest first."""
+        """Queued jobs for the workers that wait."""
         if self.draining:
             return
-        queued = sorted((j for j in self._jobs.values() if j.state == "queued"), key=lambda job: job.created)
-        for connection in [c for c in self._connections.values() if c.lanes]:
-            for lane in [lane for lane in ("any", "small") if lane in connection.lanes]:
-                job = next((one for one in queued if self._fits(one, connection, lane)), None)
+        for connection in list(self._connections.values()):
+            if now - connection.heard > self.limits.silence_s / 3:  # it pings more often, if it is there
+                continue
+            for lane in [lane for lane in _LANES if lane in connection.lanes]:
+                job = next((one for one in self._queue() if self._fits(one, connection, lane)), None)
                 if job is None:
                     continue
-                queued.remove(job)
-                worker = _worker(connection.peer.owner, connection.name)
-                lease = token_hex(8)
                 try:
-                    job = self._change(job, Leased(now=now, lease=lease, worker=worker, lane=lane))
-                except DelineateError:  # the disk is full: it stays queued, and the worker waits
+                    work = self._lend(job, connection, now)
+                except DelineateError as error:  # the disk is full: it stays queued, and the worker waits
+                    self._count(f"refused {error.code}")
                     return
-                self._touched[job.key] = now
-                model = self._model_of(job)
-                yield Answer(
-                    connection.peer.id,
-                    Work(
-                        lease=lease,
-                        model=model,
-                        parts=job.request.parts,
-                        options=job.request.options,
-                        job=job.id,
-                        small=self._is_small(job),
-                        folder=str(self.spool.folder(job.key)) if connection.peer.local else "",
-                        re=connection.lanes.pop(lane),
-                    ),
-                )
+                yield Answer(connection.peer.id, replace(work, re=connection.lanes.pop(lane)))
+
+    def _lend(self, job: Job, connection: _Connection, now: float) -> Work:
+        """Give a job to a worker."""
+        lease, local = token_hex(8), connection.peer.local
+        work = Work(
+            lease=lease,
+            model=self._model_of(job),
+            parts=job.request.parts,
+            options=job.request.options,
+            job=job.id,
+            small=self._is_small(job),
+            folder=str(self.spool.folder(job.key) / lease) if local else "",
+        )
+        try:
+            if local:
+                self.spool.lend(job.key, lease, len(job.request.parts))
+            job = self._change(
+                job, Leased(now=now, lease=lease, worker=_worker(connection.peer.owner, connection.name))
+            )
+        except DelineateError:
+            self.spool.withdraw(job.key, lease)
+            raise
+        self._heard_of(job, now)
+        self._turn += 1
+        self._turns.pop(job.owner, None)
+        self._turns[job.owner] = self._turn
+        if len(self._turns) > _MOST_OWNERS:
+            del self._turns[next(iter(self._turns))]
+        return work
+
+    def _queue(self) -> list[Job]:
+        """Queued jobs in the order in which they are given out."""
+        queued = [job for job in self._jobs.values() if job.state == "queued"]
+        queued.sort(key=lambda job: (job.queued, job.key))
+        ahead: Counter[str] = Counter()
+        order: list[tuple[int, int, int, Job]] = []
+        for job in queued:
+            order.append((ahead[job.owner], self._turns.get(job.owner, 0), len(order), job))
+            ahead[job.owner] += 1
+        return [job for *_, job in sorted(order, key=lambda place: place[:3])]
 
     def _fits(self, job: Job, connection: _Connection, lane: Lane) -> bool:
         known = not connection.models or job.model_sha256 in connection.models
@@ -542,8 +680,18 @@ class Engine:
         received = self.spool.received(job) if job.state == "receiving" else sizes
         return Credit(job=job.id, received=received, credit=CREDIT, state=job.state, re=re)
 
-    def _progress(self, job: Job) -> Progress:
-        position, eta = self._place(job)
+    def _latest(self, owner: str, most: int) -> Iterable[Progress]:
+        """An owner's latest jobs, as many as one message holds."""
+        places, room = self._places(), MOST_JSON - 1024
+        for job in self.store.of_owner(owner, most):
+            told = self._progress(self._jobs.get(job.key, job), places)
+            room -= len(to_json(told)) + 1
+            if room < 0:
+                return
+            yield told
+
+    def _progress(self, job: Job, places: Mapping[str, tuple[int, float | None]]) -> Progress:
+        position, eta = places.get(job.key, (0, None))
         return Progress(
             job=job.id,
             state=job.state,
@@ -558,34 +706,42 @@ class Engine:
             problem=job.problem,
         )
 
-    def _place(self, job: Job) -> tuple[int, float | None]:
-        """Its place in the queue, and the seconds until it is done, as far as known."""
-        if job.state == "running":
-            expected = self._expected_s(job)
-            return 0, None if expected == 0 else max(0.0, expected * (1 - job.fraction))
-        if job.state != "queued":
-            return 0, None
-        running = [one for one in self._jobs.values() if one.state == "running"]
-        before = [one for one in self._jobs.values() if one.state == "queued" and one.created < job.created]
-        work = sum(self._expected_s(one) * (1 - one.fraction) for one in [*running, *before, job])
-        workers = sum(1 for connection in self._connections.values() if connection.role == "worker")
-        known = job.model_sha256 in self._pace and workers
-        return len(before) + 1, work / workers if known else None
+    def _places(self) -> dict[str, tuple[int, float | None]]:
+        """Each job's place in the queue, and the seconds until it is done, as far as known."""
+        places: dict[str, tuple[int, float | None]] = {}
+        work, workers = 0.0, self.workers
+        for job in self._jobs.values():
+            if job.state == "running":
+                left = self._expected_s(job) * (1 - job.fraction)
+                places[job.key] = 0, left if job.model_sha256 in self._pace else None
+                work += left
+        for position, job in enumerate(self._queue(), start=1):
+            work += self._expected_s(job)
+            places[job.key] = position, work / workers if workers and job.model_sha256 in self._pace else None
+        return places
 
     def _expected_s(self, job: Job) -> float:
         """Seconds that a job is expected to take; 0 as long as its model has done none."""
         return self._pace.get(job.model_sha256, 0.0) * job.size
 
     def _learn(self, job: Job, now: float) -> None:
-        pace = max(now - job.began, 1e-3) / job.size
+        took = now - job.began - job.seconds.get("wait", 0.0)  # workers take a job ahead
+        pace = max(took, 1e-3) / job.size
         before = self._pace.get(job.model_sha256, pace)
         self._pace[job.model_sha256] = 0.8 * before + 0.2 * pace
 
+    def _measure(self, seconds: Mapping[str, float]) -> None:
+        """Count what the stages of a job took, for a histogram: how many took at most so long, and their sum."""
+        for stage, took in seconds.items():
+            for most in STAGE_SECONDS:
+                self._count(f"stage {stage} {most:g}", float(took <= most))
+            self._count(f"stage {stage} sum", took)
+
     def _retry_after(self) -> float:
-        """When it may be worth asking again: when about one job more will be done."""
+        """When it may be worth asking again: when one job more will be done, about."""
         running = [job for job in self._jobs.values() if job.state == "running"]
-        rest = [self._expected_s(job) * (1 - job.fraction) for job in running]
-        return min(30.0, max(0.5, *rest)) if rest else 1.0
+        rest = min((self._expected_s(job) * (1 - job.fraction) for job in running), default=1.0)
+        return min(30.0, max(0.5, rest))
 
     # What changes
 
@@ -595,36 +751,42 @@ class Engine:
             changed = after(job, event)
         except Stale:
             return job
-        self._put(changed)
+        self.store.put(changed)
+        self._stirred = True
         if changed.state != job.state:
             self._count(changed.state)
+        if changed.over:
+            self._over(job, changed)
+            return changed
+        if job.lease and not changed.lease:
+            del self._leases[job.lease]
+            self.spool.withdraw(job.key, job.lease)
+        if changed.lease:
+            self._leases[changed.lease] = job.key
+        self._jobs[job.key] = changed
         return changed
 
-    def _put(self, job: Job) -> None:
-        before = self._jobs.get(job.key)
-        self.store.put(job)
-        self._stirred = True
-        if before is not None and before.lease and before.lease != job.lease:
-            self._leases.pop(before.lease, None)
-        if job.over:
-            self._over(job)
-            return
-        if job.lease:
-            self._leases[job.lease] = job.key
-        self._jobs[job.key] = job
-
-    def _over(self, job: Job) -> None:
+    def _over(self, before: Job, job: Job) -> None:
         self._jobs.pop(job.key, None)
-        self._touched.pop(job.key, None)
-        if job.state != "done":
+        self._until.pop(job.key, None)
+        self._leases.pop(before.lease, None)
+        if job.state == "done" and not job.fetched:
+            self.spool.settle(job.key, job.taken)
+        else:
             self.spool.remove(job.key)
         self._ended[job.key] = job
 
     def _forget(self, job: Job) -> None:
+        """Know nothing of a job any more."""
         self.spool.remove(job.key)
         self.store.remove(job.key)
         self._jobs.pop(job.key, None)
-        self._touched.pop(job.key, None)
+        self._until.pop(job.key, None)
+        self._count("forgotten")
+
+    def _heard_of(self, job: Job, now: float) -> None:
+        """An upload, or a worker's job, that there is news of."""
+        self._until[job.key] = now + (self.limits.silence_s if job.state == "running" else self.limits.idle_s)
 
     def _stop(self, job: Job) -> Iterable[Answer]:
         """Tell the worker that has a job to stop."""
@@ -634,22 +796,26 @@ class Engine:
 
     def _told(self) -> Iterable[Answer]:
         """What those who watch have not heard yet."""
-        ended = dict(self._ended)
+        places = self._places()
+        known = self._ended | self._jobs
         self._ended.clear()
+        news = {}
         for connection in self._connections.values():
             for key, (question, heard) in list(connection.watched.items()):
-                job = self._jobs.get(key) or ended.get(key) or self.store.get(key)
+                job = known.get(key)
                 if job is None:
                     del connection.watched[key]
                     continue
-                told = self._progress(job)
-                if heard is None or _news(heard, told):
+                if key not in news:
+                    news[key] = self._progress(job, places)
+                told = news[key]
+                if _news(heard, told):
                     connection.watched[key] = question, told
                     yield Answer(connection.peer.id, replace(told, re=question))
                 if job.over:
                     del connection.watched[key]
 
-    def _count(self, what: str, by: int = 1) -> None:
+    def _count(self, what: str, by: float = 1) -> None:
         self.counts[what] = self.counts.get(what, 0) + by
 
     @property
@@ -665,7 +831,7 @@ class Engine:
     def release(self, now: float) -> None:
         """Give every running job back to the queue: the server stops."""
         for job in list(self._jobs.values()):
-            if job.state == "running":
+            with self._trying():
                 self._change(job, Released(now=now, lease=job.lease))
 
     @property
@@ -674,15 +840,18 @@ class Engine:
         return sum(1 for connection in self._connections.values() if connection.role == "worker")
 
     def figures(self) -> dict[str, float]:
-        """Figures for monitoring: counters since the start, and what there is now."""
-        by_state = {f"jobs {state}": 0.0 for state in ("receiving", "queued", "running")}
+        """Figures for monitoring: counters since the start, and what there is now.
+
+        A name is what is counted, or one word for it and then which: ``workers``, ``jobs queued``, ``refused E_BUSY``.
+        """
+        by_state = {f"jobs {state}": 0.0 for state in UNFINISHED}
         for job in self._jobs.values():
             by_state[f"jobs {job.state}"] += 1
         now = {"workers": float(self.workers), "connections": float(len(self._connections))}
         return {
             **by_state,
             **now,
-            "spool bytes": float(self.spool.bytes),
+            "spool bytes": float(self.spool.total_bytes),
             **{k: float(v) for k, v in self.counts.items()},
         }
 

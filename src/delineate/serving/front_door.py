@@ -1,83 +1,74 @@
-"""The sockets of the front door: who is at the other end, what they may send, and how fast they must behave.
+"""The sockets of the front door: who is at the other end, and the loop that hands messages to the engine and back.
 
 Two ROUTER sockets, one loop. ``local`` is a Unix socket in the server's own folder, for its workers and its HTTP
-gateway; ``remote`` is TCP with CURVE: only keys of the allow-list come in.
-
-libzmq bounds a frame, but not the number of frames in a message, nor can it drop a peer. So the door counts, for each
-connection, what TCP has received against what has arrived as messages, and closes a connection that holds back more
-than messages can.
+gateway; ``remote`` is TCP with CURVE, at which a :class:`~delineate.serving.guard.Guard` watches.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from ipaddress import ip_address
+from math import inf
 from pathlib import Path
-from struct import unpack_from
 from types import FrameType
-from typing import Any
 
 import zmq
-from zmq.utils import z85
-from zmq.utils.monitor import recv_monitor_message
 
-from delineate.errors import ProtocolError, ServingError
+from delineate.errors import DelineateError, ProtocolError, ServingError
 from delineate.serving.engine import Answer, Engine, Peer
-from delineate.serving.keys import ServerKeys, read_server_keys
-from delineate.serving.protocol import CREDIT, MOST_JSON, MOST_PAYLOAD, Err, Problem, decode, encode
+from delineate.serving.guard import Guard, Line
+from delineate.serving.keys import LOCAL
+from delineate.serving.protocol import CREDIT, MOST_PAYLOAD, Err, Problem, Work, decode, encode
 
 _LOG = logging.getLogger("delineate.serving")
 
 _HIGH_WATER = 2 * CREDIT
-_HELD_BACK = (_HIGH_WATER + 8) * (MOST_PAYLOAD + MOST_JSON)
-"""Bytes that a connection may have on the way: a full queue of messages, and what the system buffers."""
-_OVERHEAD = 512
-"""Bytes that frames and encryption add to a message, at most."""
-_MOST_CONNECTIONS = 1024
 _LOOK_S = 0.05
 _TICK_S = 1.0
 _AT_A_TIME = 16
-_BYTES_RECEIVED = 128
-"""Where Linux's ``struct tcp_info`` has the bytes received."""
-
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-
-
-@dataclass
-class _Line:
-    """A TCP connection: its address, and how many bytes have arrived as messages."""
-
-    address: Any
-    since: float
-    delivered: int = 0
+_FAREWELL_S = 0.25
+"""How long a connection lasts after it was told what is wrong with it."""
+_LINGER_MS = 500
+_COMPLAIN_S = 30.0
+"""A failure that repeats is logged again after this time."""
 
 
 @dataclass
 class _Door:
-    """A ROUTER socket, the letter that its connections' names begin with, and its TCP connections by descriptor."""
+    """A ROUTER socket, the letter that its connections' names begin with, and who watches over them."""
 
     socket: zmq.Socket
     letter: bytes
-    monitor: zmq.Socket | None = None
-    lines: dict[int, _Line] = field(default_factory=dict)
+    guard: Guard | None = None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, an address or a name, can be reached from this machine only. What is not known cannot."""
+    try:
+        found = [str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host.strip("[]"), None)]
+    except (OSError, UnicodeError):
+        return False
+    return bool(found) and all(ip_address(one).is_loopback for one in found)
 
 
 def check_bind(address: str, *, plain: bool) -> None:
     """Raise :class:`ServingError` for an address that would let anybody in."""
     host = address.removeprefix("tcp://").rpartition(":")[0]
     if not address.startswith("tcp://") or not host:
-        raise ServingError(f"'{address}' is no address", fix="give one like tcp://0.0.0.0:7420")
-    if plain and host not in LOOPBACK:
+        raise ServingError(f"'{address}' is not an address", fix="give one like tcp://0.0.0.0:7420")
+    if plain and not is_loopback(host):
         raise ServingError(f"without keys, {address} would be open to everybody", fix="bind to 127.0.0.1, or use keys")
 
 
 class FrontDoor:
-    """Binds the sockets and runs the loop. ``bind`` empty: local only."""
+    """Binds the sockets and runs the loop. ``bind`` empty: local only. ``keys``: the file of those who may come in."""
 
     def __init__(
         self,
@@ -88,61 +79,56 @@ class FrontDoor:
         keys: Path | None = None,
         refresh: Callable[[], None] = lambda: None,
     ) -> None:
-        self.engine, self._refresh, self._keys_file = engine, refresh, keys
-        self.dropped: dict[str, int] = {}
-        self._context = zmq.Context()
-        self._doors: list[_Door] = []
-        self._stopping = False
-        self._keys: ServerKeys | None = None
-        self._keys_changed = 0
-        self._zap: zmq.Socket | None = None
         if bind:
             check_bind(bind, plain=keys is None)
-        local.unlink(missing_ok=True)
-        self._doors.append(self._opened(f"ipc://{local}", b"L"))
-        local.chmod(0o600)
-        if keys is not None:
-            self._read_keys()
-            self._zap = self._context.socket(zmq.REP)
-            self._zap.linger = 0
-            self._zap.bind("inproc://zeromq.zap.01")
+        self.engine, self._refresh = engine, refresh
         self.address = ""
-        if bind:
-            door = self._opened(bind, b"R", curve=keys is not None)
-            self._doors.append(door)
-            self.address = door.socket.last_endpoint.decode()
+        self._context = zmq.Context()
+        self._doors: list[_Door] = []
+        self._lines: dict[bytes, Line] = {}
+        """TCP connections by the names of their peers."""
+        self._complained: dict[str, float] = {}
+        self._stopping = False
+        try:
+            local.unlink(missing_ok=True)
+            self._bind(self._opened(b"L"), f"ipc://{local}")
+            local.chmod(0o600)
+            if bind:
+                remote = self._opened(b"R")
+                remote.guard = Guard(self._context, remote.socket, keys)
+                self._bind(remote, bind)
+                self.address = remote.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+                check_bind(self.address, plain=keys is None)  # what libzmq has made of a name
+                remote.guard.start()
+        except BaseException:
+            self.close()
+            raise
 
-    def _opened(self, address: str, letter: bytes, *, curve: bool = False) -> _Door:
+    def _opened(self, letter: bytes) -> _Door:
         router = self._context.socket(zmq.ROUTER)
-        router.linger = 0
+        self._doors.append(door := _Door(router, letter))
+        router.linger = _LINGER_MS
         router.router_mandatory = 1
         router.maxmsgsize = 2 * MOST_PAYLOAD
         router.rcvhwm, router.sndhwm = _HIGH_WATER, 4 * _HIGH_WATER
         router.heartbeat_ivl, router.heartbeat_timeout, router.heartbeat_ttl = 2000, 6000, 6000
         router.handshake_ivl = 5000
-        if curve:
-            assert self._keys is not None
-            router.curve_server = True
-            router.curve_secretkey = self._keys.secret.encode()
-            router.zap_domain = b"delineate"
-        door = _Door(router, letter)
-        if address.startswith("tcp://"):
-            events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-            door.monitor = router.get_monitor_socket(events | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
-        try:
-            router.bind(address)
-        except zmq.ZMQError as error:
-            raise ServingError(f"{address} cannot be used: {error}", fix="choose another port or address") from error
+        router.backlog = 1024
         return door
 
+    def _bind(self, door: _Door, address: str) -> None:
+        door.socket.ipv6 = "[" in address
+        try:
+            door.socket.bind(address)
+        except zmq.ZMQError as error:
+            raise ServingError(f"{address} cannot be used: {error}", fix="choose another port or address") from error
+
     def close(self) -> None:
-        """Close the sockets."""
+        """Close the sockets, once the last answers are on their way."""
         for door in self._doors:
-            if door.monitor is not None:
-                door.socket.disable_monitor()
-            door.socket.close(0)
-        if self._zap is not None:
-            self._zap.close(0)
+            if door.guard is not None:
+                door.guard.stop()
+            door.socket.close()
         self._context.term()
 
     def stop(self) -> None:
@@ -151,175 +137,152 @@ class FrontDoor:
 
     def run(self, drain_s: float = 60.0) -> None:
         """Answer until SIGTERM or :meth:`stop`; then let what runs end, for ``drain_s`` at most."""
-        deadline: float | None = None
+        if threading.current_thread() is threading.main_thread():
 
-        def terminate(number: int, frame: FrameType | None) -> None:
-            self._stopping = True
+            def terminate(number: int, frame: FrameType | None) -> None:
+                self._stopping = True
 
-        signal.signal(signal.SIGTERM, terminate)
+            signal.signal(signal.SIGTERM, terminate)
         poller = zmq.Poller()
         for door in self._doors:
             poller.register(door.socket, zmq.POLLIN)
-            if door.monitor is not None:
-                poller.register(door.monitor, zmq.POLLIN)
-        if self._zap is not None:
-            poller.register(self._zap, zmq.POLLIN)
-        looked = ticked = 0.0
+        deadline: float | None = None
+        ticked = 0.0
         while True:
             ready = dict(poller.poll(int(_LOOK_S * 1000)))
-            now = time.monotonic()
-            if self._zap is not None and self._zap in ready:
-                self._admit()
-            for door in self._doors:
-                if door.monitor is not None and door.monitor in ready:
-                    self._note(door, now)
-                if door.socket in ready:
-                    self._receive(door)
-            if now - looked >= _LOOK_S:
-                looked = now
-                for door in self._doors:
-                    self._close_hoarders(door, now)
-            if now - ticked >= _TICK_S:
-                ticked = now
-                self._refresh()
-                if self._keys_file is not None:
-                    self._read_keys()
-                self._send(self.engine.tick(time.time()))
             if self._stopping and deadline is None:
                 self.engine.draining = True
-                deadline = now + drain_s
-                _LOG.info("draining")
+                deadline = time.monotonic() + drain_s
+                _LOG.info("the front door lets what runs end, and takes no more")
+            for door in self._doors:
+                self._see_off(door)
+                if door.socket in ready:
+                    self._receive(door)
+            now = time.monotonic()
+            if now - ticked >= _TICK_S:
+                ticked = now
+                self._tick()
             if deadline is not None and (self.engine.idle or now > deadline):
-                self.engine.release(time.time())
+                self._safely("what runs could not be given back", lambda: self.engine.release(time.time()))
                 return
+
+    def _tick(self) -> None:
+        self._safely("the models could not be looked at", self._refresh)
+        self._safely("the jobs could not be looked after", lambda: self._send(self.engine.tick(time.time())))
+        for door in self._doors:
+            if door.guard is not None:
+                self.engine.counts.update(door.guard.dropped)
+
+    def _see_off(self, door: _Door) -> None:
+        """Forget those whose connections have ended."""
+        while door.guard is not None and door.guard.left:
+            peer = door.guard.left.popleft()
+            self._lines.pop(peer, None)
+            self.engine.gone(peer)
 
     def _receive(self, door: _Door) -> None:
         for _ in range(_AT_A_TIME):
             try:
-                frames = door.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                name = frame = door.socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            identity, *body = frames
-            line = door.lines.get(descriptor) if (descriptor := _descriptor(identity)) is not None else None
-            if line is not None:
-                line.delivered += sum(len(frame) for frame in frames) + _OVERHEAD
-            peer = self._peer(door, identity)
-            try:
-                message, payload = decode([frame.bytes for frame in body[:5]] if len(body) <= 4 else [b""] * len(body))
-            except ProtocolError as error:
-                self._drop(door, peer, descriptor, error)
-                continue
-            self._send(self.engine.handle(peer, message, payload, time.time()))
+            frames: list[bytes] = []
+            size = 0
+            while frame.more:
+                frame = door.socket.recv(copy=False)
+                if len(frames) <= 4:  # one too many is enough to know
+                    frames.append(frame.bytes)
+                if door.guard is not None:
+                    size += door.guard.wire_size([frame])
+            peer = self._local(name) if door.guard is None else self._remote(door.guard, name, size)
+            if peer is not None:
+                self._answer(peer, frames)
 
-    def _peer(self, door: _Door, identity: zmq.Frame) -> Peer:
-        id = door.letter + identity.bytes
-        if door.letter == b"L":
-            return Peer(id, "local", frozenset({"client", "worker", "gateway"}), local=True)
-        if self._keys is None:
-            return Peer(id, "local")
-        name, _, role = str(identity.get("User-Id")).rpartition(" ")
-        return Peer(id, name, frozenset({"worker"} if role == "worker" else {"client"}))
+    def _local(self, name: zmq.Frame) -> Peer:
+        return Peer(b"L" + name.bytes, LOCAL, frozenset({"client", "worker", "gateway"}), local=True)
+
+    def _remote(self, guard: Guard, name: zmq.Frame, size: int) -> Peer | None:
+        """Who sent a message of so many bytes; None for somebody who is to say no more."""
+        id, key = b"R" + name.bytes, "" if guard.plain else str(name.get("User-Id"))
+        line = guard.line(int(name.get(zmq.SRCFD)))
+        if line is not None:  # otherwise it is being closed, or so new that the guard has not seen it yet
+            line.delivered += size
+            line.peer, line.key = id, key
+            self._lines[id] = line
+            if line.closing < inf:
+                return None
+        if guard.plain:
+            return Peer(id, LOCAL)
+        allowed = guard.allowed.get(key)
+        return None if allowed is None else Peer(id, allowed.name, frozenset({allowed.role}))
+
+    def _answer(self, peer: Peer, frames: list[bytes]) -> None:
+        if peer.id[:1] == b"R" and not _is_given(peer.id[1:]):
+            self._drop(peer, ProtocolError("a connection has named itself", fix="leave the routing id to the server"))
+            return
+        try:
+            message, payload = decode(frames)
+        except ProtocolError as error:
+            self._drop(peer, error)
+            return
+        try:
+            answers = self.engine.handle(peer, message, payload, time.time())
+        except Exception as error:
+            self._complain(f"{type(message).__name__.upper()} could not be answered", error)
+            problem = Problem("E_SERVING", "the server failed at this message", "see the server's log")
+            answers = [Answer(peer.id, Err(problem=problem, job=getattr(message, "job", None), re=message.id))]
+        self._send(answers)
 
     def _send(self, answers: Iterable[Answer]) -> None:
         for to, message, payload in answers:
             door = next(one for one in self._doors if one.letter == to[:1])
+            frames = encode(message, payload)
             try:
-                door.socket.send_multipart([to[1:], *encode(message, payload)], zmq.NOBLOCK)
+                door.socket.send_multipart([to[1:], *frames], zmq.NOBLOCK)
             except zmq.Again:
                 self._count("not sent: the peer does not read")
+                if isinstance(message, Work):
+                    self.engine.unsent(to, message, time.time())
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
-                self.engine.gone(to)
+                self.engine.unsent(to, message, time.time())
+            else:
+                if door.guard is not None and (line := self._lines.get(to)) is not None:
+                    line.sent += door.guard.wire_size(frames)
 
-    def _drop(self, door: _Door, peer: Peer, descriptor: int | None, error: ProtocolError) -> None:
-        """Close the connection of somebody who does not speak the protocol, after telling them so."""
+    def _drop(self, peer: Peer, error: ProtocolError) -> None:
+        """Tell somebody who does not speak the protocol so, and close the connection."""
         self._count("dropped: not delineate/1")
         self._send([Answer(peer.id, Err(problem=Problem(error.code, error.message[:2000], error.fix)))])
         self.engine.gone(peer.id)
-        if descriptor is not None:
-            self._hang_up(door, descriptor)
+        if (line := self._lines.get(peer.id)) is not None:
+            line.closing = time.monotonic() + _FAREWELL_S
 
-    def _hang_up(self, door: _Door, descriptor: int) -> None:
-        line = door.lines.get(descriptor)
-        if line is None:
-            return
+    def _safely(self, what: str, do: Callable[[], object]) -> None:
+        """Do something that must not end the loop if it fails."""
         try:
-            with socket.socket(fileno=os.dup(descriptor)) as tcp:
-                if tcp.getpeername() == line.address:  # the number may have been given to another file since
-                    tcp.shutdown(socket.SHUT_RDWR)
-        except OSError:  # closed meanwhile
-            pass
-        door.lines.pop(descriptor, None)
+            do()
+        except Exception as error:
+            self._complain(what, error)
 
-    def _note(self, door: _Door, now: float) -> None:
-        """Take up what the socket says of its connections."""
-        assert door.monitor is not None
-        while door.monitor.poll(0):
-            event = recv_monitor_message(door.monitor)
-            kind, descriptor = event["event"], int(event["value"])
-            if kind == zmq.EVENT_ACCEPTED:
-                try:
-                    with socket.socket(fileno=os.dup(descriptor)) as tcp:
-                        door.lines[descriptor] = _Line(tcp.getpeername(), now)
-                except OSError:  # gone already
-                    continue
-                if len(door.lines) > _MOST_CONNECTIONS:
-                    self._count("dropped: too many connections")
-                    self._hang_up(door, descriptor)
-            elif kind in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
-                door.lines.pop(descriptor, None)
-            else:
-                self._count("dropped: failed handshake")
-
-    def _close_hoarders(self, door: _Door, now: float) -> None:
-        """Close connections that have sent much more than has become messages."""
-        for descriptor, line in list(door.lines.items()):
-            received = _received(descriptor)
-            allowed = 1.001 * line.delivered + _HELD_BACK + 1024 * (now - line.since)  # and heartbeats
-            if received > allowed:
-                self._count("dropped: a message without end")
-                self._hang_up(door, descriptor)
-
-    def _admit(self) -> None:
-        """Answer libzmq's question whether a key may come in."""
-        assert self._zap is not None
-        version, request, _, _, _, mechanism, *credentials = self._zap.recv_multipart()
-        allowed = None
-        if version == b"1.0" and mechanism == b"CURVE" and credentials and self._keys is not None:
-            allowed = self._keys.by_public(z85.encode(credentials[0]).decode())
-        if allowed is None:
-            self._count("dropped: unknown key")
-            self._zap.send_multipart([b"1.0", request, b"400", b"this key is not known here", b"", b""])
+    def _complain(self, what: str, error: Exception) -> None:
+        """Log a failure, but not again and again; without the values in its text unless it is an error of ours."""
+        self._count("failures")
+        now = time.monotonic()
+        if now - self._complained.get(what, -_COMPLAIN_S) < _COMPLAIN_S:
             return
-        who = f"{allowed.name} {allowed.role}".encode()
-        self._zap.send_multipart([b"1.0", request, b"200", b"", who, b""])
-
-    def _read_keys(self) -> None:
-        """Take up keys that were added or removed."""
-        assert self._keys_file is not None
-        changed = self._keys_file.stat().st_mtime_ns
-        if changed != self._keys_changed:
-            self._keys, self._keys_changed = read_server_keys(self._keys_file), changed
+        self._complained[what] = now
+        if isinstance(error, DelineateError):
+            _LOG.error("%s: %s", what, error)
+        else:
+            where = "".join(traceback.format_tb(error.__traceback__))
+            _LOG.error("%s: %s\n%s", what, type(error).__name__, where)
 
     def _count(self, what: str) -> None:
         self.engine.counts[what] = self.engine.counts.get(what, 0) + 1
 
 
-def _descriptor(frame: zmq.Frame) -> int | None:
-    try:
-        return int(frame.get(zmq.SRCFD))
-    except zmq.ZMQError:
-        return None
-
-
-def _received(descriptor: int) -> int:
-    """Bytes that a TCP connection has received; 0 where the system does not say."""
-    if not hasattr(socket, "TCP_INFO"):
-        return 0
-    try:
-        with socket.socket(fileno=os.dup(descriptor)) as tcp:
-            info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    except OSError:
-        return 0
-    return int(unpack_from("=Q", info, _BYTES_RECEIVED)[0]) if len(info) >= _BYTES_RECEIVED + 8 else 0
+def _is_given(name: bytes) -> bool:
+    """Whether a connection's name is one that libzmq gives: a zero and a number."""
+    return len(name) == 5 and name[0] == 0

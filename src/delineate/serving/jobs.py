@@ -5,7 +5,9 @@
     receiving ─Committed→ queued ─Leased→ running ─Finished→ done
                             ↑                │ ├─Failed→ failed
                             └── Lost, Released ┘ └─Lost twice→ failed (E_QUARANTINED)
-    receiving, queued, running ─Cancelled→ cancelled
+    queued, running ─Expired→ failed (E_DEADLINE)
+    receiving, queued ─Cancelled→ cancelled
+    running ─Cancelled→ running, and cancelled as soon as its worker says anything of an end, or is lost
 
 A worker holds a running job by a lease; whatever it says with an old one is :class:`Stale` and changes nothing. So a
 result is taken once, whoever else still works on the job.
@@ -18,19 +20,21 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from delineate.serving.protocol import Lane, Open, Output, Problem, State
+from delineate.serving.protocol import Open, Output, Problem, State
 
 MOST_LOSSES = 2
 """A job that has ended this many workers is not given to another: it may be what ends them."""
 
+UNFINISHED: tuple[State, ...] = ("receiving", "queued", "running")
 FINAL: tuple[State, ...] = ("done", "failed", "cancelled")
 
 
 class Job(Struct, frozen=True, kw_only=True):
     """A job of ``owner``. ``key`` is its folder and its row; ``id`` is what its owner calls it.
 
-    ``created`` and ``changed`` are seconds since 1970. ``sha256`` are those of its parts. ``fetched``: its
-    owner has the results.
+    Times are seconds since 1970: ``queued`` is when it was committed, ``began`` when its worker got it, ``changed``
+    when anything last happened that is worth a place on the disk. ``sha256`` are those of its parts. ``taken`` is the
+    lease whose results were taken. ``fetched``: its owner has them.
     """
 
     key: str
@@ -42,9 +46,9 @@ class Job(Struct, frozen=True, kw_only=True):
     changed: float
     state: State = "receiving"
     sha256: tuple[str, ...] = ()
+    queued: float = 0.0
     lease: str = ""
     worker: str = ""
-    lane: Lane = "any"
     began: float = 0.0
     losses: int = 0
     stage: str = ""
@@ -52,6 +56,7 @@ class Job(Struct, frozen=True, kw_only=True):
     cancelling: bool = False
     fetched: bool = False
     problem: Problem | None = None
+    taken: str = ""
     outputs: tuple[Output, ...] = ()
     seconds: dict[str, float] = {}
 
@@ -83,7 +88,6 @@ class Leased(Event, frozen=True, kw_only=True):
 
     lease: str
     worker: str
-    lane: Lane = "any"
 
 
 class Reported(Event, frozen=True, kw_only=True):
@@ -106,7 +110,7 @@ class Failed(Event, frozen=True, kw_only=True):
 
 
 class Released(Event, frozen=True, kw_only=True):
-    """The worker stops in good order, or the front door lost sight of it: nobody is to blame."""
+    """The worker stops in good order, or never got the job: it is not the job's fault."""
 
     lease: str
 
@@ -115,6 +119,12 @@ class Lost(Event, frozen=True, kw_only=True):
     """The worker died, or has been silent for too long."""
 
     lease: str
+
+
+class Expired(Event, frozen=True, kw_only=True):
+    """It has waited, or run, for too long."""
+
+    problem: Problem
 
 
 class Cancelled(Event, frozen=True, kw_only=True):
@@ -133,25 +143,23 @@ def after(job: Job, event: Event) -> Job:
     """The job after an event. Raises :class:`Stale` if it is past that."""
     match event:
         case Committed() if job.state == "receiving":
-            return _changed(job, event, state="queued", sha256=event.sha256)
+            return _changed(job, event, state="queued", sha256=event.sha256, queued=event.now)
         case Leased() if job.state == "queued":
-            return _changed(
-                job, event, state="running", lease=event.lease, worker=event.worker, lane=event.lane, began=event.now,
-                stage="", fraction=0.0,
-            )  # fmt: skip
+            return _changed(job, event, state="running", lease=event.lease, worker=event.worker, began=event.now)
         case Reported() if _holds(job, event.lease):
-            return _changed(job, event, stage=event.stage, fraction=event.fraction)
+            return replace(job, stage=event.stage, fraction=event.fraction)
         case Finished() if _holds(job, event.lease):
             if job.cancelling:
                 return _over(job, event, "cancelled")
-            return _over(job, event, "done", outputs=event.outputs, seconds=event.seconds, stage="", fraction=1.0)
+            job = replace(job, outputs=event.outputs, seconds=event.seconds, taken=event.lease)
+            return _over(job, event, "done", stage="", fraction=1.0)
         case Failed() if _holds(job, event.lease):
-            return _over(job, event, "cancelled" if job.cancelling else "failed", problem=event.problem)
+            return _failed(job, event, event.problem)
+        case Expired() if job.state in ("queued", "running"):
+            return _failed(job, event, event.problem)
         case Released() if _holds(job, event.lease):
             return _again(job, event)
         case Lost() if _holds(job, event.lease):
-            if job.cancelling:
-                return _over(job, event, "cancelled")
             job = replace(job, losses=job.losses + 1)
             if job.losses < MOST_LOSSES:
                 return _again(job, event)
@@ -161,12 +169,12 @@ def after(job: Job, event: Event) -> Job:
                 "and is not tried again",
                 "see the server's log; a scan much larger than others may need more memory than the server has",
             )
-            return _over(job, event, "failed", problem=problem)
-        case Cancelled() if job.state == "running":
+            return _failed(job, event, problem)
+        case Cancelled() if job.state == "running" and not job.cancelling:
             return _changed(job, event, cancelling=True)
-        case Cancelled() if not job.over:
+        case Cancelled() if job.state in ("receiving", "queued"):
             return _over(job, event, "cancelled")
-        case Acknowledged() if job.over:
+        case Acknowledged() if job.over and not job.fetched:
             return _changed(job, event, fetched=True)
     raise Stale(f"{type(event).__name__} of a job that is {job.state}")
 
@@ -181,6 +189,12 @@ def _changed(job: Job, event: Event, **changes: Any) -> Job:
 
 def _over(job: Job, event: Event, state: State, **changes: Any) -> Job:
     return _changed(job, event, state=state, lease="", **changes)
+
+
+def _failed(job: Job, event: Event, problem: Problem) -> Job:
+    if job.cancelling:
+        return _over(job, event, "cancelled")
+    return _over(job, event, "failed", problem=problem)
 
 
 def _again(job: Job, event: Event) -> Job:

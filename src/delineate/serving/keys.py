@@ -15,6 +15,9 @@ from msgspec import Meta, Struct
 from ..errors import MissingFile, OutputError, ServingError, UnknownKey
 from .protocol import Name
 
+LOCAL = "local"
+"""Who comes without a key, from the server's own machine; not a name for a key."""
+
 Z85 = Annotated[str, Meta(min_length=40, max_length=40)]
 
 
@@ -76,6 +79,9 @@ def write_key(path: Path, value: KeyFile | ServerKeys) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb") as file:
+            if os.name == "posix" and os.geteuid() == 0:  # root does it for the user whose folder it is
+                owner = path.parent.stat()
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
             file.write(msgspec.json.format(msgspec.json.encode(value), indent=1))
             file.flush()
             os.fsync(file.fileno())
@@ -96,8 +102,11 @@ def new_server_keys() -> ServerKeys:
 def added(
     keys: ServerKeys, name: str, role: Literal["client", "worker"], address: str, http: str = ""
 ) -> tuple[ServerKeys, KeyFile]:
-    """The server's keys with one more, and the file for its owner. Raises :class:`ServingError` for a name in use."""
-    if any(one.name == name for one in keys.allowed):
+    """The server's keys with one more, and the file for its owner. Raises :class:`ServingError` for a name in use.
+
+    Jobs belong to names: whoever gets the name of a key that was removed sees what is left of its jobs.
+    """
+    if name == LOCAL or any(one.name == name for one in keys.allowed):
         raise ServingError(f"there is a key '{name}'", fix="choose another name, or remove that key first")
     public, secret = (part.decode() for part in zmq.curve_keypair())
     token = secrets.token_urlsafe(32) if role == "client" else ""
@@ -125,7 +134,7 @@ def removed(keys: ServerKeys, name: str) -> ServerKeys:
 def _read(path: Path, kind: type, fix: str):  # type: ignore[no-untyped-def]
     try:
         if os.name == "posix" and path.stat().st_mode & 0o077:
-            raise UnknownKey(f"'{path}' can be read by others", fix=f"run `chmod 600 {path}`, and think of a new key")
+            raise UnknownKey(f"'{path}' can be read by others", fix=f"run `chmod 600 {path}`, or make a new key")
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise MissingFile(f"there is no key file '{path}'", fix=fix) from error

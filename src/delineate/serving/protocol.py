@@ -31,7 +31,7 @@ Anything may be answered by ERR: a code, what is wrong, what to do, and whether 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -46,22 +46,26 @@ MOST_PAYLOAD = 2**20
 CREDIT = 8
 """Chunks that may be on their way at once."""
 
-FORMATS = ("nii.gz", "nii", "mha", "nrrd", "dicom.zip")
+Format = Literal["nii.gz", "nii", "mha", "nrrd", "dicom.zip"]
 """What a part may be: one file each, and a DICOM series as a zip."""
-OUTPUTS = ("nii.gz", "vtk", "vti", "seg.nrrd", "dcm", "png", "json")
-CODECS = ("raw", "blosc2")
+OutputFormat = Literal["nii.gz", "vtk", "vti", "seg.nrrd", "dcm", "png", "json"]
+Codec = Literal["raw", "blosc2"]
+FORMATS, OUTPUTS, CODECS = get_args(Format), get_args(OutputFormat), get_args(Codec)
 
-JobId = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
+# A pattern ends in \Z: before a last line break, $ matches too.
+JobId = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")]
 """A UUID in lower case, chosen by the client."""
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 Text = Annotated[str, Meta(max_length=4000)]
 Label = Annotated[str, Meta(max_length=200)]
 Count = Annotated[int, Meta(ge=0, le=2**50)]
 Index = Annotated[int, Meta(ge=0, lt=64)]
-Lease = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}$")]
+Lease = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
 Seconds = Annotated[float, Meta(ge=0, le=1e11)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
+Durations = Annotated[dict[Label, Seconds], Meta(max_length=32)]
+"""Seconds of each stage."""
 
 State = Literal["receiving", "queued", "running", "done", "failed", "cancelled"]
 Lane = Literal["any", "small"]
@@ -79,7 +83,7 @@ class _Body(Struct, frozen=True, omit_defaults=True, kw_only=True):
 class Problem(Struct, frozen=True, omit_defaults=True):
     """An error as it travels: a stable code, what is wrong, what to do."""
 
-    code: Annotated[str, Meta(pattern=r"^E_[A-Z_]{1,40}$")]
+    code: Annotated[str, Meta(pattern=r"^E_[A-Z_]{1,40}\Z")]
     message: Text
     fix: Text = ""
 
@@ -87,23 +91,18 @@ class Problem(Struct, frozen=True, omit_defaults=True):
 class Part(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One file of a job's input: ``size`` bytes as they are sent, of one channel, or of all if it is empty."""
 
-    format: Literal["nii.gz", "nii", "mha", "nrrd", "dicom.zip"]
+    format: Format
     size: Annotated[int, Meta(ge=1, le=2**36)]
     channel: Label = ""
-    codec: Literal["raw", "blosc2"] = "raw"
+    codec: Codec = "raw"
 
 
 class Options(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """What is wanted: output formats, and settings of prediction and measurement as in ``delineate predict``."""
 
-    outputs: Annotated[
-        tuple[Literal["nii.gz", "vtk", "vti", "seg.nrrd", "dcm", "png", "json"], ...], Meta(max_length=7)
-    ] = (
-        "nii.gz",
-        "json",
-    )
+    outputs: Annotated[tuple[OutputFormat, ...], Meta(max_length=len(OUTPUTS))] = ("nii.gz", "json")
     overlap: Annotated[float, Meta(ge=0, le=0.9)] | None = None
-    flips: Annotated[str, Meta(pattern=r"^x?y?z?$")] | None = None
+    flips: Annotated[str, Meta(pattern=r"^x?y?z?\Z")] | None = None
     mirrored: bool = False
     quantity: Label = ""
     margin_mm: Annotated[float, Meta(ge=0, le=1000)] = 0.0
@@ -115,9 +114,9 @@ class Model(Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     name: Name
     sha256: Sha256
-    channels: tuple[str, ...]
-    targets: tuple[str, ...]
-    about: Text = ""
+    channels: Annotated[tuple[Label, ...], Meta(max_length=16)]
+    targets: Annotated[tuple[Label, ...], Meta(max_length=256)]
+    about: Label = ""
 
 
 class Output(Struct, frozen=True):
@@ -134,7 +133,7 @@ class Hello(_Body, frozen=True, kw_only=True):
     A gateway speaks for others; it and workers that read the spool themselves are on the server's own machine.
     """
 
-    versions: Annotated[tuple[int, ...], Meta(max_length=16)]
+    versions: Annotated[tuple[Count, ...], Meta(max_length=16)]
     client: Label = ""
     role: Role = "client"
     leases: Annotated[tuple[Lease, ...], Meta(max_length=64)] = ()
@@ -142,11 +141,11 @@ class Hello(_Body, frozen=True, kw_only=True):
 
 
 class Welcome(_Body, frozen=True, kw_only=True):
-    version: int
+    version: Count
     server: Label = ""
     models: tuple[Model, ...] = ()
     credit: Annotated[int, Meta(ge=1, le=64)] = CREDIT
-    most_payload: int = MOST_PAYLOAD
+    most_payload: Count = MOST_PAYLOAD
     most_bytes: Count = 0
     codecs: tuple[str, ...] = CODECS
     formats: tuple[str, ...] = FORMATS
@@ -177,8 +176,8 @@ class Credit(_Body, frozen=True, kw_only=True):
     """The bytes received of each part, and how many chunks may be on their way."""
 
     job: JobId | None = None
-    received: tuple[Count, ...]
-    credit: int = CREDIT
+    received: Annotated[tuple[Count, ...], Meta(max_length=16)]
+    credit: Annotated[int, Meta(ge=1, le=64)] = CREDIT
     state: State = "receiving"
     lease: Lease | None = None
 
@@ -208,14 +207,14 @@ class Progress(_Body, frozen=True, kw_only=True):
 
     job: JobId
     state: State
-    model: str = ""
+    model: Label = ""
     stage: Label = ""
     fraction: Fraction = 0.0
     position: Count = 0
     eta_s: Seconds | None = None
     created: Seconds = 0.0
-    outputs: tuple[Output, ...] = ()
-    seconds: dict[Label, Seconds] = {}
+    outputs: Annotated[tuple[Output, ...], Meta(max_length=16)] = ()
+    seconds: Durations = {}
     problem: Problem | None = None
 
 
@@ -285,11 +284,11 @@ class Work(_Body, frozen=True, kw_only=True):
 
     lease: Lease
     model: Model
-    parts: tuple[Part, ...]
+    parts: Annotated[tuple[Part, ...], Meta(max_length=16)]
     options: Options
     job: JobId
     small: bool = False
-    folder: str = ""
+    folder: Text = ""
 
 
 class Report(_Body, frozen=True, kw_only=True):
@@ -302,8 +301,8 @@ class Done(_Body, frozen=True, kw_only=True):
     """What a worker wrote. The digests are those of what it gave."""
 
     lease: Lease
-    outputs: tuple[Output, ...]
-    seconds: dict[Label, Seconds] = {}
+    outputs: Annotated[tuple[Output, ...], Meta(max_length=16)]
+    seconds: Durations = {}
 
 
 class Fail(_Body, frozen=True, kw_only=True):
@@ -343,8 +342,10 @@ _DECODERS: dict[bytes, Any] = {verb: msgspec.json.Decoder(kind) for verb, kind i
 
 
 def encode(message: _Body, payload: bytes | memoryview = b"") -> list[bytes | memoryview]:
-    """The four frames of a message."""
-    return [MAGIC, _NAMES[type(message)], _ENCODER.encode(message), payload]
+    """The four frames of a message. Raises :class:`ProtocolError` for more than :func:`decode` would take."""
+    body = _ENCODER.encode(message)
+    _check_size(len(body), len(payload))
+    return [MAGIC, _NAMES[type(message)], body, payload]
 
 
 def decode(frames: list[bytes]) -> tuple[_Body, bytes]:
@@ -356,17 +357,21 @@ def decode(frames: list[bytes]) -> tuple[_Body, bytes]:
         raise ProtocolError(f"a message begins with {MAGIC!r}, not {bytes(magic[:8])!r}", fix="speak delineate/1")
     if verb not in VERBS:
         raise ProtocolError(f"there is no verb {bytes(verb[:20])!r}", fix=f"known are {b', '.join(VERBS).decode()}")
-    if len(body) > MOST_JSON or len(payload) > MOST_PAYLOAD:
-        raise ProtocolError(
-            f"a message has {len(body):,} bytes of JSON and {len(payload):,} of payload",
-            fix=f"send at most {MOST_JSON:,} and {MOST_PAYLOAD:,}",
-        )
+    _check_size(len(body), len(payload))
     if payload and not issubclass(VERBS[verb], _WITH_PAYLOAD):
         raise ProtocolError(f"{verb.decode()} has no payload, and this has {len(payload):,} bytes")
     try:
         return _DECODERS[verb].decode(body), payload
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ProtocolError(f"{verb.decode()} is not valid: {str(error)[:300]}", fix="see docs/serving.md") from error
+
+
+def _check_size(body: int, payload: int) -> None:
+    if body > MOST_JSON or payload > MOST_PAYLOAD:
+        raise ProtocolError(
+            f"a message has {body:,} bytes of JSON and {payload:,} of payload",
+            fix=f"send at most {MOST_JSON:,} and {MOST_PAYLOAD:,}",
+        )
 
 
 def to_json(value: Any) -> bytes:

@@ -10,31 +10,40 @@
         door.sock       for workers and the gateway on this machine
         address.json    where the server listens
         .lock           held while a server uses the folder
+        .door           held by its front door: when all else was killed, the next one waits until it has gone
+
+A worker for a server elsewhere looks after a folder likewise, with its copies of bundles and the jobs under way.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import platform
+import re
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import msgspec
 
-from delineate.errors import DelineateError, RunInUse, ServingError, error_of
+from delineate.errors import BundleError, DelineateError, OutputError, RunInUse, ServingError, error_of
 from delineate.io.files import writing_beside
+from delineate.io.locks import is_locked, lock_file
 from delineate.serving.engine import Engine, Limits
 from delineate.serving.front_door import FrontDoor, check_bind
-from delineate.serving.keys import new_server_keys, read_server_keys, write_key
+from delineate.serving.keys import KeyFile, read_key, read_server_keys
 from delineate.serving.models import changed, offered
 from delineate.serving.spool import Spool
 from delineate.serving.store import Store
@@ -44,6 +53,8 @@ _SPAWN = get_context("spawn")
 _LOOK_S = 0.2
 _SOURCES_S = 2.0
 _SLOWEST_RESTART_S = 10.0
+_LEFT_S = 5.0
+"""A process whose parent has gone has this long to end in good order."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +105,43 @@ class Settings:
         return self.state / "address.json"
 
 
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker for a server elsewhere is told. ``key`` also says where the server is.
+
+    ``bundles`` are those of the server, to the byte; ``state`` holds copies of them, and the jobs under way.
+    """
+
+    state: Path
+    key: Path
+    bundles: tuple[Path, ...]
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int | None = None
+
+    @property
+    def models(self) -> Path:
+        """The folder of bundles."""
+        return self.state / "models"
+
+
 class Address(msgspec.Struct, frozen=True):
-    """Where a running server listens."""
+    """Where a running server listens, and whether it does without keys."""
 
     zmq: str
     http: str
     pid: int
+    plain: bool = False
 
 
 def read_address(state: Path) -> Address:
     """Where the server of a state folder listens. Raises :class:`ServingError` if none is running."""
     try:
-        return msgspec.json.decode((state / "address.json").read_bytes(), type=Address)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ServingError(f"no server is running in '{state}'", fix="start one: delineate serve BUNDLE") from error
+        if is_locked(state / ".lock"):
+            return msgspec.json.decode((state / "address.json").read_bytes(), type=Address)
+    except (OSError, msgspec.MsgspecError):
+        pass
+    raise ServingError(f"no server is running in '{state}'", fix="start one: delineate serve BUNDLE")
 
 
 def prepare(settings: Settings) -> None:
@@ -118,8 +152,30 @@ def prepare(settings: Settings) -> None:
         raise ServingError(f"'{settings.socket}' is too long for a socket's name", fix="choose a shorter --state")
     settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not settings.keys.exists():
-        write_key(settings.keys, new_server_keys())
+        from delineate.serving.places import make_keys  # imports this module
+
+        make_keys(settings.state, settings.bind)
     read_server_keys(settings.keys)
+
+
+def listen(address: str, *, plain: bool) -> socket.socket:
+    """A socket that listens for HTTP. Raises :class:`ServingError`; without keys it may be on loopback only."""
+    host, _, port = address.rpartition(":")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+        raise ServingError(f"'{address}' is not an address", fix="give one like 127.0.0.1:8042")
+    check_bind(f"tcp://{address}", plain=plain)
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), int(port)), family=family, backlog=128)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ServingError(f"{address} cannot be used: {reason}", fix="choose another port or address") from error
+
+
+def _named(listener: socket.socket) -> str:
+    """The address that a socket has."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Server:
@@ -128,80 +184,165 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         prepare(settings)
         self.settings = settings
-        self._children: dict[str, _Child] = {}
-        self._stopping = False
-        self._sources: dict[str, tuple[int, ...]] = {}
-        self._looked = 0.0
+        self._children: list[_Child] = []
+        self._signals = _Signals()
+        self._publisher = _Publisher(settings.bundles, settings.models, settings.device, settings.store)
 
     def run(self, ready: Callable[[Address], object] = lambda address: None) -> None:
-        """Serve until SIGTERM or SIGINT; then drain. ``ready`` is called when scans can come."""
-        with _lock(self.settings.state):
+        """Serve until SIGTERM or SIGINT; then drain. ``ready`` is called when scans can come.
+
+        Raises what is wrong with the bundles or the address before that, and :class:`RunInUse`.
+        """
+        with _held(self.settings.state, "a server"), self._signals:
             self._run(ready)
 
     def stop(self) -> None:
         """End :meth:`run` in good order."""
-        self._stopping = True
+        self._signals.count += 1
 
     def _run(self, ready: Callable[[Address], object]) -> None:
-        settings = self.settings
-        if threading.current_thread() is threading.main_thread():
-
-            def terminate(number: int, frame: FrameType | None) -> None:
-                self._stopping = True
-
-            signal.signal(signal.SIGTERM, terminate)
-            signal.signal(signal.SIGINT, terminate)
+        settings, told = self.settings, False
         settings.address.unlink(missing_ok=True)
-        self._publish(first=True)
-        self._children["front door"] = _Child("front door", _front_door, (settings,))
-        for number in range(settings.workers):
-            self._children[f"worker {number}"] = _Child(f"worker {number}", _worker, (settings, f"worker{number}"))
-        if settings.http:
-            self._children["gateway"] = _Child("gateway", _gateway, (settings,))
-        told = False
+        listener = None
+        if settings.http:  # bound here, so that connections wait while a gateway is started again
+            listener = listen(settings.http, plain=settings.plain)
+            settings = replace(settings, http=_named(listener))
+        problems, theirs = _SPAWN.Pipe(duplex=False)
         try:
-            while not self._stopping:
-                for child in self._children.values():
-                    child.look()
-                if not told and settings.address.exists():
+            door = self._start("front door", _front_door, settings, theirs)
+            for number in range(settings.workers):
+                self._start(f"worker {number}", _worker, settings, number)
+            if listener is not None:
+                self._start("gateway", _gateway, settings, listener)
+            while not self._signals.count:
+                if not told and problems.poll():
+                    raise error_of(*problems.recv())
+                self._publisher.look()
+                if not told and self._publisher.offers and settings.address.exists():
                     told = True
                     ready(read_address(settings.state))
-                if time.monotonic() - self._looked > _SOURCES_S:
-                    self._publish()
+                for child in self._children:
+                    child.look()
+                time.sleep(_LOOK_S)
+            door.terminate()
+            door.join(settings.drain_s + _LEFT_S, self._signals)
+        finally:
+            self._publisher.close()
+            _end(self._children)
+            settings.address.unlink(missing_ok=True)
+            problems.close()
+            theirs.close()
+            if listener is not None:
+                listener.close()
+
+    def _start(self, name: str, target: Callable[..., None], *arguments: Any) -> _Child:
+        self._children.append(_Child(name, target, arguments))
+        return self._children[-1]
+
+
+def serve_elsewhere(settings: WorkerSettings, ready: Callable[[], object] = lambda: None) -> None:
+    """Work for a server on another machine until SIGTERM or SIGINT; then give back what is not done.
+
+    ``ready`` is called when the server has taken the worker up. A server that is away, or does not know the key yet,
+    is tried again for ever. Raises what is wrong with the key or the bundles, and :class:`RunInUse`.
+    """
+    key = read_key(settings.key)
+    if key.role != "worker":
+        raise ServingError(
+            f"'{settings.key}' is a {key.role}'s key", fix="ask who runs the server: delineate keys add NAME --worker"
+        )
+    with _held(settings.state, "a worker"), _Signals() as signals:
+        bundles = {str(number): path for number, path in enumerate(settings.bundles)}
+        publisher = _Publisher(bundles, settings.models, settings.device)
+        taken_up, told = _SPAWN.Event(), False
+        child = _Child("worker", _worker_elsewhere, (settings, key, os.getpid(), taken_up))
+        try:
+            while not signals.count:
+                publisher.look()
+                if not told and taken_up.is_set():
+                    told = True
+                    ready()
+                child.look()
                 time.sleep(_LOOK_S)
         finally:
-            self._end()
+            publisher.close()
+            _end([child])
 
-    def _publish(self, *, first: bool = False) -> None:
-        """Offer the bundles as they are now. Raises what is wrong with them, the first time."""
-        self._looked = time.monotonic()
-        sources = {name: _stamp(path) for name, path in self.settings.bundles.items()}
-        if sources == self._sources and not first:
-            return
-        queue = _SPAWN.SimpleQueue()
-        process = _SPAWN.Process(target=_publish, args=(dict(self.settings.bundles), self.settings.models, queue))
-        process.start()
-        problem = queue.get() if _has_answer(queue, process) else ("E_BUNDLE", "the bundles could not be checked", "")
-        process.join()
+
+class _Signals:
+    """Counts SIGTERM and SIGINT in the main thread: the first asks for an end in good order, the second for haste."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        def noted(number: int, frame: FrameType | None) -> None:
+            self.count += 1
+
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, noted) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Publisher:
+    """Offers bundles as they are, checked and copied by a process of its own whenever they have changed."""
+
+    def __init__(self, bundles: Mapping[str, Path], models: Path, device: str, store: Path | None = None) -> None:
+        self._bundles, self._arguments = dict(bundles), (dict(bundles), models, device, store)
+        self.offers = False
+        """Whether the bundles have been offered once."""
+        self._offered: dict[str, tuple[int, ...]] = {}
+        self._seen: dict[str, tuple[int, ...]] = {}
+        self._looked = 0.0
+        self._process: BaseProcess | None = None
+
+    def look(self) -> None:
+        """Offer the bundles, and again if they have changed. Raises what is wrong with them, the first time.
+
+        After that, one that is damaged or being written is tried again later.
+        """
+        if self._process is not None:
+            if self._answer.poll() and (error := self._answered()) is not None:
+                if not self.offers:
+                    raise error
+                _LOG.warning("a changed bundle is not offered yet: %s", error)
+        elif not self.offers or (time.monotonic() - self._looked > _SOURCES_S and self._stamps() != self._offered):
+            self._start()
+
+    def close(self) -> None:
+        """End a process that is still at it."""
+        if self._process is not None:
+            self._process.kill()
+            self._answered()
+
+    def _start(self) -> None:
+        self._seen = self._stamps()
+        self._answer, theirs = _SPAWN.Pipe(duplex=False)
+        self._process = _SPAWN.Process(target=_publish, args=(*self._arguments, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def _answered(self) -> DelineateError | None:
+        assert self._process is not None
+        try:
+            problem = self._answer.recv()
+        except EOFError:
+            problem = BundleError.code, "the bundles could not be checked", "see the log"
+        self._answer.close()
+        self._process.join()
+        self._process, self._looked = None, time.monotonic()
         if problem is None:
-            self._sources = sources
-            return
-        error = error_of(*problem)
-        if first:
-            raise error
-        _LOG.warning("a changed bundle is not offered yet: %s", error)
+            self._offered, self.offers = self._seen, True
+            return None
+        return error_of(*problem)
 
-    def _end(self) -> None:
-        """Let the front door drain, then end the others."""
-        door = self._children.pop("front door")
-        door.terminate()
-        door.join(self.settings.drain_s + 5)
-        for child in self._children.values():
-            child.terminate()
-        for child in [door, *self._children.values()]:
-            child.join(10)
-            child.kill()
-        self.settings.address.unlink(missing_ok=True)
+    def _stamps(self) -> dict[str, tuple[int, ...]]:
+        return {name: _stamp(path) for name, path in self._bundles.items()}
 
 
 class _Child:
@@ -222,6 +363,7 @@ class _Child:
         """Start it again if it has ended, after a rest that grows with each time."""
         if self.process is not None and not self.process.is_alive():
             _LOG.error("the %s ended with status %s", self.name, self.process.exitcode)
+            self.process.close()
             self.process = None
             lived = time.monotonic() - self._began
             self._rest = 0.1 if lived > 10 else min(2 * self._rest, _SLOWEST_RESTART_S)
@@ -230,50 +372,96 @@ class _Child:
             self._start()
 
     def terminate(self) -> None:
+        """Ask it to end."""
         if self.process is not None:
             self.process.terminate()
 
-    def join(self, seconds: float) -> None:
-        if self.process is not None:
-            self.process.join(seconds)
+    def join(self, seconds: float, signals: _Signals | None = None) -> None:
+        """Wait until it has ended; no longer than some time, or until a second signal comes."""
+        deadline = time.monotonic() + seconds
+        while self.process is not None and self.process.is_alive() and time.monotonic() < deadline:
+            if signals is not None and signals.count > 1:
+                return
+            self.process.join(_LOOK_S)
 
-    def kill(self) -> None:
-        if self.process is not None and self.process.is_alive():
+    def end(self) -> None:
+        """End it now."""
+        if self.process is not None:
             self.process.kill()
             self.process.join()
+            self.process.close()
+            self.process = None
+
+
+def _end(children: list[_Child]) -> None:
+    """Ask all of them to end, and end those that have not after a while."""
+    for child in children:
+        child.terminate()
+    for child in reversed(children):  # the front door last: others tell it what they give back
+        child.join(2 * _LEFT_S)
+        child.end()
 
 
 # What the processes do
 
 
-def _front_door(settings: Settings) -> None:
+def _front_door(settings: Settings, problems: Connection) -> None:
     _begin_process()
-    store = Store(settings.store)
-    engine = Engine(store, Spool(settings.spool), settings.limits, now=time.time(), name="delineate")
-    last = 0
-
-    def refresh() -> None:
-        nonlocal last
-        now = changed(settings.models)
-        if now != last:
-            last = now
-            engine.models = offered(settings.models)
-
-    refresh()
-    keys = None if settings.plain else settings.keys
-    door = FrontDoor(engine, settings.socket, bind=settings.bind, keys=keys, refresh=refresh)
-    _with_parent(door.stop)
-    address = Address(door.address, settings.http, os.getppid())
-    with writing_beside(settings.address) as beside:
-        beside.write_bytes(msgspec.json.encode(address))
     try:
-        door.run(settings.drain_s)
+        with _held(settings.state, "the front door of a server", ".door", wait_s=2 * _LEFT_S):
+            _run_front_door(settings)
+    except DelineateError as error:
+        _LOG.error("%s", error)
+        problems.send((error.code, error.message, error.fix))
+        raise SystemExit(1) from error
+
+
+def _run_front_door(settings: Settings) -> None:
+    store = Store(settings.store)
+    try:
+        engine = Engine(store, Spool(settings.spool), settings.limits, now=time.time(), name="delineate")
+        last = 0
+
+        def refresh() -> None:
+            nonlocal last
+            now = changed(settings.models)
+            if now != last:
+                last = now
+                engine.models = offered(settings.models)
+
+        refresh()
+        keys = None if settings.plain else settings.keys
+        door = FrontDoor(engine, settings.socket, bind=settings.bind, keys=keys, refresh=refresh)
+        _end_with_parent(door.stop)
+        address = Address(door.address, settings.http, os.getppid(), settings.plain)
+        with writing_beside(settings.address) as beside:
+            beside.write_bytes(msgspec.json.encode(address))
+        try:
+            door.run(settings.drain_s)
+        finally:
+            door.close()
     finally:
-        door.close()
         store.close()
 
 
-def _worker(settings: Settings, name: str) -> None:
+def _worker(settings: Settings, number: int) -> None:
+    _begin_process()
+    from delineate.compute import plan_compute, usable_cores
+    from delineate.serving.worker import Worker
+
+    device, threads = _device_of(settings.device, number), settings.threads
+    if threads is None and settings.workers > 1:
+        threads = max(1, usable_cores() // settings.workers)
+    plan = plan_compute(
+        device=device, precision=settings.precision, compile="off", threads=threads  # type: ignore[arg-type]
+    )  # fmt: skip
+    address, name = f"ipc://{settings.socket}", f"worker{number}"
+    worker = Worker(address, name, settings.models, plan=plan, cancel_s=settings.limits.cancel_s)
+    _end_with_parent(worker.stop)
+    worker.run()
+
+
+def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, number: int, taken_up: Event) -> None:
     _begin_process()
     from delineate.compute import plan_compute
     from delineate.serving.worker import Worker
@@ -281,28 +469,58 @@ def _worker(settings: Settings, name: str) -> None:
     plan = plan_compute(
         device=settings.device, precision=settings.precision, compile="off", threads=settings.threads  # type: ignore[arg-type]
     )  # fmt: skip
-    worker = Worker(f"ipc://{settings.socket}", name, settings.models, plan=plan, cancel_s=settings.limits.cancel_s)
-    _with_parent(worker.stop)
-    for model in offered(settings.models).values():
-        worker.warm(model.sha256)
+    worker = Worker(
+        key.address,
+        f"{platform.node()[:100]} {number}",
+        settings.models,
+        key=key,
+        plan=plan,
+        scratch=settings.state / "scratch",
+        on_welcome=taken_up.set,
+    )
+    _end_with_parent(worker.stop)
     worker.run()
 
 
-def _gateway(settings: Settings) -> None:
+def _gateway(settings: Settings, listener: socket.socket) -> None:
     _begin_process()
-    from delineate.serving.http import run_gateway
+    from delineate.serving.http.gateway import Gateway
 
-    run_gateway(settings)
+    gateway = Gateway(settings, listener)
+    _end_with_parent(gateway.stop)
+    gateway.run()
 
 
-def _publish(bundles: dict[str, Path], models: Path, queue: Any) -> None:
+def _publish(bundles: dict[str, Path], models: Path, device: str, store: Path | None, answer: Connection) -> None:
+    _begin_process()
+    from delineate.compute import check_device
     from delineate.serving.models import publish
 
     try:
-        publish(bundles, models)
-        queue.put(None)
+        check_device(device)
+        publish(bundles, models, _needed(store) if store is not None else ())
+        answer.send(None)
     except DelineateError as error:
-        queue.put((error.code, error.message, error.fix))
+        answer.send((error.code, error.message, error.fix))
+
+
+def _needed(path: Path) -> set[str]:
+    """The bundles that jobs wait for."""
+    store = Store(path)
+    try:
+        return {job.model_sha256 for job in store.unfinished()}
+    finally:
+        store.close()
+
+
+def _device_of(device: str, number: int) -> str:
+    """A worker's own device, where there are several of a kind."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count > 1 and (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
+        return f"cuda:{number % count}"
+    return device
 
 
 def _begin_process() -> None:
@@ -310,24 +528,18 @@ def _begin_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the one that looks after them decides
 
 
-def _with_parent(stop: Callable[[], None]) -> None:
-    """Stop when the process that looks after this one has gone."""
-    parent = os.getppid()
+def _end_with_parent(stop: Callable[[], object]) -> None:
+    """Stop soon after the process that looks after this one has gone."""
+    parent = parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()
         stop()
+        time.sleep(_LEFT_S)
+        os._exit(0)
 
     threading.Thread(target=watch, daemon=True, name="parent").start()
-
-
-def _has_answer(queue: Any, process: BaseProcess) -> bool:
-    while queue.empty():
-        if not process.is_alive() and queue.empty():
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -340,23 +552,22 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return tuple(found)
 
 
-class _lock:  # noqa: N801 - a context manager
-    """Hold a state folder. Raises :class:`RunInUse`."""
-
-    def __init__(self, state: Path) -> None:
-        self._path = state / ".lock"
-
-    def __enter__(self) -> None:
-        import fcntl
-
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+@contextmanager
+def _held(folder: Path, what: str, name: str = ".lock", wait_s: float = 0.0) -> Iterator[None]:
+    """Hold a folder, which is made; wait for it if need be. Raises :class:`RunInUse` and :class:`OutputError`."""
+    deadline = time.monotonic() + wait_s
+    while True:
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = lock_file(folder / name)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                raise RunInUse(f"{what} is running in '{folder}'", fix="stop it, or use another --state") from error
+            time.sleep(_LOOK_S)
         except OSError as error:
-            os.close(self._descriptor)
-            raise RunInUse(
-                f"a server is running in '{self._path.parent}'", fix="stop it, or use another --state"
-            ) from error
-
-    def __exit__(self, *about: object) -> None:
-        os.close(self._descriptor)
+            raise OutputError(f"'{folder}' cannot be used: {error.strerror}", fix="choose another --state") from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)

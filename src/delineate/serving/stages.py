@@ -1,39 +1,53 @@
-"""What is done to a job, in its folder: decoded and exported by processes of little memory, segmented in between.
+"""What is done to a job: decoded and exported by processes of little memory, segmented in between.
 
 Stages leave files to each other, so that a queue holds paths and not arrays::
 
-    KEY/in0, …             what arrived
-    KEY/work/0.nii.gz, …   the same, by names that say their format
-    KEY/work/scan.npy      voxels (C, X, Y, Z)
-    KEY/work/label.npy     voxels (X, Y, Z)
-    KEY/out/label.…        results
+    FOLDER/in0, …                  what was sent
+    FOLDER/work/0/part0.nii.gz, …  the same, by names that say their format
+    FOLDER/work/scan.npy           voxels (C, Z, Y, X)
+    FOLDER/work/affine.npy
+    FOLDER/work/quantity.npy       the map (Z, Y, X) of a quantity, if one is measured
+    FOLDER/work/label.npy          voxels (X, Y, Z)
+    FOLDER/out/label.…             results
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
-import shutil
+import re
+import resource
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
 from delineate.core.subject import Subject
 from delineate.core.targets import Coding, Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something, load_map, load_scan
-from delineate.errors import BadFormat, MissingFile, TooLarge
-from delineate.io.exports import export_label, sidecar_of
+from delineate.errors import BadFormat, DelineateError, MissingFile, OutputError, TooLarge, Truncated, WorkerFailed
+from delineate.io.exports import check_label_format, export_label, sidecar_of
 from delineate.io.files import Limits
+from delineate.io.formats import is_series
 from delineate.metrics.quantities import QuantityMap, quantity_map
-from delineate.serving.protocol import Options, Output, Part
+from delineate.serving.protocol import Options, Output, Part, Problem
 
 if TYPE_CHECKING:
     from delineate.inference.predictor import Predictor
@@ -52,12 +66,73 @@ class Applied:
     codes: Mapping[str, Coding] | None = None
 
 
-def limit_memory(bytes: int) -> None:
-    """Let this process have no more memory than this: what it decodes came from outside."""
-    if os.name == "posix":
-        import resource
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a helper says of a stage: what it wrote, or what is wrong."""
 
-        resource.setrlimit(resource.RLIMIT_AS, (bytes, bytes))
+    outputs: tuple[Output, ...] = ()
+    problem: Problem | None = None
+
+
+# The processes that decode and export
+
+
+def help_with_stages(calls: Connection, memory_bytes: int) -> None:
+    """Do one stage after another, with no more memory than this, saying nothing, until the parent ends.
+
+    What a helper decodes came from outside: libraries warn by quoting it, and it may hold a patient's name. Answers
+    are JSON and not pickled, so that a helper that was taken over could not take over its parent.
+    """
+
+    def end_with_parent() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    while True:
+        try:
+            calls.send_bytes(msgspec.json.encode(answered(*calls.recv())))
+        except (EOFError, OSError):  # the parent has gone
+            return
+
+
+def answered(stage: Callable[..., tuple[Output, ...] | None], folder: Path, *arguments: Any) -> Answer:
+    """What a stage wrote, or why it could not: without the server's paths, nor any text of a library's error."""
+    try:
+        return Answer(stage(folder, *arguments) or ())
+    except DelineateError as caught:
+        error = caught
+    except MemoryError:
+        error = TooLarge("the scan needs more memory than one may take", fix="send a smaller part of it")
+    except Exception as caught:
+        error = unexpected(caught)
+    ours = re.compile(rf"{re.escape(str(folder / 'work'))}/(\d+/)?")
+    return Answer(problem=problem_of(type(error)(ours.sub("", error.message), ours.sub("", error.fix))))
+
+
+def problem_of(error: DelineateError) -> Problem:
+    """An error as it travels."""
+    return Problem(error.code, error.message[:2000], error.fix[:2000])
+
+
+def unexpected(error: Exception) -> WorkerFailed:
+    """An error of the program itself, with where it happened, but not its text: that may quote the scan."""
+    places = [f"{Path(at.filename).name}:{at.lineno}" for at in traceback.extract_tb(error.__traceback__)]
+    return WorkerFailed(
+        f"the worker failed: {type(error).__name__} at {' '.join(places[-6:])}",
+        fix="report this to whoever runs the server",
+    )
+
+
+# The stages
 
 
 def quantity_of(options: Options) -> QuantityMap | None:
@@ -67,19 +142,21 @@ def quantity_of(options: Options) -> QuantityMap | None:
 
 def decode(folder: Path, parts: tuple[Part, ...], options: Options, bundle: Applied) -> None:
     """Read the scan, and the map of the quantity, from the parts of a job. Raises what is wrong with them."""
-    work = folder / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(mode=0o700)
-    subject = _subject(folder, parts, bundle, quantity_of(options))
+    with _writing():
+        (folder / "work").mkdir(mode=0o700)
+    for index, part in enumerate(parts):
+        _unpack(folder / f"in{index}", _named(folder, index, part), part)
+    quantity = quantity_of(options)
+    subject = _subject(folder, parts, bundle, quantity)
+    _check_outputs(options, bundle, _source(subject))
     scan = load_scan(subject, bundle.channels)
     check_shows_something("the scan", scan)
-    np.save(work / "scan.npy", scan.voxels)
-    np.save(work / "affine.npy", scan.grid.affine)
-    quantity = quantity_of(options)
+    _save(folder / "work" / "scan.npy", scan.voxels.transpose(0, 3, 2, 1))
+    _save(folder / "work" / "affine.npy", scan.grid.affine)
     if quantity is not None:
         values = load_map(subject, quantity.channel, "the scan", scan.grid)
         quantity.check(values, "the scan")
-        np.save(work / "quantity.npy", values)
+        _save(folder / "work" / "quantity.npy", values.T)
 
 
 def segment(
@@ -88,10 +165,13 @@ def segment(
     """Segment a decoded scan; what the prediction says of itself, and the seconds of each stage."""
     from delineate.inference.review import review
 
+    began = time.perf_counter()
     scan = _scan(folder, mapped=False)
     odd = predictor.oddities(scan)
+    read = time.perf_counter()
     found = predictor.predict(scan, on_tile)
-    np.save(folder / "work" / "label.npy", found.label.voxels)
+    predicted = time.perf_counter()
+    _save(folder / "work" / "label.npy", found.label.voxels)
     calibration = predictor.calibration if len(predictor.bundles) == 1 else None
     reviewed = review("scan", found.confidence, odd, calibration)
     about = {
@@ -101,41 +181,50 @@ def segment(
         "no_interval": dict(reviewed.no_interval),
         "unusual": list(reviewed.oddities),
     }
-    return about, found.seconds
+    seconds = {
+        "preprocess": read - began + found.seconds["preprocess"],
+        "infer": found.seconds["network"],
+        "undo": found.seconds["undo"] + found.seconds["postprocess"],
+        "write": time.perf_counter() - predicted,
+    }
+    return about, seconds
 
 
 def export(
     folder: Path, parts: tuple[Part, ...], options: Options, bundle: Applied, about: Mapping[str, Any]
 ) -> tuple[Output, ...]:
     """Write the results in all formats asked for; their names, sizes and digests."""
-    out = folder / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(mode=0o700)
-    source = _named(folder, 0, parts[0])
+    with _writing():
+        (folder / "out").mkdir(mode=0o700)
+    quantity = quantity_of(options)
+    source = _source(_subject(folder, parts, bundle, quantity))
     scan = _scan(folder)
     label = LabelVolume(np.load(folder / "work" / "label.npy"), scan.grid)
     about = dict(about)
-    quantity = quantity_of(options)
     if quantity is not None:
         from delineate.inference.measurements import measure_label
 
-        values = np.load(folder / "work" / "quantity.npy", mmap_mode="r")
+        values = np.load(folder / "work" / "quantity.npy", mmap_mode="r").T
         measured = measure_label(label, bundle.targets, values, quantity)
         about["quantity"] = quantity.as_dict()
         about["measurements"] = {target: _finite(asdict(found)) for target, found in measured.items()}
     for format in options.outputs:
-        path = out / f"label.{format}"
-        if format == "json" or path.exists():
+        path = folder / "out" / f"label.{format}"
+        if format == "json" or path.exists():  # some formats come with others
             continue
         if format == "png":
             from delineate.reporting.overlays import picture_of_label
 
-            path.write_bytes(picture_of_label(scan, label, bundle.targets))
+            picture = picture_of_label(scan, label, bundle.targets)
+            with _writing():
+                path.write_bytes(picture)
             continue
-        export_label(path, label, bundle.targets, source=source, about=about, codes=bundle.codes or {})
+        export_label(path, label, bundle.targets, source=source, codes=bundle.codes or {})
     described = sidecar_of(label, bundle.targets) | about
-    (out / "label.json").write_text(json.dumps(described, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return tuple(_described(path) for path in sorted(out.iterdir()))
+    with _writing():
+        text = json.dumps(described, indent=2, allow_nan=False)
+        (folder / "out" / "label.json").write_text(text + "\n", encoding="utf-8")
+    return tuple(_described(path) for path in sorted((folder / "out").iterdir()))
 
 
 def _subject(folder: Path, parts: tuple[Part, ...], bundle: Applied, quantity: QuantityMap | None) -> Subject:
@@ -143,71 +232,101 @@ def _subject(folder: Path, parts: tuple[Part, ...], bundle: Applied, quantity: Q
     files = {part.channel: _named(folder, index, part) for index, part in enumerate(parts)}
     if len(files) < len(parts):
         raise BadFormat("several files are for the same channel", fix="give each channel's file once, by name")
-    maps = {} if quantity is None or quantity.channel in bundle.channels else {quantity.channel: quantity.channel}
+    maps = set() if quantity is None or quantity.channel in bundle.channels else {quantity.channel}
+    if missing := sorted(maps - files.keys()):
+        raise MissingFile(f"the scan has no {missing[0]}", fix="send a file for it, too")
     scans = {channel: path for channel, path in files.items() if channel not in maps}
     if set(scans) == {""}:
         scans = dict.fromkeys(bundle.channels, scans[""])
-    subject = Subject("scan", scans, resample=bundle.resample).with_channels(bundle.channels)
-    if not maps:
-        return subject
-    [name] = maps
-    if name not in files:
-        raise MissingFile(f"the scan has no {name}", fix="send a file for it, too")
-    return Subject("scan", {**subject.scans, name: files[name]}, resample=bundle.resample)
+    chosen = Subject("scan", scans).with_channels(bundle.channels)
+    return Subject("scan", {**chosen.scans, **{name: files[name] for name in maps}}, resample=bundle.resample)
+
+
+def _source(subject: Subject) -> Path:
+    """The file that results are written like."""
+    return next(iter(subject.scans.values()))
+
+
+def _check_outputs(options: Options, bundle: Applied, source: Path) -> None:
+    """Raise :class:`BadFormat` for a result that could not be written in the end."""
+    for format in options.outputs:
+        if format not in ("json", "png"):
+            check_label_format(format, bundle.targets)
+    if "dcm" in options.outputs and not is_series(source):
+        raise BadFormat("a DICOM-SEG refers to a DICOM series", fix="send the series, or ask for another format")
 
 
 def _named(folder: Path, index: int, part: Part) -> Path:
-    """A part under a name that says its format; unpacked, if it was packed for the way."""
-    path, arrived = folder / "work" / f"{index}{_SUFFIXES[part.format]}", folder / f"in{index}"
-    if not path.exists():
+    """A part by a name that says its format; alone in a folder, so that no header can have another file read."""
+    return folder / "work" / str(index) / f"part{index}{_SUFFIXES[part.format]}"
+
+
+def _unpack(arrived: Path, path: Path, part: Part) -> None:
+    """Give a part its name; unpacked, if it was packed for the way."""
+    with _writing():
+        path.parent.mkdir(mode=0o700)
         if part.codec == "raw":
             os.link(arrived, path)
-        else:
-            _unpack(arrived, path)
-    return path
+            return
+        with path.open("wb") as file:
+            for chunk in _chunks(arrived):
+                file.write(chunk)
 
 
-def _unpack(arrived: Path, path: Path) -> None:
+def _chunks(arrived: Path) -> Iterator[bytes]:
+    """What a frame of Blosc2 unpacks to. Only its chunks are read, none of what frames may say of themselves."""
     import blosc2
 
     most = Limits().max_bytes + 2**20
-    try:
-        frame = blosc2.open(str(arrived), mode="r")
-        if frame.nbytes > most:
-            raise TooLarge(f"the scan has {frame.nbytes:,} bytes when unpacked, more than {most:,}")
-        with path.open("wb") as file:
-            for number in range(frame.nchunks):
-                file.write(frame.decompress_chunk(number))
-    except (RuntimeError, ValueError, AttributeError, TypeError, OSError) as error:
-        raise BadFormat(f"the scan cannot be unpacked: {error}", fix="send it as it is") from error
+    with arrived.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        try:
+            frame = blosc2.schunk_from_cframe(content)
+            size, number = frame.nbytes, frame.nchunks
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise BadFormat("the scan was not packed with Blosc2, or is damaged", fix="send it as it is") from error
+        if size > most:
+            raise TooLarge(f"the scan has {size:,} bytes when unpacked, more than {most:,}", fix="send a part of it")
+        left = size
+        for index in range(number):
+            try:
+                chunk = frame.decompress_chunk(index)
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise Truncated("the packed scan is damaged", fix="send it again, or as it is") from error
+            left -= len(chunk)
+            if left < 0:
+                raise BadFormat("the packed scan is larger than it says", fix="send it as it is")
+            yield chunk
+        del frame  # it points into the file
 
 
 def _scan(folder: Path, *, mapped: bool = True) -> Volume:
-    work = folder / "work"
-    voxels = np.load(work / "scan.npy", mmap_mode="r" if mapped else None)
-    return Volume(voxels, Grid(voxels.shape[1:], np.load(work / "affine.npy")))
+    """The decoded scan, laid out in memory as it was read: sums over it are the same to the last bit."""
+    voxels = np.load(folder / "work" / "scan.npy", mmap_mode="r" if mapped else None).transpose(0, 3, 2, 1)
+    return Volume(voxels, Grid(voxels.shape[1:], np.load(folder / "work" / "affine.npy")))
+
+
+def _save(path: Path, values: NDArray) -> None:
+    with _writing():
+        np.save(path, values)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Turn what the system says of a full disk into :class:`OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or "it is full"  # numpy does not say why
+        raise OutputError(f"the server's disk cannot be written: {why}", fix="try again later") from error
 
 
 def _described(path: Path) -> Output:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())  # here, so that the front door need not wait for it
     return Output(path.name, path.stat().st_size, digest)
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     """Numbers as JSON has them: what is undefined is null."""
     return {name: value if isfinite(value) else None for name, value in values.items()}
-
-
-class Clock:
-    """Seconds of each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Count the time since the last lap as ``stage``."""
-        now = time.perf_counter()
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 4)
-        self._last = now

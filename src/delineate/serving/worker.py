@@ -1,8 +1,8 @@
 """A worker: takes jobs from the front door, and segments them on one device.
 
 Two threads. The one talks: it keeps the worker in touch with the front door whatever the other does, and hands jobs on
-from stage to stage. The other is the main thread and computes. Decoding and exporting are done by processes of their
-own, with little memory, so that the network never waits for them, and what they decode cannot do harm.
+from stage to stage. The other is the main thread and computes. Decoding and exporting are done by helpers, processes
+of their own with little memory, so that the network never waits for them, and what they decode cannot do harm.
 
 While a large job is computed, small ones that arrive are done between its tiles, for no more than half of the time.
 """
@@ -14,13 +14,10 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -28,14 +25,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import msgspec
+import numpy as np
+import torch
 import zmq
+from msgspec.structs import replace
 
+from delineate.bundle import Bundle
 from delineate.compute import ComputePlan, plan_compute, torch_threads
-from delineate.errors import Cancelled, DelineateError, ServingError, TooLarge, WorkerFailed
+from delineate.core.grid import Grid
+from delineate.core.volume import Volume
+from delineate.errors import Cancelled, DelineateError, OutputError, TooLarge, error_of
 from delineate.inference.predictor import Predictor
 from delineate.serving import stages
 from delineate.serving.keys import KeyFile
-from delineate.serving.models import bundle_of
+from delineate.serving.models import bundle_of, changed, offered
 from delineate.serving.protocol import (
     CREDIT,
     MOST_PAYLOAD,
@@ -62,49 +66,80 @@ from delineate.serving.protocol import (
     decode,
     encode,
 )
+from delineate.serving.stages import problem_of
 
 _LOG = logging.getLogger("delineate.serving")
 
-DECODING_BYTES = 3 * 2**30
-_DECODING_S = 120.0
+HELPER_BYTES = 3 * 2**30
+"""Memory that decoding, and exporting, may take."""
+_HELPER_S = 120.0
 _PING_S = 2.0
 _AGAIN_S = 5.0
+_AHEAD_S = 10.0
+"""Before a job has less than this to go, the next is not fetched: another worker may be free for it sooner."""
 _WARM = 4
 """Networks that are kept ready."""
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
-@dataclass
+@dataclass(eq=False)
 class _Task:
-    """A job that this worker has."""
+    """A job that this worker has. ``others_s``: how long it has waited for small jobs between its tiles."""
 
     work: Work
     folder: Path
-    began: float = field(default_factory=time.monotonic)
     stage: str = "receive"
     since: float = field(default_factory=time.monotonic)
     """When the stage began."""
     fraction: float = 0.0
+    others_s: float = 0.0
     cancelled: float = 0.0
     """When it was cancelled; 0: it was not."""
-    future: Future[Any] | None = None
-    about: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
     applied: stages.Applied | None = None
+    about: dict[str, Any] = field(default_factory=dict)
     outputs: tuple[Output, ...] = ()
-    received: int = 0
-    part: int = 0
-    sent: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    index: int = 0
+    """The part that is being fetched, or the output that is being sent."""
+    here: int = 0
+    """Its bytes that have come, or gone."""
+    wanted: int = 0
+    """Up to which byte it has been asked for."""
+    question: int = 0
+    moved: float = 0.0
+    """When it last went on."""
+
+    @property
+    def lease(self) -> str:
+        return self.work.lease
+
+    @property
+    def remote(self) -> bool:
+        """Whether its files lie on another machine."""
+        return not self.work.folder
 
     def enter(self, stage: str) -> None:
+        """Go on to another stage. The seconds of ``infer`` are counted by those who do it."""
         now = time.monotonic()
-        self.seconds[self.stage] = round(self.seconds.get(self.stage, 0.0) + now - self.since, 4)
+        if self.stage != "infer":
+            self.count("write" if self.stage == "send" else self.stage, now - self.since)
         self.stage, self.since = stage, now
+
+    def count(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + seconds, 4)
+
+    def remaining_s(self) -> float:
+        """Seconds until its tiles are done, as far as known."""
+        done = max(self.fraction, 1e-6)
+        return (time.monotonic() - self.since - self.others_s) * (1 - done) / done
 
 
 class Worker:
-    """Takes jobs from the front door at ``address``. ``models`` is the folder of bundles; ``key`` for another machine.
+    """Takes jobs from the front door at ``address``. ``models`` is the folder of bundles.
 
-    ``scratch`` holds jobs of other machines while they are done.
+    Of a server on another machine, with a ``key``, it does only jobs for its own bundles; the folder ``scratch`` holds
+    them meanwhile, and nothing else.
     """
 
     def __init__(
@@ -114,30 +149,36 @@ class Worker:
         models: Path,
         *,
         key: KeyFile | None = None,
-        own_models: tuple[str, ...] = (),
         plan: ComputePlan | None = None,
         scratch: Path | None = None,
         cancel_s: float = 5.0,
+        on_welcome: Callable[[], object] = lambda: None,
     ) -> None:
-        self.address, self.name, self.models, self._key, self._own = address, name, models, key, own_models
+        self.address, self.name, self.models, self._key = address, name, models, key
         self._plan = plan or plan_compute(device="auto", precision="auto", compile="off")
-        self._scratch = Path(tempfile.mkdtemp(prefix="delineate-worker-", dir=scratch))
-        self._cancel_s = cancel_s
-        self._tasks: dict[str, _Task] = {}
-        self._ready: deque[_Task] = deque()
-        self._changed = threading.Condition()
-        self._events: deque[Callable[[], None]] = deque()
-        self._wake, self._woken = socket.socketpair()
-        self._woken.setblocking(False)
+        self._scratch = scratch
+        self._cancel_s, self._on_welcome = cancel_s, on_welcome
         self._stopping = False
-        self._predictors: dict[tuple[object, ...], Predictor] = {}
+        # The main thread's
+        self._networks: dict[str, tuple[Bundle, torch.nn.Module]] = {}
+        self._offer = -1
+        # The talking thread's
+        self._tasks: dict[str, _Task] = {}
+        self._applied: dict[str, stages.Applied] = {}
         self._unacknowledged: dict[str, tuple[Message, float]] = {}
-        self._running: list[_Task] = []
         self._greeted = False
         self._asked: dict[Lane, int] = {}
         """The lanes in which it has asked for a job, with the ids of its questions."""
         self._ids = 0
-        self._pools = {"decode": _new_pool(), "export": _new_pool()}
+        # Both threads'
+        self._ready: deque[_Task] = deque()
+        self._changed = threading.Condition()
+        self._running: list[_Task] = []
+        self._own: tuple[str, ...] = ()
+        self._events: deque[Callable[[], object]] = deque()
+        self._wake, self._woken = socket.socketpair()
+        self._wake.setblocking(False)
+        self._woken.setblocking(False)
 
     # The main thread: computing
 
@@ -149,31 +190,36 @@ class Worker:
                 self.stop()
 
             signal.signal(signal.SIGTERM, terminate)
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        while not self._stopping and not changed(self.models):
+            time.sleep(0.1)
+        self._refresh()
         talking = threading.Thread(target=self._talk, name="talk", daemon=True)
         talking.start()
         try:
             with torch_threads(self._plan.threads):
-                while (task := self._next()) is not None:
-                    self._compute(task)
+                while not self._stopping:
+                    if (task := self._next()) is not None:
+                        self._compute(task)
+                    self._refresh()
         finally:
-            self._stopping = True
-            self._wake.send(b"x")
-            talking.join(5)
-            for pool in self._pools.values():
-                _kill(pool)
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self.stop()
+            talking.join()
+            self._wake.close()
+            self._woken.close()
 
     def stop(self) -> None:
         """End :meth:`run` soon."""
         self._stopping = True
-        with self._changed:
-            self._changed.notify_all()
+        with suppress(OSError):
+            self._wake.send(b"x")
 
     def _next(self) -> _Task | None:
         with self._changed:
-            while not self._ready and not self._stopping:
+            if not self._ready:
                 self._changed.wait(0.5)
-            return None if self._stopping else self._ready.popleft()
+            return self._ready.popleft() if self._ready else None
 
     def _next_small(self) -> _Task | None:
         with self._changed:
@@ -184,102 +230,184 @@ class Worker:
 
     def _compute(self, task: _Task) -> None:
         """Segment a job; while it is large, small ones between its tiles."""
-        own, others = time.monotonic(), 0.0
-        task.enter("segment")
+        task.enter("infer")
         self._running.append(task)
+        self._post(lambda: self._report(task))
 
         def on_tile(done: int, total: int) -> None:
-            nonlocal others
             task.fraction = done / max(total, 1)
             if task.cancelled or self._stopping:
                 raise Cancelled("the job was cancelled")
-            while not task.work.small and (time.monotonic() - own) >= 2 * others:
+            while not task.work.small and time.monotonic() - task.since >= 2 * task.others_s:
                 small = self._next_small()
                 if small is None:
                     return
                 began = time.monotonic()
                 self._compute(small)
-                others += time.monotonic() - began
+                task.others_s += time.monotonic() - began
 
         try:
             about, seconds = stages.segment(task.folder, self._predictor(task.work), on_tile)
-            task.about = {"model": {"name": task.work.model.name, "sha256": task.work.model.sha256}, **about}
-            task.seconds |= {name: round(value, 4) for name, value in seconds.items()}
-            self._post(lambda: self._segmented(task))
         except DelineateError as caught:
-            error = caught
-            self._post(lambda: self._failed(task, error))
+            failure = caught
         except Exception as caught:
-            _LOG.exception("job %s failed", task.work.lease)
-            failure = WorkerFailed(f"the worker failed: {type(caught).__name__}", fix="see the server's log")
-            self._post(lambda: self._failed(task, failure))
+            failure = self._failure(task, caught)
+        else:
+            task.about = {"model": {"name": task.work.model.name, "sha256": task.work.model.sha256}, **about}
+            seconds["infer"] -= task.others_s
+            for stage, spent in [*seconds.items(), ("wait", task.others_s)]:
+                task.count(stage, spent)
+            self._post(lambda: self._segmented(task))
+            return
         finally:
             self._running.remove(task)
+        self._post(lambda: self._failed(task, failure))
+
+    def _failure(self, task: _Task, error: Exception) -> DelineateError:
+        """What an error that is not one of ours means for a job, and for the worker."""
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if known or (isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)):
+            if self._plan.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return TooLarge("the scan needs more memory than the server has", fix="send a smaller part of it")
+        failure = stages.unexpected(error)
+        _LOG.error("job %s: %s", task.work.job, failure.message)
+        if self._plan.device.type != "cpu":
+            _LOG.error("the worker ends, since its device may be unusable now")
+            self.stop()
+        return failure
 
     def _predictor(self, work: Work) -> Predictor:
-        """The predictor of a bundle with a job's settings; the last few are kept."""
-        options = work.options
-        known = (work.model.sha256, options.overlap, options.flips, options.mirrored)
-        found = self._predictors.pop(known, None)
+        options, (bundle, network) = work.options, self._network(work.model.sha256)
+        return Predictor(
+            [bundle],
+            self._plan,
+            networks=[network],
+            overlap=options.overlap,
+            flips=options.flips,
+            mirrored=options.mirrored,
+        )
+
+    def _network(self, sha256: str) -> tuple[Bundle, torch.nn.Module]:
+        """A bundle and its network; the last few are kept."""
+        found = self._networks.pop(sha256, None)
         if found is None:
-            bundle = bundle_of(self.models, work.model.sha256)
-            found = Predictor(
-                [bundle], self._plan, overlap=options.overlap, flips=options.flips, mirrored=options.mirrored
-            )
-            while len(self._predictors) >= _WARM:
-                del self._predictors[next(iter(self._predictors))]
-        self._predictors[known] = found
+            bundle = bundle_of(self.models, sha256)
+            found = bundle, bundle.trained_network()
+            while len(self._networks) >= _WARM:
+                del self._networks[next(iter(self._networks))]
+            if self._plan.device.type != "cpu":
+                self._try(*found)
+        self._networks[sha256] = found
         return found
 
-    def warm(self, sha256: str) -> None:
-        """Get a bundle's network ready before the first scan comes."""
-        bundle = bundle_of(self.models, sha256)
-        self._predictors.setdefault((sha256, None, None, False), Predictor([bundle], self._plan))
+    def _try(self, bundle: Bundle, network: torch.nn.Module) -> None:
+        """Apply a network to noise: the first time, a device takes seconds to choose how to compute."""
+        shape = bundle.geometry.shape
+        noise = np.random.default_rng(0).standard_normal((len(bundle.channels), *shape), dtype=np.float32)
+        with suppress(DelineateError):
+            Predictor([bundle], self._plan, networks=[network]).predict(
+                Volume(noise, Grid.of_spacing(shape, bundle.spacing_mm))
+            )
+
+    def _refresh(self) -> None:
+        """Get the networks of a changed offer ready before the first scan comes."""
+        now = changed(self.models)
+        if now == self._offer or self._stopping:
+            return
+        self._offer, self._own = now, tuple({model.sha256: None for model in offered(self.models).values()})
+        for sha256 in self._own[:_WARM]:
+            try:
+                self._network(sha256)
+            except DelineateError as error:
+                _LOG.warning("bundle %s cannot be used: %s", sha256[:12], error)
+        if self._key is not None:
+            self._post(self._introduce)
 
     # The other thread: talking
 
-    def _post(self, event: Callable[[], None]) -> None:
+    def _post(self, event: Callable[[], object]) -> None:
         """Let the talking thread do something."""
         self._events.append(event)
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # it will look anyway, or has ended
             self._wake.send(b"x")
 
     def _talk(self) -> None:
-        context = zmq.Context()
-        self._socket = self._connected(context)
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._woken, zmq.POLLIN)
-        heard = pinged = 0.0
         try:
+            self._context = zmq.Context()
+            self._socket = self._connected(self._context)
+            self._monitor = self._socket.get_monitor_socket(_REFUSED)
+            self._helpers = {"decode": _Helper(), "write": _Helper()}
+            self._introduced = self._heard = self._pinged = self._warned = 0.0
             while not self._stopping:
-                if not self._greeted and time.monotonic() - pinged > _PING_S:
-                    self._hello()
-                    pinged = time.monotonic()
-                ready = dict(poller.poll(500))
-                if self._woken.fileno() in ready:
-                    self._drained()
-                while self._events:
-                    self._events.popleft()()
-                while self._socket.poll(0):
-                    heard = time.monotonic()
-                    self._received(*decode(self._socket.recv_multipart()))
-                now = time.monotonic()
-                if self._greeted and now - pinged > _PING_S:
-                    pinged = now
-                    self._send(Ping())
-                    self._report()
-                if self._greeted and heard and now - heard > 5 * _PING_S:
-                    self._greeted = False  # nobody has answered for long
-                self._look(now)
+                self._wait()
+                self._happened()
+                self._keep_in_touch(time.monotonic())
                 self._take()
-            for task in list(self._tasks.values()):
-                self._send(Fail(lease=task.work.lease, released=True))
-            self._socket.close(1000)
-            context.term()
-        except Exception:
-            _LOG.exception("the worker lost its front door")
+            self._happened()
+            self._leave()
+        except Exception as error:
+            _LOG.error("%s", stages.unexpected(error).message)
             os._exit(70)
+
+    def _leave(self) -> None:
+        """Give back all jobs and say no more."""
+        for task in self._tasks.values():
+            self._send(Fail(lease=task.lease, released=True))
+        for helper in self._helpers.values():
+            helper.close()
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close(1000)
+        self._context.term()
+
+    def _wait(self) -> None:
+        """Wait until something has happened, for half a second at most."""
+        poller = zmq.Poller()
+        for one in (self._socket, self._monitor, self._woken, *(h.answers for h in self._helpers.values())):
+            poller.register(one, zmq.POLLIN)
+        poller.poll(500)
+        with suppress(BlockingIOError):
+            while self._woken.recv(4096):
+                pass
+
+    def _happened(self) -> None:
+        """Do what other threads, helpers and the front door want."""
+        while self._events:
+            self._events.popleft()()
+        for helper in self._helpers.values():
+            if (came := helper.came()) is not None:
+                self._came(*came)
+        while self._monitor.poll(0):
+            self._monitor.recv_multipart()
+            self._warn(f"{self.address} refuses the connection: it may not know this key")
+        while self._socket.poll(0):
+            self._heard = time.monotonic()
+            self._received(*decode(self._socket.recv_multipart()))
+
+    def _keep_in_touch(self, now: float) -> None:
+        if not self._greeted and now - self._introduced > _PING_S:
+            self._introduce()
+        if self._greeted and now - self._pinged > _PING_S:
+            self._pinged = now
+            self._send(Ping())
+            for task in self._tasks.values():
+                self._report(task)
+        if self._greeted and now - self._heard > 5 * _PING_S:
+            self._greeted = False  # nobody has answered for long
+        for helper in self._helpers.values():
+            helper.look(now)
+        for task in list(self._tasks.values()):
+            if task.stage == "infer" and task.cancelled and now - task.cancelled > self._cancel_s:
+                _LOG.error("job %s does not stop: the worker ends", task.work.job)
+                self._leave()
+                os._exit(71)
+            if task.stage in ("receive", "send") and now - task.moved > _AGAIN_S:  # something got lost
+                self._fetch(task) if task.stage == "receive" else self._send_on(task, 0)
+        for lease, (answer, since) in list(self._unacknowledged.items()):
+            if self._greeted and now - since > _AGAIN_S:
+                self._unacknowledged[lease] = answer, now
+                self._send(answer)
 
     def _connected(self, context: zmq.Context) -> zmq.Socket:
         dealer = context.socket(zmq.DEALER)
@@ -294,45 +422,37 @@ class Worker:
         dealer.connect(self.address)
         return dealer
 
-    def _drained(self) -> None:
+    def _send(self, message: Message, payload: bytes = b"") -> int:
+        """Send a message; its id. What matters is sent again if the front door does not answer."""
+        self._ids += 1
         try:
-            while self._woken.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
-
-    def _send(self, message: Message, payload: bytes = b"") -> None:
-        try:
-            self._socket.send_multipart(encode(message, payload), zmq.NOBLOCK)
-        except zmq.Again:  # the front door is away; what matters is sent again
+            self._socket.send_multipart(encode(replace(message, id=self._ids), payload), zmq.NOBLOCK)
+        except zmq.Again:  # the front door is away
             self._greeted = False
+        return self._ids
 
-    def _hello(self) -> None:
+    def _introduce(self) -> None:
+        self._introduced, self._greeted = time.monotonic(), False
         self._asked.clear()
-        held = tuple({*self._tasks, *self._unacknowledged})
-        self._send(Hello(versions=(VERSION,), client=self.name, role="worker", leases=held, models=self._own))
+        held, models = tuple({*self._tasks, *self._unacknowledged}), () if self._key is None else self._own
+        self._send(Hello(versions=(VERSION,), client=self.name, role="worker", leases=held, models=models))
 
     def _take(self) -> None:
-        """Ask for jobs: one ahead, and a small one while a large one is computed."""
+        """Ask for jobs: one ahead, but a small one only while a large one is computed for long."""
         if not self._greeted or self._stopping:
             return
+        large = next((task for task in self._running[:1] if not task.work.small), None)
         ahead = [task for task in self._tasks.values() if task.stage in ("receive", "decode", "wait")]
-        if "any" not in self._asked and not ahead:
-            self._ask_for("any")
-        busy = bool(self._running) and not self._running[0].work.small
-        small = [task for task in self._tasks.values() if task.work.small and task.stage not in ("export", "send")]
-        if busy and "small" not in self._asked and not small:
-            self._ask_for("small")
-
-    def _ask_for(self, lane: Lane) -> None:
-        self._ids += 1
-        self._asked[lane] = self._ids
-        self._send(Take(lane=lane, id=self._ids))
+        if "any" not in self._asked and not ahead and (large is None or large.remaining_s() < _AHEAD_S):
+            self._asked["any"] = self._send(Take(lane="any"))
+        if "small" not in self._asked and large is not None and not any(task.work.small for task in ahead):
+            self._asked["small"] = self._send(Take(lane="small"))
 
     def _received(self, message: Message, payload: bytes) -> None:
         match message:
             case Welcome():
                 self._greeted = True
+                self._on_welcome()
                 for lease, (answer, _) in list(self._unacknowledged.items()):
                     self._unacknowledged[lease] = answer, time.monotonic()
                     self._send(answer)
@@ -341,151 +461,177 @@ class Worker:
                 self._begin(message)
             case Data(lease=str(lease)) if lease in self._tasks:
                 self._take_in(self._tasks[lease], message, payload)
-            case Credit(lease=str(lease)) if lease in self._tasks:
+            case Credit(lease=str(lease)) if lease in self._tasks and message.re == self._tasks[lease].question:
                 self._send_on(self._tasks[lease], message.received[0])
             case Ack(lease=str(lease)):
                 self._unacknowledged.pop(lease, None)
             case Cancel(lease=str(lease)):
                 self._unacknowledged.pop(lease, None)
                 self._cancel(lease)
+            case Err(problem=Problem(code="E_HELLO")):
+                self._introduce()
             case Err():
-                if message.problem.code == "E_HELLO":
-                    self._greeted = False
-                elif message.problem.code == "E_DENIED":
-                    raise ServingError(message.problem.message)
-                else:
-                    _LOG.warning("the front door says: %s", message.problem.message)
+                self._refused(message)
             case _:
                 pass
 
+    def _refused(self, message: Err) -> None:
+        """The front door could not do what was asked; what may succeed later is asked again in a while."""
+        problem, lease, task = message.problem, message.lease or "", self._tasks.get(message.lease or "")
+        self._warn(f"the front door says {problem.code}: {problem.message}")
+        if message.retryable:
+            return
+        if lease in self._unacknowledged:
+            if isinstance(self._unacknowledged.pop(lease)[0], Done):
+                self._say_until_heard(Fail(lease=lease, problem=problem))
+        elif task is not None and task.stage in ("receive", "send") and message.re == task.question:
+            if task.stage == "send" and problem.code == "E_CONFLICT":
+                self._send_on(task, 0)
+            else:
+                self._failed(task, error_of(problem.code, problem.message, problem.fix))
+
+    def _warn(self, text: str) -> None:
+        """Log what would be said again and again, once a minute."""
+        if time.monotonic() - self._warned > 60:
+            self._warned = time.monotonic()
+            _LOG.warning("%s", text)
+
+    # A job, from stage to stage
+
     def _begin(self, work: Work) -> None:
-        local = Path(work.folder) if work.folder else self._scratch / work.lease
-        task = self._tasks[work.lease] = _Task(work, local)
-        if work.folder:
+        assert work.folder or self._scratch is not None
+        folder = Path(work.folder) if self._scratch is None else self._scratch / work.lease
+        task = self._tasks[work.lease] = _Task(work, folder)
+        if not task.remote:
             self._decode(task)
             return
-        local.mkdir(mode=0o700)
-        self._ask(task)
+        with self._writing(task):
+            folder.mkdir(mode=0o700, parents=True)
+            self._fetch(task)
 
-    def _ask(self, task: _Task) -> None:
+    def _fetch(self, task: _Task) -> None:
         """Ask for the next bytes of a job's input."""
-        left = task.work.parts[task.part].size - task.received
-        count = min(CREDIT, -(-left // MOST_PAYLOAD))
-        self._send(Fetch(lease=task.work.lease, part=task.part, offset=task.received, count=count))
+        left = task.work.parts[task.index].size - task.here
+        count = max(1, min(CREDIT, -(-left // MOST_PAYLOAD)))
+        task.wanted, task.moved = task.here + count * MOST_PAYLOAD, time.monotonic()
+        task.question = self._send(Fetch(lease=task.lease, part=task.index, offset=task.here, count=count))
 
     def _take_in(self, task: _Task, message: Data, payload: bytes) -> None:
-        if message.part != task.part or message.offset != task.received or task.stage != "receive":
-            return
-        with (task.folder / f"in{task.part}").open("ab") as file:
-            file.write(payload)
-        task.received += len(payload)
-        if task.received >= message.size:
-            task.part, task.received = task.part + 1, 0
-            if task.part == len(task.work.parts):
-                self._decode(task)
-                return
-        if task.received % (CREDIT * MOST_PAYLOAD) == 0:
-            self._ask(task)
+        if task.stage != "receive" or (message.part, message.offset) != (task.index, task.here):
+            return  # sent twice
+        with self._writing(task):
+            with (task.folder / f"in{task.index}").open("ab") as file:
+                file.write(payload)
+            task.here, task.moved = task.here + len(payload), time.monotonic()
+            if task.here >= task.work.parts[task.index].size:
+                task.index, task.here = task.index + 1, 0
+                if task.index == len(task.work.parts):
+                    self._decode(task)
+                else:
+                    self._fetch(task)
+            elif task.here >= task.wanted:
+                self._fetch(task)
+
+    def _writing(self, task: _Task) -> _Writing:
+        return _Writing(lambda error: self._failed(task, error))
 
     def _decode(self, task: _Task) -> None:
         task.enter("decode")
         try:
-            bundle = bundle_of(self.models, task.work.model.sha256)
+            task.applied = self._applied_of(task.work.model.sha256)
         except DelineateError as error:
             self._failed(task, error)
             return
-        data = bundle.recipe.data
-        task.applied = stages.Applied(bundle.channels, bundle.targets, data.resample_channels, data.codings())
-        arguments = (task.folder, task.work.parts, task.work.options, task.applied)
-        self._submit("decode", task, self._decoded, stages.decode, *arguments)
+        self._report(task)
+        self._helpers["decode"].submit(
+            task, self._decoded, stages.decode, task.folder, task.work.parts, task.work.options, task.applied
+        )
 
-    def _submit(self, pool: str, task: _Task, then: Callable[[_Task], None], *call: Any) -> None:
-        """Let a process do something; go on with the task after it, or fail it."""
+    def _applied_of(self, sha256: str) -> stages.Applied:
+        if sha256 not in self._applied:
+            bundle = bundle_of(self.models, sha256)
+            data = bundle.recipe.data
+            self._applied[sha256] = stages.Applied(
+                bundle.channels, bundle.targets, data.resample_channels, data.codings()
+            )
+        return self._applied[sha256]
 
-        def done(future: Future[Any]) -> None:
-            self._post(lambda: self._came(pool, task, then, future))
-
-        try:
-            task.future = self._pools[pool].submit(*call)
-        except BrokenProcessPool:
-            _kill(self._pools[pool])
-            self._pools[pool] = _new_pool()
-            task.future = self._pools[pool].submit(*call)
-        task.future.add_done_callback(done)
-
-    def _came(self, pool: str, task: _Task, then: Callable[[_Task], None], future: Future[Any]) -> None:
-        if task.work.lease not in self._tasks:
+    def _came(self, task: _Task, then: _Then, answer: stages.Answer) -> None:
+        """A helper has done something for a task."""
+        if task.lease not in self._tasks:
             return
-        error = future.exception()
-        if error is None:
-            then(task)
-        elif isinstance(error, DelineateError):
-            self._failed(task, error)
-        elif isinstance(error, BrokenProcessPool):
-            what = "read" if pool == "decode" else "written"
-            self._failed(task, TooLarge(f"the scan could not be {what} in the memory and time that it may take"))
-        else:
-            _LOG.error("job %s failed", task.work.lease, exc_info=error)
-            self._failed(task, WorkerFailed(f"the worker failed: {type(error).__name__}", fix="see the server's log"))
+        if (problem := answer.problem) is None:
+            then(task, answer.outputs)
+            return
+        if problem.code == "E_WORKER":
+            _LOG.error("job %s: %s", task.work.job, problem.message)
+        self._failed(task, error_of(problem.code, problem.message, problem.fix))
 
-    def _decoded(self, task: _Task) -> None:
+    def _decoded(self, task: _Task, _: tuple[Output, ...]) -> None:
         task.enter("wait")
         with self._changed:
             self._ready.append(task)
             self._changed.notify_all()
 
     def _segmented(self, task: _Task) -> None:
-        if task.work.lease not in self._tasks:
+        if task.lease not in self._tasks:
             return
-        task.enter("export")
+        task.enter("write")
         task.fraction = 1.0
-        arguments = (task.folder, task.work.parts, task.work.options, task.applied, task.about)
-        self._submit("export", task, self._exported, stages.export, *arguments)
+        self._report(task)
+        self._helpers["write"].submit(
+            task,
+            self._exported,
+            stages.export,
+            task.folder,
+            task.work.parts,
+            task.work.options,
+            task.applied,
+            task.about,
+        )
 
-    def _exported(self, task: _Task) -> None:
-        assert task.future is not None
-        task.outputs = task.future.result()
-        task.enter("send")
-        if task.work.folder:
+    def _exported(self, task: _Task, outputs: tuple[Output, ...]) -> None:
+        task.outputs = outputs
+        if not task.remote:
             self._finish(task)
-        else:
-            task.part = task.sent = 0
-            self._send_on(task, 0)
+            return
+        task.enter("send")
+        task.index = 0
+        self._send_on(task, 0)
 
     def _send_on(self, task: _Task, there: int) -> None:
         """Send the next bytes of the outputs, one chunk at a time: labels are small."""
-        output = task.outputs[task.part]
-        if there >= output.size:
-            task.part += 1
-            if task.part == len(task.outputs):
+        if there and there >= task.outputs[task.index].size:
+            task.index, there = task.index + 1, 0
+            if task.index == len(task.outputs):
                 self._finish(task)
                 return
-            output, there = task.outputs[task.part], 0
+        output, task.moved = task.outputs[task.index], time.monotonic()
         with (task.folder / "out" / output.name).open("rb") as file:
             file.seek(there)
             payload = file.read(MOST_PAYLOAD)
-        self._send(Chunk(lease=task.work.lease, output=output.name, offset=there), payload)
+        task.question = self._send(Chunk(lease=task.lease, output=output.name, offset=there), payload)
 
     def _finish(self, task: _Task) -> None:
         task.enter("")
-        self._end(task, Done(lease=task.work.lease, outputs=task.outputs, seconds=task.seconds))
+        self._end(task, Done(lease=task.lease, outputs=task.outputs, seconds=task.seconds))
 
     def _failed(self, task: _Task, error: DelineateError) -> None:
-        if task.work.lease not in self._tasks:
+        if task.lease not in self._tasks:
             return
-        if isinstance(error, Cancelled) and not task.cancelled:
-            self._end(task, Fail(lease=task.work.lease, released=True))
-            return
-        problem = Problem(error.code, error.message[:2000], error.fix[:2000])
-        self._end(task, Fail(lease=task.work.lease, problem=problem))
+        if isinstance(error, Cancelled) and not task.cancelled:  # the worker stops
+            self._end(task, Fail(lease=task.lease, released=True))
+        else:
+            self._end(task, Fail(lease=task.lease, problem=problem_of(error)))
 
-    def _end(self, task: _Task, answer: Message) -> None:
-        """Tell the front door what came of a job, until it says that it has heard."""
-        lease = task.work.lease
-        self._tasks.pop(lease, None)
-        if task.folder.parent == self._scratch and not isinstance(answer, Done):
+    def _end(self, task: _Task, answer: Done | Fail) -> None:
+        del self._tasks[task.lease]
+        if task.remote:
             shutil.rmtree(task.folder, ignore_errors=True)
-        self._unacknowledged[lease] = answer, time.monotonic()
+        self._say_until_heard(answer)
+
+    def _say_until_heard(self, answer: Done | Fail) -> None:
+        self._unacknowledged[answer.lease] = answer, time.monotonic()
         self._send(answer)
 
     def _cancel(self, lease: str) -> None:
@@ -493,40 +639,110 @@ class Worker:
         if task is None or task.cancelled:
             return
         task.cancelled = time.monotonic()
-        if task.stage == "segment":
+        if task.stage == "infer":
             return  # it stops between two tiles
         with self._changed:
             if task in self._ready:
                 self._ready.remove(task)
+        for helper in self._helpers.values():
+            helper.forget(task)
         self._failed(task, Cancelled("the job was cancelled"))
 
-    def _report(self) -> None:
-        for task in self._tasks.values():
-            self._send(Report(lease=task.work.lease, stage=task.stage, fraction=task.fraction))
-
-    def _look(self, now: float) -> None:
-        """End what takes too long, and say again what nobody has acknowledged."""
-        for task in list(self._tasks.values()):
-            if task.stage == "segment" and task.cancelled and now - task.cancelled > self._cancel_s:
-                _LOG.error("job %s does not stop: the worker ends", task.work.lease)
-                os._exit(71)
-            if task.stage in ("decode", "export") and now - task.since > _DECODING_S:
-                _kill(self._pools[task.stage])  # its tasks fail
-                self._pools[task.stage] = _new_pool()
-        for lease, (answer, since) in list(self._unacknowledged.items()):
-            if self._greeted and now - since > _AGAIN_S:
-                self._unacknowledged[lease] = answer, now
-                self._send(answer)
+    def _report(self, task: _Task) -> None:
+        if task.lease in self._tasks:
+            self._send(Report(lease=task.lease, stage=task.stage, fraction=task.fraction))
 
 
-def _new_pool() -> ProcessPoolExecutor:
-    """One process that starts when it is first needed."""
-    return ProcessPoolExecutor(
-        1, mp_context=get_context("spawn"), initializer=stages.limit_memory, initargs=(DECODING_BYTES,)
-    )
+_Then = Callable[[_Task, tuple[Output, ...]], None]
 
 
-def _kill(pool: ProcessPoolExecutor) -> None:
-    for process in list((pool._processes or {}).values()):
-        process.kill()
-    pool.shutdown(wait=False, cancel_futures=True)
+class _Helper:
+    """A process of little memory that does one stage after another; a new one, once it has ended or was ended."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[_Task, _Then, tuple[Any, ...]]] = deque()
+        self._current: tuple[_Task, _Then] | None = None
+        self._since = 0.0
+        self._start()
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        self.answers, theirs = context.Pipe()
+        self._process = context.Process(target=stages.help_with_stages, args=(theirs, HELPER_BYTES), daemon=True)
+        # Each thread of a numerical library would take memory that counts, and there is little to compute.
+        before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        os.environ.update(dict.fromkeys(before, "1"))
+        self._process.start()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        theirs.close()
+
+    def submit(self, task: _Task, then: _Then, *call: Any) -> None:
+        """Do a stage of a task; :meth:`came` says when it is done, and ``then`` is what comes next."""
+        self._waiting.append((task, then, call))
+        self._go_on()
+
+    def came(self) -> tuple[_Task, _Then, stages.Answer] | None:
+        """The task whose stage is done, what comes next, and the answer."""
+        answer: stages.Answer | None = None
+        try:
+            if not self.answers.poll():
+                return None
+            answer = msgspec.json.decode(self.answers.recv_bytes(2**20), type=stages.Answer)
+        except (EOFError, OSError, msgspec.MsgspecError):
+            self._end()
+            self._start()
+        current, self._current = self._current, None
+        self._go_on()
+        if current is None:
+            return None
+        what = "could not be processed in the memory and time that it may take"
+        lost = stages.Answer(problem=problem_of(TooLarge(f"the scan {what}", fix="send a smaller part of it")))
+        return *current, answer or lost
+
+    def look(self, now: float) -> None:
+        """End what takes too long."""
+        if self._current is not None and now - self._since > _HELPER_S:
+            self._process.kill()  # it will be noticed
+
+    def forget(self, task: _Task) -> None:
+        """Nobody wants a task's result any more."""
+        self._waiting = deque(one for one in self._waiting if one[0] is not task)
+        if self._current is not None and self._current[0] is task:
+            self._process.kill()
+
+    def close(self) -> None:
+        """End the process."""
+        self._end()
+
+    def _end(self) -> None:
+        self.answers.close()
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+
+    def _go_on(self) -> None:
+        if self._current is None and self._waiting:
+            task, then, call = self._waiting.popleft()
+            self._current, self._since = (task, then), time.monotonic()
+            with suppress(OSError):  # it has ended, which will be noticed
+                self.answers.send(call)
+
+
+class _Writing:
+    """Fails a task where its files cannot be written."""
+
+    def __init__(self, failed: Callable[[DelineateError], None]) -> None:
+        self._failed = failed
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, OSError):
+            return False
+        self._failed(OutputError(f"the worker's disk cannot be written: {error.strerror}", fix="try again later"))
+        return True

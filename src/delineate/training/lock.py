@@ -8,7 +8,6 @@ variables that a scheduler or an earlier launch left in the environment are igno
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -20,9 +19,9 @@ from pathlib import Path
 from secrets import token_hex
 
 from delineate.errors import OutputError, RunInUse
+from delineate.io.locks import is_locked, lock_file
 
 _GROUP = "DELINEATE_GROUP"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _LAUNCHERS = (
     "LOCAL_RANK", "RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 )  # fmt: skip
@@ -67,20 +66,7 @@ def holding(folder: Path) -> Iterator[bool]:
 
 def in_use(folder: Path) -> bool:
     """Whether a training runs in ``folder`` now, as far as this disk's locks tell."""
-    try:
-        descriptor = os.open(folder / ".lock", os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    finally:
-        os.close(descriptor)
-    return False
+    return is_locked(folder / ".lock")
 
 
 def stop_file(folder: Path) -> Path:
@@ -114,22 +100,9 @@ def _locked(path: Path) -> int:
     """A locked descriptor of the file at ``path``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Its last holder may have removed the file after it was opened here.
-                if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
-            except BlockingIOError:
-                os.close(descriptor)
-                raise RunInUse(_in_use(path)) from None
-            except OSError as error:
-                if error.errno in _NO_LOCKS:
-                    return descriptor
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
+        return lock_file(path)
+    except BlockingIOError:
+        raise RunInUse(_in_use(path)) from None
     except OSError as error:
         raise OutputError(
             f"the run folder '{path.parent}' cannot be used: {error.strerror}", fix="choose another --out"
