@@ -124,6 +124,22 @@ def test_names_of_any_length_are_refused(plain_door, until) -> None:
     assert plain_door.alive
 
 
+def test_many_who_each_hold_a_little_are_bounded_together(inner_door, open_raw, until, monkeypatch) -> None:
+    """Whoever holds the most goes first, and no more than needs to."""
+    monkeypatch.setattr(guard, "_MOST_HELD_BY_ALL", 4 * 2**20)
+    front_door, talker = inner_door(True)
+    talker.hello()
+    with ExitStack() as stack:
+        rude = [stack.enter_context(open_raw(front_door.address)) for _ in range(4)]
+        for number, one in enumerate(rude):
+            one.send(one.frame(bytes((number + 1) * 2**19), more=True))  # 0.5, 1, 1.5 and 2 MB: 5 in all
+        until(lambda: rude[3].hung_up, "that the one with the most is closed")
+        assert isinstance(talker.ask(Ping()), Ping)
+        assert not any(one.hung_up for one in rude[:3])
+    guards = front_door._doors[1].guard
+    assert guards.dropped == {"dropped: too much on its way": 1}
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_what_arrives_and_leaves_is_counted_to_the_byte(inner_door, until, plain) -> None:
     """So that nothing adds up: neither what encryption takes, nor many small messages, nor large ones."""
