@@ -69,6 +69,7 @@ def serve(
     """
     with serving():
         from delineate.serving.engine import Limits
+        from delineate.serving.front_door import check_bind
         from delineate.serving.models import offered
         from delineate.serving.places import state_folder
         from delineate.serving.server import Server, Settings
@@ -94,6 +95,8 @@ def serve(
         threads=threads,
         drain_s=drain_s,
     )
+    for address in filter(None, (bind, f"tcp://{http}" if http else "")):
+        check_bind(address, plain=plain)
     log_as_servers_do()
     server = Server(settings)
 
@@ -136,7 +139,7 @@ def _announced(settings: Settings, address: Address, models: Sequence[Model]) ->
     from delineate.serving.places import EVERYWHERE, FIRST, find_key, host_of, state_folder
 
     names = ", ".join(model.name for model in models)
-    lines = [f"serving {names} at {address.zmq}" + (f" and {address.http}" if address.http else "")]
+    lines = [f"serving {names} at {address.zmq}" + (f" and http://{address.http}" if address.http else "")]
     own = settings.state / f"{FIRST}.key"
     here = "" if settings.state == state_folder().absolute() else f" --state {quote(str(settings.state))}"
     if own.exists():

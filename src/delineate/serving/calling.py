@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -81,7 +80,7 @@ class Caller:
         if not self.address:
             raise MissingFile("no server is named", fix="give a key file, or the address of a server on this machine")
         self.timeout_s = timeout_s
-        self._name = f"{self._key.name if self._key else 'local'}@{socket.gethostname()}"[:100]
+        self._name = self._key.name if self._key else "local"
         self._context: zmq.Context | None = None
         self._socket: zmq.Socket | None = None
         self._monitor: zmq.Socket | None = None
@@ -214,7 +213,7 @@ class Caller:
                 last, self._welcome = error, None
             except Later as later:
                 last, least = later.error, later.seconds
-            if time.monotonic() - began > _LONGEST_REST_S:  # it went well for a while
+            if time.monotonic() - began > _LONGEST_REST_S:  # it went well for a while, or has waited long enough
                 rest = _SHORTEST_REST_S
             seconds = least + rest * random.uniform(0.5, 1.5)
             if seconds >= self._left():
