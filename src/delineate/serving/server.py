@@ -43,7 +43,7 @@ from delineate.io.files import writing_beside
 from delineate.io.locks import is_locked, lock_file
 from delineate.serving.engine import Engine, Limits
 from delineate.serving.front_door import FrontDoor, check_bind
-from delineate.serving.keys import KeyFile, new_server_keys, read_key, read_server_keys, write_key
+from delineate.serving.keys import KeyFile, read_key, read_server_keys
 from delineate.serving.models import changed, offered
 from delineate.serving.spool import Spool
 from delineate.serving.store import Store
@@ -152,7 +152,9 @@ def prepare(settings: Settings) -> None:
         raise ServingError(f"'{settings.socket}' is too long for a socket's name", fix="choose a shorter --state")
     settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not settings.keys.exists():
-        write_key(settings.keys, new_server_keys())
+        from delineate.serving.places import make_keys  # imports this module
+
+        make_keys(settings.state, settings.bind)
     read_server_keys(settings.keys)
 
 
