@@ -450,7 +450,7 @@ class Engine:
         waiting = [job for job in others if self._waits(job, now)]
         resting = [job for job in others if job.state == "receiving" and not self._waits(job, now)]
         resting.sort(key=lambda job: self._until[job.key])
-        self._check_place(owner, waiting, now)
+        self._check_place(owner, key in self._jobs, waiting, now)
 
         size += sum(self._missing(job) for job in waiting)
         disk = shutil.disk_usage(self.spool.path)
@@ -467,11 +467,12 @@ class Engine:
         for job in given_up:
             self._forget(job)
 
-    def _check_place(self, owner: str, waiting: list[Job], now: float) -> None:
+    def _check_place(self, owner: str, again: bool, waiting: list[Job], now: float) -> None:
         """Raise :class:`Busy` if the queue is full, but for places that are kept for others with fewer jobs in it."""
         held = Counter(job.owner for job in waiting)
+        mine = held[owner] + again  # of two with nothing in the queue, one who had a place gives way
         self._refused = {one: until for one, until in self._refused.items() if until > now}
-        kept = sum(1 for one in self._refused if one != owner and held[one] < held[owner])
+        kept = sum(1 for one in self._refused if one != owner and held[one] < mine)
         if len(waiting) + kept >= self.limits.queue:
             self._refused[owner] = now + _CLAIM_S
             raise Busy(f"{len(waiting)} jobs are waiting", fix=f"try again in {self._retry_after():.0f} s")
