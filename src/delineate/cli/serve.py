@@ -69,6 +69,7 @@ def serve(
     """
     with serving():
         from delineate.serving.engine import Limits
+        from delineate.serving.front_door import check_bind
         from delineate.serving.models import offered
         from delineate.serving.places import state_folder
         from delineate.serving.server import Server, Settings
@@ -94,6 +95,8 @@ def serve(
         threads=threads,
         drain_s=drain_s,
     )
+    for address in filter(None, (bind, f"tcp://{http}" if http else "")):
+        check_bind(address, plain=plain)
     log_as_servers_do()
     server = Server(settings)
 
@@ -132,11 +135,11 @@ def _named(texts: Sequence[str]) -> dict[str, Path]:
 
 def _announced(settings: Settings, address: Address, models: Sequence[Model]) -> list[str]:
     """What to type on this machine, and what to do for others."""
-    from delineate.serving.front_door import LOOPBACK
+    from delineate.serving.front_door import is_loopback
     from delineate.serving.places import EVERYWHERE, FIRST, find_key, host_of, state_folder
 
     names = ", ".join(model.name for model in models)
-    lines = [f"serving {names} at {address.zmq}" + (f" and {address.http}" if address.http else "")]
+    lines = [f"serving {names} at {address.zmq}" + (f" and http://{address.http}" if address.http else "")]
     own = settings.state / f"{FIRST}.key"
     here = "" if settings.state == state_folder().absolute() else f" --state {quote(str(settings.state))}"
     if own.exists():
@@ -151,7 +154,7 @@ def _announced(settings: Settings, address: Address, models: Sequence[Model]) ->
     host = host_of(address.zmq)
     if settings.plain:
         lines.append("without keys: every user of this machine may send scans and see all jobs")
-    elif host in LOOPBACK:
+    elif is_loopback(host):
         lines.append("only this machine can connect; for others, start it with --bind tcp://0.0.0.0:7420")
     else:
         port = address.zmq.rpartition(":")[2]

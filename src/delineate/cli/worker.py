@@ -22,9 +22,7 @@ def worker(
     ],
     state: Annotated[
         Path | None,
-        typer.Option(
-            "--state", help="Keep jobs under way in this folder (default: ~/.local/share/delineate/worker)."
-        ),
+        typer.Option("--state", help="Keep jobs under way in this folder (default: ~/.local/share/delineate/worker)."),
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",

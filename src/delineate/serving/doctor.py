@@ -196,9 +196,10 @@ def _figures(door: Path) -> Figures:
 
 
 def _http(address: str) -> Finding:
-    url = f"{reachable(address)}/readyz"
+    url = f"http://{reachable(address)}/readyz"
     try:
-        with urllib.request.urlopen(url, timeout=_ANSWER_S) as answer:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
+        with direct.open(url, timeout=_ANSWER_S) as answer:
             return Finding("http", "ok", f"{url} answers {answer.status}")
     except urllib.error.HTTPError as error:
         return Finding("http", "wrong", f"{url} answers {error.code}", "wait until the server is ready; see its log")
@@ -212,12 +213,16 @@ def _http(address: str) -> Finding:
 def _key(path: Path) -> Iterator[Finding]:
     try:
         own = read_key(path)
-        yield Finding("key", "ok", f"{path}: {own.role} '{own.name}'")
+    except DelineateError as error:
+        yield Finding("key", "wrong", error.message, error.fix)
+        return
+    yield Finding("key", "ok", f"{path}: {own.role} '{own.name}'")
+    try:
         found, address = way_to_server(path)
         with Client(found, address) as client:
             models = client.models(_ANSWER_S)
             yield Finding(
-                "connection", "ok", f"{address} answers in {1000 * client.ping(_ANSWER_S):.0f} ms; models: "
+                "connection", "ok", f"{address} answers in {1000 * client.ping(_ANSWER_S):.1f} ms; models: "
                 f"{', '.join(model.name for model in models) or 'none'}",
             )  # fmt: skip
     except DelineateError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from delineate.errors import MissingFile, OutputError, ServingError, UnknownKey
+from delineate.serving.front_door import is_loopback
 from delineate.serving.keys import (
     Allowed,
     KeyFile,
@@ -149,7 +150,8 @@ def _addresses(state: Path, role: str, address: str, http: str) -> tuple[str, st
     if not address.startswith("tcp://") or not host or host in EVERYWHERE or not port.isdigit():
         raise ServingError(f"clients cannot connect to '{address}'", fix="give --address tcp://HOST:PORT")
     if not http and role == "client" and running is not None and running.http:
-        http = reachable(running.http, host)
+        there = reachable(running.http, host)
+        http = f"http://{there}" if is_loopback(host) or not is_loopback(host_of(there)) else ""
     return address, http
 
 

@@ -162,7 +162,7 @@ def listen(address: str, *, plain: bool) -> socket.socket:
     """A socket that listens for HTTP. Raises :class:`ServingError`; without keys it may be on loopback only."""
     host, _, port = address.rpartition(":")
     if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
-        raise ServingError(f"'{address}' is not an address", fix="give one like 127.0.0.1:8042")
+        raise ServingError(f"'{address}' is not an address", fix="give one like 127.0.0.1:8420")
     check_bind(f"tcp://{address}", plain=plain)
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
@@ -431,7 +431,11 @@ def _run_front_door(settings: Settings) -> None:
 
         refresh()
         keys = None if settings.plain else settings.keys
-        door = FrontDoor(engine, settings.socket, bind=settings.bind, keys=keys, refresh=refresh)
+        bind = settings.bind
+        if bind.endswith(":*"):  # one that was killed had a port, which clients know
+            with suppress(ServingError):
+                bind = read_address(settings.state).zmq
+        door = FrontDoor(engine, settings.socket, bind=bind, keys=keys, refresh=refresh)
         _end_with_parent(door.stop)
         address = Address(door.address, settings.http, os.getppid(), settings.plain)
         with writing_beside(settings.address) as beside:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -13,8 +12,18 @@ from typing import TYPE_CHECKING, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.requests import Request
 
-from delineate.errors import Busy, DeadlinePassed, ServingError, TooLarge, Truncated, Unreachable
-from delineate.serving.client import AsyncClient, _Later, _Talk
+from delineate.errors import (
+    Busy,
+    DeadlinePassed,
+    DelineateError,
+    NotIntroduced,
+    ServingError,
+    TooLarge,
+    Truncated,
+    Unreachable,
+)
+from delineate.serving.calling import ANSWER_S, Later
+from delineate.serving.client import AsyncClient
 from delineate.serving.http.messages import Refused
 from delineate.serving.keys import ServerKeys, read_server_keys
 from delineate.serving.protocol import Figures, Message, Stats
@@ -24,8 +33,8 @@ if TYPE_CHECKING:
 
 _LINES = 4
 """Connections to the front door: it answers one question at a time, so more would only wait."""
-_ANSWER_S = 12.0
-"""Time for an answer, with one repetition if the front door is just being started again."""
+_GRACE_S = 3.0
+"""Time for a front door that is just being started again, besides that for two attempts."""
 
 T = TypeVar("T")
 
@@ -47,20 +56,25 @@ class Limits:
 class _Line(AsyncClient):
     """A connection to the front door."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address=address)
-        self._talks.role = "gateway"
+    _role = "gateway"
 
     async def ask(self, message: Message, payload: bytes, seconds: float) -> tuple[Message, bytes]:
-        def talk() -> _Talk[tuple[Message, bytes] | _Later]:
-            try:
-                return (yield from self._talks.ask(message, payload))
-            except _Later as later:  # who asks decides whether to wait
-                return later
+        """One question, one answer: asked again if it is lost, but not if it is an error. Raises that."""
 
-        answer = await self._run(self._talks.persistently(talk, time.monotonic() + seconds))
-        if isinstance(answer, _Later):
-            raise Refused(answer.error, retry_after=answer.seconds)
+        async def talk() -> tuple[Message, bytes] | Refused:
+            try:
+                return await self._hear(self._tell(message, payload), seconds=seconds)
+            except NotIntroduced:
+                raise
+            except DelineateError as error:  # nothing is wrong with the connection
+                return Refused(error)
+            except Later as later:  # who asks decides whether to wait
+                return Refused(later.error, retry_after=later.seconds)
+
+        with self._within(2 * seconds + _GRACE_S):
+            answer = await self._run(self._persistently(talk))
+        if isinstance(answer, Refused):
+            raise answer
         return answer
 
 
@@ -99,7 +113,7 @@ class Desk:
     @asynccontextmanager
     async def opened(self, app: object) -> AsyncIterator[None]:
         """Its connections, for as long as the gateway runs."""
-        self._lines = [_Line(self._address) for _ in range(_LINES)]
+        self._lines = [_Line(address=self._address) for _ in range(_LINES)]
         for line in self._lines:
             self._free.put_nowait(line)
         yield
@@ -107,9 +121,9 @@ class Desk:
             line.close()
 
     async def ask(
-        self, message: Message, kind: type[T], payload: bytes = b"", *, seconds: float = _ANSWER_S
+        self, message: Message, kind: type[T], payload: bytes = b"", *, seconds: float = ANSWER_S
     ) -> tuple[T, bytes]:
-        """Ask the front door. Raises what it says instead, and :class:`Unreachable`."""
+        """Ask the front door, with so many seconds for an answer. Raises :class:`Refused` with what it says instead."""
         line = await self._free.get()
         try:
             answer, came = await line.ask(message, payload, seconds)
