@@ -139,7 +139,7 @@ class Serving(RuleBasedStateMachine):
     def start(self) -> None:
         self.store = MortalStore(self.folder / "jobs.sqlite")
         self.engine = Engine(self.store, Spool(self.folder / "spool"), LIMITS, now=self.now)
-        self.engine.models = {"liver": Model(name="liver", sha256="1" * 64, channels=("T1",), targets=("liver",))}
+        self.engine.models = {"liver": Model(name="liver", sha256="1" * 64, channels=("0", "1"), targets=("liver",))}
         self.generation += 1
         self.counted_from = len(self.live())
 
