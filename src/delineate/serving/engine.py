@@ -594,9 +594,9 @@ class Engine:
         if self.draining:
             return
         held: dict[str, list[Job]] = {}
-        for job in self._jobs.values():
-            if job.state == "running":
-                held.setdefault(job.worker, []).append(job)
+        for running in self._jobs.values():
+            if running.state == "running":
+                held.setdefault(running.worker, []).append(running)
         # Whoever is idle comes first: others take a job ahead.
         for connection in sorted(self._connections.values(), key=lambda one: len(held.get(_worker_of(one), ()))):
             if now - connection.heard > self.limits.silence_s / 3:  # it pings more often, if it is there
