@@ -254,7 +254,7 @@ def test_a_scan_is_sent_watched_fetched_and_let_go(http: httpx.Client, worker: W
     worker.finish(work, label__vtk=vtk, label__json=about)
     job = http.get(f"/v1/jobs/{job['id']}").json()
     assert (job["state"], job["fraction"], job["problem"]) == ("done", 1.0, None)
-    assert job["seconds"] == {"decode": 0.2, "infer": 3.0}
+    assert job["seconds"].items() >= {"decode": 0.2, "infer": 3.0}.items()
     digests = {output["name"]: output["sha256"] for output in job["outputs"]}
     assert digests["label.vtk"] == hashlib.sha256(vtk).hexdigest()
 
@@ -863,6 +863,11 @@ def thrown(random: Random) -> bytes:
         f"{path}?{'&'.join(query)}".replace(" ", "%20" if random.random() < 0.9 else " "),
         *lines, f"Content-Length: {len(body)}", method=method,
     )  # fmt: skip
+    if random.random() < 0.1:
+        content = content.replace(b"Content-Length:", b"Transfer-Encoding: chunked\r\nX-Length:")
+        body = random.choice(
+            (b"8\r\n8 bytes.\r\n0\r\n\r\n", b"8\r\n8 byt", b"zz\r\n", 20 * b"f" + b"\r\nx", b"0\r\n\r\n")
+        )
     if random.random() < 0.1:
         cut = random.randrange(len(content))
         content = content[:cut] + random.randbytes(random.randrange(1, 4)) + content[cut:]
