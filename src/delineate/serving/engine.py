@@ -592,17 +592,17 @@ class Engine:
         if self.draining:
             return
         held: dict[str, list[Job]] = {}
-        for job in self._jobs.values():
-            if job.state == "running":
-                held.setdefault(job.worker, []).append(job)
+        for one in self._jobs.values():
+            if one.state == "running":
+                held.setdefault(one.worker, []).append(one)
         # Whoever is idle comes first: others take a job ahead.
-        for connection in sorted(self._connections.values(), key=lambda one: len(held.get(_worker_of(one), ()))):
+        for connection in sorted(self._connections.values(), key=lambda c: len(held.get(_worker_of(c), ()))):
             if now - connection.heard > self.limits.silence_s / 3:  # it pings more often, if it is there
                 continue
             has = held.setdefault(_worker_of(connection), [])
             for lane in [lane for lane in _LANES if lane in connection.lanes]:
                 job = next((one for one in self._queue() if self._fits(one, connection, lane)), None)
-                if job is None or (has and (job.losses or any(one.losses for one in has))):
+                if job is None or (has and (job.losses or any(other.losses for other in has))):
                     continue  # a job that has ended a worker is alone with the next, or others would share the blame
                 try:
                     work = self._lend(job, connection, now)
