@@ -40,6 +40,7 @@ TINY = {
     "tiles": {"kind": "patches", "shape": [8, 8, 4]},
     "network": {"kind": "unet", "dimensions": 3, "widths": [4, 8]},
 }
+ROOT = Path(__file__).parents[2]
 MOST_S = 90.0
 """How long a process may take to do what a test waits for: much longer than it does, even on a busy machine."""
 
@@ -377,6 +378,69 @@ def test_a_doctor_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> None:
     assert f"note   server: no server is running in '{state}'; start one: delineate serve BUNDLE" in said
     assert "wrong  key: " in said
     assert all(re.match(r"(ok|note|wrong) +[a-z ]+: ", line) for line in said.splitlines())
+
+
+# The documents
+
+
+def test_the_page_on_serving_runs_as_it_stands(
+    server: Serving, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    server.run("keys", "add", "page", "-o", tmp_path / "anna.key")
+    (tmp_path / "scan.nii.gz").write_bytes((scans / "a.nii.gz").read_bytes())
+    (tmp_path / "other.nii.gz").write_bytes((scans / "b.nii.gz").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    typed = [line for kind, block in blocks if kind == "bash" for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in typed if re.match("delineate (send|jobs|doctor)", line)]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands += [shlex.split(line)[1:] for line in re.findall("`(delineate send [^`]*)`", readme)]
+    assert len(commands) == 5
+    for words in commands:
+        server.run(*words, *["--overwrite"] * (words[0] == "send"))
+    assert len([*(tmp_path / "segmentations").iterdir()]) == 6
+    names: dict[str, object] = {}
+    for block in [block for kind, block in blocks if kind == "python"]:
+        exec(compile(block, "docs/serving.md", "exec"), names)
+    assert (tmp_path / "python.vtk").is_file()
+    [script] = [block for kind, block in blocks if kind == "bash" and "curl" in block]
+    script = script.replace("127.0.0.1:8420", read_address(server.state).http)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, encoding="utf-8", timeout=MOST_S
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_label(tmp_path / "http.nii.gz").grid.shape == GRID.shape
+
+
+def test_a_worker_elsewhere_computes_what_a_server_hands_out(bundle: Path, scans: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="dl", dir="/tmp") as home:
+        server = Serving(Path(home), bundle, "--workers", "0")
+        worker = None
+        try:
+            key = tmp_path / "gpu2.key"
+            server.run("keys", "add", "gpu2", "--role", "worker", "-o", key)
+            refused = server.run("send", scans / "a.nii.gz", "-o", tmp_path / "a.nii.gz", "--key", key, code=1)
+            assert "E_DENIED" in refused.stderr
+            wrong = server.run("worker", "--key", server.state / "me.key", bundle, code=1)
+            assert "worker" in wrong.stderr
+            words = ["worker", "--key", str(key), str(bundle), "--device", "cpu"]
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "delineate", *words], env=server.env, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, encoding="utf-8",
+            )  # fmt: skip
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "ready; Ctrl-C stops\n"
+            server.run("send", scans / "a.nii.gz", "-o", tmp_path / "a.nii.gz")
+            worker.send_signal(signal.SIGINT)
+            _, said = worker.communicate(timeout=MOST_S)
+            assert worker.returncode == 0
+            assert "stopped; " in said
+        finally:
+            if worker is not None and worker.poll() is None:
+                worker.kill()
+                worker.communicate()
+            server.end()
 
 
 # How a server ends
