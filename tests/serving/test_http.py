@@ -254,7 +254,7 @@ def test_a_scan_is_sent_watched_fetched_and_let_go(http: httpx.Client, worker: W
     worker.finish(work, label__vtk=vtk, label__json=about)
     job = http.get(f"/v1/jobs/{job['id']}").json()
     assert (job["state"], job["fraction"], job["problem"]) == ("done", 1.0, None)
-    assert job["seconds"] == {"decode": 0.2, "infer": 3.0}
+    assert job["seconds"].items() >= {"decode": 0.2, "infer": 3.0}.items()
     digests = {output["name"]: output["sha256"] for output in job["outputs"]}
     assert digests["label.vtk"] == hashlib.sha256(vtk).hexdigest()
 

@@ -77,7 +77,7 @@ _OVER = ("done", "failed", "cancelled")
 T = TypeVar("T")
 P = ParamSpec("P")
 OnProgress = Callable[[Progress], object]
-"""Called with the stage ``send`` or ``fetch`` while a file is on its way, and with what the server says in between."""
+"""Told where a job stands: by the server, and in stages ``upload`` and ``download`` while files are on their way."""
 
 
 class Wanted(TypedDict, total=False):
@@ -164,7 +164,7 @@ class _Talker(Caller):
 
         def tell_progress() -> None:
             if told is not None:
-                told(Progress(job=job, state="receiving", stage="send", fraction=min(1.0, sum(received) / total)))
+                told(Progress(job=job, state="receiving", stage="upload", fraction=min(1.0, sum(received) / total)))
 
         tell_progress()
         for part, file in enumerate(files):
@@ -217,7 +217,7 @@ class _Talker(Caller):
             # The results are here. If the server does not hear of it, it keeps its copy for a while.
             with self._within(min(self._left(), ANSWER_S)), suppress(DelineateError):
                 await self._persistently(partial(self._ask, Ack(job=job), Ack))
-        return Result(job, files, about, progress.seconds | {"fetch": round(time.monotonic() - began, 4)})
+        return Result(job, files, about, progress.seconds | {"download": round(time.monotonic() - began, 4)})
 
     async def _watch(self, job: str, told: OnProgress | None) -> Progress:
         """Wait until a job is done. Raises why it has failed, and :class:`Cancelled`."""
@@ -307,7 +307,7 @@ class _Talker(Caller):
             began = time.monotonic()
             try:
                 await self._send(scan, model, id, options, told)
-                sent_s = round(time.monotonic() - began, 4)
+                upload_s = round(time.monotonic() - began, 4)
                 result = await self._fetch(id, place, told, overwrite)
             except DelineateError:
                 raise
@@ -316,7 +316,7 @@ class _Talker(Caller):
                     with self._within(_FAREWELL_S), suppress(DelineateError, Silence, Later):
                         await self._ask(Cancel(job=id), Progress)
                 raise
-            return replace(result, seconds={"send": sent_s} | result.seconds)
+            return replace(result, seconds={"upload": upload_s} | result.seconds)
 
     async def _submit(
         self,
@@ -636,7 +636,7 @@ def _share(told: OnProgress | None, job: str, before: int, total: int) -> Callab
 
     def tell(size: int) -> None:
         if told is not None:
-            told(Progress(job=job, state="done", stage="fetch", fraction=min(1.0, (before + size) / max(1, total))))
+            told(Progress(job=job, state="done", stage="download", fraction=min(1.0, (before + size) / max(1, total))))
 
     return tell
 

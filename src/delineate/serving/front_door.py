@@ -170,13 +170,13 @@ class FrontDoor:
     def _tick(self) -> None:
         self._safely("the models could not be looked at", self._refresh)
         self._safely("the jobs could not be looked after", lambda: self._send(self.engine.tick(time.time())))
-        for door in self._doors:
-            if door.guard is not None:
-                self.engine.counts.update(door.guard.dropped)
 
     def _see_off(self, door: _Door) -> None:
-        """Forget those whose connections have ended."""
-        while door.guard is not None and door.guard.left:
+        """Forget those whose connections have ended, and count those who were turned away."""
+        if door.guard is None:
+            return
+        self.engine.counts.update(door.guard.dropped)
+        while door.guard.left:
             peer = door.guard.left.popleft()
             self._lines.pop(peer, None)
             self.engine.gone(peer)
@@ -207,13 +207,13 @@ class FrontDoor:
 
     def _remote(self, guard: Guard, name: zmq.Frame, size: int) -> Peer | None:
         """Who sent a message of so many bytes; None for somebody who is to say no more."""
+        id = b"R" + name.bytes
         try:
             key = "" if guard.plain else str(name.get("User-Id"))
-            line = guard.line(int(name.get(zmq.SRCFD)))
+            line = guard.line(int(name.get(zmq.SRCFD)), id)
         except zmq.ZMQError:  # ZMTP 1 and 2, which only a door without keys understands, say nothing about a peer
             self._count("dropped: not delineate/1")
             return None
-        id = b"R" + name.bytes
         if line is not None:  # otherwise it is being closed, or so new that the guard has not seen it yet
             line.delivered += size
             line.peer, line.key = id, key

@@ -30,7 +30,7 @@ class Result:
     """What came of a job: its files, the first being the one asked for, what it says of itself, and where time went.
 
     ``about`` holds volumes in ml, expected Dice with intervals, and anything unusual about the scan; ``seconds`` the
-    stages of the server, and those of this client: ``send`` and ``fetch``.
+    stages of the server, and those of this client: ``upload`` and ``download``.
     """
 
     job: str

@@ -431,7 +431,11 @@ def _run_front_door(settings: Settings) -> None:
 
         refresh()
         keys = None if settings.plain else settings.keys
-        door = FrontDoor(engine, settings.socket, bind=settings.bind, keys=keys, refresh=refresh)
+        bind = settings.bind
+        if bind.endswith(":*"):  # one that was killed had a port, which clients know
+            with suppress(ServingError):
+                bind = read_address(settings.state).zmq
+        door = FrontDoor(engine, settings.socket, bind=bind, keys=keys, refresh=refresh)
         _end_with_parent(door.stop)
         address = Address(door.address, settings.http, os.getppid(), settings.plain)
         with writing_beside(settings.address) as beside:

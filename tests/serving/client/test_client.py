@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -63,8 +65,8 @@ def test_a_scan_comes_back_as_its_segmentation(door, working, scan: Path, out: P
     assert result.files == [out, out.with_name("seg.nii.gz"), out.with_name("seg.json")]
     assert [file.read_bytes() for file in result.files] == [b"vtk", b"nifti", ABOUT]
     assert result.about["volume_ml"] == {"liver": 1512.3}
-    assert {"send", "segment", "fetch"} <= set(result.seconds)
-    assert (stages[0], stages[-1]) == ("send", "fetch")
+    assert {"upload", "segment", "download"} <= set(result.seconds)
+    assert (stages[0], stages[-1]) == ("upload", "download")
     assert sorted(out.parent.iterdir()) == sorted(result.files)
 
 
@@ -158,7 +160,7 @@ def test_a_download_resumes_after_the_front_door_was_killed(new_door, working, s
     door, fractions, content = new_door(), [0.0], os.urandom(12 * 2**20 + 1)
 
     def kill_once(progress: p.Progress) -> None:
-        if progress.stage == "fetch":
+        if progress.stage == "download":
             if progress.fraction > 0.3 > max(fractions):
                 door.kill()
                 door.start()
@@ -300,6 +302,71 @@ def test_where_nobody_listens_the_deadline_counts() -> None:
         client.fetch(new_job())
     with Client(address="tcp://") as client, pytest.raises(errors.Unreachable, match="is no address"):
         client.models()
+
+
+def test_a_damaged_key_is_named(keys) -> None:
+    with (
+        Client(replace(keys[1], public="~" * 40), "tcp://127.0.0.1:9") as client,
+        pytest.raises(errors.UnknownKey, match="'anna' is damaged"),
+    ):
+        client.models()
+
+
+def test_a_server_behind_a_tunnel_may_be_away(new_door, scan: Path) -> None:
+    """Whoever has been let in before waits, although the tunnel breaks off every connection meanwhile."""
+    door = new_door()
+    with tunnel_to(door, refusals=6) as address, Client(address=address) as client:
+        client.models()
+        door.kill()
+        job = client.submit(scan)
+    assert digest(door.part(job)) == digest(scan)
+
+
+@contextmanager
+def tunnel_to(door, refusals: int) -> Iterator[str]:
+    """A way to a front door that starts it again once so many connections could not be passed on."""
+    stop = threading.Event()
+
+    def forward() -> None:
+        pairs: dict[socket.socket, socket.socket] = {}
+        refused = 0
+        while not stop.is_set():
+            [ready, *_] = select.select([tunnel, *pairs], [], [], 0.02)[0] or [None]
+            if ready is tunnel:
+                near, _ = tunnel.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", int(door.address.rpartition(":")[2])))
+                    pairs |= {near: far, far: near}
+                except ConnectionRefusedError:
+                    near.close()
+                    refused += 1
+                    if refused == refusals:
+                        door.start()
+            elif ready is not None and not passed_on(ready, pairs[ready]):
+                for end in (pairs[ready], ready):
+                    del pairs[end]
+                    end.close()
+        for end in pairs:
+            end.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as tunnel:
+        thread = threading.Thread(target=forward)
+        thread.start()
+        try:
+            yield f"tcp://127.0.0.1:{tunnel.getsockname()[1]}"
+        finally:
+            stop.set()
+            thread.join(10)
+
+
+def passed_on(source: socket.socket, target: socket.socket) -> bool:
+    """Whether there was something to pass on, and it could be."""
+    try:
+        content = source.recv(2**16)
+        target.sendall(content)
+    except OSError:
+        return False
+    return content != b""
 
 
 def test_a_server_that_starts_later_is_waited_for(new_door, scan: Path, caplog, wait_until) -> None:
@@ -456,7 +523,7 @@ def test_ctrl_c_leaves_nothing_half_written(door, working, scan: Path, out: Path
         out.write_bytes(b"mine")
 
     def interrupt(progress: p.Progress) -> None:
-        if progress.stage == "fetch" and progress.fraction > 0.5:
+        if progress.stage == "download" and progress.fraction > 0.5:
             signal.raise_signal(signal.SIGINT)
 
     with working(door, MADE | {"label.vtk": os.urandom(5 * 2**20)}), Client(address=door.address) as client:
@@ -491,7 +558,7 @@ def test_several_files_appear_together_or_not_at_all(door, working, scan: Path, 
         file.write_bytes(b"mine")
 
     def obstruct(progress: p.Progress) -> None:
-        if progress.fraction == 1 and progress.stage == "fetch":
+        if progress.fraction == 1 and progress.stage == "download":
             out.mkdir(exist_ok=True)
 
     with working(door, MADE), Client(address=door.address) as client:

@@ -1,4 +1,4 @@
-"""Whole servers, as processes of their own, with a tiny bundle; and what ``delineate predict`` makes of the same scans."""
+"""Whole servers, as processes of their own, with tiny bundles; and what ``delineate predict`` makes of the same."""
 
 from __future__ import annotations
 
@@ -59,6 +59,10 @@ class Bundles:
     out: Path
     _count: list[int] = field(default_factory=list)
 
+    def save(self, folder: Path, **settings: Any) -> Path:
+        """Another bundle."""
+        return save_bundle(folder, **settings)
+
     def predicted(self, bundle: str, *inputs: object, format: str = "nii.gz") -> list[Path]:
         """The labels that ``delineate predict`` writes, by name."""
         self._count.append(1)
@@ -108,7 +112,13 @@ class Running:
                 found.append(process)
         return found
 
+    def until(self, job: str, *stages: str, **settings: Any) -> None:
+        """Wait until a job is in one of some stages, or states."""
+        with self.client(**settings) as client:
+            wait_for(lambda: {(now := client.status(job)).state, now.stage} & {*stages}, f"{job} is never {stages}")
+
     def end(self, number: int = signal.SIGTERM) -> int:
+        """Ask the one that looks after the others to end; its exit status."""
         self.process.send_signal(number)
         return self.process.wait(30)
 
@@ -194,6 +204,30 @@ def server(tmp_path_factory: pytest.TempPathFactory, bundles: Bundles) -> Iterat
         yield found.serve(bundles.folders, limits=SMALL)
     finally:
         found.end()
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A file, and the label of it that ``predict`` writes."""
+
+    path: Path
+    label: bytes
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory, bundles: Bundles) -> Scan:
+    """A scan that takes seconds, in many tiles."""
+    path = write_scan(tmp_path_factory.mktemp("large") / "large.nii.gz", 77, (80, 80, 40))
+    return Scan(path, bundles.predicted("one", path)[0].read_bytes())
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, bundles: Bundles) -> list[Scan]:
+    """Scans that take no time."""
+    folder = tmp_path_factory.mktemp("small")
+    paths = [write_scan(folder / f"small{n}.nii.gz", n) for n in range(8)]
+    labels = bundles.predicted("one", *paths)
+    return [Scan(path, label.read_bytes()) for path, label in zip(paths, labels, strict=True)]
 
 
 @pytest.fixture(scope="session")
