@@ -492,7 +492,7 @@ class Engine:
                 raise Conflict(f"job {job.id} exists, of another content", fix="give each scan a job id of its own")
             return job
         if len(message.sha256) != len(job.request.parts):
-            raise ProtocolError(f"{len(message.sha256)} digests; the job has {len(job.request.parts)} parts")
+            raise ProtocolError(f"{len(message.sha256)} digests for {len(job.request.parts)} parts")
         self._keep_place(job, now)
         digests = self.spool.digests(job)
         if digests != message.sha256:
@@ -679,7 +679,7 @@ class Engine:
 
     def _index(self, job: Job, part: int) -> int:
         if part >= len(job.request.parts):
-            raise ProtocolError(f"there is no part {part}; the job has {len(job.request.parts)}")
+            raise ProtocolError(f"there is no part {part} of {len(job.request.parts)}")
         return part
 
     def _credit(self, job: Job, re: int) -> Credit:
