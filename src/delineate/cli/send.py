@@ -334,7 +334,7 @@ def _planned(scans: Sequence[Path], channels: dict[str, Path], out: Path, jobs: 
         raise typer.BadParameter(f"several scans do not fit into '{out}'; name a folder with -o")
     if not folder and not suffix_of(out):
         raise unknown_format(out)
-    planned = []
+    planned: list[_Scan] = []
     for files in groups:
         first = next(iter(files.values()))
         name = stem_of(first)
