@@ -61,6 +61,16 @@ def test_every_code_is_explained() -> None:
     assert all(f"{error.__name__} " in (errors.__doc__ or "") for error in leaves)
 
 
+def test_every_verb_state_and_format_of_the_protocol_is_explained() -> None:
+    from typing import get_args
+
+    from delineate.serving.protocol import FORMATS, OUTPUTS, VERBS, State
+
+    explained = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    for word in [*(verb.decode() for verb in VERBS), *get_args(State), *FORMATS, *(f".{format}" for format in OUTPUTS)]:
+        assert f"`{word}" in explained, word
+
+
 def test_every_packaged_recipe_group_is_explained() -> None:
     from delineate.recipe import Recipe
 
