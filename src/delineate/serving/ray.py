@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
@@ -37,7 +37,7 @@ from delineate.errors import ClusterError, DelineateError, MissingFile, OutputEr
 from delineate.io.files import writing_beside
 from delineate.io.locks import lock_file
 from delineate.serving.client import AsyncClient
-from delineate.serving.front_door import LOOPBACK
+from delineate.serving.front_door import is_loopback
 from delineate.serving.keys import KeyFile, added, read_key, read_server_keys, removed, write_key
 from delineate.serving.models import OFFER
 from delineate.serving.protocol import Figures, Model, Stats
@@ -53,6 +53,7 @@ _AT_A_TIME = 2
 """Calls for a replica: the next job is received and decoded while one is computed."""
 _PATIENCE_S = 5.0
 """A call that gets no job for so long ends; another is made if there is one to do."""
+_ANYWHERE = ("*", "0.0.0.0", "[::]")
 _LOOK_S = 0.25
 _ANSWER_S = 5.0
 _REST_S = 1.0
@@ -68,7 +69,7 @@ class Replicas:
     """
 
     cluster: str = "local"
-    request: Request = Request()
+    request: Request = field(default_factory=Request)
     at_least: int = 1
     at_most: int | None = None
     idle_s: float = 60.0
@@ -183,7 +184,7 @@ async def _call(ray: ModuleType, handle: Any, settings: Settings, least: int, mo
             _put_models(ray, settings.models, models)
             wanted = least
             with suppress(DelineateError):  # the front door is being started again
-                wanted = max(least, await line.jobs())
+                wanted = max(least, await line.waiting())
             calls = {one for one in calls if not one.done()}
             calls |= {asyncio.create_task(call()) for _ in range(min(wanted, most) - len(calls))}
             if not calls:
@@ -202,7 +203,7 @@ class _Line(AsyncClient):
 
     _role = "gateway"
 
-    async def jobs(self) -> int:
+    async def waiting(self) -> int:
         """How many jobs a worker could have now."""
         figures = (await self._run(self._once(Stats(), Figures, _ANSWER_S))).figures
         return int(figures.get("jobs queued", 0) + figures.get("jobs running", 0))
@@ -239,8 +240,8 @@ def _reach(replicas: Replicas, bind: str) -> str:
     if replicas.reach:
         return replicas.reach
     if replicas.cluster == "local":
-        return bind.replace(host, "127.0.0.1", 1) if host in ("*", "0.0.0.0", "[::]") else bind
-    if host in (*LOOPBACK, "*", "0.0.0.0", "[::]"):
+        return bind.replace(host, "127.0.0.1", 1) if host in _ANYWHERE else bind
+    if host in _ANYWHERE or is_loopback(host):
         raise ServingError(
             f"the nodes of {replicas.cluster} cannot reach a server at {bind}",
             fix="say where they find it: --bind tcp://0.0.0.0:7420 --reach tcp://HOST:7420",

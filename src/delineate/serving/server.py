@@ -209,13 +209,12 @@ class Server:
     def _run(self, ready: Callable[[Address], object]) -> None:
         settings, told = self.settings, False
         settings.address.unlink(missing_ok=True)
-        self._publisher.first(self._signals)
-        problems, theirs = _SPAWN.Pipe(duplex=False)
         listener = None
+        if settings.http:  # bound here, so that connections wait while a gateway is started again
+            listener = listen(settings.http, plain=settings.plain)
+            settings = replace(settings, http=_named(listener))
+        problems, theirs = _SPAWN.Pipe(duplex=False)
         try:
-            if settings.http:  # bound here, so that connections wait while a gateway is started again
-                listener = listen(settings.http, plain=settings.plain)
-                settings = replace(settings, http=_named(listener))
             door = self._start("front door", _front_door, settings, theirs)
             for number in range(settings.workers):
                 self._start(f"worker {number}", _worker, settings, number)
@@ -228,12 +227,12 @@ class Server:
                     problem = error_of(*problems.recv())
                     if not told:
                         raise problem
-                if not told and settings.address.exists():
+                self._publisher.look()
+                if not told and self._publisher.offers and settings.address.exists():
                     told = True
                     ready(read_address(settings.state))
                 for child in self._children:
                     child.look()
-                self._publisher.look()
                 time.sleep(_LOOK_S)
             door.terminate()
             door.join(settings.drain_s + _LEFT_S, self._signals)
@@ -265,16 +264,15 @@ def serve_elsewhere(settings: WorkerSettings, ready: Callable[[], object] = lamb
     with _held(settings.state, "a worker"), _Signals() as signals:
         bundles = {str(number): path for number, path in enumerate(settings.bundles)}
         publisher = _Publisher(bundles, settings.models, settings.device)
-        publisher.first(signals)
         taken_up, told = _SPAWN.Event(), False
         child = _Child("worker", _worker_elsewhere, (settings, key, os.getpid(), taken_up))
         try:
             while not signals.count:
+                publisher.look()
                 if not told and taken_up.is_set():
                     told = True
                     ready()
                 child.look()
-                publisher.look()
                 time.sleep(_LOOK_S)
         finally:
             publisher.close()
@@ -306,28 +304,24 @@ class _Publisher:
 
     def __init__(self, bundles: Mapping[str, Path], models: Path, device: str, store: Path | None = None) -> None:
         self._bundles, self._arguments = dict(bundles), (dict(bundles), models, device, store)
+        self.offers = False
+        """Whether the bundles have been offered once."""
         self._offered: dict[str, tuple[int, ...]] = {}
         self._seen: dict[str, tuple[int, ...]] = {}
         self._looked = 0.0
         self._process: BaseProcess | None = None
 
-    def first(self, signals: _Signals) -> None:
-        """Offer the bundles, and raise what is wrong with them."""
-        self._start()
-        try:
-            while not signals.count and not self._answer.poll(_LOOK_S):
-                pass
-            if not signals.count and (error := self._answered()) is not None:
-                raise error
-        finally:
-            self.close()
-
     def look(self) -> None:
-        """Offer the bundles again if they have changed. One that is being written is tried again later."""
+        """Offer the bundles, and again if they have changed. Raises what is wrong with them, the first time.
+
+        After that, one that is damaged or being written is tried again later.
+        """
         if self._process is not None:
             if self._answer.poll() and (error := self._answered()) is not None:
+                if not self.offers:
+                    raise error
                 _LOG.warning("a changed bundle is not offered yet: %s", error)
-        elif time.monotonic() - self._looked > _SOURCES_S and self._stamps() != self._offered:
+        elif not self.offers or (time.monotonic() - self._looked > _SOURCES_S and self._stamps() != self._offered):
             self._start()
 
     def close(self) -> None:
@@ -353,7 +347,7 @@ class _Publisher:
         self._process.join()
         self._process, self._looked = None, time.monotonic()
         if problem is None:
-            self._offered = self._seen
+            self._offered, self.offers = self._seen, True
             return None
         return error_of(*problem)
 

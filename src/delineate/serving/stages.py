@@ -2,7 +2,7 @@
 
 Stages leave files to each other, so that a queue holds paths and not arrays::
 
-    ARRIVED/in0, …                 what was sent
+    FOLDER/in0, …                  what was sent
     FOLDER/work/0/part0.nii.gz, …  the same, by names that say their format
     FOLDER/work/scan.npy           voxels (C, Z, Y, X)
     FOLDER/work/affine.npy
@@ -19,7 +19,6 @@ import mmap
 import os
 import re
 import resource
-import shutil
 import signal
 import threading
 import time
@@ -55,24 +54,6 @@ if TYPE_CHECKING:
 
 NOTICE = "Not for diagnosis."
 _SUFFIXES = {"nii.gz": ".nii.gz", "nii": ".nii", "mha": ".mha", "nrrd": ".nrrd", "dicom.zip": ".zip"}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a job's parts have ``arrived``, and the ``folder`` in which one worker, and no other, works on it."""
-
-    arrived: Path
-    folder: Path
-
-    @property
-    def work(self) -> Path:
-        """Where stages leave files to each other."""
-        return self.folder / "work"
-
-    @property
-    def out(self) -> Path:
-        """The results."""
-        return self.folder / "out"
 
 
 @dataclass(frozen=True)
@@ -123,17 +104,17 @@ def help_with_stages(calls: Connection, memory_bytes: int) -> None:
             return
 
 
-def answered(stage: Callable[..., tuple[Output, ...] | None], place: Place, *arguments: Any) -> Answer:
+def answered(stage: Callable[..., tuple[Output, ...] | None], folder: Path, *arguments: Any) -> Answer:
     """What a stage wrote, or why it could not: without the server's paths, nor any text of a library's error."""
     try:
-        return Answer(stage(place, *arguments) or ())
+        return Answer(stage(folder, *arguments) or ())
     except DelineateError as caught:
         error = caught
     except MemoryError:
         error = TooLarge("the scan needs more memory than one may take", fix="send a smaller part of it")
     except Exception as caught:
         error = unexpected(caught)
-    ours = re.compile(rf"{re.escape(str(place.work))}/(\d+/)?")
+    ours = re.compile(rf"{re.escape(str(folder / 'work'))}/(\d+/)?")
     return Answer(problem=problem_of(type(error)(ours.sub("", error.message), ours.sub("", error.fix))))
 
 
@@ -159,39 +140,38 @@ def quantity_of(options: Options) -> QuantityMap | None:
     return quantity_map(options.quantity or None, options.margin_mm, options.threshold, None)
 
 
-def decode(place: Place, parts: tuple[Part, ...], options: Options, bundle: Applied) -> None:
+def decode(folder: Path, parts: tuple[Part, ...], options: Options, bundle: Applied) -> None:
     """Read the scan, and the map of the quantity, from the parts of a job. Raises what is wrong with them."""
-    shutil.rmtree(place.folder, ignore_errors=True)
     with _writing():
-        place.work.mkdir(mode=0o700, parents=True)
+        (folder / "work").mkdir(mode=0o700)
     for index, part in enumerate(parts):
-        _unpack(place.arrived / f"in{index}", _named(place, index, part), part)
+        _unpack(folder / f"in{index}", _named(folder, index, part), part)
     quantity = quantity_of(options)
-    subject = _subject(place, parts, bundle, quantity)
+    subject = _subject(folder, parts, bundle, quantity)
     _check_outputs(options, bundle, _source(subject))
     scan = load_scan(subject, bundle.channels)
     check_shows_something("the scan", scan)
-    _save(place.work / "scan.npy", scan.voxels.transpose(0, 3, 2, 1))
-    _save(place.work / "affine.npy", scan.grid.affine)
+    _save(folder / "work" / "scan.npy", scan.voxels.transpose(0, 3, 2, 1))
+    _save(folder / "work" / "affine.npy", scan.grid.affine)
     if quantity is not None:
         values = load_map(subject, quantity.channel, "the scan", scan.grid)
         quantity.check(values, "the scan")
-        _save(place.work / "quantity.npy", values.T)
+        _save(folder / "work" / "quantity.npy", values.T)
 
 
 def segment(
-    place: Place, predictor: Predictor, on_tile: Callable[[int, int], None] | None = None
+    folder: Path, predictor: Predictor, on_tile: Callable[[int, int], None] | None = None
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Segment a decoded scan; what the prediction says of itself, and the seconds of each stage."""
     from delineate.inference.review import review
 
     began = time.perf_counter()
-    scan = _scan(place, mapped=False)
+    scan = _scan(folder, mapped=False)
     odd = predictor.oddities(scan)
     read = time.perf_counter()
     found = predictor.predict(scan, on_tile)
     predicted = time.perf_counter()
-    _save(place.work / "label.npy", found.label.voxels)
+    _save(folder / "work" / "label.npy", found.label.voxels)
     calibration = predictor.calibration if len(predictor.bundles) == 1 else None
     reviewed = review("scan", found.confidence, odd, calibration)
     about = {
@@ -211,26 +191,25 @@ def segment(
 
 
 def export(
-    place: Place, parts: tuple[Part, ...], options: Options, bundle: Applied, about: Mapping[str, Any]
+    folder: Path, parts: tuple[Part, ...], options: Options, bundle: Applied, about: Mapping[str, Any]
 ) -> tuple[Output, ...]:
     """Write the results in all formats asked for; their names, sizes and digests."""
-    shutil.rmtree(place.out, ignore_errors=True)
     with _writing():
-        place.out.mkdir(mode=0o700)
+        (folder / "out").mkdir(mode=0o700)
     quantity = quantity_of(options)
-    source = _source(_subject(place, parts, bundle, quantity))
-    scan = _scan(place)
-    label = LabelVolume(np.load(place.work / "label.npy"), scan.grid)
+    source = _source(_subject(folder, parts, bundle, quantity))
+    scan = _scan(folder)
+    label = LabelVolume(np.load(folder / "work" / "label.npy"), scan.grid)
     about = dict(about)
     if quantity is not None:
         from delineate.inference.measurements import measure_label
 
-        values = np.load(place.work / "quantity.npy", mmap_mode="r").T
+        values = np.load(folder / "work" / "quantity.npy", mmap_mode="r").T
         measured = measure_label(label, bundle.targets, values, quantity)
         about["quantity"] = quantity.as_dict()
         about["measurements"] = {target: _finite(asdict(found)) for target, found in measured.items()}
     for format in options.outputs:
-        path = place.out / f"label.{format}"
+        path = folder / "out" / f"label.{format}"
         if format == "json" or path.exists():  # some formats come with others
             continue
         if format == "png":
@@ -244,13 +223,13 @@ def export(
     described = sidecar_of(label, bundle.targets) | about
     with _writing():
         text = json.dumps(described, indent=2, allow_nan=False)
-        (place.out / "label.json").write_text(text + "\n", encoding="utf-8")
-    return tuple(_described(path) for path in sorted(place.out.iterdir()))
+        (folder / "out" / "label.json").write_text(text + "\n", encoding="utf-8")
+    return tuple(_described(path) for path in sorted((folder / "out").iterdir()))
 
 
-def _subject(place: Place, parts: tuple[Part, ...], bundle: Applied, quantity: QuantityMap | None) -> Subject:
+def _subject(folder: Path, parts: tuple[Part, ...], bundle: Applied, quantity: QuantityMap | None) -> Subject:
     """The parts as one subject: each a channel, or one with all of them."""
-    files = {part.channel: _named(place, index, part) for index, part in enumerate(parts)}
+    files = {part.channel: _named(folder, index, part) for index, part in enumerate(parts)}
     if len(files) < len(parts):
         raise BadFormat("several files are for the same channel", fix="give each channel's file once, by name")
     maps = set() if quantity is None or quantity.channel in bundle.channels else {quantity.channel}
@@ -277,9 +256,9 @@ def _check_outputs(options: Options, bundle: Applied, source: Path) -> None:
         raise BadFormat("a DICOM-SEG refers to a DICOM series", fix="send the series, or ask for another format")
 
 
-def _named(place: Place, index: int, part: Part) -> Path:
+def _named(folder: Path, index: int, part: Part) -> Path:
     """A part by a name that says its format; alone in a folder, so that no header can have another file read."""
-    return place.work / str(index) / f"part{index}{_SUFFIXES[part.format]}"
+    return folder / "work" / str(index) / f"part{index}{_SUFFIXES[part.format]}"
 
 
 def _unpack(arrived: Path, path: Path, part: Part) -> None:
@@ -320,10 +299,10 @@ def _chunks(arrived: Path) -> Iterator[bytes]:
         del frame  # it points into the file
 
 
-def _scan(place: Place, *, mapped: bool = True) -> Volume:
+def _scan(folder: Path, *, mapped: bool = True) -> Volume:
     """The decoded scan, laid out in memory as it was read: sums over it are the same to the last bit."""
-    voxels = np.load(place.work / "scan.npy", mmap_mode="r" if mapped else None).transpose(0, 3, 2, 1)
-    return Volume(voxels, Grid(voxels.shape[1:], np.load(place.work / "affine.npy")))
+    voxels = np.load(folder / "work" / "scan.npy", mmap_mode="r" if mapped else None).transpose(0, 3, 2, 1)
+    return Volume(voxels, Grid(voxels.shape[1:], np.load(folder / "work" / "affine.npy")))
 
 
 def _save(path: Path, values: NDArray) -> None:

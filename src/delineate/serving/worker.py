@@ -90,7 +90,7 @@ class _Task:
     """A job that this worker has. ``others_s``: how long it has waited for small jobs between its tiles."""
 
     work: Work
-    place: stages.Place
+    folder: Path
     stage: str = "receive"
     since: float = field(default_factory=time.monotonic)
     """When the stage began."""
@@ -201,6 +201,8 @@ class Worker:
             signal.signal(signal.SIGTERM, terminate)
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
+        while not self._stopping and not changed(self.models):
+            time.sleep(0.1)
         self._refresh()
         talking = threading.Thread(target=self._talk, name="talk", daemon=True)
         talking.start()
@@ -269,7 +271,7 @@ class Worker:
                 task.others_s += time.monotonic() - began
 
         try:
-            about, seconds = stages.segment(task.place, self._predictor(task.work), on_tile)
+            about, seconds = stages.segment(task.folder, self._predictor(task.work), on_tile)
         except DelineateError as caught:
             failure = caught
         except Exception as caught:
@@ -527,13 +529,13 @@ class Worker:
 
     def _begin(self, work: Work) -> None:
         assert work.folder or self._scratch is not None
-        arrived = Path(work.folder) if self._scratch is None else self._scratch / work.lease
-        task = self._tasks[work.lease] = _Task(work, stages.Place(arrived, arrived / work.lease))
+        folder = Path(work.folder) if self._scratch is None else self._scratch / work.lease
+        task = self._tasks[work.lease] = _Task(work, folder)
         if not task.remote:
             self._decode(task)
             return
         with self._writing(task):
-            arrived.mkdir(mode=0o700, parents=True)
+            folder.mkdir(mode=0o700, parents=True)
             self._fetch(task)
 
     def _fetch(self, task: _Task) -> None:
@@ -547,7 +549,7 @@ class Worker:
         if task.stage != "receive" or (message.part, message.offset) != (task.index, task.here):
             return  # sent twice
         with self._writing(task):
-            with (task.place.arrived / f"in{task.index}").open("ab") as file:
+            with (task.folder / f"in{task.index}").open("ab") as file:
                 file.write(payload)
             task.here, task.moved = task.here + len(payload), time.monotonic()
             if task.here >= task.work.parts[task.index].size:
@@ -571,7 +573,7 @@ class Worker:
             return
         self._report(task)
         self._helpers["decode"].submit(
-            task, self._decoded, stages.decode, task.place, task.work.parts, task.work.options, task.applied
+            task, self._decoded, stages.decode, task.folder, task.work.parts, task.work.options, task.applied
         )
 
     def _applied_of(self, sha256: str) -> stages.Applied:
@@ -610,7 +612,7 @@ class Worker:
             task,
             self._exported,
             stages.export,
-            task.place,
+            task.folder,
             task.work.parts,
             task.work.options,
             task.applied,
@@ -634,7 +636,7 @@ class Worker:
                 self._finish(task)
                 return
         output, task.moved = task.outputs[task.index], time.monotonic()
-        with (task.place.out / output.name).open("rb") as file:
+        with (task.folder / "out" / output.name).open("rb") as file:
             file.seek(there)
             payload = file.read(MOST_PAYLOAD)
         task.question = self._send(Chunk(lease=task.lease, output=output.name, offset=there), payload)
@@ -653,8 +655,8 @@ class Worker:
 
     def _end(self, task: _Task, answer: Done | Fail) -> None:
         del self._tasks[task.lease]
-        if task.remote or isinstance(answer, Fail):
-            shutil.rmtree(task.place.arrived if task.remote else task.place.folder, ignore_errors=True)
+        if task.remote:
+            shutil.rmtree(task.folder, ignore_errors=True)
         self._say_until_heard(answer)
         self._on_end()
 
