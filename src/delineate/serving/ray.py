@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -96,6 +97,7 @@ def serve_replicas(settings: Settings, stop: threading.Event) -> None:
     # A client of a cluster is further away from its replicas than ray expects.
     os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "2")
     with connected(replicas.cluster) as ray:
+        signal.signal(signal.SIGTERM, lambda number, frame: stop.set())  # ray has its own, which would end the process
         share = share_of(ray, replicas.request, "replica")
         most = replicas.at_most or max(share.room, replicas.at_least)
         with _deployed(settings, replicas, share, most, stop) as handle:
@@ -150,8 +152,9 @@ def _deployed(
     try:
         yield handle
     finally:
-        with suppress(Exception):  # the cluster may have gone
-            serve.delete(name)
+        if replicas.cluster != "local":  # that one ends with us
+            with suppress(Exception):  # it may have gone
+                serve.delete(name)
 
 
 def _ray_serve() -> ModuleType:
