@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
     for file in result.files:
         print(file)
     return 0
@@ -41,8 +44,7 @@ def _show(progress: Progress) -> None:
     """One line that is written over, on a terminal only."""
     if sys.stderr.isatty():
         place = f" {progress.position}." if progress.position else ""
-        what = f"{progress.state}{place} {progress.stage} {progress.fraction:4.0%}"
-        print(f"\r{what:60}", end="\n" if (progress.stage, progress.fraction) == ("fetch", 1) else "", file=sys.stderr)
+        print(f"\r{progress.state}{place} {progress.stage} {progress.fraction:4.0%}\033[K", end="", file=sys.stderr)
 
 
 if __name__ == "__main__":

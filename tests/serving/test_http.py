@@ -55,10 +55,10 @@ from delineate.serving.server import _SPAWN, Address, Settings, _Child, _front_d
 
 MUTATIONS = int(os.environ.get("DELINEATE_MUTATIONS", "2000"))
 """Requests of the fuzz; set the variable for more."""
-LARGE = int(os.environ.get("DELINEATE_LARGE_BODY", str(160 * 2**20)))
+LARGE = int(os.environ.get("DELINEATE_LARGE_BODY", str(96 * 2**20)))
 """Bytes of a body that the gateway must not hold."""
 
-LIVER = Model(name="liver", sha256=64 * "a", channels=("CT",), targets=("liver", "tumour"))
+LIVER = Model(name="liver", sha256=64 * "a", channels=("T1", "FLAIR"), targets=("liver",))
 SCAN = bytes(range(256)) * 9000  # two chunks and a bit
 
 
@@ -160,12 +160,14 @@ class Worker:
         return decode(self._socket.recv_multipart())[0]
 
     def take(self, job: str) -> Work:
-        """The work of a job."""
-        self.say(Take())
-        work = self.hear()
-        assert isinstance(work, Work)
-        assert work.job == job
-        return work
+        """The work of a job; others, which an earlier test has left, fail."""
+        while True:
+            self.say(Take())
+            work = self.hear()
+            assert isinstance(work, Work)
+            if work.job == job:
+                return work
+            self.fail(work, Problem("E_WORKER", "left over"))
 
     def report(self, work: Work, stage: str, fraction: float) -> None:
         self.say(Report(lease=work.lease, stage=stage, fraction=fraction))
@@ -252,7 +254,7 @@ def test_a_scan_is_sent_watched_fetched_and_let_go(http: httpx.Client, worker: W
     worker.finish(work, label__vtk=vtk, label__json=about)
     job = http.get(f"/v1/jobs/{job['id']}").json()
     assert (job["state"], job["fraction"], job["problem"]) == ("done", 1.0, None)
-    assert job["seconds"] == {"decode": 0.2, "infer": 3.0}
+    assert job["seconds"].items() >= {"decode": 0.2, "infer": 3.0}.items()
     digests = {output["name"]: output["sha256"] for output in job["outputs"]}
     assert digests["label.vtk"] == hashlib.sha256(vtk).hexdigest()
 
@@ -329,7 +331,7 @@ def test_put_may_be_repeated(http: httpx.Client, worker: Worker) -> None:
 def test_the_model_may_be_left_out_if_there_is_one(http: httpx.Client, place: Place) -> None:
     assert http.post("/v1/jobs?input=nii.gz", content=SCAN).json()["model"] == "liver"
     known = http.get("/v1/models").json()["models"]
-    assert [(model["name"], model["channels"]) for model in known] == [("liver", ["CT"])]
+    assert [(model["name"], model["channels"]) for model in known] == [("liver", ["T1", "FLAIR"])]
     place.offer(LIVER, replace_model("spleen"))
     until(lambda: len(http.get("/v1/models").json()["models"]) == 2)
     assert said(http.post("/v1/jobs?input=nii.gz", content=SCAN)) == (404, "E_UNKNOWN_MODEL")
@@ -374,6 +376,7 @@ REFUSED = [
     ("GET", "/v1/jobs?most=0", 400, "E_PROTOCOL"),
     ("GET", "/v1/jobs?most=many", 400, "E_PROTOCOL"),
     ("GET", "/v1/jobs/7", 400, "E_PROTOCOL"),
+    ("GET", f"/v1/jobs/{ID}%0A", 400, "E_PROTOCOL"),
     ("GET", f"/v1/jobs/{ID}", 404, "E_UNKNOWN_JOB"),
     ("DELETE", f"/v1/jobs/{ID}", 404, "E_UNKNOWN_JOB"),
     ("GET", f"/v1/jobs/{ID}/outputs/label.vtk", 404, "E_UNKNOWN_JOB"),
@@ -383,6 +386,7 @@ REFUSED = [
     ("POST", "/v1/jobs", 400, "E_PROTOCOL"),
     ("POST", "/v1/jobs?input=stl", 400, "E_PROTOCOL"),
     ("POST", "/v1/jobs?input=", 400, "E_PROTOCOL"),
+    ("POST", "/v1/jobs?input=T2:nii.gz", 400, "E_PROTOCOL"),
     ("POST", "/v1/jobs?input=nii.gz&input=nii", 400, "E_PROTOCOL"),
     ("POST", "/v1/jobs?input=nii.gz:7", 413, "E_TOO_LARGE"),
     ("POST", "/v1/jobs?input=nii.gz:70", 400, "E_TRUNCATED"),
@@ -491,29 +495,63 @@ def test_one_who_is_slow_or_does_not_stop_is_hung_up_on(place: Place) -> None:
         assert answer.count(b"HTTP/1.1") == 1
 
 
+@contextmanager
+def held_upload(http: httpx.Client) -> Iterator[socket.socket]:
+    """An upload of nine bytes, none of which has been sent."""
+    path = f"/v1/jobs/{uuid.uuid4()}?input=nii&model=liver"
+    with socket.create_connection((http.base_url.host, http.base_url.port), timeout=10) as raw:
+        raw.sendall(head(path, "Content-Length: 9", "Expect: 100-continue", method="PUT"))
+        assert raw.recv(100).startswith(b"HTTP/1.1 100 ")
+        yield raw
+
+
 def test_more_uploads_than_allowed_are_refused(place: Place) -> None:
-    with place.impatient_gateway(uploads=1, requests=3) as http:
-        address = (http.base_url.host, http.base_url.port)
-        path = f"/v1/jobs/{uuid.uuid4()}?input=nii&model=liver"
-        with socket.create_connection(address) as first:
-            first.sendall(head(path, "Content-Length: 9", "Expect: 100-continue", method="PUT"))
-            assert first.recv(100).startswith(b"HTTP/1.1 100 ")
+    with place.impatient_gateway(uploads=1) as http:
+        with held_upload(http) as raw:
             answer = http.post("/v1/jobs?input=nii", content=SCAN)
             assert said(answer) == (429, "E_BUSY")
             assert int(answer.headers["retry-after"]) >= 1
-            first.sendall(b"123456789")
-            assert first.recv(100).startswith(b"HTTP/1.1 201 ")
-        others = []
-        try:
-            for _ in range(3):
-                others.append(socket.create_connection(address))
-                others[-1].sendall(head("/v1/jobs?input=stl", "Content-Length: 9", "Expect: 100-continue"))
-                path = f"/v1/jobs/{uuid.uuid4()}?input=nii&model=liver"
-        finally:
-            for other in others:
-                other.close()
-        for job in http.get("/v1/jobs?most=100").json()["jobs"]:
-            http.delete(f"/v1/jobs/{job['id']}")
+            assert http.get("/v1/jobs").status_code == 200
+            raw.sendall(b"123456789")
+            assert raw.recv(100).startswith(b"HTTP/1.1 201 ")
+        http.delete(f"/v1/jobs/{post(http)}")
+
+
+def test_more_requests_than_allowed_are_refused(place: Place) -> None:
+    with place.impatient_gateway(requests=1) as http:
+        with held_upload(http):
+            answer = http.get("/v1/jobs")
+            assert said(answer) == (503, "E_BUSY")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert http.get("/livez").status_code == 200
+        until(lambda: http.get("/v1/jobs").status_code == 200)
+
+
+def test_one_who_reads_no_answer_is_hung_up_on(place: Place, worker: Worker) -> None:
+    with place.impatient_gateway(patience_s=0.3) as http:
+        job = post(http)
+        worker.finish(worker.take(job), label__vtk=bytes(24 * 2**20))
+        path = f"/v1/jobs/{job}/outputs/label.vtk"
+        with socket.create_connection((http.base_url.host, http.base_url.port), timeout=10) as raw:
+            raw.sendall(head(path, method="GET"))
+            until(lambda: 'delineate_http_requests_total{endpoint="output"' in http.get("/metrics").text)
+            read = 0
+            with suppress(ConnectionError):
+                while more := raw.recv(2**20):
+                    read += len(more)
+            assert 0 < read < 24 * 2**20
+        http.delete(f"/v1/jobs/{job}")
+
+
+def test_a_result_that_goes_while_it_is_fetched_breaks_off(http: httpx.Client, worker: Worker) -> None:
+    job = post(http)
+    worker.finish(worker.take(job), label__vtk=bytes(24 * 2**20))
+    with http.stream("GET", f"/v1/jobs/{job}/outputs/label.vtk") as answer:
+        pieces = answer.iter_raw()
+        next(pieces)
+        http.delete(f"/v1/jobs/{job}")
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(pieces)
 
 
 def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
@@ -677,8 +715,7 @@ def test_the_description_is_whole(http: httpx.Client) -> None:
                 for content in answer.get("content", {}).values():
                     kind = content.get("schema", {}).get("$ref", "").rpartition("/")[2]
                     if kind:
-                        value = msgspec.convert(content["example"], getattr(messages, kind))
-                        assert json.loads(msgspec.json.encode(value)) == content["example"]
+                        msgspec.convert(content["example"], getattr(messages, kind))
                         assert (kind == "Failure") == (int(status) >= 400)
     names = {one["name"] for one in told["paths"]["/v1/jobs"]["post"]["parameters"]}
     assert names == set(messages.Wish.model_fields)
@@ -696,28 +733,27 @@ def test_a_gateway_that_is_killed_in_an_upload_resumes_it(place: Place) -> None:
         found = re.search(r"^delineate_received_bytes_total (\S+)", http.get("/metrics").text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
-    with place.gateway() as (http, child):
+    with place.gateway() as (http, child), place.worker() as worker:
         before = received()
-        with socket.create_connection((http.base_url.host, http.base_url.port)) as raw:
+        address = (http.base_url.host, http.base_url.port)
+        with socket.create_connection(address) as raw:
             raw.sendall(head(path, f"Content-Length: {len(content)}", method="PUT") + content[: 4 * 2**20])
             until(lambda: received() - before >= 3 * 2**20)
             assert child.process is not None
             os.kill(child.process.pid or 0, signal.SIGKILL)
             child.process.join()
-            http.close()
-            with socket.create_connection((http.base_url.host, http.base_url.port)) as waiting:  # nobody is turned away
-                child.look()
-                waiting.sendall(head("/livez", method="GET"))
-                until(lambda: child.look() or child.process)
-                assert waiting.recv(100).startswith(b"HTTP/1.1 200 ")
-    with place.gateway() as (http, _), place.worker() as worker:
-        answer = http.put(path, content=content)
-        assert (answer.status_code, answer.json()["state"]) == (201, "queued")
-        assert received() - before == len(content)  # what was there was not sent again
-        work = worker.take(id)
-        assert (Path(work.folder) / "in0").read_bytes() == content
-        worker.finish(work, label__json=b"{}")
-        http.delete(f"/v1/jobs/{id}")
+        with socket.create_connection(address) as waiting:  # nobody is turned away meanwhile
+            waiting.sendall(head("/livez", method="GET"))
+            until(lambda: child.look() or child.process)
+            assert waiting.recv(100).startswith(b"HTTP/1.1 200 ")
+        with httpx.Client(base_url=http.base_url, timeout=30) as http:
+            answer = http.put(path, content=content)
+            assert (answer.status_code, answer.json()["state"]) == (201, "queued")
+            assert received() - before == len(content)  # what was there was not sent again
+            work = worker.take(id)
+            assert (Path(work.folder) / "in0").read_bytes() == content
+            worker.finish(work, label__json=b"{}")
+            http.delete(f"/v1/jobs/{id}")
 
 
 def test_a_front_door_that_is_started_again_is_found(tmp_path: Path) -> None:
@@ -763,7 +799,7 @@ def test_a_large_body_is_not_held(place: Place, worker: Worker) -> None:
         with http.stream("GET", f"/v1/jobs/{job}/outputs/label.vtk") as answer:
             assert sum(len(piece) for piece in answer.iter_raw()) == LARGE
         http.delete(f"/v1/jobs/{job}")
-        assert most_memory(child) - before < min(LARGE // 2, 64 * 2**20)
+        assert most_memory(child) - before < 48 * 2**20
 
 
 NAME = "Mustermann"
@@ -787,7 +823,8 @@ def test_nothing_that_may_be_a_name_is_logged(place: Place, caplog: pytest.LogCa
         http.delete(f"/v1/jobs/{job}")
         exchange(http, f"{NAME} nonsense\r\n\r\n".encode(), rest=True)
     ours = "\n".join(one.getMessage() for one in caplog.records if not one.name.startswith(("httpx", "httpcore")))
-    assert f"HTTP delete of job {job}: 200" in ours
+    assert f"HTTP send {job}: 201" in ours
+    assert f"HTTP delete {job}: 200" in ours
     assert NAME not in ours
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tempfile
 import time
+from contextlib import ExitStack, closing
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,6 +21,7 @@ from msgspec import inspect
 
 from delineate.errors import ProtocolError
 from delineate.serving import protocol
+from delineate.serving.engine import Engine, Limits, Peer
 from delineate.serving.protocol import (
     CODECS,
     FORMATS,
@@ -26,6 +31,7 @@ from delineate.serving.protocol import (
     OUTPUTS,
     VERBS,
     Chunk,
+    Commit,
     Data,
     Hello,
     Open,
@@ -37,7 +43,11 @@ from delineate.serving.protocol import (
     decode,
     encode,
 )
+from delineate.serving.spool import Spool
+from delineate.serving.store import Store
 
+IN_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""A folder where to wait for the disk costs nothing."""
 MUTATIONS = int(os.environ.get("DELINEATE_MUTATIONS", "2000"))
 """For each verb; set the variable for more."""
 
@@ -290,3 +300,54 @@ def damaged(body: bytes, places: list[int], rng: np.random.Generator) -> bytes:
                 end = next((i for i in range(at, min(at + 80, len(made))) if made[i] in b",]}"), at)
                 made[at:end] = WORDS[word]
     return bytes(made)
+
+
+EVERY = frozenset({"client", "worker", "gateway"})
+PEERS = (
+    (Peer(b"anna", "anna"), "client"),
+    (Peer(b"gateway", "local", EVERY, local=True), "gateway"),
+    (Peer(b"near", "local", EVERY, local=True), "worker"),
+    (Peer(b"far", "far", frozenset({"worker"})), "worker"),
+)
+
+
+def test_whatever_is_said_by_whomever_is_answered_or_refused() -> None:
+    """No message that can be read ends the front door, and every answer can be sent."""
+    rng = np.random.default_rng(7)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=IN_MEMORY)))
+        store = stack.enter_context(closing(Store(folder / "jobs.sqlite")))
+        spool = stack.enter_context(closing(Spool(folder / "spool")))
+        engine = Engine(store, spool, Limits(disk_share=1.0), now=0.0)
+        engine.models = {"liver": protocol.Model(name="liver", sha256="f" * 64, channels=("T1",), targets=("b",))}
+        handled = 0
+        for number in range(MUTATIONS // 10 * len(KINDS)):
+            kind = KINDS[number % len(KINDS)]
+            for peer, role in PEERS:
+                if peer.id not in engine._connections:
+                    engine.handle(peer, Hello(versions=(1,), client=peer.id.decode(), role=role), b"", number)
+            if not engine._jobs:  # it has come to its end: begin again
+                for job in store.latest(9):
+                    engine._forget(job)
+                engine.handle(PEERS[0][0], sound(Open), b"", number)
+                engine.handle(PEERS[0][0], Chunk(job=sound(Open).job, offset=0), bytes(5), number)
+                commit = Commit(job=sound(Open).job, sha256=(hashlib.sha256(bytes(5)).hexdigest(),))
+                engine.handle(PEERS[0][0], commit, b"", number)
+            magic, verb, body, payload = encode(sound(kind))
+            for lease in list(engine._leases)[:1]:
+                body = body.replace(b"0123456789abcdef", lease.encode())
+            places = [index for index, byte in enumerate(body) if byte in b'"[]{},:']
+            try:
+                message, _ = decode([magic, verb, damaged(body, places, rng) if rng.random() < 0.8 else body, payload])
+            except ProtocolError:
+                continue
+            handled += 1
+            payload = bytes(rng.integers(9)) if kind is Chunk else b""
+            answers = engine.handle(PEERS[rng.integers(len(PEERS))][0], message, payload, number)
+            if number % 20 == 0:
+                answers += engine.tick(number)
+            for _, answer, content in answers:
+                assert decode(encode(answer, content)) == (answer, content)
+        assert handled > 0.2 * number
+        assert {"opened", "queued", "running", "failed", "cancelled", "refused E_PROTOCOL"} <= set(engine.counts)
+        assert len([path for path in folder.rglob("*") if path.is_file()]) < 200

@@ -11,13 +11,18 @@ from delineate.cli import (
     compare,
     data,
     demo,
+    doctor,
     evaluate,
     forgetting,
     held_out,
+    jobs,
+    keys,
     metrics,
     networks,
     predict,
     recipes,
+    send,
+    serve,
     study,
     train,
     weights,
@@ -90,6 +95,11 @@ app.command("test")(held_out.measure_held_out)
 app.command("compare")(compare.compare)
 app.command("forgetting")(forgetting.forgetting)
 app.add_typer(study.app, name="study")
+app.command("serve")(serve.serve)
+app.add_typer(keys.app, name="keys")
+app.command("send")(send.send)
+app.command("jobs")(jobs.jobs)
+app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(networks.app, name="networks")
 app.add_typer(metrics.app, name="metrics")

@@ -99,7 +99,17 @@ class Terminal:
 
     def __enter__(self) -> Self:
         if self.console.is_terminal and _loudness > Loudness.QUIET:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.text import Text
+
+            class Remaining(TimeRemainingColumn):
+                """The time left as it was told or, if nobody knows better, as the speed so far suggests."""
+
+                def render(self, task: Task) -> Text:
+                    told = task.fields.get("eta_s")
+                    if told is None:
+                        return super().render(task)
+                    return Text(duration(max(0.0, told)), style="progress.remaining")
 
             columns = (
                 TextColumn("{task.description}", markup=False),
@@ -107,7 +117,7 @@ class Terminal:
                 TextColumn("{task.percentage:>3.0f}%"),
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
-                TimeRemainingColumn(),
+                Remaining(),
             )
             self._bar = Progress(*columns, console=self.console, transient=True, speed_estimate_period=120)
             self._bar.start()
@@ -134,27 +144,34 @@ class Terminal:
         """Set a note about a stage, shown with the progress that follows."""
         self._status = printable(text)
 
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Show how far a stage has got."""
+    def progress(self, what: str, done: int, total: int, eta_s: float | None = None) -> None:
+        """Show how far a stage has got and, if it is known, how many seconds are left."""
         stage = printable(what)
         what, self._status = f"{stage}: {self._status}" if self._status else stage, ""
         if self._bar is None:
-            self._print_now_and_then(stage, what, done, total)
+            self._print_now_and_then(stage, what, done, total, eta_s)
             return
         if stage != self._stage or self._task is None:
             self._stage = stage
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(what, total=total)
-        self._bar.update(self._task, description=what, completed=done, total=total)
+        self._bar.update(self._task, description=what, completed=done, total=total, eta_s=eta_s)
 
-    def _print_now_and_then(self, stage: str, what: str, done: int, total: int) -> None:
+    def _print_now_and_then(self, stage: str, what: str, done: int, total: int, eta_s: float | None) -> None:
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._last_line = stage, now
         if now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self.say(f"{what}: {100 * done // total} %")
+            left = "" if eta_s is None else f", {duration(eta_s)} left"
+            self.say(f"{what}: {100 * done // total} %{left}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``H:MM:SS``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def print_json(value: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from ..errors import (
     MissingFile,
     NotIntroduced,
     ServingError,
+    UnknownKey,
     Unreachable,
     VersionError,
     error_of,
@@ -81,7 +81,7 @@ class Caller:
         if not self.address:
             raise MissingFile("no server is named", fix="give a key file, or the address of a server on this machine")
         self.timeout_s = timeout_s
-        self._name = f"{self._key.name if self._key else 'local'}@{socket.gethostname()}"[:100]
+        self._name = self._key.name if self._key else "local"
         self._context: zmq.Context | None = None
         self._socket: zmq.Socket | None = None
         self._monitor: zmq.Socket | None = None
@@ -91,6 +91,8 @@ class Caller:
         self._ids = 0
         self._refusals = 0
         self._shook_hands = False
+        self._welcomed = False
+        """Whether this key has ever been let in here."""
         self._chunk = MOST_PAYLOAD
 
     async def _wait(self, seconds: float) -> None:
@@ -121,10 +123,15 @@ class Caller:
         dealer.heartbeat_ivl, dealer.heartbeat_timeout = 2000, 6000
         dealer.reconnect_ivl, dealer.reconnect_ivl_max = 100, 2000
         dealer.ipv6 = "[" in self.address
-        if self._key is not None:
-            dealer.curve_serverkey = self._key.server_public.encode()
-            dealer.curve_publickey = self._key.public.encode()
-            dealer.curve_secretkey = self._key.secret.encode()
+        try:
+            if self._key is not None:
+                dealer.curve_serverkey = self._key.server_public.encode()
+                dealer.curve_publickey = self._key.public.encode()
+                dealer.curve_secretkey = self._key.secret.encode()
+        except zmq.ZMQError as error:
+            raise UnknownKey(
+                f"the file of key '{self._name}' is damaged: {error}", fix="ask whoever runs the server for a new one"
+            ) from error
         self._monitor = dealer.get_monitor_socket(_EVENTS)
         for one in (dealer, self._monitor):
             self._poller.register(one, zmq.POLLIN)
@@ -164,7 +171,7 @@ class Caller:
     def _note(self, event: int) -> None:
         """Take up what the socket says of its connection."""
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._refusals, self._shook_hands = 0, True
+            self._refusals, self._shook_hands, self._welcomed = 0, True, True
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             raise Denied(
                 f"{self.address} does not know this key", fix="ask whoever runs it to add it: delineate keys add"
@@ -172,10 +179,11 @@ class Caller:
         elif event & _BROKEN_OFF:
             # With another mechanism at the other end, libzmq does not even try again.
             self._refusals += 1 if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL else _REFUSALS
-            if self._refusals >= _REFUSALS:
+            if self._refusals >= _REFUSALS and not self._welcomed:  # a tunnel whose server is away breaks off, too
                 why = "its key is not the one in the key file" if self._key else "it asks for a key, or is no server"
                 raise Denied(
-                    f"{self.address} refuses the connection: {why}", fix="ask whoever runs it for a new key file"
+                    f"{self.address} refuses the connection: {why}",
+                    fix="ask whoever runs it for a new key file; through a tunnel, check that the server is running",
                 )
         elif event == zmq.EVENT_DISCONNECTED and self._shook_hands:
             raise Lost
@@ -206,7 +214,7 @@ class Caller:
                     await self._introduce()
                 return await talk()
             except Silence as silence:
-                last: DelineateError = self._unreachable()
+                last: DelineateError = self._unreachable(lost=isinstance(silence, Lost))
                 if not isinstance(silence, Lost):  # the way may be too narrow for what is on it at once
                     self._chunk = max(_LEAST_CHUNK, self._chunk // 2)
                 self._hang_up()
@@ -214,7 +222,7 @@ class Caller:
                 last, self._welcome = error, None
             except Later as later:
                 last, least = later.error, later.seconds
-            if time.monotonic() - began > _LONGEST_REST_S:  # it went well for a while
+            if time.monotonic() - began > _LONGEST_REST_S:  # it went well for a while, or has waited long enough
                 rest = _SHORTEST_REST_S
             seconds = least + rest * random.uniform(0.5, 1.5)
             if seconds >= self._left():
@@ -223,7 +231,11 @@ class Caller:
             await self._rest(seconds)
             rest = min(2 * rest, _LONGEST_REST_S)
 
-    def _unreachable(self) -> Unreachable:
+    def _unreachable(self, *, lost: bool) -> Unreachable:
+        if lost:
+            return Unreachable(
+                f"the connection to {self.address} was lost", fix="check the network, and that the server is running"
+            )
         if self._shook_hands:
             return Unreachable(
                 f"{self.address} was reached, but does not answer", fix="try again; if it stays so, restart the server"

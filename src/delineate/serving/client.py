@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
@@ -61,7 +62,7 @@ from .protocol import (
     Progress,
     Status,
 )
-from .results import ABOUT, Arriving, Result, places, suffix_of, together
+from .results import ABOUT, NAMES, Arriving, Result, places, suffix_of, together
 from .sending import Codec, Scan, Sending, SentFile
 
 __all__ = ["AsyncClient", "Client", "Result", "Scan"]
@@ -76,7 +77,7 @@ _OVER = ("done", "failed", "cancelled")
 T = TypeVar("T")
 P = ParamSpec("P")
 OnProgress = Callable[[Progress], object]
-"""Called with the stage ``send`` or ``fetch`` while a file is on its way, and with what the server says in between."""
+"""Told where a job stands: by the server, and in stages ``upload`` and ``download`` while files are on their way."""
 
 
 class Wanted(TypedDict, total=False):
@@ -91,7 +92,9 @@ class Wanted(TypedDict, total=False):
 
 
 class _Talker(Caller):
-    """What is said to a server, for both clients."""
+    """What is said to a server, for both clients; ``_new_turn`` makes the lock by which their callers take turns."""
+
+    _new_turn: Callable[[], Any]
 
     def __init__(
         self,
@@ -104,17 +107,13 @@ class _Talker(Caller):
         super().__init__(key, address, timeout_s=timeout_s)
         if codec not in ("auto", "raw", "blosc2"):
             raise ServingError(f"there is no codec '{codec}'", fix="choose auto, raw or blosc2")
-        self._codec = codec
+        self._codec: Codec = codec
+        self._turn = self._new_turn()
 
     # Scans
 
     async def _send(
-        self,
-        scan: Scan,
-        model: str | None,
-        job: str,
-        options: Options,
-        told: OnProgress | None,
+        self, scan: Scan, model: str | None, job: str, options: Options, told: OnProgress | None
     ) -> Progress:
         """Send a scan, from where an earlier attempt stopped."""
         with Sending(scan) as sending:
@@ -142,7 +141,7 @@ class _Talker(Caller):
         request = Open(job=job, model=self._model(model), parts=tuple(file.part for file in files), options=options)
         again = False
         while True:
-            opened = await self._ask(request, Credit)
+            opened = _wanted_still(await self._ask(request, Credit))
             if again and (opened.state != "receiving" or any(opened.received)):
                 raise Conflict(f"job {job} exists, of another content", fix="give each scan a job id of its own")
             if opened.state == "receiving":
@@ -165,7 +164,7 @@ class _Talker(Caller):
 
         def tell_progress() -> None:
             if told is not None:
-                told(Progress(job=job, state="receiving", stage="send", fraction=min(1.0, sum(received) / total)))
+                told(Progress(job=job, state="receiving", stage="upload", fraction=min(1.0, sum(received) / total)))
 
         tell_progress()
         for part, file in enumerate(files):
@@ -179,7 +178,8 @@ class _Talker(Caller):
                 else:
                     answer, _ = await self._hear(*waiting)
                     waiting.discard(answer.re)
-                    received[part] = max(received[part], self._checked(answer, Credit).received[part])
+                    credit = _wanted_still(self._checked(answer, Credit))
+                    received[part] = max(received[part], credit.received[part])
                     tell_progress()
 
     def _model(self, wanted: str | None) -> str:
@@ -198,7 +198,7 @@ class _Talker(Caller):
             places(out, (), overwrite=overwrite)
         progress = await self._persistently(partial(self._watch, job, told))
         began = time.monotonic()
-        outputs = {output.name: output for output in progress.outputs}
+        outputs = {output.name: output for output in progress.outputs if output.name in NAMES}
         if not outputs:
             raise UnknownJob(f"the results of job {job} have been fetched already", fix="send the scan again")
         files: list[Path] = []
@@ -215,18 +215,18 @@ class _Talker(Caller):
             files = list(placed.values())
         if out is not None or set(outputs) == {ABOUT}:
             # The results are here. If the server does not hear of it, it keeps its copy for a while.
-            with self._within(min(self._left(), ANSWER_S)), suppress(ServingError):
+            with self._within(min(self._left(), ANSWER_S)), suppress(DelineateError):
                 await self._persistently(partial(self._ask, Ack(job=job), Ack))
-        return Result(job, files, about, progress.seconds | {"fetch": round(time.monotonic() - began, 4)})
+        return Result(job, files, about, progress.seconds | {"download": round(time.monotonic() - began, 4)})
 
     async def _watch(self, job: str, told: OnProgress | None) -> Progress:
         """Wait until a job is done. Raises why it has failed, and :class:`Cancelled`."""
         while True:
-            id, seconds = self._tell(Status(job=job, watch=True)), ANSWER_S
+            id, heard = self._tell(Status(job=job, watch=True)), False
             try:
-                while id == self._ids:  # ``told`` may have asked something else, and missed what was said meanwhile
-                    answer, _ = await self._hear(id, seconds=seconds)
-                    progress, seconds = self._checked(answer, Progress), _QUIET_S
+                while True:
+                    answer, _ = await self._hear(id, seconds=_QUIET_S if heard else ANSWER_S)
+                    progress, heard = self._checked(answer, Progress), True
                     if told is not None:
                         told(progress)
                     if progress.problem is not None:
@@ -235,10 +235,8 @@ class _Talker(Caller):
                         raise Cancelled(f"job {job} was cancelled")
                     if progress.state in _OVER:
                         return progress
-            except Lost:
-                raise
-            except Silence:
-                if seconds == ANSWER_S:
+            except Silence as silence:
+                if isinstance(silence, Lost) or not heard:
                     raise
                 if not self._left():
                     raise DeadlinePassed(
@@ -309,15 +307,16 @@ class _Talker(Caller):
             began = time.monotonic()
             try:
                 await self._send(scan, model, id, options, told)
-                sent_s = round(time.monotonic() - began, 4)
+                upload_s = round(time.monotonic() - began, 4)
                 result = await self._fetch(id, place, told, overwrite)
-            except (KeyboardInterrupt, asyncio.CancelledError):
+            except DelineateError:
+                raise
+            except (Exception, KeyboardInterrupt, asyncio.CancelledError):
                 if job is None and self._welcome is not None:  # nobody else knows its id
                     with self._within(_FAREWELL_S), suppress(DelineateError, Silence, Later):
                         await self._ask(Cancel(job=id), Progress)
                 raise
-            result.seconds["send"] = sent_s
-            return result
+            return replace(result, seconds={"upload": upload_s} | result.seconds)
 
     async def _submit(
         self,
@@ -370,7 +369,8 @@ class Client(_Talker):
     uncompressed files travel: ``raw``, packed with ``blosc2``, or ``auto``, which packs them for other machines if
     blosc2 is installed.
 
-    Several threads may share one; it serves them one after the other.
+    Several threads may share one; it serves them one after the other. A function given as ``on_progress`` cannot use
+    the client that called it; what it raises ends the call as Ctrl-C does.
 
     >>> client = Client(address="tcp://127.0.0.1:7420")
     >>> client.segment("scan.nii.gz", "seg.nii.gz").about["volume_ml"]             # doctest: +SKIP
@@ -378,16 +378,8 @@ class Client(_Talker):
     >>> client.close()
     """
 
-    def __init__(
-        self,
-        key: str | os.PathLike | KeyFile | None = None,
-        address: str = "",
-        *,
-        timeout_s: float = 3600.0,
-        codec: Codec = "auto",
-    ) -> None:
-        super().__init__(key, address, timeout_s=timeout_s, codec=codec)
-        self._turn = threading.RLock()
+    _new_turn = staticmethod(threading.RLock)
+    _busy = False
 
     def __enter__(self) -> Self:
         return self
@@ -428,8 +420,8 @@ class Client(_Talker):
         ``out``, no file is written; the result's ``about`` says what is in the .json.
 
         ``model`` may be left out if the server has only one. ``options`` are those of ``delineate predict``: overlap,
-        flips, mirrored, quantity, margin_mm, threshold. ``job`` resumes the job of that id; without it, Ctrl-C and
-        cancelling cancel the job on the server, too.
+        flips, mirrored, quantity, margin_mm, threshold. ``job`` resumes the job of that id, or gives a new one this
+        UUID; without it, Ctrl-C, or cancelling the task, cancels the job on the server, too.
 
         Raises what is wrong with the scan, :class:`~delineate.errors.OutputError` for files that exist, before anything
         is sent, and :class:`~delineate.errors.ServingError`.
@@ -490,6 +482,12 @@ class Client(_Talker):
 
     def _run(self, talk: Coroutine[Any, Any, T]) -> T:
         with self._turn, closing(talk):
+            if self._busy:
+                raise ServingError(
+                    "a client cannot be used by its own on_progress",
+                    fix="use another client there, or raise an exception to give up",
+                )
+            self._busy = True
             try:
                 talk.send(None)
             except StopIteration as end:
@@ -498,6 +496,8 @@ class Client(_Talker):
             except BaseException:
                 self._hang_up()  # answers may be on their way that nobody waits for
                 raise
+            finally:
+                self._busy = False
         raise AssertionError("something awaits what only asyncio has")
 
     async def _wait(self, seconds: float) -> None:
@@ -525,13 +525,15 @@ def _awaited(
 class AsyncClient(_Talker):
     """:class:`Client` for asyncio: the same methods, to be awaited. Files are read, hashed and packed in threads.
 
-    Cancelling a task that awaits one leaves the client usable. It serves its callers one after the other; have several
-    clients to send several scans at once.
+    A task that awaits one can be cancelled, and the client used again. It serves its callers one after the other; have
+    several clients to send several scans at once. On Windows, it needs a ``SelectorEventLoop``.
 
     >>> async def segment_all(paths):
     ...     async with AsyncClient("anna.key") as client:
     ...         return [await client.segment(path, path.with_suffix(".vtk")) for path in paths]
     """
+
+    _new_turn = staticmethod(asyncio.Lock)
 
     models = _awaited(Client.models)
     ping = _awaited(Client.ping)
@@ -541,17 +543,6 @@ class AsyncClient(_Talker):
     status = _awaited(Client.status)
     jobs = _awaited(Client.jobs)
     cancel = _awaited(Client.cancel)
-
-    def __init__(
-        self,
-        key: str | os.PathLike | KeyFile | None = None,
-        address: str = "",
-        *,
-        timeout_s: float = 3600.0,
-        codec: Codec = "auto",
-    ) -> None:
-        super().__init__(key, address, timeout_s=timeout_s, codec=codec)
-        self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         return self
@@ -593,7 +584,8 @@ class AsyncClient(_Talker):
             return await asyncio.shield(working)
         except asyncio.CancelledError:
             await asyncio.wait([working])  # a file is closed only once no thread reads it
-            working.cancelled() or working.exception()
+            if not working.cancelled():
+                working.exception()  # nobody asks for it any more
             raise
 
 
@@ -632,12 +624,19 @@ def _written(options: Options) -> Iterator[str]:
             yield "nii.gz"
 
 
+def _wanted_still(credit: Credit) -> Credit:
+    """Raise :class:`Cancelled` if the job was."""
+    if credit.state == "cancelled":
+        raise Cancelled(f"job {credit.job} was cancelled")
+    return credit
+
+
 def _share(told: OnProgress | None, job: str, before: int, total: int) -> Callable[[int], None]:
     """Tells how much of all outputs is here, given how much of one is."""
 
     def tell(size: int) -> None:
         if told is not None:
-            told(Progress(job=job, state="done", stage="fetch", fraction=min(1.0, (before + size) / max(1, total))))
+            told(Progress(job=job, state="done", stage="download", fraction=min(1.0, (before + size) / max(1, total))))
 
     return tell
 

@@ -450,7 +450,7 @@ class Engine:
         waiting = [job for job in others if self._waits(job, now)]
         resting = [job for job in others if job.state == "receiving" and not self._waits(job, now)]
         resting.sort(key=lambda job: self._until[job.key])
-        self._check_place(owner, waiting, now)
+        self._check_place(owner, key in self._jobs, waiting, now)
 
         size += sum(self._missing(job) for job in waiting)
         disk = shutil.disk_usage(self.spool.path)
@@ -467,11 +467,12 @@ class Engine:
         for job in given_up:
             self._forget(job)
 
-    def _check_place(self, owner: str, waiting: list[Job], now: float) -> None:
+    def _check_place(self, owner: str, again: bool, waiting: list[Job], now: float) -> None:
         """Raise :class:`Busy` if the queue is full, but for places that are kept for others with fewer jobs in it."""
         held = Counter(job.owner for job in waiting)
+        mine = held[owner] + again  # of two with nothing in the queue, one who had a place gives way
         self._refused = {one: until for one, until in self._refused.items() if until > now}
-        kept = sum(1 for one in self._refused if one != owner and held[one] < held[owner])
+        kept = sum(1 for one in self._refused if one != owner and held[one] < mine)
         if len(waiting) + kept >= self.limits.queue:
             self._refused[owner] = now + _CLAIM_S
             raise Busy(f"{len(waiting)} jobs are waiting", fix=f"try again in {self._retry_after():.0f} s")
@@ -562,11 +563,10 @@ class Engine:
                 yield Answer(to, Credit(lease=lease, received=(there,), state=job.state, re=message.id))
             case Done():
                 if self._are_there(job, message.outputs, connection.peer):
-                    job = self._change(
-                        job, Finished(now=now, lease=lease, outputs=message.outputs, seconds=message.seconds)
-                    )
-                    self._learn(job, now)
-                    self._measure(message.seconds)
+                    seconds = _with_waiting(job, message.seconds)
+                    self._change(job, Finished(now=now, lease=lease, outputs=message.outputs, seconds=seconds))
+                    self._learn(job, message.seconds, now)
+                    self._measure(seconds)
                 else:
                     self._change(job, Lost(now=now, lease=lease))
                 yield Answer(to, Ack(lease=lease, re=message.id))
@@ -591,18 +591,25 @@ class Engine:
         """Queued jobs for the workers that wait."""
         if self.draining:
             return
-        for connection in list(self._connections.values()):
+        held: dict[str, list[Job]] = {}
+        for job in self._jobs.values():
+            if job.state == "running":
+                held.setdefault(job.worker, []).append(job)
+        # Whoever is idle comes first: others take a job ahead.
+        for connection in sorted(self._connections.values(), key=lambda one: len(held.get(_worker_of(one), ()))):
             if now - connection.heard > self.limits.silence_s / 3:  # it pings more often, if it is there
                 continue
+            has = held.setdefault(_worker_of(connection), [])
             for lane in [lane for lane in _LANES if lane in connection.lanes]:
                 job = next((one for one in self._queue() if self._fits(one, connection, lane)), None)
-                if job is None:
-                    continue
+                if job is None or (has and (job.losses or any(one.losses for one in has))):
+                    continue  # a job that has ended a worker is alone with the next, or others would share the blame
                 try:
                     work = self._lend(job, connection, now)
                 except DelineateError as error:  # the disk is full: it stays queued, and the worker waits
                     self._count(f"refused {error.code}")
                     return
+                has.append(job)
                 yield Answer(connection.peer.id, replace(work, re=connection.lanes.pop(lane)))
 
     def _lend(self, job: Job, connection: _Connection, now: float) -> Work:
@@ -724,8 +731,8 @@ class Engine:
         """Seconds that a job is expected to take; 0 as long as its model has done none."""
         return self._pace.get(job.model_sha256, 0.0) * job.size
 
-    def _learn(self, job: Job, now: float) -> None:
-        took = now - job.began - job.seconds.get("wait", 0.0)  # workers take a job ahead
+    def _learn(self, job: Job, seconds: Mapping[str, float], now: float) -> None:
+        took = now - job.began - seconds.get("wait", 0.0)  # workers take a job ahead
         pace = max(took, 1e-3) / job.size
         before = self._pace.get(job.model_sha256, pace)
         self._pace[job.model_sha256] = 0.8 * before + 0.2 * pace
@@ -858,6 +865,17 @@ class Engine:
 
 def _worker(owner: str, name: str) -> str:
     return f"{owner}/{name}"
+
+
+def _worker_of(connection: _Connection) -> str:
+    return _worker(connection.peer.owner, connection.name)
+
+
+def _with_waiting(job: Job, seconds: Mapping[str, float]) -> dict[str, float]:
+    """The seconds of a worker's stages, with those of the upload and in the queue."""
+    before = {"receive": job.queued - job.created, "wait": job.began - job.queued}
+    spent = {stage: max(0.0, before.get(stage, 0.0)) + seconds.get(stage, 0.0) for stage in {**before, **seconds}}
+    return {stage: round(value, 4) for stage, value in spent.items()}
 
 
 def _news(before: Progress, now: Progress) -> bool:

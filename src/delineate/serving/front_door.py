@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
 from math import inf
 from pathlib import Path
@@ -25,7 +26,7 @@ from delineate.errors import DelineateError, ProtocolError, ServingError
 from delineate.serving.engine import Answer, Engine, Peer
 from delineate.serving.guard import Guard, Line
 from delineate.serving.keys import LOCAL
-from delineate.serving.protocol import CREDIT, MOST_PAYLOAD, Err, Problem, Work, decode, encode
+from delineate.serving.protocol import CREDIT, MAGIC, MOST_PAYLOAD, Err, Problem, Work, decode, encode
 
 _LOG = logging.getLogger("delineate.serving")
 
@@ -169,13 +170,13 @@ class FrontDoor:
     def _tick(self) -> None:
         self._safely("the models could not be looked at", self._refresh)
         self._safely("the jobs could not be looked after", lambda: self._send(self.engine.tick(time.time())))
-        for door in self._doors:
-            if door.guard is not None:
-                self.engine.counts.update(door.guard.dropped)
 
     def _see_off(self, door: _Door) -> None:
-        """Forget those whose connections have ended."""
-        while door.guard is not None and door.guard.left:
+        """Forget those whose connections have ended, and count those who were turned away."""
+        if door.guard is None:
+            return
+        self.engine.counts.update(door.guard.dropped)
+        while door.guard.left:
             peer = door.guard.left.popleft()
             self._lines.pop(peer, None)
             self.engine.gone(peer)
@@ -194,17 +195,25 @@ class FrontDoor:
                     frames.append(frame.bytes)
                 if door.guard is not None:
                     size += door.guard.wire_size([frame])
-            peer = self._local(name) if door.guard is None else self._remote(door.guard, name, size)
-            if peer is not None:
-                self._answer(peer, frames)
+            self._safely("a message could not be taken in", partial(self._take_in, door, name, frames, size))
+
+    def _take_in(self, door: _Door, name: zmq.Frame, frames: list[bytes], size: int) -> None:
+        peer = self._local(name) if door.guard is None else self._remote(door.guard, name, size)
+        if peer is not None:
+            self._answer(peer, frames)
 
     def _local(self, name: zmq.Frame) -> Peer:
         return Peer(b"L" + name.bytes, LOCAL, frozenset({"client", "worker", "gateway"}), local=True)
 
     def _remote(self, guard: Guard, name: zmq.Frame, size: int) -> Peer | None:
         """Who sent a message of so many bytes; None for somebody who is to say no more."""
-        id, key = b"R" + name.bytes, "" if guard.plain else str(name.get("User-Id"))
-        line = guard.line(int(name.get(zmq.SRCFD)))
+        id = b"R" + name.bytes
+        try:
+            key = "" if guard.plain else str(name.get("User-Id"))
+            line = guard.line(int(name.get(zmq.SRCFD)), id)
+        except zmq.ZMQError:  # ZMTP 1 and 2, which only a door without keys understands, say nothing about a peer
+            self._count("dropped: not delineate/1")
+            return None
         if line is not None:  # otherwise it is being closed, or so new that the guard has not seen it yet
             line.delivered += size
             line.peer, line.key = id, key
@@ -223,7 +232,11 @@ class FrontDoor:
         try:
             message, payload = decode(frames)
         except ProtocolError as error:
-            self._drop(peer, error)
+            if len(frames) == 4 and frames[0] == MAGIC:  # of a later version, or with something that is not allowed
+                self._count(f"refused {error.code}")
+                self._refuse(peer, error)
+            else:
+                self._drop(peer, error)
             return
         try:
             answers = self.engine.handle(peer, message, payload, time.time())
@@ -254,10 +267,13 @@ class FrontDoor:
     def _drop(self, peer: Peer, error: ProtocolError) -> None:
         """Tell somebody who does not speak the protocol so, and close the connection."""
         self._count("dropped: not delineate/1")
-        self._send([Answer(peer.id, Err(problem=Problem(error.code, error.message[:2000], error.fix)))])
+        self._refuse(peer, error)
         self.engine.gone(peer.id)
         if (line := self._lines.get(peer.id)) is not None:
             line.closing = time.monotonic() + _FAREWELL_S
+
+    def _refuse(self, peer: Peer, error: ProtocolError) -> None:
+        self._send([Answer(peer.id, Err(problem=Problem(error.code, error.message[:2000], error.fix)))])
 
     def _safely(self, what: str, do: Callable[[], object]) -> None:
         """Do something that must not end the loop if it fails."""

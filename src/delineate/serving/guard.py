@@ -37,8 +37,6 @@ _MOST_HELD_BY_ALL = 512 * 2**20
 _MOST_CONNECTIONS = 1024
 _MOST_SILENT = 256
 """Connections that have not said anything yet."""
-_OTHER_FILES = 256
-"""Files that a process may want to open besides its connections."""
 _HANDSHAKE = 4096
 _HEARTBEATS_PER_S = 64
 _MOST_HEARTBEATS = 8 * 2**20
@@ -87,7 +85,7 @@ class Guard:
         self._lines: dict[int, Line] = {}
         self._router, self._keys = router, keys
         self._keys_stamp: tuple[int, ...] = ()
-        self._most = min(_MOST_CONNECTIONS, _raised_open_files() - _OTHER_FILES)
+        self._most = min(_MOST_CONNECTIONS, _raised_open_files() * 3 // 4)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
         self._zap: zmq.Socket | None = None
@@ -122,9 +120,12 @@ class Guard:
         if self._zap is not None:
             self._zap.close(0)
 
-    def line(self, descriptor: int) -> Line | None:
-        """The connection with a descriptor."""
-        return self._lines.get(descriptor)
+    def line(self, descriptor: int, peer: bytes) -> Line | None:
+        """The connection with a descriptor, which a peer has; None as long as that is another's, which has ended."""
+        line = self._lines.get(descriptor)
+        if line is None or line.peer == peer:
+            return line
+        return None if line.peer or _address(descriptor) != line.address else line
 
     def wire_size(self, frames: Iterable[Sized]) -> int:
         """Bytes that frames take on the wire."""
@@ -171,16 +172,16 @@ class Guard:
                 self.dropped["dropped: failed handshake"] += 1
 
     def _make_room(self) -> None:
-        """Close a connection if there are too many: the oldest that is silent, or one of whoever has the most."""
+        """Close a connection if there are too many: the oldest that is silent, or the newest of whoever has most."""
         silent = [descriptor for descriptor, line in self._lines.items() if not line.peer]
         if len(self._lines) <= self._most and len(silent) <= _MOST_SILENT:
             return
         if len(silent) > 1:  # the newest has just come
             self._drop(silent[0], "too many connections")
             return
-        by_key = Counter(line.key for line in self._lines.values())
-        [(most, _)] = by_key.most_common(1)
-        self._drop(next(number for number, line in self._lines.items() if line.key == most), "too many connections")
+        [(most, _)] = Counter(line.key for line in self._lines.values()).most_common(1)
+        newest = next(number for number, line in reversed(self._lines.items()) if line.key == most)
+        self._drop(newest, "too many connections")
 
     def _look(self, now: float) -> None:
         """Close connections that hold too much, whose key was removed, or that were to be closed."""
@@ -279,11 +280,11 @@ def _acked_and_received(descriptor: int) -> tuple[int, int]:
 def _raised_open_files() -> int:
     """How many files this process may open, raised as far as it can raise it itself."""
     if os.name != "posix":
-        return _MOST_CONNECTIONS + _OTHER_FILES
+        return 2 * _MOST_CONNECTIONS
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_CONNECTIONS + 2 * _OTHER_FILES
+    wanted = 2 * _MOST_CONNECTIONS
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return wanted
     soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

@@ -79,6 +79,9 @@ def write_key(path: Path, value: KeyFile | ServerKeys) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb") as file:
+            if os.name == "posix" and os.geteuid() == 0:  # root does it for the user whose folder it is
+                owner = path.parent.stat()
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
             file.write(msgspec.json.format(msgspec.json.encode(value), indent=1))
             file.flush()
             os.fsync(file.fileno())

@@ -18,6 +18,9 @@ from .protocol import OUTPUTS, Output
 ABOUT = "label.json"
 """The output that says what is known of a result. Others are called the same, with other suffixes."""
 
+NAMES = frozenset(f"label.{format}" for format in OUTPUTS)
+"""What outputs can be called: nothing else that a server says becomes part of a path."""
+
 SUFFIXES = tuple(f".{format}" for format in sorted(OUTPUTS, key=len, reverse=True))
 """Suffixes of results. The first that a name ends in counts."""
 
@@ -27,7 +30,7 @@ class Result:
     """What came of a job: its files, the first being the one asked for, what it says of itself, and where time went.
 
     ``about`` holds volumes in ml, expected Dice with intervals, and anything unusual about the scan; ``seconds`` the
-    stages of the server, and those of this client: ``send`` and ``fetch``.
+    stages of the server, and those of this client: ``upload`` and ``download``.
     """
 
     job: str

@@ -43,7 +43,7 @@ from delineate.io.files import writing_beside
 from delineate.io.locks import is_locked, lock_file
 from delineate.serving.engine import Engine, Limits
 from delineate.serving.front_door import FrontDoor, check_bind
-from delineate.serving.keys import KeyFile, new_server_keys, read_key, read_server_keys, write_key
+from delineate.serving.keys import KeyFile, read_key, read_server_keys
 from delineate.serving.models import changed, offered
 from delineate.serving.spool import Spool
 from delineate.serving.store import Store
@@ -160,7 +160,9 @@ def prepare(settings: Settings) -> None:
         raise ServingError(f"'{settings.socket}' is too long for a socket's name", fix="choose a shorter --state")
     settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not settings.keys.exists():
-        write_key(settings.keys, new_server_keys())
+        from delineate.serving.places import make_keys  # imports this module
+
+        make_keys(settings.state, settings.bind)
     read_server_keys(settings.keys)
 
 
@@ -168,7 +170,7 @@ def listen(address: str, *, plain: bool) -> socket.socket:
     """A socket that listens for HTTP. Raises :class:`ServingError`; without keys it may be on loopback only."""
     host, _, port = address.rpartition(":")
     if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
-        raise ServingError(f"'{address}' is not an address", fix="give one like 127.0.0.1:8042")
+        raise ServingError(f"'{address}' is not an address", fix="give one like 127.0.0.1:8420")
     check_bind(f"tcp://{address}", plain=plain)
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
@@ -441,7 +443,11 @@ def _run_front_door(settings: Settings) -> None:
 
         refresh()
         keys = None if settings.plain else settings.keys
-        door = FrontDoor(engine, settings.socket, bind=settings.bind, keys=keys, refresh=refresh)
+        bind = settings.bind
+        if bind.endswith(":*"):  # one that was killed had a port, which clients know
+            with suppress(ServingError):
+                bind = read_address(settings.state).zmq
+        door = FrontDoor(engine, settings.socket, bind=bind, keys=keys, refresh=refresh)
         _end_with_parent(door.stop)
         address = Address(door.address, settings.http, os.getppid(), settings.plain)
         with writing_beside(settings.address) as beside:

@@ -48,6 +48,7 @@ class Store:
                 stack.callback(self._db.close)
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=FULL")
+                self._db.execute("PRAGMA secure_delete=ON")  # what is forgotten is not left in the file
                 [found] = self._db.execute("PRAGMA quick_check(1)").fetchone()
                 if found != "ok":
                     raise self._damaged(found)

@@ -83,14 +83,14 @@ def test_the_loop_runs_on_while_a_file_is_read_and_hashed(door, scan: Path) -> N
         counting.cancel()
         return first, turns - first
 
-    scan.write_bytes(os.urandom(40 * 2**20))
+    scan.write_bytes(os.urandom(24 * 2**20))
     first, again = asyncio.run(submit_twice())
-    assert first > 40
-    assert again > 5
+    assert first > 24
+    assert again > 3
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_a_cancelled_task_leaves_the_client_usable(door, scan: Path, tmp_path: Path, own: bool, wait_until) -> None:
+def test_a_cancelled_task_leaves_the_client_usable(door, scan: Path, tmp_path: Path, own: bool) -> None:
     async def interrupt() -> p.Progress:
         async with AsyncClient(address=door.address) as client:
             job = None if own else "8f14e45f-0000-4000-8000-00000000000a"
@@ -103,14 +103,13 @@ def test_a_cancelled_task_leaves_the_client_usable(door, scan: Path, tmp_path: P
             with pytest.raises(asyncio.CancelledError):
                 await task
             [latest] = await client.jobs(1)
-            await client.submit(scan, job=latest.job) if not own else None
+            if not own:
+                await client.submit(scan, job=latest.job)
             return latest
 
     latest = asyncio.run(interrupt())
-    if own:
-        with Client(address=door.address) as client:
-            wait_until(lambda: client.status(latest.job).state == "cancelled")
-    else:
+    assert latest.state == ("cancelled" if own else "receiving")
+    if not own:
         assert digest(door.part(latest.job)) == digest(scan)
     assert list(tmp_path.iterdir()) == [scan]
 

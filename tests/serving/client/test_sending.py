@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import pytest
 import SimpleITK
 
 from delineate import errors
-from delineate.core.targets import Targets
 from delineate.serving import Client, stages
 from delineate.serving import protocol as p
 from delineate.serving.client import is_local
@@ -169,6 +169,20 @@ def test_a_dicom_folder_travels_as_numbers(series: Path, tmp_path: Path) -> None
     assert sent(series)[0][1] == content
 
 
+def test_packing_can_be_stopped_halfway(series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stays open, and nothing is left in the folder of temporary files."""
+    big = tmp_path / "big.nii"
+    big.write_bytes(bytes(20 * 2**20))
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    for scan in (series, big):
+        with Sending(scan) as sending:
+            steps = sending.packing("blosc2")
+            next(steps)
+            steps.close()  # type: ignore[attr-defined]
+    assert list(temporary.iterdir()) == []
+
+
 def test_what_cannot_be_sent_is_named(tmp_path: Path) -> None:
     empty, pipe = tmp_path / "empty.nii", tmp_path / "pipe.nii"
     empty.touch()
@@ -194,10 +208,6 @@ def test_channels_keep_their_names(series: Path, tmp_path: Path) -> None:
 
 
 def test_a_worker_reads_what_was_packed(tmp_path: Path) -> None:
-    path, folder = written(tmp_path / "scan.nii"), tmp_path / "job"
-    folder.mkdir()
-    [(part, content)] = sent(path)
-    (folder / "in0").write_bytes(content)
-    stages.decode(folder, (part,), p.Options(), stages.Applied(("ct",), Targets({"liver": (1,)})))
-    [unpacked] = (folder / "work").rglob("*.nii")
-    assert unpacked.read_bytes() == path.read_bytes()
+    path, arrived = written(tmp_path / "scan.nii"), tmp_path / "in0"
+    arrived.write_bytes(sent(path)[0][1])
+    assert b"".join(stages._chunks(arrived)) == path.read_bytes()

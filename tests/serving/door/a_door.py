@@ -1,15 +1,22 @@
-"""A front door in a process of its own, as the server runs it. It notes every path that Python opens.
+"""A front door in a process of its own. It notes every path that Python opens.
 
 ``python a_door.py FOLDER NOTES SETTINGS``: notes go to the file NOTES, a JSON list a line, ``[event, *paths]``;
-SETTINGS is JSON of what to change in the server's settings.
+SETTINGS is JSON: ``bind``, ``plain``, ``limits``, ``drain_s``.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from delineate.serving.front_door import FrontDoor
 
 _TELLING = (
     "open",
@@ -45,12 +52,34 @@ def note_everything(notes: Path) -> None:
 
 def main(folder: str, notes: str, settings: str) -> None:
     note_everything(Path(notes))
-    from delineate.serving.engine import Limits
-    from delineate.serving.server import Settings, _front_door
+    from delineate.serving.engine import Engine, Limits
+    from delineate.serving.front_door import FrontDoor
+    from delineate.serving.models import offered
+    from delineate.serving.spool import Spool
+    from delineate.serving.store import Store
 
-    changes = json.loads(settings)
-    changes["limits"] = Limits(**changes.get("limits", {}))
-    _front_door(Settings(Path(folder), **changes))
+    logging.basicConfig(level=logging.INFO)
+    state, given = Path(folder), json.loads(settings)
+    store = Store(state / "jobs.sqlite")
+    engine = Engine(store, Spool(state / "spool"), Limits(**given.get("limits", {})), now=time.time())
+    engine.models = offered(state / "models")
+    keys = None if given.get("plain") else state / "server.json"
+    door = FrontDoor(engine, state / "door.sock", bind=given["bind"], keys=keys)
+    threading.Thread(target=end_with_parent, args=(door, os.getppid()), daemon=True).start()
+    (state / ".address").write_text(door.address)
+    (state / ".address").replace(state / "address")
+    try:
+        door.run(given.get("drain_s", 0.0))
+    finally:
+        door.close()
+        store.close()
+
+
+def end_with_parent(door: FrontDoor, parent: int) -> None:
+    """A test that was killed leaves no front door behind."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    door.stop()
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from delineate.serving.client import Client
-from delineate.serving.keys import KeyFile, added, read_server_keys, removed, write_key
+from delineate.serving.keys import KeyFile, added, new_server_keys, read_server_keys, removed, write_key
 from delineate.serving.protocol import VERSION, Figures, Hello, Message, Model, Stats, decode, encode
-from delineate.serving.server import Settings, prepare, read_address
 
 WAIT_S = 20.0
 """How long a test waits for what must happen; a machine may be busy."""
@@ -93,8 +92,8 @@ class Door:
 
     def __init__(self, folder: Path, names: tuple[str, ...] = ("anna",), **settings: Any) -> None:
         self.state, self.log, self.notes = folder / "state", folder / "log", folder / "notes"
-        settings = {"bind": "tcp://127.0.0.1:*", "http": "", **settings}
-        prepare(Settings(self.state, bind=settings["bind"], plain=settings.get("plain", False)))
+        settings = {"bind": "tcp://127.0.0.1:*", **settings}
+        write_key(self.state / "server.json", new_server_keys())
         (self.state / "models").mkdir()
         (self.state / "models" / "models.json").write_bytes(msgspec.json.encode({MODEL.name: MODEL}))
         self.plain, self.address = settings.get("plain", False), ""
@@ -103,15 +102,16 @@ class Door:
         self.start()
 
     def start(self) -> None:
-        (self.state / "address.json").unlink(missing_ok=True)
+        place = self.state / "address"
+        place.unlink(missing_ok=True)
         command = [sys.executable, str(Path(__file__).parent / "a_door.py")]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, str(self.state), str(self.notes), self._settings], stdout=log, stderr=log
             )
-        until(lambda: (self.state / "address.json").exists() or self.process.poll() is not None, "a door that listens")
+        until(lambda: place.exists() or self.process.poll() is not None, "a door that listens")
         assert self.process.poll() is None, self.log.read_text()
-        self.address = read_address(self.state).zmq
+        self.address = place.read_text()
         self.keys = {name: msgspec.structs.replace(key, address=self.address) for name, key in self.keys.items()}
 
     def add(self, name: str, role: Any = "client") -> KeyFile:
@@ -304,3 +304,9 @@ def wait_until() -> Callable[..., Any]:
 def open_talker() -> Callable[..., Talker]:
     """Connects a peer to an address."""
     return Talker
+
+
+@pytest.fixture(scope="session")
+def open_raw() -> Callable[..., Raw]:
+    """Connects a peer that speaks ZMTP by hand."""
+    return Raw

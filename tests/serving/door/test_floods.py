@@ -114,6 +114,22 @@ def test_those_who_never_speak_make_room(door, until) -> None:
     assert not good.failures
 
 
+def test_whoever_has_most_connections_gets_no_more(inner_door, open_talker, until, monkeypatch) -> None:
+    """Another key gets its own nevertheless."""
+    monkeypatch.setattr(guard, "_MOST_CONNECTIONS", 4)
+    front_door, anna = inner_door(False, "ben")
+    anna.hello()
+    with ExitStack() as stack:
+        several = [stack.enter_context(open_talker(front_door.address, anna.keys["ben"])) for _ in range(3)]
+        for ben in several:
+            ben.hello()
+        other = stack.enter_context(open_talker(front_door.address, anna.keys["anna"]))
+        assert isinstance(other.hello(), Welcome)
+        assert several[-1].disconnected()
+        for talker in (anna, *several[:-1]):
+            assert isinstance(talker.ask(Ping()), Ping)
+
+
 def test_names_of_any_length_are_refused(plain_door, until) -> None:
     for size in (1, 256, MOST_PAYLOAD):
         with plain_door.raw(name=b"n" * size) as rude:
@@ -122,6 +138,22 @@ def test_names_of_any_length_are_refused(plain_door, until) -> None:
             rude.send(rude.frame(b""))
             until(lambda rude=rude: rude.hung_up, "that the connection is closed")
     assert plain_door.alive
+
+
+def test_many_who_each_hold_a_little_are_bounded_together(inner_door, open_raw, until, monkeypatch) -> None:
+    """Whoever holds the most goes first, and no more than needs to."""
+    monkeypatch.setattr(guard, "_MOST_HELD_BY_ALL", 4 * 2**20)
+    front_door, talker = inner_door(True)
+    talker.hello()
+    with ExitStack() as stack:
+        rude = [stack.enter_context(open_raw(front_door.address)) for _ in range(4)]
+        for number, one in enumerate(rude):
+            one.send(one.frame(bytes((number + 1) * 2**19), more=True))  # 0.5, 1, 1.5 and 2 MB: 5 in all
+        until(lambda: rude[3].hung_up, "that the one with the most is closed")
+        assert isinstance(talker.ask(Ping()), Ping)
+        assert not any(one.hung_up for one in rude[:3])
+    guards = front_door._doors[1].guard
+    assert guards.dropped == {"dropped: too much on its way": 1}
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -159,25 +191,27 @@ def test_what_arrives_and_leaves_is_counted_to_the_byte(inner_door, until, plain
 
 
 @pytest.fixture
-def inner_door(tmp_path, open_talker) -> Iterator[Callable[[bool], tuple[FrontDoor, Any]]]:
+def inner_door(tmp_path, open_talker) -> Iterator[Callable[..., tuple[FrontDoor, Any]]]:
     """A front door in a thread of this process, and a peer of it."""
     with ExitStack() as stack:
 
-        def open_both(plain: bool) -> tuple[FrontDoor, Any]:
+        def open_both(plain: bool, *others: str) -> tuple[FrontDoor, Any]:
             store = Store(tmp_path / "jobs.sqlite")
             stack.callback(store.close)
             engine = Engine(store, Spool(tmp_path / "spool"), now=time.time())
             engine.models = {"liver": Model(name="liver", sha256="a" * 64, channels=("CT",), targets=("liver",))}
-            path, key = tmp_path / "server.json", None
-            if not plain:
-                keys, key = added(new_server_keys(), "anna", "client", "")
-                write_key(path, keys)
+            path, server, keys = tmp_path / "server.json", new_server_keys(), {}
+            for name in () if plain else ("anna", *others):
+                server, keys[name] = added(server, name, "client", "")
+            write_key(path, server)
             front_door = FrontDoor(engine, tmp_path / "s", bind="tcp://127.0.0.1:*", keys=None if plain else path)
             stack.callback(front_door.close)
             thread = threading.Thread(target=front_door.run, args=(0,))
             thread.start()
             stack.callback(thread.join)
             stack.callback(front_door.stop)
-            return front_door, stack.enter_context(open_talker(front_door.address, key))
+            talker = stack.enter_context(open_talker(front_door.address, keys.get("anna")))
+            talker.keys = keys
+            return front_door, talker
 
         yield open_both

@@ -18,8 +18,8 @@ KINDS = {
 
 _SAMPLE = JobStatus(
     id="8f14e45f-ceea-467f-a0e6-8b3f1c2d4e5f", state="done", model="liver", stage="", fraction=1.0, position=0,
-    eta_s=None, created=1767225600.0, outputs=(Output("label.vtk", 52429139, 64 * "0"),),
-    seconds={"decode": 0.4, "infer": 11.2, "write": 0.3}, problem=None,
+    created=1767225600.0, outputs=(Output("label.vtk", 52429139, 64 * "0"),),
+    seconds={"decode": 0.4, "infer": 11.2, "write": 0.3},
 )  # fmt: skip
 _SAMPLES: dict[type, Any] = {
     JobStatus: _SAMPLE,

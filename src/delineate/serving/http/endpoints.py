@@ -81,9 +81,11 @@ async def _owner(
 
 
 async def _job_id(
+    request: Request,
     job: Annotated[str, Path(description="Id of a job: a UUID.", examples=["8f14e45f-ceea-467f-a0e6-8b3f1c2d4e5f"])],
 ) -> str:
-    return made(Status, {"job": job.lower()}).job
+    request.state.job = made(Status, {"job": job.lower()}).job  # for the log
+    return request.state.job
 
 
 TheDesk = Annotated[Desk, Depends(_desk)]
@@ -144,7 +146,8 @@ async def send(request: Request, desk: TheDesk, owner: Owner, wish: Annotated[Wi
 
     To be able to repeat it without a second job, choose the id yourself, and PUT.
     """
-    return await _received(request, desk, owner, new_job(), wish, again=False)
+    request.state.job = new_job()
+    return await _received(request, desk, owner, request.state.job, wish, again=False)
 
 
 @_ROUTES.put(

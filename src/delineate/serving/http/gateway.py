@@ -32,6 +32,10 @@ _LOG = logging.getLogger("delineate.serving")
 _MOST_HEAD = 16 * 1024
 _MOST_CONNECTIONS = 512
 
+_CHANGING = ("send", "put", "delete")
+_PROBES = ("livez", "readyz", "metrics")
+"""Endpoints that something asks every few seconds."""
+
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'; sandbox"),
@@ -91,10 +95,8 @@ class _Gate:
         """Count it, and log it by its endpoint and its job's id: a path, or a query, may hold a name."""
         endpoint = getattr(scope.get("endpoint"), "__name__", "none")
         self._desk.requests.labels(endpoint, str(status)).inc()
-        if status >= 400 or endpoint in ("send", "put", "delete"):
-            job = str(scope.get("path_params", {}).get("job", "")).lower()
-            named = f" of job {job}" if re.fullmatch(r"[0-9a-f-]{36}", job) else ""
-            _LOG.info("HTTP %s%s: %d after %.3f s", endpoint, named, status, seconds)
+        if (status >= 400 or endpoint in _CHANGING) and endpoint not in _PROBES:
+            _LOG.info("HTTP %s %s: %d after %.3f s", endpoint, scope["state"].get("job", "-"), status, seconds)
 
 
 def _is_from_here(headers: Iterable[tuple[bytes, bytes]]) -> bool:

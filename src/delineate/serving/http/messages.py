@@ -38,11 +38,11 @@ class JobStatus(Struct, frozen=True, kw_only=True):
     stage: str
     fraction: float
     position: int
-    eta_s: float | None
+    eta_s: float | None = None
     created: float
     outputs: tuple[Output, ...]
     seconds: dict[str, float]
-    problem: Problem | None
+    problem: Problem | None = None
 
 
 class JobStatuses(Struct, frozen=True):

@@ -1,0 +1,164 @@
+"""``delineate serve``."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from delineate.cli.options import Device, Json, Precision, Threads
+from delineate.cli.servers import State, check_there, log_as_servers_do, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from delineate.serving.protocol import Model
+    from delineate.serving.server import Address, Settings
+
+
+def serve(
+    bundles: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="BUNDLE",
+            help="Runs or bundles to offer, each by the name of its folder; NAME=FOLDER gives another name.",
+        ),
+    ],
+    bind: Annotated[
+        str,
+        typer.Option("--bind", help="Listen at this address; tcp://0.0.0.0:7420 is open to other machines, with keys."),
+    ] = "tcp://127.0.0.1:7420",
+    http: Annotated[
+        str, typer.Option("--http", help="Listen for HTTP as well, such as at 127.0.0.1:8420 (default: not at all).")
+    ] = "",
+    state: State = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    threads: Threads = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, max=64, help="Run this many workers on this machine, on the same device.")
+    ] = 1,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Use no keys: every user of this machine may send scans and see all jobs.")
+    ] = False,
+    queue: Annotated[
+        int, typer.Option("--queue", min=1, max=100_000, help="Let this many jobs wait; refuse more until later.")
+    ] = 32,
+    spool_gb: Annotated[
+        float, typer.Option("--spool-gb", min=0.01, max=1e6, help="Keep at most this many GB of scans and results.")
+    ] = 20.0,
+    drain_s: Annotated[
+        float,
+        typer.Option("--drain-s", min=0, max=86_400, help="Finish running jobs for at most this long when stopped."),
+    ] = 60.0,
+    keep_hours: Annotated[
+        float,
+        typer.Option("--keep-hours", min=0.01, max=8760, help="Keep results that nobody fetches for this long."),
+    ] = 24.0,
+    json: Json = False,
+) -> None:
+    """Offer trained networks to this machine or the network, until Ctrl-C or SIGTERM. Not for diagnosis.
+
+    A scan sent with `delineate send` comes back segmented on its own grid. A bundle that is replaced by a better one is
+    taken up while the server runs. What was accepted is not lost when the server stops: start it again to finish.
+    """
+    with serving():
+        from delineate.serving.engine import Limits
+        from delineate.serving.front_door import check_bind
+        from delineate.serving.models import offered
+        from delineate.serving.places import state_folder
+        from delineate.serving.server import Server, Settings
+
+        if http:
+            import fastapi  # noqa: F401
+            import prometheus_client  # noqa: F401
+            import uvicorn  # noqa: F401
+
+    from delineate.cli.terminal import Terminal, print_json
+
+    check_there(device)
+    settings = Settings(
+        state=(state or state_folder()).absolute(),
+        bundles=_named(bundles),
+        bind=bind,
+        http=http,
+        plain=plain,
+        limits=Limits(queue=queue, spool_bytes=int(spool_gb * 1e9), keep_s=keep_hours * 3600),
+        workers=workers,
+        device=device,
+        precision=precision,
+        threads=threads,
+        drain_s=drain_s,
+    )
+    for address in filter(None, (bind, f"tcp://{http}" if http else "")):
+        check_bind(address, plain=plain)
+    log_as_servers_do()
+    server = Server(settings)
+
+    def ready(address: Address) -> None:
+        models = list(offered(settings.models).values())
+        if json:
+            found = [{"name": model.name, "sha256": model.sha256, "channels": list(model.channels)} for model in models]
+            print_json({"address": address.zmq, "http": address.http, "state": str(settings.state), "models": found})
+        else:
+            for line in _announced(settings, address, models):
+                typer.echo(line)
+        sys.stdout.flush()
+
+    with Terminal() as terminal:
+        server.run(ready)
+        terminal.say("stopped; what was accepted and is not done waits for the next start")
+
+
+def _named(texts: Sequence[str]) -> dict[str, Path]:
+    """Bundles by name, from folders and ``NAME=FOLDER``."""
+    named: dict[str, Path] = {}
+    for text in texts:
+        name, equals, rest = ("", "", "") if Path(text).exists() else text.partition("=")
+        folder = Path(rest if equals else text).absolute()
+        if not equals:
+            name = folder.parent.name if folder.name == "bundle" else folder.name
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+            raise typer.BadParameter(
+                f"'{name}' cannot be a model's name; write NAME=FOLDER, with letters, digits, . _ -"
+            )
+        if name in named:
+            raise typer.BadParameter(f"two bundles are called '{name}'; write NAME=FOLDER for one of them")
+        named[name] = folder
+    return named
+
+
+def _announced(settings: Settings, address: Address, models: Sequence[Model]) -> list[str]:
+    """What to type on this machine, and what to do for others."""
+    from delineate.serving.front_door import is_loopback
+    from delineate.serving.places import EVERYWHERE, FIRST, find_key, host_of, state_folder
+
+    names = ", ".join(model.name for model in models)
+    lines = [f"serving {names} at {address.zmq}" + (f" and http://{address.http}" if address.http else "")]
+    own = settings.state / f"{FIRST}.key"
+    here = "" if settings.state == state_folder().absolute() else f" --state {quote(str(settings.state))}"
+    if own.exists():
+        channels = models[0].channels
+        scans = ["scan.nii.gz"] if len(channels) == 1 else [f"--channel {quote(c)}=FILE" for c in channels]
+        words = ["delineate send", *scans, "-o segmentation.nii.gz"]
+        if len(models) > 1:
+            words.append(f"--model {models[0].name}")
+        if find_key() != own:
+            words.append(f"--key {quote(str(own))}")
+        lines += ["send a scan from this machine:", f"    {' '.join(words)}"]
+    host = host_of(address.zmq)
+    if settings.plain:
+        lines.append("without keys: every user of this machine may send scans and see all jobs")
+    elif is_loopback(host):
+        lines.append("only this machine can connect; for others, start it with --bind tcp://0.0.0.0:7420")
+    else:
+        port = address.zmq.rpartition(":")[2]
+        named = f" --address tcp://{socket.gethostname()}:{port}" if host in EVERYWHERE else ""
+        lines += ["give others a key each:", f"    delineate keys add NAME -o NAME.key{named}{here}"]
+    lines.append("not for diagnosis; Ctrl-C stops")
+    return lines

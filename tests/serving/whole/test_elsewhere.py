@@ -1,0 +1,60 @@
+"""Workers on other machines, as far as one machine can tell: over TCP with keys, in folders of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from delineate.errors import ServingError
+from delineate.serving.keys import added, read_server_keys, write_key
+
+
+def make_key(server, name: str, role: str, folder: Path) -> Path:
+    """A key file; the server takes it up within a second."""
+    keys, own = added(read_server_keys(server.state / "server.json"), name, role, server.address)
+    write_key(server.state / "server.json", keys)
+    write_key(folder / f"{name}.key", own)
+    return folder / f"{name}.key"
+
+
+def kill_all(running) -> None:
+    """End a driver and all that it has started, as if its machine had lost its power."""
+    for process in [psutil.Process(running.process.pid), *psutil.Process(running.process.pid).children(recursive=True)]:
+        process.kill()
+
+
+def test_workers_elsewhere_do_the_jobs_of_a_server_without_any(drivers, bundles, large, small, tmp_path) -> None:
+    server = drivers.serve(bundles.folders, plain=False, workers=0, limits={"silence_s": 9.0})
+    client_key = make_key(server, "anna", "client", tmp_path)
+    workers = [
+        drivers.start(
+            wait=False,
+            elsewhere=True,
+            key=make_key(server, name, "worker", tmp_path),
+            bundles=list(bundles.folders.values()),
+        )
+        for name in ("w1", "w2")
+    ]
+    refused = drivers.start(elsewhere=True, key=client_key, bundles=[], state=tmp_path / "refused")
+    assert refused.about["code"] == ServingError.code
+    for worker in workers:
+        assert drivers.ready(worker).about == {}
+    with server.client(key=client_key, timeout_s=90.0) as client:
+        jobs = {client.submit(large.path, model="one"): large}
+        [first] = jobs
+        server.until(first, "infer", key=client_key)
+        jobs |= {client.submit(scan.path, model="one", outputs=("vtk", "nii.gz")): scan for scan in small[:3]}
+        [has] = [one for one in workers if (one.state / "models").exists() and scratch_of(one, 10_000)]
+        kill_all(has)
+        for number, (job, scan) in enumerate(jobs.items()):
+            client.fetch(job, tmp_path / f"{number}.nii.gz")
+            assert (tmp_path / f"{number}.nii.gz").read_bytes() == scan.label
+    [left] = [one for one in workers if one is not has]
+    assert left.end() == 0
+    assert not list((left.state / "scratch").glob("*"))
+
+
+def scratch_of(running, least: int) -> list[Path]:
+    """The decoded scans of at least some bytes that a worker has."""
+    return [path for path in (running.state / "scratch").rglob("scan.npy") if path.stat().st_size >= least]
