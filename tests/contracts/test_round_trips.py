@@ -42,7 +42,7 @@ from delineate.recipe import (
 )
 from delineate.sampling.tiles import TileGeometry
 from delineate.specification import Specification, from_json, to_json
-from delineate.studies.running import Entry as PlannedEntry
+from delineate.studies.designs import Entry as PlannedEntry
 from delineate.studies.running import FinalTest, RunStatus, StudyPlan
 from delineate.studies.specification import Study, load_study, packaged_studies
 from delineate.training import events

@@ -15,7 +15,8 @@ from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset
 from delineate.io.formats import write_label
 from delineate.recipe import load_recipe
-from delineate.studies.planning import PlannedRun, plan_runs
+from delineate.studies.designs import PlannedRun
+from delineate.studies.planning import plan_runs
 from delineate.studies.specification import load_study
 
 STUDY = load_study("liver-tumour-transfer")

@@ -10,7 +10,8 @@ import pytest
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.recipe import load_recipe
-from delineate.studies.planning import PlannedRun, plan_runs
+from delineate.studies.designs import PlannedRun
+from delineate.studies.planning import plan_runs
 from delineate.studies.specification import Study, load_study
 
 LOSSES = {

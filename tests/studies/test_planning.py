@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.errors import DelineateError, RecipeError, StudyError
-from delineate.studies.planning import PlannedRun, in_turn, plan_runs
+from delineate.studies.designs import PlannedRun, in_turn
+from delineate.studies.planning import plan_runs
 from delineate.studies.specification import MovedSubjects, Size, Study, load_study, packaged_studies
 
 

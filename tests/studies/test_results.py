@@ -14,8 +14,8 @@ from delineate.io.tables import write_table
 from delineate.losses.overlap import DiceSpec
 from delineate.metrics.quantities import QuantityMap
 from delineate.recipe import load_recipe
+from delineate.studies.designs import PlannedRun
 from delineate.studies.measures import measure_run, read_curves
-from delineate.studies.planning import PlannedRun
 from delineate.studies.reporting import write_study_report
 from delineate.studies.results import StudyResults, collect, pooled
 from delineate.studies.running import RunStatus, StudyFolder
@@ -28,7 +28,7 @@ NAMES = [f"s{i:02}" for i in range(20)]
 
 def run(arm: str = "base", seed: int = 0, fold: int = 0, count: int | None = None) -> PlannedRun:
     split = Split((tuple(NAMES[:10]), tuple(NAMES[10:])))
-    return PlannedRun(f"{arm}-{fold}-{seed}-{count}", arm, seed, fold, RECIPE, split, count)
+    return PlannedRun(f"{arm}-{fold}-{seed}-{count}", arm, seed, fold, count, recipe=RECIPE, split=split)
 
 
 def table(subjects: list[str], dice: float) -> Evaluation:

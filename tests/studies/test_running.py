@@ -26,7 +26,8 @@ from delineate.inference.review import read_confidences
 from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import read_table
 from delineate.recipe import load_recipe
-from delineate.studies.planning import PlannedRun, plan_runs
+from delineate.studies.designs import PlannedRun
+from delineate.studies.planning import plan_runs
 from delineate.studies.running import Ended, RunStatus, StudyFolder, part_of, run_study
 from delineate.studies.specification import Size, load_study
 
@@ -339,7 +340,7 @@ def test_a_test_reads_its_data_set_as_its_recipe_says_and_not_as_the_network_s(t
 
     split = Split((("a",),))
     recipe = load_recipe("hippocampus", ["data.images={T1: '*/t1.nii', T2: '*/t2.nii'}", "data.labels='*/label.nii'"])
-    trained = PlannedRun("trained", "arm", 0, 0, load_recipe("hippocampus"), split)
+    trained = PlannedRun("trained", "arm", 0, 0, recipe=load_recipe("hippocampus"), split=split)
     tested = replace(trained, name="tested", recipe=recipe, weights_of="trained", data="other")
     places = {"scans": tmp_path / "scans", "other": tmp_path / "other"}
     assert run_study(StudyFolder(tmp_path), [trained, tested], places, Recording())

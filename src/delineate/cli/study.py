@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from delineate.datasets.dataset import Dataset
     from delineate.errors import DelineateError
     from delineate.recipe import Recipe
-    from delineate.studies.planning import PlannedRun
+    from delineate.studies.designs import PlannedRun
     from delineate.studies.results import StudyResults
     from delineate.studies.specification import Size, Study
     from delineate.studies.trials import Trial

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from delineate.datasets.dataset import Dataset
+from delineate.studies.designs import PlannedRun
 from delineate.studies.ordering import by_distance, by_uncertainty
-from delineate.studies.planning import Plan, PlannedRun, plan_runs
+from delineate.studies.planning import Plan, plan_runs
 from delineate.studies.results import collect
 from delineate.studies.running import Launcher, RunStatus, StudyFolder, part_of, run_study
 from delineate.studies.specification import Study

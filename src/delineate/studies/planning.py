@@ -9,14 +9,24 @@ from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.splits import Split, make_split
 from delineate.errors import StudyError
 from delineate.metrics.catalogue import METRICS
 from delineate.recipe import Recipe, StartSpec, load_recipe, packaged_recipes
+from delineate.studies.designs import (
+    FIRST_FOLD,
+    Draw,
+    PlannedRun,
+    cross_validation,
+    directions,
+    first_patients,
+    fixed_split,
+    in_turn,
+    learning_curve,
+    recipe_split,
+)
 from delineate.studies.ordering import ScanComparison
 from delineate.studies.search import drawn_trials
 from delineate.studies.specification import (
@@ -33,60 +43,12 @@ from delineate.studies.specification import (
     Study,
 )
 from delineate.studies.trials import steps_for_gflop
-from delineate.training.preparation import new_split, reached
-
-_FIRST_FOLD = 0
-"""The held-out fold of a split that is made for one run."""
 
 Scores = Mapping[str, float | None]
 """The study's metric of each arm whose runs have all ended; None where one of them failed."""
 
 Rankings = Mapping[str, tuple[str, ...]]
 """Subjects in the order in which they are moved, by the name of a :class:`ScanComparison`, or of a run that ranks."""
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One training of a study, or one test of another run's network (``weights_of``).
-
-    Runs of one ``group`` are pooled: those of an arm and, along a curve, of a ``count``, direction and ``order`` (empty
-    if random). A test that ``ranks`` says which subjects are uncertain, and is no result. ``seed`` tells repetitions
-    apart. ``fold`` of ``split`` is held out. ``data`` names the study's data set. ``start_from`` is the run whose
-    weights it starts from.
-    """
-
-    name: str
-    arm: str
-    seed: int
-    fold: int
-    recipe: Recipe
-    split: Split
-    count: int | None = None
-    direction: str = ""
-    stage: str = ""
-    data: str = "scans"
-    start_from: str | None = None
-    weights_of: str | None = None
-    changes: tuple[str, ...] = ()
-    """Of a test: what it changes in the network's own recipe."""
-    order: str = ""
-    ranks: bool = False
-
-    @property
-    def label(self) -> str:
-        """The arm's name within the study."""
-        return f"{self.stage}/{self.arm}" if self.stage else self.arm
-
-    @property
-    def group(self) -> str:
-        """Name of the group of runs whose held-out subjects are pooled."""
-        parts = [self.label, self.direction, self.order, "" if self.count is None else str(self.count)]
-        return " ".join(part for part in parts if part)
-
-    @property
-    def needs(self) -> str | None:
-        """The run that has to be done before this one."""
-        return self.start_from or self.weights_of
 
 
 @dataclass(frozen=True)
@@ -235,19 +197,19 @@ class _Planning:
         free = [subject for subject in subjects if subject.id not in locked]
         match stage.design:
             case CrossValidation() as design:
-                runs = _cross_validation(design, self.size, free, recipes)
+                runs = cross_validation(design, self.size, free, recipes)
             case Search() as design:
-                first = self.size if self.size.folds else self.size.model_copy(update={"folds": (_FIRST_FOLD,)})
-                runs = _cross_validation(design, first, free, recipes)
+                first = self.size if self.size.folds else self.size.model_copy(update={"folds": (FIRST_FOLD,)})
+                runs = cross_validation(design, first, free, recipes)
             case RecipeSplit():
-                runs = _recipe_split(self.size, replace(self.datasets[data], subjects=tuple(free)), recipes)
+                runs = recipe_split(self.size, replace(self.datasets[data], subjects=tuple(free)), recipes)
             case LearningCurve() as design:
-                runs = _learning_curve(design, self.size, free, recipes)
+                runs = learning_curve(design, self.size, free, recipes)
             case MovedSubjects() as design:
                 runs = self._moved_subjects(stage, design, data, free, recipes)
             case LockedTest():
                 split = Split((tuple(sorted(subject.id for subject in free)),), tuple(sorted(locked)))
-                runs = _fixed(self.size, split, recipes)
+                runs = fixed_split(self.size, split, recipes)
         prefix = f"{stage.name}-" if stage.name else ""
         for run in runs:
             tested = run.weights_of and prefix + run.weights_of
@@ -267,7 +229,7 @@ class _Planning:
         counts = self.size.counts or design.counts
         # By uncertainty last, since these runs wait for others.
         for which, order in enumerate(sorted(design.order, key=lambda order: order == "uncertainty")):
-            for source, target in _directions(design, sorted(by_site)):
+            for source, target in directions(design, sorted(by_site)):
                 judged, rest = make_split(by_site[target], folds=2).folds
                 candidates = [subject for subject in by_site[target] if subject.id in rest]
                 if max(counts) > len(candidates):
@@ -278,7 +240,7 @@ class _Planning:
                 trained = tuple(sorted(subject.id for subject in by_site[source]))
                 direction = f"{source}-to-{target}"
                 for seed in self.size.seeds:
-                    draw = _Draw(direction, judged, trained, candidates, seed)
+                    draw = Draw(direction, judged, trained, candidates, seed)
                     if 0 in counts and not which:
                         # Without moved subjects there is no order: these runs are the beginning of every curve.
                         yield from draw.runs(0, "", [], recipes)
@@ -290,7 +252,7 @@ class _Planning:
                             yield from draw.runs(count, "" if order == "random" else order, turn, recipes)
 
     def _turn(
-        self, stage: Stage, data: str, draw: _Draw, order: Order, recipes: dict[str, Recipe]
+        self, stage: Stage, data: str, draw: Draw, order: Order, recipes: dict[str, Recipe]
     ) -> list[list[Subject]] | None:
         """Candidates by patient in the order in which they are moved; None if it is not known yet."""
         if order == "random":
@@ -362,7 +324,7 @@ class _Planning:
                     arm=name,
                     stage=stage.name,
                     data=data,
-                    fold=_FIRST_FOLD,
+                    fold=FIRST_FOLD,
                     recipe=recipe,
                     split=split,
                     start_from=None,
@@ -409,144 +371,3 @@ class _Planning:
         if len(drawn) < len(names):
             self.pending.append(f"{len(names) - len(drawn)} more trials wait for the results of these")
         return {name: Arm(set=changes) for name, changes in zip(names, drawn, strict=False)}
-
-
-def _seeded(recipe: Recipe, seed: int) -> Recipe:
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": seed})})
-
-
-def _cross_validation(
-    design: CrossValidation | Search, size: Size, subjects: Sequence[Subject], recipes: dict[str, Recipe]
-) -> Iterable[PlannedRun]:
-    split = make_split(subjects, folds=design.folds)  # the same for every seed, so that repetitions pair
-    chosen = [fold for fold in size.folds or range(design.folds) if fold < design.folds]
-    for seed in size.seeds:
-        for fold in chosen:
-            for arm, recipe in recipes.items():
-                yield PlannedRun(f"{arm}-fold{fold}-seed{seed}", arm, seed, fold, _seeded(recipe, seed), split)
-
-
-def _recipe_split(size: Size, dataset: Dataset, recipes: dict[str, Recipe]) -> Iterable[PlannedRun]:
-    known: list[tuple[tuple[object, ...], Split]] = []
-    for arm, recipe in recipes.items():
-        spec = recipe.training
-        decisive: tuple[object, ...] = (
-            *(recipe.sampler, recipe.tiles, recipe.preprocessing, recipe.data),
-            *(spec.folds, spec.test_last, spec.seed),
-        )
-        split = next((split for same, split in known if same == decisive), None)
-        if split is None:  # labels may have to be read
-            split = new_split(recipe, dataset, reached(recipe, dataset))
-            known.append((decisive, split))
-        yield from _fixed(size, split, {arm: recipe})
-
-
-def _fixed(size: Size, split: Split, recipes: dict[str, Recipe]) -> Iterable[PlannedRun]:
-    for seed in size.seeds:
-        for arm, recipe in recipes.items():
-            yield PlannedRun(f"{arm}-seed{seed}", arm, seed, _FIRST_FOLD, _seeded(recipe, seed), split)
-
-
-def _learning_curve(
-    design: LearningCurve, size: Size, subjects: Sequence[Subject], recipes: dict[str, Recipe]
-) -> Iterable[PlannedRun]:
-    whole = make_split(subjects, folds=design.held_out)
-    held_out = whole.held_out(_FIRST_FOLD)
-    labelled = [subject for subject in subjects if subject.id in whole.training_of(_FIRST_FOLD)]
-    for seed in size.seeds:
-        order = in_turn(labelled, seed)
-        for count in size.counts or design.counts:
-            if not 2 <= count <= len(labelled):
-                raise StudyError(
-                    f"{count} labelled subjects are asked for, and {len(labelled)} are not held out",
-                    fix="choose counts from 2 up to that number",
-                )
-            split = Split((held_out, tuple(sorted(s.id for s in first_patients(order, count)))), seed=seed)
-            for arm, recipe in recipes.items():
-                name = f"{arm}-{count}-draw{seed}"
-                yield PlannedRun(name, arm, seed, _FIRST_FOLD, _seeded(recipe, seed), split, count)
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """Subjects of one site to be judged, and candidates to be moved into the training of another, for one seed."""
-
-    direction: str
-    judged: tuple[str, ...]
-    trained: tuple[str, ...]
-    candidates: Sequence[Subject]
-    seed: int
-
-    def runs(
-        self, count: int, order: str, turn: Iterable[Sequence[Subject]], recipes: dict[str, Recipe]
-    ) -> Iterable[PlannedRun]:
-        """A run of each arm with the first ``count`` candidates in training."""
-        # The few moved subjects are trained on, not spent on choosing weights.
-        always_train = tuple(sorted(subject.id for subject in first_patients(turn, count)))
-        split = Split((self.judged, self.trained), seed=self.seed, always_train=always_train)
-        for arm, recipe in recipes.items():
-            changed = _seeded(recipe, self.seed)
-            name = self._name(arm, f"{order}-{count}" if order else str(count))
-            yield PlannedRun(name, arm, self.seed, _FIRST_FOLD, changed, split, count, self.direction, order=order)
-
-    def ranking(self, first: tuple[str, Recipe]) -> PlannedRun:
-        """A test, on the candidates, of the first arm's network without moved subjects."""
-        arm, recipe = first
-        return PlannedRun(
-            self._name(arm, "candidates"),
-            arm,
-            self.seed,
-            _FIRST_FOLD,
-            _seeded(recipe, self.seed),
-            Split(((),), tuple(sorted(subject.id for subject in self.candidates))),
-            direction=self.direction,
-            weights_of=self._name(arm, "0"),
-            order="uncertainty",
-            ranks=True,
-        )
-
-    def _name(self, arm: str, what: str) -> str:
-        return f"{arm}-{_in_a_name(self.direction)}-{what}-draw{self.seed}"
-
-
-def _directions(design: MovedSubjects, sites: Sequence[str]) -> list[tuple[str, str]]:
-    if design.source is not None and design.target is not None:
-        if missing := [site for site in (design.source, design.target) if site not in sites]:
-            raise StudyError(f"there is no site '{missing[0]}'", fix=f"the sites are {', '.join(sites) or 'none'}")
-        return [(design.source, design.target)]
-    if len(sites) != 2:
-        raise StudyError(
-            f"the data set has {len(sites)} sites ({', '.join(sites)[:300]})",
-            fix="name the design's source and target, or give two sites in sites.csv",
-        )
-    return [(sites[0], sites[1]), (sites[1], sites[0])]
-
-
-def _in_a_name(text: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "-_.+") else "_" for c in text)[:60]
-
-
-def in_turn(subjects: Sequence[Subject], seed: int) -> list[list[Subject]]:
-    """Scans by patient, in a random order of which every prefix has each site's share."""
-    patients: dict[str, list[Subject]] = defaultdict(list)
-    for subject in sorted(subjects, key=lambda one: one.id):
-        patients[subject.patient].append(subject)
-    by_site: dict[str, list[list[Subject]]] = defaultdict(list)
-    for scans in patients.values():
-        by_site[scans[0].site].append(scans)
-    rng = np.random.default_rng((seed, 5))
-    places = []
-    for site in sorted(by_site):
-        order = rng.permutation(len(by_site[site]))
-        places += [((rank + 0.5) / len(order), site, by_site[site][i]) for rank, i in enumerate(order)]
-    return [scans for _, _, scans in sorted(places, key=lambda place: place[:2])]
-
-
-def first_patients(order: Iterable[Sequence[Subject]], count: int) -> list[Subject]:
-    """Scans of the first patients: ``count`` scans, or a few more if the last patient has several."""
-    chosen: list[Subject] = []
-    for scans in order:
-        if len(chosen) >= count:
-            break
-        chosen += scans
-    return chosen

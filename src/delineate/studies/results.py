@@ -17,8 +17,8 @@ from delineate.evaluation.methods import MethodDifference, compare_methods
 from delineate.evaluation.table import BACKGROUND, Evaluation
 from delineate.metrics.catalogue import METRICS, formatted
 from delineate.metrics.statistics import Difference, Estimate, estimate_means, paired_difference
+from delineate.studies.designs import PlannedRun
 from delineate.studies.measures import MEASURES, Curves, measure_run, read_curves, steps_to_common_loss
-from delineate.studies.planning import PlannedRun
 from delineate.studies.running import RunStatus, StudyFolder
 from delineate.studies.specification import Arm, Claim, Stage, Study
 

@@ -38,7 +38,8 @@ from delineate.io.documents import Document
 from delineate.io.files import writing_beside
 from delineate.io.overwriting import check_folder
 from delineate.recipe import DataSpec, load_recipe, to_yaml
-from delineate.studies.planning import PlannedRun, Rankings, Scores
+from delineate.studies.designs import Entry, PlannedRun
+from delineate.studies.planning import Rankings, Scores
 from delineate.studies.processes import Ended, end_of, start
 from delineate.studies.specification import Study
 from delineate.training.lock import in_use
@@ -61,29 +62,6 @@ _WRITTEN = (
     "runs.csv",
     "pictures",
 )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A run by name; its recipe and split are in files of that name."""
-
-    name: str
-    arm: str
-    seed: int
-    fold: int
-    count: int | None = None
-    direction: str = ""
-    stage: str = ""
-    data: str = "scans"
-    start_from: str | None = None
-    weights_of: str | None = None
-    changes: tuple[str, ...] = ()
-    order: str = ""
-    ranks: bool = False
-
-    @classmethod
-    def of(cls, run: PlannedRun) -> Entry:
-        return cls(**{name: getattr(run, name) for name in cls.__dataclass_fields__})
 
 
 class StudyPlan(Document):
@@ -202,7 +180,7 @@ class StudyFolder:
         another study, and :class:`OutputError` if it holds something else.
         """
         self.check()
-        entries = {run.name: Entry.of(run) for run in runs}
+        entries = {run.name: run.entry for run in runs}
         before = self.open_plan() if self.begun else None
         same = True
         if before is not None:
