@@ -207,13 +207,13 @@ class FrontDoor:
 
     def _remote(self, guard: Guard, name: zmq.Frame, size: int) -> Peer | None:
         """Who sent a message of so many bytes; None for somebody who is to say no more."""
+        id = b"R" + name.bytes
         try:
             key = "" if guard.plain else str(name.get("User-Id"))
-            line = guard.line(int(name.get(zmq.SRCFD)))
+            line = guard.line(int(name.get(zmq.SRCFD)), id)
         except zmq.ZMQError:  # ZMTP 1 and 2, which only a door without keys understands, say nothing about a peer
             self._count("dropped: not delineate/1")
             return None
-        id = b"R" + name.bytes
         if line is not None:  # otherwise it is being closed, or so new that the guard has not seen it yet
             line.delivered += size
             line.peer, line.key = id, key

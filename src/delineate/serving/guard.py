@@ -120,9 +120,12 @@ class Guard:
         if self._zap is not None:
             self._zap.close(0)
 
-    def line(self, descriptor: int) -> Line | None:
-        """The connection with a descriptor."""
-        return self._lines.get(descriptor)
+    def line(self, descriptor: int, peer: bytes) -> Line | None:
+        """The connection with a descriptor, which a peer has; None as long as that is another's, which has ended."""
+        line = self._lines.get(descriptor)
+        if line is None or line.peer == peer:
+            return line
+        return None if line.peer or _address(descriptor) != line.address else line
 
     def wire_size(self, frames: Iterable[Sized]) -> int:
         """Bytes that frames take on the wire."""

@@ -200,7 +200,7 @@ def kill_a_client(server, scan: Path, job: str, seconds: float) -> None:
     """Begin a job in another process, and kill that at some moment."""
     code = (
         "import sys; from delineate.serving.client import Client; print(flush=True)\n"
-        f"Client(address={server.address!r}).segment({str(scan)!r}, model='one', job={job!r})"
+        f"Client(address={server.address!r}).submit({str(scan)!r}, model='one', job={job!r})"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
