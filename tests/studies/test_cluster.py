@@ -20,6 +20,7 @@ import yaml
 from typer.testing import CliRunner
 
 from delineate.cli.app import app
+from delineate.cluster import Request, connected
 from delineate.compute import usable_cores
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
@@ -27,7 +28,7 @@ from delineate.errors import ClusterError
 from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import read_table
 from delineate.recipe import load_recipe
-from delineate.studies.cluster import RayCluster, Request, _look, connected
+from delineate.studies.cluster import RayCluster, _look
 from delineate.studies.conducting import conduct
 from delineate.studies.reporting import write_study_report
 from delineate.studies.results import collect

@@ -217,7 +217,8 @@ def run(
             if at_once > 1:  # otherwise every process would use all cores
                 options += ["--threads", str(max(1, usable_cores() // at_once))]
         else:
-            from delineate.studies.cluster import RayCluster, Request, connected
+            from delineate.cluster import Request, connected
+            from delineate.studies.cluster import RayCluster
 
             gpus = 0.0 if gpus_a_run is None and device == "cpu" else gpus_a_run
             requested = Request(cpus_a_run or 1, gpus, memory_gb_a_run or 0.0)

@@ -598,13 +598,13 @@ class Engine:
             if running.state == "running":
                 held.setdefault(running.worker, []).append(running)
         # Whoever is idle comes first: others take a job ahead.
-        for connection in sorted(self._connections.values(), key=lambda c: len(held.get(_worker_of(c), ()))):
+        for connection in sorted(self._connections.values(), key=lambda one: len(held.get(_worker_of(one), ()))):
             if now - connection.heard > self.limits.silence_s / 3:  # it pings more often, if it is there
                 continue
             has = held.setdefault(_worker_of(connection), [])
             for lane in [lane for lane in _LANES if lane in connection.lanes]:
                 job = next((one for one in self._queue() if self._fits(one, connection, lane)), None)
-                if job is None or (has and (job.losses or any(other.losses for other in has))):
+                if job is None or (has and (job.losses or any(one.losses for one in has))):
                     continue  # a job that has ended a worker is alone with the next, or others would share the blame
                 try:
                     work = self._lend(job, connection, now)

@@ -34,7 +34,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -47,6 +47,9 @@ from delineate.serving.keys import KeyFile, read_key, read_server_keys
 from delineate.serving.models import changed, offered
 from delineate.serving.spool import Spool
 from delineate.serving.store import Store
+
+if TYPE_CHECKING:
+    from delineate.serving.ray import Replicas
 
 _LOG = logging.getLogger("delineate.serving")
 _SPAWN = get_context("spawn")
@@ -61,7 +64,7 @@ _LEFT_S = 5.0
 class Settings:
     """What a server is told. ``bundles`` by name; ``bind`` and ``http`` may be empty for none of them.
 
-    ``plain``: no keys, which only a loopback address may do.
+    ``plain``: no keys, which only a loopback address may do. ``replicas``: workers on a ray cluster, too.
     """
 
     state: Path
@@ -75,6 +78,7 @@ class Settings:
     precision: str = "auto"
     threads: int | None = None
     drain_s: float = 60.0
+    replicas: Replicas | None = None
 
     @property
     def keys(self) -> Path:
@@ -148,6 +152,10 @@ def prepare(settings: Settings) -> None:
     """Make the state folder and its keys, and check everything that can be checked before a process starts."""
     if settings.bind:
         check_bind(settings.bind, plain=settings.plain)
+    if settings.replicas is not None:
+        from delineate.serving import ray
+
+        ray.check(settings)
     if len(os.fsencode(settings.socket.absolute())) > 100:
         raise ServingError(f"'{settings.socket}' is too long for a socket's name", fix="choose a shorter --state")
     settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -212,11 +220,15 @@ class Server:
             door = self._start("front door", _front_door, settings, theirs)
             for number in range(settings.workers):
                 self._start(f"worker {number}", _worker, settings, number)
+            if settings.replicas is not None:
+                self._start("replicas", _replicas, settings, theirs)
             if listener is not None:
                 self._start("gateway", _gateway, settings, listener)
             while not self._signals.count:
-                if not told and problems.poll():
-                    raise error_of(*problems.recv())
+                while problems.poll():
+                    problem = error_of(*problems.recv())
+                    if not told:
+                        raise problem
                 self._publisher.look()
                 if not told and self._publisher.offers and settings.address.exists():
                     told = True
@@ -249,7 +261,8 @@ def serve_elsewhere(settings: WorkerSettings, ready: Callable[[], object] = lamb
     key = read_key(settings.key)
     if key.role != "worker":
         raise ServingError(
-            f"'{settings.key}' is a {key.role}'s key", fix="ask who runs the server: delineate keys add NAME --worker"
+            f"'{settings.key}' is a {key.role}'s key",
+            fix="ask who runs the server: delineate keys add NAME --role worker",
         )
     with _held(settings.state, "a worker"), _Signals() as signals:
         bundles = {str(number): path for number, path in enumerate(settings.bundles)}
@@ -484,6 +497,21 @@ def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, number: int, taken
     )
     _end_with_parent(worker.stop)
     worker.run()
+
+
+def _replicas(settings: Settings, problems: Connection) -> None:
+    _begin_process()
+    from delineate.serving.ray import serve_replicas
+
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    _end_with_parent(stop.set)
+    try:
+        serve_replicas(settings, stop)
+    except DelineateError as error:
+        _LOG.error("%s", error)
+        problems.send((error.code, error.message, error.fix))
+        raise SystemExit(1) from error
 
 
 def _gateway(settings: Settings, listener: socket.socket) -> None:

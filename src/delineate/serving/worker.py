@@ -18,8 +18,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
@@ -140,6 +142,9 @@ class Worker:
 
     Of a server on another machine, with a ``key``, it does only jobs for its own bundles; the folder ``scratch`` holds
     them meanwhile, and nothing else.
+
+    With ``permits``, it takes so many jobs; :meth:`permit` allows one more. ``on_end`` is called after each job, by the
+    thread that talks.
     """
 
     def __init__(
@@ -152,12 +157,14 @@ class Worker:
         plan: ComputePlan | None = None,
         scratch: Path | None = None,
         cancel_s: float = 5.0,
+        permits: int | None = None,
         on_welcome: Callable[[], object] = lambda: None,
+        on_end: Callable[[], object] = lambda: None,
     ) -> None:
         self.address, self.name, self.models, self._key = address, name, models, key
         self._plan = plan or plan_compute(device="auto", precision="auto", compile="off")
         self._scratch = scratch
-        self._cancel_s, self._on_welcome = cancel_s, on_welcome
+        self._cancel_s, self._on_welcome, self._on_end = cancel_s, on_welcome, on_end
         self._stopping = False
         # The main thread's
         self._networks: dict[str, tuple[Bundle, torch.nn.Module]] = {}
@@ -167,6 +174,8 @@ class Worker:
         self._applied: dict[str, stages.Applied] = {}
         self._unacknowledged: dict[str, tuple[Message, float]] = {}
         self._greeted = False
+        self._permits: float = inf if permits is None else permits
+        """So many jobs more it may take."""
         self._asked: dict[Lane, int] = {}
         """The lanes in which it has asked for a job, with the ids of its questions."""
         self._ids = 0
@@ -214,6 +223,21 @@ class Worker:
         self._stopping = True
         with suppress(OSError):
             self._wake.send(b"x")
+
+    def permit(self) -> None:
+        """Take one more job."""
+        self._post(lambda: self._count_permits(1))
+
+    def withdraw(self) -> Future[bool]:
+        """Take one job less, after all. The future says whether that was possible, or all permits are used."""
+        possible: Future[bool] = Future()
+        self._post(lambda: possible.set_result(self._count_permits(-1)))
+        return possible
+
+    def _count_permits(self, more: int) -> bool:
+        possible = self._permits + more >= 0
+        self._permits += more if possible else 0
+        return possible
 
     def _next(self) -> _Task | None:
         with self._changed:
@@ -443,6 +467,8 @@ class Worker:
             return
         large = next((task for task in self._running[:1] if not task.work.small), None)
         ahead = [task for task in self._tasks.values() if task.stage in ("receive", "decode", "wait")]
+        if self._permits <= len(self._asked):
+            return
         if "any" not in self._asked and not ahead and (large is None or large.remaining_s() < _AHEAD_S):
             self._asked["any"] = self._send(Take(lane="any"))
         if "small" not in self._asked and large is not None and not any(task.work.small for task in ahead):
@@ -458,7 +484,10 @@ class Worker:
                     self._send(answer)
             case Work():
                 self._asked = {lane: id for lane, id in self._asked.items() if id != message.re}
-                self._begin(message)
+                if self._count_permits(-1):
+                    self._begin(message)
+                else:  # what has been asked for cannot be unasked
+                    self._say_until_heard(Fail(lease=message.lease, released=True))
             case Data(lease=str(lease)) if lease in self._tasks:
                 self._take_in(self._tasks[lease], message, payload)
             case Credit(lease=str(lease)) if lease in self._tasks and message.re == self._tasks[lease].question:
@@ -629,6 +658,7 @@ class Worker:
         if task.remote or isinstance(answer, Fail):  # a full disk has room then to write down that it failed
             shutil.rmtree(task.folder, ignore_errors=True)
         self._say_until_heard(answer)
+        self._on_end()
 
     def _say_until_heard(self, answer: Done | Fail) -> None:
         self._unacknowledged[answer.lease] = answer, time.monotonic()

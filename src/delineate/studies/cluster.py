@@ -6,38 +6,23 @@ The study's folder and its data must be where they are for every node. A run is 
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import socket
 import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
 
+from delineate.cluster import Request, share_of
 from delineate.errors import ClusterError
 from delineate.studies.processes import Ended, end_of, ending_with_us, start
 
-_STORE_BYTES = 80 * 2**20
-"""Shared memory of a ray of our own: runs exchange files only, and ray takes no less."""
 _ANSWER_SECONDS = 120
 _TICK_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Request:
-    """What each run takes of its node; ``gpus`` None takes one if the cluster has any."""
-
-    cpus: int = 1
-    gpus: float | None = None
-    memory_gb: float = 0.0
 
 
 class RayCluster:
@@ -47,27 +32,14 @@ class RayCluster:
     """
 
     def __init__(self, ray: ModuleType, request: Request) -> None:
-        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        gpus = request.gpus
-        if gpus is None:
-            gpus = float(any(node["Resources"].get("GPU") for node in nodes.values()))
-        wanted = {"CPU": request.cpus, "GPU": gpus, "memory": request.memory_gb * 1e9}
-        rooms = {name: _room(node["Resources"], wanted) for name, node in nodes.items()}
-        self.room = sum(rooms.values())
-        if not self.room:
-            there = sorted({_described(node["Resources"]) for node in nodes.values()})
-            raise ClusterError(
-                f"a run asks for {_described(wanted)}, and no node of the cluster has as much ({'; '.join(there[:8])})",
-                fix="ask for less with --cpus-a-run, --gpus-a-run or --memory-gb-a-run, or add a larger node first",
-            )
-        self._nodes = {name: str(nodes[name]["NodeManagerHostname"]) for name, room in rooms.items() if room}
-        self._cpus, self._gpus = request.cpus, gpus
+        share = share_of(ray, request, "run")
+        self.room = share.room
+        self._nodes = {node: host for node, (host, _) in share.nodes.items()}
+        self._cpus, self._gpus = request.cpus, share.resources["GPU"]
         self._ray = ray
         self._stopping = threading.Event()
         # Whether it is repeated is the study's to decide: a run left behind may have to end first.
-        self._task = ray.remote(_run).options(
-            num_cpus=request.cpus, num_gpus=gpus, memory=wanted["memory"] or None, max_retries=0
-        )
+        self._task = ray.remote(_run).options(**share.options, max_retries=0)
 
     def options(self, device: str) -> list[str]:
         """What every command is told, so that a run uses what it asked for."""
@@ -151,73 +123,6 @@ class RayCluster:
 
     def stop(self) -> None:
         self._stopping.set()
-
-
-@contextmanager
-def connected(address: str) -> Iterator[ModuleType]:
-    """The module ``ray``, connected within the block to ``ray://HOST:PORT``, or to a ray of its own if ``local``.
-
-    Raises :class:`ClusterError` if that cannot be.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise ClusterError("a cluster needs ray, which is missing", fix="pip install 'delineate[cluster]'") from error
-    if address == "local":
-        from delineate.compute import usable_cores
-
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send them over the internet
-        settings: dict[str, Any] = {
-            "num_cpus": usable_cores(),
-            "object_store_memory": _STORE_BYTES,
-            "include_dashboard": False,
-        }
-    else:
-        _knock(address)
-        settings = {}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what becomes an error below
-            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
-    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
-        said = str(error).strip().splitlines()
-        raise ClusterError(
-            f"ray does not start at {address}: {said[0] if said else type(error).__name__}",
-            fix="see that this machine has the same versions of Python and ray, and the cluster's token",
-        ) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Raise :class:`ClusterError` unless something listens at ``ray://HOST:PORT``; ray itself would try for minutes."""
-    with suppress(ValueError):
-        parts = urlsplit(address)
-        if parts.scheme == "ray" and parts.hostname and parts.port and not parts.path:
-            try:
-                socket.create_connection((parts.hostname, parts.port), timeout=5).close()
-            except OSError as error:
-                raise ClusterError(
-                    f"nothing answers at {address}: {error.strerror or error}",
-                    fix="start ray there (ray start --head), and see that this machine can reach its client's port "
-                    "(10001)",
-                ) from error
-            return
-    raise ClusterError(
-        f"'{address[:100]}' is no address of a cluster", fix="write --cluster ray://HOST:10001 or --cluster local"
-    )
-
-
-def _room(resources: Mapping[str, float], wanted: Mapping[str, float]) -> int:
-    """How many runs fit on a node at a time."""
-    return min(int(resources.get(name, 0.0) // amount) for name, amount in wanted.items() if amount)
-
-
-def _described(resources: Mapping[str, float]) -> str:
-    said = [f"{name} {resources.get(name, 0.0):g}" for name in ("CPU", "GPU")]
-    return f"{', '.join(said)}, memory {resources.get('memory', 0.0) / 1e9:.3g} GB"
 
 
 def _run(command: Sequence[str], log: str, folder: str) -> Ended:

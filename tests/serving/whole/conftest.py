@@ -263,3 +263,9 @@ def series_maker() -> Any:
 def broken_files() -> Any:
     """Everything that arrives broken, and the code that each of it is answered with."""
     return _module("contracts/test_bad_inputs").FILES
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[[Callable[[], Any]], Any]:
+    """Waits until a condition is true."""
+    return lambda condition: wait_for(condition, "it never came true", 90.0)

@@ -13,6 +13,7 @@ import msgspec
 
 from delineate.errors import DelineateError
 from delineate.serving.engine import Limits
+from delineate.serving.ray import Replicas
 from delineate.serving.server import Server, Settings, WorkerSettings, serve_elsewhere
 
 
@@ -27,6 +28,8 @@ def main() -> None:
         else:
             values["bundles"] = {name: Path(path) for name, path in values["bundles"].items()}
             values["limits"] = Limits(**values.get("limits", {}))
+            if "replicas" in values:
+                values["replicas"] = Replicas(**values["replicas"])
             Server(Settings(**values)).run(lambda address: print(msgspec.json.encode(address).decode(), flush=True))
     except DelineateError as error:
         print(json.dumps({"code": error.code, "message": error.message}), flush=True)

@@ -1,0 +1,137 @@
+"""Ray clusters: how to connect to one, and what each node has room for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+from delineate.errors import ClusterError
+
+_STORE_BYTES = 80 * 2**20
+"""Shared memory of a ray of our own: what it runs exchanges files, and ray takes no less."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What each run, or replica, takes of its node; ``gpus`` None takes one if the cluster has any."""
+
+    cpus: int = 1
+    gpus: float | None = None
+    memory_gb: float = 0.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What each run, or replica, takes of a cluster; ``nodes`` by their ids: the name, and how many fit at a time."""
+
+    resources: Mapping[str, float]
+    nodes: Mapping[str, tuple[str, int]]
+
+    @property
+    def room(self) -> int:
+        """How many fit at a time."""
+        return sum(many for _, many in self.nodes.values())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options by which ray is asked for it."""
+        cpus, gpus, memory = (self.resources[name] for name in ("CPU", "GPU", "memory"))
+        return {"num_cpus": cpus, "num_gpus": gpus, "memory": memory or None}
+
+
+def share_of(ray: ModuleType, request: Request, what: str) -> Share:
+    """What a request means on the cluster to which ``ray`` is connected; ``what`` asks: a run, a replica.
+
+    Raises :class:`ClusterError` if no node could ever give as much.
+    """
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    gpus = request.gpus
+    if gpus is None:
+        gpus = float(any(node["Resources"].get("GPU") for node in nodes.values()))
+    wanted = {"CPU": request.cpus, "GPU": gpus, "memory": request.memory_gb * 1e9}
+    rooms = {name: _room(node["Resources"], wanted) for name, node in nodes.items()}
+    if not sum(rooms.values()):
+        there = sorted({_described(node["Resources"]) for node in nodes.values()})
+        raise ClusterError(
+            f"a {what} asks for {_described(wanted)}, and no node of the cluster has as much ({'; '.join(there[:8])})",
+            fix=f"ask for less with --cpus-a-{what}, --gpus-a-{what} or --memory-gb-a-{what}, "
+            "or add a larger node first",
+        )
+    return Share(
+        wanted, {name: (str(nodes[name]["NodeManagerHostname"]), room) for name, room in rooms.items() if room}
+    )
+
+
+@contextmanager
+def connected(address: str) -> Iterator[ModuleType]:
+    """The module ``ray``, connected within the block to ``ray://HOST:PORT``, or to a ray of its own if ``local``.
+
+    Raises :class:`ClusterError` if that cannot be.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError("a cluster needs ray, which is missing", fix="pip install 'delineate[cluster]'") from error
+    if address == "local":
+        from delineate.compute import usable_cores
+
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send them over the internet
+        settings: dict[str, Any] = {
+            "num_cpus": usable_cores(),
+            "object_store_memory": _STORE_BYTES,
+            "include_dashboard": False,
+        }
+    else:
+        _knock(address)
+        settings = {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what becomes an error below
+            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        said = str(error).strip().splitlines()
+        raise ClusterError(
+            f"ray does not start at {address}: {said[0] if said else type(error).__name__}",
+            fix="see that this machine has the same versions of Python and ray, and the cluster's token",
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise :class:`ClusterError` unless something listens at ``ray://HOST:PORT``; ray itself would try for minutes."""
+    with suppress(ValueError):
+        parts = urlsplit(address)
+        if parts.scheme == "ray" and parts.hostname and parts.port and not parts.path:
+            try:
+                socket.create_connection((parts.hostname, parts.port), timeout=5).close()
+            except OSError as error:
+                raise ClusterError(
+                    f"nothing answers at {address}: {error.strerror or error}",
+                    fix="start ray there (ray start --head), and see that this machine can reach its client's port "
+                    "(10001)",
+                ) from error
+            return
+    raise ClusterError(
+        f"'{address[:100]}' is no address of a cluster", fix="write --cluster ray://HOST:10001 or --cluster local"
+    )
+
+
+def _room(resources: Mapping[str, float], wanted: Mapping[str, float]) -> int:
+    """How many runs fit on a node at a time."""
+    return min(int(resources.get(name, 0.0) // amount) for name, amount in wanted.items() if amount)
+
+
+def _described(resources: Mapping[str, float]) -> str:
+    said = [f"{name} {resources.get(name, 0.0):g}" for name in ("CPU", "GPU")]
+    return f"{', '.join(said)}, memory {resources.get('memory', 0.0) / 1e9:.3g} GB"

@@ -1,0 +1,82 @@
+"""A server whose workers are replicas on a real ray: as many as there are jobs, and one that dies is replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from delineate.errors import ServingError
+from delineate.serving.keys import added, read_server_keys, write_key
+from delineate.serving.ray import Replicas, check
+from delineate.serving.server import Settings
+
+SOON = 90.0
+
+
+def key_of_a_client(server, folder: Path) -> Path:
+    keys, own = added(read_server_keys(server.state / "server.json"), "anna", "client", server.address)
+    write_key(server.state / "server.json", keys)
+    write_key(folder / "anna.key", own)
+    return folder / "anna.key"
+
+
+def replicas_of(server) -> dict[Path, psutil.Process]:
+    """The replicas of a server that are ready, by their folders."""
+    found = {}
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        try:
+            if "Replica" in process.name():
+                found |= {
+                    Path(file.path).parent: process for file in process.open_files() if file.path.endswith(".lock")
+                }
+        except psutil.Error:
+            continue
+    return found
+
+
+def large_one_in(folder: Path) -> bool:
+    return any(path.stat().st_size > 10_000 for path in folder.rglob("scan.npy"))
+
+
+def test_replicas_follow_the_queue_and_one_that_is_killed_in_mid_job_is_replaced(
+    drivers, bundles, large, small, wait_until, tmp_path
+) -> None:
+    pytest.importorskip("ray.serve", reason="without Ray Serve: pip install 'delineate[cluster]'")
+    asked = {"at_least": 0, "at_most": 2, "idle_s": 3.0}
+    server = drivers.serve(bundles.folders, plain=False, workers=0, replicas=asked)
+    key = key_of_a_client(server, tmp_path)
+    with server.client(key=key, timeout_s=SOON) as client:
+        jobs = {client.submit(scan.path, model="one"): scan for scan in (large, *small[:4])}
+        [first, *_] = jobs
+        server.until(first, "infer", key=key)
+        [(folder, replica)] = [one for one in replicas_of(server).items() if large_one_in(one[0])]
+        replica.kill()
+        for job, scan in jobs.items():
+            client.fetch(job, tmp_path / f"{job}.nii.gz")
+            assert (tmp_path / f"{job}.nii.gz").read_bytes() == scan.label
+        wait_until(lambda: not replicas_of(server))
+        assert not list(folder.glob("scratch/*")), "what the one that was killed had is left on no disk"
+    ray = [one for one in psutil.Process(server.process.pid).children(recursive=True) if "raylet" in one.name()]
+    assert ray
+    assert server.end() == 0
+    assert psutil.wait_procs(ray, timeout=30)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "replicas", "words"),
+    [
+        ({"plain": True}, {}, "need an address and keys"),
+        ({"bind": ""}, {}, "need an address and keys"),
+        ({}, {"cluster": "ray://head:10001"}, "cannot reach a server at tcp://127.0.0.1:7420"),
+        ({"bind": "tcp://0.0.0.0:7420"}, {"cluster": "ray://head:10001"}, "cannot reach a server at"),
+        ({}, {"at_least": 2, "at_most": 1}, "2 replicas at least and 1 at most"),
+        ({}, {"at_least": 0, "at_most": 0}, "0 replicas at least and 0 at most"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(settings, replicas, words, tmp_path) -> None:
+    with pytest.raises(ServingError, match=words):
+        check(Settings(tmp_path, **settings, replicas=Replicas(**replicas)))
+    check(Settings(tmp_path, bind="tcp://10.0.0.1:7420", replicas=Replicas(cluster="ray://head:10001")))
+    check(Settings(tmp_path, replicas=Replicas(cluster="ray://head:10001", reach="tcp://10.0.0.1:7420")))
