@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -58,6 +59,16 @@ def test_every_code_is_explained() -> None:
     assert leaves
     assert all(f"`{error.code}`" in explained for error in leaves)
     assert all(f"{error.__name__} " in (errors.__doc__ or "") for error in leaves)
+
+
+def test_every_verb_state_and_format_of_the_protocol_is_explained() -> None:
+    from typing import get_args
+
+    from delineate.serving.protocol import FORMATS, OUTPUTS, VERBS, State
+
+    explained = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    for word in [*(verb.decode() for verb in VERBS), *get_args(State), *FORMATS, *(f".{format}" for format in OUTPUTS)]:
+        assert f"`{word}" in explained, word
 
 
 def test_every_packaged_recipe_group_is_explained() -> None:
@@ -135,25 +146,91 @@ def test_the_totalsegmentator_page_reads_its_data_set(tmp_path, monkeypatch) -> 
     assert (merged.voxels == delineate.read("simulated/labelsTr/abdomen_001.nii.gz", label=True).voxels).all()
 
 
-def test_the_container_installs_what_is_there_and_runs_without_privileges() -> None:
-    folder = ROOT / "examples/container"
-    steps = (folder / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "").splitlines()
-    allowed = [line[1:] for line in (folder / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"]
+def check_usage(words: list[str]) -> None:
+    """The command line takes these words."""
+    command = COMMANDS
+    while words and hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    if words:
+        command.make_context("delineate", [*words], resilient_parsing=False).close()
+
+
+@pytest.mark.parametrize("file", ["container/Dockerfile", "serving/Containerfile"])
+def test_a_container_installs_what_is_there_and_runs_without_privileges(file: str) -> None:
+    path = ROOT / "examples" / file
+    steps = path.read_text(encoding="utf-8").replace("\\\n", "").splitlines()
+    ignored = path.with_name(f"{path.name}.dockerignore").read_text(encoding="utf-8").splitlines()
+    allowed = [line[1:] for line in ignored if line[0] == "!"]
     copied = [name for step in steps if step.startswith("COPY ") for name in step.split()[1:-1]]
     assert sorted(copied) == sorted(allowed)
     assert all((ROOT / name).exists() for name in copied)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = {project["readme"], *project["license-files"], "pyproject.toml", "constraints.txt", "src"}
     assert needed == set(copied)
-    [extra] = re.findall(r"'\.\[(\w+)\]'", "\n".join(steps))
-    assert extra in project["optional-dependencies"]
-    [entry] = [step for step in steps if step.startswith("ENTRYPOINT")]
-    assert json.loads(entry.removeprefix("ENTRYPOINT "))[0] in project["scripts"]
+    [extras] = re.findall(r"'\.\[([\w,]+)\]'", "\n".join(steps))
+    assert set(extras.split(",")) <= {*project["optional-dependencies"]}
+    [entry] = [json.loads(step.removeprefix("ENTRYPOINT ")) for step in steps if step.startswith("ENTRYPOINT")]
+    more = [json.loads(step.removeprefix("CMD ")) for step in steps if step.startswith("CMD")]
+    assert entry[0] in project["scripts"]
+    check_usage([*entry[1:], *(more[0] if more else [])])
     user = next(i for i, step in enumerate(steps) if step.startswith("USER "))
     assert steps[user] != "USER root"
     assert not any(step.startswith("RUN ") for step in steps[user:])
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert sum(pin.startswith("torch==") for pin in pins) == 1, "what the Dockerfile's grep finds"
+
+
+def test_the_service_may_do_what_the_server_does_and_no_more(tmp_path: Path) -> None:
+    unit = (ROOT / "examples/serving/delineate.service").read_text(encoding="utf-8")
+    settings = dict(line.split("=", 1) for line in unit.splitlines() if re.match(r"[A-Z]\w+=", line))
+    executable, *words = shlex.split(settings["ExecStart"])
+    check_usage(words)
+    assert Path(words[words.index("--state") + 1]) == Path("/var/lib") / settings["StateDirectory"]
+    assert int(settings["TimeoutStopSec"]) > 60 + 15, "longer than --drain-s, and what is left to end then"
+    for name in ("NoNewPrivileges", "PrivateTmp", "ProtectHome", "RestrictNamespaces"):
+        assert settings[name] == "yes"
+    assert settings["User"] != "root"
+    if (verify := shutil.which("systemd-analyze")) is not None:
+        (tmp_path / "delineate.service").write_text(unit.replace(executable, sys.executable))
+        done = subprocess.run(
+            [verify, "verify", "--man=no", tmp_path / "delineate.service"], capture_output=True, encoding="utf-8"
+        )
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_dashboard_and_its_page_refer_to_what_is_measured(tmp_path: Path) -> None:
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    from delineate.serving.http.desk import Desk, Limits
+    from delineate.serving.http.figures import FrontDoorFigures
+    from delineate.serving.protocol import Figures
+    from delineate.serving.server import Settings
+
+    counted = (
+        "jobs queued", "workers", "connections", "spool bytes", "received bytes", "sent bytes", "refused E_BUSY",
+        "dropped: unknown key", "done", "stage infer 1", "stage infer inf", "stage infer sum",
+    )  # fmt: skip
+    registry = CollectorRegistry()
+    registry.register(FrontDoorFigures(Figures(figures=dict.fromkeys(counted, 1.0), ready=True)))
+    desk = Desk(Settings(tmp_path), Limits())
+    desk.requests.labels("readyz", "200").inc()
+    text = (generate_latest(registry) + generate_latest(desk.registry)).decode()
+    measured = {re.split(r"[{ ]", line)[0]: line for line in text.splitlines() if line[0] != "#"}
+    board = json.loads((ROOT / "examples/serving/grafana.json").read_text(encoding="utf-8"))
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    assert len(asked) > 10
+    for query in asked:
+        [(name, labels)] = re.findall(r"(delineate_\w+)(?:\{(\w+)=)?", query)
+        assert name in measured, query
+        by = re.findall(r"by \(([^)]*)\)", query)
+        for label in [*filter(None, [labels]), *(", ".join(by).split(", ") if by else [])]:
+            assert f"{label}=" in measured[name], query
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    page = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
+    named = {*re.findall(r"`(delineate_\w+)", page)}
+    assert {name for name in named if name not in measured} <= {"delineate_stage_seconds"}
+    exported = {re.sub(r"_(bucket|sum|count)$", "", name) for name in measured if not name.endswith("_created")}
+    assert {name for name in exported if not name.startswith("delineate_models")} <= named
 
 
 def test_the_extending_page_runs_as_it_stands(tmp_path, monkeypatch) -> None:

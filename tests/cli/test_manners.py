@@ -106,10 +106,11 @@ def test_every_command_says_what_it_does(path: tuple[str, ...]) -> None:
 
 
 VERBS = {
-    "Adapt", "Add", "Average", "Change", "Check", "Choose", "Colour", "Combine", "Compare", "Compile", "Compute",
-    "Convert", "Count", "Draw", "Explain", "Export", "Find", "Hold", "Import", "Inspect", "Install", "Keep", "List",
-    "Lock", "Log", "Make", "Measure", "Name", "Overlap", "Predict", "Prepare", "Print", "Read", "Refer", "Replace",
-    "Report", "Run", "Segment", "Set", "Show", "Simulate", "Split", "Train", "Use", "Write",
+    "Adapt", "Add", "Average", "Cancel", "Change", "Check", "Choose", "Colour", "Combine", "Compare", "Compile",
+    "Compute", "Connect", "Convert", "Count", "Draw", "Explain", "Export", "Find", "Finish", "Hold", "Import",
+    "Inspect", "Install", "Keep", "Let", "List", "Listen", "Lock", "Log", "Make", "Measure", "Name", "Offer",
+    "Overlap", "Predict", "Prepare", "Print", "Read", "Refer", "Remove", "Replace", "Report", "Resume", "Run",
+    "Segment", "Send", "Set", "Show", "Simulate", "Split", "Train", "Use", "Wait", "Write",
 }  # fmt: skip
 
 

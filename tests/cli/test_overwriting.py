@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from delineate.io.overwriting import check_outputs
 from delineate.io.pseudonyms import key_id
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
+from delineate.serving.places import make_keys
 
 GRID = Grid.of_spacing((8, 8, 4), (1, 1, 3))
 TINY = {
@@ -57,6 +59,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe, recipe.pipeline, Targets({"organ": (1,)}), ("MR",), geometry, (1.0, 1.0, 3.0), provenance=known
     )
     bundle.save(root / "bundle", bundle.network().state_dict(), {})
+    (root / "state").mkdir()
+    make_keys(root / "state", "tcp://127.0.0.1:7420")
     return root
 
 
@@ -122,6 +126,16 @@ WRITERS = {
     "adapt": Writer(
         "adapt @bundle --data @data --device cpu", "-o OUT", "report.html", ("bundle/weights.safetensors",), flag=False
     ),
+    "keys": Writer(
+        "keys add anna --address tcp://gpu:7420 --state @state", "-o OUT", "", ("state/me.key",), flag=False
+    ),
+    "send": Writer(
+        "send @data/imagesTr/c0_0000.nii.gz", "-o OUT/c.nii.gz", "c.nii.gz", ("data/imagesTr/c0_0000.nii.gz",)
+    ),
+    "send's others": Writer(
+        "send @data/imagesTr/c0_0000.nii.gz", "-o OUT/c.vtk", "c.nii.gz", ("data/imagesTr/c0_0000.nii.gz",)
+    ),
+    "jobs": Writer("jobs", f"--fetch {uuid4()} --key @state/me.key -o OUT/c.nii.gz", "c.nii.gz", ("state/me.key",)),
     "train": Writer("train generic_3d --data @data", "-o OUT", "report.html", flag=False),
 }
 writers = pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)

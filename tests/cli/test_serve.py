@@ -40,6 +40,7 @@ TINY = {
     "tiles": {"kind": "patches", "shape": [8, 8, 4]},
     "network": {"kind": "unet", "dimensions": 3, "widths": [4, 8]},
 }
+ROOT = Path(__file__).parents[2]
 MOST_S = 90.0
 """How long a process may take to do what a test waits for: much longer than it does, even on a busy machine."""
 
@@ -140,6 +141,29 @@ def server(home: Path, bundle: Path) -> Iterator[Serving]:
 
 
 @pytest.fixture(scope="module")
+def unmanned(bundle: Path) -> Iterator[Serving]:
+    """A server without workers. It is stopped as a service is."""
+    with tempfile.TemporaryDirectory(prefix="dl", dir="/tmp") as home:
+        started = Serving(Path(home), bundle, "--workers", "0")
+        try:
+            yield started
+        finally:
+            ended = started.end(signal.SIGTERM)
+        check_ended(started, *ended)
+
+
+def check_ended(server: Serving, status: int, logged: str) -> None:
+    """It ended in good order, and no process of it is left."""
+    assert status == 0
+    assert logged.splitlines()[-1].startswith("stopped; ")
+    deadline = time.monotonic() + MOST_S
+    with suppress(ProcessLookupError):
+        while True:  # multiprocessing's own helper ends last
+            os.killpg(server.process.pid, 0)
+            assert time.monotonic() < deadline
+
+
+@pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, rng = tmp_path_factory.mktemp("scans"), np.random.default_rng(3)
     for name in ("a", "b"):
@@ -230,7 +254,7 @@ def test_a_job_is_sent_now_and_fetched_later(server: Serving, scans: Path, tmp_p
     wrong = server.run("jobs", "--fetch", typed[3], "-o", tmp_path / "a.dcm", code=1)
     server.run(*typed[1:])
     assert {path.name for path in tmp_path.iterdir()} == {"a.vtk", "a.nii.gz", "a.json"}
-    assert "E_OUTPUT" in wrong.stderr
+    assert "has no .dcm, but" in wrong.stderr
     listed = json.loads(server.run("jobs", "--json").stdout)["jobs"]
     assert typed[3] in [job["job"] for job in listed]
     assert typed[3] in server.run("jobs").stdout
@@ -379,6 +403,67 @@ def test_a_doctor_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> None:
     assert all(re.match(r"(ok|note|wrong) +[a-z ]+: ", line) for line in said.splitlines())
 
 
+# The documents
+
+
+def test_the_page_on_serving_runs_as_it_stands(
+    server: Serving, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    server.run("keys", "add", "page", "-o", tmp_path / "anna.key")
+    (tmp_path / "scan.nii.gz").write_bytes((scans / "a.nii.gz").read_bytes())
+    (tmp_path / "other.nii.gz").write_bytes((scans / "b.nii.gz").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    typed = [line for kind, block in blocks if kind == "bash" for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in typed if re.match("delineate (send|jobs|doctor)", line)]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands += [shlex.split(line)[1:] for line in re.findall("`(delineate send [^`]*)`", readme)]
+    assert len(commands) == 5
+    for words in commands:
+        server.run(*words, *["--overwrite"] * (words[0] == "send"))
+    assert len([*(tmp_path / "segmentations").iterdir()]) == 6
+    names: dict[str, object] = {}
+    for block in [block for kind, block in blocks if kind == "python"]:
+        exec(compile(block, "docs/serving.md", "exec"), names)
+    assert (tmp_path / "python.vtk").is_file()
+    [script] = [block for kind, block in blocks if kind == "bash" and "curl" in block]
+    script = script.replace("127.0.0.1:8420", read_address(server.state).http)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, encoding="utf-8", timeout=MOST_S
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_label(tmp_path / "http.nii.gz").grid.shape == GRID.shape
+
+
+def test_a_worker_elsewhere_computes_what_a_server_hands_out(
+    unmanned: Serving, bundle: Path, scans: Path, tmp_path: Path
+) -> None:
+    key = tmp_path / "gpu2.key"
+    unmanned.run("keys", "add", "gpu2", "--role", "worker", "-o", key)
+    refused = unmanned.run("send", scans / "a.nii.gz", "-o", tmp_path / "a.nii.gz", "--key", key, code=1)
+    assert "E_DENIED" in refused.stderr
+    wrong = unmanned.run("worker", "--key", unmanned.state / "me.key", bundle, code=1)
+    assert "--role worker" in wrong.stderr
+    words = ["worker", "--key", str(key), str(bundle), "--device", "cpu"]
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "delineate", *words], env=unmanned.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )  # fmt: skip
+    try:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready; Ctrl-C stops\n"
+        unmanned.run("send", scans / "a.nii.gz", "-o", tmp_path / "a.nii.gz")
+        worker.send_signal(signal.SIGINT)
+        _, said = worker.communicate(timeout=MOST_S)
+        assert worker.returncode == 0
+        assert "stopped; " in said
+    finally:
+        if worker.poll() is None:
+            worker.kill()
+        worker.communicate()
+
+
 # How a server ends
 
 
@@ -395,39 +480,23 @@ def test_a_server_without_keys_is_used_without_one_and_ends_by_ctrl_c(bundle: Pa
         assert f"no server is running in '{server.state}'" in server.run("jobs", code=1).stderr
 
 
-def check_ended(server: Serving, status: int, logged: str) -> None:
-    """It ended in good order, and no process of it is left."""
-    assert status == 0
-    assert logged.splitlines()[-1].startswith("stopped; ")
+def test_an_interrupted_client_says_how_to_fetch_what_it_sent(unmanned: Serving, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.nii.gz"
+    client = subprocess.Popen(
+        [sys.executable, "-m", "delineate", "send", str(scans / "a.nii.gz"), "-o", str(out)],
+        env=unmanned.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
     deadline = time.monotonic() + MOST_S
-    with suppress(ProcessLookupError):
-        while True:  # multiprocessing's own helper ends last
-            os.killpg(server.process.pid, 0)
-            assert time.monotonic() < deadline
-
-
-def test_an_interrupted_client_says_how_to_fetch_what_it_sent(bundle: Path, scans: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="dl", dir="/tmp") as home:
-        server = Serving(Path(home), bundle, "--workers", "0")
-        try:
-            client = subprocess.Popen(
-                [sys.executable, "-m", "delineate", "send", str(scans / "a.nii.gz"), "-o", f"{home}/a.nii.gz"],
-                env=server.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-            )  # fmt: skip
-            deadline = time.monotonic() + MOST_S
-            while "queued" not in (listed := server.run("jobs", "--json").stdout):
-                assert time.monotonic() < deadline
-            [job] = json.loads(listed)["jobs"]
-            client.send_signal(signal.SIGINT)
-            _, said = client.communicate(timeout=MOST_S)
-            assert client.returncode == 130
-            assert f"delineate jobs --fetch {job['job']} -o {home}/a.nii.gz" in said
-            assert "number 1 in the queue" in server.run("jobs").stdout
-            server.run("jobs", "--cancel", job["job"])
-            assert "cancelled" in server.run("jobs").stdout
-        finally:
-            ended = server.end(signal.SIGTERM)
-        check_ended(server, *ended)
+    while "queued" not in (listed := unmanned.run("jobs", "--json").stdout):
+        assert time.monotonic() < deadline
+    job = json.loads(listed)["jobs"][0]["job"]
+    client.send_signal(signal.SIGINT)
+    _, said = client.communicate(timeout=MOST_S)
+    assert client.returncode == 130
+    assert f"delineate jobs --fetch {job} -o {out}" in said
+    assert "number 1 in the queue" in unmanned.run("jobs").stdout
+    unmanned.run("jobs", "--cancel", job)
+    assert "cancelled" in unmanned.run("jobs").stdout
 
 
 # What a client's command needs

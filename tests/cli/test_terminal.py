@@ -25,3 +25,23 @@ def test_what_is_said_steers_no_terminal(text: str, monkeypatch, capsys) -> None
         shown.progress("training", 1, 4)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.isprintable()
+
+
+def test_time_left_is_said_as_it_was_told(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    with Terminal() as shown:
+        shown.progress("scan: segmenting", 40, 100, 75.4)
+        shown.progress("scan: number 3 in the queue", 0, 100, 3700.0)
+    lines = ["scan: segmenting: 40 %, 0:01:15 left", "scan: number 3 in the queue: 0 %, 1:01:40 left"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_terminal_shows_the_time_left_as_it_was_told(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with Terminal() as shown:
+        assert shown.console.is_terminal
+        shown.progress("scan: segmenting", 40, 100, 75.4)
+        assert shown._bar is not None
+        shown._bar.refresh()
+    assert "0:01:15" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from statistics import median
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from delineate.errors import OutputError
 from delineate.serving.engine import Engine, Limits, Peer
@@ -37,6 +38,7 @@ from delineate.serving.protocol import (
     Message,
     Model,
     Open,
+    Options,
     Output,
     Part,
     Ping,
@@ -273,6 +275,45 @@ def test_a_server_that_stops_takes_no_more_jobs_but_what_is_under_way(house) -> 
     assert house.take() is None
 
 
+# Said twice
+
+
+def test_everything_may_be_said_again_and_another_thing_of_the_same_id_is_refused(house) -> None:
+    id, part = house.open(), Part(format="nii", size=4)
+    digest, other = (tuple(hashlib.sha256(content).hexdigest() for content in [text]) for text in (b"1234", b"4321"))
+    opened, commit = Open(job=id, model="liver", parts=(part,)), Commit(job=id, sha256=digest)
+
+    def is_conflict(message: Message) -> bool:
+        answer = house.ask("A", message)
+        return isinstance(answer, Err) and (answer.problem.code, answer.retryable) == ("E_CONFLICT", False)
+
+    assert house.ask("A", opened).received == (0,)
+    house.ask("A", Chunk(job=id, offset=0), b"1234")
+    for state in ("queued", "queued"):
+        assert house.ask("A", commit).state == state
+    house.finish(house.take())
+    assert house.ask("A", opened).state == house.ask("A", commit).state == "done"
+    assert house.ask("A", Chunk(job=id, offset=0), b"1234").state == "done"
+    assert is_conflict(Commit(job=id, sha256=other))
+    assert is_conflict(Open(job=id, model="liver", parts=(part, part)))
+    assert is_conflict(Open(job=id, model="liver", parts=(part,), options=Options(mirrored=True)))
+    for _ in range(2):
+        assert house.ask("A", Ack(job=id)) == Ack(job=id)
+    assert house.ask("A", opened).state == "done"
+    assert house.engine.counts["running"] == 1
+
+
+def test_what_arrived_otherwise_than_it_was_sent_is_refused_and_sent_again_from_the_beginning(house) -> None:
+    id = house.open()
+    commit = Commit(job=id, sha256=(hashlib.sha256(b"1234").hexdigest(),))
+    assert house.ask("A", commit).problem.code == "E_TRUNCATED"
+    house.ask("A", Chunk(job=id, offset=0), b"12x4")
+    assert house.ask("A", replace(commit, sha256=commit.sha256 * 2)).problem.code == "E_PROTOCOL"
+    assert house.ask("A", commit).problem.code == "E_CONFLICT"
+    assert house.ask("A", Chunk(job=id, offset=0), b"1234").received == (4,)
+    assert house.ask("A", commit).state == "queued"
+
+
 # Turns
 
 
@@ -386,6 +427,30 @@ def test_a_job_stays_with_its_worker_as_long_as_it_reports_and_over_a_restart(ho
             house.restart()
             house.hire(leases=(work.lease,))
     house.finish(work)
+
+
+def test_a_job_is_lost_at_once_when_another_process_comes_under_its_workers_name(house) -> None:
+    id = house.commit()
+    for state in ("queued", "failed"):
+        house.take()
+        house.hire(Peer(b"worker", "local", frozenset({"worker"}), local=True))
+        assert house.state(id) == state
+    assert house.ask("A", Status(job=id)).problem.code == "E_QUARANTINED"
+
+
+def test_nothing_is_left_of_an_attempt_that_failed(house) -> None:
+    house.commit()
+    for again in (lambda work: house.say(WORKER, Fail(lease=work.lease, released=True)), lambda work: house.tick(20)):
+        work = house.take()
+        (Path(work.folder) / "work").mkdir()
+        again(work)
+        assert not Path(work.folder).exists()
+    work = house.take()
+    stray = Path(work.folder).with_name("0123456789abcdef")
+    stray.mkdir()
+    house.restart()
+    assert not stray.exists()
+    assert Path(work.folder).exists()
 
 
 def test_a_job_that_never_reached_its_worker_goes_back_and_nobody_is_to_blame(house) -> None:

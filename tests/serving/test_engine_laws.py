@@ -139,7 +139,7 @@ class Serving(RuleBasedStateMachine):
     def start(self) -> None:
         self.store = MortalStore(self.folder / "jobs.sqlite")
         self.engine = Engine(self.store, Spool(self.folder / "spool"), LIMITS, now=self.now)
-        self.engine.models = {"liver": Model(name="liver", sha256="1" * 64, channels=("T1",), targets=("liver",))}
+        self.engine.models = {"liver": Model(name="liver", sha256="1" * 64, channels=("0", "1"), targets=("liver",))}
         self.generation += 1
         self.counted_from = len(self.live())
 
@@ -528,6 +528,10 @@ class Serving(RuleBasedStateMachine):
         assert engine.spool.total_bytes == sum({path.stat().st_ino: path.stat().st_size for path in files}.values())
         assert {path.relative_to(self.folder / "spool").parts[0] for path in files} <= self.store.keys()
         assert set(engine.spool._parts) <= set(kept)
+        attempts = {
+            path.name for path in (self.folder / "spool").glob("*/*") if path.is_dir() and path.parent.name in kept
+        }
+        assert attempts <= set(engine._leases)
 
     @invariant()
     def figures_add_up(self) -> None:

@@ -864,6 +864,11 @@ def thrown(random: Random) -> bytes:
         *lines, f"Content-Length: {len(body)}", method=method,
     )  # fmt: skip
     if random.random() < 0.1:
+        content = content.replace(b"Content-Length:", b"Transfer-Encoding: chunked\r\nX-Length:")
+        body = random.choice(
+            (b"8\r\n8 bytes.\r\n0\r\n\r\n", b"8\r\n8 byt", b"zz\r\n", 20 * b"f" + b"\r\nx", b"0\r\n\r\n")
+        )
+    if random.random() < 0.1:
         cut = random.randrange(len(content))
         content = content[:cut] + random.randbytes(random.randrange(1, 4)) + content[cut:]
     return content + body

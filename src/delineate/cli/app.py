@@ -26,6 +26,7 @@ from delineate.cli import (
     study,
     train,
     weights,
+    worker,
 )
 from delineate.cli.commands import Commands
 from delineate.cli.terminal import Loudness, speak
@@ -96,6 +97,7 @@ app.command("compare")(compare.compare)
 app.command("forgetting")(forgetting.forgetting)
 app.add_typer(study.app, name="study")
 app.command("serve")(serve.serve)
+app.command("worker")(worker.worker)
 app.add_typer(keys.app, name="keys")
 app.command("send")(send.send)
 app.command("jobs")(jobs.jobs)

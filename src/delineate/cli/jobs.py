@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from delineate.cli.options import Json, Overwrite
-from delineate.cli.send import as_row, places_of, print_results, shows, suffix_of, unknown_format
+from delineate.cli.send import STAGES, as_row, places_of, print_results, shows, suffix_of, unknown_format
 from delineate.cli.servers import Key, ServerAddress, connected, serving
 from delineate.cli.terminal import Terminal, duration, print_json, print_table
 from delineate.core.text import printable
-from delineate.errors import OutputError
 
 if TYPE_CHECKING:
     from delineate.serving.protocol import Progress
@@ -52,7 +51,6 @@ def jobs(
         check_outputs(places_of(out, []), [] if used is None else [used], overwrite=overwrite)
     with Terminal() as terminal, connected(key, address, _ANSWER_S) as client:
         if fetch is not None and out is not None:
-            _check_has(client.status(fetch, _ANSWER_S), out)
             found = client.fetch(fetch, out, on_progress=shows(terminal, "job"), overwrite=overwrite, timeout_s=timeout)
         elif cancel is not None:
             shown = [client.cancel(cancel, _ANSWER_S)]
@@ -71,13 +69,6 @@ def jobs(
         print_table("", ["job", "sent", "model", "state", ""], [_row(job) for job in shown])
 
 
-def _check_has(job: Progress, out: Path) -> None:
-    """Raise :class:`OutputError` for a format that a job was not asked for."""
-    formats = [output.name.partition(".")[2] for output in job.outputs]
-    if formats and not any(out.name.lower().endswith(f".{format}") for format in formats):
-        raise OutputError(f"the job has no result for '{out}'", fix=f"end the name in .{', .'.join(sorted(formats))}")
-
-
 def _row(job: Progress) -> list[str]:
     sent = datetime.fromtimestamp(job.created).strftime("%Y-%m-%d %H:%M:%S")
     return [job.job, sent, job.model, job.state, _where(job)]
@@ -91,7 +82,7 @@ def _where(job: Progress) -> str:
     if job.state == "queued":
         return f"number {job.position} in the queue{left}"
     if job.state == "running":
-        return f"{job.stage or 'starting'}, {100 * job.fraction:.0f} %{left}"
+        return f"{STAGES.get(job.stage, job.stage)}, {100 * job.fraction:.0f} %{left}"
     if job.state == "done":
         return ", ".join(output.name.partition(".")[2] for output in job.outputs) or "fetched"
     return ""

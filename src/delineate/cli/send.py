@@ -37,13 +37,13 @@ _SCANS = (".nii.gz", ".nii", ".mha", ".nrrd", ".zip")
 _AT_ONCE = 4
 """Scans that are on the server at once: one is sent while others are computed and fetched."""
 _MEETING_S = 15.0
-_STAGES = {
+STAGES = {
     "": "starting",
     "receive": "starting",
     "decode": "reading",
     "wait": "waiting for the device",
-    "segment": "segmenting",
-    "export": "writing",
+    "infer": "segmenting",
+    "write": "writing",
     "send": "writing",
 }
 """What a worker does, in a person's words."""
@@ -230,7 +230,8 @@ class _Batch:
         self._deadlines[scan.job] = time.monotonic() + self._timeout_s
         files = scan.files[""] if set(scan.files) == {""} else scan.files
         with self._noting(scan):
-            self._client.submit(files, job=scan.job, timeout_s=self._timeout_s, **self._asked)
+            shown = shows(self._terminal, scan.name)
+            self._client.submit(files, job=scan.job, on_progress=shown, timeout_s=self._timeout_s, **self._asked)
             self.sent.append(scan)
 
     def _fetch(self, scan: _Scan) -> None:
@@ -269,9 +270,9 @@ def shows(terminal: Terminal, name: str) -> OnProgress:
             place = "next" if progress.position <= 1 else f"number {progress.position}"
             what = f"{name}: {place} in the queue"
         elif progress.state == "running":
-            what = f"{name}: {_STAGES.get(progress.stage, progress.stage)}"
+            what = f"{name}: {STAGES.get(progress.stage, progress.stage)}"
         else:
-            what = f"{name}: fetching"
+            what = f"{name}: {'sending' if progress.state == 'receiving' else 'fetching'}"
         terminal.progress(what, round(100 * progress.fraction), 100, progress.eta_s)
 
     return show
@@ -333,7 +334,7 @@ def _planned(scans: Sequence[Path], channels: dict[str, Path], out: Path, jobs: 
         raise typer.BadParameter(f"several scans do not fit into '{out}'; name a folder with -o")
     if not folder and not suffix_of(out):
         raise unknown_format(out)
-    planned = []
+    planned: list[_Scan] = []
     for files in groups:
         first = next(iter(files.values()))
         name = stem_of(first)

@@ -96,6 +96,8 @@ from delineate.serving.store import Store
 
 STAGE_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, float("inf"))
 """Bounds by which the seconds of stages are counted."""
+_MOST_COUNTS = 500
+"""So many counters fit into an answer."""
 _LANES: tuple[Lane, ...] = get_args(Lane)
 _CLAIM_S = 45.0
 """For how long a place is kept for somebody who was refused: longer than clients wait before they ask again."""
@@ -492,7 +494,7 @@ class Engine:
                 raise Conflict(f"job {job.id} exists, of another content", fix="give each scan a job id of its own")
             return job
         if len(message.sha256) != len(job.request.parts):
-            raise ProtocolError(f"{len(message.sha256)} digests; the job has {len(job.request.parts)} parts")
+            raise ProtocolError(f"{len(message.sha256)} digests for {len(job.request.parts)} parts")
         self._keep_place(job, now)
         digests = self.spool.digests(job)
         if digests != message.sha256:
@@ -592,9 +594,9 @@ class Engine:
         if self.draining:
             return
         held: dict[str, list[Job]] = {}
-        for job in self._jobs.values():
-            if job.state == "running":
-                held.setdefault(job.worker, []).append(job)
+        for running in self._jobs.values():
+            if running.state == "running":
+                held.setdefault(running.worker, []).append(running)
         # Whoever is idle comes first: others take a job ahead.
         for connection in sorted(self._connections.values(), key=lambda one: len(held.get(_worker_of(one), ()))):
             if now - connection.heard > self.limits.silence_s / 3:  # it pings more often, if it is there
@@ -679,7 +681,7 @@ class Engine:
 
     def _index(self, job: Job, part: int) -> int:
         if part >= len(job.request.parts):
-            raise ProtocolError(f"there is no part {part}; the job has {len(job.request.parts)}")
+            raise ProtocolError(f"there is no part {part} of {len(job.request.parts)}")
         return part
 
     def _credit(self, job: Job, re: int) -> Credit:
@@ -740,6 +742,8 @@ class Engine:
     def _measure(self, seconds: Mapping[str, float]) -> None:
         """Count what the stages of a job took, for a histogram: how many took at most so long, and their sum."""
         for stage, took in seconds.items():
+            if f"stage {stage} sum" not in self.counts and (len(self.counts) > _MOST_COUNTS or len(stage) > 20):
+                continue  # workers choose these names
             for most in STAGE_SECONDS:
                 self._count(f"stage {stage} {most:g}", float(took <= most))
             self._count(f"stage {stage} sum", took)

@@ -261,7 +261,8 @@ def serve_elsewhere(settings: WorkerSettings, ready: Callable[[], object] = lamb
     key = read_key(settings.key)
     if key.role != "worker":
         raise ServingError(
-            f"'{settings.key}' is a {key.role}'s key", fix="ask who runs the server: delineate keys add NAME --worker"
+            f"'{settings.key}' is a {key.role}'s key",
+            fix="ask who runs the server: delineate keys add NAME --role worker",
         )
     with _held(settings.state, "a worker"), _Signals() as signals:
         bundles = {str(number): path for number, path in enumerate(settings.bundles)}

@@ -465,7 +465,7 @@ def test_a_long_job_is_hardly_asked_about(monkeypatch: pytest.MonkeyPatch) -> No
         Client(address=address) as client,
         pytest.raises(errors.Truncated, match="it ends early"),
     ):
-        client.fetch(job)
+        client.fetch(job, timeout_s=5)
     assert [type(message) for message in heard] == [p.Hello, p.Status, p.Status, p.Status]
 
 
@@ -492,7 +492,7 @@ def test_a_narrow_way_gets_smaller_chunks(large: Path, monkeypatch: pytest.Monke
 
     job = new_job()
     with peer(answer) as (address, _), Client(address=address) as client:
-        client.submit(large, job=job)
+        client.submit(large, job=job, timeout_s=15)
     assert received == 2**21
 
 

@@ -69,6 +69,13 @@ def test_a_packed_scan_is_unpacked_as_it_was(tmp_path: Path, suffix: str, dtype:
     assert unpacked(content) == path.read_bytes()
 
 
+def test_a_large_scan_is_packed_to_the_same_bytes_each_time(tmp_path: Path) -> None:
+    """Although its blocks are many."""
+    path = tmp_path / "scan.nii"
+    nibabel.Nifti1Image(smooth(np.int16, (200, 200, 120)), np.eye(4)).to_filename(path)
+    assert len({sent(path)[0][1] for _ in range(4)}) == 1
+
+
 def test_nifti_2_and_the_other_byte_order_are_known(tmp_path: Path) -> None:
     path = tmp_path / "scan.nii"
     nibabel.Nifti2Image(smooth(np.float32), np.eye(4)).to_filename(path)

@@ -42,7 +42,7 @@ PATHS = (
     "a\0b",
     "",
 )
-SOURCES = sorted(Path(delineate.serving.__file__).parent.glob("*.py"))
+SOURCES = sorted(Path(delineate.serving.__file__).parent.rglob("*.py"))
 
 
 def scan(folder: Path) -> Path:
@@ -154,7 +154,7 @@ def imported(tree: ast.AST) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_serving_neither_unpickles_nor_runs_what_it_is_given(path) -> None:
     """Neither pickle nor a shell, eval or exec. What our own processes send each other is another matter.
 

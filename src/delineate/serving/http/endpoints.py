@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
@@ -17,7 +18,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from delineate import __version__
 from delineate.errors import DelineateError, Denied, ProtocolError, ServingError, Truncated, UnknownModel
 from delineate.serving.client import new_job
 from delineate.serving.http.description import FILE, KINDS, SCAN, UPLOAD, answers, described
@@ -279,7 +279,7 @@ async def output(
 def application(desk: Desk) -> FastAPI:
     app = FastAPI(
         title="Delineate",
-        version=__version__,
+        version=version("delineate"),
         description="Send a scan, get its segmentation back on its own grid. Not for diagnosis.",
         docs_url=None,  # its page would come from elsewhere
         redoc_url=None,
