@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,12 +152,12 @@ class Drivers:
         self.root = root
         self._running: list[Running] = []
 
-    def start(self, *, wait: bool = True, **settings: Any) -> Running:
-        """A server, or a worker for one elsewhere; once it is ready."""
+    def start(self, *, wait: bool = True, within: Sequence[str] = (), **settings: Any) -> Running:
+        """A server, or a worker for one elsewhere; once it is ready. ``within``: a command that runs it elsewhere."""
         state = Path(settings.setdefault("state", self.root / f"state{len(self._running)}"))
         text = json.dumps({**SAME, **settings}, default=str)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__).with_name("driver.py")), text]
+        command = [*within, sys.executable, str(Path(__file__).with_name("driver.py")), text]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
         running = Running(process, {}, state)
         self._running.append(running)
@@ -183,6 +183,12 @@ class Drivers:
             running.process.wait(10)
             assert running.process.stdout is not None
             running.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def new_drivers() -> type[Drivers]:
+    """For tests that share a server of their own."""
+    return Drivers
 
 
 @pytest.fixture

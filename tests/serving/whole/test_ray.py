@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from delineate.errors import ServingError
+from delineate.errors import OutputError, ServingError
 from delineate.serving.keys import added, read_server_keys, write_key
-from delineate.serving.ray import Replicas, check
+from delineate.serving.ray import Replicas, _place, check
 from delineate.serving.server import Settings
 
 SOON = 90.0
@@ -41,27 +44,43 @@ def large_one_in(folder: Path) -> bool:
 
 
 def test_replicas_follow_the_queue_and_one_that_is_killed_in_mid_job_is_replaced(
-    drivers, bundles, large, small, wait_until, tmp_path
+    drivers, bundles, scan, small, wait_until, tmp_path
 ) -> None:
     pytest.importorskip("ray.serve", reason="without Ray Serve: pip install 'delineate[cluster]'")
     asked = {"at_least": 0, "at_most": 2, "idle_s": 3.0}
+    path = scan(tmp_path / "large.nii.gz", 5, (56, 56, 24))
+    large = replace(small[0], path=path, label=bundles.predicted("one", path)[0].read_bytes())
     server = drivers.serve(bundles.folders, plain=False, workers=0, replicas=asked)
     key = key_of_a_client(server, tmp_path)
     with server.client(key=key, timeout_s=SOON) as client:
         jobs = {client.submit(scan.path, model="one"): scan for scan in (large, *small[:4])}
         [first, *_] = jobs
         server.until(first, "infer", key=key)
-        [(folder, replica)] = [one for one in replicas_of(server).items() if large_one_in(one[0])]
+        [replica] = [one for folder, one in replicas_of(server).items() if large_one_in(folder)]
         replica.kill()
         for job, scan in jobs.items():
             client.fetch(job, tmp_path / f"{job}.nii.gz")
             assert (tmp_path / f"{job}.nii.gz").read_bytes() == scan.label
         wait_until(lambda: not replicas_of(server))
-        assert not list(folder.glob("scratch/*")), "what the one that was killed had is left on no disk"
     ray = [one for one in psutil.Process(server.process.pid).children(recursive=True) if "raylet" in one.name()]
     assert ray
     assert server.end() == 0
     assert psutil.wait_procs(ray, timeout=30)[1] == []
+
+
+def test_the_replica_after_one_that_died_has_its_place_and_its_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, lock, name = _place("server")
+    other, other_lock, other_name = _place("server")
+    assert (first, name) != (other, other_name)
+    os.close(lock)
+    again, lock, same = _place("server")
+    assert (again, same) == (first, name)
+    os.close(lock)
+    os.close(other_lock)
+    other.parent.chmod(0o755)
+    with pytest.raises(OutputError, match="is not this user's alone"):
+        _place("server")
 
 
 @pytest.mark.parametrize(
