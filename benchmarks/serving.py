@@ -32,7 +32,7 @@ from delineate.inference.predictor import Predictor
 from delineate.io.formats import read_label, read_volume, write_volume
 from delineate.sampling.tiles import TileGeometry
 from delineate.serving.client import Client
-from delineate.serving.keys import added, read_server_keys, write_key
+from delineate.serving.keys import read_key
 from delineate.serving.server import Server, Settings, read_address
 
 INFERENCE = ("preprocess", "infer", "undo", "postprocess")
@@ -159,8 +159,7 @@ def measured(root: Path, settings: Settings, bundle: object, scan: Volume, repet
     while not settings.address.exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    keys, own = added(read_server_keys(settings.keys), "me", "client", read_address(settings.state).zmq)
-    write_key(settings.keys, keys)
+    own = read_key(settings.state / "me.key")
     stages: dict[str, list[float]] = {}
     totals: dict[str, list[float]] = {}
 
@@ -172,7 +171,7 @@ def measured(root: Path, settings: Settings, bundle: object, scan: Volume, repet
         [outcome] = predict_subjects(predictor, find_subjects([root / f"scan{suffix}"], ("CT",)), root / "offline")
         note(f"in process, {suffix}", outcome.seconds)
 
-    with Client(own) as client, torch_threads(plan.threads):
+    with Client(own, read_address(settings.state).zmq) as client, torch_threads(plan.threads):
 
         def served(suffix: str) -> None:
             result = client.segment(root / f"scan{suffix}", root / "served.nii.gz", overwrite=True)

@@ -217,7 +217,7 @@ def test_a_job_that_ends_two_workers_is_tried_no_more_and_others_are_done(server
         for _ in range(2):
             server.until(lethal, "infer", "failed")
             server.child("worker").kill()
-            server.until(lethal, "queued", "failed")
+            server.until(lethal, "queued", "failed", "")  # "": given out again, and not begun
         assert outcome(client, lethal) == "E_QUARANTINED"
         for job, scan in others.items():
             assert label_of(client, job, tmp_path) == scan.label
