@@ -1,6 +1,6 @@
 """A front door that is killed: it plays clients and a worker in one process, and prints each promise once it is made.
 
-``python doomed.py FOLDER SEED`` prints ``queued ID``, ``done ID LEASE`` and ``fetched ID``.
+``python doomed.py FOLDER SEED`` prints ``queued ID``, ``done ID LEASE``, ``acknowledged ID`` and ``fetched ID``.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def main(folder: Path, seed: str) -> None:
         print("done", work.job, work.lease, flush=True)
         if rng.random() < 0.5:
             say(CLIENT, Fetch(job=work.job, output="label.json"))
+            print("acknowledged", work.job, flush=True)
             assert isinstance(say(CLIENT, Ack(job=work.job))[0], Ack)
             print("fetched", work.job, flush=True)
 

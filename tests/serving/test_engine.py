@@ -688,6 +688,21 @@ def test_results_can_be_acknowledged_on_a_full_disk_which_makes_room(disk) -> No
     house.close()
 
 
+def test_a_job_that_filled_the_disk_fails_and_makes_room(disk) -> None:
+    subprocess.run(["mount", "-o", "remount,size=400k", str(disk)], check=True)
+    house = House(disk, Limits(disk_share=1e9))
+    id = house.commit()
+    work = house.take()
+    with (Path(work.folder) / "scan.npy").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    [answer] = house.say(WORKER, Fail(lease=work.lease, problem=Problem("E_OUTPUT", "the disk is full")))
+    assert isinstance(answer, Ack)
+    assert house.state(id) == "failed"
+    assert not list((disk / "spool").iterdir())
+    house.close()
+
+
 # Thousands of jobs, dozens of clients
 
 

@@ -547,7 +547,7 @@ class Serving(RuleBasedStateMachine):
 
 TestServing = Serving.TestCase
 TestServing.settings = settings(
-    max_examples=1000 if THOROUGH else 40,
+    max_examples=1000 if THOROUGH else 30,
     stateful_step_count=60 if THOROUGH else 40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],

@@ -63,18 +63,18 @@ def test_nothing_that_was_acknowledged_is_lost_and_no_job_has_two_results(tmp_pa
             assert len(leases) <= 1
             if leases:
                 assert (job.state, {job.taken}) == ("done", leases)
-            check(spool, job, fetched=["fetched"] in told)
+            check(spool, job, *(["acknowledged"] in told, ["fetched"] in told))
         folders = {path.name for path in (tmp_path / "spool").iterdir()}
         assert folders <= store.keys()
 
 
-def check(spool: Spool, job: Job, *, fetched: bool) -> None:
+def check(spool: Spool, job: Job, acknowledged: bool, fetched: bool) -> None:
     """A job's files are those it should have, with the bytes they should have."""
     digest = hashlib.sha256(doomed.scan_of(job.id)).hexdigest()
     assert job.sha256 == (digest,)
     assert job.fetched or not fetched
     if job.state == "done":
-        if not job.fetched and spool.folder(job.key).exists():
+        if not acknowledged:
             assert spool.output(job.key, job.taken, "label.json").read_bytes() == digest.encode()
     elif job.state == "failed":  # it was killed together with its worker, twice
         assert (job.losses, job.problem.code) == (2, "E_QUARANTINED")

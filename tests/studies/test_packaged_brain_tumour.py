@@ -75,24 +75,21 @@ def test_overlap_is_tested_with_the_same_networks_and_subjects(size: str) -> Non
         assert [len(geometry.tiles(volume, overlap)) for overlap in (0.0, 0.5)] == [8, 27]
 
 
-def test_the_quick_size_is_the_paper_s_at_half_the_resolution_and_short() -> None:
+def test_the_quick_size_is_the_paper_s_at_a_quarter_of_the_resolution() -> None:
     quick, paper = planned("quick", 18), planned("paper", 18)
     assert quick.keys() == paper.keys()
-    steps = 0
     for label, run in quick.items():
         if run.weights_of is not None:
             continue
         small, whole = run.recipe, paper[label].recipe
         assert len(run.split.held_out(run.fold)) == 6, "as many as it takes to tell two arms apart"
-        assert (small.training.steps, small.training.epochs, small.training.minutes) == (100, None, None)
-        steps += small.training.steps or 0
+        assert (small.training.steps, small.training.epochs, small.training.minutes) == (400, None, None)
         assert (small.loss, small.sampler, small.inference) == (whole.loss, whole.sampler, whole.inference)
-        halved, full = (recipe.model_dump()["tiles"]["shape"] for recipe in (small, whole))
-        assert tuple(2 * side for side in halved) == full
+        small_side, full = (recipe.model_dump()["tiles"]["shape"] for recipe in (small, whole))
+        assert tuple(4 * side for side in small_side) == full
         assert [step.kind for step in small.preprocessing if step.kind != "resample"] == [
             step.kind for step in whole.preprocessing
         ]
-    assert steps <= 2400, "a quarter of an hour on two cores"
 
 
 def test_figures_beside_table_2_are_of_its_networks_and_classes() -> None:

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+import delineate
 from delineate.bundle import Bundle
 from delineate.core.targets import Targets
+from delineate.io.formats import read_label
 from delineate.networks.blocks import CONVOLUTIONS
 from delineate.recipe import OptimiserSpec, load_recipe, packaged_recipes, recipe_from
 from delineate.sampling.tiles import TileGeometry
+from delineate.studies.measures import read_curves
 from delineate.training.module import build_optimiser
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.run import train
@@ -132,6 +135,22 @@ def test_the_last_weights_are_kept_where_the_recipe_says_so(recipe, balls, tmp_p
     run(with_training(recipe, **fields), balls, tmp_path / "best")
     best = weights_of(tmp_path / "best/bundle")
     assert not all(np.array_equal(kept[name], best[name]) for name in kept)
+
+
+def test_validation_says_by_how_much_predicted_volumes_are_off(recipe, balls, tmp_path) -> None:
+    folder = tmp_path / "run"
+    run(with_training(recipe, keep="last", ema=0.0, steps=30), balls, folder)
+    bundle = delineate.load(folder, device="cpu", precision="fp32")
+    errors = []
+    for subject in balls.subjects:
+        if subject.id in RunSubjects.load(folder).validation:
+            assert subject.label is not None
+            found, true = bundle.predict(subject).label, read_label(subject.label)
+            errors.append(abs(int(found.voxels.sum()) - int(true.voxels.sum())) * true.grid.voxel_ml)
+    last = pd.read_csv(folder / "logs/validation.csv").iloc[-1]
+    # Prepared scans have half precision: a voxel may change sides.
+    assert last["volume_error_ml_ball"] == pytest.approx(np.mean(errors), abs=2 * 1.5e-3)
+    assert read_curves(folder).volume_error_ml.iloc[-1] == last["volume_error_ml_ball"]
 
 
 @pytest.mark.parametrize("stop_at", [None, "step 8"])

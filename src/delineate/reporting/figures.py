@@ -74,19 +74,19 @@ def loss_chart(learning: pd.DataFrame, validation_loss: pd.DataFrame | None = No
     return _chart(draw, f"Training{beside} loss over {last} steps", height=2.7)
 
 
-def losses_chart(losses: Mapping[str, pd.Series], what: str) -> str:
-    """Losses by step, a line for each method, on a logarithmic scale where they span more than a factor of five."""
+def steps_chart(values: Mapping[str, pd.Series], what: str) -> str:
+    """Figures by training step, a line for each method, on a logarithmic scale beyond a factor of five."""
 
     def draw(axes: Axes) -> None:
-        for k, (name, values) in enumerate(losses.items()):
+        for k, (name, series) in enumerate(values.items()):
             style = ("-", "--", ":", "-.")[k // len(SERIES) % 4]
-            few = values.iloc[:: max(1, len(values) // _MOST_POINTS)]
+            few = series.iloc[:: max(1, len(series) // _MOST_POINTS)]
             axes.plot(few.index, few.to_numpy(), style, color=SERIES[k % len(SERIES)], linewidth=1.3, label=name)
         axes.set(xlabel="training step", ylabel=what)
         _log_if_wide(axes, what)
-        axes.legend(loc="upper right", fontsize=8, ncols=1 + len(losses) // 9)
+        axes.legend(loc="upper right", fontsize=8, ncols=1 + len(values) // 9)
 
-    return _chart(draw, f"{what} over training steps: {', '.join(losses)}", height=3.2)
+    return _chart(draw, f"{what} over training steps: {', '.join(values)}", height=3.2)
 
 
 def _log_if_wide(axes: Axes, label: str) -> None:
@@ -112,7 +112,7 @@ def _smoothed(axes: Axes, steps: pd.Series, values: pd.Series, colour: str, labe
 def validation_chart(validation: pd.DataFrame) -> str:
     """Dice on the validation subjects over steps, for each target and their mean, with the best marked.
 
-    Columns ``step``, ``dice``, and ``dice_<target>`` for each target.
+    Columns ``step``, ``dice``, and ``dice_<target>`` for each target; others are not drawn.
     """
     targets = [str(c) for c in validation.columns if str(c).startswith("dice_")]
     best = validation.loc[validation["dice"].idxmax()]

@@ -36,10 +36,10 @@ from delineate.reporting.figures import (
     identity_chart,
     lesion_chart,
     loss_chart,
-    losses_chart,
     methods_chart,
     metric_chart,
     reliability_chart,
+    steps_chart,
     validation_chart,
 )
 from delineate.reporting.overlays import COLOURS, MARKS, Overlay, Palette, View, picture
@@ -113,8 +113,8 @@ class StudySection:
     """What the page of a study tells of one stage and data set.
 
     ``evaluations`` are the pooled held-out subjects of each group of runs, ``curves`` means of the study's metric over
-    what ``axis`` counts. ``findings`` are sentences. ``losses`` and ``test_losses`` are by arm and step; ``measures``
-    is a table of runs' measures by arm, ``picture`` a WebP of one ``pictured`` subject under every arm.
+    what ``axis`` counts. ``findings`` are sentences. ``learning`` has figures by what they are, arm and step;
+    ``measures`` is a table of runs' measures by arm, ``picture`` a WebP of one ``pictured`` subject under every arm.
     """
 
     title: str
@@ -122,8 +122,7 @@ class StudySection:
     findings: Sequence[str] = ()
     curves: Mapping[str, Sequence[tuple[float, Estimate]]] = field(default_factory=dict)
     axis: str = ""
-    losses: Mapping[str, pd.Series] = field(default_factory=dict)
-    test_losses: Mapping[str, pd.Series] = field(default_factory=dict)
+    learning: Mapping[str, Mapping[str, pd.Series]] = field(default_factory=dict)
     measures: tuple[Sequence[str], Sequence[Sequence[str]]] = ((), ())
     picture: bytes | None = None
     pictured: str = ""
@@ -336,17 +335,12 @@ def _section(section: StudySection, metric: str) -> dict[str, Any]:
         charts.append(curve_chart(section.curves, section.axis, label))
     elif section.evaluations and len(section.evaluations) <= _MOST_ROWS:
         charts.append(methods_chart(section.evaluations, metric, label))
-    learning = []
-    if section.losses:
-        learning.append(losses_chart(section.losses, "training loss"))
-    if section.test_losses:
-        learning.append(losses_chart(section.test_losses, "validation loss"))
     return {
         "section": section,
         "rows": rows,
         "charts": charts,
         "over_density": over_density,
-        "learning": learning,
+        "learning": [steps_chart(values, what) for what, values in section.learning.items()],
         "pooled": pooled,
         "agreement": agreement,
         "errors": errors,

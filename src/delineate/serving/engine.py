@@ -573,6 +573,7 @@ class Engine:
                     self._change(job, Lost(now=now, lease=lease))
                 yield Answer(to, Ack(lease=lease, re=message.id))
             case Fail():
+                self.spool.withdraw(job.key, lease)  # first: what it left may be what filled the disk
                 if message.released or message.problem is None:
                     self._change(job, Released(now=now, lease=lease))
                 else:

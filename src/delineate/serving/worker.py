@@ -655,7 +655,7 @@ class Worker:
 
     def _end(self, task: _Task, answer: Done | Fail) -> None:
         del self._tasks[task.lease]
-        if task.remote:
+        if task.remote or isinstance(answer, Fail):  # a full disk has room then to write down that it failed
             shutil.rmtree(task.folder, ignore_errors=True)
         self._say_until_heard(answer)
         self._on_end()

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, nan, prod
 from pathlib import Path
-from statistics import median
+from re import fullmatch
+from statistics import fmean, median
 from typing import Literal
 
 import numpy as np
@@ -62,10 +63,16 @@ _TAIL = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """A run's losses by step: ``loss`` in training, ``test`` on validation tiles (empty where it was not measured)."""
+    """A run's figures by step; empty where they were not measured.
+
+    ``loss`` in training, ``test`` on validation tiles; mean ``dice`` and absolute ``volume_error_ml`` of the validation
+    subjects, over all targets.
+    """
 
     loss: pd.Series[float]
     test: pd.Series[float]
+    dice: pd.Series[float]
+    volume_error_ml: pd.Series[float]
 
     @property
     def smoothed(self) -> pd.Series[float]:
@@ -74,20 +81,24 @@ class Curves:
 
 
 def read_curves(run: Path) -> Curves:
-    """The losses of a run's folder; empty where it has none."""
+    """The figures in a run's folder."""
+    logs = run / "logs"
     return Curves(
-        _series(run / "logs" / "training.csv", "loss"),
-        _series(run / "logs" / "validation_loss.csv", "validation_loss"),
+        _series(logs / "training.csv", "loss"),
+        _series(logs / "validation_loss.csv", "validation_loss"),
+        _series(logs / "validation.csv", "dice"),
+        _series(logs / "validation.csv", "volume_error_ml_.+"),
     )
 
 
-def _series(path: Path, column: str) -> pd.Series[float]:
-    if not path.is_file():
-        return pd.Series(dtype=float, name=column)
-    rows = read_table(path)
-    return pd.Series(
-        [float(row[column]) for row in rows], index=[int(row["step"]) for row in rows], dtype=float, name=column
-    )
+def _series(path: Path, columns: str) -> pd.Series[float]:
+    """The mean of the columns with matching names, by step."""
+    rows = read_table(path) if path.is_file() else []
+    names = [name for name in rows[0] if fullmatch(columns, name)] if rows else []
+    if not names:
+        return pd.Series(dtype=float)
+    values = [fmean(float(row[name]) for name in names) for row in rows]
+    return pd.Series(values, index=[int(row["step"]) for row in rows], dtype=float)
 
 
 def measure_run(run: Path, curves: Curves, *, peak_gb: float) -> dict[str, float]:

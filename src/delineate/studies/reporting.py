@@ -163,21 +163,30 @@ def _section(results: StudyResults, folder: Path, stage: str, data: str, runs: l
         findings=results.findings[stage, data],
         curves=curves,
         axis=_axis(results),
-        losses=_mean_curves(results, runs, "smoothed"),
-        test_losses=_mean_curves(results, runs, "test"),
+        learning={what: means for what, name in _LEARNING.items() if (means := _mean_curves(results, runs, name))},
         measures=_measures(results, list(labels)),
         picture=picture.read_bytes() if picture.exists() and pictured else None,
         pictured=pictured[0] if pictured else "",
     )
 
 
+_LEARNING = {
+    "training loss": "smoothed",
+    "validation loss": "test",
+    "Dice, validation": "dice",
+    "absolute volume error, validation (ml)": "volume_error_ml",
+}
+"""What is drawn over training steps, and which of a run's :class:`Curves` it is."""
+
+
 def _mean_curves(results: StudyResults, runs: Iterable[PlannedRun], which: str) -> dict[str, pd.Series]:
-    """By arm: the mean loss of its runs at the steps that all of them logged."""
+    """By arm: the mean of its runs at the steps that all of them logged."""
     by_arm: dict[str, list[pd.Series]] = {}
     for run in runs:
-        if run.name in results.curves and len(losses := getattr(results.curves[run.name], which)):
-            by_arm.setdefault(run.arm, []).append(losses)
-    return {arm: pd.concat(losses, axis=1, join="inner").mean(axis=1) for arm, losses in by_arm.items()}
+        if run.name in results.curves and len(values := getattr(results.curves[run.name], which)):
+            by_arm.setdefault(run.arm, []).append(values)
+    means = {arm: pd.concat(values, axis=1, join="inner").mean(axis=1) for arm, values in by_arm.items()}
+    return {arm: values for arm, values in means.items() if len(values)}
 
 
 def _measures(results: StudyResults, labels: list[str]) -> tuple[list[str], list[list[str]]]:

@@ -274,7 +274,9 @@ class StudyResults:
         first, second = (self._values(arm, claim.metric) for arm in (claim.better, claim.worse))
         common = sorted(first.keys() & second.keys(), key=str)
         if not common:
-            return Judged(claim, "too few to tell", "not all of its runs are done")
+            undefined = {claim.better, claim.worse} <= set(self.pooled)
+            why = f"{measure.label}: undefined in its runs" if undefined else "not all of its runs are done"
+            return Judged(claim, "too few to tell", why)
         d = paired_difference([first[key] for key in common], [second[key] for key in common])
         unit = f" {measure.unit}" if measure.unit else ""
         arms = f"{claim.better} minus {claim.worse}"

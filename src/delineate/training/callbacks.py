@@ -20,7 +20,7 @@ from delineate.sampling.batches import BatchSource
 from delineate.training.events import Collapsed, GaveUp, Stopped, Validated
 from delineate.training.module import Delineator
 from delineate.training.options import Reporter, Stop
-from delineate.training.validation import summary, validate
+from delineate.training.validation import Score, summary, validate
 
 SECONDS_BETWEEN_STATES = 45.0
 """A killed run loses at most this and the step it was in, less than a minute."""
@@ -77,6 +77,7 @@ class Validator(lightning.Callback):
         means = summary(scores, spec.metric)
         self.score = means.score
         row = {"dice": means.dice, **{f"dice_{name}": dice for name, dice in means.targets.items()}}
+        row |= {f"volume_error_ml_{name}": error for name, error in means.error_ml.items()}
         for logger in trainer.loggers:
             logger.log_metrics({**row, "minutes": module.budget.elapsed() / 60}, step=trainer.global_step)
         better = self.score > self.best
@@ -110,7 +111,7 @@ class Validator(lightning.Callback):
             soon = bool(module.trainer.strategy.broadcast(soon, src=0))
         return soon
 
-    def _scores(self, trainer: lightning.Trainer, module: Delineator) -> list[dict[str, float]]:
+    def _scores(self, trainer: lightning.Trainer, module: Delineator) -> list[dict[str, Score]]:
         """Scores of all subjects, which the processes share among them."""
         own = validate(
             module.kept_network, module.bundle, module.plan, self.subjects[trainer.global_rank :: trainer.world_size]

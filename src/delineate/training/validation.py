@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +18,17 @@ from delineate.inference.sliding import Sliding
 from delineate.preprocessing.cache import PreparedSubject
 
 
+class Score(NamedTuple):
+    """A target of one subject: Dice (both empty: 1), and by how much its volume is off, in either direction."""
+
+    dice: float
+    error_ml: float
+
+
 def validate(
     network: torch.nn.Module, bundle: Bundle, plan: ComputePlan, subjects: Sequence[PreparedSubject]
-) -> list[dict[str, float]]:
-    """Dice by target for each subject, on the prepared grid; both empty: 1. Without flips, which ``predict`` adds."""
+) -> list[dict[str, Score]]:
+    """Scores by target for each subject, on the prepared grid. Without flips, which ``predict`` adds."""
     targets, inference = bundle.targets, bundle.recipe.inference
     # Half the usual overlap needs a fraction of the tiles and ranks weights just as well.
     overlap = min(inference.overlap, 0.25)
@@ -45,28 +53,35 @@ def validate(
             pairs = [(winner == k, reference[0] == k) for k in range(1, targets.outputs)]
         else:
             pairs = [(p > 0.5, r == 1) for p, r in zip(probability, reference, strict=True)]
-        scores.append({name: _dice(p & known, r) for name, (p, r) in zip(targets.names, pairs, strict=True)})
+        voxel_ml = subject.grid.voxel_ml
+        scores.append({name: _score(p & known, r, voxel_ml) for name, (p, r) in zip(targets.names, pairs, strict=True)})
     network.train(was_training)
     return scores
 
 
 @dataclass(frozen=True)
 class Means:
-    """Mean Dice over the subjects, for all targets and for each; the weights are selected by ``score``."""
+    """Mean Dice over the subjects, for all targets and for each; the weights are selected by ``score``.
+
+    ``error_ml``: mean absolute error of each target's volume.
+    """
 
     dice: float
     targets: Mapping[str, float]
+    error_ml: Mapping[str, float]
     score: float
 
 
-def summary(scores: Sequence[dict[str, float]], metric: str) -> Means:
+def summary(scores: Sequence[dict[str, Score]], metric: str) -> Means:
     """Means of what :func:`validate` returned; ``metric`` says which is the score."""
     names = list(scores[0])
-    means = {name: math.fsum(s[name] for s in scores) / len(scores) for name in names}
+    means = {name: math.fsum(s[name].dice for s in scores) / len(scores) for name in names}
+    error_ml = {name: math.fsum(s[name].error_ml for s in scores) / len(scores) for name in names}
     dice = math.fsum(means.values()) / len(means)
-    return Means(dice, means, dice if metric == "dice" else min(means.values()))
+    return Means(dice, means, error_ml, dice if metric == "dice" else min(means.values()))
 
 
-def _dice(prediction: np.ndarray, reference: np.ndarray) -> float:
-    size = int(prediction.sum()) + int(reference.sum())
-    return 2 * int((prediction & reference).sum()) / size if size else 1.0
+def _score(prediction: np.ndarray, reference: np.ndarray, voxel_ml: float) -> Score:
+    found, true = int(prediction.sum()), int(reference.sum())
+    dice = 2 * int((prediction & reference).sum()) / (found + true) if found + true else 1.0
+    return Score(dice, abs(found - true) * voxel_ml)

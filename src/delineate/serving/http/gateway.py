@@ -142,7 +142,10 @@ class _Connection(H11Protocol):
             self._due.cancel()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP."""
+        """Answer what is no HTTP, or no longer: then whoever is answering the request is told that nobody listens."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         refused = Refused(ProtocolError("this is no HTTP request", fix="use an HTTP client")).response()
         headers = [*refused.raw_headers, *_HEADERS, (b"connection", b"close")]
         with suppress(h11.LocalProtocolError):  # half an answer is on its way
