@@ -41,8 +41,64 @@ def serve(
     precision: Precision = "auto",
     threads: Threads = None,
     workers: Annotated[
-        int, typer.Option("--workers", min=0, max=64, help="Run this many workers on this machine, on the same device.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--workers",
+            min=0,
+            max=64,
+            help="Run this many workers on this machine, on the same device (default: 1, or 0 with --ray).",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            help="Run workers as replicas on the ray cluster at ray://HOST:PORT, as many as there are jobs; "
+            "local starts a ray on this machine.",
+        ),
+    ] = None,
+    replicas_at_least: Annotated[
+        int | None,
+        typer.Option("--replicas-at-least", min=0, max=1024, help="Keep this many replicas, even idle (default: 1)."),
+    ] = None,
+    replicas_at_most: Annotated[
+        int | None,
+        typer.Option(
+            "--replicas-at-most",
+            min=1,
+            max=1024,
+            help="Run at most this many replicas (default: as many as the cluster has room for).",
+        ),
+    ] = None,
+    cpus_a_replica: Annotated[
+        int | None,
+        typer.Option("--cpus-a-replica", min=1, max=1024, help="Use this many CPUs for each replica (default: 1)."),
+    ] = None,
+    gpus_a_replica: Annotated[
+        float | None,
+        typer.Option(
+            "--gpus-a-replica",
+            min=0,
+            max=64,
+            help="Use this many GPUs for each replica, such as 0.5 (default: 1, or 0 if the cluster has none).",
+        ),
+    ] = None,
+    memory_gb_a_replica: Annotated[
+        float | None,
+        typer.Option(
+            "--memory-gb-a-replica",
+            min=0,
+            max=10_000,
+            help="Hold this much memory for each replica, in GB (default: 0).",
+        ),
+    ] = None,
+    reach: Annotated[
+        str | None,
+        typer.Option(
+            "--reach",
+            help="Address at which the cluster's nodes find this server, such as tcp://HOST:7420 (default: --bind).",
+        ),
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Use no keys: every user of this machine may send scans and see all jobs.")
     ] = False,
@@ -82,6 +138,25 @@ def serve(
     from delineate.cli.terminal import Terminal, print_json
 
     check_there(device)
+    asked = {
+        "--replicas-at-least": replicas_at_least,
+        "--replicas-at-most": replicas_at_most,
+        "--cpus-a-replica": cpus_a_replica,
+        "--gpus-a-replica": gpus_a_replica,
+        "--memory-gb-a-replica": memory_gb_a_replica,
+        "--reach": reach,
+    }
+    replicas = None
+    if ray is not None:
+        from delineate.cluster import Request
+        from delineate.serving.ray import Replicas
+
+        request = Request(cpus_a_replica or 1, gpus_a_replica, memory_gb_a_replica or 0.0)
+        least = 1 if replicas_at_least is None else replicas_at_least
+        replicas = Replicas(ray, request, least, replicas_at_most, reach=reach or "")
+    for option, value in asked.items():
+        if ray is None and value is not None:
+            raise typer.BadParameter(f"{option} needs --ray")
     settings = Settings(
         state=(state or state_folder()).absolute(),
         bundles=_named(bundles),
@@ -89,11 +164,12 @@ def serve(
         http=http,
         plain=plain,
         limits=Limits(queue=queue, spool_bytes=int(spool_gb * 1e9), keep_s=keep_hours * 3600),
-        workers=workers,
+        workers=(0 if ray else 1) if workers is None else workers,
         device=device,
         precision=precision,
         threads=threads,
         drain_s=drain_s,
+        replicas=replicas,
     )
     for address in filter(None, (bind, f"tcp://{http}" if http else "")):
         check_bind(address, plain=plain)

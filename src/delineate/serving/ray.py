@@ -20,7 +20,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -58,8 +57,8 @@ _ANYWHERE = ("*", "0.0.0.0", "[::]")
 _LOOK_S = 0.25
 _ANSWER_S = 5.0
 _REST_S = 1.0
-_GONE_S = 60.0
-"""When all calls have failed for so long, the connection to the cluster is made anew."""
+_GONE = 30
+"""When so many calls have failed for each that may be made at once, the connection to the cluster is made anew."""
 
 
 @dataclass(frozen=True)
@@ -171,14 +170,15 @@ def _ray_serve() -> ModuleType:
 async def _call(ray: ModuleType, handle: Any, settings: Settings, least: int, most: int, stop: threading.Event) -> None:
     """Call replicas for as many jobs as there are, and keep the fewest of them waiting for the next."""
     line, models, calls = _Line(address=f"ipc://{settings.socket}"), dict[str, Any](), set[asyncio.Task[None]]()
-    answered = time.monotonic()
+    failed = 0
 
     async def call() -> None:
-        nonlocal answered
+        nonlocal failed
         try:
             await handle.take.remote(dict(models))
-            answered = time.monotonic()
+            failed = 0
         except Exception as error:  # ray has many; the replica's own are in its log
+            failed += 1
             _LOG.warning("a replica was lost: %s", _last_line(error))
             await asyncio.sleep(_REST_S)
 
@@ -190,9 +190,7 @@ async def _call(ray: ModuleType, handle: Any, settings: Settings, least: int, mo
                 wanted = max(least, await line.waiting())
             calls = {one for one in calls if not one.done()}
             calls |= {asyncio.create_task(call()) for _ in range(min(wanted, most) - len(calls))}
-            if not calls:
-                answered = time.monotonic()
-            elif time.monotonic() - answered > settings.limits.job_s + _GONE_S:
+            if failed > _GONE * most:
                 raise ClusterError("the cluster does not answer any more", fix="start it again")
             await asyncio.sleep(_LOOK_S)
     finally:

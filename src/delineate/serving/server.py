@@ -230,7 +230,7 @@ class Server:
                     if not told:
                         raise problem
                 self._publisher.look()
-                if not told and self._publisher.offers and settings.address.exists():
+                if not told and self._publisher.offers and _taken_up(settings):
                     told = True
                     ready(read_address(settings.state))
                 for child in self._children:
@@ -358,6 +358,14 @@ class _Publisher:
         return {name: _stamp(path) for name, path in self._bundles.items()}
 
 
+def _taken_up(settings: Settings) -> bool:
+    """Whether the front door listens, and offers what has been published: it says so again for each change."""
+    try:
+        return settings.address.stat().st_mtime_ns >= changed(settings.models)
+    except FileNotFoundError:
+        return False
+
+
 class _Child:
     """A process that is started again when it ends."""
 
@@ -433,7 +441,7 @@ def _run_front_door(settings: Settings) -> None:
     store = Store(settings.store)
     try:
         engine = Engine(store, Spool(settings.spool), settings.limits, now=time.time(), name="delineate")
-        last = 0
+        last, address = 0, None
 
         def refresh() -> None:
             nonlocal last
@@ -441,6 +449,12 @@ def _run_front_door(settings: Settings) -> None:
             if now != last:
                 last = now
                 engine.models = offered(settings.models)
+                if address is not None:
+                    announce(address)
+
+        def announce(address: Address) -> None:
+            with writing_beside(settings.address) as beside:
+                beside.write_bytes(msgspec.json.encode(address))
 
         refresh()
         keys = None if settings.plain else settings.keys
@@ -451,8 +465,8 @@ def _run_front_door(settings: Settings) -> None:
         door = FrontDoor(engine, settings.socket, bind=bind, keys=keys, refresh=refresh)
         _end_with_parent(door.stop)
         address = Address(door.address, settings.http, os.getppid(), settings.plain)
-        with writing_beside(settings.address) as beside:
-            beside.write_bytes(msgspec.json.encode(address))
+        announce(address)
+        refresh()
         try:
             door.run(settings.drain_s)
         finally:

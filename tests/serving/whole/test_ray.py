@@ -9,7 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from delineate.cli.app import app
 from delineate.errors import OutputError, ServingError
 from delineate.serving.keys import added, read_server_keys, write_key
 from delineate.serving.ray import Replicas, _place, check
@@ -99,3 +101,14 @@ def test_what_cannot_work_is_refused_before_anything_starts(settings, replicas, 
         check(Settings(tmp_path, **settings, replicas=Replicas(**replicas)))
     check(Settings(tmp_path, bind="tcp://10.0.0.1:7420", replicas=Replicas(cluster="ray://head:10001")))
     check(Settings(tmp_path, replicas=Replicas(cluster="ray://head:10001", reach="tcp://10.0.0.1:7420")))
+
+
+def test_options_of_replicas_need_a_cluster(tmp_path) -> None:
+    for option in ("--replicas-at-least", "--replicas-at-most", "--cpus-a-replica", "--gpus-a-replica", "--reach"):
+        alone = CliRunner().invoke(app, ["serve", str(tmp_path), "--state", str(tmp_path / "s"), option, "1"])
+        assert alone.exit_code == 2
+        assert f"{option} needs --ray" in alone.output
+    words = ["serve", str(tmp_path), "--state", str(tmp_path / "s"), "--ray", "ray://head:10001"]
+    refused = CliRunner().invoke(app, words)
+    assert "cannot reach a server at" in str(refused.exception)
+    assert not (tmp_path / "s").exists()
