@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test lint bench soak docs clean
 
 help:
 	@echo "make demo    train on simulated scans, predict, evaluate, report (minutes on two cores)"
 	@echo "make test    run the test suite"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make bench   measure speed and memory as ratios in one run"
+	@echo "make soak    a server under load, floods, kills and mutated messages, in their long forms (hours)"
 	@echo "make docs    build the documentation's site: build/site/index.html"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -35,6 +36,10 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/run.py
+
+soak: .venv/installed-dev
+	DELINEATE_THOROUGH=1 DELINEATE_MUTATIONS=100000 DELINEATE_FLOOD_GB=10 $(BIN)/python -m pytest tests/serving
+	$(BIN)/python benchmarks/soak.py
 
 docs: .venv/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

@@ -33,7 +33,8 @@ from delineate.io.formats import read_label, read_volume, write_volume
 from delineate.sampling.tiles import TileGeometry
 from delineate.serving.client import Client
 from delineate.serving.keys import read_key
-from delineate.serving.server import Server, Settings, read_address
+from delineate.serving.server import Server
+from delineate.serving.settings import Settings, read_address
 
 INFERENCE = ("preprocess", "infer", "undo", "postprocess")
 
@@ -131,7 +132,8 @@ def main() -> None:
             {"kind": "normalise"},
         ],
         "tiles": {"kind": "patches", "shape": list(side)},
-        "network": {"kind": "unet", "dimensions": 3, "widths": [16, 32, 64]},
+        "network": {"kind": "unet", "dimensions": 3, "widths": [8, 16, 32]},
+        "inference": {"overlap": 0.25},
     }
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

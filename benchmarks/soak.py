@@ -33,7 +33,7 @@ from delineate.io.formats import write_volume
 from delineate.sampling.tiles import TileGeometry
 from delineate.serving.client import Client
 from delineate.serving.keys import KeyFile, read_key
-from delineate.serving.server import Settings, read_address
+from delineate.serving.settings import Settings, read_address
 from serving import serve
 
 RECIPE = {

@@ -204,7 +204,7 @@ def test_the_dashboard_and_its_page_refer_to_what_is_measured(tmp_path: Path) ->
     from delineate.serving.http.desk import Desk, Limits
     from delineate.serving.http.figures import FrontDoorFigures
     from delineate.serving.protocol import Figures
-    from delineate.serving.server import Settings
+    from delineate.serving.settings import Settings
 
     counted = (
         "jobs queued", "workers", "connections", "spool bytes", "received bytes", "sent bytes", "refused E_BUSY",

@@ -62,8 +62,7 @@ def share_of(ray: ModuleType, request: Request, what: str) -> Share:
         there = sorted({_described(node["Resources"]) for node in nodes.values()})
         raise ClusterError(
             f"a {what} asks for {_described(wanted)}, and no node of the cluster has as much ({'; '.join(there[:8])})",
-            fix=f"ask for less with --cpus-a-{what}, --gpus-a-{what} or --memory-gb-a-{what}, "
-            "or add a larger node first",
+            fix=f"ask for less with the options that end in -a-{what}, or add a larger node first",
         )
     return Share(
         wanted, {name: (str(nodes[name]["NodeManagerHostname"]), room) for name, room in rooms.items() if room}

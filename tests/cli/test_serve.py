@@ -32,7 +32,7 @@ from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
 from delineate.serving.keys import read_key, read_server_keys
 from delineate.serving.places import reachable, way_to_server
-from delineate.serving.server import read_address
+from delineate.serving.settings import read_address
 
 GRID = Grid((10, 8, 6), np.array([[-1.0, 0, 0, 5], [0, -1, 0, 7], [0, 0, 3, -3], [0, 0, 0, 1]]))
 TINY = {

@@ -29,7 +29,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 GAP = "\0"
 """Where a message has something filled in."""
 
-FILES = (".csv", ".json", ".md", ".yaml", ".txt", ".safetensors", ".py")
+FILES = (".csv", ".json", ".md", ".yaml", ".txt", ".safetensors", ".py", ".npy")
 OF_EXAMPLES = {("extending.md", "network.filters")}
 """Fields of parts that a page defines itself."""
 OF_OTHERS = {
@@ -37,8 +37,10 @@ OF_OTHERS = {
     "--ml", "--roi", "--statistics", "--preview", "--fast",
     "--head", "--address", "--disable-usage-stats", "--generate",
     "--rm", "--network", "--user", "--memory", "--cpuset-cpus", "--cpus", "--gpus",
+    "--cap-drop", "--name", "--read-only", "--restart", "--security-opt", "--stop-timeout", "--tmpfs",
+    "--home-dir", "--now", "--shell", "--system", "--force-reinstall",
 }  # fmt: skip
-"""Options of SLURM's, a benchmark's, TensorBoard's, nnU-Net's, TotalSegmentator's, ray's and Docker's."""
+"""Options of SLURM, a benchmark, TensorBoard, nnU-Net, TotalSegmentator, ray, Docker, systemd, useradd and pip."""
 
 
 def literals(file: Path) -> Iterator[str]:

@@ -51,7 +51,8 @@ from delineate.serving.protocol import (
     decode,
     encode,
 )  # fmt: skip
-from delineate.serving.server import _SPAWN, Address, Settings, _Child, _front_door, _gateway, listen, prepare
+from delineate.serving.server import _SPAWN, _Child, _front_door, _gateway, listen, prepare
+from delineate.serving.settings import Address, Settings
 
 MUTATIONS = int(os.environ.get("DELINEATE_MUTATIONS", "2000"))
 """Requests of the fuzz; set the variable for more."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from delineate.serving.protocol import Model
-    from delineate.serving.server import Address, Settings
+    from delineate.serving.settings import Address, Settings
 
 
 def serve(
@@ -96,7 +96,7 @@ def serve(
         str | None,
         typer.Option(
             "--reach",
-            help="Address at which the cluster's nodes find this server, such as tcp://HOST:7420 (default: --bind).",
+            help="Name the address at which the cluster's nodes find this server: tcp://HOST:7420 (default: --bind).",
         ),
     ] = None,
     plain: Annotated[
@@ -128,7 +128,8 @@ def serve(
         from delineate.serving.front_door import check_bind
         from delineate.serving.models import offered
         from delineate.serving.places import state_folder
-        from delineate.serving.server import Server, Settings
+        from delineate.serving.server import Server
+        from delineate.serving.settings import Settings
 
         if http:
             import fastapi  # noqa: F401
@@ -149,7 +150,7 @@ def serve(
     replicas = None
     if ray is not None:
         from delineate.cluster import Request
-        from delineate.serving.ray import Replicas
+        from delineate.serving.settings import Replicas
 
         request = Request(cpus_a_replica or 1, gpus_a_replica, memory_gb_a_replica or 0.0)
         least = 1 if replicas_at_least is None else replicas_at_least

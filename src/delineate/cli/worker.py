@@ -34,7 +34,8 @@ def worker(
     If the server is away, the worker waits for it. What a worker has not finished when it stops, another one does.
     """
     with serving():
-        from delineate.serving.server import WorkerSettings, serve_elsewhere
+        from delineate.serving.server import serve_elsewhere
+        from delineate.serving.settings import WorkerSettings
 
     from delineate.cli.terminal import Terminal, print_json
     from delineate.serving.places import data_folder

@@ -24,7 +24,7 @@ from delineate.serving.engine import Limits
 from delineate.serving.keys import read_key, read_server_keys
 from delineate.serving.places import find_key, host_of, reachable, state_folder, way_to_server
 from delineate.serving.protocol import VERSION, Figures, Hello, Stats, Welcome, decode, encode
-from delineate.serving.server import Address, Settings, read_address
+from delineate.serving.settings import Address, Settings, read_address
 
 Verdict = Literal["ok", "note", "wrong"]
 

@@ -20,7 +20,7 @@ from delineate.serving.keys import (
     removed,
     write_key,
 )
-from delineate.serving.server import Address, read_address
+from delineate.serving.settings import Address, read_address
 
 FIRST = "me"
 """Name of the key that a server makes for its own machine when it first starts."""

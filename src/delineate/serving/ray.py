@@ -22,17 +22,16 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 
-from delineate.cluster import Request, Share, connected, share_of
+from delineate.cluster import Share, connected, share_of
 from delineate.errors import ClusterError, DelineateError, MissingFile, OutputError, ServingError, UnknownKey
 from delineate.io.files import writing_beside
 from delineate.io.locks import lock_file
@@ -41,9 +40,7 @@ from delineate.serving.front_door import is_loopback
 from delineate.serving.keys import KeyFile, added, read_key, read_server_keys, removed, write_key
 from delineate.serving.models import OFFER
 from delineate.serving.protocol import Figures, Model, Stats
-
-if TYPE_CHECKING:
-    from delineate.serving.server import Settings
+from delineate.serving.settings import Replicas, Settings
 
 _LOG = logging.getLogger("delineate.serving")
 
@@ -59,21 +56,6 @@ _ANSWER_S = 5.0
 _REST_S = 1.0
 _GONE = 30
 """When so many calls have failed for each that may be made at once, the connection to the cluster is made anew."""
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """Workers on a cluster: ``local``, or ``ray://HOST:PORT``. ``reach`` is where its nodes find the server.
-
-    ``at_most`` None takes as many as fit. A replica that nobody has needed for ``idle_s`` is given up.
-    """
-
-    cluster: str = "local"
-    request: Request = field(default_factory=Request)
-    at_least: int = 1
-    at_most: int | None = None
-    idle_s: float = 60.0
-    reach: str = ""
 
 
 def check(settings: Settings) -> None:

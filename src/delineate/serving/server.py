@@ -27,29 +27,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from delineate.errors import BundleError, DelineateError, OutputError, RunInUse, ServingError, error_of
 from delineate.io.files import writing_beside
-from delineate.io.locks import is_locked, lock_file
-from delineate.serving.engine import Engine, Limits
+from delineate.io.locks import lock_file
+from delineate.serving.engine import Engine
 from delineate.serving.front_door import FrontDoor, check_bind
 from delineate.serving.keys import KeyFile, read_key, read_server_keys
 from delineate.serving.models import changed, offered
+from delineate.serving.settings import Address, Settings, WorkerSettings, read_address
 from delineate.serving.spool import Spool
 from delineate.serving.store import Store
-
-if TYPE_CHECKING:
-    from delineate.serving.ray import Replicas
 
 _LOG = logging.getLogger("delineate.serving")
 _SPAWN = get_context("spawn")
@@ -58,94 +56,6 @@ _SOURCES_S = 2.0
 _SLOWEST_RESTART_S = 10.0
 _LEFT_S = 5.0
 """A process whose parent has gone has this long to end in good order."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a server is told. ``bundles`` by name; ``bind`` and ``http`` may be empty for none of them.
-
-    ``plain``: no keys, which only a loopback address may do. ``replicas``: workers on a ray cluster, too.
-    """
-
-    state: Path
-    bundles: Mapping[str, Path] = field(default_factory=dict)
-    bind: str = "tcp://127.0.0.1:7420"
-    http: str = ""
-    plain: bool = False
-    limits: Limits = field(default_factory=Limits)
-    workers: int = 1
-    device: str = "auto"
-    precision: str = "auto"
-    threads: int | None = None
-    drain_s: float = 60.0
-    replicas: Replicas | None = None
-
-    @property
-    def keys(self) -> Path:
-        """The file of keys."""
-        return self.state / "server.json"
-
-    @property
-    def models(self) -> Path:
-        """The folder of bundles on offer."""
-        return self.state / "models"
-
-    @property
-    def socket(self) -> Path:
-        """The Unix socket for this machine."""
-        return self.state / "door.sock"
-
-    @property
-    def spool(self) -> Path:
-        return self.state / "spool"
-
-    @property
-    def store(self) -> Path:
-        return self.state / "jobs.sqlite"
-
-    @property
-    def address(self) -> Path:
-        """The file that says where the server listens."""
-        return self.state / "address.json"
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """What a worker for a server elsewhere is told. ``key`` also says where the server is.
-
-    ``bundles`` are those of the server, to the byte; ``state`` holds copies of them, and the jobs under way.
-    """
-
-    state: Path
-    key: Path
-    bundles: tuple[Path, ...]
-    device: str = "auto"
-    precision: str = "auto"
-    threads: int | None = None
-
-    @property
-    def models(self) -> Path:
-        """The folder of bundles."""
-        return self.state / "models"
-
-
-class Address(msgspec.Struct, frozen=True):
-    """Where a running server listens, and whether it does without keys."""
-
-    zmq: str
-    http: str
-    pid: int
-    plain: bool = False
-
-
-def read_address(state: Path) -> Address:
-    """Where the server of a state folder listens. Raises :class:`ServingError` if none is running."""
-    try:
-        if is_locked(state / ".lock"):
-            return msgspec.json.decode((state / "address.json").read_bytes(), type=Address)
-    except (OSError, msgspec.MsgspecError):
-        pass
-    raise ServingError(f"no server is running in '{state}'", fix="start one: delineate serve BUNDLE")
 
 
 def prepare(settings: Settings) -> None:

@@ -13,8 +13,8 @@ import msgspec
 
 from delineate.errors import DelineateError
 from delineate.serving.engine import Limits
-from delineate.serving.ray import Replicas
-from delineate.serving.server import Server, Settings, WorkerSettings, serve_elsewhere
+from delineate.serving.server import Server, serve_elsewhere
+from delineate.serving.settings import Replicas, Settings, WorkerSettings
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from delineate.cli.app import app
 from delineate.errors import OutputError, ServingError
 from delineate.serving.keys import added, read_server_keys, write_key
-from delineate.serving.ray import Replicas, _place, check
-from delineate.serving.server import Settings
+from delineate.serving.ray import _place, check
+from delineate.serving.settings import Replicas, Settings
 
 SOON = 90.0
 

@@ -29,7 +29,7 @@ from delineate.serving.keys import ServerKeys, read_server_keys
 from delineate.serving.protocol import Figures, Message, Stats
 
 if TYPE_CHECKING:
-    from delineate.serving.server import Settings
+    from delineate.serving.settings import Settings
 
 _LINES = 4
 """Connections to the front door: it answers one question at a time, so more would only wait."""

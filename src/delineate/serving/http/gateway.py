@@ -25,7 +25,7 @@ from delineate.serving.http.endpoints import application
 from delineate.serving.http.messages import Refused
 
 if TYPE_CHECKING:
-    from delineate.serving.server import Settings
+    from delineate.serving.settings import Settings
 
 _LOG = logging.getLogger("delineate.serving")
 
