@@ -104,7 +104,7 @@ def write_cohort(root: Path, subjects: int, shape: tuple[int, int, int]) -> None
         f'{{"image": "imagesTr/s{i:04}.nii.gz", "label": "labelsTr/s{i:04}.nii.gz"}}' for i in range(subjects)
     )
     about = f'{{"modality": {{"0": "MRI"}}, "labels": {{"0": "background", "1": "organ"}}, "training": [{pairs}]}}'
-    (root / "dataset.json").write_text(about)
+    (root / "dataset.json").write_text(about, encoding="utf-8")
 
 
 def inspect_cohort(root: str) -> None:

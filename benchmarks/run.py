@@ -397,7 +397,7 @@ def main() -> None:
             cells = ["" if value is None else f"{value:.2f}" for value in list(row.values())[1:]]
             print(" ".join([row["case"].ljust(width), *(f"{cell:>18}" for cell in cells)]), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

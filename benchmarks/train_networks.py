@@ -108,23 +108,27 @@ def train(name: str, job: Job, folder: Path, data: Path, steps: int, minutes: fl
             "validation": {"subjects": 0},
         },
     }
-    (folder / "asked.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / "asked.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     command = ["train", str(folder / "asked.yaml"), "--data", str(data), "--fold", "0", "--steps", str(steps)]
     command += ["--minutes", str(minutes)]
     command += ["--out", str(folder / "run"), "--cache", str(folder.parent / "cache"), *job.options]
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
         subprocess.run([sys.executable, "-m", "delineate", *command], stdout=log, stderr=log, check=False)
 
 
 def row(name: str, job: Job, folder: Path) -> list[str]:
     summary = folder / "run" / "evaluation" / "summary.json"
     if not summary.exists():
-        return [name, job.data, "failed: " + (folder / "log.txt").read_text().strip().splitlines()[-1][:100]]
-    found = json.loads(summary.read_text())["summary"]
+        return [
+            name,
+            job.data,
+            "failed: " + (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1][:100],
+        ]
+    found = json.loads(summary.read_text(encoding="utf-8"))["summary"]
     estimate = found.get("mean of targets", next(iter(found.values())))["dice"]
     each = ", ".join(f"{target} {v['dice']['mean']:.3f}" for target, v in found.items() if target != "mean of targets")
     shape = "×".join("all" if n is None else str(n) for n in job.tiles["shape"])
-    with (folder / "run" / "logs" / "training.csv").open() as log:
+    with (folder / "run" / "logs" / "training.csv").open(encoding="utf-8") as log:
         steps = int(log.readlines()[-1].split(",")[0]) + 1
     return [name, job.data, f"{job.batch} of {shape}", str(steps), each, f"{estimate['mean']:.3f}", str(estimate["n"])]
 

@@ -162,7 +162,7 @@ def test_a_damaged_bundle_says_so(saved, name, content, message) -> None:
     if content is None:
         (saved / name).unlink()
     else:
-        (saved / name).write_text(content)
+        (saved / name).write_text(content, encoding="utf-8")
     with pytest.raises(BundleError, match=message):
         Bundle.load(saved)
 
@@ -296,7 +296,7 @@ def test_whatever_things_are_called_they_read_back_the_same(names, name, contras
 
 def test_a_bundle_of_format_1_knows_from_its_recipe_what_it_had_forgotten(tmp_path, scan) -> None:
     folder = Path(__file__).parent / "data/bundle_format_1"
-    assert "standardise" not in json.loads((folder / "bundle.json").read_text())["tiles"]
+    assert "standardise" not in json.loads((folder / "bundle.json").read_text(encoding="utf-8"))["tiles"]
     bundle = Bundle.load(folder)
     assert bundle.geometry == TileGeometry((8, 8, 4), standardise=True)
     assert bundle.fingerprint.range("contrast", "T1") == Range("contrast", "T1", 2.0, 2.5, 3.0)
@@ -313,21 +313,21 @@ def test_a_bundle_of_format_1_knows_from_its_recipe_what_it_had_forgotten(tmp_pa
     now = Bundle.load(tmp_path / "bundle")
     assert replace(now, folder=folder) == bundle
     assert now.weights == bundle.weights
-    text = (tmp_path / "bundle/bundle.json").read_text()
+    text = (tmp_path / "bundle/bundle.json").read_text(encoding="utf-8")
     assert not [name for name in ("anna", "bert", "carl", "dora", "Smith") if name in text]
 
 
 def test_a_bundle_of_format_1_whose_recipe_does_not_fit_says_what_to_do(tmp_path) -> None:
     shutil.copytree(Path(__file__).parent / "data/bundle_format_1", tmp_path / "bundle")
     path = tmp_path / "bundle/bundle.json"
-    path.write_text(path.read_text().replace('"slice_axis": null', '"slice_axis": 2'))
+    path.write_text(path.read_text(encoding="utf-8").replace('"slice_axis": null', '"slice_axis": 2'), encoding="utf-8")
     with pytest.raises(BundleError, match=r"but the recipe makes them.*copy the bundle again"):
         Bundle.load(tmp_path / "bundle")
 
 
 def test_an_edited_recipe_is_refused_with_what_to_do(saved) -> None:
     path = saved / "recipe.yaml"
-    path.write_text(path.read_text().replace("overlap: 0.5", "overlap: 0.25"))
+    path.write_text(path.read_text(encoding="utf-8").replace("overlap: 0.5", "overlap: 0.25"), encoding="utf-8")
     with pytest.raises(BundleError, match=r"not what was saved.*cannot be edited"):
         Bundle.load(saved)
 
@@ -363,7 +363,9 @@ def other_weights() -> dict[str, torch.Tensor]:
 
 REPLACED = {
     "weights": lambda folder: save_weights(folder, other_weights(), {"step": 8}),
-    "calibration": lambda folder: replace_file(folder, "calibration.json", lambda path: path.write_text("{}")),
+    "calibration": lambda folder: replace_file(
+        folder, "calibration.json", lambda path: path.write_text("{}", encoding="utf-8")
+    ),
     "all": lambda folder: small_bundle(name="other").save(folder, other_weights(), {"step": 8}),
     "description": lambda folder: small_bundle().begin(folder),
 }

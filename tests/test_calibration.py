@@ -127,12 +127,14 @@ def test_a_calibration_lies_in_its_bundle(tmp_path: Path) -> None:
     several.append(replace(several[0], reference_ml=0.0))
     Calibration.of(several).save(tmp_path)
     assert Calibration.load(tmp_path) == Calibration.of(several)
-    assert '"p"' not in (tmp_path / "calibration.json").read_text(), "errors, no names"
-    (tmp_path / "calibration.json").write_text('{"dice_errors": {"a": [0.1, 0.2]}, "log_volume_errors": {"a": []}}')
+    assert '"p"' not in (tmp_path / "calibration.json").read_text(encoding="utf-8"), "errors, no names"
+    (tmp_path / "calibration.json").write_text(
+        '{"dice_errors": {"a": [0.1, 0.2]}, "log_volume_errors": {"a": []}}', encoding="utf-8"
+    )
     earlier = Calibration.load(tmp_path)
     assert earlier is not None
     assert earlier.dice["a"].errors == ((0.1,), (0.2,)), "each scan is a patient's"
-    (tmp_path / "calibration.json").write_text("{")
+    (tmp_path / "calibration.json").write_text("{", encoding="utf-8")
     for load in (Calibration.load, Bundle.load):
         with pytest.raises(BundleError, match="copy the bundle again"):
             load(tmp_path)
@@ -189,7 +191,7 @@ def test_the_queue_begins_with_what_needs_a_look(tmp_path: Path) -> None:
     ]
     assert [one.subject for one in queue(reviews)] == ["odd", "nothing", "doubtful", "good"]
     write_queue(tmp_path / "review.csv", reviews)
-    with (tmp_path / "review.csv").open() as file:
+    with (tmp_path / "review.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["unusual"] == "spacing 9 mm"
     assert rows[1]["expected_dice"] == ""
@@ -208,7 +210,7 @@ MADE = {
 @pytest.mark.parametrize("one", MADE.values(), ids=MADE)
 def test_an_interval_is_given_or_it_is_said_why_there_is_none(one: Review, tmp_path: Path) -> None:
     write_queue(tmp_path / "review.csv", [one])
-    with (tmp_path / "review.csv").open() as file:
+    with (tmp_path / "review.csv").open(encoding="utf-8") as file:
         [row] = csv.DictReader(file)
     intervals = [row[name] for name in ("dice_low", "dice_high", "volume_low_ml", "volume_high_ml")]
     assert all(intervals) == (one is MADE["usual"])

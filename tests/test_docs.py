@@ -191,7 +191,7 @@ def test_the_service_may_do_what_the_server_does_and_no_more(tmp_path: Path) -> 
         assert settings[name] == "yes"
     assert settings["User"] != "root"
     if (verify := shutil.which("systemd-analyze")) is not None:
-        (tmp_path / "delineate.service").write_text(unit.replace(executable, sys.executable))
+        (tmp_path / "delineate.service").write_text(unit.replace(executable, sys.executable), encoding="utf-8")
         done = subprocess.run(
             [verify, "verify", "--man=no", tmp_path / "delineate.service"], capture_output=True, encoding="utf-8"
         )

@@ -158,7 +158,7 @@ def test_fields_of_a_scan_go_where_the_documentation_says(place: str, places: di
 def test_the_bundle_names_nobody_and_the_run_keeps_the_names(places: dict[str, Path]) -> None:
     assert names_in(places["bundle"]) == set()
     assert names_in(places["run"]) == {DATA_SET, SUBJECT}
-    key = key_file().read_text().strip()
+    key = key_file().read_text(encoding="utf-8").strip()
     assert not [
         p for place in places.values() for p in place.rglob("*") if p.is_file() and key.encode() in p.read_bytes()
     ]

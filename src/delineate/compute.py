@@ -177,13 +177,13 @@ def available_memory_bytes() -> int:
     """Memory available for new work: what the system reports as available, capped by the container's limit."""
     free = int(4e9)
     if os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as lines:
+        with open("/proc/meminfo", encoding="utf-8") as lines:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     limit = "/sys/fs/cgroup/memory.max"
     if os.path.exists(limit):
-        with open(limit) as file:
+        with open(limit, encoding="utf-8") as file:
             text = file.read().strip()
         if text.isdigit():
             free = min(free, int(text))
@@ -268,7 +268,7 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
             name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
         return f"cpu ({name})" if name else "cpu"
     return str(device)

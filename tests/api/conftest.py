@@ -29,7 +29,7 @@ training:
 def place(tmp_path_factory) -> Path:
     """``scans/`` (four balls in noise), ``tiny.yaml``, ``run/``, ``scan.nii.gz`` and ``reference.nii.gz``."""
     place: Path = tmp_path_factory.mktemp("place")
-    (place / "tiny.yaml").write_text(RECIPE)
+    (place / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
     _write_balls(place / "scans", 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -63,4 +63,4 @@ def _write_balls(root: Path, n: int) -> None:
         "training": [{"image": f"./imagesTr/case{i}.nii.gz", "label": f"./labelsTr/case{i}.nii.gz"} for i in range(n)],
         "test": [],
     }
-    (root / "dataset.json").write_text(json.dumps(about))
+    (root / "dataset.json").write_text(json.dumps(about), encoding="utf-8")

@@ -171,7 +171,7 @@ def test_cancelled_in_the_midst_of_many_scans_whole_labels_stay_and_the_next_cal
     labels = [name for name in there if name.endswith(".nii.gz")]
     assert 0 < len(labels) < 4
     assert set(there) - set(labels) == {"review.csv"}
-    assert "E_CANCELLED" not in (tmp_path / "out" / "review.csv").read_text(), "no scan has failed"
+    assert "E_CANCELLED" not in (tmp_path / "out" / "review.csv").read_text(encoding="utf-8"), "no scan has failed"
     for name in labels:
         delineate.read(tmp_path / "out" / name, label=True)
     after = delineate.predict("run", "scans", tmp_path / "out")

@@ -46,7 +46,7 @@ def balls(tmp_path_factory) -> Path:
         "numTraining": 8,
         "file_ending": ".nii.gz",
     }
-    (root / "dataset.json").write_text(json.dumps(about))
+    (root / "dataset.json").write_text(json.dumps(about), encoding="utf-8")
     return root
 
 
@@ -59,7 +59,7 @@ def run(balls, tmp_path_factory) -> Path:
     values["network"] |= {"widths": [8, 8]}
     values["training"] |= {"minutes": None, "steps": 30, "ema": 0.8}
     values["training"]["optimiser"]["learning_rate"] = 0.01
-    (folder / "tiny.yaml").write_text(to_yaml(values))
+    (folder / "tiny.yaml").write_text(to_yaml(values), encoding="utf-8")
     delineate(
         "train", folder / "tiny.yaml", "--data", balls, "--out", folder / "run", "--cache", folder / "cache",
         "--device", "cpu", "--threads", 1,
@@ -168,7 +168,7 @@ def test_files_are_predicted_one_by_one_and_a_bad_one_does_not_stop_the_rest(run
 
 
 def test_an_output_that_cannot_be_written_is_said_and_nothing_is_left(run, balls, tmp_path) -> None:
-    (tmp_path / "taken").write_text("a file, not a folder")
+    (tmp_path / "taken").write_text("a file, not a folder", encoding="utf-8")
     done = delineate("predict", run / "bundle", balls / "imagesTr/c1_0000.nii.gz", "-o", tmp_path / "taken", code=1)
     assert "E_OUTPUT" in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"taken"}

@@ -43,8 +43,8 @@ def cohort(tmp_path: Path) -> Path:
     write_label(tmp_path / "predictions" / "\x1blone.nii", LabelVolume(voxels, GRID))
     pairs = [{"image": f"imagesTr/{n}.nii", "label": f"labelsTr/{n}.nii"} for n in NAMES]
     about = {"modality": {"0": "\x1bMRI"}, "labels": {"0": "background", "1": "=\x1borgan"}, "training": pairs}
-    (tmp_path / "data" / "dataset.json").write_text(json.dumps(about))
-    with (tmp_path / "data" / "sites.csv").open("w", newline="") as file:
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(about), encoding="utf-8")
+    with (tmp_path / "data" / "sites.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, ("subject", "site"))
         table.writeheader()
         table.writerows(rows)

@@ -49,7 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             label = LabelVolume((rng.random(GRID.shape) > 0.5).astype(np.uint8), GRID)
             write_label(root / folder / f"c{i}.nii.gz", label)
     about = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}
-    (root / "data/dataset.json").write_text(json.dumps(about))
+    (root / "data/dataset.json").write_text(json.dumps(about), encoding="utf-8")
     for name in ("m1", "m2"):
         table = {"subject": ["c0", "c1"], "site": "", "target": "organ", "case": "both", "dice": [0.5, 0.6]}
         Evaluation(pd.DataFrame(table)).write(root / name)
@@ -156,7 +156,7 @@ def test_what_exists_is_written_over_on_request_only(writer: Writer, world: Path
     out = tmp_path / ("out" if writer.writes else "out.nii.gz")
     there = out / writer.writes if writer.writes else out
     there.parent.mkdir(parents=True, exist_ok=True)
-    there.write_text("somebody's")
+    there.write_text("somebody's", encoding="utf-8")
     text = refused(writer.words(world, out))
     assert ("--overwrite" in text) == writer.flag
     assert content(tmp_path) == {str(there.relative_to(tmp_path)): b"somebody's"}, "and nothing else was begun"
@@ -181,7 +181,7 @@ def test_inputs_are_never_written_over(writer: Writer, world: Path, tmp_path: Pa
 @pytest.mark.parametrize("name", [name for name, w in WRITERS.items() if w.writes and w.output.startswith("-")])
 def test_a_file_where_a_folder_is_needed_is_said_first(name: str, world: Path, tmp_path: Path) -> None:
     writer = WRITERS[name]
-    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "taken").write_text("a file", encoding="utf-8")
     for out in (tmp_path / "taken", tmp_path / "taken" / "below"):
         assert "folder is needed" in refused(writer.words(world, out))
     assert content(tmp_path) == {"taken": b"a file"}
@@ -218,7 +218,7 @@ def test_a_series_is_its_folder_and_what_is_no_file_is_never_replaced(tmp_path: 
         check_outputs([Path("/dev/null")], [], overwrite=True)
     files = [tmp_path / f"{i}.txt" for i in range(7)]
     for file in files:
-        file.write_text("")
+        file.write_text("", encoding="utf-8")
     with pytest.raises(OutputError, match=r"4.txt' and 2 more \(7 files\) exist already"):
         check_outputs(files, [])
     check_outputs(files, [tmp_path / "series"], overwrite=True)
@@ -226,7 +226,9 @@ def test_a_series_is_its_folder_and_what_is_no_file_is_never_replaced(tmp_path: 
 
 @pytest.mark.parametrize(("kind", "seed"), [("prostate", 1), ("abdomen", 0)])
 def test_simulated_patients_are_added_to_their_like_alone(kind: str, seed: int, tmp_path: Path) -> None:
-    (tmp_path / "simulated.json").write_text(json.dumps({"simulated": True, "kind": "prostate", "seed": 0}))
+    (tmp_path / "simulated.json").write_text(
+        json.dumps({"simulated": True, "kind": "prostate", "seed": 0}), encoding="utf-8"
+    )
     with pytest.raises(OutputError, match="name a new folder"):
         write_phantoms(tmp_path, 1, kind, seed=seed)
 
@@ -243,7 +245,7 @@ def test_a_scan_outside_the_data_set_is_not_repaired_over_itself(
     write_volume(tmp_path / "set_more/s.nii.gz", Volume(voxels, GRID))
     about = {"modality": {"0": "MR"}, "labels": {"0": "background"}, "training": [{"image": outside(root)}]}
     root.mkdir()
-    (root / "dataset.json").write_text(json.dumps(about))
+    (root / "dataset.json").write_text(json.dumps(about), encoding="utf-8")
     before = content(tmp_path)
     with pytest.raises(BadPath):
         repair(open_dataset(root), tmp_path / "repaired")

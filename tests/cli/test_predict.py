@@ -206,7 +206,7 @@ def test_labels_are_never_written_over(bundle: Path, tmp_path: Path, known: bool
         write_label(tmp_path / f"labelsTr/c{i}.nii.gz", LabelVolume(np.ones(GRID.shape, np.uint8), GRID))
     if known:
         about = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}
-        (tmp_path / "dataset.json").write_text(json.dumps(about))
+        (tmp_path / "dataset.json").write_text(json.dumps(about), encoding="utf-8")
     before = content(tmp_path)
     for flags in ([], ["--overwrite"]):
         done = predict(
@@ -235,13 +235,13 @@ def test_a_file_of_the_bundle_is_never_written_over(bundle: Path, tmp_path: Path
 def test_other_files_are_replaced_only_on_request(bundle: Path, scans: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "b.nii.gz").write_text("somebody's")
+    (out / "b.nii.gz").write_text("somebody's", encoding="utf-8")
     done = predict(bundle, scans, "-o", out, code=1)
     assert "b.nii.gz' exists already; give --overwrite" in str(done.exception)
     assert content(out) == {"b.nii.gz": b"somebody's"}, "said before anything was written"
     predict(bundle, scans, "-o", out, "--overwrite")
     assert content(out)["b.nii.gz"] != b"somebody's"
-    (out / "review.csv").write_text("name,remark\na,fine\n")
+    (out / "review.csv").write_text("name,remark\na,fine\n", encoding="utf-8")
     done = predict(bundle, scans, "-o", out, "--overwrite", code=1)
     assert "not a list from predict" in str(done.exception)
 
@@ -249,11 +249,11 @@ def test_other_files_are_replaced_only_on_request(bundle: Path, scans: Path, tmp
 def test_the_same_command_resumes_and_another_one_is_refused(bundle: Path, scans: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     predict(bundle, scans / "a.nii.gz", "-o", out)
-    (out / "a.nii.gz").write_text("corrected by hand")
+    (out / "a.nii.gz").write_text("corrected by hand", encoding="utf-8")
     answer = json.loads(predict(bundle, scans, "-o", out, "--json").stdout)
     assert answer["skipped"] == ["a"]
     assert [row["subject"] for row in answer["predictions"]] == ["b", "c"]
-    assert (out / "a.nii.gz").read_text() == "corrected by hand"
+    assert (out / "a.nii.gz").read_text(encoding="utf-8") == "corrected by hand"
     assert set(rows(out)) == {"a", "b", "c"}
     assert json.loads(predict(bundle, scans, "-o", out, "--json").stdout)["skipped"] == ["a", "b", "c"]
     for changed in (["--overlap", 0.1], ["--probabilities"], ["--mirrored"]):
@@ -277,9 +277,11 @@ def test_rows_stand_in_the_review_as_they_come(predictor: Predictor, scans: Path
 def test_later_runs_merge_by_subject_and_keep_what_a_person_added(bundle: Path, scans: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     predict(bundle, scans / "a.nii.gz", scans / "b.nii.gz", "-o", out)
-    text = (out / "review.csv").read_text()
+    text = (out / "review.csv").read_text(encoding="utf-8")
     head, *lines = text.splitlines()
-    (out / "review.csv").write_text("\n".join([head + ",checked", *(line + ",by Ann" for line in lines)]) + "\n")
+    (out / "review.csv").write_text(
+        "\n".join([head + ",checked", *(line + ",by Ann" for line in lines)]) + "\n", encoding="utf-8"
+    )
     broken = scans / "c.nii.gz"
     broken.write_bytes(broken.read_bytes()[:100])
     predict(bundle, scans / "a.nii.gz", broken, "-o", out, "--overwrite", code=1)
@@ -419,7 +421,7 @@ def test_a_subject_without_a_channel_fails_alone(tmp_path: Path, predictor: Pred
 def test_what_cannot_be_read_is_not_taken_for_predicted(bundle: Path, scans: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "a.nii.gz").write_text("somebody's")
+    (out / "a.nii.gz").write_text("somebody's", encoding="utf-8")
     (scans / "a.dcm").write_bytes(b"no DICOM")
     assert "exists already" in str(predict(bundle, scans / "a.dcm", "-o", out, code=1).exception)
 

@@ -142,9 +142,9 @@ def test_the_same_command_completes_what_is_missing(bundle: Path, patients: Path
     out = tmp_path / "out"
     predict(bundle, patients, *BOTH, "-o", out)
     whole = rows(out)
-    head, *lines = (out / "measurements.csv").read_text().splitlines()
+    head, *lines = (out / "measurements.csv").read_text(encoding="utf-8").splitlines()
     kept = [f"{line},by Ann" for line in lines if line.startswith("a,")]
-    (out / "measurements.csv").write_text("\n".join([f"{head},checked", *kept]) + "\n")
+    (out / "measurements.csv").write_text("\n".join([f"{head},checked", *kept]) + "\n", encoding="utf-8")
     answer = json.loads(predict(bundle, patients, *BOTH, "-o", out, "--json").stdout)
     assert {row["subject"] for row in answer["measurements"]} == {"b"}
     again = rows(out)

@@ -76,7 +76,7 @@ class Serving:
     def __init__(self, home: Path, bundle: Path, *options: str) -> None:
         self.home, self.state = home, home / "d/delineate/server"
         self.env = environment(home)
-        self.log = (home / "log").open("w+")
+        self.log = (home / "log").open("w+", encoding="utf-8")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "delineate", "serve", f"organ={bundle}", "--bind", "tcp://127.0.0.1:*", *options],
             env=self.env, stdout=subprocess.PIPE, stderr=self.log, encoding="utf-8", start_new_session=True,
@@ -90,7 +90,7 @@ class Serving:
         assert self.process.poll() is None, self.logged()
 
     def logged(self) -> str:
-        return (self.home / "log").read_text()
+        return (self.home / "log").read_text(encoding="utf-8")
 
     def run(self, *words: object, code: int = 0) -> Said:
         """A command on the same machine, as its user."""
@@ -192,7 +192,7 @@ def test_a_server_says_what_to_type_and_that_works(server: Serving, scans: Path)
     label = read_label(server.home / "segmentation.nii.gz")
     assert label.grid.shape == GRID.shape
     np.testing.assert_allclose(label.grid.affine, GRID.affine)
-    about = json.loads((server.home / "segmentation.json").read_text())
+    about = json.loads((server.home / "segmentation.json").read_text(encoding="utf-8"))
     assert about["notice"] == "Not for diagnosis."
     assert set(about["volume_ml"]) == {"organ"}
 
@@ -312,7 +312,9 @@ def test_a_key_lets_its_owner_in_until_it_is_removed(server: Serving, scans: Pat
     assert own.address == read_address(server.state).zmq
     assert own.http == f"http://{read_address(server.state).http}"
     assert f"{own.address} and {own.http}" in said
-    assert own.secret not in said + server.run("keys", "list").stdout + (server.state / "server.json").read_text()
+    assert own.secret not in said + server.run("keys", "list").stdout + (server.state / "server.json").read_text(
+        encoding="utf-8"
+    )
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     server.run("send", scans / "a.nii.gz", "-o", tmp_path / "a.nii.gz", "--key", file)
     own_jobs, others = (
@@ -393,8 +395,8 @@ def test_a_doctor_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> None:
     assert "wrong  key: there is none; ask who runs the server" in ask()
     state = tmp_path / "d/delineate/server"
     state.mkdir(parents=True, mode=0o755)
-    (state / "server.json").write_text("{}")
-    (state / "me.key").write_text("{}")
+    (state / "server.json").write_text("{}", encoding="utf-8")
+    (state / "me.key").write_text("{}", encoding="utf-8")
     said = ask()
     assert f"wrong  state folder: '{state}' is open to other users; chmod 700" in said
     assert "wrong  keys: " in said

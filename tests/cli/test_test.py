@@ -50,7 +50,7 @@ def written(root: Path, names: Sequence[str], labels: dict[str, int]) -> Path:
         write_volume(root / f"imagesTr/{name}_0000.nii.gz", Volume(voxels[None], GRID))
         write_label(root / f"labelsTr/{name}.nii.gz", LabelVolume(label, GRID))
     about = {"channel_names": {"0": "T1"}, "labels": {"background": 0, **labels}, "file_ending": ".nii.gz"}
-    (root / "dataset.json").write_text(json.dumps(about | {"numTraining": len(names)}))
+    (root / "dataset.json").write_text(json.dumps(about | {"numTraining": len(names)}), encoding="utf-8")
     return root
 
 
@@ -79,7 +79,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "metrics": ["standard", "lesion_recall"],
         }
     )
-    (folder / "tiny.yaml").write_text(to_yaml(recipe.as_dict()))
+    (folder / "tiny.yaml").write_text(to_yaml(recipe.as_dict()), encoding="utf-8")
     delineate("train", folder / "tiny.yaml", "--data", data, "-o", folder / "run", "--cache", folder / "cache")
     return folder / "run"
 

@@ -65,7 +65,7 @@ def bounded(seconds: float = 2.0, memory_bytes: int = 2**30) -> Iterator[None]:
     def late(*_: object) -> None:
         raise TimeoutError(f"no answer within {seconds} s")
 
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, limits[1]))
     # Of this process' own time: others' load is no fault of a bundle's.
@@ -167,14 +167,14 @@ def altered(values: Any, rng: Generator) -> Any:
 
 def reseal(folder: Path, about: dict[str, Any] | None = None) -> None:
     """Make the digests those of the files as they are now."""
-    contents = json.loads((folder / "bundle.json").read_text()) if about is None else dict(about)
+    contents = json.loads((folder / "bundle.json").read_text(encoding="utf-8")) if about is None else dict(about)
     contents.pop("sha256", None)
     if about is None:
         for name in contents["files"]:
             content = (folder / name).read_bytes()
             contents["files"][name] = [{"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}]
     contents["sha256"] = sealed._digest(contents)
-    (folder / "bundle.json").write_text(json.dumps(contents))
+    (folder / "bundle.json").write_text(json.dumps(contents), encoding="utf-8")
 
 
 def with_header(content: bytes, change: Callable[[Any], Any]) -> bytes:
@@ -199,9 +199,9 @@ def forged(folder: Path, contents: dict[str, bytes], rng: Generator) -> None:
             value = struct.pack("<f", float(rng.choice([np.nan, np.inf, -np.inf])))
             (folder / name).write_bytes(contents[name][:-4] + value)
     elif name == "recipe.yaml":
-        (folder / name).write_text(json.dumps(altered(RECIPE, rng)))  # JSON is YAML
+        (folder / name).write_text(json.dumps(altered(RECIPE, rng)), encoding="utf-8")  # JSON is YAML
     else:
-        (folder / name).write_text(json.dumps(altered(json.loads(contents[name]), rng)))
+        (folder / name).write_text(json.dumps(altered(json.loads(contents[name]), rng)), encoding="utf-8")
     reseal(folder)
 
 
@@ -312,7 +312,7 @@ def test_strange_things_in_place_of_a_file_are_refused(name: str, format: int, s
 def test_a_description_from_before_a_field_was_added_still_opens(sound: Path, tmp_path: Path) -> None:
     """What was read beyond a volume was its border, which is what a bundle that does not say it means."""
     shutil.copytree(sound, tmp_path / "bundle")
-    about = json.loads((sound / "bundle.json").read_text())
+    about = json.loads((sound / "bundle.json").read_text(encoding="utf-8"))
     assert about["tiles"].pop("outside") == "edge"
     reseal(tmp_path / "bundle", about)
     assert Bundle.load(tmp_path / "bundle").geometry == Bundle.load(sound).geometry
@@ -332,7 +332,7 @@ def test_a_description_from_before_a_field_was_added_still_opens(sound: Path, tm
 )
 def test_a_forged_description_is_refused(name: str, change: Callable, sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, tmp_path / "bundle")
-    about = json.loads((sound / "bundle.json").read_text())
+    about = json.loads((sound / "bundle.json").read_text(encoding="utf-8"))
     change(about)
     reseal(tmp_path / "bundle", about)
     with bounded(), pytest.raises(BundleError):
@@ -345,7 +345,7 @@ def test_a_recipe_of_aliases_or_of_millions_of_layers_is_refused(sound: Path, tm
     lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]
     network = RECIPE["network"] | {"convolutions": 10**9}
     for text in ("\n".join(lines), json.dumps(RECIPE | {"network": network})):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         reseal(tmp_path / "bundle")
         with bounded(), pytest.raises(BundleError):
             use(tmp_path / "bundle")

@@ -55,7 +55,7 @@ def bounded(seconds: float = 2.0, memory_bytes: int = 2**30) -> Iterator[None]:
     def late(*_: object) -> None:
         raise TimeoutError(f"no answer within {seconds} s")
 
-    with open("/proc/self/statm") as statistics:
+    with open("/proc/self/statm", encoding="utf-8") as statistics:
         used = int(statistics.read().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     before = signal.signal(signal.SIGALRM, late)
@@ -169,7 +169,7 @@ def zipped(name: str) -> Callable[[Path], Path]:
 def header_only(text: str) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         path = folder / ("scan.nhdr" if text.startswith("NRRD") else "scan.mhd")
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return path
 
     return make
@@ -250,7 +250,7 @@ class Scans:
     def describe(self, *names: str) -> None:
         pairs = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names]
         about = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "organ"}, "training": pairs}
-        (self.root / "dataset.json").write_text(json.dumps(about))
+        (self.root / "dataset.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 def on_another_grid(scans: Scans) -> None:

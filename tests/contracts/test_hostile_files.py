@@ -150,12 +150,12 @@ def test_no_pattern_takes_for_ever(within) -> None:
 def laughs(path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}"] * 10) + "]" for i in range(1, 12)]
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def merged_laughs(path: Path) -> None:
     lines = ["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 12))]
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def packed_zeros(path: Path, member: str, size: int, copies: int = 1) -> None:
@@ -167,12 +167,16 @@ def packed_zeros(path: Path, member: str, size: int, copies: int = 1) -> None:
                     file.write(bytes(2**20))
 
 
+def fill(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 BOMBS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
     "billion laughs": ("recipe.yaml", laughs, "load_recipe", "E_RECIPE"),
     "merged laughs": ("recipe.yaml", merged_laughs, "load_recipe", "E_RECIPE"),
-    "deep YAML": ("recipe.yaml", lambda path: path.write_text("[" * 100_000), "load_recipe", "E_RECIPE"),
-    "long YAML": ("recipe.yaml", lambda path: path.write_text("a: b\n" * 10**6), "load_recipe", "E_TOO_LARGE"),
-    "deep JSON": ("split.json", lambda path: path.write_text("[" * 10**6), "load_split", "E_SPLIT"),
+    "deep YAML": ("recipe.yaml", lambda path: fill(path, "[" * 100_000), "load_recipe", "E_RECIPE"),
+    "long YAML": ("recipe.yaml", lambda path: fill(path, "a: b\n" * 10**6), "load_recipe", "E_TOO_LARGE"),
+    "deep JSON": ("split.json", lambda path: fill(path, "[" * 10**6), "load_split", "E_SPLIT"),
     "long split": ("split.json", lambda path: os.truncate(path, 2**34), "load_split", "E_TOO_LARGE"),
     "zip of zeros": ("study.zip", lambda path: packed_zeros(path, "a.dcm", 2**28), "read_volume", "E_TOO_LARGE"),
     "weights of zeros": ("w.pth", lambda path: packed_zeros(path, "w/data/0", 2**28), "read_tensors", "E_WEIGHTS"),
@@ -181,7 +185,7 @@ BOMBS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
         "recipe.yaml",
         lambda path: path.write_text(
             "{name: x, tiles: {kind: whole}, network: {kind: unet, dimensions: 3, widths: [16384, 16384, 16384]}}"
-        ),
+        , encoding="utf-8"),
         "build",
         "E_RECIPE",
     ),

@@ -118,7 +118,7 @@ def msd(folder: Path) -> Path:
     scans(folder, "a", "b")
     pairs = [{"image": f"./imagesTr/{n}.nii", "label": f"./labelsTr/{n}.nii"} for n in "ab"]
     about = {"name": "x", "modality": {"0": "MRI"}, "labels": {"0": "background", "1": "organ"}, "training": pairs}
-    (folder / "dataset.json").write_text(json.dumps(about))
+    (folder / "dataset.json").write_text(json.dumps(about), encoding="utf-8")
     return folder / "dataset.json"
 
 
@@ -127,13 +127,13 @@ def nnunet(folder: Path) -> Path:
     for name in "ab":
         (folder / "labelsTr" / f"{name}_0000.nii").rename(folder / "labelsTr" / f"{name}.nii")
     about = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "organ": 1, "ignore": 2}, "file_ending": ".nii"}
-    (folder / "dataset.json").write_text(json.dumps(about))
+    (folder / "dataset.json").write_text(json.dumps(about), encoding="utf-8")
     return folder / "dataset.json"
 
 
 def sites(folder: Path) -> Path:
     msd(folder)
-    (folder / "sites.csv").write_text("subject,site,patient,age\na,Oslo,p1,33\nb,Bergen,p2,44\n")
+    (folder / "sites.csv").write_text("subject,site,patient,age\na,Oslo,p1,33\nb,Bergen,p2,44\n", encoding="utf-8")
     return folder / "sites.csv"
 
 
@@ -221,7 +221,7 @@ CHANGES = (
 
 def written(name: str, *texts: str) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
-        (folder / name).write_text("\n".join(texts))
+        (folder / name).write_text("\n".join(texts), encoding="utf-8")
         return folder / name
 
     return make
@@ -365,9 +365,12 @@ def split(folder: Path) -> Path:
 def metrics_csv(folder: Path) -> Path:
     (folder / "metrics.csv").write_text(
         "subject,site,patient,target,dice,hd95_mm,case\n"
-        "a,Oslo,p1,liver,0.9,1.5,both\nb,,p2,liver,,inf,reference empty\n"
+        "a,Oslo,p1,liver,0.9,1.5,both\nb,,p2,liver,,inf,reference empty\n",
+        encoding="utf-8",
     )
-    (folder / "summary.json").write_text('{"unpaired": {"without prediction": ["c"]}, "simulated": false}')
+    (folder / "summary.json").write_text(
+        '{"unpaired": {"without prediction": ["c"]}, "simulated": false}', encoding="utf-8"
+    )
     return folder / "metrics.csv"
 
 
@@ -378,7 +381,7 @@ def summary_json(folder: Path) -> Path:
         "simulated": True,
         "quantity": {"channel": "f", "margin_mm": 0.0, "threshold": 5.0},
     }
-    (folder / "summary.json").write_text(json.dumps(about))
+    (folder / "summary.json").write_text(json.dumps(about), encoding="utf-8")
     return folder / "summary.json"
 
 

@@ -141,7 +141,8 @@ def test_the_command_line_takes_a_module(own_parts, monkeypatch) -> None:
 
 def test_a_part_may_not_take_a_name_of_delineates(tmp_path, monkeypatch) -> None:
     (tmp_path / "clashing.py").write_text(
-        "from delineate.networks.unet import UNetSpec\nclass Mine(UNetSpec):\n    '''Still called unet.'''\n"
+        "from delineate.networks.unet import UNetSpec\nclass Mine(UNetSpec):\n    '''Still called unet.'''\n",
+        encoding="utf-8",
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv(plugins.VARIABLE, "clashing")
@@ -151,7 +152,8 @@ def test_a_part_may_not_take_a_name_of_delineates(tmp_path, monkeypatch) -> None
 
 def test_a_layout_that_fails_is_told_by_its_module(tmp_path, monkeypatch) -> None:
     (tmp_path / "failing.py").write_text(
-        "from delineate.datasets.folder import Layout\nFAILS = Layout('fails', 'any', lambda folder: folder.nothing)\n"
+        "from delineate.datasets.folder import Layout\nFAILS = Layout('fails', 'any', lambda folder: folder.nothing)\n",
+        encoding="utf-8",
     )
     data = tmp_path / "data"
     for kind in ("imagesTr", "labelsTr"):
@@ -167,11 +169,11 @@ def installed(site: Path, name: str, version: str, points: dict[str, dict[str, s
     """What an installer leaves of a package's metadata."""
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
     groups = "\n".join(
         f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in parts.items()) for group, parts in points.items()
     )
-    (info / "entry_points.txt").write_text(groups)
+    (info / "entry_points.txt").write_text(groups, encoding="utf-8")
 
 
 USE_IT = """
@@ -208,7 +210,7 @@ write_label(run / "label.nii.gz", predictor.predict(read_volume(data / "p0/anato
 
 
 def test_the_example_package_trains_predicts_and_is_asked_for_where_it_is_absent(tmp_path) -> None:
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     installed(tmp_path / "site", project["name"], project["version"], project["entry-points"])
     places = [EXAMPLE / "src", tmp_path / "site", ROOT / "src"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places)), "PYTHONWARNINGS": "ignore"}

@@ -318,12 +318,12 @@ def test_a_file_reads_back_equal_and_refuses_what_it_does_not_know(document: Doc
     assert type(document).read(path) == document
     contents = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert contents.pop("format") == 1
-    path.write_text(json.dumps(contents))
+    path.write_text(json.dumps(contents), encoding="utf-8")
     assert type(document).read(path) == document, "files of before said no format"
     needed = next(name for name, field in type(document).model_fields.items() if field.is_required())
     lacking = {name: value for name, value in contents.items() if name != needed}
     for wrong in ({**contents, "format": 99}, {**contents, "more": 1}, lacking, [contents]):
-        path.write_text(json.dumps(wrong))
+        path.write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(type(document).error) as caught:
             type(document).read(path)
         assert ("update delineate" in caught.value.fix) == (wrong == {**contents, "format": 99})

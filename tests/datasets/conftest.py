@@ -58,7 +58,7 @@ def msd(tmp_path: Path, save_scan: Save, save_label: Save) -> Callable[..., Path
             save_label(f"labelsTr/{subject}.nii.gz")
         pairs = [{"image": f"./imagesTr/{s}.nii.gz", "label": f"./labelsTr/{s}.nii.gz"} for s in subjects]
         contents = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "organ"}, "training": pairs, **about}
-        (tmp_path / "dataset.json").write_text(json.dumps(contents))
+        (tmp_path / "dataset.json").write_text(json.dumps(contents), encoding="utf-8")
         return tmp_path
 
     return make

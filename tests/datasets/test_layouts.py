@@ -61,7 +61,7 @@ class TestMsd:
 
     def test_a_damaged_description_is_refused(self, msd) -> None:
         root = msd("a")
-        (root / "dataset.json").write_text("{")
+        (root / "dataset.json").write_text("{", encoding="utf-8")
         with pytest.raises(UnknownLayout, match="not valid JSON"):
             open_dataset(root)
 
@@ -78,7 +78,7 @@ class TestNnunet:
     @staticmethod
     def describe(root: Path, labels: dict, **about) -> None:
         contents = {"channel_names": {"0": "T1", "1": "T2"}, "labels": labels, "file_ending": ".nii.gz", **about}
-        (root / "dataset.json").write_text(json.dumps(contents))
+        (root / "dataset.json").write_text(json.dumps(contents), encoding="utf-8")
 
     def test_a_file_a_channel(self, root: Path) -> None:
         dataset = open_dataset(root)
@@ -90,7 +90,7 @@ class TestNnunet:
     def test_the_first_versions_description_is_an_msds(self, root: Path) -> None:
         training = [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}]
         about = {"modality": {"0": "T1", "1": "T2"}, "labels": {"0": "background", "1": "organ"}, "training": training}
-        (root / "dataset.json").write_text(json.dumps(about))
+        (root / "dataset.json").write_text(json.dumps(about), encoding="utf-8")
         dataset = open_dataset(root)
         assert (dataset.layout, dataset.channels, dataset.targets) == ("nnunet", ("T1", "T2"), Targets({"organ": (1,)}))
 
@@ -215,7 +215,9 @@ class TestPatterns:
 class TestSites:
     def test_sites_patients_and_attributes_are_joined_by_name(self, msd) -> None:
         root = msd("a", "b", "c")
-        (root / "sites.csv").write_text("subject,site,patient,field\na,north,p,1.5\nb,south,p,3\nd,south,q,3\n")
+        (root / "sites.csv").write_text(
+            "subject,site,patient,field\na,north,p,1.5\nb,south,p,3\nd,south,q,3\n", encoding="utf-8"
+        )
         dataset = open_dataset(root)
         found = [(s.site, s.patient, dict(s.attributes)) for s in dataset.subjects]
         assert found == [("north", "p", {"field": "1.5"}), ("south", "p", {"field": "3"}), ("", "c", {})]
@@ -226,7 +228,7 @@ class TestSites:
     )
     def test_other_tables_are_refused(self, msd, text: str, error: type[Exception]) -> None:
         root = msd("a")
-        (root / "sites.csv").write_text(text)
+        (root / "sites.csv").write_text(text, encoding="utf-8")
         with pytest.raises(error, match=r"sites.csv"):
             open_dataset(root)
 

@@ -134,7 +134,7 @@ PATTERNS = {"images": "*_image.nii.gz", "labels": "*_label.nii.gz"}
 def test_the_manifest_tells_what_became_of_every_file(data: Path, tmp_path: Path) -> None:
     before = {file.name: file.read_bytes() for file in data.iterdir()}
     repair(open_dataset(data, **PATTERNS), tmp_path / "mended")
-    manifest = json.loads((tmp_path / "mended" / "repairs.json").read_text())
+    manifest = json.loads((tmp_path / "mended" / "repairs.json").read_text(encoding="utf-8"))
     told = {(row["file"], row["done"]): row["why"] for row in manifest}
     assert ("good_image.nii.gz", "copied") in told
     assert "E_NONFINITE" in told["nan_image.nii.gz", "repaired"]
@@ -149,7 +149,7 @@ def test_the_manifest_tells_what_became_of_every_file(data: Path, tmp_path: Path
 
 def test_nothing_that_is_there_is_written_over(data: Path, tmp_path: Path) -> None:
     (tmp_path / "mended").mkdir()
-    (tmp_path / "mended" / "mine.txt").write_text("keep")
+    (tmp_path / "mended" / "mine.txt").write_text("keep", encoding="utf-8")
     with pytest.raises(OutputError, match="not empty"):
         repair(open_dataset(data, **PATTERNS), tmp_path / "mended")
 

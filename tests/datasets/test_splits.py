@@ -185,10 +185,10 @@ class TestFile:
 
     def test_a_fixed_one_may_be_written_by_hand(self, tmp_path: Path) -> None:
         path = tmp_path / "split.json"
-        path.write_text('{"training": ["s000", "s003"], "validation": ["s001"], "test": ["s002"]}')
+        path.write_text('{"training": ["s000", "s003"], "validation": ["s001"], "test": ["s002"]}', encoding="utf-8")
         split = load_or_make_split(path, dataset(many(4)))
         assert (split.training_of(0), split.validation, split.held_out(0)) == (("s000", "s003"), ("s001",), ("s002",))
-        path.write_text('{"training": ["s000"], "vaildation": ["s001"], "test": ["s002"]}')
+        path.write_text('{"training": ["s000"], "vaildation": ["s001"], "test": ["s002"]}', encoding="utf-8")
         with pytest.raises(BadSplit, match="vaildation: no such field; did you mean 'validation'"):
             load_split(path)
 
@@ -242,7 +242,7 @@ class TestFile:
     )
     def test_a_damaged_one_is_refused(self, tmp_path: Path, text: str) -> None:
         path = tmp_path / "split.json"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(BadSplit):
             load_or_make_split(path, dataset(many(10)))
-        assert path.read_text() == text
+        assert path.read_text(encoding="utf-8") == text

@@ -317,7 +317,7 @@ def test_a_quantity_is_read_inside_its_margin_and_who_changes_sides_is_named(tmp
     write_label(tmp_path / "scans/labelsTr/a.nii.gz", label(v1=LIVER))
     about = {"modality": {"0": "fat"}, "labels": {"0": "background", "1": "liver"}, "training": []}
     about["training"] = [{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}]
-    (tmp_path / "scans/dataset.json").write_text(json.dumps(about))
+    (tmp_path / "scans/dataset.json").write_text(json.dumps(about), encoding="utf-8")
     smaller = np.s_[4:8, 4:6, 3:5]
     write_label(tmp_path / "predictions/a.nii.gz", label(v1=smaller))
     found = {}
@@ -370,7 +370,7 @@ def test_probabilities_are_measured_where_they_lie(tmp_path: Path) -> None:
     evaluation.write(tmp_path / "out")
     back = Evaluation.read(tmp_path / "out").reliabilities()["liver"]
     assert back.expected_error == pytest.approx(expected, rel=1e-5)
-    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    summary = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
     assert summary["calibration"]["liver"]["expected_calibration_error"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(BadShape, match="holds 1 probabilities"):
         evaluate_folders(tmp_path / "predictions", tmp_path / "references", TARGETS, measuring)

@@ -336,7 +336,7 @@ def test_a_zip_bomb_is_refused_by_its_list(tmp_path: Path) -> None:
 
 def test_other_files_are_passed_over_and_none_at_all_is_an_error(dicom, tmp_path: Path) -> None:
     folder = dicom.write("a", VOXELS, STRAIGHT)
-    (folder / "readme.txt").write_text("hello")
+    (folder / "readme.txt").write_text("hello", encoding="utf-8")
     (folder / "DICOMDIR").write_bytes(b"\0" * 200)
     assert read_volume(folder).channels == 1
     (tmp_path / "empty").mkdir()

@@ -117,7 +117,7 @@ def test_what_vtk_cannot_say_comes_beside_it(tmp_path: Path) -> None:
     files = export_label(tmp_path / "a.vtk", LabelVolume(marked(), grid), TARGETS, about={"weights_sha256": ["ab"]})
     assert [file.name for file in files] == ["a.vtk", "a.nii.gz", "a.json"]
     assert read_label(files[1]).grid.matches(grid, 1e-4)
-    beside = json.loads(files[2].read_text())
+    beside = json.loads(files[2].read_text(encoding="utf-8"))
     assert np.allclose(beside["affine_ras_mm"], grid.affine)
     assert beside["targets"] == {"liver": [1, 2], "tumour": [2]}
     voxel_ml = np.prod(SPACING_MM) / 1000

@@ -66,7 +66,7 @@ def test_a_damaged_key_is_refused_and_left_alone(key: Path, content: bytes) -> N
 
 
 def test_a_key_that_cannot_be_made_says_what_to_set(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("DELINEATE_KEY", os.fspath(tmp_path / "file/key"))
     with pytest.raises(OutputError, match="set DELINEATE_KEY"):
         key_id()

@@ -177,7 +177,7 @@ class TestReuse:
         assert FileHashes(memory).of(file) != first
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert FileHashes(memory).of(file) == first
-        memory.write_text("{broken")
+        memory.write_text("{broken", encoding="utf-8")
         assert FileHashes(memory).of(file) != first
 
 
@@ -216,10 +216,10 @@ class TestInterruption:
         names = (".bashrc", ".ssh/id", "project/.env", "project/.1a2b3c4d-image.npy", f"{folder.name}/.notes")
         for name in names:
             (cache / name).parent.mkdir(exist_ok=True)
-            (cache / name).write_text("mine")
+            (cache / name).write_text("mine", encoding="utf-8")
             os.utime(cache / name, (0, 0))
         prepare(subjects, PIPELINE, TARGETS, cache)
-        assert all((cache / name).read_text() == "mine" for name in names)
+        assert all((cache / name).read_text(encoding="utf-8") == "mine" for name in names)
 
     def test_two_processes_at_once_agree(self, subjects: list[Subject], tmp_path: Path) -> None:
         expected = prepare(subjects, PIPELINE, TARGETS, tmp_path / "expected")

@@ -774,7 +774,7 @@ def test_a_front_door_that_is_started_again_is_found(tmp_path: Path) -> None:
 def most_memory(child: _Child) -> int:
     """Most bytes that a process has had in memory."""
     assert child.process is not None
-    status = Path(f"/proc/{child.process.pid}/status").read_text()
+    status = Path(f"/proc/{child.process.pid}/status").read_text(encoding="utf-8")
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert found is not None
     return 1024 * int(found[1])

@@ -270,6 +270,6 @@ def test_attempts_that_nobody_knows_of_are_thrown_away(made) -> None:
 
 
 def test_a_place_that_cannot_be_used_is_refused(tmp_path) -> None:
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(OutputError, match="--state"):
         Spool(tmp_path / "file")

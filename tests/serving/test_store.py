@@ -89,7 +89,7 @@ def test_a_store_of_every_version_is_opened_with_its_jobs(version, tmp_path) -> 
     sample = SAMPLES / f"{version}.sql"
     assert sample.is_file(), f"store a sample of version {version}: {write_sample.__doc__}"
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as db, closing(sqlite3.connect(":memory:")) as made:
-        db.executescript(sample.read_text())
+        db.executescript(sample.read_text(encoding="utf-8"))
         assert db.execute("PRAGMA user_version").fetchone() == (version,)
         for statements in store.MIGRATIONS[:version]:
             made.executescript(statements)
@@ -107,7 +107,7 @@ def write_sample(folder: Path, version: int) -> None:
         for job in JOBS:
             opened.put(job)
         lines = [*opened._db.iterdump(), f"PRAGMA user_version = {version};"]
-    (SAMPLES / f"{version}.sql").write_text("\n".join(lines) + "\n")
+    (SAMPLES / f"{version}.sql").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def test_a_later_version_is_refused_and_left_alone(tmp_path) -> None:
@@ -166,7 +166,7 @@ def test_a_job_that_cannot_be_read_is_named_so(opened) -> None:
 
 
 def test_a_place_that_cannot_be_used_is_refused(tmp_path) -> None:
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(OutputError, match="--state"):
         Store(tmp_path / "file" / "jobs.sqlite")
     (tmp_path / "folder").mkdir()

@@ -64,8 +64,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         voxels = (ball * 3 + rng.standard_normal(grid.shape)).astype(np.float32)
         write_volume(world / f"data/case{i}_image.nii.gz", Volume(voxels[None], grid))
         write_label(world / f"data/case{i}_label.nii.gz", LabelVolume(ball, grid))
-    (world / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
-    (world / "small.yaml").write_text(yaml.safe_dump(STUDY))
+    (world / "tiny.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    (world / "small.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DELINEATE_HOME", str(world / "home"))
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -104,7 +104,7 @@ def training_in(run: Path, alive: Callable[[], bool] = lambda: True) -> psutil.P
         assert time.monotonic() < deadline
         assert alive()
         threading.Event().wait(0.01)
-    return psutil.Process(json.loads((run / ".lock").read_text())["pid"])
+    return psutil.Process(json.loads((run / ".lock").read_text(encoding="utf-8"))["pid"])
 
 
 def running(process: psutil.Popen, said: Path) -> bool:
@@ -190,7 +190,7 @@ def test_every_node_must_see_the_folders(world: Path, ray: ModuleType, tmp_path:
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(ClusterError, match="there is no '/nowhere'"):
         workers.check_folders(tmp_path / "out", [world / "data", Path("/nowhere")])
-    (tmp_path / ".shared-word").write_text("of another node")
+    (tmp_path / ".shared-word").write_text("of another node", encoding="utf-8")
     for token in (".shared-word", ".shared-lost"):
         assert "is not the folder that it is here" in _look(str(tmp_path / token), "word", [])[1]
 

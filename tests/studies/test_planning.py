@@ -378,7 +378,7 @@ def test_what_is_wrong_is_named(change: dict[str, object], says: str, tmp_path: 
         "name": "s", "question": "?", "recipe": "hippocampus", "design": {"kind": "cross_validation"},
         "sizes": {"quick": {}}, **change,
     }  # fmt: skip
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
 
     def plan() -> None:
         found = load_study(tmp_path / "s.yaml")

@@ -65,8 +65,8 @@ def write_balls(folder: Path, name: str) -> None:
 def world(tmp_path: Path) -> Path:
     """Six scans with a bright ball each, a recipe and a study."""
     write_balls(tmp_path / "data", "case")
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(STUDY))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
     return tmp_path
 
 
@@ -123,7 +123,7 @@ def test_a_failing_run_stops_no_other_and_is_run_again(world: Path, monkeypatch)
     monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     study = {**STUDY, "arms": {"lost": {"set": ["start.weights=nowhere"]}, "plain": {}}, "claims": []}
-    (world / "small.yaml").write_text(yaml.safe_dump(study))
+    (world / "small.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     done = CliRunner().invoke(app, command(world, "out", "--json"))
     assert done.exit_code == 1
     states = json.loads(done.stdout)["runs"]
@@ -179,7 +179,7 @@ def test_a_study_chooses_transfers_tests_elsewhere_and_looks_at_the_locked_subje
 ) -> None:
     monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    (world / "staged.yaml").write_text(yaml.safe_dump(STAGED))
+    (world / "staged.yaml").write_text(yaml.safe_dump(STAGED), encoding="utf-8")
     run = ["study", "run", str(world / "staged.yaml"), "--out", str(world / "out"), "--device", "cpu"]
     write_balls(world / "old", "ball")
     run += ["--data", str(world / "data"), "--data", f"old={world / 'old'}"]
@@ -220,10 +220,10 @@ def test_a_study_moves_the_subject_that_its_network_without_any_is_least_sure_of
     monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rows = [f"case{i},{'A' if i < 2 else 'B'}" for i in range(6)]
-    (world / "data" / "sites.csv").write_text("\n".join(["subject,site", *rows]))
+    (world / "data" / "sites.csv").write_text("\n".join(["subject,site", *rows]), encoding="utf-8")
     design = {"kind": "moved_subjects", "source": "A", "target": "B", "counts": [0, 1], "order": ["uncertainty"]}
     study = {**STUDY, "design": design, "sizes": {"quick": {}}, "arms": {}, "claims": [], "published": []}
-    (world / "small.yaml").write_text(yaml.safe_dump(study))
+    (world / "small.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     done = CliRunner().invoke(app, command(world, "out"))
     assert done.exit_code == 0, done.output
     folder = StudyFolder(world / "out")
@@ -246,7 +246,7 @@ def read_subjects(folder: StudyFolder, name: str) -> list[str]:
 def test_a_run_whose_start_failed_is_not_tried_and_says_so(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
     arms = {"lost": {"set": ["start.weights=nowhere"]}, "then": {"start_from": "lost"}}
-    (world / "small.yaml").write_text(yaml.safe_dump({**STUDY, "arms": arms, "claims": []}))
+    (world / "small.yaml").write_text(yaml.safe_dump({**STUDY, "arms": arms, "claims": []}), encoding="utf-8")
     assert CliRunner().invoke(app, command(world, "out")).exit_code == 1
     status = StudyFolder(world / "out").status("then-fold1-seed0")
     assert (status.state, status.attempts) == ("failed", 0)
@@ -259,7 +259,7 @@ def test_a_plan_tells_time_and_memory_of_each_arm_and_goes_past_one_that_fails(
     monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arms = {"plain": {}, "broken": {"set": ["training.batch_size=4096", "tiles.shape=[4096, 4096, 4096]"]}}
-    (world / "small.yaml").write_text(yaml.safe_dump({**STUDY, "arms": arms, "claims": []}))
+    (world / "small.yaml").write_text(yaml.safe_dump({**STUDY, "arms": arms, "claims": []}), encoding="utf-8")
     before = sorted(world.rglob("*"))
     plan = ["study", "plan", str(world / "small.yaml"), "--data", str(world / "data"), "--try", "--device", "cpu"]
     done = CliRunner().invoke(app, [*plan, "--json"])
@@ -281,7 +281,7 @@ def test_a_number_of_jobs_that_is_none_is_refused(world: Path, jobs: str) -> Non
 
 def test_a_folder_holds_one_study_and_nothing_of_somebody_elses(world: Path) -> None:
     (world / "taken").mkdir()
-    (world / "taken" / "report.html").write_text("somebody's")
+    (world / "taken" / "report.html").write_text("somebody's", encoding="utf-8")
     done = CliRunner().invoke(app, command(world, "taken"))
     assert isinstance(done.exception, OutputError)
     assert [path.name for path in (world / "taken").iterdir()] == ["report.html"]

@@ -199,13 +199,13 @@ def test_ctrl_c_ends_the_process_too(
     with pytest.raises(KeyboardInterrupt):
         try_recipe(recipe(), data, split, 0)
     with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+        os.kill(int(pid.read_text(encoding="utf-8")), 0)
     assert left_in(places) == []
 
 
 def interpreter(path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a shell script take Python's place."""
-    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     path.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(path))
 

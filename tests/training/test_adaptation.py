@@ -213,10 +213,10 @@ def test_a_folder_holds_one_adaptation_and_nothing_of_anybody_else(world, adapte
     for origin in ("run", "adapted"):
         with pytest.raises(OutputError, match="is an input"):
             adapt(world / origin, new, world / origin, **SETTINGS)
-    (tmp_path / "report.html").write_text("somebody's")
+    (tmp_path / "report.html").write_text("somebody's", encoding="utf-8")
     with pytest.raises(OutputError, match="no adaptation wrote it"):
         adapt(world / "run", new, tmp_path, **SETTINGS)
-    assert (tmp_path / "report.html").read_text() == "somebody's"
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == "somebody's"
 
 
 def test_subjects_under_another_key_are_not_taken_for_unseen(world, tmp_path, monkeypatch) -> None:

@@ -117,7 +117,7 @@ def test_starting_processes_forgets_other_launchers_and_restores_them(tmp_path, 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', json.dumps(dict.fromkeys(["pid", "host"], "x"))])
 def test_what_a_crash_left_in_the_lock_means_nothing(text, tmp_path) -> None:
-    (tmp_path / ".lock").write_text(text)
+    (tmp_path / ".lock").write_text(text, encoding="utf-8")
     with holding(tmp_path) as first:
         assert first
         error = in_another_thread(lambda: holding(tmp_path).__enter__())

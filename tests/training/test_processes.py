@@ -30,7 +30,7 @@ def case(recipe, balls, folder: Path, **more: Any) -> dict[str, Any]:
     values = recipe.as_dict()
     values["training"] |= {"steps": 6}
     path = folder.with_suffix(".yaml")
-    path.write_text(to_yaml(values))
+    path.write_text(to_yaml(values), encoding="utf-8")
     arguments = [
         "train", str(path), "--data", str(balls.root), "--images", "*_image.nii.gz", "--labels", "*_label.nii.gz",
         "--targets", "ball=1", "--device", "cpu", "--precision", "fp32", "--compile", "off", "--threads", "1",

@@ -296,7 +296,7 @@ def test_a_killed_run_goes_on(recipe, balls, tmp_path) -> None:
     """kill -9 in mid-training, twice; the state is written each 0.2 s here."""
     spec = recipe.training.model_copy(update={"steps": 150, "validation": recipe.training.validation})
     recipe = recipe.model_copy(update={"training": spec})
-    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe.as_dict()))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe.as_dict()), encoding="utf-8")
     command = [
         sys.executable, "-c",
         "from delineate.training import callbacks; callbacks.SECONDS_BETWEEN_STATES = 0.2\n"
@@ -333,7 +333,7 @@ def _steps(state: Path) -> int:
 
 
 def test_two_processes_share_the_data_and_save_once(recipe, balls, tmp_path) -> None:
-    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe.as_dict()))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe.as_dict()), encoding="utf-8")
     command = [
         sys.executable, "-m", "delineate", "train", str(tmp_path / "recipe.yaml"), "--data", str(balls.root),
         "--images", "*_image.nii.gz", "--labels", "*_label.nii.gz", "--targets", "ball=1",
@@ -514,7 +514,7 @@ def test_moved_subjects_are_never_validated_on_nor_held_out(recipe, balls, fold)
 def test_a_split_s_own_subjects_are_validated_on(recipe, balls, tmp_path) -> None:
     names = [s.id for s in balls.subjects]
     (tmp_path / "split.json").write_text(
-        json.dumps({"training": names[:3], "validation": names[3:4], "test": names[4:]})
+        json.dumps({"training": names[:3], "validation": names[3:4], "test": names[4:]}), encoding="utf-8"
     )
     result = run(recipe, balls, tmp_path / "run", split_file=tmp_path / "split.json")
     subjects = RunSubjects.load(tmp_path / "run")

@@ -116,7 +116,9 @@ def export_label(
     for file in written:
         if file.suffix == ".json":
             with writing_beside(file) as beside:
-                beside.write_text(json.dumps(sidecar_of(label, targets) | dict(about or {}), indent=2) + "\n")
+                beside.write_text(
+                    json.dumps(sidecar_of(label, targets) | dict(about or {}), indent=2) + "\n", encoding="utf-8"
+                )
         else:
             write_label(file, label, like=source)
     return written

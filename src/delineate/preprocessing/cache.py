@@ -197,7 +197,7 @@ class FileHashes:
         self._changed = False
         # Only a cache: if it cannot be read, start again.
         with suppress(OSError, ValueError):
-            self._known = json.loads(path.read_text())
+            self._known = json.loads(path.read_text(encoding="utf-8"))
 
     def of(self, file: Path) -> str:
         """BLAKE2b of the file's bytes, as 32 hexadecimal digits."""
@@ -218,7 +218,7 @@ class FileHashes:
         """Write the hashes. If two runs save at once, one loses its own and computes them again next time."""
         if self._changed:
             with writing_beside(self._path) as beside:
-                beside.write_text(json.dumps(self._known))
+                beside.write_text(json.dumps(self._known), encoding="utf-8")
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +234,7 @@ class _Entry:
     @classmethod
     def read(cls, folder: Path) -> Self:
         try:
-            meta = json.loads((folder / "meta.json").read_text())
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise _damaged(folder) from error
         counts = {int(target): n for target, n in meta["counts"].items()}
@@ -287,7 +287,7 @@ def _write(folder: Path, id: str, prepared: Volume, encoded: NDArray[np.uint8], 
         "nbytes": sum(array.nbytes for array in arrays.values()),
     }
     with writing_beside(folder / "meta.json") as beside:
-        beside.write_text(json.dumps(meta))
+        beside.write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _draw_points(
@@ -330,5 +330,5 @@ def budget_in_memory() -> int:
     """How many bytes of prepared subjects stay in memory: a quarter of the machine's, or of its container's if less."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
-    container = limit.read_text().strip() if limit.exists() else "max"
+    container = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
     return (machine if container == "max" else min(machine, int(container))) // 4

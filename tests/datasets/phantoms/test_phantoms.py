@@ -306,7 +306,7 @@ def test_every_layout_is_recognised_and_sound(kind: str, layout: str, tmp_path: 
         assert open_dataset(tmp_path / "scans").layout == layout
         assert inspect(written).errors == ()
         assert {subject.site for subject in written.subjects} == {chosen.scanner_of(i).name for i in range(4)}
-    with (tmp_path / "scans" / "truth.csv").open() as file:
+    with (tmp_path / "scans" / "truth.csv").open(encoding="utf-8") as file:
         truth = {row["subject"]: row for row in csv.DictReader(file)}
     subjects = {subject.id: subject for subject in written.subjects}
     for i in range(4):
@@ -352,7 +352,7 @@ def test_chosen_sites_have_the_patients_of_the_whole_set_who_are_imaged_there(tm
     assert files_of_one | files_of_two == {name: all_files[name] for name in files_of_one | files_of_two}
     assert not files_of_one.keys() & files_of_two.keys()
     assert written("two", 3, ["scanner2"])[0] | at_one == everybody, "a patient was added"
-    assert json.loads((tmp_path / "two/simulated.json").read_text())["sites"] == ["scanner2"]
+    assert json.loads((tmp_path / "two/simulated.json").read_text(encoding="utf-8"))["sites"] == ["scanner2"]
 
 
 def test_a_site_that_there_is_not_and_a_factor_out_of_range_are_refused(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_patients_are_added_only_to_those_of_the_same_sites_and_size(tmp_path: P
             write_phantoms(tmp_path, 3, "abdomen", **other)
     # Written by a version that could do neither: all sites at full size.
     marker = tmp_path / "simulated.json"
-    marker.write_text(json.dumps({"simulated": True, "kind": "abdomen", "seed": 0, "patients": 2}))
+    marker.write_text(json.dumps({"simulated": True, "kind": "abdomen", "seed": 0, "patients": 2}), encoding="utf-8")
     with pytest.raises(OutputError, match="name a new folder"):
         write_phantoms(tmp_path, 3, "abdomen", coarse=8)
     assert len(write_phantoms(tmp_path, 2, "abdomen").subjects) == 2

@@ -155,7 +155,7 @@ def series(tmp_path: Path) -> Path:
         slice.save_as(folder / "DOE_JANE_S1" / f"IM{number}", enforce_file_format=True)
     assert pydicom.dcmread(folder / "DOE_JANE_S1" / "IM0").Rows == 4
     (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
-    (folder / "readme DOE JANE.txt").write_text("Jane Doe")
+    (folder / "readme DOE JANE.txt").write_text("Jane Doe", encoding="utf-8")
     (folder / ".DS_Store").write_bytes(b"\0" * 128 + b"DICM")
     return folder
 

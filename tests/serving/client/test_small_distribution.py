@@ -55,7 +55,7 @@ def test_it_holds_every_source_that_the_client_imports(wheel: Path) -> None:
             assert packed.read(f"delineate_client/{name}") == (SOURCES / name).read_bytes()
         [metadata] = [packed.read(name).decode() for name in packed.namelist() if name.endswith("METADATA")]
     assert names == shared | {"__init__.py", "__main__.py", "py.typed", "LICENSE"}
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     assert f"\nVersion: {version}\n" in metadata
     assert "torch" not in metadata.split("\n\n")[0]
 

@@ -66,7 +66,7 @@ def main(folder: str, notes: str, settings: str) -> None:
     keys = None if given.get("plain") else state / "server.json"
     door = FrontDoor(engine, state / "door.sock", bind=given["bind"], keys=keys)
     threading.Thread(target=end_with_parent, args=(door, os.getppid()), daemon=True).start()
-    (state / ".address").write_text(door.address)
+    (state / ".address").write_text(door.address, encoding="utf-8")
     (state / ".address").replace(state / "address")
     try:
         door.run(given.get("drain_s", 0.0))

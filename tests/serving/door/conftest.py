@@ -110,8 +110,8 @@ class Door:
                 [*command, str(self.state), str(self.notes), self._settings], stdout=log, stderr=log
             )
         until(lambda: place.exists() or self.process.poll() is not None, "a door that listens")
-        assert self.process.poll() is None, self.log.read_text()
-        self.address = place.read_text()
+        assert self.process.poll() is None, self.log.read_text(encoding="utf-8")
+        self.address = place.read_text(encoding="utf-8")
         self.keys = {name: msgspec.structs.replace(key, address=self.address) for name, key in self.keys.items()}
 
     def add(self, name: str, role: Any = "client") -> KeyFile:
@@ -156,7 +156,7 @@ class Door:
 
     def peak_mb(self) -> float:
         """The most memory that it has used so far."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
     @property

@@ -76,7 +76,7 @@ def test_a_patients_name_is_in_no_log_and_no_file_of_the_server(door, tmp_path) 
             assert talker.hear()[0].problem.code == "E_PROTOCOL"
         assert files_with(CANARY, door.state) == []
         client.cancel(job)
-    assert CANARY not in door.log.read_text()
+    assert CANARY not in door.log.read_text(encoding="utf-8")
     assert files_with(CANARY, door.state) == []
 
 
@@ -92,7 +92,7 @@ def test_what_a_client_named_goes_with_its_job(make_door, until, tmp_path) -> No
         until(lambda: client.jobs() == (), "that the job is forgotten")
     door.terminate()
     until(lambda: not door.alive, "that it ends")
-    assert CANARY not in door.log.read_text()
+    assert CANARY not in door.log.read_text(encoding="utf-8")
     assert files_with(CANARY, door.state) == []
 
 
@@ -133,7 +133,7 @@ def test_nothing_from_outside_becomes_a_path(make_door, until) -> None:
     until(lambda: not door.alive, "that it ends")
     own = [door.state, Path(__file__).parent, *map(Path, sys.path[1:]), Path(sys.prefix), Path(sys.base_prefix)]
     own += [Path(sysconfig.get_path("stdlib")), Path(delineate.serving.__file__).parents[2]]
-    notes = [json.loads(line) for line in door.notes.read_text().splitlines()]
+    notes = [json.loads(line) for line in door.notes.read_text(encoding="utf-8").splitlines()]
     opened = {path for _, *paths in notes for path in paths if path.startswith(("/", ".", "~")) or "passwd" in path}
     assert any(Path(path).is_relative_to(door.state / "spool") for path in opened)
     system = {"/dev/null", "/dev/urandom", "/etc/localtime"}

@@ -74,7 +74,7 @@ def test_a_file_of_keys_that_cannot_be_read_changes_nothing(door, until) -> None
     path = door.state / "server.json"
     good = path.read_bytes()
     path.write_bytes(b"{")
-    until(lambda: "the keys are as they were" in door.log.read_text(), "that it is logged")
+    until(lambda: "the keys are as they were" in door.log.read_text(encoding="utf-8"), "that it is logged")
     with door.client() as client:
         client.ping(timeout_s=NAMED_S)
     path.write_bytes(good)
@@ -180,7 +180,7 @@ def test_files_of_keys_are_private(door, tmp_path) -> None:
 
 
 def test_the_server_keeps_nothing_to_pass_for_a_client(door) -> None:
-    known = (door.state / "server.json").read_text()
+    known = (door.state / "server.json").read_text(encoding="utf-8")
     assert door.keys["anna"].public in known
     assert door.keys["anna"].secret not in known
     assert door.keys["anna"].token not in known

@@ -74,7 +74,7 @@ class Network:
 
     def enter(self, machine: str) -> None:
         """From here on, whatever this thread opens is on a machine."""
-        with open(f"/run/netns/{self._prefix}-{machine}") as file:
+        with open(f"/run/netns/{self._prefix}-{machine}", encoding="utf-8") as file:
             libc = ctypes.CDLL(None, use_errno=True)
             assert libc.setns(file.fileno(), _NEW_NETWORK) == 0, os.strerror(ctypes.get_errno())
 

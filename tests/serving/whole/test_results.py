@@ -61,7 +61,7 @@ def test_every_format_asked_for_comes_as_predict_writes_it(server, bundles, scan
         [expected] = bundles.predicted("one", scans["mha"], format=format)
         assert (tmp_path / expected.name).read_bytes() == expected.read_bytes()
         if format == "vtk":
-            beside = json.loads(expected.with_suffix(".json").read_text())
+            beside = json.loads(expected.with_suffix(".json").read_text(encoding="utf-8"))
             assert (tmp_path / "a2.nii.gz").read_bytes() == expected.with_suffix(".nii.gz").read_bytes()
     assert {name: result.about[name] for name in beside} == beside
     assert result.about["notice"] == "Not for diagnosis."
@@ -91,7 +91,7 @@ def test_channels_and_a_quantity_are_taken_by_name(server, bundles, scan, tmp_pa
     assert (tmp_path / "one.nii.gz").read_bytes() == expected.read_bytes()
     images += ["--images", "fat_fraction=*_ff.nii.gz", "--quantity", "fat_fraction", "--margin-mm", "1.0"]
     [expected] = bundles.predicted("two", tmp_path / "in", *images)
-    rows = json.loads((expected.parent / "measurements.json").read_text())["measurements"]
+    rows = json.loads((expected.parent / "measurements.json").read_text(encoding="utf-8"))["measurements"]
     names = {"mean": "quantity_mean", "sd": "quantity_sd", "volume_ml": "volume_ml", "measured_ml": "measured_ml"}
     for row in rows:
         found = measured.about["measurements"][row["target"]]
@@ -158,7 +158,7 @@ def test_the_grid_that_comes_back_is_the_scan_s_in_48_orientations(predictor, ma
         out = staged(tmp_path / str(n), tmp_path / f"{n}.nii.gz", "nii.gz", predictor, marker, "vti", "nii.gz")
         back = read_label(out / "label.nii.gz")
         assert same(back, LabelVolume(marker, sent))
-        assert json.loads((out / "label.json").read_text())["affine_ras_mm"] == sent.affine.tolist()
+        assert json.loads((out / "label.json").read_text(encoding="utf-8"))["affine_ras_mm"] == sent.affine.tolist()
 
 
 def test_a_marker_keeps_its_place_in_dicom_seg_and_vtk(predictor, marker, series_maker, tmp_path) -> None:
