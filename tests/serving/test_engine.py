@@ -442,7 +442,7 @@ def test_nothing_is_left_of_an_attempt_that_failed(house) -> None:
     house.commit()
     for again in (lambda work: house.say(WORKER, Fail(lease=work.lease, released=True)), lambda work: house.tick(20)):
         work = house.take()
-        (Path(work.folder) / "work").mkdir()
+        (Path(work.folder) / "decoded").mkdir()
         again(work)
         assert not Path(work.folder).exists()
     work = house.take()

@@ -428,8 +428,8 @@ class Serving(RuleBasedStateMachine):
                 parts = [(folder / f"in{index}").read_bytes() for index in range(len(work.parts))]
                 (folder / "out").mkdir(exist_ok=True)
                 (folder / "out" / "label.vtk").write_bytes(result := b"|".join([lease.encode(), *parts]))
-                (folder / "work").mkdir(exist_ok=True)
-                (folder / "work" / "scan.npy").write_bytes(bytes(20))
+                (folder / "decoded").mkdir(exist_ok=True)
+                (folder / "decoded" / "scan.npy").write_bytes(bytes(20))
                 self.hand_in(hand, lease, result)
             return
         parts = []

@@ -34,6 +34,7 @@ from delineate.serving.http.desk import Limits
 from delineate.serving.http.gateway import Gateway
 from delineate.serving.keys import KeyFile, added, read_server_keys, removed, write_key
 from delineate.serving.models import OFFER
+from delineate.serving.processes import SPAWN, Child
 from delineate.serving.protocol import (
     VERSION,
     Done,
@@ -51,7 +52,7 @@ from delineate.serving.protocol import (
     decode,
     encode,
 )  # fmt: skip
-from delineate.serving.server import _SPAWN, _Child, _front_door, _gateway, listen, prepare
+from delineate.serving.server import _front_door, _gateway, listen, prepare
 from delineate.serving.settings import Address, Settings
 
 MUTATIONS = int(os.environ.get("DELINEATE_MUTATIONS", "2000"))
@@ -81,10 +82,10 @@ class Place:
         self.settings = Settings(state=state, bind=bind, plain=plain, limits=known, drain_s=20)
         prepare(self.settings)
         self.offer(*models)
-        self.problems, theirs = _SPAWN.Pipe(duplex=False)
-        self.door = _Child("front door", _front_door, (self.settings, theirs))
+        self.problems, theirs = SPAWN.Pipe(duplex=False)
+        self.door = Child("front door", _front_door, (self.settings, theirs))
         until(self.settings.address.exists)
-        self.gateways: list[_Child] = []
+        self.gateways: list[Child] = []
 
     def offer(self, *models: Model) -> None:
         self.settings.models.mkdir(exist_ok=True)
@@ -93,10 +94,10 @@ class Place:
         beside.replace(self.settings.models / OFFER)
 
     @contextmanager
-    def gateway(self) -> Iterator[tuple[httpx.Client, _Child]]:
+    def gateway(self) -> Iterator[tuple[httpx.Client, Child]]:
         """A gateway in a process, and a client of it."""
         listener = listen("127.0.0.1:0", plain=self.settings.plain)
-        child = _Child("gateway", _gateway, (self.settings, listener))
+        child = Child("gateway", _gateway, (self.settings, listener))
         self.gateways.append(child)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30) as client:
@@ -130,7 +131,7 @@ class Place:
             worker.close()
 
 
-def end(child: _Child) -> None:
+def end(child: Child) -> None:
     child.terminate()
     child.join(10)
     child.end()
@@ -198,13 +199,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.fixture(scope="module")
-def served(place: Place) -> Iterator[tuple[httpx.Client, _Child]]:
+def served(place: Place) -> Iterator[tuple[httpx.Client, Child]]:
     with place.gateway() as found:
         yield found
 
 
 @pytest.fixture
-def http(served: tuple[httpx.Client, _Child]) -> Iterator[httpx.Client]:
+def http(served: tuple[httpx.Client, Child]) -> Iterator[httpx.Client]:
     client, _ = served
     yield client
     for job in client.get("/v1/jobs?most=100").json()["jobs"]:
@@ -771,7 +772,7 @@ def test_a_front_door_that_is_started_again_is_found(tmp_path: Path) -> None:
         end(place.door)
 
 
-def most_memory(child: _Child) -> int:
+def most_memory(child: Child) -> int:
     """Most bytes that a process has had in memory."""
     assert child.process is not None
     status = Path(f"/proc/{child.process.pid}/status").read_text(encoding="utf-8")

@@ -207,8 +207,8 @@ def test_of_a_job_that_is_done_only_the_results_are_kept(made) -> None:
         made.append(job, index, 0, b"0123")
     made.lend(job.key, OTHER, 2)
     folder = made.lend(job.key, LEASE, 2)
-    (folder / "work").mkdir()
-    (folder / "work" / "scan.npy").write_bytes(bytes(1000))
+    (folder / "decoded").mkdir()
+    (folder / "decoded" / "scan.npy").write_bytes(bytes(1000))
     made.put_output(job.key, LEASE, "label.vtk", 0, b"result")
     made.measure(job.key)
     assert made.total_bytes == 4 + 4 + 1000 + 6

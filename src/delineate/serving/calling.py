@@ -64,6 +64,35 @@ class Later(Exception):
         self.error, self.seconds = error, seconds
 
 
+def new_socket(context: zmq.Context, address: str, key: KeyFile | None) -> zmq.Socket:
+    """A socket to a server, not yet connected. Raises :class:`UnknownKey` for a damaged key."""
+    dealer = context.socket(zmq.DEALER)
+    dealer.linger = 0
+    dealer.maxmsgsize = 2 * MOST_PAYLOAD
+    dealer.heartbeat_ivl, dealer.heartbeat_timeout = 2000, 6000
+    dealer.reconnect_ivl, dealer.reconnect_ivl_max = 100, 2000
+    dealer.ipv6 = "[" in address
+    if key is not None:
+        try:
+            dealer.curve_serverkey = key.server_public.encode()
+            dealer.curve_publickey = key.public.encode()
+            dealer.curve_secretkey = key.secret.encode()
+        except zmq.ZMQError as error:
+            dealer.close()
+            raise UnknownKey(
+                f"the file of key '{key.name}' is damaged: {error}", fix="ask whoever runs the server for a new one"
+            ) from error
+    return dealer
+
+
+def connect(dealer: zmq.Socket, address: str) -> None:
+    """Connect a socket, as soon as there is a server. Raises :class:`Unreachable` for what is no address."""
+    try:
+        dealer.connect(address)
+    except zmq.ZMQError as error:
+        raise Unreachable(f"'{address}' is no address: {error}", fix="give one like tcp://scanner7:7420") from error
+
+
 class Caller:
     """A connection to a server, and what is said over it. How to wait is left to the two clients."""
 
@@ -116,31 +145,12 @@ class Caller:
         if self._socket is not None:
             return self._socket
         self._context = zmq.Context()
-        dealer = self._socket = self._context.socket(zmq.DEALER)
-        dealer.linger = 0
+        dealer = self._socket = new_socket(self._context, self.address, self._key)
         dealer.sndhwm = dealer.rcvhwm = 4 * CREDIT
-        dealer.maxmsgsize = 2 * MOST_PAYLOAD
-        dealer.heartbeat_ivl, dealer.heartbeat_timeout = 2000, 6000
-        dealer.reconnect_ivl, dealer.reconnect_ivl_max = 100, 2000
-        dealer.ipv6 = "[" in self.address
-        try:
-            if self._key is not None:
-                dealer.curve_serverkey = self._key.server_public.encode()
-                dealer.curve_publickey = self._key.public.encode()
-                dealer.curve_secretkey = self._key.secret.encode()
-        except zmq.ZMQError as error:
-            raise UnknownKey(
-                f"the file of key '{self._name}' is damaged: {error}", fix="ask whoever runs the server for a new one"
-            ) from error
         self._monitor = dealer.get_monitor_socket(_EVENTS)
         for one in (dealer, self._monitor):
             self._poller.register(one, zmq.POLLIN)
-        try:
-            dealer.connect(self.address)
-        except zmq.ZMQError as error:
-            raise Unreachable(
-                f"'{self.address}' is no address: {error}", fix="give one like tcp://scanner7:7420"
-            ) from error
+        connect(dealer, self.address)
         return dealer
 
     def _hang_up(self) -> None:

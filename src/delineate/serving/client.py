@@ -43,6 +43,7 @@ from .calling import ANSWER_S, Caller, Later, Lost, Silence
 from .keys import KeyFile
 from .protocol import (
     CREDIT,
+    FINAL,
     MOST_PAYLOAD,
     Ack,
     Cancel,
@@ -72,7 +73,6 @@ _COMMIT_S = 60.0
 _QUIET_S = 60.0
 """A job of which nothing is heard for longer is asked about. A lost connection is noticed much earlier."""
 _FAREWELL_S = 1.0
-_OVER = ("done", "failed", "cancelled")
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -233,7 +233,7 @@ class _Talker(Caller):
                         raise error_of(progress.problem.code, progress.problem.message, progress.problem.fix)
                     if progress.state == "cancelled":
                         raise Cancelled(f"job {job} was cancelled")
-                    if progress.state in _OVER:
+                    if progress.state in FINAL:
                         return progress
             except Silence as silence:
                 if isinstance(silence, Lost) or not heard:

@@ -173,7 +173,7 @@ class _Connection:
 class Engine:
     """Answers messages. ``models`` are the bundles on offer by name; they may be replaced at any time."""
 
-    def __init__(self, store: Store, spool: Spool, limits: Limits = Limits(), *, now: float, name: str = "") -> None:
+    def __init__(self, store: Store, spool: Spool, limits: Limits, *, now: float, name: str = "") -> None:
         self.store, self.spool, self.limits, self.name = store, spool, limits, name
         self.models: Mapping[str, Model] = {}
         self.draining = False

@@ -38,6 +38,7 @@ _FAREWELL_S = 0.25
 """How long a connection lasts after it was told what is wrong with it."""
 _LINGER_MS = 500
 _COMPLAIN_S = 30.0
+_BEGAN = time.time() - time.monotonic()
 """A failure that repeats is logged again after this time."""
 
 
@@ -164,12 +165,12 @@ class FrontDoor:
                 ticked = now
                 self._tick()
             if deadline is not None and (self.engine.idle or now > deadline):
-                self._safely("what runs could not be given back", lambda: self.engine.release(time.time()))
+                self._safely("what runs could not be given back", lambda: self.engine.release(seconds_since_1970()))
                 return
 
     def _tick(self) -> None:
         self._safely("the models could not be looked at", self._refresh)
-        self._safely("the jobs could not be looked after", lambda: self._send(self.engine.tick(time.time())))
+        self._safely("the jobs could not be looked after", lambda: self._send(self.engine.tick(seconds_since_1970())))
 
     def _see_off(self, door: _Door) -> None:
         """Forget those whose connections have ended, and count those who were turned away."""
@@ -214,7 +215,7 @@ class FrontDoor:
         except zmq.ZMQError:  # ZMTP 1 and 2, which only a door without keys understands, say nothing about a peer
             self._count("dropped: not delineate/1")
             return None
-        if line is not None:  # otherwise it is being closed, or so new that the guard has not seen it yet
+        if line is not None:  # otherwise it is being closed
             line.delivered += size
             line.peer, line.key = id, key
             self._lines[id] = line
@@ -239,7 +240,7 @@ class FrontDoor:
                 self._drop(peer, error)
             return
         try:
-            answers = self.engine.handle(peer, message, payload, time.time())
+            answers = self.engine.handle(peer, message, payload, seconds_since_1970())
         except Exception as error:
             self._complain(f"{type(message).__name__.upper()} could not be answered", error)
             problem = Problem("E_SERVING", "the server failed at this message", "see the server's log")
@@ -255,11 +256,11 @@ class FrontDoor:
             except zmq.Again:
                 self._count("not sent: the peer does not read")
                 if isinstance(message, Work):
-                    self.engine.unsent(to, message, time.time())
+                    self.engine.unsent(to, message, seconds_since_1970())
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
-                self.engine.unsent(to, message, time.time())
+                self.engine.unsent(to, message, seconds_since_1970())
             else:
                 if door.guard is not None and (line := self._lines.get(to)) is not None:
                     line.sent += door.guard.wire_size(frames)
@@ -297,6 +298,14 @@ class FrontDoor:
 
     def _count(self, what: str) -> None:
         self.engine.counts[what] = self.engine.counts.get(what, 0) + 1
+
+
+def seconds_since_1970() -> float:
+    """What jobs are dated by: the clock as it was when this process began, and what has passed since then.
+
+    If somebody puts the clock right meanwhile, no job ends early and none is kept for ever.
+    """
+    return _BEGAN + time.monotonic()
 
 
 def _is_given(name: bytes) -> bool:

@@ -83,6 +83,9 @@ class Guard:
         self.dropped: Counter[str] = Counter()
         self.left: deque[bytes] = deque()
         self._lines: dict[int, Line] = {}
+        self._early: dict[int, Line] = {}
+        """Connections that have spoken before the socket has said that they were made."""
+        self._lock = threading.Lock()
         self._router, self._keys = router, keys
         self._keys_stamp: tuple[int, ...] = ()
         self._most = min(_MOST_CONNECTIONS, _raised_open_files() * 3 // 4)
@@ -122,10 +125,19 @@ class Guard:
 
     def line(self, descriptor: int, peer: bytes) -> Line | None:
         """The connection with a descriptor, which a peer has; None as long as that is another's, which has ended."""
-        line = self._lines.get(descriptor)
-        if line is None or line.peer == peer:
-            return line
-        return None if line.peer or _address(descriptor) != line.address else line
+        with self._lock:
+            line = self._lines.get(descriptor)
+            if line is not None and line.peer == peer:
+                return line
+            address = _address(descriptor)
+            if line is not None:
+                return None if line.peer or address != line.address else line
+            if address is None:
+                return None
+            early = self._early.get(descriptor)
+            if early is None or early.address != address:
+                early = self._early[descriptor] = Line(address, time.monotonic())
+            return early
 
     def wire_size(self, frames: Iterable[Sized]) -> int:
         """Bytes that frames take on the wire."""
@@ -163,8 +175,13 @@ class Guard:
             kind, descriptor = event["event"], int(event["value"])
             if kind == zmq.EVENT_ACCEPTED:
                 address = _address(descriptor)
+                with self._lock:
+                    early = self._early.pop(descriptor, None)
+                    if early is not None and early.address == address:
+                        self._lines[descriptor] = early
+                    elif address is not None:
+                        self._lines[descriptor] = Line(address, now)
                 if address is not None:
-                    self._lines[descriptor] = Line(address, now)
                     self._make_room()
             elif kind in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
                 self._end(descriptor)

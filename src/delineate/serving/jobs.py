@@ -20,13 +20,12 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from delineate.serving.protocol import Open, Output, Problem, State
+from delineate.serving.protocol import FINAL, Open, Output, Problem, State
 
 MOST_LOSSES = 2
 """A job that has ended this many workers is not given to another: it may be what ends them."""
 
 UNFINISHED: tuple[State, ...] = ("receiving", "queued", "running")
-FINAL: tuple[State, ...] = ("done", "failed", "cancelled")
 
 
 class Job(Struct, frozen=True, kw_only=True):

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from delineate.errors import BundleError, MissingFile, OutputError
+from delineate.errors import BundleError, MissingFile, OutputError, ProtocolError
 from delineate.io.files import read_bytes, sync_to_disk, writing_beside
-from delineate.serving.protocol import Model
+from delineate.serving.protocol import VERSION, Model, Welcome, encode
 
 if TYPE_CHECKING:
     from delineate.bundle import Bundle
@@ -35,10 +35,15 @@ def publish(bundles: Mapping[str, Path], models: Path, needed: Collection[str] =
     """Check bundles, copy those that are new, and offer them by name. Imports torch, so not for the front door.
 
     Copies that nobody wants any more are removed: those that were not on offer until now, nor are among the digests
-    ``needed``. Raises :class:`BundleError` for a bundle that is damaged or being written, and :class:`OutputError`.
+    ``needed``. Raises :class:`BundleError` for a bundle that is damaged or being written, or if there are more than a
+    server can name when it welcomes somebody, and :class:`OutputError`.
     """
     _remove_others(models, {*needed, *(model.sha256 for model in offered(models).values())})
     offer = {name: _published(name, folder, models) for name, folder in bundles.items()}
+    try:
+        encode(Welcome(version=VERSION, server="-" * 100, models=tuple(offer.values())))
+    except ProtocolError as error:
+        raise BundleError(f"{len(offer)} bundles are too many for one server", fix="start several servers") from error
     with writing_beside(models / OFFER) as beside:
         beside.write_bytes(msgspec.json.format(msgspec.json.encode(offer), indent=1))
     return offer

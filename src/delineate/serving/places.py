@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from delineate.errors import MissingFile, OutputError, ServingError, UnknownKey
 from delineate.serving.front_door import is_loopback
@@ -119,6 +121,23 @@ def add_key(
         except OutputError:
             out.unlink()
             raise
+    return own
+
+
+def worker_key(state: Path, name: str, address: str) -> KeyFile:
+    """The key of a server's own workers elsewhere, in its state folder, for use at ``address``; made if need be."""
+    path = state / f"{name}.key"
+    with _changing(state):
+        keys = read_server_keys(state / "server.json")
+        with suppress(MissingFile, UnknownKey):
+            own = read_key(path)
+            if own.server_public == keys.public and keys.by_public(own.public) is not None:
+                return msgspec.structs.replace(own, address=address)
+        with suppress(UnknownKey):
+            keys = removed(keys, name)
+        keys, own = added(keys, name, "worker", address)
+        write_key(path, own)
+        write_key(state / "server.json", keys)
     return own
 
 

@@ -68,6 +68,8 @@ Durations = Annotated[dict[Label, Seconds], Meta(max_length=32)]
 """Seconds of each stage."""
 
 State = Literal["receiving", "queued", "running", "done", "failed", "cancelled"]
+FINAL: tuple[State, ...] = ("done", "failed", "cancelled")
+"""What a job is when nothing more will happen to it."""
 Lane = Literal["any", "small"]
 Role = Literal["client", "worker", "gateway"]
 

@@ -27,18 +27,18 @@ from pathlib import Path
 from secrets import token_hex
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 
 from delineate.cluster import Share, connected, share_of
-from delineate.errors import ClusterError, DelineateError, MissingFile, OutputError, ServingError, UnknownKey
+from delineate.errors import ClusterError, DelineateError, OutputError, ServingError
 from delineate.io.files import writing_beside
 from delineate.io.locks import lock_file
 from delineate.serving.client import AsyncClient
 from delineate.serving.front_door import is_loopback
-from delineate.serving.keys import KeyFile, added, read_key, read_server_keys, removed, write_key
+from delineate.serving.keys import KeyFile
 from delineate.serving.models import OFFER
+from delineate.serving.places import EVERYWHERE, host_of, reachable, worker_key
 from delineate.serving.protocol import Figures, Model, Stats
 from delineate.serving.settings import Replicas, Settings
 
@@ -50,7 +50,6 @@ _AT_A_TIME = 2
 """Calls for a replica: the next job is received and decoded while one is computed."""
 _PATIENCE_S = 5.0
 """A call that gets no job for so long ends; another is made if there is one to do."""
-_ANYWHERE = ("*", "0.0.0.0", "[::]")
 _LOOK_S = 0.25
 _ANSWER_S = 5.0
 _REST_S = 1.0
@@ -100,7 +99,7 @@ def _deployed(
             yield None
             return
     listening = msgspec.json.decode(settings.address.read_bytes())["zmq"]
-    key = _own_key(settings, _reach(replicas, listening))
+    key = worker_key(settings.state, _NAME, _reach(replicas, listening))
     device = "cpu" if settings.device == "auto" and not share.resources["GPU"] else settings.device
     deployment = serve.deployment(
         _Replica,
@@ -202,34 +201,16 @@ def _put_models(ray: ModuleType, folder: Path, models: dict[str, Any]) -> None:
             models[sha256] = ray.put({path.name: path.read_bytes() for path in there[sha256].iterdir()})
 
 
-def _own_key(settings: Settings, address: str) -> KeyFile:
-    """The key of the replicas, which is made when there is none."""
-    path, keys = settings.state / f"{_NAME}.key", read_server_keys(settings.keys)
-    with suppress(MissingFile, UnknownKey):
-        own = read_key(path)
-        if own.server_public == keys.public and keys.by_public(own.public) is not None:
-            return msgspec.structs.replace(own, address=address)
-    with suppress(UnknownKey):
-        keys = removed(keys, _NAME)
-    keys, own = added(keys, _NAME, "worker", address)
-    write_key(path, own)
-    write_key(settings.keys, keys)
-    return own
-
-
 def _reach(replicas: Replicas, bind: str) -> str:
     """The address by which nodes of the cluster reach the server."""
-    host = urlsplit(bind).netloc.rpartition(":")[0]
     if replicas.reach:
         return replicas.reach
-    if replicas.cluster == "local":
-        return bind.replace(host, "127.0.0.1", 1) if host in _ANYWHERE else bind
-    if host in _ANYWHERE or is_loopback(host):
+    if replicas.cluster != "local" and (host_of(bind) in EVERYWHERE or is_loopback(host_of(bind))):
         raise ServingError(
             f"the nodes of {replicas.cluster} cannot reach a server at {bind}",
             fix="say where they find it: --bind tcp://0.0.0.0:7420 --reach tcp://HOST:7420",
         )
-    return bind
+    return reachable(bind)
 
 
 def _short(key: KeyFile) -> str:

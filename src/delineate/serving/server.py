@@ -25,37 +25,41 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import msgspec
 
-from delineate.errors import BundleError, DelineateError, OutputError, RunInUse, ServingError, error_of
+from delineate.errors import BundleError, DelineateError, ServingError, error_of
 from delineate.io.files import writing_beside
-from delineate.io.locks import lock_file
 from delineate.serving.engine import Engine
-from delineate.serving.front_door import FrontDoor, check_bind
+from delineate.serving.front_door import FrontDoor, check_bind, seconds_since_1970
 from delineate.serving.keys import KeyFile, read_key, read_server_keys
 from delineate.serving.models import changed, offered
+from delineate.serving.places import make_keys
+from delineate.serving.processes import (
+    LEFT_S,
+    LOOK_S,
+    SPAWN,
+    Child,
+    Signals,
+    begin_process,
+    end_all,
+    end_with_parent,
+    held,
+)
 from delineate.serving.settings import Address, Settings, WorkerSettings, read_address
 from delineate.serving.spool import Spool
 from delineate.serving.store import Store
 
 _LOG = logging.getLogger("delineate.serving")
-_SPAWN = get_context("spawn")
-_LOOK_S = 0.2
 _SOURCES_S = 2.0
-_SLOWEST_RESTART_S = 10.0
-_LEFT_S = 5.0
-"""A process whose parent has gone has this long to end in good order."""
 
 
 def prepare(settings: Settings) -> None:
@@ -70,8 +74,6 @@ def prepare(settings: Settings) -> None:
         raise ServingError(f"'{settings.socket}' is too long for a socket's name", fix="choose a shorter --state")
     settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not settings.keys.exists():
-        from delineate.serving.places import make_keys  # imports this module
-
         make_keys(settings.state, settings.bind)
     read_server_keys(settings.keys)
 
@@ -102,8 +104,8 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         prepare(settings)
         self.settings = settings
-        self._children: list[_Child] = []
-        self._signals = _Signals()
+        self._children: list[Child] = []
+        self._signals = Signals()
         self._publisher = _Publisher(settings.bundles, settings.models, settings.device, settings.store)
 
     def run(self, ready: Callable[[Address], object] = lambda address: None) -> None:
@@ -111,7 +113,7 @@ class Server:
 
         Raises what is wrong with the bundles or the address before that, and :class:`RunInUse`.
         """
-        with _held(self.settings.state, "a server"), self._signals:
+        with held(self.settings.state, "a server"), self._signals:
             self._run(ready)
 
     def stop(self) -> None:
@@ -125,7 +127,7 @@ class Server:
         if settings.http:  # bound here, so that connections wait while a gateway is started again
             listener = listen(settings.http, plain=settings.plain)
             settings = replace(settings, http=_named(listener))
-        problems, theirs = _SPAWN.Pipe(duplex=False)
+        problems, theirs = SPAWN.Pipe(duplex=False)
         try:
             door = self._start("front door", _front_door, settings, theirs)
             for number in range(settings.workers):
@@ -145,20 +147,20 @@ class Server:
                     ready(read_address(settings.state))
                 for child in self._children:
                     child.look()
-                time.sleep(_LOOK_S)
+                time.sleep(LOOK_S)
             door.terminate()
-            door.join(settings.drain_s + _LEFT_S, self._signals)
+            door.join(settings.drain_s + LEFT_S, self._signals)
         finally:
             self._publisher.close()
-            _end(self._children)
+            end_all(self._children)
             settings.address.unlink(missing_ok=True)
             problems.close()
             theirs.close()
             if listener is not None:
                 listener.close()
 
-    def _start(self, name: str, target: Callable[..., None], *arguments: Any) -> _Child:
-        self._children.append(_Child(name, target, arguments))
+    def _start(self, name: str, target: Callable[..., None], *arguments: Any) -> Child:
+        self._children.append(Child(name, target, arguments))
         return self._children[-1]
 
 
@@ -174,11 +176,11 @@ def serve_elsewhere(settings: WorkerSettings, ready: Callable[[], object] = lamb
             f"'{settings.key}' is a {key.role}'s key",
             fix="ask who runs the server: delineate keys add NAME --role worker",
         )
-    with _held(settings.state, "a worker"), _Signals() as signals:
+    with held(settings.state, "a worker"), Signals() as signals:
         bundles = {str(number): path for number, path in enumerate(settings.bundles)}
         publisher = _Publisher(bundles, settings.models, settings.device)
-        taken_up, told = _SPAWN.Event(), False
-        child = _Child("worker", _worker_elsewhere, (settings, key, os.getpid(), taken_up))
+        taken_up, told = SPAWN.Event(), False
+        child = Child("worker", _worker_elsewhere, (settings, key, os.getpid(), taken_up))
         try:
             while not signals.count:
                 publisher.look()
@@ -186,30 +188,10 @@ def serve_elsewhere(settings: WorkerSettings, ready: Callable[[], object] = lamb
                     told = True
                     ready()
                 child.look()
-                time.sleep(_LOOK_S)
+                time.sleep(LOOK_S)
         finally:
             publisher.close()
-            _end([child])
-
-
-class _Signals:
-    """Counts SIGTERM and SIGINT in the main thread: the first asks for an end in good order, the second for haste."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        def noted(number: int, frame: FrameType | None) -> None:
-            self.count += 1
-
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, noted) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *about: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+            end_all([child])
 
 
 class _Publisher:
@@ -245,8 +227,8 @@ class _Publisher:
 
     def _start(self) -> None:
         self._seen = self._stamps()
-        self._answer, theirs = _SPAWN.Pipe(duplex=False)
-        self._process = _SPAWN.Process(target=_publish, args=(*self._arguments, theirs), daemon=True)
+        self._answer, theirs = SPAWN.Pipe(duplex=False)
+        self._process = SPAWN.Process(target=_publish, args=(*self._arguments, theirs), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -276,70 +258,13 @@ def _taken_up(settings: Settings) -> bool:
         return False
 
 
-class _Child:
-    """A process that is started again when it ends."""
-
-    def __init__(self, name: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        self.name, self._target, self._arguments = name, target, arguments
-        self._rest, self._began, self._next = 0.1, 0.0, 0.0
-        self.process: BaseProcess | None = None
-        self._start()
-
-    def _start(self) -> None:
-        self._began = time.monotonic()
-        self.process = _SPAWN.Process(target=self._target, args=self._arguments, name=self.name)
-        self.process.start()
-
-    def look(self) -> None:
-        """Start it again if it has ended, after a rest that grows with each time."""
-        if self.process is not None and not self.process.is_alive():
-            _LOG.error("the %s ended with status %s", self.name, self.process.exitcode)
-            self.process.close()
-            self.process = None
-            lived = time.monotonic() - self._began
-            self._rest = 0.1 if lived > 10 else min(2 * self._rest, _SLOWEST_RESTART_S)
-            self._next = time.monotonic() + self._rest
-        if self.process is None and time.monotonic() >= self._next:
-            self._start()
-
-    def terminate(self) -> None:
-        """Ask it to end."""
-        if self.process is not None:
-            self.process.terminate()
-
-    def join(self, seconds: float, signals: _Signals | None = None) -> None:
-        """Wait until it has ended; no longer than some time, or until a second signal comes."""
-        deadline = time.monotonic() + seconds
-        while self.process is not None and self.process.is_alive() and time.monotonic() < deadline:
-            if signals is not None and signals.count > 1:
-                return
-            self.process.join(_LOOK_S)
-
-    def end(self) -> None:
-        """End it now."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.join()
-            self.process.close()
-            self.process = None
-
-
-def _end(children: list[_Child]) -> None:
-    """Ask all of them to end, and end those that have not after a while."""
-    for child in children:
-        child.terminate()
-    for child in reversed(children):  # the front door last: others tell it what they give back
-        child.join(2 * _LEFT_S)
-        child.end()
-
-
 # What the processes do
 
 
 def _front_door(settings: Settings, problems: Connection) -> None:
-    _begin_process()
+    begin_process()
     try:
-        with _held(settings.state, "the front door of a server", ".door", wait_s=2 * _LEFT_S):
+        with held(settings.state, "the front door of a server", ".door", wait_s=2 * LEFT_S):
             _run_front_door(settings)
     except DelineateError as error:
         _LOG.error("%s", error)
@@ -350,7 +275,7 @@ def _front_door(settings: Settings, problems: Connection) -> None:
 def _run_front_door(settings: Settings) -> None:
     store = Store(settings.store)
     try:
-        engine = Engine(store, Spool(settings.spool), settings.limits, now=time.time(), name="delineate")
+        engine = Engine(store, Spool(settings.spool), settings.limits, now=seconds_since_1970(), name="delineate")
         last, address = 0, None
 
         def refresh() -> None:
@@ -373,7 +298,7 @@ def _run_front_door(settings: Settings) -> None:
             with suppress(ServingError):
                 bind = read_address(settings.state).zmq
         door = FrontDoor(engine, settings.socket, bind=bind, keys=keys, refresh=refresh)
-        _end_with_parent(door.stop)
+        end_with_parent(door.stop)
         address = Address(door.address, settings.http, os.getppid(), settings.plain)
         announce(address)
         refresh()
@@ -386,7 +311,7 @@ def _run_front_door(settings: Settings) -> None:
 
 
 def _worker(settings: Settings, number: int) -> None:
-    _begin_process()
+    begin_process()
     from delineate.compute import plan_compute, usable_cores
     from delineate.serving.worker import Worker
 
@@ -398,12 +323,12 @@ def _worker(settings: Settings, number: int) -> None:
     )  # fmt: skip
     address, name = f"ipc://{settings.socket}", f"worker{number}"
     worker = Worker(address, name, settings.models, plan=plan, cancel_s=settings.limits.cancel_s)
-    _end_with_parent(worker.stop)
+    end_with_parent(worker.stop)
     worker.run()
 
 
 def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, number: int, taken_up: Event) -> None:
-    _begin_process()
+    begin_process()
     from delineate.compute import plan_compute
     from delineate.serving.worker import Worker
 
@@ -419,17 +344,17 @@ def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, number: int, taken
         scratch=settings.state / "scratch",
         on_welcome=taken_up.set,
     )
-    _end_with_parent(worker.stop)
+    end_with_parent(worker.stop)
     worker.run()
 
 
 def _replicas(settings: Settings, problems: Connection) -> None:
-    _begin_process()
+    begin_process()
     from delineate.serving.ray import serve_replicas
 
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
-    _end_with_parent(stop.set)
+    end_with_parent(stop.set)
     try:
         serve_replicas(settings, stop)
     except DelineateError as error:
@@ -439,16 +364,16 @@ def _replicas(settings: Settings, problems: Connection) -> None:
 
 
 def _gateway(settings: Settings, listener: socket.socket) -> None:
-    _begin_process()
+    begin_process()
     from delineate.serving.http.gateway import Gateway
 
     gateway = Gateway(settings, listener)
-    _end_with_parent(gateway.stop)
+    end_with_parent(gateway.stop)
     gateway.run()
 
 
 def _publish(bundles: dict[str, Path], models: Path, device: str, store: Path | None, answer: Connection) -> None:
-    _begin_process()
+    begin_process()
     from delineate.compute import check_device
     from delineate.serving.models import publish
 
@@ -479,25 +404,6 @@ def _device_of(device: str, number: int) -> str:
     return device
 
 
-def _begin_process() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(processName)s: %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the one that looks after them decides
-
-
-def _end_with_parent(stop: Callable[[], object]) -> None:
-    """Stop soon after the process that looks after this one has gone."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        stop()
-        time.sleep(_LEFT_S)
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True, name="parent").start()
-
-
 def _stamp(path: Path) -> tuple[int, ...]:
     """What changes when a bundle, or a run's bundle, is replaced."""
     found = []
@@ -506,24 +412,3 @@ def _stamp(path: Path) -> tuple[int, ...]:
             known = file.stat()
             found += [known.st_mtime_ns, known.st_size, known.st_ino]
     return tuple(found)
-
-
-@contextmanager
-def _held(folder: Path, what: str, name: str = ".lock", wait_s: float = 0.0) -> Iterator[None]:
-    """Hold a folder, which is made; wait for it if need be. Raises :class:`RunInUse` and :class:`OutputError`."""
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            descriptor = lock_file(folder / name)
-            break
-        except BlockingIOError as error:
-            if time.monotonic() >= deadline:
-                raise RunInUse(f"{what} is running in '{folder}'", fix="stop it, or use another --state") from error
-            time.sleep(_LOOK_S)
-        except OSError as error:
-            raise OutputError(f"'{folder}' cannot be used: {error.strerror}", fix="choose another --state") from error
-    try:
-        yield
-    finally:
-        os.close(descriptor)

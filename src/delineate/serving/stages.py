@@ -2,13 +2,13 @@
 
 Stages leave files to each other, so that a queue holds paths and not arrays::
 
-    FOLDER/in0, …                  what was sent
-    FOLDER/work/0/part0.nii.gz, …  the same, by names that say their format
-    FOLDER/work/scan.npy           voxels (C, Z, Y, X)
-    FOLDER/work/affine.npy
-    FOLDER/work/quantity.npy       the map (Z, Y, X) of a quantity, if one is measured
-    FOLDER/work/label.npy          voxels (X, Y, Z)
-    FOLDER/out/label.…             results
+    FOLDER/in0, …                     what was sent
+    FOLDER/decoded/0/part0.nii.gz, …  the same, by names that say their format
+    FOLDER/decoded/scan.npy           voxels (C, Z, Y, X)
+    FOLDER/decoded/affine.npy
+    FOLDER/decoded/quantity.npy       the map (Z, Y, X) of a quantity, if one is measured
+    FOLDER/decoded/label.npy          voxels (X, Y, Z)
+    FOLDER/out/label.…                results
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import os
 import re
 import resource
 import signal
-import threading
 import time
 import traceback
 import warnings
@@ -28,7 +27,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
-from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,13 +45,13 @@ from delineate.io.exports import check_label_format, export_label, sidecar_of
 from delineate.io.files import Limits
 from delineate.io.formats import is_series
 from delineate.metrics.quantities import QuantityMap, quantity_map
+from delineate.serving.processes import end_with_parent
 from delineate.serving.protocol import Options, Output, Part, Problem
 
 if TYPE_CHECKING:
     from delineate.inference.predictor import Predictor
 
 NOTICE = "Not for diagnosis."
-_SUFFIXES = {"nii.gz": ".nii.gz", "nii": ".nii", "mha": ".mha", "nrrd": ".nrrd", "dicom.zip": ".zip"}
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,7 @@ def help_with_stages(calls: Connection, memory_bytes: int) -> None:
     are JSON and not pickled, so that a helper that was taken over could not take over its parent.
     """
 
-    def end_with_parent() -> None:
-        parent = parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(0)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
@@ -114,7 +106,7 @@ def answered(stage: Callable[..., tuple[Output, ...] | None], folder: Path, *arg
         error = TooLarge("the scan needs more memory than one may take", fix="send a smaller part of it")
     except Exception as caught:
         error = unexpected(caught)
-    ours = re.compile(rf"{re.escape(str(folder / 'work'))}/(\d+/)?")
+    ours = re.compile(rf"{re.escape(str(folder / 'decoded'))}/(\d+/)?")
     return Answer(problem=problem_of(type(error)(ours.sub("", error.message), ours.sub("", error.fix))))
 
 
@@ -143,7 +135,7 @@ def quantity_of(options: Options) -> QuantityMap | None:
 def decode(folder: Path, parts: tuple[Part, ...], options: Options, bundle: Applied) -> None:
     """Read the scan, and the map of the quantity, from the parts of a job. Raises what is wrong with them."""
     with _writing():
-        (folder / "work").mkdir(mode=0o700)
+        (folder / "decoded").mkdir(mode=0o700)
     for index, part in enumerate(parts):
         _unpack(folder / f"in{index}", _named(folder, index, part), part)
     quantity = quantity_of(options)
@@ -151,12 +143,12 @@ def decode(folder: Path, parts: tuple[Part, ...], options: Options, bundle: Appl
     _check_outputs(options, bundle, _source(subject))
     scan = load_scan(subject, bundle.channels)
     check_shows_something("the scan", scan)
-    _save(folder / "work" / "scan.npy", scan.voxels.transpose(0, 3, 2, 1))
-    _save(folder / "work" / "affine.npy", scan.grid.affine)
+    _save(folder / "decoded" / "scan.npy", scan.voxels.transpose(0, 3, 2, 1))
+    _save(folder / "decoded" / "affine.npy", scan.grid.affine)
     if quantity is not None:
         values = load_map(subject, quantity.channel, "the scan", scan.grid)
         quantity.check(values, "the scan")
-        _save(folder / "work" / "quantity.npy", values.T)
+        _save(folder / "decoded" / "quantity.npy", values.T)
 
 
 def segment(
@@ -171,7 +163,7 @@ def segment(
     read = time.perf_counter()
     found = predictor.predict(scan, on_tile)
     predicted = time.perf_counter()
-    _save(folder / "work" / "label.npy", found.label.voxels)
+    _save(folder / "decoded" / "label.npy", found.label.voxels)
     calibration = predictor.calibration if len(predictor.bundles) == 1 else None
     reviewed = review("scan", found.confidence, odd, calibration)
     about = {
@@ -199,12 +191,12 @@ def export(
     quantity = quantity_of(options)
     source = _source(_subject(folder, parts, bundle, quantity))
     scan = _scan(folder)
-    label = LabelVolume(np.load(folder / "work" / "label.npy"), scan.grid)
+    label = LabelVolume(np.load(folder / "decoded" / "label.npy"), scan.grid)
     about = dict(about)
     if quantity is not None:
         from delineate.inference.measurements import measure_label
 
-        values = np.load(folder / "work" / "quantity.npy", mmap_mode="r").T
+        values = np.load(folder / "decoded" / "quantity.npy", mmap_mode="r").T
         measured = measure_label(label, bundle.targets, values, quantity)
         about["quantity"] = quantity.as_dict()
         about["measurements"] = {target: _finite(asdict(found)) for target, found in measured.items()}
@@ -258,7 +250,7 @@ def _check_outputs(options: Options, bundle: Applied, source: Path) -> None:
 
 def _named(folder: Path, index: int, part: Part) -> Path:
     """A part by a name that says its format; alone in a folder, so that no header can have another file read."""
-    return folder / "work" / str(index) / f"part{index}{_SUFFIXES[part.format]}"
+    return folder / "decoded" / str(index) / f"part{index}.{part.format}"
 
 
 def _unpack(arrived: Path, path: Path, part: Part) -> None:
@@ -301,8 +293,8 @@ def _chunks(arrived: Path) -> Iterator[bytes]:
 
 def _scan(folder: Path, *, mapped: bool = True) -> Volume:
     """The decoded scan, laid out in memory as it was read: sums over it are the same to the last bit."""
-    voxels = np.load(folder / "work" / "scan.npy", mmap_mode="r" if mapped else None).transpose(0, 3, 2, 1)
-    return Volume(voxels, Grid(voxels.shape[1:], np.load(folder / "work" / "affine.npy")))
+    voxels = np.load(folder / "decoded" / "scan.npy", mmap_mode="r" if mapped else None).transpose(0, 3, 2, 1)
+    return Volume(voxels, Grid(voxels.shape[1:], np.load(folder / "decoded" / "affine.npy")))
 
 
 def _save(path: Path, values: NDArray) -> None:

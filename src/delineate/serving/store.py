@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 
 from delineate.errors import OutputError, ServingError
-from delineate.serving.jobs import FINAL, UNFINISHED, Job
+from delineate.serving.jobs import UNFINISHED, Job
+from delineate.serving.protocol import FINAL
 
 MIGRATIONS = (
     """

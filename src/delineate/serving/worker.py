@@ -40,6 +40,7 @@ from delineate.core.volume import Volume
 from delineate.errors import Cancelled, DelineateError, OutputError, TooLarge, error_of
 from delineate.inference.predictor import Predictor
 from delineate.serving import stages
+from delineate.serving.calling import connect, new_socket
 from delineate.serving.keys import KeyFile
 from delineate.serving.models import bundle_of, changed, offered
 from delineate.serving.protocol import (
@@ -359,8 +360,9 @@ class Worker:
     def _talk(self) -> None:
         try:
             self._context = zmq.Context()
-            self._socket = self._connected(self._context)
+            self._socket = new_socket(self._context, self.address, self._key)
             self._monitor = self._socket.get_monitor_socket(_REFUSED)
+            connect(self._socket, self.address)
             self._helpers = {"decode": _Helper(), "write": _Helper()}
             self._introduced = self._heard = self._pinged = self._warned = 0.0
             while not self._stopping:
@@ -371,7 +373,7 @@ class Worker:
             self._happened()
             self._leave()
         except Exception as error:
-            _LOG.error("%s", stages.unexpected(error).message)
+            _LOG.error("%s", error if isinstance(error, DelineateError) else stages.unexpected(error).message)
             os._exit(70)
 
     def _leave(self) -> None:
@@ -432,19 +434,6 @@ class Worker:
             if self._greeted and now - since > _AGAIN_S:
                 self._unacknowledged[lease] = answer, now
                 self._send(answer)
-
-    def _connected(self, context: zmq.Context) -> zmq.Socket:
-        dealer = context.socket(zmq.DEALER)
-        dealer.linger = 0
-        dealer.maxmsgsize = 2 * MOST_PAYLOAD
-        dealer.heartbeat_ivl, dealer.heartbeat_timeout = 2000, 6000
-        dealer.reconnect_ivl, dealer.reconnect_ivl_max = 100, 2000
-        if self._key is not None:
-            dealer.curve_serverkey = self._key.server_public.encode()
-            dealer.curve_publickey = self._key.public.encode()
-            dealer.curve_secretkey = self._key.secret.encode()
-        dealer.connect(self.address)
-        return dealer
 
     def _send(self, message: Message, payload: bytes = b"") -> int:
         """Send a message; its id. What matters is sent again if the front door does not answer."""

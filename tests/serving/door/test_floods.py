@@ -17,7 +17,7 @@ import pytest
 import zmq
 
 from delineate.serving import guard
-from delineate.serving.engine import Engine
+from delineate.serving.engine import Engine, Limits
 from delineate.serving.front_door import FrontDoor
 from delineate.serving.keys import added, new_server_keys, write_key
 from delineate.serving.protocol import CREDIT, MOST_PAYLOAD, Cancel, Chunk, Credit, Model, Open, Part, Ping, Welcome
@@ -162,7 +162,7 @@ def test_what_arrives_and_leaves_is_counted_to_the_byte(inner_door, until, plain
     front_door, talker = inner_door(plain)
     talker.hello()
     [line] = front_door._lines.values()
-    [descriptor] = front_door._doors[1].guard._lines
+    [descriptor] = until(lambda: list(front_door._doors[1].guard._lines), "that the connection is noticed")
 
     def besides() -> tuple[int, int]:
         """Bytes received and taken besides messages."""
@@ -190,6 +190,21 @@ def test_what_arrives_and_leaves_is_counted_to_the_byte(inner_door, until, plain
     talker.ask(Cancel(job=job.job))
 
 
+def test_who_speaks_before_being_noticed_is_counted_from_the_first_byte(inner_door, until, monkeypatch) -> None:
+    """The guard may be busy when a connection comes; what it makes of it must not depend on that."""
+    with monkeypatch.context() as busy:
+        busy.setattr(guard.Guard, "_note", lambda *_: None)
+        front_door, talker = inner_door(False)
+        talker.hello()
+        [line] = front_door._lines.values()
+        assert not front_door._doors[1].guard._lines
+    assert until(lambda: list(front_door._doors[1].guard._lines.values()), "that it is noticed") == [line]
+    before = line.delivered
+    assert before > 0
+    talker.ask(Ping())
+    assert line.delivered > before
+
+
 @pytest.fixture
 def inner_door(tmp_path, open_talker) -> Iterator[Callable[..., tuple[FrontDoor, Any]]]:
     """A front door in a thread of this process, and a peer of it."""
@@ -198,7 +213,7 @@ def inner_door(tmp_path, open_talker) -> Iterator[Callable[..., tuple[FrontDoor,
         def open_both(plain: bool, *others: str) -> tuple[FrontDoor, Any]:
             store = Store(tmp_path / "jobs.sqlite")
             stack.callback(store.close)
-            engine = Engine(store, Spool(tmp_path / "spool"), now=time.time())
+            engine = Engine(store, Spool(tmp_path / "spool"), Limits(), now=time.time())
             engine.models = {"liver": Model(name="liver", sha256="a" * 64, channels=("CT",), targets=("liver",))}
             path, server, keys = tmp_path / "server.json", new_server_keys(), {}
             for name in () if plain else ("anna", *others):

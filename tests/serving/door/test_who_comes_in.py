@@ -12,7 +12,7 @@ import pytest
 
 from delineate.errors import DelineateError, Denied, ServingError, UnknownKey, Unreachable
 from delineate.serving.client import Client
-from delineate.serving.engine import Engine
+from delineate.serving.engine import Engine, Limits
 from delineate.serving.front_door import FrontDoor, check_bind, is_loopback
 from delineate.serving.keys import LOCAL, added, new_server_keys, read_key, read_server_keys, removed, write_key
 from delineate.serving.protocol import Err, Jobs, Open, Part, Ping, Status, Welcome
@@ -153,7 +153,7 @@ def test_a_name_is_judged_by_what_it_stands_for(monkeypatch) -> None:
 
 def test_a_server_without_keys_opens_no_door_to_everybody(tmp_path) -> None:
     store = Store(tmp_path / "jobs.sqlite")
-    engine = Engine(store, Spool(tmp_path / "spool"), now=0.0)
+    engine = Engine(store, Spool(tmp_path / "spool"), Limits(), now=0.0)
     try:
         for host in ("0.0.0.0", "*", "[::]"):
             with pytest.raises(ServingError, match="open to everybody"):

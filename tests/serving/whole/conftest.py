@@ -34,8 +34,10 @@ SAME = {"device": "cpu", "precision": "fp32", "threads": 1}
 """How servers and ``predict`` compute alike."""
 
 
-def save_bundle(folder: Path, channels: tuple[str, ...] = ("MR",), seed: int = 1) -> Path:
-    """An untrained network of two targets; where they lie depends on every voxel."""
+def save_bundle(
+    folder: Path, channels: tuple[str, ...] = ("MR",), seed: int = 1, names: Sequence[str] = ("liver", "tumour")
+) -> Path:
+    """An untrained network; where its targets lie depends on every voxel."""
     recipe = recipe_from(
         {
             "name": "small",
@@ -44,7 +46,7 @@ def save_bundle(folder: Path, channels: tuple[str, ...] = ("MR",), seed: int = 1
             "network": {"kind": "unet", "dimensions": 3, "widths": [4, 8]},
         }
     )
-    targets = Targets({"liver": (1,), "tumour": (2,)})
+    targets = Targets({name: (value,) for value, name in enumerate(names, 1)})
     made = Bundle(recipe, recipe.pipeline, targets, channels, TileGeometry((8, 8, 4)), (1.0, 1.0, 3.0))
     torch.manual_seed(seed)
     made.save(folder, made.network().state_dict(), {})

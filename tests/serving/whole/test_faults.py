@@ -17,10 +17,11 @@ import pytest
 from delineate.bundle import Bundle
 from delineate.core.grid import Grid
 from delineate.core.volume import Volume
-from delineate.errors import Cancelled, DelineateError
+from delineate.errors import BundleError, Cancelled, DelineateError
 from delineate.io.formats import read_volume, write_volume
 from delineate.serving import worker
 from delineate.serving.client import Client
+from delineate.serving.models import offered, publish
 
 ROUNDS = 20 if "DELINEATE_THOROUGH" in os.environ else 1
 """How often each process is killed."""
@@ -217,7 +218,15 @@ def test_a_job_that_ends_two_workers_is_tried_no_more_and_others_are_done(server
         for _ in range(2):
             server.until(lethal, "infer", "failed")
             server.child("worker").kill()
-            server.until(lethal, "queued", "failed", "")  # "": given out again, and not begun
+            server.until(lethal, "queued", "failed", "", "receive", "decode", "wait")  # given out again
         assert outcome(client, lethal) == "E_QUARANTINED"
         for job, scan in others.items():
             assert label_of(client, job, tmp_path) == scan.label
+
+
+def test_more_bundles_than_a_welcome_can_name_are_refused_before_anybody_is_welcomed(bundles, tmp_path) -> None:
+    body = bundles.save(tmp_path / "body", names=[f"{'t' * 60}{number}" for number in range(200)])
+    publish({"one": body, "two": body}, tmp_path / "models")
+    with pytest.raises(BundleError, match="too many"):
+        publish({f"model{number}": body for number in range(6)}, tmp_path / "models")
+    assert offered(tmp_path / "models").keys() == {"one", "two"}

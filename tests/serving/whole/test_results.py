@@ -130,7 +130,7 @@ def staged(folder: Path, scan: Path, format: str, predictor: Predictor, marker: 
     shutil.copyfile(scan, folder / "in0")
     stages.decode(folder, parts, options, applied)
     about, _ = stages.segment(folder, predictor)
-    np.save(folder / "work/label.npy", marker)
+    np.save(folder / "decoded/label.npy", marker)
     stages.export(folder, parts, options, applied, about)
     return folder / "out"
 

@@ -34,8 +34,8 @@ from delineate.serving.http.messages import (
     made,
     status_of,
 )
-from delineate.serving.jobs import FINAL
 from delineate.serving.protocol import (
+    FINAL,
     MOST_PAYLOAD,
     Ack,
     Cancel,
