@@ -322,11 +322,14 @@ def _print(inspection: Inspection) -> None:
     from delineate.cli.terminal import print_table
 
     rows = []
+    told = any(row.acquisition for row in inspection.rows)
     for row in inspection.rows:
         ranges = " ".join(f"{channel}: {i.min:.4g} … {i.max:.4g}" for channel, i in row.intensities.items())
         volumes = " ".join(f"{name} {ml:.3g}" for name, ml in row.volume_ml.items())
-        rows.append([row.subject, row.site, _by(row.shape), _by(row.spacing_mm), row.orientation, ranges, volumes])
+        cells = [row.subject, row.site, _by(row.shape), _by(row.spacing_mm), row.orientation, ranges, volumes]
+        rows.append([*cells, row.scanned_with] if told else cells)
     columns = ["subject", "site", "voxels", "spacing, mm", "axes", "intensities", "targets, ml"]
+    columns += ["scanned with"] if told else []
     typer.echo(f"layout {inspection.layout}: {inspection.reason}")
     print_table(inspection.dataset, columns, rows)
     if inspection.class_fractions:

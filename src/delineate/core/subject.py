@@ -20,6 +20,7 @@ class Subject:
     ``patient`` groups examinations of one person, which a split never separates. ``site`` is the
     scanner or centre. In all these names, characters that a terminal would take for a command are
     spelled out. ``resample``: channels on a different grid are resampled to the first channel's.
+    ``acquisition`` is how it was scanned, with units in the names: ``{"field_strength_t": "3"}``.
 
     >>> from pathlib import Path
     >>> subject = Subject("case7", {"T1": Path("t1.nii.gz"), "FLAIR": Path("flair.nii.gz")}, site="Utrecht")
@@ -35,6 +36,7 @@ class Subject:
     attributes: Mapping[str, str] = field(default_factory=dict)
     file_channels: tuple[str, ...] = ()
     resample: bool = False
+    acquisition: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Names from files and tables become text here that can be shown and written anywhere.
@@ -42,7 +44,9 @@ class Subject:
             object.__setattr__(self, name, printable(getattr(self, name)))
         object.__setattr__(self, "scans", {printable(channel): file for channel, file in self.scans.items()})
         object.__setattr__(self, "file_channels", tuple(map(printable, self.file_channels)))
-        object.__setattr__(self, "attributes", {printable(k): printable(v) for k, v in self.attributes.items()})
+        for name in ("attributes", "acquisition"):
+            told = getattr(self, name)
+            object.__setattr__(self, name, {printable(k): printable(v) for k, v in told.items()})
         if not self.patient:
             object.__setattr__(self, "patient", self.id)
 

@@ -61,7 +61,7 @@ class SubjectRow:
 
     ``foreground_shape`` is the shape of the box around voxels above the background in any channel,
     ``label_box_shape`` that of the box around the targets, (0, 0, 0) if there are none. ``hashes`` are
-    BLAKE2b hashes of the files' bytes, by channel and "label".
+    BLAKE2b hashes of the files' bytes, by channel and "label". ``acquisition`` is how it was scanned.
     """
 
     subject: str
@@ -78,6 +78,12 @@ class SubjectRow:
     volume_ml: Mapping[str, float]
     label_box_shape: Shape3
     hashes: Mapping[str, str]
+    acquisition: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def scanned_with(self) -> str:
+        """How it was scanned, as text."""
+        return ", ".join(f"{name} {value}" for name, value in self.acquisition.items())
 
 
 @dataclass(frozen=True)
@@ -241,6 +247,7 @@ class Examination:
             volume_ml=volume_ml if self.label_voxels else {},
             label_box_shape=self.label_box,
             hashes=self.hashes,
+            acquisition=self.subject.acquisition,
         )
 
 

@@ -101,7 +101,7 @@ def own_folder(root: Path) -> Path:
         if len(first) != 1 or any(len(path.parts) == 1 for path in scans):
             return root
         below = root / first.pop()
-        told = ("dataset.json", "sites.csv", SIMULATED, "imagesTr", "imagesTs")
+        told = ("dataset.json", "dataset_description.json", "sites.csv", SIMULATED, "imagesTr", "imagesTs")
         if any((root / name).exists() for name in told) or not any((below / name).exists() for name in told):
             return root
         root = below

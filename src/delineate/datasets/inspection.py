@@ -128,6 +128,7 @@ class Inspection:
         return self.file().model_dump(mode="json")
 
     def _repr_html_(self) -> str:
+        told = any(row.acquisition for row in self.rows)
         subjects = [
             (
                 row.subject,
@@ -137,10 +138,12 @@ class Inspection:
                 row.orientation,
                 ", ".join(f"{channel} {i.min:.4g} to {i.max:.4g}" for channel, i in row.intensities.items()),
                 ", ".join(f"{name} {ml:.3g}" for name, ml in row.volume_ml.items()),
+                *([row.scanned_with] if told else []),
             )
             for row in self.rows
         ]
-        columns = ("subject", "site", "voxels", "spacing, mm", "axes", "intensities", "targets, ml")
+        columns = ["subject", "site", "voxels", "spacing, mm", "axes", "intensities", "targets, ml"]
+        columns += ["scanned with"] if told else []
         problems = [(p.severity, p.code, p.subject, p.message, p.fix) for p in self.problems]
         found = f"{len(self.errors)} errors, {len(self.warnings)} warnings"
         return html_table(f"{self.dataset}: {len(self.rows)} subjects", columns, subjects) + html_table(

@@ -12,6 +12,7 @@ from typing import Any
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.text import near
+from delineate.datasets.bids import BIDS
 from delineate.datasets.challenges import CHALLENGES, FOLDERS_OF_CASES
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.dicom_studies import first_dicom, read_studies
@@ -177,7 +178,7 @@ def _with_strays(folder: Folder, dataset: Dataset) -> Dataset:
 
     Test sets are not mentioned, nor are other files in a subject's own folder.
     """
-    if dataset.layout == "scans":  # reports them itself
+    if dataset.layout in ("scans", "bids"):  # report them themselves
         return dataset
     taken = {path for subject in dataset.subjects for path in subject.files}
     own = set()
@@ -594,6 +595,7 @@ imagesTr/SUBJECT_0000.nii.gz          a file for each channel
 labelsTr/SUBJECT.nii.gz""",
             read_nnunet,
         ),
+        BIDS,
         *CHALLENGES,
         Layout(
             "scans",
