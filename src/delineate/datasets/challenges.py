@@ -126,6 +126,9 @@ def read_brats(folder: Folder) -> Dataset | None:
             labels.append((case, path))
         else:
             scans.append(((case, kind), path))
+    places = {path.parent for _, path in scans}
+    if not labels and any(folder.like_label(path) and path.parent in places for path in folder.scans):
+        return None  # labelled in words of its own
     cases = Counter(case for case, _ in {key for key, _ in scans})
     # A folder that holds many subjects' T1 and T2 side by side is not a case.
     if max(cases.values(), default=0) < 2 or len(scans) > 1.5 * cases.total():

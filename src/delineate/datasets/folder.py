@@ -119,7 +119,12 @@ def looks_like_label(path: Path) -> bool:
     """Whether a file below a data set's root looks like a label, by its name or a folder's: ``case_seg.nii.gz``,
     ``labelsTr/case.nii.gz``. No layout takes such a file for a scan."""
     name = numbered[1] if (numbered := NUMBERED.fullmatch(name_of(path))) else name_of(path)
-    return _LABEL_NAME.fullmatch(name) is not None or any(map(_LABEL_FOLDER.fullmatch, path.parts[:-1]))
+    return _LABEL_NAME.fullmatch(name) is not None or any(map(is_label_folder, path.parts[:-1]))
+
+
+def is_label_folder(name: str) -> bool:
+    """Whether a folder's name says that it holds labels."""
+    return _LABEL_FOLDER.fullmatch(name) is not None
 
 
 def description(root: Path) -> dict[str, Any]:

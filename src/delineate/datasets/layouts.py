@@ -34,6 +34,7 @@ from delineate.datasets.folder import (
     targets_of,
     with_sites,
 )
+from delineate.datasets.pairs import PAIRS, proposed
 from delineate.errors import BadPath, DatasetError, DuplicateSubject, UnknownLayout
 from delineate.io.files import parsing
 from delineate.io.formats import holds_label, name_of, suffix_of
@@ -102,9 +103,9 @@ def _opened(root: Path, layout: str, images: str | Mapping[str, str] | None, lab
 
 
 def _automatic(folder: Folder) -> list[Layout]:
-    """The layouts in the order in which they are tried: those of other packages before loose scans."""
-    *special, scans, dicom = LAYOUTS.packaged.values()
-    return [*special, *LAYOUTS.usable(), scans, *([] if folder.scans else [dicom])]
+    """The layouts in the order in which they are tried: those of other packages before those that fit any names."""
+    *special, scans, pairs, dicom = LAYOUTS.packaged.values()
+    return [*special, *LAYOUTS.usable(), scans, pairs, *([] if folder.scans else [dicom])]
 
 
 def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
@@ -112,6 +113,8 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
     found: list[Dataset] = []
     refusal: DatasetError | None = None
     for layout in layouts:
+        if layout is PAIRS and (found or refusal):
+            continue  # a layout that knows the names knows more
         try:
             dataset = layout.read(folder)
         except (DuplicateSubject, UnknownLayout) as error:
@@ -149,13 +152,32 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
             f"every scan in '{folder.root}' looks like a label ({_summary(folder)})",
             fix="give the folder with the scans, or name a single file to have it taken for a scan",
         )
+    raise UnknownLayout(*_what_would_fit(folder, layouts))
+
+
+def _what_would_fit(folder: Folder, layouts: Sequence[Layout]) -> tuple[str, str]:
+    """What a folder without a known layout holds; and patterns that fit, or else all layouts."""
+    unknown = f"'{folder.root}' has no known layout: found {_summary(folder)}"
+    fitting = [
+        (f"--images '{images}' --labels '{labels}'", pairs)
+        for images, labels, pairs in proposed(folder)
+        if _pairs_by_patterns(folder, images, labels) == pairs
+    ]
+    if fitting and len(layouts) > 1:
+        listed = "; ".join(f"{patterns} ({pairs} pairs)" for patterns, pairs in fitting)
+        return unknown, f"one of these fits: {listed}"
     shown = layouts if len(layouts) == 1 else [*LAYOUTS.packaged.values(), *LAYOUTS.usable()]
     trees = "\n\n".join(f"{layout.name}:\n{_indented(layout.tree)}" for layout in shown)
-    raise UnknownLayout(
-        f"'{folder.root}' has no known layout: found {_summary(folder)}. "
-        "Arrange it as one of these, or give patterns such as "
-        f"--images '*/artery.nii' --labels '*/label.nii':\n\n{trees}"
-    )
+    example = "--images '*/artery.nii' --labels '*/label.nii'"
+    return f"{unknown}. Arrange it as one of these, or give patterns such as {example}:\n\n{trees}", ""
+
+
+def _pairs_by_patterns(folder: Folder, images: str, labels: str) -> int:
+    """How many pairs patterns make; none if they do not fit."""
+    try:
+        return len(labelled(_read_patterns(folder, images, labels).subjects))
+    except DatasetError:
+        return 0
 
 
 def _without_labels_as_scans(folder: Folder, dataset: Dataset) -> Dataset:
@@ -604,6 +626,7 @@ SUBJECT.nii.gz                        loose scans, with SUBJECT_seg.nii.gz or wi
 SUBJECT_0000.nii.gz SUBJECT_0001…     or a file for each channel""",
             read_scans,
         ),
+        PAIRS,
         Layout(
             "dicom",
             """\

@@ -1,0 +1,141 @@
+"""Scans and labels that belong together by their names, wherever they lie: ``images/a`` with ``labels/a``, ``a/ct``
+with ``a/seg``, ``a_t1`` and ``a_t2`` with ``a_mask``."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Set
+from itertools import takewhile
+from pathlib import Path
+
+from delineate.datasets.dataset import Dataset
+from delineate.datasets.folder import (
+    Folder,
+    Layout,
+    bare_name,
+    by_key,
+    is_label_folder,
+    modality_of,
+    subjects_of,
+    targets_of,
+)
+from delineate.io.formats import name_of
+
+_SCAN_FOLDER = re.compile(
+    r"(?:images?|imgs?|scans?|volumes?|data|raw|input|niftis?)(?:tr|train|training)?", re.IGNORECASE
+)
+_GAPS = re.compile(r"[^A-Za-z0-9]+")
+_MOST_CHANNELS = 16
+ALONE = "image"
+"""The channel of scans whose names say nothing else."""
+
+Key = tuple[tuple[str, ...], str]
+"""The folders that are not called after images or labels, and a name."""
+
+
+def read_pairs(folder: Folder) -> Dataset | None:
+    """Pairs by names. None where a label has no scan, or several labels are for one scan."""
+    named = [path for path in folder.scans if folder.like_label(path)]
+    scans = [path for path in folder.scans if path not in {*named}]
+    keys = [(_place(path), bare_name(path)) for path in named]
+    if not named or len(set(keys)) < len(keys):
+        return None
+    labels = dict(zip(keys, named, strict=True))
+    found = {path: match for path in scans if (match := _match(path, labels)) is not None}
+    if {key for key, _ in found.values()} != labels.keys():
+        return None
+    channels = sorted({channel for _, channel in found.values()})
+    places = {place for place, _ in labels}
+    others = {path: _alone(path, channels, places) for path in scans if path not in found}
+    found |= {path: match for path, match in others.items() if match is not None}
+    if len(channels) > _MOST_CHANNELS:
+        return None
+    ids = _ids({key for key, _ in found.values()})
+    images = by_key(((ids[key], channel), path) for path, (key, channel) in found.items())
+    subjects = subjects_of(folder.root, images, by_key((ids[key], path) for key, path in labels.items()), channels)
+    first = next(iter(labels))
+    shown = " and ".join(path.as_posix() for path, (key, _) in found.items() if key == first)
+    such = f"{shown} with {labels[first].as_posix()}"
+    reason = f"{len(labels)} of {len(subjects)} scans have a label by its name, such as {such}"
+    targets = targets_of(folder.about.get("labels"))
+    return Dataset(folder.name, folder.root, "pairs", subjects, targets, modality_of(channels), reason=reason)
+
+
+def _place(path: Path) -> tuple[str, ...]:
+    """The folders of a file that tell subjects apart."""
+    return tuple(part for part in path.parts[:-1] if not is_label_folder(part) and not _SCAN_FOLDER.fullmatch(part))
+
+
+def _match(path: Path, labels: Mapping[Key, Path]) -> tuple[Key, str] | None:
+    """The label that a scan belongs to, and its channel: the rest of its name, or the folder that it alone is in."""
+    place, name = _place(path), name_of(path)
+    for end in [len(name), *(gap.start() for gap in reversed([*_GAPS.finditer(name)]))]:  # of a and a_1, a_1 for a_1_ct
+        if (place, name[:end]) in labels:
+            return (place, name[:end]), _GAPS.sub("", name[end:], count=1) or ALONE
+    if (place, "") in labels:
+        own = f"{place[-1]}_" if place else ""
+        return (place, ""), name[len(own) :] if own and name.startswith(own) and name != own else name
+    for i, part in enumerate(place):
+        if (place[:i] + place[i + 1 :], name) in labels:
+            return (place[:i] + place[i + 1 :], name), part
+    return None
+
+
+def _alone(path: Path, channels: Iterable[str], places: Set[tuple[str, ...]]) -> tuple[Key, str] | None:
+    """A scan without a label, named as those that have one; ``places`` are theirs."""
+    place, name = _place(path), name_of(path)
+    for channel in channels:
+        match = re.fullmatch(rf"(.+?)[^A-Za-z0-9]+{re.escape(channel)}", name)
+        if place in places and (channel == ALONE or match):
+            return (place, match[1] if match else name), channel
+        own = place[-1:] in {(name,), (match[1],) if match else ()}
+        if any(len(place) == len(other) for other in places) and (name == channel or (match and own)):
+            return (place, ""), channel
+    return None
+
+
+def _ids(keys: Set[Key]) -> dict[Key, str]:
+    """Subjects' names: folders that all have in common are not part of them."""
+    named = {(place, name): (*place, *([name] if name and name not in place[-1:] else [])) for place, name in keys}
+    levels = zip(*(place if name else place[:-1] for place, name in keys), strict=False)
+    common = sum(1 for _ in takewhile(lambda parts: len({*parts}) == 1, levels))
+    return {key: "_".join(words[min(common, len(words) - 1) :]) for key, words in named.items()}
+
+
+def proposed(folder: Folder, most: int = 3) -> list[tuple[str, str, int]]:
+    """Patterns for scans and labels that lie together in several folders, with how many pairs each makes; for folders
+    that no layout reads, such as those with a file for each target."""
+    scans: dict[str, set[str]] = defaultdict(set)
+    labels: dict[str, set[str]] = defaultdict(set)
+    for path in folder.scans:
+        for pattern, key in _patterns(path):
+            (labels if folder.like_label(path) else scans)[pattern].add(key)
+    scans, labels = ({pattern: keys for pattern, keys in one.items() if len(keys) > 1} for one in (scans, labels))
+    found = [
+        (image, label, len(scans[image] & keys))
+        for label, keys in labels.items()
+        if (image := max(scans, key=lambda pattern: (len(scans[pattern] & keys), -len(scans[pattern])), default=""))
+    ]
+    return sorted((one for one in found if one[2] > 1), key=lambda one: (-one[2], one[1]))[:most]
+
+
+def _patterns(path: Path) -> Iterator[tuple[str, str]]:
+    """Patterns that fit a file, with an asterisk for one folder, or for its name up to its last word; and its text."""
+    for i, part in enumerate(path.parts[:-1]):
+        yield Path(*path.parts[:i], "*", *path.parts[i + 1 :]).as_posix(), part
+    name = name_of(path)
+    suffix = path.name[len(name) :]
+    yield path.with_name(f"*{suffix}").as_posix(), name
+    if (gap := name.rfind("_")) > 0:
+        yield path.with_name(f"*{name[gap:]}{suffix}").as_posix(), name[:gap]
+
+
+PAIRS = Layout(
+    "pairs",
+    """\
+images/SUBJECT.nii.gz                 with labels/SUBJECT.nii.gz, or SUBJECT_seg.nii.gz there
+SUBJECT/ct.nii.gz                     with SUBJECT/seg.nii.gz, SUBJECT/SUBJECT_label.nii.gz, …
+SUBJECT/SUBJECT_t1.nii.gz             several channels: whatever the names of a subject's files differ in""",
+    read_pairs,
+)
