@@ -24,7 +24,7 @@ from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.layouts import open_dataset
 from delineate.datasets.splits import Split, load_split, save_split
-from delineate.errors import DelineateError
+from delineate.errors import DelineateError, UnknownLayout
 from delineate.evaluation.table import Evaluation
 from delineate.io.formats import read_header, read_volume, write_label, write_volume
 from delineate.pretrained.weights import read_tensors
@@ -135,6 +135,36 @@ def sites(folder: Path) -> Path:
     msd(folder)
     (folder / "sites.csv").write_text("subject,site,patient,age\na,Oslo,p1,33\nb,Bergen,p2,44\n", encoding="utf-8")
     return folder / "sites.csv"
+
+
+def bids(name: str) -> Callable[[Path], Path]:
+    """A BIDS data set, of which one file is damaged."""
+
+    def make(folder: Path) -> Path:
+        table = "index\tname\n0\tbackground\n1\tlesion\n"
+        files = {
+            "dataset_description.json": '{"Name": "x", "BIDSVersion": "1.9.0"}',
+            "participants.tsv": "participant_id\tsite\tage\nsub-1\tOslo\t33\nsub-2\tn/a\t44\n",
+            "sub-1/anat/sub-1_T1w.json": '{"MagneticFieldStrength": 3, "EchoTime": 0.003, "Manufacturer": "x"}',
+            "derivatives/m/dseg.tsv": table,
+        }
+        for file, text in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text, encoding="utf-8")
+        (folder / "derivatives/m/sub-1/anat").mkdir(parents=True)
+        for file in ("sub-1/anat/sub-1_T1w", "derivatives/m/sub-1/anat/sub-1_dseg"):
+            (folder / f"{file}.nii.gz").touch()
+        return folder / name
+
+    return make
+
+
+def use_sidecar(path: Path) -> None:
+    """A damaged one is said in a note, and keeps nobody from using the scans."""
+    dataset = open_dataset(path.parents[2])
+    assert dataset.subjects[0].scans
+    if dataset.notes:
+        raise UnknownLayout(dataset.notes[0])
 
 
 def dicom(folder: Path, name: str = "slice.dcm") -> Path:
@@ -415,6 +445,12 @@ FUZZES = {
     ),
     "dataset.json, msd": Fuzz(msd, lambda path: open_dataset(path.parent), spoil=in_json),
     "dataset.json, nnunet": Fuzz(nnunet, lambda path: open_dataset(path.parent), spoil=in_json),
+    "dataset_description.json": Fuzz(
+        bids("dataset_description.json"), lambda path: open_dataset(path.parent, layout="bids"), spoil=in_json
+    ),
+    "participants.tsv": Fuzz(bids("participants.tsv"), lambda path: open_dataset(path.parent), text=True),
+    "dseg.tsv": Fuzz(bids("derivatives/m/dseg.tsv"), lambda path: open_dataset(path.parents[2]), text=True),
+    "a sidecar": Fuzz(bids("sub-1/anat/sub-1_T1w.json"), use_sidecar, text=True),
     "sites.csv": Fuzz(sites, lambda path: open_dataset(path.parent), text=True),
     "split": Fuzz(split, load_split, spoil=in_json),
     "metrics.csv": Fuzz(metrics_csv, use_evaluation, text=True),

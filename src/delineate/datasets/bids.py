@@ -40,6 +40,8 @@ _SIDECAR = {
     "FlipAngle": ("flip_angle_deg", 1.0),
 }
 """Fields of a sidecar that are worth a column, with the unit that they get; BIDS gives times in seconds."""
+_MOST = 1e6
+"""No scanner has a value beyond this; nor is what is not a number below it."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,8 @@ def _acquisition(
             except DatasetError as error:
                 notes.append(f"a sidecar cannot be read: {error.message}")
         for field, (name, factor) in _SIDECAR.items():
-            if isinstance(value := about.get(field), int | float) and not isinstance(value, bool):
+            value = about.get(field)
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST:
                 values[name][channel] = f"{value * factor:.6g}"
         scanner = " ".join(str(about[key]) for key in ("Manufacturer", "ManufacturersModelName") if about.get(key))
         if scanner:
