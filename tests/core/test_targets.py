@@ -81,3 +81,20 @@ def test_labels_with_other_values_are_matched_by_their_targets_names() -> None:
     assert chosen.relabels
     with pytest.raises(RecipeError, match="no target in common"):
         SharedTargets.of(sides[3], Targets({"spleen": (4,)}))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint16, np.int64])
+@pytest.mark.parametrize("count", [0, 1, 2, 8, 9, 40])
+def test_masks_hold_the_voxels_with_a_target_s_values(kind: type, count: int) -> None:
+    """However many values there are, also those that the label's type cannot hold."""
+    rng = np.random.default_rng(count)
+    label = rng.integers(0, 50, (5, 6, 7)).astype(kind)
+    values = tuple(int(value) for value in rng.permutation(np.r_[1:60, 300, 65535])[:count])
+    ignore = values[: count // 2]
+    inside = np.isin(label, values)
+    if values:
+        targets = Targets({"one": values})
+        np.testing.assert_array_equal(targets.masks(label)["one"], inside)
+        np.testing.assert_array_equal(targets.foreground(label), inside)
+    others = Targets({"other": (70,)}, ignore=ignore)
+    np.testing.assert_array_equal(others.known(label), ~np.isin(label, ignore))
