@@ -114,7 +114,7 @@ def measured(root: Path, settings: Settings, pid: int, options: argparse.Namespa
             "PING p95, ms": round(1000 * cut, 1),
             "PING max, ms": round(1000 * max(pings), 1),
             "PINGs": len(pings),
-            "largest process of the front door, MB": round(1000 * max(door_gb)),
+            "front door at its largest, MB": round(1000 * max(door_gb)),
         }
     )
     done[:] = [0, 0]
@@ -154,19 +154,31 @@ def ping(own: KeyFile, pid: int, pings: list[float], door_gb: list[float], stop:
         while not stop.is_set():
             pings.append(client.ping())
             if len(pings) % 50 == 1:
-                door_gb.append(held(pid)["1"][0])
+                door_gb.append(held(pid)["front door"][0])
             stop.wait(0.02)
 
 
 def held(pid: int) -> dict[str, tuple[float, int]]:
-    """Memory of its own in GB, and open files, of each process of a server by its number."""
+    """Memory of its own in GB, and open files, of each process of a server by what it does."""
     found = {}
-    for number, process in enumerate([psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]):
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
         try:
-            found[str(number)] = process.memory_full_info().uss / 1e9, process.num_fds()
+            found[role(process, pid)] = process.memory_full_info().uss / 1e9, process.num_fds()
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+def role(process: psutil.Process, server: int) -> str:
+    """What a process of a server does: multiprocessing names none, so by its parent and its open files."""
+    if process.pid == server:
+        return "the one that looks after the others"
+    if "resource_tracker" in " ".join(process.cmdline()):
+        return "resource tracker"
+    if process.ppid() != server:
+        return f"helper {process.pid}"
+    names = {Path(file.path).name for file in process.open_files()}
+    return "front door" if "jobs.sqlite" in names else "worker"
 
 
 if __name__ == "__main__":
