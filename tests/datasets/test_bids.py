@@ -42,7 +42,7 @@ def test_channels_sessions_sites_and_targets_are_as_named(bids) -> None:
     root = bids(
         *(f"sub-{n}/ses-{s}/anat/sub-{n}_ses-{s}_{kind}" for n in (1, 2) for s in "ab" for kind in ("T1w", "FLAIR")),
         *(f"{MANUAL}/sub-{n}/ses-{s}/anat/sub-{n}_ses-{s}_space-FLAIR_dseg" for n in (1, 2) for s in "ab"),
-        participants="participant_id site age\nsub-1 Utrecht 70\nsub-2 n/a 61\n",
+        participants="participant_id Site age\nsub-1 Utrecht 70\nsub-2 n/a 61\n",
     )
     (root / MANUAL / "dseg.tsv").write_text("index\tname\n0\tbackground\n1\tlesion\n", encoding="utf-8")
     check_layout(LAYOUTS["bids"], root)

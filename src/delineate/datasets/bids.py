@@ -96,7 +96,7 @@ def read_bids(folder: Folder) -> Dataset | None:
     for one in examinations:
         [participant, _] = one.key
         row = dict(people.get(f"sub-{participant}", {}))
-        site = next((row.pop(name) for name in _SITES if name in row), "")
+        site = next((row.pop(name) for name in [*row] if name.lower() in _SITES), "")
         mine = {channel: folder.root / one.scans[channel].path for channel in channels if channel in one.scans}
         files = [file for file in chosen if file.examination == one.key and file.run in one.runs | {""}]
         label = by_key((one.id, file.path) for file in files).get(one.id)
@@ -314,7 +314,7 @@ def _targets(root: Path, labels: Sequence[_File]) -> Targets | None:
     for table in tables:
         values: dict[str, tuple[int, ...]] = {}
         for row in _table(root / table):
-            if row.get("index", "").isdigit() and row.get("name") and int(row["index"]):
+            if row.get("index", "").isdecimal() and row.get("name") and int(row["index"]):
                 values[row["name"]] = (*values.get(row["name"], ()), int(row["index"]))
         if values:
             return Targets(values)

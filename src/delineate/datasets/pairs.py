@@ -6,7 +6,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Set
-from itertools import takewhile
+from heapq import nlargest
+from itertools import compress, takewhile
+from operator import not_
 from pathlib import Path
 
 from delineate.datasets.dataset import Dataset
@@ -27,6 +29,7 @@ _SCAN_FOLDER = re.compile(
 )
 _GAPS = re.compile(r"[^A-Za-z0-9]+")
 _MOST_CHANNELS = 16
+_MOST_PATTERNS = 50
 ALONE = "image"
 """The channel of scans whose names say nothing else."""
 
@@ -36,8 +39,7 @@ Key = tuple[tuple[str, ...], str]
 
 def read_pairs(folder: Folder) -> Dataset | None:
     """Pairs by names. None where a label has no scan, or several labels are for one scan."""
-    named = [path for path in folder.scans if folder.like_label(path)]
-    scans = [path for path in folder.scans if path not in {*named}]
+    scans, named = _apart(folder)
     keys = [(_place(path), bare_name(path)) for path in named]
     if not named or len(set(keys)) < len(keys):
         return None
@@ -60,6 +62,12 @@ def read_pairs(folder: Folder) -> Dataset | None:
     reason = f"{len(labels)} of {len(subjects)} scans have a label by its name, such as {such}"
     targets = targets_of(folder.about.get("labels"))
     return Dataset(folder.name, folder.root, "pairs", subjects, targets, modality_of(channels), reason=reason)
+
+
+def _apart(folder: Folder) -> tuple[list[Path], list[Path]]:
+    """Scans and labels."""
+    like = [folder.like_label(path) for path in folder.scans]
+    return [*compress(folder.scans, map(not_, like))], [*compress(folder.scans, like)]
 
 
 def _place(path: Path) -> tuple[str, ...]:
@@ -106,18 +114,22 @@ def _ids(keys: Set[Key]) -> dict[Key, str]:
 def proposed(folder: Folder, most: int = 3) -> list[tuple[str, str, int]]:
     """Patterns for scans and labels that lie together in several folders, with how many pairs each makes; for folders
     that no layout reads, such as those with a file for each target."""
-    scans: dict[str, set[str]] = defaultdict(set)
-    labels: dict[str, set[str]] = defaultdict(set)
-    for path in folder.scans:
-        for pattern, key in _patterns(path):
-            (labels if folder.like_label(path) else scans)[pattern].add(key)
-    scans, labels = ({pattern: keys for pattern, keys in one.items() if len(keys) > 1} for one in (scans, labels))
+    scans, labels = map(_keys_by_pattern, _apart(folder))
     found = [
         (image, label, len(scans[image] & keys))
         for label, keys in labels.items()
         if (image := max(scans, key=lambda pattern: (len(scans[pattern] & keys), -len(scans[pattern])), default=""))
     ]
     return sorted((one for one in found if one[2] > 1), key=lambda one: (-one[2], one[1]))[:most]
+
+
+def _keys_by_pattern(paths: Iterable[Path]) -> dict[str, set[str]]:
+    """The patterns that most files fit, each with what its asterisk stands for."""
+    keys: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        for pattern, key in _patterns(path):
+            keys[pattern].add(key)
+    return {pattern: keys[pattern] for pattern in nlargest(_MOST_PATTERNS, keys, key=lambda one: len(keys[one]))}
 
 
 def _patterns(path: Path) -> Iterator[tuple[str, str]]:
