@@ -9,7 +9,7 @@ import yaml
 from pydicom.sr._concepts_dict import concepts
 from pydicom.sr.codedict import codes
 
-from delineate.core.targets import Code, Coding
+from delineate.core.legend import Code, Coding
 from delineate.errors import RecipeError
 from delineate.recipe import ScheduleSpec, apply_changes, load_recipe, packaged_recipes, recipe_from, to_yaml
 
@@ -176,7 +176,7 @@ def test_an_unknown_metric_is_refused_with_the_known_ones() -> None:
 
 def codings() -> Iterator[tuple[str, Coding]]:
     for name in packaged_recipes():
-        for target, coding in load_recipe(name).data.codings().items():
+        for target, coding in load_recipe(name).data.legend.codes.items():
             yield f"{name}: {target}", coding
 
 
@@ -198,7 +198,7 @@ def test_packaged_recipes_codes_are_the_dictionarys() -> None:
 
 def test_codes_travel_in_the_recipe() -> None:
     recipe = load_recipe("prostate")
-    assert recipe_from(yaml.safe_load(to_yaml(recipe.as_dict()))).data.codings() == recipe.data.codings()
-    assert recipe.data.codings()["prostate"].type == Code("41216001", "SCT", "Prostate")
+    assert recipe_from(yaml.safe_load(to_yaml(recipe.as_dict()))).data.legend.codes == recipe.data.legend.codes
+    assert recipe.data.legend.codes["prostate"].type == Code("41216001", "SCT", "Prostate")
     with pytest.raises(RecipeError, match="codes"):
         load_recipe("prostate", ["data.codes={prostate: {category: {value: 1}, type: {meaning: x}}}"])

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from delineate.core.targets import MOST_TARGETS, MOST_VALUE, Code, Coding, Targets
+from delineate.core.legend import Code, Coding, Legend
+from delineate.core.targets import MOST_TARGETS, MOST_VALUE, Targets
 from delineate.core.text import near, printable
 from delineate.errors import RecipeError
 from delineate.io.files import parsing, read_text
@@ -50,6 +51,9 @@ class TargetsSpec(Specification):
         return cls.model_validate(targets.as_dict())
 
 
+Colour = Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")]
+
+
 class CodeSpec(Specification):
     """A coded concept, by default from SNOMED CT (``SCT``). Lengths are limited as in DICOM."""
 
@@ -62,7 +66,7 @@ class CodeSpec(Specification):
 
 
 class CodingSpec(Specification):
-    """What a target is, for DICOM-SEG; see :class:`delineate.core.targets.Coding`."""
+    """What a target is, for DICOM-SEG; see :class:`delineate.core.legend.Coding`."""
 
     category: CodeSpec
     type: CodeSpec
@@ -77,7 +81,7 @@ class DataSpec(Specification):
     ``images`` and ``labels`` are file patterns relative to its folder; several channels have one pattern each.
     ``resample_channels``: channels on other grids are resampled to the grid of the first, instead of being an error.
     ``codes`` give targets' codes, by name, for formats that carry codes; targets without one are coded as
-    unspecified regions.
+    unspecified regions. ``colours`` give their colours, such as ``#dd8265``, wherever a label is looked at.
     """
 
     layout: str = "auto"
@@ -87,9 +91,12 @@ class DataSpec(Specification):
     resample_channels: bool = False
     targets: TargetsSpec | None = None
     codes: Annotated[dict[str, CodingSpec], Field(max_length=MOST_TARGETS)] = Field(default_factory=dict)
+    colours: Annotated[dict[str, Colour], Field(max_length=MOST_TARGETS)] = Field(default_factory=dict)
 
-    def codings(self) -> dict[str, Coding]:
-        return {name: spec.coding() for name, spec in self.codes.items()}
+    @property
+    def legend(self) -> Legend:
+        """How targets are coded and coloured."""
+        return Legend({name: spec.coding() for name, spec in self.codes.items()}, self.colours)
 
     @classmethod
     def of_changes(cls, changes: Sequence[str]) -> DataSpec:

@@ -15,6 +15,7 @@ from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.evaluation.table import Evaluation
 from delineate.io.formats import read_label, read_volume, write_label, write_volume
+from delineate.io.legends import ITK_SNAP, SLICER
 from delineate.recipe import load_recipe, to_yaml
 
 GRID = Grid((16, 16, 12), np.array([[-1.0, 0, 0, 5], [0, -1, 0, 7], [0, 0, 2, -3], [0, 0, 0, 1]]))
@@ -164,7 +165,7 @@ def test_files_are_predicted_one_by_one_and_a_bad_one_does_not_stop_the_rest(run
     answer = json.loads(done.stdout)
     assert [row["subject"] for row in answer["predictions"]] == ["c1_0000"]
     assert answer["failed"][0]["error"].startswith("E_TRUNCATED")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"c1_0000.nii.gz", "review.csv"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"c1_0000.nii.gz", "review.csv", ITK_SNAP, SLICER}
 
 
 def test_an_output_that_cannot_be_written_is_said_and_nothing_is_left(run, balls, tmp_path) -> None:

@@ -14,13 +14,15 @@ import pydicom
 import pytest
 import SimpleITK
 import vtk
+from highdicom.color import CIELabColor
 from pydicom.sr.codedict import codes
 from typer.testing import CliRunner
 from vtk.util.numpy_support import vtk_to_numpy
 
 from delineate.cli.app import app
 from delineate.core.grid import Grid
-from delineate.core.targets import Code, Coding, Targets
+from delineate.core.legend import Code, Coding, Legend
+from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import BadFormat, BadShape, DelineateError, GridMismatch, RecipeError
 from delineate.io.exports import export_label
@@ -149,7 +151,7 @@ def test_another_library_reads_the_same_voxels_and_names(dicom, tmp_path: Path, 
     targets = Targets({"liver": (1,), "something else": (2,)})
     path = tmp_path / "seg.dcm"
     coded = Coding(Code("91723000", "SCT", "Anatomical Structure"), Code("10200004", "SCT", "Liver"))
-    export_label(path, LabelVolume(marked(), grid), targets, source=folder, kind=kind, codes={"liver": coded})
+    export_label(path, LabelVolume(marked(), grid), targets, source=folder, kind=kind, legend=Legend({"liver": coded}))
     seg = highdicom.seg.segread(path)
     names = {s.SegmentLabel: s.SegmentedPropertyTypeCodeSequence[0].CodeMeaning for s in seg.SegmentSequence[-2:]}
     assert names == {"liver": "Liver", "something else": "Selected region"}
@@ -162,6 +164,35 @@ def test_another_library_reads_the_same_voxels_and_names(dicom, tmp_path: Path, 
     sources = {pydicom.dcmread(file).SOPInstanceUID for file in folder.iterdir()}
     referred = {i.ReferencedSOPInstanceUID for i in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
     assert referred == sources
+
+
+def test_a_target_has_its_colour_wherever_it_is_looked_at(dicom, tmp_path: Path) -> None:
+    """Within what 16-bit CIELab and the text of a header round away."""
+    grid = next(right_handed())
+    folder = dicom.write("a", np.zeros(SHAPE, np.int16), grid)
+    targets, legend = Targets({"liver": (1,), "tumour": (2,)}), Legend(colours={"tumour": "#C0392B"})
+    label = LabelVolume(marked(), read_volume(folder).grid)
+    for name in ("seg.dcm", "label.seg.nrrd"):
+        export_label(tmp_path / name, label, targets, source=folder, legend=legend)
+    expected = {"liver": (86, 180, 233), "tumour": (192, 57, 43)}
+    seg = highdicom.seg.segread(tmp_path / "seg.dcm")
+    shown = {
+        segment.SegmentLabel: CIELabColor.from_dicom_value(segment.RecommendedDisplayCIELabValue).to_rgb()
+        for segment in seg.SegmentSequence
+    }
+    header = nrrd_header(tmp_path / "label.seg.nrrd")
+    for number, (name, colour) in enumerate(expected.items()):
+        np.testing.assert_allclose(shown[name], colour, atol=1)
+        assert header[f"Segment{number}_Name"] == name
+        np.testing.assert_allclose(
+            [255 * float(x) for x in header[f"Segment{number}_Color"].split()], colour, atol=0.01
+        )
+
+
+def nrrd_header(path: Path) -> dict[str, str]:
+    """The key:=value lines."""
+    text = path.read_bytes().split(b"\n\n")[0].decode()
+    return dict(line.split(":=", 1) for line in text.splitlines() if ":=" in line)
 
 
 def test_overlapping_targets_are_segments_of_their_own(dicom, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ class Bundle:
             channels=self.channels,
             unusual=tuple(oddity.text for oddity in odd),
             files=files,
-            codes=self.recipe.data.codings(),
+            legend=self.recipe.data.legend,
             about={"weights_sha256": [one.weights_sha256 for one in self._opened]},
         )
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from delineate.core.legend import Legend
 from delineate.core.tables import html_table, html_text
-from delineate.core.targets import Coding, Targets
+from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import check_grids
 from delineate.errors import BadShape, MissingFile
@@ -38,7 +39,7 @@ class Prediction(predictor.Prediction):
     unusual: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     """The files of the scan, if it was read from files."""
-    codes: Mapping[str, Coding] = field(default_factory=dict)
+    legend: Legend = field(default_factory=Legend)
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -94,7 +95,7 @@ class Prediction(predictor.Prediction):
         path = Path(path)
         check_outputs(exported_files(path), self.files, overwrite=True)
         source = self.files[0] if self.files else None
-        return export_label(path, self.label, self.targets, source=source, about=self.about, codes=self.codes)
+        return export_label(path, self.label, self.targets, source=source, about=self.about, legend=self.legend)
 
     def __repr__(self) -> str:
         found = ", ".join(
@@ -106,7 +107,7 @@ class Prediction(predictor.Prediction):
     def _repr_html_(self) -> str:
         from delineate.reporting.overlays import picture_of_label  # draws with matplotlib, slow to import
 
-        picture = b64encode(picture_of_label(self.scan, self.label, self.targets)).decode()
+        picture = b64encode(picture_of_label(self.scan, self.label, self.targets, self.legend)).decode()
         rows = [
             (name, f"{one.volume_ml:.4g}", _number(one.expected_dice), _number(one.mutual_dice))
             for name, one in self.confidence.items()

@@ -25,23 +25,6 @@ _FEW = 8
 
 
 @dataclass(frozen=True)
-class Code:
-    """A concept of a coding scheme, as in DICOM: ``Code("10200004", "SCT", "Liver")`` from SNOMED CT."""
-
-    value: str
-    scheme: str
-    meaning: str
-
-
-@dataclass(frozen=True)
-class Coding:
-    """What a target is, in codes: a category from the DICOM standard (CID 7150) and a type within it."""
-
-    category: Code
-    type: Code
-
-
-@dataclass(frozen=True)
 class Targets:
     """Named sets of label values.
 

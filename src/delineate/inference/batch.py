@@ -27,7 +27,16 @@ from delineate.inference.outputs import Outputs, Planned
 from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review, write_queue
 from delineate.io.exports import export_label
-from delineate.io.formats import is_series, name_of, read_label, suffix_of, write_volume
+from delineate.io.formats import (
+    DICOM_SUFFIXES,
+    SEGMENTATION_SUFFIX,
+    is_series,
+    name_of,
+    read_label,
+    suffix_of,
+    write_volume,
+)
+from delineate.io.legends import write_legends
 from delineate.io.overwriting import check_outputs
 from delineate.metrics.quantities import Measurement, QuantityMap
 
@@ -180,7 +189,7 @@ def predict_subjects(
     where = outputs or Outputs(folder, suffix, probabilities)
     targets, models = predictor.targets, [bundle.weights_sha256 for bundle in predictor.bundles]
     resample = predictor.bundles[0].recipe.data.resample_channels
-    codes = predictor.bundles[0].recipe.data.codings()
+    legend = predictor.bundles[0].recipe.data.legend
     # The errors of one bundle do not tell how far off an ensemble is.
     calibration = predictor.calibration if len(predictor.bundles) == 1 else None
 
@@ -208,7 +217,7 @@ def predict_subjects(
             if where.probabilities is not None:
                 _write_probabilities(where.probabilities / f"{subject.id}.nii.gz", prediction, source)
             about = {"weights_sha256": models}
-            export_label(path, prediction.label, targets, source=source, about=about, codes=codes)
+            export_label(path, prediction.label, targets, source=source, about=about, legend=legend)
             if outputs is not None and not first:
                 write_queue(outputs.review, [reviewed])
             if read.quantity is not None:
@@ -281,8 +290,11 @@ def carry_out(
         yield Outcome(subject, None, {}, error)
     yield from _measure_predicted(outputs, planned.unmeasured)
     if planned.ahead:
+        made = predictor()
+        if outputs.suffix not in (*DICOM_SUFFIXES, SEGMENTATION_SUFFIX):  # which hold names and colours themselves
+            write_legends(outputs.folder, made.targets, made.bundles[0].recipe.data.legend)
         yield from predict_subjects(
-            predictor(), planned.ahead, outputs.folder, on_oddities=on_oddities, on_tile=on_tile, outputs=outputs
+            made, planned.ahead, outputs.folder, on_oddities=on_oddities, on_tile=on_tile, outputs=outputs
         )
 
 

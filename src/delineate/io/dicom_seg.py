@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import highdicom
@@ -20,7 +19,7 @@ from pydicom.sr.codedict import codes as concepts
 from pydicom.uid import ExplicitVRLittleEndian
 
 from delineate.core.grid import Grid, permute_axes
-from delineate.core.targets import Code, Coding
+from delineate.core.legend import RGB, Code, Coding, Legend
 from delineate.core.volume import LabelVolume
 from delineate.errors import BadFormat, GridMismatch, RecipeError
 from delineate.io.dicom import check_size, describe_series, frames_of
@@ -28,6 +27,7 @@ from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits, writing_beside
 from delineate.io.voxels import LPS_TO_RAS, check_grid
 
+_NO_LEGEND = Legend()
 SegmentationKind = Literal["BINARY", "LABELMAP"]
 
 REGION = Coding(Code("309825002", "SCT", "Spatial and Relational Concept"), Code("111099", "DCM", "Selected region"))
@@ -61,11 +61,11 @@ def write_segmentation(
     source: Series,
     *,
     kind: SegmentationKind = "BINARY",
-    codes: Mapping[str, Coding] = MappingProxyType({}),
+    legend: Legend = _NO_LEGEND,
 ) -> None:
     """Write masks (X, Y, Z) by target name as segments 1, 2, … that refer to the series they were found in.
 
-    ``codes`` say what the targets are; one without a code is a :data:`REGION`, whatever its name.
+    ``legend`` says what the targets are; one without a code is a :data:`REGION`, whatever its name.
     Empty frames are kept, so that every reader finds as many slices as the source has. A ``LABELMAP``
     holds one value per voxel, so its targets must not overlap.
 
@@ -115,7 +115,8 @@ def write_segmentation(
                 pixel_array=pixels,
                 segmentation_type=kind,
                 segment_descriptions=[
-                    _description(number, name, codes.get(name, REGION)) for number, name in enumerate(masks, start=1)
+                    _description(number, name, legend.codes.get(name, REGION), colour)
+                    for number, (name, colour) in enumerate(legend.colours_of([*masks]).items(), start=1)
                 ],
                 series_instance_uid=highdicom.UID(),
                 series_number=source.number + 1000,
@@ -161,12 +162,13 @@ def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVol
     return LabelVolume(np.asfortranarray(permute_axes(voxels, order, flip)), grid.permute(order, flip))
 
 
-def _description(number: int, name: str, coding: Coding) -> highdicom.seg.SegmentDescription:
+def _description(number: int, name: str, coding: Coding, colour: RGB) -> highdicom.seg.SegmentDescription:
     return highdicom.seg.SegmentDescription(
         segment_number=number,
         segment_label=name,
         segmented_property_category=CodedConcept(*astuple(coding.category)),
         segmented_property_type=CodedConcept(*astuple(coding.type)),
+        display_color=highdicom.color.CIELabColor.from_rgb(*colour),
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             name="Delineate", version=version("delineate"), family=concepts.cid7162.ArtificialIntelligence

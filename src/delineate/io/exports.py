@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from delineate.core.targets import Coding, Targets
+from delineate.core.legend import Legend
+from delineate.core.targets import Targets
 from delineate.core.text import near, printable
 from delineate.core.volume import LabelVolume
 from delineate.errors import BadFormat
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from delineate.io.dicom_seg import SegmentationKind
 
 
+_NO_LEGEND = Legend()
 _LABEL_FORMATS = ("nii.gz", "mha", "nrrd", "seg.nrrd", "vtk", "vti", "dcm")
 
 
@@ -76,7 +77,7 @@ def export_label(
     source: Path | None = None,
     kind: SegmentationKind = "BINARY",
     about: Mapping[str, Any] | None = None,
-    codes: Mapping[str, Coding] = MappingProxyType({}),
+    legend: Legend = _NO_LEGEND,
 ) -> list[Path]:
     """Write a label in the format of ``path``'s suffix; returns the files, that one first.
 
@@ -84,7 +85,7 @@ def export_label(
     exactly. A ``.vtk`` comes with a ``.nii.gz`` of the same name, since legacy VTK has no directions,
     and ``.vtk`` and ``.vti`` with a ``.json``: the affine, the targets' values and volumes, and
     ``about``. A ``.dcm`` is a DICOM-SEG that refers to the series at ``source`` and says with
-    ``codes`` what the targets are. A ``.seg.nrrd`` names its segments, as 3D Slicer does.
+    ``legend`` what the targets are. A ``.seg.nrrd`` names its segments, as 3D Slicer does. Both have colours.
 
     Raises :class:`BadFormat` where a DICOM-SEG's series is missing, or a ``.seg.nrrd``'s targets share
     values, and what writing raises.
@@ -102,7 +103,7 @@ def export_label(
         from delineate.io.dicom_series import the_series
 
         masks = targets.masks(label.voxels)
-        write_segmentation(path, masks, label.grid, the_series(source), kind=kind, codes=codes)
+        write_segmentation(path, masks, label.grid, the_series(source), kind=kind, legend=legend)
         return [path]
     if path.name.lower().endswith(SEGMENTATION_SUFFIX):
         from delineate.io.nrrd import write_segments
@@ -110,7 +111,7 @@ def export_label(
         _check_one_layer(targets, path)
         with writing_beside(path) as beside:
             values = {name: targets.written_value(name) for name in targets.names}
-            write_segments(beside, targets.masks(label.voxels), values, label.grid)
+            write_segments(beside, targets.masks(label.voxels), values, label.grid, legend)
         return [path]
     written = exported_files(path)
     for file in written:

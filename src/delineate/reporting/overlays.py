@@ -17,6 +17,7 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from delineate.core.grid import box_around, permute_axes
+from delineate.core.legend import Legend
 from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
@@ -29,6 +30,7 @@ from delineate.io.voxels import Orientation
 MARKS = {1: "agree", 2: "missed", 3: "excess", 4: "other target"}
 """What each value of :func:`agreement` means."""
 
+_NO_LEGEND = Legend()
 Palette = Literal["distinct", "purple"]
 
 COLOURS: dict[Palette, dict[int, str]] = {
@@ -36,9 +38,6 @@ COLOURS: dict[Palette, dict[int, str]] = {
     "purple": {1: "#8a2be2", 2: "#ff2020", 3: "#2040ff", 4: "#ffffff"},
 }
 """Colours of the marks: colour-blind safe (Okabe & Ito 2008), or purple for agreement and red and blue for errors."""
-
-_TARGET_COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
-"""Colours of targets, in order and then from the first again."""
 
 MOST_PICTURES = 40
 """Most subjects that a page shows in pictures; of more, it shows the best, the median and the worst."""
@@ -208,10 +207,11 @@ def save_overlay(path: Path, overlay: Overlay) -> None:
         figure.savefig(beside, dpi=130)
 
 
-def picture_of_label(scan: Volume, label: LabelVolume, targets: Targets) -> bytes:
+def picture_of_label(scan: Volume, label: LabelVolume, targets: Targets, legend: Legend = _NO_LEGEND) -> bytes:
     """A PNG image of a label on its scan: three views side by side, a colour for each target."""
     names = dict(enumerate(map(printable, targets.names), start=1))
-    colours = {number: _TARGET_COLOURS[(number - 1) % len(_TARGET_COLOURS)] for number in names}
+    shades = legend.colours_of(targets.names).values()
+    colours = {number: "#{:02x}{:02x}{:02x}".format(*shade) for number, shade in enumerate(shades, start=1)}
     written = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name with letters that the font lacks

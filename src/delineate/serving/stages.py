@@ -25,7 +25,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,8 +36,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
+from delineate.core.legend import Legend
 from delineate.core.subject import Subject
-from delineate.core.targets import Coding, Targets
+from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something, load_map, load_scan
 from delineate.errors import BadFormat, DelineateError, MissingFile, OutputError, TooLarge, Truncated, WorkerFailed
@@ -61,7 +62,7 @@ class Applied:
     channels: tuple[str, ...]
     targets: Targets
     resample: bool = False
-    codes: Mapping[str, Coding] | None = None
+    legend: Legend = field(default_factory=Legend)
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -207,11 +208,11 @@ def export(
         if format == "png":
             from delineate.reporting.overlays import picture_of_label
 
-            picture = picture_of_label(scan, label, bundle.targets)
+            picture = picture_of_label(scan, label, bundle.targets, bundle.legend)
             with _writing():
                 path.write_bytes(picture)
             continue
-        export_label(path, label, bundle.targets, source=source, codes=bundle.codes or {})
+        export_label(path, label, bundle.targets, source=source, legend=bundle.legend)
     described = sidecar_of(label, bundle.targets) | about
     with _writing():
         text = json.dumps(described, indent=2, allow_nan=False)

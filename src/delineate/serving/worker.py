@@ -569,9 +569,7 @@ class Worker:
         if sha256 not in self._applied:
             bundle = bundle_of(self.models, sha256)
             data = bundle.recipe.data
-            self._applied[sha256] = stages.Applied(
-                bundle.channels, bundle.targets, data.resample_channels, data.codings()
-            )
+            self._applied[sha256] = stages.Applied(bundle.channels, bundle.targets, data.resample_channels, data.legend)
         return self._applied[sha256]
 
     def _came(self, task: _Task, then: _Then, answer: stages.Answer) -> None:
