@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -51,9 +50,10 @@ class Legend:
         return {name: _rgb(self.colours[name] if name in self.colours else next(others)) for name in names}
 
 
+PLAIN = Legend()
+"""No codes, and the colours of the palette."""
+
+
 def _rgb(colour: str) -> RGB:
-    match = re.fullmatch("#([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})", colour)
-    if match is None:
-        raise ValueError(f"'{colour}' is not a colour such as #dd8265")
-    red, green, blue = (int(part, 16) for part in match.groups())
+    red, green, blue = bytes.fromhex(colour.removeprefix("#"))
     return red, green, blue

@@ -19,7 +19,7 @@ from pydicom.sr.codedict import codes as concepts
 from pydicom.uid import ExplicitVRLittleEndian
 
 from delineate.core.grid import Grid, permute_axes
-from delineate.core.legend import RGB, Code, Coding, Legend
+from delineate.core.legend import PLAIN, RGB, Code, Coding, Legend
 from delineate.core.volume import LabelVolume
 from delineate.errors import BadFormat, GridMismatch, RecipeError
 from delineate.io.dicom import check_size, describe_series, frames_of
@@ -27,7 +27,6 @@ from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits, writing_beside
 from delineate.io.voxels import LPS_TO_RAS, check_grid
 
-_NO_LEGEND = Legend()
 SegmentationKind = Literal["BINARY", "LABELMAP"]
 
 REGION = Coding(Code("309825002", "SCT", "Spatial and Relational Concept"), Code("111099", "DCM", "Selected region"))
@@ -61,7 +60,7 @@ def write_segmentation(
     source: Series,
     *,
     kind: SegmentationKind = "BINARY",
-    legend: Legend = _NO_LEGEND,
+    legend: Legend = PLAIN,
 ) -> None:
     """Write masks (X, Y, Z) by target name as segments 1, 2, … that refer to the series they were found in.
 

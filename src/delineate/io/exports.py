@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from delineate.core.legend import Legend
+from delineate.core.legend import PLAIN, Legend
 from delineate.core.targets import Targets
 from delineate.core.text import near, printable
 from delineate.core.volume import LabelVolume
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from delineate.io.dicom_seg import SegmentationKind
 
 
-_NO_LEGEND = Legend()
 _LABEL_FORMATS = ("nii.gz", "mha", "nrrd", "seg.nrrd", "vtk", "vti", "dcm")
 
 
@@ -77,7 +76,7 @@ def export_label(
     source: Path | None = None,
     kind: SegmentationKind = "BINARY",
     about: Mapping[str, Any] | None = None,
-    legend: Legend = _NO_LEGEND,
+    legend: Legend = PLAIN,
 ) -> list[Path]:
     """Write a label in the format of ``path``'s suffix; returns the files, that one first.
 

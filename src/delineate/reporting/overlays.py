@@ -17,7 +17,7 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from delineate.core.grid import box_around, permute_axes
-from delineate.core.legend import Legend
+from delineate.core.legend import PLAIN, Legend
 from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
@@ -30,7 +30,6 @@ from delineate.io.voxels import Orientation
 MARKS = {1: "agree", 2: "missed", 3: "excess", 4: "other target"}
 """What each value of :func:`agreement` means."""
 
-_NO_LEGEND = Legend()
 Palette = Literal["distinct", "purple"]
 
 COLOURS: dict[Palette, dict[int, str]] = {
@@ -207,7 +206,7 @@ def save_overlay(path: Path, overlay: Overlay) -> None:
         figure.savefig(beside, dpi=130)
 
 
-def picture_of_label(scan: Volume, label: LabelVolume, targets: Targets, legend: Legend = _NO_LEGEND) -> bytes:
+def picture_of_label(scan: Volume, label: LabelVolume, targets: Targets, legend: Legend = PLAIN) -> bytes:
     """A PNG image of a label on its scan: three views side by side, a colour for each target."""
     names = dict(enumerate(map(printable, targets.names), start=1))
     shades = legend.colours_of(targets.names).values()
