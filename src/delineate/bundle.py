@@ -46,6 +46,8 @@ from delineate.specification import Specification, Text, from_json, to_json
 
 FORMAT: Final = 2
 RECIPE, PREPROCESSING, WEIGHTS = "recipe.yaml", "preprocessing.json", "weights.safetensors"
+FILES: Final = (RECIPE, PREPROCESSING, WEIGHTS, CALIBRATION, MANIFEST)
+"""Every file that a bundle may have."""
 
 _AFTER_TRAINING = ("inference", "postprocessing")
 """The recipe's groups that a trained network does not depend on."""

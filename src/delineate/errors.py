@@ -33,6 +33,7 @@
      ├── BundleError                 E_BUNDLE      a bundle is damaged or does not fit
      ├── UnknownKey                  E_KEY         the key that hides names is damaged, or is a different one
      ├── WeightsError                E_WEIGHTS     published weights are missing, damaged or for another network
+     ├── CannotImport                E_IMPORT      a model of other software cannot become a bundle
      ├── CannotUndo                  E_UNDO        a preprocessing step cannot be undone
      ├── TrainingError               E_TRAINING    training cannot continue
      ├── RunInUse                    E_IN_USE      another training run, or server, is using the folder
@@ -272,6 +273,12 @@ class WeightsError(DelineateError):
     """Published weights are missing, damaged, or for another network."""
 
     code = "E_WEIGHTS"
+
+
+class CannotImport(DelineateError):
+    """A model that other software trained is damaged, or uses something that a bundle cannot hold."""
+
+    code = "E_IMPORT"
 
 
 class CannotUndo(DelineateError):

@@ -24,12 +24,13 @@ from delineate.plugins import requirement_of
 from delineate.preprocessing.pipeline import Pipeline, StepSpec
 from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.samplers import ClassBalancedTiles, SamplerSpec
-from delineate.sampling.tiles import TileSpec
+from delineate.sampling.tiles import Advance, TileSpec, Weighting
 from delineate.specification import Names, PositiveWeight, Specification, Text, Weight, explained, specifications_in
 
 if TYPE_CHECKING:
     from delineate.datasets.dataset import Dataset
 
+Average = Literal["probabilities", "logits"]
 LabelValue = Annotated[int, Field(ge=0, le=MOST_VALUE)]
 
 
@@ -257,10 +258,18 @@ class StartSpec(Specification):
 
 
 class InferenceSpec(Specification):
-    """Tiles overlap by a fraction; their outputs are averaged by weight. ``flips``: axes mirrored at test time."""
+    """Tiles overlap by a fraction; their outputs are averaged by weight. ``flips``: axes mirrored at test time.
+
+    ``average``: what is averaged over tiles, mirror images and bundles, and brought back to the scan's grid:
+    ``probabilities`` or ``logits``, which become probabilities there. ``advance``: tiles advance by ``whole`` voxels,
+    or by a ``fractional`` number whose places are rounded, so that tiles of odd sides are fewer. ``weights: nnunet``
+    is nnU-Net's Gaussian, which lies half a voxel off the middle of even sides.
+    """
 
     overlap: Annotated[float, Field(ge=0, le=0.95)] = 0.5
-    weights: Literal["gaussian", "uniform"] = "gaussian"
+    weights: Weighting = "gaussian"
+    average: Average = "probabilities"
+    advance: Advance = "whole"
     flips: Annotated[tuple[Literal["x", "y", "z"], ...], Field(max_length=3)] = ()
 
 

@@ -15,6 +15,7 @@ from delineate.cli import (
     evaluate,
     forgetting,
     held_out,
+    imports,
     jobs,
     keys,
     metrics,
@@ -106,3 +107,4 @@ app.add_typer(recipes.app, name="recipes")
 app.add_typer(networks.app, name="networks")
 app.add_typer(metrics.app, name="metrics")
 app.add_typer(weights.app, name="weights")
+app.add_typer(imports.app, name="import")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
+from typing import Any, Literal
 
 import numpy as np
+import scipy  # loads its submodules on first use
 import torch
 from numpy.typing import NDArray
 
@@ -26,6 +28,9 @@ from delineate.preprocessing.step import Undo
 
 Progress = Callable[[int, int], None]
 
+_CERTAIN = 30.0
+"""Logit of the background outside whatever the preparation cut off; the targets' is the opposite."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
@@ -42,9 +47,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Scores:
-    """One variant's probabilities (K, X, Y, Z) on its prepared grid, and the way back."""
+    """One variant's probabilities (K, X, Y, Z) on its prepared grid, or logits, and the way back."""
 
-    probabilities: NDArray[np.float16]
+    values: NDArray[np.float16]
     undo: Undo
 
 
@@ -59,7 +64,7 @@ class _Decision:
 
 
 class Predictor:
-    """Applies bundles to scans. Several bundles form an ensemble: the mean of their probabilities.
+    """Applies bundles to scans. Several bundles form an ensemble: the mean of their probabilities, or logits.
 
     ``overlap`` and ``flips`` override the recipe's. ``budget_bytes`` limits the memory that the probabilities
     of one scan may take. With ``mirrored``, each bundle that was trained on mirrored scans also predicts the
@@ -87,6 +92,13 @@ class Predictor:
                     f"{other.folder} {list(other.targets.names)} from {list(other.channels)}",
                     fix="an ensemble needs the same targets and channels",
                 )
+        kinds = {bundle.recipe.inference.average for bundle in bundles}
+        if len(kinds) > 1:
+            raise BundleError(
+                f"some bundles average {' and others '.join(sorted(kinds))}",
+                fix="give all of them the same inference.average, or predict with them one by one",
+            )
+        self._logits = kinds == {"logits"}
         self.bundles, self.plan, self.targets, self.channels = list(bundles), plan, first.targets, first.channels
         # The first bundle's calibration, if it has one; read before any network is built.
         self.calibration = None if first.folder is None else Calibration.load(first.folder)
@@ -104,6 +116,8 @@ class Predictor:
                     first.targets.outputs,
                     overlap=inference.overlap if overlap is None else overlap,
                     weights=inference.weights,
+                    average=inference.average,
+                    advance=inference.advance,
                     flips=tuple(inference.flips if flips is None else flips),
                     budget_bytes=budget_bytes,
                 )
@@ -139,8 +153,8 @@ class Predictor:
                 mirror = sliding.probabilities(network, flipped, geometry, progress)
                 scores.append(_Scores(np.flip(mirror, axes), undo))
             clock.lap("network")
-            borders = geometry.borders(prepared.grid.shape, sliding.overlap)
-            seams.append([seam_score(p, borders) for p in found[-len(self.targets.names) :]])
+            borders = geometry.borders(prepared.grid.shape, sliding.overlap, sliding.advance)
+            seams.append([seam_score(p, borders) for p in self._of_targets(found)])
         decision = self._decide(scores, volume.grid)
         clock.lap("undo")
         masks = postprocess(decision.masks, self.targets, volume.grid, self.bundles[0].recipe.postprocessing)
@@ -161,6 +175,25 @@ class Predictor:
         clock.lap("postprocess")
         return Prediction(label, clock.seconds, confidence, decision.probabilities)
 
+    def _of_targets(self, found: NDArray[np.float16]) -> Iterator[NDArray[np.floating]]:
+        """The probabilities of each target, from what a network found (K, X, Y, Z)."""
+        link = self._link()
+        if self._logits and self.targets.exclusive:
+            for plane in found:
+                link.add(plane.astype(np.float32))
+        return (link(plane) for plane in found[-len(self.targets.names) :])
+
+    def _link(self) -> _Link:
+        return _Link("given" if not self._logits else "softmax" if self.targets.exclusive else "sigmoid")
+
+    def _planes(self, scores: Sequence[_Scores], k: int) -> Iterator[NDArray[np.float32]]:
+        """Each variant's probabilities of class k on the scan's grid, or logits."""
+        background = self.targets.exclusive and k == 0
+        outside = 1.0 if background else 0.0
+        if self._logits:
+            outside = _CERTAIN if background else -_CERTAIN
+        return (score.undo.scores(score.values[k].astype(np.float32), outside) for score in scores)
+
     def _decide(self, scores: Sequence[_Scores], grid: Grid) -> _Decision:
         """Masks on the scan's grid, one class at a time so that memory stays small."""
         exclusive, names = self.targets.exclusive, self.targets.names
@@ -168,16 +201,13 @@ class Predictor:
         everyone = _Winners(exclusive, len(names), grid.shape)
         each = [_Winners(exclusive, len(names), grid.shape) for _ in scores] if len(scores) > 1 else []
         kept = np.empty((len(names), *grid.shape), np.float16) if self._keep else None
+        link, links = self._link(), [self._link() for _ in each]
+        if self._logits and exclusive:  # a class's probability depends on the logits of all
+            for k in range(first + len(names)):
+                link.add(_mean(self._planes(scores, k), [one.add for one in links]))
+        votes = [lambda plane, one=one, to=to: one.add(to(plane)) for one, to in zip(each, links, strict=True)]
         for k in range(first + len(names)):
-            outside = 1.0 if exclusive and k == 0 else 0.0
-            mean: NDArray[np.float32] | None = None
-            for i, score in enumerate(scores):
-                plane = score.undo.scores(score.probabilities[k].astype(np.float32), outside)
-                mean = plane if mean is None else mean + plane
-                if each:
-                    each[i].add(plane)
-            assert mean is not None  # there is a bundle
-            mean = mean if len(scores) == 1 else mean / np.float32(len(scores))
+            mean = link(_mean(self._planes(scores, k), votes))
             everyone.add(mean)
             if kept is not None and k >= first:
                 kept[k - first] = mean
@@ -188,6 +218,45 @@ class Predictor:
             tuple(mutual_dice([variant[t] for variant in variants]) for t in range(len(names))),
             kept,
         )
+
+
+class _Link:
+    """Probabilities of a class from what is averaged: as ``given``, or by a ``softmax`` or ``sigmoid`` of logits.
+
+    A softmax needs the logits of all classes to be added first.
+    """
+
+    def __init__(self, kind: Literal["given", "softmax", "sigmoid"]) -> None:
+        self.kind = kind
+        self._log_sum: NDArray[np.float32] | None = None
+
+    def add(self, logits: NDArray[np.float32]) -> None:
+        self._log_sum = logits if self._log_sum is None else np.logaddexp(self._log_sum, logits)
+
+    def __call__(self, plane: NDArray[Any]) -> NDArray[Any]:
+        if self.kind == "given":
+            return plane
+        logits = plane.astype(np.float32, copy=False)
+        result: NDArray[np.float32]
+        if self.kind == "sigmoid":
+            result = scipy.special.expit(logits)
+        else:
+            assert self._log_sum is not None  # every class was added
+            result = np.exp(logits - self._log_sum)
+        return result
+
+
+def _mean(
+    planes: Iterable[NDArray[np.float32]], tell: Sequence[Callable[[NDArray[np.float32]], None]]
+) -> NDArray[np.float32]:
+    """The mean of the variants' planes, after telling each to its own of ``tell``, if there are any."""
+    total, count = None, 0
+    for plane in planes:
+        if tell:
+            tell[count](plane)
+        total, count = (plane if total is None else total + plane), count + 1
+    assert total is not None  # there is a bundle
+    return total if count == 1 else total / np.float32(count)
 
 
 class _Winners:

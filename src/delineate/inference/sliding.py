@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,7 +15,8 @@ from delineate.compute import ComputePlan
 from delineate.core.grid import AXES
 from delineate.errors import BundleError
 from delineate.io.files import reserve
-from delineate.sampling.tiles import Tile, TileGeometry, standardised
+from delineate.recipe import Average
+from delineate.sampling.tiles import Advance, Tile, TileGeometry, Weighting, standardised
 
 Network = Callable[[Tensor], Tensor]
 
@@ -30,14 +30,17 @@ class Sliding:
 
     ``flips`` are axes (x, y, z) mirrored at test time: the probabilities of all combinations are
     averaged. ``budget_bytes`` limits the memory that the probabilities of one volume may take;
-    beyond it they are kept in a temporary file.
+    beyond it they are kept in a temporary file. ``weights``, ``average`` and ``advance`` are as in
+    :class:`~delineate.recipe.InferenceSpec`.
     """
 
     plan: ComputePlan
     exclusive: bool
     outputs: int
     overlap: float = 0.5
-    weights: str = "gaussian"
+    weights: Weighting = "gaussian"
+    average: Average = "probabilities"
+    advance: Advance = "whole"
     flips: tuple[str, ...] = ()
     budget_bytes: int = 2**30
 
@@ -48,20 +51,19 @@ class Sliding:
         geometry: TileGeometry,
         progress: Callable[[int, int], None] | None = None,
     ) -> NDArray[np.float16]:
-        """Probabilities (K, X, Y, Z) of a prepared volume (C, X, Y, Z).
+        """Probabilities (K, X, Y, Z) of a prepared volume (C, X, Y, Z), or logits where these are averaged.
 
         Tiles advance along one axis. Only planes within reach of the current tiles are accumulated
         in float32; finished planes are divided by their sum of weights and stored as float16.
         """
         shape = volume.shape[1:]
         slow = 2 if geometry.slice_axis is None else geometry.slice_axis
-        tiles = sorted(geometry.tiles(shape, self.overlap), key=lambda tile: tile.start[slow])
+        tiles = sorted(geometry.tiles(shape, self.overlap, self.advance), key=lambda tile: tile.start[slow])
         result = self._allocate((self.outputs, *shape))
         finished = np.moveaxis(result, slow + 1, -1)  # (K, A, B, slow)
         plane = [n for axis, n in enumerate(shape) if axis != slow]
         window = _Window(self.outputs, plane, geometry.shape[slow], self.plan.device)
-        weight = torch.from_numpy(geometry.weights("uniform" if self.weights == "uniform" else "gaussian"))
-        weight = weight.to(self.plan.device)
+        weight = torch.from_numpy(geometry.weights(self.weights)).to(self.plan.device)
         done = 0
         with torch.inference_mode(), self.plan.autocast():
             for group in self._groups(tiles, geometry):
@@ -92,7 +94,7 @@ class Sliding:
     def _answer(
         self, network: Network, volume: NDArray[np.float32], geometry: TileGeometry, tiles: Sequence[Tile]
     ) -> Tensor:
-        """Probabilities (N, K, *tile) of tiles, averaged over the flips."""
+        """Probabilities or logits (N, K, *tile) of tiles, averaged over the flips."""
         # A batch of another size would be compiled again, so the last one is padded.
         filling = [tiles[-1]] * (self._batch_size(geometry) - len(tiles) if self.plan.compile else 0)
         boxes = np.stack([geometry.to_network(geometry.read(volume, tile)) for tile in [*tiles, *filling]])
@@ -106,10 +108,11 @@ class Sliding:
         total: Tensor | None = None
         choices = [dims for count in range(len(flipped) + 1) for dims in combinations(flipped, count)]
         for dims in choices:
-            logits = network(x.flip(dims) if dims else x).float()
-            p = torch.softmax(logits, 1) if self.exclusive else torch.sigmoid(logits)
+            p = network(x.flip(dims) if dims else x).float()
+            if self.average == "probabilities":
+                p = torch.softmax(p, 1) if self.exclusive else torch.sigmoid(p)
             p = p.flip(dims) if dims else p
-            total = p if total is None else total.add_(p)
+            total = p if total is None else total + p
         assert total is not None  # the empty combination is always there
         mean = total[: len(tiles)] / len(choices)
         return mean if geometry.slice_axis is None else mean.unsqueeze(geometry.slice_axis + 2)

@@ -90,7 +90,7 @@ class Reach:
             return _convolution(*args, **kwargs)
         if function in (torch.conv_transpose2d, torch.conv_transpose3d):
             return _transposed(*args, **kwargs)
-        if name.startswith("max_pool"):
+        if name.startswith(("max_pool", "avg_pool")):
             return _pool(*args, **kwargs)
         if function is torch.cat:
             merged = _merged(*args[0])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from functools import reduce
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -35,6 +37,10 @@ class UNetSpec(Architecture):
     ``dropout`` acts on the outputs of the two deepest encoder levels. ``deep_supervision`` is the number
     of coarser decoder levels that also predict: in training the network returns a tuple of logits, the
     finest first (Lee et al. 2015).
+
+    ``residual_blocks``: the encoder is a stem of one convolution, and at each level as many residual blocks, instead
+    of ``convolutions`` (nnU-Net's residual encoder, Isensee et al. 2024). ``members``: as many networks of this form,
+    each with weights of its own; the mean of their logits counts.
     """
 
     kind: Literal["unet"] = "unet"
@@ -50,6 +56,8 @@ class UNetSpec(Architecture):
     downsample: Literal["stride", "max_pool"] = "stride"
     upsample: Literal["transposed", "linear"] = "transposed"
     deep_supervision: Annotated[int, Field(ge=0, le=12)] = 0
+    residual_blocks: Annotated[tuple[Layers, ...], Field(max_length=12)] | None = None
+    members: Annotated[int, Field(ge=1, le=64)] = 1
 
     @model_validator(mode="after")
     def _fits(self) -> UNetSpec:
@@ -62,6 +70,10 @@ class UNetSpec(Architecture):
                     f"{name} has {[list(s) for s in steps]}; give {wanted} entries of {self.dimensions} numbers, "
                     f"for {len(self.widths)} widths in {self.dimensions}D"
                 )
+        if self.residual_blocks is not None and len(self.residual_blocks) != len(self.widths):
+            raise ValueError(
+                f"residual_blocks has {list(self.residual_blocks)}; give one number for each of {len(self.widths)} widths"
+            )
         if self.deep_supervision > len(self.widths) - 2:
             raise ValueError(
                 f"deep_supervision is {self.deep_supervision}, but {len(self.widths)} widths have "
@@ -81,8 +93,10 @@ class UNetSpec(Architecture):
     def divisor(self) -> Step:
         return tuple(math.prod(s[axis] for s in self.level_strides) for axis in range(self.dimensions))
 
-    def body(self, inputs: int, outputs: int) -> UNet:
-        return UNet(self, inputs, outputs)
+    def body(self, inputs: int, outputs: int) -> nn.Module:
+        if self.members == 1:
+            return UNet(self, inputs, outputs)
+        return Members([UNet(self, inputs, outputs) for _ in range(self.members)])
 
 
 class ConvBlock(nn.Module):
@@ -123,6 +137,52 @@ class ConvBlock(nn.Module):
         return self.last(y if self.skip is None else y + self.skip(x))
 
 
+class ResidualBlock(nn.Module):
+    """Two convolutions with normalisation, and the input added before the last activation.
+
+    Where the block strides or widens, the input is averaged over the stride and goes through a 1-convolution with
+    normalisation (ResNet-D, He et al. 2019).
+    """
+
+    def __init__(self, spec: UNetSpec, inputs: int, outputs: int, kernel: Step, stride: Step) -> None:
+        super().__init__()
+        d, bias = spec.dimensions, spec.norm in ("none", "group")
+        self.layers = nn.Sequential(
+            convolution(d, inputs, outputs, kernel, stride=stride, bias=bias),
+            normalisation(spec.norm, d, outputs),
+            activation(spec.activation),
+            convolution(d, outputs, outputs, kernel, bias=bias),
+            normalisation(spec.norm, d, outputs),
+        )
+        pool: Any = nn.AvgPool3d if d == 3 else nn.AvgPool2d
+        self.pool = nn.Identity() if math.prod(stride) == 1 else pool(stride)
+        self.project = nn.Identity()
+        if inputs != outputs:
+            widen = convolution(d, inputs, outputs, 1, bias=bias)
+            self.project = nn.Sequential(widen, normalisation(spec.norm, d, outputs))
+        self.last = activation(spec.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layers(x) + self.project(self.pool(x)))
+
+
+class Members(nn.Module):
+    """The mean of the logits of several networks, at each level that they predict."""
+
+    def __init__(self, members: list[UNet]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        answers = [member(x) for member in self.members]
+        if isinstance(answers[0], tuple):
+            return tuple(self._mean(level) for level in zip(*answers, strict=True))
+        return self._mean(answers)
+
+    def _mean(self, answers: Sequence[Tensor]) -> Tensor:
+        return torch.mul(reduce(torch.add, answers), 1 / len(answers))
+
+
 class UNet(nn.Module):
     """Logits (N, K, *space) of images (N, C, *space); every side must be a multiple of ``divisor``."""
 
@@ -132,23 +192,30 @@ class UNet(nn.Module):
         count, skips = spec.convolutions, spec.short_skips
         pooled = spec.downsample == "max_pool"
         pool = nn.MaxPool3d if d == 3 else nn.MaxPool2d
-        self.encoder = nn.ModuleList(
-            [ConvBlock(spec, inputs, widths[0], kernels[0], count=count, short_skip=skips != "none")]
-        )
-        self.pools = nn.ModuleList([nn.Identity()])
-        for level, stride in enumerate(spec.level_strides, start=1):
-            self.pools.append(pool(stride) if pooled else nn.Identity())
-            self.encoder.append(
-                ConvBlock(
-                    spec,
-                    widths[level - 1],
-                    widths[level],
-                    kernels[level],
-                    stride=1 if pooled else stride,
-                    count=count,
-                    short_skip=skips != "none",
+        self.encoder, self.pools = nn.ModuleList(), nn.ModuleList()
+        for level, stride in enumerate([(1,) * d, *spec.level_strides]):
+            self.pools.append(pool(stride) if pooled and level else nn.Identity())
+            before, width = (inputs if level == 0 else widths[level - 1]), widths[level]
+            stride = (1,) * d if pooled else stride
+            if spec.residual_blocks is None:
+                self.encoder.append(
+                    ConvBlock(
+                        spec, before, width, kernels[level], stride=stride, count=count, short_skip=skips != "none"
+                    )
                 )
-            )
+                continue
+            blocks: list[nn.Module] = []
+            if level == 0:
+                blocks.append(ConvBlock(spec, inputs, width, kernels[0], count=1, short_skip=False))
+                before = width
+            for i in range(spec.residual_blocks[level]):
+                first = i == 0
+                blocks.append(
+                    ResidualBlock(
+                        spec, before if first else width, width, kernels[level], stride if first else (1,) * d
+                    )
+                )
+            self.encoder.append(nn.Sequential(*blocks))
         self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
         count = spec.decoder_convolutions or spec.convolutions
         for level in reversed(range(len(widths) - 1)):

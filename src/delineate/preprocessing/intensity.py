@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -20,6 +20,7 @@ from delineate.preprocessing.step import Step, Undo, Unmoved, as_float
 from delineate.specification import Intensity
 
 PerChannel = Annotated[tuple[Intensity, ...], Field(max_length=1024)]
+Channels = Annotated[tuple[Annotated[int, Field(ge=0, le=1023)], ...], Field(min_length=1, max_length=1024)]
 T = TypeVar("T")
 
 
@@ -28,7 +29,8 @@ class ClipPercentiles(Step):
 
     ``within="nonzero"`` takes them over the voxels that are not zero and leaves zeros alone.
     ``scope="cohort"`` takes them over the training subjects, each with at most 50 000 voxels, and
-    keeps them as ``low`` and ``high``, one per channel; giving these makes a fixed window.
+    keeps them as ``low`` and ``high``, one per channel; giving these makes a fixed window. ``channels`` are clipped,
+    counted from 0; the others stay as they are.
 
     For more than a million voxels, percentiles are taken over a regular lattice of at most that many.
     """
@@ -38,6 +40,7 @@ class ClipPercentiles(Step):
     upper: float = Field(default=99.5, ge=0, le=100)
     within: Literal["all", "nonzero"] = "all"
     scope: Literal["patient", "cohort"] = "patient"
+    channels: Channels | None = None
     low: PerChannel | None = None
     high: PerChannel | None = None
 
@@ -55,24 +58,25 @@ class ClipPercentiles(Step):
     def fit(self, scans: Iterable[Volume]) -> Self:
         if not self.needs_fit:
             return self
-        samples = [[self._sample(channel, at_most=50_000) for channel in as_float(scan)] for scan in scans]
+        samples = [[self._sample(c, at_most=50_000) for c in _those(as_float(scan), self.channels)] for scan in scans]
         bounds = [self._percentiles(np.concatenate(channel)) for channel in _by_channel(samples)]
         low, high = zip(*bounds, strict=True)
         return self.model_copy(update={"low": low, "high": high})
 
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
         voxels = as_float(volume)
-        result = np.empty_like(voxels)
-        for channel, (low, high), out in zip(voxels, self._bounds(voxels), result, strict=True):
+        result = _unless_all(voxels, self.channels)
+        chosen = _those(voxels, self.channels)
+        for channel, (low, high), out in zip(chosen, self._bounds(chosen), _those(result, self.channels), strict=True):
             np.clip(channel, np.float32(low), np.float32(high), out=out)
             if self.within == "nonzero":
                 np.copyto(out, np.float32(0), where=channel == 0)
         return Volume(result, volume.grid), Unmoved.on(volume.grid)
 
-    def _bounds(self, voxels: NDArray[np.float32]) -> list[tuple[float, float]]:
+    def _bounds(self, channels: Sequence[NDArray[np.float32]]) -> list[tuple[float, float]]:
         if self.scope == "patient":
-            return [self._percentiles(self._sample(channel, at_most=1_000_000)) for channel in voxels]
-        return _fitted(self, self.low, self.high, channels=len(voxels))
+            return [self._percentiles(self._sample(channel, at_most=1_000_000)) for channel in channels]
+        return _fitted(self, self.low, self.high, channels=len(channels))
 
     def _sample(self, channel: NDArray[np.float32], at_most: int) -> NDArray[np.float32]:
         return _chosen(lattice(channel, at_most), self.within)
@@ -142,8 +146,10 @@ class Normalise(Step):
 
     over the voxels of a slice, a patient or the training cohort (``scope``). A scale of 0 counts as
     1: a constant image becomes 0 (with ``max``, only if it is 0). ``within="nonzero"`` measures over
-    the voxels that are not zero and leaves zeros alone. Slices lie ``across`` an axis: by default the
-    one with the largest spacing (``Grid.slice_axis``).
+    the voxels that are not zero and leaves zeros alone; ``within="filled"`` does so with those that are not zero in
+    any channel, holes between them filled. Slices lie ``across`` an axis: by default the
+    one with the largest spacing (``Grid.slice_axis``). ``channels`` are normalised, counted from 0; the others stay
+    as they are.
 
     A cohort's statistics give every voxel the same weight and are kept as ``shift`` and ``scale``, one
     per channel; giving these makes a fixed scaling.
@@ -152,8 +158,9 @@ class Normalise(Step):
     kind: Literal["normalise"] = "normalise"
     method: Literal["minmax", "zscore", "max"] = "zscore"
     scope: Literal["slice", "patient", "cohort"] = "patient"
-    within: Literal["all", "nonzero"] = "all"
+    within: Literal["all", "nonzero", "filled"] = "all"
     across: Literal["x", "y", "z", "thickest"] = "thickest"
+    channels: Channels | None = None
     shift: PerChannel | None = None
     scale: PerChannel | None = None
 
@@ -171,34 +178,53 @@ class Normalise(Step):
     def fit(self, scans: Iterable[Volume]) -> Self:
         if not self.needs_fit:
             return self
-        moments = [[Moments.of(_chosen(channel, self.within)) for channel in as_float(scan)] for scan in scans]
+        moments = [self._moments(as_float(scan)) for scan in scans]
         shift, scale = zip(*(reduce(add, c).scaling(self.method) for c in _by_channel(moments)), strict=True)
         return self.model_copy(update={"shift": shift, "scale": scale})
 
+    def _moments(self, voxels: NDArray[np.float32]) -> list[Moments]:
+        outline = self._outline(voxels)
+        return [Moments.of(_chosen(channel, self.within, outline)) for channel in _those(voxels, self.channels)]
+
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
         voxels = as_float(volume)
-        result = np.empty_like(voxels)
+        result = _unless_all(voxels, self.channels)
+        before, after = _those(voxels, self.channels), _those(result, self.channels)
+        outline = self._outline(voxels)
         if self.scope == "cohort":
-            fitted = _fitted(self, self.shift, self.scale, channels=len(voxels))
-            for channel, (shift, scale), out in zip(voxels, fitted, result, strict=True):
-                self._rescale(channel, shift, scale, out)
+            fitted = _fitted(self, self.shift, self.scale, channels=len(before))
+            for channel, (shift, scale), out in zip(before, fitted, after, strict=True):
+                self._rescale(channel, shift, scale, out, outline)
         else:
-            for values, out in zip(self._parts(voxels, volume.grid), self._parts(result, volume.grid), strict=True):
-                self._rescale(values, *Moments.of(_chosen(values, self.within)).scaling(self.method), out)
+            outlines = None if outline is None else self._parts([outline] * len(before), volume.grid)
+            for values, out in zip(self._parts(before, volume.grid), self._parts(after, volume.grid), strict=True):
+                inside = None if outlines is None else next(outlines)
+                scaling = Moments.of(_chosen(values, self.within, inside)).scaling(self.method)
+                self._rescale(values, *scaling, out, inside)
         return Volume(result, volume.grid), Unmoved.on(volume.grid)
 
-    def _parts(self, voxels: NDArray[np.float32], grid: Grid) -> Iterable[NDArray[np.float32]]:
+    def _parts(self, channels: Sequence[NDArray], grid: Grid) -> Iterator[NDArray]:
         """The arrays that are normalised separately: channels, or their slices."""
         if self.scope != "slice":
-            return voxels
+            return iter(channels)
         axis = grid.slice_axis if self.across == "thickest" else AXES.index(self.across)
-        return (plane for channel in voxels for plane in np.moveaxis(channel, axis, 0))
+        return (plane for channel in channels for plane in np.moveaxis(channel, axis, 0))
 
-    def _rescale(self, values: NDArray, shift: float, scale: float, out: NDArray[np.float32]) -> None:
+    def _outline(self, voxels: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+        """Where any channel is not zero, holes filled, if ``within`` asks for it."""
+        if self.within != "filled":
+            return None
+        # Transposed, because it works on C-ordered arrays and scans are Fortran-ordered.
+        filled: NDArray[np.bool_] = scipy.ndimage.binary_fill_holes((voxels != 0).any(0).T).T
+        return filled
+
+    def _rescale(
+        self, values: NDArray, shift: float, scale: float, out: NDArray[np.float32], inside: NDArray[np.bool_] | None
+    ) -> None:
         np.subtract(values, np.float32(shift), out=out)
         np.multiply(out, np.float32(1 / scale), out=out)
-        if self.within == "nonzero":
-            np.copyto(out, np.float32(0), where=values == 0)
+        if self.within != "all":
+            np.copyto(out, np.float32(0), where=values == 0 if inside is None else ~inside)
 
 
 @dataclass(frozen=True)
@@ -257,11 +283,30 @@ def lattice(channel: NDArray, at_most: int) -> NDArray:
     return channel[::x, ::y, ::z].flatten(order="K")
 
 
-def _chosen(values: NDArray, within: str) -> NDArray:
+def _chosen(values: NDArray, within: str, outline: NDArray[np.bool_] | None = None) -> NDArray:
     if within == "all":
         return values
+    if outline is not None:
+        return values.T[outline.T]
     values = values.ravel(order="K")  # in memory order: masking a Fortran-ordered array is ten times slower
     return values[values != 0]
+
+
+def _those(voxels: NDArray, channels: tuple[int, ...] | None) -> list[NDArray]:
+    """Views of the chosen channels of ``voxels`` (C, X, Y, Z); of all for None."""
+    if channels is None:
+        return list(voxels)
+    if max(channels) >= len(voxels):
+        raise RecipeError(
+            f"the preprocessing is for channel {max(channels)}, but the scan has {len(voxels)}, counted from 0",
+            fix="change the step's channels",
+        )
+    return [voxels[channel] for channel in channels]
+
+
+def _unless_all(voxels: NDArray[np.float32], channels: tuple[int, ...] | None) -> NDArray[np.float32]:
+    """An array for the result: empty if all channels will be written, else a copy."""
+    return np.empty_like(voxels) if channels is None else voxels.copy(order="K")
 
 
 def _by_channel(scans: list[list[T]]) -> list[tuple[T, ...]]:

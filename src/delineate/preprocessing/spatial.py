@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import permutations, product
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import scipy  # loads its submodules on first use
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from delineate.core.grid import Grid, Shape3, box_around, permute_axes, permute_axes_back
+from delineate.core.grid import AXES, Grid, Shape3, box_around, permute_axes, permute_axes_back
 from delineate.core.targets import IGNORED
 from delineate.core.volume import Volume
 from delineate.errors import RecipeError
@@ -20,6 +22,9 @@ from delineate.preprocessing.step import Step, Undo, as_float, check_voxels, emp
 from delineate.specification import Intensity, Side
 
 _ORIENTATIONS = {"".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)}
+
+_ROUNDING = 1e-5
+"""Relative difference of spacings that headers leave by rounding."""
 
 Place = Annotated[int, Field(ge=-4096, le=4096)]
 
@@ -54,26 +59,61 @@ class Reorient(Step):
         return Volume(voxels, grid), Permuted(volume.grid, grid, order, flip)
 
 
+class Transpose(Step):
+    """Reorder axes as the file has them, whichever way they run in the patient; no voxel is changed.
+
+    The first axis of the prepared scan is the file's ``order[0]``, and so on.
+    """
+
+    kind: Literal["transpose"] = "transpose"
+    order: tuple[Literal["x", "y", "z"], Literal["x", "y", "z"], Literal["x", "y", "z"]] = ("z", "y", "x")
+
+    @field_validator("order")
+    @classmethod
+    def _names_each_axis(cls, order: tuple[str, str, str]) -> tuple[str, str, str]:
+        if sorted(order) != sorted(AXES):
+            raise ValueError(f"order is {list(order)}; give each of x, y and z once")
+        return order
+
+    def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        x, y, z = (AXES.index(axis) for axis in self.order)
+        order, flip = (x, y, z), (False, False, False)
+        grid = volume.grid.permute(order, flip)
+        return Volume(permute_axes(as_float(volume), order, flip), grid), Permuted(volume.grid, grid, order, flip)
+
+
 class Resample(Step):
-    """Linear resampling to a spacing, over the same extent: the outer voxel borders stay.
+    """Resampling to a spacing, over the same extent: the outer voxel borders stay.
 
     ``spacing_mm`` is one number or (x, y, z), None keeping an axis. Voxel counts are rounded, so the
     spacing reached (the grid's) may differ slightly. ``axes="in_plane"`` keeps the axis across the
     slices (``Grid.slice_axis``) and resamples the other two. There is no smoothing before
     down-sampling: clinical slices are already blurred over their thickness, and labels are treated the same.
 
+    ``order``: scans are interpolated linearly, or by ``cubic`` splines that stay within the range of what they
+    interpolate. ``across="nearest"``: where slices are thick, they are interpolated one by one, and the nearest is
+    taken across them (as nnU-Net does). They are thick if one axis is more than three times as coarse as the finest,
+    in the scan or else in ``spacing_mm``; on the way back, in ``spacing_mm`` or else in the scan.
+
     Labels: each class is resampled linearly and the largest share wins, a tie going to the target
-    (a binary mask is thus kept where ≥ 0.5); ignored voxels are a class of their own.
+    (a binary mask is thus kept where ≥ 0.5); ignored voxels are a class of their own. Scores return linearly.
     """
 
     kind: Literal["resample"] = "resample"
     spacing_mm: Spacings
     axes: Literal["all", "in_plane"] = "all"
+    order: Literal["linear", "cubic"] = "linear"
+    across: Literal["interpolate", "nearest"] = "interpolate"
 
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
         grid = volume.grid.resample(self.shape_for(volume.grid))
-        voxels = resample_linear(as_float(volume), grid.shape)
-        return Volume(voxels, grid), Resampled(volume.grid, grid)
+        there = back = None
+        if self.across == "nearest":
+            own = volume.grid.spacing_mm
+            wanted = tuple(target or kept for target, kept in zip(self.spacing_mm, own, strict=True))
+            there, back = thick_axis(own, wanted), thick_axis(wanted, own)
+        resampled = resample_cubic if self.order == "cubic" else resample_linear
+        return Volume(resampled(as_float(volume), grid.shape, there), grid), Resampled(volume.grid, grid, there, back)
 
     def shape_for(self, grid: Grid) -> Shape3:
         """Voxel counts (x, y, z) that this step gives a grid; at least 1."""
@@ -253,18 +293,25 @@ class Boxed(Undo):
         return take_box(encoded, self.start, self.after.shape, 0)
 
 
+@dataclass(frozen=True, eq=False)
 class Resampled(Undo):
-    """The way back from another spacing or shape, linearly; exact only if no voxel count has changed."""
+    """The way back from another spacing or shape, linearly; exact only if no voxel count has changed.
+
+    ``nearest`` is the axis along which the nearest voxel was taken, ``nearest_back`` that on the way back.
+    """
+
+    nearest: int | None = None
+    nearest_back: int | None = None
 
     @property
     def interpolates(self) -> bool:
         return self.before.shape != self.after.shape
 
     def _back(self, plane: NDArray, outside: float) -> NDArray:
-        return resample_linear(plane[None], self.before.shape)[0]
+        return resample_linear(plane[None], self.before.shape, self.nearest_back)[0]
 
     def _forward(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return resample_label(encoded, self.after.shape) if self.interpolates else encoded
+        return resample_label(encoded, self.after.shape, self.nearest) if self.interpolates else encoded
 
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, slice, slice]:
@@ -298,14 +345,30 @@ def take_box(array: NDArray, start: Sequence[int], shape: Shape3, fill: ArrayLik
     return box
 
 
-def resample_linear(array: NDArray, shape: Shape3) -> NDArray[np.float32]:
+def thick_axis(*spacings_mm: Sequence[float]) -> int | None:
+    """The axis across thick slices: the only one that is more than three times as coarse as the finest.
+
+    The first of the spacings with such an axis decides; None if two axes of it are equally coarse.
+    """
+    for spacing in spacings_mm:
+        coarsest = max(spacing)
+        if coarsest > 3 * (1 + _ROUNDING) * min(spacing):
+            axes = [axis for axis, one in enumerate(spacing) if one >= (1 - _ROUNDING) * coarsest]
+            return axes[0] if len(axes) == 1 else None
+    return None
+
+
+def resample_linear(array: NDArray, shape: Shape3, nearest: int | None = None) -> NDArray[np.float32]:
     """``array`` (C, X, Y, Z) interpolated linearly to (C, *shape) voxels over the same extent.
 
     Samples lie as in :meth:`Grid.resample`; beyond the outermost voxel centres the outermost voxel
-    is repeated.
+    is repeated. Along the axis ``nearest``, the nearest voxel is taken.
     """
     if array.shape[1:] == shape:
         return array.astype(np.float32, copy=False)
+    if nearest is not None:
+        x, y, z = (n if axis == nearest else side for axis, (n, side) in enumerate(zip(array.shape[1:], shape, strict=True)))
+        return _nearest(resample_linear(array, (x, y, z)), shape[nearest], nearest)
     import torch
     from torch.nn.functional import interpolate
 
@@ -322,10 +385,44 @@ def resample_linear(array: NDArray, shape: Shape3) -> NDArray[np.float32]:
     return result.numpy().transpose(0, 3, 2, 1)
 
 
-def resample_label(encoded: NDArray[np.uint8], shape: Shape3) -> NDArray[np.uint8]:
+def resample_cubic(array: NDArray, shape: Shape3, nearest: int | None = None) -> NDArray[np.float32]:
+    """``array`` (C, X, Y, Z) interpolated by cubic splines, as :func:`resample_linear` does linearly.
+
+    Each channel stays within its range; with the axis ``nearest``, each slice across it within its own.
+    """
+    result = array.astype(np.float32, copy=False)
+    if result.shape[1:] == shape:
+        return result
+    within = tuple(axis for axis in (1, 2, 3) if axis - 1 != nearest)
+    low, high = result.min(within, keepdims=True), result.max(within, keepdims=True)
+    for axis in within:
+        n, side = result.shape[axis], shape[axis - 1]
+        if n != side:
+            # Splines of all axes are splines of one after the other, which one matrix product each computes.
+            result = np.moveaxis(np.tensordot(_cubic_weights(n, side), result, (1, axis)), 0, axis)
+    result = np.clip(result, low, high)
+    return result if nearest is None else _nearest(result, shape[nearest], nearest)
+
+
+@lru_cache(maxsize=16)
+def _cubic_weights(n: int, side: int) -> NDArray[np.float32]:
+    """Weights (side, n) of the ``n`` voxels of a line in each of the ``side`` that a cubic spline makes of them."""
+    lines = [scipy.ndimage.zoom(line, side / n, order=3, mode="nearest", grid_mode=True) for line in np.eye(n)]
+    return np.stack(lines, axis=1).astype(np.float32)
+
+
+def _nearest(array: NDArray[np.float32], side: int, axis: int) -> NDArray[np.float32]:
+    """``array`` (C, X, Y, Z) with ``side`` voxels along an axis, each the nearest there is."""
+    n = array.shape[axis + 1]
+    place = np.floor(n / side * (np.arange(side) + 0.5)).astype(np.int64)
+    return array if n == side else array.take(np.minimum(place, n - 1), axis + 1)
+
+
+def resample_label(encoded: NDArray[np.uint8], shape: Shape3, nearest: int | None = None) -> NDArray[np.uint8]:
     """An encoded label (T, X, Y, Z) resampled to (T, *shape): the value of the largest share wins.
 
-    Ties go to the first of the targets, then to ignored, then to background.
+    Ties go to the first of the targets, then to ignored, then to background. Along the axis ``nearest``, the nearest
+    voxel is taken.
     """
     result = empty_channels(len(encoded), shape, np.uint8)
     for plane, winner in zip(encoded, result, strict=True):
@@ -335,7 +432,7 @@ def resample_label(encoded: NDArray[np.uint8], shape: Shape3) -> NDArray[np.uint
             continue
         best, rest = np.zeros(shape, np.float32, order="F"), np.ones(shape, np.float32, order="F")
         for value in filter(None, values):
-            share = resample_linear((plane == value)[None], shape)[0]
+            share = resample_linear((plane == value)[None], shape, nearest)[0]
             np.copyto(winner, np.uint8(value), where=share > best)
             np.maximum(best, share, out=best)
             rest -= share

@@ -8,9 +8,9 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -99,11 +99,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.exists():
         raise WeightsError(f"no file {file}", fix="give the path of a weight file")
     with parsing(file.name, WeightsError, fix=_FIX):
-        with open_file(file) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if zipfile.is_zipfile(stream):
-                with zipfile.ZipFile(stream) as archive:
-                    _refuse_packed(file, archive, size)
+        size, _ = _checked(file)
         loaded = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
             loaded = loaded["state_dict"]
@@ -114,6 +110,56 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         for name, tensor in loaded.items():
             _check_plain(file, name, tensor, size)
     return dict(loaded)
+
+
+class _LeftOut:
+    """Stands in for an object that a checkpoint holds besides tensors and plain values."""
+
+    def __new__(cls, *_: object) -> Self:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def read_checkpoint(file: Path, tensors: str, leave_out: Sequence[str]) -> dict[str, Any]:
+    """What PyTorch's ``save`` wrote of a dictionary of plain values and tensors; no code from the file runs.
+
+    ``tensors`` is the entry that holds named tensors. Of the Python objects that a file may name, those in
+    ``leave_out`` become empty stand-ins, and any other is refused. Raises :class:`WeightsError`.
+    """
+    fix = "it cannot be read safely; ask for it as it was when training ended"
+    with parsing(file, WeightsError, fix=fix):
+        size, packed = _checked(file)
+        if not packed:
+            raise WeightsError(f"'{file}' is not a checkpoint of PyTorch 1.6 or later", fix="give one that is")
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        if foreign := sorted(set(named) - set(leave_out)):
+            raise WeightsError(
+                f"'{file}' would run {', '.join(name[:80] for name in foreign[:5])}, which no weights need",
+                fix="do not open it with other software either, unless you know who made it",
+            )
+        with torch.serialization.safe_globals([(_LeftOut, name) for name in named]):
+            loaded = torch.load(file, "cpu", weights_only=True, mmap=True)
+        found = loaded.get(tensors) if isinstance(loaded, dict) else None
+        if not isinstance(found, Mapping) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
+        ):
+            raise WeightsError(f"'{file}' has no tensors under '{tensors}'", fix="give a checkpoint that has")
+        for name, tensor in found.items():
+            _check_plain(file, name, tensor, size)
+    return dict(loaded)
+
+
+def _checked(file: Path) -> tuple[int, bool]:
+    """A file's size, and whether it is an archive, which must not grow when unpacked."""
+    with open_file(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        packed = zipfile.is_zipfile(stream)
+        if packed:
+            with zipfile.ZipFile(stream) as archive:
+                _refuse_packed(file, archive, size)
+    return size, packed
 
 
 def _refuse_packed(file: Path, archive: zipfile.ZipFile, size: int) -> None:

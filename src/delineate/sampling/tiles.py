@@ -12,6 +12,7 @@ from itertools import product
 from typing import Annotated, Literal, NamedTuple, Protocol
 
 import numpy as np
+import scipy  # loads its submodules on first use
 import torch
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
@@ -31,6 +32,8 @@ class Tile(NamedTuple):
 
 Standardise = bool | Literal["together"]
 Outside = Literal["edge", "zero"]
+Weighting = Literal["gaussian", "uniform", "nnunet"]
+Advance = Literal["whole", "fractional"]
 
 
 class Patches(Specification):
@@ -120,17 +123,18 @@ class TileGeometry:
         """Slices that a 2D network reads as channels; 1 for 3D networks."""
         return 1 if self.slice_axis is None else self.input_shape[self.slice_axis]
 
-    def tiles(self, shape: Sequence[int], overlap: float = 0.5) -> list[Tile]:
+    def tiles(self, shape: Sequence[int], overlap: float = 0.5, advance: Advance = "whole") -> list[Tile]:
         """Tiles that cover a volume, evenly spread, each overlapping the next by at least ``overlap``.
 
-        Ordered so that the last axis moves slowest: whole z-ranges are done early.
+        Ordered so that the last axis moves slowest: whole z-ranges are done early. A ``fractional`` advance is not
+        rounded down to whole voxels: only the places are rounded.
         """
-        starts = [_starts(n, tile, overlap) for n, tile in zip(shape, self.shape, strict=True)]
+        starts = [_starts(n, tile, overlap, advance) for n, tile in zip(shape, self.shape, strict=True)]
         return [Tile((x, y, z), self.shape) for z, y, x in product(*reversed(starts))]
 
-    def borders(self, shape: Sequence[int], overlap: float = 0.5) -> list[list[int]]:
+    def borders(self, shape: Sequence[int], overlap: float = 0.5, advance: Advance = "whole") -> list[list[int]]:
         """For each axis of a volume, the planes before which a tile begins or ends."""
-        starts = [_starts(n, tile, overlap) for n, tile in zip(shape, self.shape, strict=True)]
+        starts = [_starts(n, tile, overlap, advance) for n, tile in zip(shape, self.shape, strict=True)]
         return [
             sorted({plane for s in first for plane in (s, s + tile) if 0 < plane < n})
             for first, tile, n in zip(starts, self.shape, shape, strict=True)
@@ -153,10 +157,17 @@ class TileGeometry:
         moved = np.moveaxis(box, self.slice_axis + 1, 1)  # (C, S, A, B)
         return moved.reshape(-1, *moved.shape[2:])
 
-    def weights(self, kind: Literal["uniform", "gaussian"]) -> NDArray[np.float32]:
-        """Weight (X, Y, Z) of each voxel in a tile's output where tiles overlap."""
+    def weights(self, kind: Weighting) -> NDArray[np.float32]:
+        """Weight (X, Y, Z) of each voxel in a tile's output where tiles overlap.
+
+        ``nnunet``: the Gaussian is highest at voxel n // 2, is ten there, and has 16 bits, as in nnU-Net v2.
+        """
         axes = [_axis_weights(n, kind) for n in self.shape]
-        return np.einsum("x,y,z->xyz", *axes).astype(np.float32)
+        weights = np.einsum("x,y,z->xyz", *axes)
+        if kind == "nnunet":
+            weights = (10 * weights).astype(np.float16)
+            weights[weights == 0] = weights[weights > 0].min()
+        return weights.astype(np.float32)
 
 
 def geometry_for(
@@ -252,18 +263,24 @@ def _slice_axis(spec: Patches | Slices | Whole, spacing_mm: Sequence[float]) -> 
     return AXES.index(spec.axis)
 
 
-def _starts(size: int, tile: int, overlap: float) -> list[int]:
+def _starts(size: int, tile: int, overlap: float, advance: Advance = "whole") -> list[int]:
     """First voxels of tiles along one axis; one centred tile if it covers everything."""
     if size <= tile:
         return [-((tile - size) // 2)]
-    step = max(1, int(tile * (1 - overlap)))
-    count = -(-(size - tile) // step) + 1
+    step = tile * (1 - overlap)
+    step = max(1, int(step) if advance == "whole" else step)
+    count = int(-(-(size - tile) // step)) + 1
     return [round(i * (size - tile) / (count - 1)) for i in range(count)]
 
 
-def _axis_weights(n: int, kind: Literal["uniform", "gaussian"]) -> NDArray[np.float64]:
+def _axis_weights(n: int, kind: Weighting) -> NDArray[np.float64]:
     if kind == "uniform":
         return np.ones(n)
+    if kind == "nnunet":
+        peak = np.zeros(n)
+        peak[n // 2] = 1
+        blurred: NDArray[np.float64] = scipy.ndimage.gaussian_filter1d(peak, n / 8, mode="constant")
+        return blurred / blurred.max()
     offset = (np.arange(n) - (n - 1) / 2) / max(n / 8, 1e-6)
     # A floor keeps the sum of weights away from zero where only one tile covers a voxel.
     return np.maximum(np.exp(-0.5 * offset**2), 1e-3)

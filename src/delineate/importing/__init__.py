@@ -1,0 +1,1 @@
+"""Models that other software trained, as bundles."""
