@@ -110,6 +110,44 @@ def test_an_ensemble_averages_probabilities(saved, scan, tmp_path) -> None:
     assert not label.voxels.any()
 
 
+@pytest.mark.parametrize("mode", ["exclusive", "overlapping"])
+def test_averaged_logits_become_probabilities_on_the_scan_s_grid(mode, scan) -> None:
+    """Networks of one voxel's reach, so that tiles leave no trace: the mean of their logits, interpolated."""
+    bundle = replace(small_bundle(inference={"average": "logits"}), targets=Targets({"a": (1,), "b": (2,)}, mode))
+    outputs = bundle.targets.outputs
+    torch.manual_seed(0)
+    networks = [torch.nn.Conv3d(1, outputs, 1), torch.nn.Conv3d(1, outputs, 1)]
+    predictor = Predictor([bundle] * 2, PLAN, networks=networks, probabilities=True)
+    found = predictor.predict(scan)
+    prepared, undo = bundle.pipeline.apply(scan)
+    with torch.no_grad():
+        image = torch.from_numpy(np.ascontiguousarray(prepared.voxels))[None]
+        logits = torch.from_numpy(undo((sum(network(image) for network in networks) / 2)[0].numpy()))
+    expected = torch.softmax(logits, 0)[1:] if mode == "exclusive" else torch.sigmoid(logits)
+    assert found.probabilities is not None
+    np.testing.assert_allclose(found.probabilities, expected, atol=5e-3)
+    best = logits.argmax(0).numpy() if mode == "exclusive" else bundle.targets.decode((expected > 0.5).numpy())
+    assert (found.label.voxels == best).mean() > 0.995  # halves may round a tie
+    assert all(0 <= one.expected_dice <= 1 for one in found.confidence.values())
+
+
+def test_what_a_crop_cut_off_is_background_where_logits_are_averaged(scan) -> None:
+    recipe = {"preprocessing": [{"kind": "crop_or_pad", "shape": [8, 8, 4]}], "inference": {"average": "logits"}}
+    bundle = small_bundle(**recipe)
+    network = torch.nn.Conv3d(1, 3, 1)
+    torch.nn.init.zeros_(network.weight)
+    network.bias.data = torch.tensor([0.0, 5.0, 0.0])
+    label = Predictor([bundle], PLAN, networks=[network]).predict(scan).label.voxels
+    assert (label == 1).sum() == 8 * 8 * 4
+    assert (label == 2).sum() == 0
+
+
+def test_bundles_that_average_differently_are_no_ensemble(saved) -> None:
+    bundle = Bundle.load(saved)
+    with pytest.raises(BundleError, match="some bundles average logits and others probabilities"):
+        Predictor([bundle, bundle.with_settings(["inference.average=logits"])], PLAN)
+
+
 def test_bundles_that_differ_in_targets_are_no_ensemble(saved) -> None:
     bundle = Bundle.load(saved)
     with pytest.raises(BundleError, match="same targets"):

@@ -5,6 +5,7 @@ Runs in the environment that `environment.sh` makes, which has no Delineate: ENV
     OUT/KIND/model/      what nnU-Net leaves: plans.json, dataset.json, fold_*/checkpoint_final.pth
     OUT/KIND/scans/      two scans that the model has not seen
     OUT/KIND/expected/   what nnUNetv2_predict says of them, with its own settings
+    OUT/KIND.tar.xz      all three, for the kinds in FIXTURES, which are those of `tests/data/nnunet`
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +44,8 @@ class Model:
     folds: tuple[int, ...] = (0,)
     plans: dict[str, object] = field(default_factory=dict)
     configurations: dict[str, dict[str, object]] = field(default_factory=dict)
+    widths: tuple[int, int, int] = (8, 12, 16)
+    scans_to_predict: int = 2
 
 
 MR = Scans()
@@ -93,8 +97,28 @@ MODELS = {
     "two modalities, ignore label": Model(PARTLY, "3d_fullres"),
     "BatchNorm": Model(MR, "3d_fullres", trainer="nnUNetTrainerBN"),
 }
+FIXTURES = {
+    "sagittal_residual_folds": Model(
+        Scans(shape=(9, 24, 26), spacing=(4.4, 0.9, 0.8)),
+        "3d_fullres",
+        planner="nnUNetPlannerResEncM",
+        folds=(0, 1),
+        widths=(4, 4, 6),
+        scans_to_predict=1,
+    ),
+    "regions_2d": Model(
+        Scans(**{**vars(BRAIN), "shape": (26, 24, 12)}), "2d", widths=(4, 6, 8), scans_to_predict=1
+    ),
+    "ct_lowres_ignore": Model(
+        Scans(("CT",), (26, 24, 20), (0.8, 0.8, 1.5), PARTLY.labels),
+        "3d_lowres",
+        trainer="nnUNetTrainerNoMirroring",
+        configurations={"3d_lowres": {**LOWRES["3d_lowres"], "patch_size": [8, 12, 12]}},
+        widths=(4, 8, 8),
+        scans_to_predict=1,
+    ),
+}
 SUFFIX = ".nii.gz"
-WIDTHS = (8, 12, 16, 16, 16, 16, 16, 16)
 
 
 def main(out: Path, kinds: list[str]) -> None:
@@ -102,9 +126,31 @@ def main(out: Path, kinds: list[str]) -> None:
     for name in ("raw", "preprocessed", "results"):
         os.environ[f"nnUNet_{name}"] = str(work / name)
     os.environ.update(nnUNet_def_n_proc="1", nnUNet_compile="f")
-    for kind in kinds or MODELS:
-        number = 1 + list(MODELS).index(kind)
-        make(MODELS[kind], number, out / kind.replace(",", "").replace(" ", "_"), work)
+    known = {**MODELS, **FIXTURES}
+    for kind in kinds or known:
+        name = kind.replace(",", "").replace(" ", "_")
+        make(known[kind], 1 + list(known).index(kind), out / name, work)
+        if kind in FIXTURES:
+            for file in (out / name).rglob("*.pth"):
+                without_optimiser(file)
+            with tarfile.open(out / f"{kind}.tar.xz", "w:xz") as archive:
+                for part in ("model", "scans", "expected"):
+                    archive.add(out / name / part, part, filter=plain)
+
+
+def without_optimiser(file: Path) -> None:
+    """Make a checkpoint half as large: what prediction does not need goes."""
+    import torch
+
+    checkpoint = torch.load(file, weights_only=False)
+    torch.save({**checkpoint, "optimizer_state": {}}, file)
+
+
+def plain(file: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """A file without its owner and time; none that only a run's log is for."""
+    file.uid = file.gid = file.mtime = 0
+    file.uname = file.gname = ""
+    return None if file.name.endswith(("_args.json", "expected/plans.json", "expected/dataset.json")) else file
 
 
 def make(model: Model, number: int, out: Path, work: Path) -> None:
@@ -119,7 +165,7 @@ def make(model: Model, number: int, out: Path, work: Path) -> None:
     shutil.rmtree(raw, ignore_errors=True)
     for i in range(6):
         write_scan(model.scans, rng, raw / "imagesTr", f"scan_{i:03}", raw / "labelsTr")
-    for i in range(2):
+    for i in range(model.scans_to_predict):
         write_scan(model.scans, rng, out / "scans", f"scan_{100 + i}", None)
     describe(model.scans, raw)
     os.environ["nnUNet_n_proc_DA"] = "1"  # the planner measures with as many threads
@@ -160,7 +206,7 @@ def write_scan(scans: Scans, rng: np.random.Generator, images: Path, name: str, 
             image = image * 2 - 300
         if scans.bare:
             image = np.where(body, np.maximum(image, 1), 0)
-        save(image.astype(np.float32), spacing, images / f"{name}_{i:04}{SUFFIX}")
+        save(image.astype(np.int16), spacing, images / f"{name}_{i:04}{SUFFIX}")
     if labels is not None:
         save(label, spacing, labels / f"{name}{SUFFIX}")
 
@@ -210,7 +256,7 @@ def planned(model: Model, number: int, dataset: str, work: Path) -> dict:
         for part, value in list(build.items()):
             if isinstance(value, list):
                 build[part] = value[: levels - (part == "n_conv_per_stage_decoder")]
-        build["features_per_stage"] = list(WIDTHS[:levels])
+        build["features_per_stage"] = list(model.widths)
         if "n_blocks_per_stage" in build:
             build["n_blocks_per_stage"] = [1, 2, 2]
     plans.update(model.plans)
@@ -240,7 +286,7 @@ def train(model: Model, plans: dict, dataset: str, work: Path) -> None:
             dataset_json=described,
             device=torch.device("cpu"),
         )
-        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 3, 25, 1
+        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 4, 40, 1
         trainer.run_training()
 
 

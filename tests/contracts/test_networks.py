@@ -39,6 +39,10 @@ SPECS = {
     "U-Net 2D, no norm, dropout": UNetSpec(dimensions=2, widths=(8, 12), norm="none", dropout=0.3, activation="relu"),
     "U-Net 2D, short skips in the encoder": UNetSpec(dimensions=2, widths=(8, 12), short_skips="encoder"),
     "U-Net 3D, inputs projected": UNetSpec(dimensions=3, widths=(8, 12), project_inputs_to=4),
+    "U-Net 3D, residual encoder": UNetSpec(
+        dimensions=3, widths=(4, 6, 8), strides=((1, 2, 2), (2, 2, 2)), residual_blocks=(1, 2, 1)
+    ),
+    "U-Net 2D, three of them": UNetSpec(dimensions=2, widths=(4, 6, 8), residual_blocks=(1, 1, 1), members=3),
     "prostate": ProstateUNetSpec(widths=(4, 6, 8)),
     "Tiramisu": TIRAMISU,
     "Tiramisu, BatchNorm, recomputed": TIRAMISU.model_copy(update={"norm": "batch", "recompute": True}),

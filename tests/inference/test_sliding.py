@@ -23,7 +23,7 @@ def logits_of(x):
     return torch.logit(x.clamp(1e-4, 1 - 1e-4))
 
 
-@pytest.mark.parametrize("weights", ["gaussian", "uniform"])
+@pytest.mark.parametrize("weights", ["gaussian", "uniform", "nnunet"])
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.75])
 @pytest.mark.parametrize("shape", [(13, 17, 11), (5, 30, 4), (8, 8, 8)])
 def test_the_identity_network_returns_the_volume(shape, overlap, weights) -> None:

@@ -49,6 +49,28 @@ class TestNormalise:
         assert_allclose(voxels[0][~zero[0]].mean(), 0, atol=1e-5)
         assert_allclose(voxels[0][~zero[0]].std(), 1, rtol=1e-5)
 
+    def test_filled_measures_what_is_not_zero_in_any_channel_and_the_holes_between(self) -> None:
+        voxels = np.zeros((2, 5, 5, 5), np.float32)
+        voxels[0, 1:4, 1:4, 1:4] = 6
+        voxels[:, 2, 2, 2] = 0  # a hole, in both channels
+        voxels[1, 0, 0, 0] = 5  # shown by one channel
+        normalised = Normalise(within="filled").apply(volume_of(voxels))[0].voxels
+        inside = voxels[0] > 0
+        inside[2, 2, 2] = inside[0, 0, 0] = True
+        for channel, was in zip(normalised, voxels, strict=True):
+            assert_allclose(channel[inside], (was[inside] - was[inside].mean()) / was[inside].std(), rtol=1e-5)
+            assert_array_equal(channel[~inside], 0)
+
+    def test_only_the_chosen_channels_change(self, volume: Volume) -> None:
+        prepared = Normalise(channels=(1,)).apply(volume)[0].voxels
+        assert_array_equal(prepared[0], volume.voxels[0])
+        assert_array_equal(prepared[1], Normalise().apply(volume)[0].voxels[1])
+        fitted = Normalise(scope="cohort", channels=(1,)).fit([volume])
+        assert (len(fitted.shift), fitted.channels) == (1, (1,))
+        assert_allclose(fitted.apply(volume)[0].voxels, prepared, rtol=1e-5, atol=1e-6)
+        with pytest.raises(RecipeError, match="for channel 2, but the scan has 2"):
+            Normalise(channels=(2,)).apply(volume)
+
     @pytest.mark.parametrize(("across", "axis"), [("thickest", 2), ("z", 2), ("x", 0), ("y", 1)])
     def test_each_slice_is_normalised_as_if_it_were_alone(self, volume: Volume, across: str, axis: int) -> None:
         step = Normalise.model_validate({"scope": "slice", "across": across, "method": "minmax"})
@@ -97,6 +119,13 @@ class TestClipPercentiles:
         bright = volume.voxels[1][volume.voxels[1] != 0]
         assert_array_equal(voxels[:, :3], 0)
         assert voxels[1, 3:].min() == pytest.approx(np.percentile(bright, 10), rel=1e-6)
+
+    def test_only_the_chosen_channels_are_clipped(self, volume: Volume) -> None:
+        step = ClipPercentiles(channels=(1,))
+        prepared = step.apply(volume)[0].voxels
+        assert_array_equal(prepared[0], volume.voxels[0])
+        assert_array_equal(prepared[1], ClipPercentiles().apply(volume)[0].voxels[1])
+        assert len(step.model_copy(update={"scope": "cohort"}).fit([volume]).low) == 1
 
     def test_a_zero_image_stays_zero(self) -> None:
         empty = volume_of(np.zeros((1, 3, 3, 3)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy
 import SimpleITK
 from numpy.testing import assert_allclose, assert_array_equal
 from pydantic import ValidationError
@@ -19,10 +20,13 @@ from delineate.preprocessing.spatial import (
     Reorient,
     Resample,
     Resize,
+    Transpose,
     box_of,
+    resample_cubic,
     resample_label,
     resample_linear,
     take_box,
+    thick_axis,
 )
 
 
@@ -102,6 +106,62 @@ class TestResample:
     def test_refuses_impossible_spacings(self, spacing_mm: object) -> None:
         with pytest.raises(ValidationError):
             Resample.model_validate({"spacing_mm": spacing_mm})
+
+
+class TestCubic:
+    def test_is_the_spline_of_all_three_axes_within_the_range_of_the_scan(self, rng: np.random.Generator) -> None:
+        """As skimage's ``resize`` with ``order=3, mode="edge"``, which nnU-Net calls."""
+        voxels = rng.random((2, 9, 10, 8)).astype(np.float32)
+        shape = (13, 6, 8)
+        found = resample_cubic(voxels, shape)
+        for channel, resampled in zip(voxels.astype(np.float64), found, strict=True):
+            factors = np.divide(shape, channel.shape)
+            spline = scipy.ndimage.zoom(channel, factors, order=3, mode="nearest", grid_mode=True)
+            assert_allclose(resampled, np.clip(spline, channel.min(), channel.max()), atol=1e-5)
+        assert_array_equal(resample_cubic(voxels, (9, 10, 8)), voxels)
+
+    def test_slices_are_interpolated_one_by_one_and_the_nearest_is_taken_across_them(
+        self, rng: np.random.Generator
+    ) -> None:
+        volume = volume_of(rng.random((1, 8, 8, 5), dtype=np.float32), (1, 1, 4))
+        step = Resample(spacing_mm=(0.8, 1.6, 2), order="cubic", across="nearest")
+        prepared, undo = step.apply(volume)
+        assert prepared.grid.shape == (10, 5, 10)
+        for z in range(10):
+            alone = resample_cubic(volume.voxels[..., z // 2 : z // 2 + 1], (10, 5, 1))
+            assert_array_equal(prepared.voxels[..., z], alone[..., 0])
+        # Nothing is thick in the target, so the scan decides on the way back, too.
+        ramp = np.arange(10, dtype=np.float32)[None, None] + np.zeros((10, 5, 1), np.float32)
+        assert_array_equal(undo.scores(ramp)[0, 0], [1, 3, 5, 7, 9])
+
+    @pytest.mark.parametrize(
+        ("own", "wanted", "axis"),
+        [
+            ((1, 1, 3), (1, 1, 1), None),  # three times is not more than three times
+            ((1, 1, 3.0000001), (1, 1, 1), None),
+            ((1, 1, 3.1), (9, 1, 1), 2),
+            ((1, 1, 2), (9, 1, 1), 0),
+            ((0.24, 1.25, 1.25), (9, 1, 1), None),
+            ((0.24, 1.2500001, 1.25), (1, 1, 1), None),
+            ((0.24, 1.26, 1.25), (1, 1, 1), 1),
+        ],
+    )
+    def test_the_thick_axis_is_that_of_nnunet(self, own, wanted, axis) -> None:
+        assert thick_axis(own, wanted) == axis
+
+
+class TestTranspose:
+    def test_reorders_axes_and_the_grid_with_them(self, rng: np.random.Generator) -> None:
+        volume = volume_of(rng.random((1, 3, 4, 5), dtype=np.float32), (1, 2, 3))
+        prepared, undo = Transpose(order=("z", "x", "y")).apply(volume)
+        assert_array_equal(prepared.voxels[0], volume.voxels[0].transpose(2, 0, 1))
+        assert prepared.grid.spacing_mm == (3, 1, 2)
+        assert_array_equal(undo(prepared.voxels), volume.voxels)
+
+    @pytest.mark.parametrize("order", [("x", "x", "y"), ("x", "y")])
+    def test_refuses_what_is_no_order(self, order) -> None:
+        with pytest.raises(ValidationError, match="order"):
+            Transpose(order=order)
 
 
 class TestLabels:

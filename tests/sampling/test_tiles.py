@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 
 from delineate.errors import RecipeError
 from delineate.sampling.tiles import Patches, Slices, TileGeometry, Whole, geometry_for, read_box
@@ -112,6 +113,28 @@ def test_what_the_recipe_says_of_reading_stands_in_the_geometry() -> None:
 def test_dimensions_must_agree() -> None:
     with pytest.raises(RecipeError, match="kind: slices with 2D"):
         geometry_for(Patches(shape=(8, 8, 8)), (8, 8, 8), (1, 1, 1), flat(2))
+
+
+def test_a_fractional_advance_rounds_places_only() -> None:
+    """nnU-Net's own example, and tiles of an odd side, between which whole voxels leave less room."""
+
+    def starts(size: int, tile: int, advance: str) -> list[int]:
+        return [found.start[0] for found in TileGeometry((tile, 1, 1)).tiles((size, 1, 1), 0.5, advance)]
+
+    assert starts(110, 64, "fractional") == starts(110, 64, "whole") == [0, 23, 46]
+    assert starts(21, 7, "fractional") == [0, 4, 7, 10, 14]
+    assert starts(21, 7, "whole") == [0, 3, 6, 8, 11, 14]
+    assert starts(5, 7, "fractional") == [-1]
+
+
+@pytest.mark.parametrize("shape", [(8, 10, 7), (1, 12, 9)])
+def test_nnunet_s_weights_are_a_blurred_voxel_at_half_of_each_side(shape) -> None:
+    weights = TileGeometry(shape).weights("nnunet")
+    one = np.zeros(shape)
+    one[tuple(n // 2 for n in shape)] = 1
+    blurred = gaussian_filter(one, [n / 8 for n in shape], mode="constant")
+    np.testing.assert_allclose(weights, 10 * blurred / blurred.max(), rtol=1e-3, atol=1e-6)
+    assert weights.min() > 0
 
 
 @pytest.mark.parametrize("kind", ["uniform", "gaussian"])

@@ -13,11 +13,6 @@ from delineate.cli.options import Json, Overwrite
 app = Commands(help="Turn models that other software trained into bundles.")
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps ``nnunet`` a command of its own, though there is no other yet."""
-
-
 @app.command("nnunet")
 def nnunet(
     model: Annotated[

@@ -10,6 +10,11 @@ from delineate.core.text import printable
 from delineate.errors import MissingFile
 
 
+def unnamed(count: int) -> tuple[str, ...]:
+    """Names of channels of which only the number is known."""
+    return ("image",) if count == 1 else tuple(f"channel_{i}" for i in range(count))
+
+
 @dataclass(frozen=True)
 class Subject:
     """An examination, as its files; nothing is read until it is needed.
@@ -57,9 +62,10 @@ class Subject:
     def with_channels(self, channels: Sequence[str]) -> Subject:
         """This subject with exactly these channels, by name; a single channel may have any name.
 
+        Channels that have only numbers, as in nnU-Net's file names, are taken in order.
         Raises :class:`MissingFile` where it lacks some.
         """
-        if len(channels) == len(self.scans) == 1:
+        if len(channels) == len(self.scans) and self.channels in (unnamed(len(channels)), self.channels[:1]):
             return replace(self, scans=dict(zip(channels, self.scans.values(), strict=True)))
         missing = [channel for channel in channels if channel not in self.scans]
         if missing:

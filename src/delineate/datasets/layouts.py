@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from delineate.core.subject import Subject
+from delineate.core.subject import Subject, unnamed
 from delineate.core.targets import Targets
 from delineate.core.text import near
 from delineate.datasets.bids import BIDS
@@ -310,7 +310,7 @@ def read_nnunet(folder: Folder) -> Dataset | None:
             f"'{folder.root}' has no labelsTr, but {_some(other, 3)}, named like scans in imagesTr",
             fix="name that folder labelsTr if these are the labels, or move it away",
         )
-    channels = channel_names(names) if names is not None else _unnamed(max(numbers) + 1)
+    channels = channel_names(names) if names is not None else unnamed(max(numbers) + 1)
     scans = by_key(_numbered(images, channels))
     subjects = subjects_of(folder.root, scans, labels, channels)
     name, targets = str(folder.about.get("name") or folder.name), targets_of(folder.about.get("labels"))
@@ -325,11 +325,6 @@ def _labels_elsewhere(folder: Folder, images: Sequence[Path]) -> list[str]:
     subjects = {match[1] for path in images if (match := NUMBERED.fullmatch(name_of(path)))}
     others = [path for path in folder.scans if path.parts[0] not in ("imagesTr", "imagesTs") and len(path.parts) > 1]
     return [path.as_posix() for path in others if bare_name(path) in subjects]
-
-
-def _unnamed(count: int) -> tuple[str, ...]:
-    """Names for channels that have none."""
-    return ("image",) if count == 1 else tuple(f"channel_{i}" for i in range(count))
 
 
 def _numbered(images: list[Path], channels: tuple[str, ...]) -> Iterator[tuple[tuple[str, str], Path]]:
@@ -451,7 +446,7 @@ def _channels_by_number(images: list[Path], channels: tuple[str, ...]) -> tuple[
         return ()
     if len(channels) == len(first):
         return channels
-    return _unnamed(len(first))
+    return unnamed(len(first))
 
 
 def _read_file(path: Path) -> Dataset:

@@ -140,6 +140,8 @@ def import_model(
     models that a bundle cannot hold, by name, and :class:`~delineate.errors.WeightsError` for a checkpoint that is
     damaged or holds code, which is never run.
     """
+    if (folder / "plans.pkl").exists():
+        raise CannotImport(f"'{folder}' was trained with nnU-Net version 1", fix=_only("what version 2 trained"))
     plans = _parsed(_Plans, folder / "plans.json")
     dataset = _parsed(_Dataset, folder / "dataset.json")
     found = _folds(folder, folds, checkpoint)

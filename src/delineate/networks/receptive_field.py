@@ -165,7 +165,7 @@ def _transposed(
     return Reach(weight.shape[1] * groups, axes)
 
 
-def _pool(x: Reach, kernel_size: Any, stride: Any = None, padding: Any = 0, **_: Any) -> Reach:
+def _pool(x: Reach, kernel_size: Any, stride: Any = None, padding: Any = 0, *_: Any, **__: Any) -> Reach:
     d, axes = len(x.axes), []
     kernels = _sides(kernel_size, d)
     for interval, kernel, step, pad in zip(
