@@ -3,9 +3,9 @@
     python benchmarks/peers/nnunet_agreement.py OUT [PRECISION]
 
 Each model is imported and predicts the same scans with nnU-Net's default settings, in fp32 as nnU-Net does on a CPU,
-unless PRECISION is another. Printed for each kind, over its scans: the voxels whose labels differ, the smallest share of
-voxels with the same label, the smallest Dice between both predictions of any target, and how many voxels the smallest
-target has.
+unless PRECISION is another. Printed for each kind, over its scans: the voxels whose labels differ, the smallest share
+of voxels with the same label, the smallest Dice between both predictions of any target, and how many voxels the
+smallest target has.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def main(out: Path, precision: str = "fp32") -> int:
                 both = ours.sum() + theirs.sum()
                 dices.append(2 * (ours & theirs).sum() / both if both else 1.0)
         low |= min(shares) < 0.999 or min(dices) < 0.999
-        print(f"{folder.name:32} {len(shares):5} {differ:7} {min(shares):12.5%} {min(dices):8.5f} {min(voxels):16}", flush=True)
+        row = f"{len(shares):5} {differ:7} {min(shares):12.5%} {min(dices):8.5f} {min(voxels):16}"
+        print(f"{folder.name:32} {row}", flush=True)
     return int(low)
 
 

@@ -1,6 +1,8 @@
 """Tiny models of each kind, trained for a few steps with nnU-Net, and nnU-Net's own predictions of two more scans.
 
-Runs in the environment that `environment.sh` makes, which has no Delineate: ENV/bin/python nnunet_models.py OUT [KIND …]
+Runs in the environment that `environment.sh` makes, which has no Delineate:
+
+    ENV/bin/python benchmarks/peers/nnunet_models.py OUT [KIND …]
 
     OUT/KIND/model/      what nnU-Net leaves: plans.json, dataset.json, fold_*/checkpoint_final.pth
     OUT/KIND/scans/      two scans that the model has not seen
@@ -106,9 +108,7 @@ FIXTURES = {
         widths=(4, 4, 6),
         scans_to_predict=1,
     ),
-    "regions_2d": Model(
-        Scans(**{**vars(BRAIN), "shape": (26, 24, 12)}), "2d", widths=(4, 6, 8), scans_to_predict=1
-    ),
+    "regions_2d": Model(Scans(**{**vars(BRAIN), "shape": (26, 24, 12)}), "2d", widths=(4, 6, 8), scans_to_predict=1),
     "ct_lowres_ignore": Model(
         Scans(("CT",), (26, 24, 20), (0.8, 0.8, 1.5), PARTLY.labels),
         "3d_lowres",
@@ -168,9 +168,9 @@ def make(model: Model, number: int, out: Path, work: Path) -> None:
     for i in range(model.scans_to_predict):
         write_scan(model.scans, rng, out / "scans", f"scan_{100 + i}", None)
     describe(model.scans, raw)
-    os.environ["nnUNet_n_proc_DA"] = "1"  # the planner measures with as many threads
+    os.environ.update(nnUNet_n_proc_DA="1")  # the planner measures with as many threads
     plans = planned(model, number, dataset, work)
-    os.environ["nnUNet_n_proc_DA"] = "0"  # augments in this process
+    os.environ.update(nnUNet_n_proc_DA="0")  # augments in this process
     train(model, plans, dataset, work)
     trained = next((work / "results" / dataset).glob(f"*__{model.configuration}"))
     for file in [*trained.glob("*.json"), *trained.glob("fold_*/checkpoint_final.pth")]:
@@ -179,7 +179,8 @@ def make(model: Model, number: int, out: Path, work: Path) -> None:
         shutil.copy(file, to)
     command = [
         *(Path(sys.executable).parent / "nnUNetv2_predict_from_modelfolder", "-i", out / "scans", "-o"),
-        *(out / "expected", "-m", out / "model", "-f", *map(str, model.folds), "-device", "cpu", "-npp", "1", "-nps", "1"),
+        *(out / "expected", "-m", out / "model", "-f", *map(str, model.folds)),
+        *("-device", "cpu", "-npp", "1", "-nps", "1"),
     ]
     subprocess.run([*map(str, command), "--disable_progress_bar"], check=True)
 
@@ -195,7 +196,7 @@ def write_scan(scans: Scans, rng: np.random.Generator, images: Path, name: str, 
 
     body = ellipsoid(np.full(3, 0.5), rng.uniform(0.42, 0.47, 3))
     organ = ellipsoid(rng.uniform(0.4, 0.6, 3), rng.uniform(0.2, 0.28, 3)) & body
-    lesion = ellipsoid(rng.uniform(0.4, 0.6, 3), rng.uniform(0.1, 0.15, 3)) & organ
+    lesion = ellipsoid(rng.uniform(0.4, 0.6, 3), rng.uniform(0.13, 0.18, 3)) & organ
     label = organ.astype(np.uint8) + lesion
     if labels is not None and "ignore" in scans.labels:
         label[place[..., 2] > rng.uniform(0.8, 0.9)] = scans.labels["ignore"]
@@ -286,7 +287,7 @@ def train(model: Model, plans: dict, dataset: str, work: Path) -> None:
             dataset_json=described,
             device=torch.device("cpu"),
         )
-        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 4, 40, 1
+        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 5, 60, 1
         trainer.run_training()
 
 

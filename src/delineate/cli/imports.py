@@ -15,14 +15,13 @@ app = Commands(help="Turn models that other software trained into bundles.")
 
 @app.command("nnunet")
 def nnunet(
-    model: Annotated[
-        Path, typer.Argument(help="A folder that nnU-Net v2 trained: plans.json, dataset.json, fold_*.")
-    ],
+    model: Annotated[Path, typer.Argument(help="A folder that nnU-Net v2 trained: plans.json, dataset.json, fold_*.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write the bundle to this folder.")],
     fold: Annotated[
         list[str] | None,
         typer.Option(
-            "--fold", help="Import this fold, such as 0 or all; repeat it for an ensemble (default: every numbered fold)."
+            "--fold",
+            help="Import this fold, such as 0 or all (default: every numbered one, as an ensemble). Can be repeated.",
         ),
     ] = None,
     checkpoint: Annotated[
@@ -32,7 +31,7 @@ def nnunet(
         bool,
         typer.Option(
             "--any-trainer",
-            help="Accept a trainer that nnU-Net does not come with; right if it changed only how the network is trained.",
+            help="Accept a trainer that nnU-Net does not come with, if it changed only how networks are trained.",
         ),
     ] = False,
     overwrite: Overwrite = False,

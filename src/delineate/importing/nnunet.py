@@ -109,12 +109,13 @@ class _Plans(_Read):
     )
 
 
+Digits = Annotated[str, Field(pattern=r"^\d{1,3}$")]
 Label = Annotated[int, Field(ge=0, le=2**16 - 1)]
 
 
 class _Dataset(_Read):
-    channels: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,3}$")], Short], Field(min_length=1, max_length=64)] = (
-        Field(validation_alias=AliasChoices("channel_names", "modality"))
+    channels: Annotated[dict[Digits, Short], Field(min_length=1, max_length=64)] = Field(
+        validation_alias=AliasChoices("channel_names", "modality")
     )
     labels: Annotated[dict[Short, Label | Annotated[tuple[Label, ...], Field(max_length=256)]], Field(max_length=300)]
     regions_class_order: Annotated[tuple[Label, ...], Field(max_length=256)] | None = None
@@ -122,7 +123,7 @@ class _Dataset(_Read):
 
 @dataclass(frozen=True)
 class Imported:
-    """What became of a model: its configuration and trainer, the folds whose weights the bundle holds, and the bundle."""
+    """What became of a model: its configuration and trainer, the folds that the bundle holds, and the bundle."""
 
     configuration: str
     trainer: str
@@ -164,7 +165,7 @@ def import_model(
 
 
 def _parsed(kind: type[M], file: Path) -> M:
-    content = read_json(file, CannotImport, fix="give the folder that nnU-Net trained, with plans.json and dataset.json")
+    content = read_json(file, CannotImport, fix="give the folder that nnU-Net trained, with all that is in it")
     return _validated(kind, content, file.name)
 
 
@@ -210,10 +211,13 @@ def _configuration_of(read: Sequence[Mapping[str, Any]], files: Mapping[str, Pat
 def _configuration(plans: _Plans, name: str) -> _Configuration:
     """A configuration with what it inherits, in today's form."""
     values: dict[str, Any] = {}
-    inherited, seen = name, set[str]()
+    inherited: Any = name
+    seen: set[str] = set()
     while inherited is not None:
         if inherited in seen or inherited not in plans.configurations:
-            raise CannotImport(f"plans.json does not define the configuration '{printable(inherited)}'", fix=_DAMAGED)
+            raise CannotImport(
+                f"plans.json does not define the configuration '{printable(str(inherited))}'", fix=_DAMAGED
+            )
         seen.add(inherited)
         values = {**plans.configurations[inherited], **values}
         inherited = plans.configurations[inherited].get("inherits_from")
@@ -228,7 +232,8 @@ def _configuration(plans: _Plans, name: str) -> _Configuration:
         )
     if found.preprocessor_name != "DefaultPreprocessor":
         raise CannotImport(
-            f"preprocessor '{printable(found.preprocessor_name)}' is not nnU-Net's own", fix=_only("DefaultPreprocessor")
+            f"preprocessor '{printable(found.preprocessor_name)}' is not nnU-Net's own",
+            fix=_only("DefaultPreprocessor"),
         )
     return found
 
@@ -498,7 +503,7 @@ def _resampling(function: str, settings: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _normalisation(plans: _Plans, configuration: _Configuration, channels: int) -> Iterator[Step]:
-    """Channels that are normalised alike share a step; those within the filled outline come first, while it is there."""
+    """Channels that are normalised alike share a step; those within the outline come first, while it is there."""
     if not len(configuration.normalization_schemes) == len(configuration.use_mask_for_norm) == channels:
         raise CannotImport(f"the plans are not for the {channels} channels of dataset.json", fix=_DAMAGED)
     alike: dict[tuple[bool, str], list[int]] = {}
@@ -533,7 +538,8 @@ def _bundle(recipe: Recipe, plans: _Plans, configuration: _Configuration, target
     geometry = geometry_for(recipe.tiles, shape, (a, b, c), recipe.network)
     if geometry.shape != shape:
         raise CannotImport(
-            f"the network takes sides that are multiples of {recipe.network.divisor}, not tiles of {shape}", fix=_DAMAGED
+            f"the network takes sides that are multiples of {recipe.network.divisor}, not tiles of {shape}",
+            fix=_DAMAGED,
         )
     assert recipe.data.channels is not None
     return Bundle(

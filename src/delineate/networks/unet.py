@@ -72,7 +72,7 @@ class UNetSpec(Architecture):
                 )
         if self.residual_blocks is not None and len(self.residual_blocks) != len(self.widths):
             raise ValueError(
-                f"residual_blocks has {list(self.residual_blocks)}; give one number for each of {len(self.widths)} widths"
+                f"residual_blocks has {list(self.residual_blocks)}; give {len(self.widths)} numbers, one for each width"
             )
         if self.deep_supervision > len(self.widths) - 2:
             raise ValueError(
@@ -156,7 +156,7 @@ class ResidualBlock(nn.Module):
         )
         pool: Any = nn.AvgPool3d if d == 3 else nn.AvgPool2d
         self.pool = nn.Identity() if math.prod(stride) == 1 else pool(stride)
-        self.project = nn.Identity()
+        self.project: nn.Module = nn.Identity()
         if inputs != outputs:
             widen = convolution(d, inputs, outputs, 1, bias=bias)
             self.project = nn.Sequential(widen, normalisation(spec.norm, d, outputs))

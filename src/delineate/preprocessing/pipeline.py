@@ -11,7 +11,15 @@ from pydantic import Field
 
 from delineate.core.volume import Volume
 from delineate.preprocessing.intensity import ClipPercentiles, Denoise, Normalise
-from delineate.preprocessing.spatial import CropBackground, CropComposite, CropOrPad, Reorient, Resample, Resize, Transpose
+from delineate.preprocessing.spatial import (
+    CropBackground,
+    CropComposite,
+    CropOrPad,
+    Reorient,
+    Resample,
+    Resize,
+    Transpose,
+)
 from delineate.preprocessing.step import Composed, Step, Undo, as_float
 from delineate.specification import Kinds, Specification
 
@@ -19,7 +27,10 @@ STEPS: Kinds[Step] = Kinds(
     "steps",
     "preprocessing step",
     Step,
-    (Reorient, Transpose, Resample, Resize, CropBackground, CropComposite, CropOrPad, ClipPercentiles, Denoise, Normalise),
+    (
+        *(Reorient, Transpose, Resample, Resize, CropBackground, CropComposite, CropOrPad),
+        *(ClipPercentiles, Denoise, Normalise),
+    ),
 )
 StepSpec = Annotated[Step, STEPS]
 

@@ -367,7 +367,7 @@ def resample_linear(array: NDArray, shape: Shape3, nearest: int | None = None) -
     if array.shape[1:] == shape:
         return array.astype(np.float32, copy=False)
     if nearest is not None:
-        x, y, z = (n if axis == nearest else side for axis, (n, side) in enumerate(zip(array.shape[1:], shape, strict=True)))
+        x, y, z = (array.shape[axis + 1] if axis == nearest else shape[axis] for axis in range(3))
         return _nearest(resample_linear(array, (x, y, z)), shape[nearest], nearest)
     import torch
     from torch.nn.functional import interpolate
