@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
 from delineate.bundle import Bundle, Provenance
@@ -60,6 +60,7 @@ _KNOWN_TRAINERS = re.compile(
 
 M = TypeVar("M", bound=BaseModel)
 Spacing = Annotated[float, Field(gt=0, le=1000)]
+Axis = Literal[0, 1, 2]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Short = Annotated[str, Field(max_length=200)]
 
@@ -98,7 +99,7 @@ class _Configuration(_Read):
 
 class _Plans(_Read):
     configurations: Annotated[dict[str, dict[str, Any]], Field(max_length=100)]
-    transpose_forward: tuple[Literal[0, 1, 2], Literal[0, 1, 2], Literal[0, 1, 2]]
+    transpose_forward: tuple[Axis, Axis, Axis]
     image_reader_writer: Short = "SimpleITKIO"
     original_median_spacing_after_transp: tuple[Spacing, Spacing, Spacing]
     intensities: Annotated[dict[str, dict[str, Any]], Field(max_length=64)] = Field(
@@ -107,6 +108,13 @@ class _Plans(_Read):
             "foreground_intensity_properties_per_channel", "foreground_intensity_properties_by_modality"
         ),
     )
+
+    @field_validator("transpose_forward")
+    @classmethod
+    def _names_each_axis(cls, axes: tuple[Axis, Axis, Axis]) -> tuple[Axis, Axis, Axis]:
+        if len(set(axes)) < 3:
+            raise ValueError(f"transpose_forward is {list(axes)}, which leaves out an axis")
+        return axes
 
 
 Digits = Annotated[str, Field(pattern=r"^\d{1,3}$")]
@@ -254,6 +262,7 @@ def _architecture_of_old_plans(values: Mapping[str, Any]) -> dict[str, Any]:
             blocks: old.n_conv_per_stage_encoder,
             "n_conv_per_stage_decoder": old.n_conv_per_stage_decoder,
             "norm_op": "torch.nn.InstanceNorm",
+            "norm_op_kwargs": {"affine": True},
             "nonlin": "torch.nn.LeakyReLU",
         },
     }
