@@ -195,8 +195,8 @@ def write_scan(scans: Scans, rng: np.random.Generator, images: Path, name: str, 
         return (((place - centre) / radius) ** 2).sum(-1) < 1
 
     body = ellipsoid(np.full(3, 0.5), rng.uniform(0.42, 0.47, 3))
-    organ = ellipsoid(rng.uniform(0.4, 0.6, 3), rng.uniform(0.2, 0.28, 3)) & body
-    lesion = ellipsoid(rng.uniform(0.4, 0.6, 3), rng.uniform(0.13, 0.18, 3)) & organ
+    organ = ellipsoid(rng.uniform(0.4, 0.6, 3), rng.uniform(0.26, 0.34, 3)) & body
+    lesion = ellipsoid(rng.uniform(0.4, 0.6, 3), rng.uniform(0.18, 0.24, 3)) & organ
     label = organ.astype(np.uint8) + lesion
     if labels is not None and "ignore" in scans.labels:
         label[place[..., 2] > rng.uniform(0.8, 0.9)] = scans.labels["ignore"]
@@ -287,7 +287,7 @@ def train(model: Model, plans: dict, dataset: str, work: Path) -> None:
             dataset_json=described,
             device=torch.device("cpu"),
         )
-        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 5, 60, 1
+        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 6, 50, 1
         trainer.run_training()
 
 

@@ -72,7 +72,8 @@ def test_an_imported_model_predicts_what_nnunet_predicts(kind, unpacked, tmp_pat
     theirs = bundle.targets.masks(expected.voxels)
     assert all(mask.sum() > 20 for mask in theirs.values()), "both structures are there to disagree about"
     for name, mask in bundle.targets.masks(found.voxels).items():
-        assert 2 * (mask & theirs[name]).sum() / (mask.sum() + theirs[name].sum()) >= 0.999, name
+        # A single voxel of 300 is .998.
+        assert 2 * (mask & theirs[name]).sum() / (mask.sum() + theirs[name].sum()) >= 0.995, name
 
 
 def test_its_settings_are_those_of_the_plans(unpacked, tmp_path) -> None:

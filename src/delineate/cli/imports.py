@@ -10,7 +10,7 @@ import typer
 from delineate.cli.commands import Commands
 from delineate.cli.options import Json, Overwrite
 
-app = Commands(help="Turn models that other software trained into bundles.")
+app = Commands(help="Convert models that other software trained into bundles.")
 
 
 @app.command("nnunet")
@@ -31,7 +31,7 @@ def nnunet(
         bool,
         typer.Option(
             "--any-trainer",
-            help="Accept a trainer that nnU-Net does not come with, if it changed only how networks are trained.",
+            help="Import with a trainer that nnU-Net does not come with, if it changed only how networks are trained.",
         ),
     ] = False,
     overwrite: Overwrite = False,

@@ -166,6 +166,19 @@ class ResidualBlock(nn.Module):
         return self.last(self.layers(x) + self.project(self.pool(x)))
 
 
+def _residual_level(spec: UNetSpec, level: int, inputs: int, stride: Step) -> nn.Sequential:
+    """A level of the residual encoder; the first begins with the stem."""
+    assert spec.residual_blocks is not None
+    width, kernel, layers = spec.widths[level], spec.level_kernels[level], list[nn.Module]()
+    if level == 0:
+        layers.append(ConvBlock(spec, inputs, width, kernel, count=1, short_skip=False))
+        inputs = width
+    for _ in range(spec.residual_blocks[level]):
+        layers.append(ResidualBlock(spec, inputs, width, kernel, stride))
+        inputs, stride = width, (1,) * spec.dimensions
+    return nn.Sequential(*layers)
+
+
 class Members(nn.Module):
     """The mean of the logits of several networks, at each level that they predict."""
 
@@ -195,27 +208,21 @@ class UNet(nn.Module):
         self.encoder, self.pools = nn.ModuleList(), nn.ModuleList()
         for level, stride in enumerate([(1,) * d, *spec.level_strides]):
             self.pools.append(pool(stride) if pooled and level else nn.Identity())
-            before, width = (inputs if level == 0 else widths[level - 1]), widths[level]
-            stride = (1,) * d if pooled else stride
-            if spec.residual_blocks is None:
-                self.encoder.append(
-                    ConvBlock(
-                        spec, before, width, kernels[level], stride=stride, count=count, short_skip=skips != "none"
-                    )
-                )
+            before, stride = (inputs if level == 0 else widths[level - 1]), ((1,) * d if pooled else stride)
+            if spec.residual_blocks is not None:
+                self.encoder.append(_residual_level(spec, level, before, stride))
                 continue
-            blocks: list[nn.Module] = []
-            if level == 0:
-                blocks.append(ConvBlock(spec, inputs, width, kernels[0], count=1, short_skip=False))
-                before = width
-            for i in range(spec.residual_blocks[level]):
-                first = i == 0
-                blocks.append(
-                    ResidualBlock(
-                        spec, before if first else width, width, kernels[level], stride if first else (1,) * d
-                    )
+            self.encoder.append(
+                ConvBlock(
+                    spec,
+                    before,
+                    widths[level],
+                    kernels[level],
+                    stride=stride,
+                    count=count,
+                    short_skip=skips != "none",
                 )
-            self.encoder.append(nn.Sequential(*blocks))
+            )
         self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
         count = spec.decoder_convolutions or spec.convolutions
         for level in reversed(range(len(widths) - 1)):
