@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -41,7 +41,6 @@ from delineate.specification import explained
 
 CHECKPOINT = "checkpoint_final.pth"
 
-_SMALL: Final = 2**24
 _DAMAGED = "copy the folder again, as nnU-Net wrote it"
 _STATISTICS = (
     *("numpy.dtype", "numpy.ndarray", "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct"),
