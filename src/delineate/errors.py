@@ -35,6 +35,7 @@
      ├── WeightsError                E_WEIGHTS     published weights are missing, damaged or for another network
      ├── CannotUndo                  E_UNDO        a preprocessing step cannot be undone
      ├── TrainingError               E_TRAINING    training cannot continue
+     │    └── OutOfMemory              E_MEMORY      … because it needs more memory than there is
      ├── RunInUse                    E_IN_USE      another training run, or server, is using the folder
      ├── StudyError                  E_STUDY       a study is not valid, or does not fit the data
      ├── ClusterError                E_CLUSTER     a cluster cannot be reached, or cannot run a study
@@ -284,6 +285,12 @@ class TrainingError(DelineateError):
     """Training cannot continue."""
 
     code = "E_TRAINING"
+
+
+class OutOfMemory(TrainingError):
+    """A training needs more memory than there is."""
+
+    code = "E_MEMORY"
 
 
 class RunInUse(DelineateError):

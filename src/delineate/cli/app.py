@@ -19,6 +19,7 @@ from delineate.cli import (
     keys,
     metrics,
     networks,
+    plan,
     predict,
     recipes,
     send,
@@ -88,6 +89,7 @@ def _everywhere(
 
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("adapt")(adapt.adapt)
 app.command("predict")(predict.predict)
