@@ -76,13 +76,8 @@ def card_of(bundle: Bundle) -> str:
 
 def with_facts(text: str, facts: str) -> str:
     """``text`` with these facts in place of those it has, or at its end; all else stays as it is."""
-    found = list(_FACTS.finditer(text))
-    if not found:
-        return f"{text.rstrip()}\n\n{facts}\n".lstrip()
-    first, *more = found
-    for one in reversed(more):
-        text = text[: one.start()] + text[one.end() :]
-    return text[: first.start()] + facts + text[first.end() :]
+    replaced, times = _FACTS.subn(lambda _: facts, text)
+    return replaced if times else f"{text.rstrip()}\n\n{facts}\n".lstrip()
 
 
 def _author_text(folder: Path) -> str:

@@ -194,14 +194,14 @@ class CardFacts(Document):
     effort: Effort | None = None
     sites: Annotated[tuple[ByRole, ...], Field(max_length=2**12)] = ()
     patients: ByRole | None = None
-    results: Annotated[tuple[Result, ...], Field(max_length=_MOST_RESULTS)] = ()
+    results: Annotated[tuple[Result, ...], Field(max_length=_MOST_RESULTS)]
 
     @classmethod
     def of(cls, bundle: Bundle) -> CardFacts:
         """What a bundle's card says of its weights; empty where it says nothing. Raises :class:`BundleError`."""
         path = None if bundle.folder is None else bundle.folder / CARD_FACTS
         if path is None or not path.exists() or bundle.weights is None:
-            return cls()
+            return cls(results=())
         with parsing(path, BundleError, fix=AGAIN):
             found = cls.of_bytes(read_small(path), path)
         sha256 = bundle.weights.sha256
