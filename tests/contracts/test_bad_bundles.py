@@ -28,7 +28,7 @@ from delineate.calibration import Calibration
 from delineate.core.targets import Targets
 from delineate.errors import BundleError
 from delineate.evaluation.card import card_of, write_card
-from delineate.evaluation.card_facts import Bias, ByRole, CardFacts, Effort, Failures, Figure, Result
+from delineate.evaluation.card_facts import Bias, ByRole, CardFacts, Effort, Failures, Figure, Result, Sides
 from delineate.io import sealed
 from delineate.metrics.conformal import Conformal
 from delineate.metrics.statistics import Estimate
@@ -62,7 +62,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sha256 = Bundle.load(folder).weights_sha256
     figure = Figure("liver", "dice", "Dice", Estimate(0.8, 0.1, (0.7, 0.9), 3, 0, 1, 3), 1)
     bias, failures = Bias("liver", "volume", "ml", 0.5, (-1, 2), (-3, 4), 3), Failures("liver", 3, 1, 1, 0, 1, 0.25)
-    result = Result("test", sha256, "2026-01-02", 4, 3, 2, (figure,), (bias,), (failures,), name="B", notes=("x",))
+    result = Result(
+        "test", sha256, "2026-01-02", 4, 3, 2, (figure,), (bias,), (failures,),
+        name="B", quantity="fat", sides=(Sides("liver", 3, 4),), notes=("x",),
+    )  # fmt: skip
     effort = Effort(sha256, 10, 0.5, finished=True)
     write_card(
         folder, CardFacts(effort=effort, sites=(ByRole(3, 1, 4), ByRole(1)), patients=ByRole(3), results=(result,))

@@ -25,7 +25,7 @@ from delineate.datasets.examination import Problem, SubjectRow
 from delineate.datasets.inspection import InspectionFile, Intensity
 from delineate.datasets.splits import Split, SplitFile, load_split, save_split
 from delineate.errors import RecipeError
-from delineate.evaluation.card_facts import Bias, ByRole, CardFacts, Effort, Failures, Figure, Result
+from delineate.evaluation.card_facts import Bias, ByRole, CardFacts, Effort, Failures, Figure, Result, Sides
 from delineate.evaluation.held_out import PlannedTest
 from delineate.fingerprint import Fingerprint, Range
 from delineate.io.documents import Document
@@ -312,7 +312,7 @@ DOCUMENTS: list[Document] = [
                 "test", "0f" * 32, "2026-01-02", 4, 3, 2,
                 (Figure("a: ü", "dice", "Dice", Estimate(inf, 0.1, (-inf, 1 / 3), 3, 1, 0, 3), 2),),
                 (Bias("a", "volume", "ml", 0.1, (-1.5, 1 / 3), (-inf, inf), 3),), (Failures("a", 3, 1, 1, 0, 2, 0.25),),
-                True, "B", ("x | y",),
+                True, "B", "fat", (Sides("a", 3, 4),), ("x | y",),
             ),
         ),
     ),

@@ -274,7 +274,8 @@ def _of_result(result: Result) -> Iterator[str]:
     whole, by_site = ([f for f in result.figures if bool(f.site) == sited] for sited in (False, True))
     yield table(["Target", *columns], ([escaped(f.target), *_cells(f)] for f in whole))
     if by_site:
-        yield f"By site, {escaped(by_site[0].target)}:"
+        numbered = "as above" if result.kind == "held out" else "within these data"
+        yield f"By site, numbered {numbered}, {escaped(by_site[0].target)}:"
         yield table(["Site", *columns], ([str(f.site), *_cells(f)] for f in by_site))
     if result.biases:
         yield "Bias, prediction minus reference, with the limits of agreement (bias ± 1.96 SD):"
@@ -291,6 +292,12 @@ def _of_result(result: Result) -> Iterator[str]:
         yield table(["Target", "Of", "Bias (95 % interval)", "Limits", "n"], rows)
     else:
         yield "Too few patients have a target to say how biased volumes are."
+    if result.quantity:
+        sides = "".join(
+            f" {escaped(side.target)} is on the right side of the threshold in {side.right} of {side.n}."
+            for side in result.sides
+        )
+        yield f"Measured within the targets: {escaped(result.quantity)}.{sides}"
     yield "Failures:"
     lines = []
     for f in result.failures:
@@ -328,7 +335,7 @@ def _files(bundle: Bundle) -> Iterator[str]:
     digests.pop(CARD_FACTS, None)  # holds these very facts
     rows = ([f"`{escaped(name)}`", f"`{digest}`"] for name, digest in digests.items())
     yield table(["File", "SHA-256"], rows)
-    yield "This text can be edited without a trace. `delineate card` shows the facts as these files have them."
+    yield "`card.md` can be changed without a trace; `delineate card` shows the facts as these files have them."
 
 
 def _roles(found: ByRole) -> str:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from delineate.bundle import CARD_FACTS, Bundle
 from delineate.errors import BundleError, DelineateError
+from delineate.evaluation.agreement import crossings
 from delineate.evaluation.table import MISSED, RIGHTLY_NOTHING, Evaluation
 from delineate.io.documents import Document
 from delineate.io.files import parsing
@@ -77,6 +78,15 @@ class Bias:
 
 
 @dataclass(frozen=True)
+class Sides:
+    """How many of ``n`` subjects a prediction puts on the ``right`` side of a quantity's threshold."""
+
+    target: Text
+    right: Count
+    n: Count
+
+
+@dataclass(frozen=True)
 class Failures:
     """Of ``present`` subjects with the target, those ``missed``; of ``absent`` ones, those with an ``invented`` one.
 
@@ -97,7 +107,8 @@ class Failures:
 class Result:
     """What was measured of the weights with this digest; ``name`` is what a test's user calls its data.
 
-    ``notes`` say what a reader should know, such as settings of prediction that are not the recipe's.
+    ``quantity`` says what was measured within the targets, ``notes`` what else a reader should know, such as settings
+    of prediction that are not the recipe's.
     """
 
     kind: Kind
@@ -111,6 +122,8 @@ class Result:
     failures: Annotated[tuple[Failures, ...], Field(max_length=2**10)]
     simulated: bool = False
     name: Text = ""
+    quantity: Text = ""
+    sides: Annotated[tuple[Sides, ...], Field(max_length=2**10)] = ()
     notes: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
 
     @classmethod
@@ -159,8 +172,18 @@ class Result:
             failures=_failures(evaluation),
             simulated=evaluation.simulated,
             name=name,
+            quantity="" if evaluation.quantity is None else str(evaluation.quantity),
+            sides=_sides(evaluation),
             notes=tuple(notes),
         )
+
+
+def _sides(evaluation: Evaluation) -> tuple[Sides, ...]:
+    quantity = evaluation.quantity
+    if quantity is None or quantity.threshold is None:
+        return ()
+    found = crossings(evaluation.table, quantity.threshold)
+    return tuple(Sides(target, side["right"], side["n"]) for target, side in found.items())
 
 
 def _failures(evaluation: Evaluation) -> tuple[Failures, ...]:
