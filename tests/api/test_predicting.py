@@ -137,6 +137,13 @@ def test_an_ensemble_of_one_network_twice_agrees_with_itself(here) -> None:
     assert len(both.networks) == 2
 
 
+def test_a_bundle_shows_its_card_and_an_ensemble_those_of_all(here) -> None:
+    card = delineate.load("run").card
+    assert card == Path("run/bundle/card.md").read_text(encoding="utf-8")
+    assert "case" not in card, "no subject"
+    assert delineate.load("run", "run").card.count("## Licence") == 2
+
+
 def test_progress_is_told_and_a_token_stops_between_tiles(here) -> None:
     bundle, cancel = delineate.load("run"), threading.Event()
     seen: list[tuple[str, int, int]] = []

@@ -20,6 +20,7 @@ from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, check_grids, load_scan
 from delineate.errors import BadVoxels, BundleError, DatasetError, DelineateError, MissingFile, RecipeError
+from delineate.evaluation.card import card_of
 from delineate.inference.batch import carry_out, find_subjects, unseen_by, with_quantity
 from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Predictor
@@ -110,6 +111,15 @@ class Bundle:
         if len(self._opened) > 1:
             raise BundleError(f"an ensemble has {len(self._opened)} networks", fix="choose one of .networks")
         return self.networks[0]
+
+    @property
+    def card(self) -> str:
+        """The model card as Markdown: what the author wrote in ``card.md``, with the facts as they are now.
+
+        For an ensemble, the cards of its bundles one after another. Raises :class:`~delineate.errors.BundleError` if
+        a ``card.md`` cannot be read.
+        """
+        return "\n\n".join(card_of(one) for one in self._opened)
 
     def seen(self, subject: str) -> bool:
         """Whether the subject of this name was used to train or to select the weights.

@@ -8,6 +8,7 @@ import typer
 
 from delineate.cli import (
     adapt,
+    card,
     compare,
     data,
     demo,
@@ -97,6 +98,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("test")(held_out.measure_held_out)
 app.command("compare")(compare.compare)
 app.command("forgetting")(forgetting.forgetting)
+app.command("card")(card.card)
 app.add_typer(study.app, name="study")
 app.command("serve")(serve.serve)
 app.command("worker")(worker.worker)

@@ -76,6 +76,13 @@ def measure_held_out(
     quantity: Quantity = None,
     margin_mm: MarginMm = 0.0,
     threshold: Threshold = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            "--card",
+            help="Add the results to the bundle's card, with this as the name of the data. Do not name a person.",
+        ),
+    ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
     compile: Compile = "auto",
@@ -94,6 +101,8 @@ def measure_held_out(
     from delineate.cli.terminal import Terminal, print_json
     from delineate.compute import check_device, plan_compute, torch_threads
     from delineate.core.text import printable
+    from delineate.evaluation.card import check_card, write_card
+    from delineate.evaluation.card_facts import CardFacts, Result
     from delineate.evaluation.held_out import CONFIDENCE, HeldOut, PlannedTest, measure_outcomes, write_confidence
     from delineate.evaluation.measure import Measuring
     from delineate.evaluation.table import FILES
@@ -111,6 +120,10 @@ def measure_held_out(
     asked, read_within = parse_targets(targets), parse_quantity(quantity, margin_mm, threshold)
     folder, probabilities = bundle_folder(bundle), out / "predictions" / "probabilities"
     trained = Bundle.load(folder)
+    if card is not None:
+        if not 0 < len(card) <= 200:
+            raise typer.BadParameter("--card takes a name of up to 200 characters")
+        check_card(folder)
     changed = trained.with_settings(set or [])
     wanted = ",".join(trained.recipe.metrics) if metrics is None else metrics
     measuring = Measuring(wanted, lesion_overlap, read_within, probabilities)
@@ -166,6 +179,9 @@ def measure_held_out(
         evaluation.write(out / "evaluation")
         known = read_confidences(outputs.review)
         write_confidence(out / "evaluation", {subject.id: known.get(subject.id, {}) for subject in chosen})
+        if card is not None:
+            result = Result.of("test", trained, evaluation, name=card, notes=notes)
+            write_card(folder, CardFacts.of(trained).with_result(result))
         shown = targets_of(measuring.wanted, held_out.shared.targets) or held_out.shared.targets
         title = f"{trained.recipe.name} on {dataset.name}"
         write_held_out_report(

@@ -52,7 +52,8 @@ class RunReport:
     ``learning`` has the columns step, loss; ``validation_loss`` step, validation_loss; ``validation`` step, dice,
     dice_<target>. ``validated`` says which subjects validation uses. ``notes``: what a reader should know before the
     numbers. ``crop``: a WebP of what a crop fitted to the composite image keeps. ``seams``: each target's median seam
-    score, and the number of subjects behind it. ``classes``: voxels of each class for training and for test.
+    score, and the number of subjects behind it. ``classes``: voxels of each class for training and for test. ``card``:
+    the page of the bundle's model card, beside this one.
     """
 
     title: str
@@ -73,6 +74,7 @@ class RunReport:
     seams: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     classes: Sequence[ClassRow] = ()
     validated: str = ""
+    card: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,16 +153,30 @@ class StudyReport:
 
 @dataclass(frozen=True, eq=False)
 class AdaptationReport:
-    """Content of an adaptation's page: what changed on each group of subjects, by the group's name."""
+    """Content of an adaptation's page: what changed on each group of subjects, by the group's name.
+
+    ``card``: the page of the bundle's model card, beside this one.
+    """
 
     title: str
     description: str
     simulated: bool
     notes: Sequence[str]
     changes: Mapping[str, Change]
+    card: str = ""
 
 
-Report = RunReport | EvaluationReport | MethodsReport | StudyReport | AdaptationReport
+@dataclass(frozen=True, eq=False)
+class CardReport:
+    """Content of a model card's page: headings, paragraphs, lists and tables, as ``(kind, content)``."""
+
+    title: str
+    description: str
+    simulated: bool
+    blocks: Sequence[tuple[str, Any]]
+
+
+Report = RunReport | EvaluationReport | MethodsReport | StudyReport | AdaptationReport | CardReport
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -174,6 +190,8 @@ def write_report(path: Path, report: Report) -> None:
         name, content = "study.html.j2", _measured(None, []) | {"parts": _study(report)}
     elif isinstance(report, AdaptationReport):
         name, content = "adaptation.html.j2", _measured(None, []) | {"groups": _changed(report)}
+    elif isinstance(report, CardReport):
+        name, content = "card.html.j2", _measured(None, [])
     else:
         content = _measured(report.evaluation, report.overlays)
         name = "run.html.j2"
