@@ -23,6 +23,7 @@ __all__ = [
     "DICOM_SUFFIXES",
     "FORMATS",
     "PICTURE_SUFFIXES",
+    "REPORT_SUFFIX",
     "SEGMENTATION_SUFFIX",
     "SUFFIXES",
     "VTK_SUFFIXES",
@@ -43,6 +44,8 @@ __all__ = [
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
 
 DICOM_SUFFIXES = (".dcm", ".ima")
+REPORT_SUFFIX = ".sr.dcm"
+"""A report of what was measured within a DICOM-SEG's segments: a DICOM file without an image, so never a scan."""
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
 VTK_SUFFIXES = (".vtk", ".vti")
 """Formats that are written for viewers, but not read."""
