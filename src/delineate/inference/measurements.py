@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,44 +59,40 @@ class Measured(NamedTuple):
 
 def measure_label(label: LabelVolume, targets: Targets, maps: Mapping[QuantityMap, NDArray]) -> list[Measured]:
     """Measure every target of a label with each map (X, Y, Z) of a quantity on its grid."""
-    return _measured(_boxes(label.voxels, targets), maps, label.grid)
+    box = box_around(label.voxels != 0) or (slice(0),) * 3
+    foreground = label.voxels[box]
+    masks = ((name, Targets({name: values}).masks(foreground)[name]) for name, values in targets.values.items())
+    return _measured(masks, maps, label.grid, [part.start for part in box])
 
 
 def measure_masks(
     masks: Mapping[str, NDArray[np.bool_]], maps: Mapping[QuantityMap, NDArray], grid: Grid
 ) -> list[Measured]:
     """Measure masks (X, Y, Z) by target name, as :func:`measure_label` does a label."""
-    boxes = ((name, mask, box_around(mask)) for name, mask in masks.items())
-    return _measured(((name, box, None if box is None else mask[box]) for name, mask, box in boxes), maps, grid)
+    return _measured(masks.items(), maps, grid)
 
 
-_Box = tuple[str, tuple[slice, ...] | None, NDArray[np.bool_] | None]
-"""A target, the box around it, and its mask in there; None if it is empty."""
-
-
-def _measured(boxes: Iterator[_Box], maps: Mapping[QuantityMap, NDArray], grid: Grid) -> list[Measured]:
-    return [
-        Measured(name, quantity, found)
-        for name, box, inside in boxes
-        for quantity, found in zip(maps, measure_box(inside, box, maps, grid), strict=True)
-    ]
-
-
-def _boxes(voxels: NDArray, targets: Targets) -> Iterator[_Box]:
-    """Each target of a label (X, Y, Z), found in one pass for all of them."""
-    from scipy.ndimage import find_objects  # slow to import
-
-    boxes = dict(enumerate(find_objects(voxels), start=1))
-    for name, values in targets.values.items():
-        found = [box for value in values if (box := boxes.get(value)) is not None]
-        if not found:
-            yield name, None, None
-            continue
-        box = tuple(
-            slice(min(part.start for part in parts), max(part.stop for part in parts))
-            for parts in zip(*found, strict=True)
+def _measured(
+    masks: Iterable[tuple[str, NDArray[np.bool_]]],
+    maps: Mapping[QuantityMap, NDArray],
+    grid: Grid,
+    start: Sequence[int | None] = (0, 0, 0),
+) -> list[Measured]:
+    """Measure masks that begin at a voxel, each within its own box."""
+    measured = []
+    for name, mask in masks:
+        inside = box_around(mask)
+        box = (
+            None
+            if inside is None
+            else tuple(
+                slice((first or 0) + part.start, (first or 0) + part.stop)
+                for first, part in zip(start, inside, strict=True)
+            )
         )
-        yield name, box, Targets({name: values}).masks(voxels[box])[name]
+        found = measure_box(None if inside is None else mask[inside], box, maps, grid)
+        measured += [Measured(name, quantity, one) for quantity, one in zip(maps, found, strict=True)]
+    return measured
 
 
 def by_segment(measured: Sequence[Measured], channels: Sequence[str]) -> dict[str, Readings]:

@@ -1,0 +1,145 @@
+"""Measurements within a DICOM-SEG's segments as a structured report, read by highdicom and pydicom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+
+import highdicom
+import numpy as np
+import pydicom
+import pytest
+from pydicom.sr.codedict import codes
+from pydicom.uid import ComprehensiveSRStorage, MRImageStorage
+
+from delineate.core.grid import Grid
+from delineate.core.legend import Code, Coding, Legend
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume
+from delineate.datasets.layouts import open_dataset
+from delineate.errors import BadFormat, MissingFile
+from delineate.io.dicom_sr import ABOVE_THRESHOLD, Reading, Readings, write_report
+from delineate.io.exports import export_label
+from delineate.io.formats import read_label, read_volume
+
+SHAPE = (7, 6, 5)
+GRID = Grid(SHAPE, np.diag([-0.7, -0.9, 2.5, 1]))
+LIVER = Coding(Code("91723000", "SCT", "Anatomical Structure"), Code("10200004", "SCT", "Liver"))
+TARGETS = Targets({"liver": (1, 2), "Tumor, größer": (2,), "nowhere": (3,)}, mode="overlapping")
+FAT = Reading("fat fraction (channel ff, %), within the target; threshold 5.56 %", "%", False, 6.5, 6.25, 1.5, 70.0)
+WATER = Reading("water, within the target", "", True, 312.0, 310.5, 20.25, nan)
+READINGS = {
+    "liver": Readings(1512.5, (WATER, FAT)),
+    "Tumor, größer": Readings(3.25, (WATER,)),
+    "nowhere": Readings(0.0, (Reading(WATER.about, "", True, nan, nan, nan, nan),)),
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    series: Path
+    segmentation: Path
+    report: Path
+
+
+@pytest.fixture
+def written(dicom, tmp_path: Path) -> Written:
+    """A report of an MR study, whose headers are in Latin-1."""
+    series = dicom.write(
+        "mr",
+        np.zeros(SHAPE, np.int16),
+        GRID,
+        SOPClassUID=MRImageStorage,
+        Modality="MR",
+        SpecificCharacterSet="ISO_IR 100",
+    )
+    voxels = np.zeros(SHAPE, np.uint8)
+    voxels[1:4, 1:5, 1:3], voxels[2, 2, 2] = 1, 2
+    label = LabelVolume(voxels, read_volume(series).grid)
+    out = Written(series, tmp_path / "out/a.dcm", tmp_path / "out/a.sr.dcm")
+    export_label(out.segmentation, label, TARGETS, source=series, legend=Legend({"liver": LIVER}))
+    write_report(out.report, out.segmentation, READINGS)
+    return out
+
+
+def items(content: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
+    """The content items of a report, innermost first."""
+    for item in content.get("ContentSequence", []):
+        yield from items(item)
+        yield item
+
+
+def test_each_segment_has_its_measurements_with_codes_and_units(written: Written) -> None:
+    report = highdicom.sr.srread(written.report)
+    seg = highdicom.seg.segread(written.segmentation)
+    groups = report.content.get_volumetric_roi_measurement_groups()
+    assert [group.tracking_identifier for group in groups] == [*READINGS]
+    for number, (group, (name, readings)) in enumerate(zip(groups, READINGS.items(), strict=True), start=1):
+        segment = group.referenced_segment
+        assert (segment.referenced_sop_instance_uid, segment.referenced_segment_numbers) == (
+            seg.SOPInstanceUID,
+            [number],
+        )
+        [volume] = group.get_measurements(codes.SCT.Volume)
+        assert (volume.value, volume.unit.value, volume.unit.scheme_designator) == (readings.volume_ml, "ml", "UCUM")
+        assert group.finding_type == (codes.SCT.Liver if name == "liver" else codes.DCM.SelectedRegion)
+        assert all(np.isfinite(one.value) for one in group.get_measurements())
+    liver, _, nowhere = groups
+    signal = {one.derivation.meaning: one for one in liver.get_measurements(codes.DCM.MRSignalIntensity)}
+    assert {name: one.value for name, one in signal.items()} == {
+        "Mean": 312.0, "Median": 310.5, "Standard Deviation": 20.25,
+    }  # fmt: skip
+    assert {one.unit for one in signal.values()} == {codes.UCUM.NoUnits}
+    fat = liver.get_measurements(codes.DCM.FatFraction)
+    assert [(one.value, one.unit) for one in fat] == [(value, codes.UCUM.Percent) for value in (6.5, 6.25, 1.5)]
+    [share] = liver.get_measurements(ABOVE_THRESHOLD)
+    assert (share.value, share.unit) == (70.0, codes.UCUM.Percent)
+    item = next(
+        item for item in items(pydicom.dcmread(written.report)) if "ABOVE" in str(item.get("ConceptNameCodeSequence"))
+    )
+    texts = [one.TextValue for one in item.ContentSequence if one.ValueType == "TEXT"]
+    assert texts == [FAT.about], "it says which threshold"
+    assert len(nowhere.get_measurements()) == 1, "an empty target has a volume and nothing else"
+
+
+def test_a_report_belongs_to_the_patient_and_refers_to_the_segmentation(written: Written) -> None:
+    report, seg = pydicom.dcmread(written.report), pydicom.dcmread(written.segmentation)
+    source = pydicom.dcmread(next(written.series.iterdir()))
+    assert report.SOPClassUID == ComprehensiveSRStorage
+    for keyword in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate"):
+        assert report.get(keyword) == source.get(keyword)
+    assert report.SeriesInstanceUID not in (seg.SeriesInstanceUID, source.SeriesInstanceUID)
+    assert (report.VerificationFlag, report.PreliminaryFlag) == ("UNVERIFIED", "PRELIMINARY")
+    evidence = report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
+    assert [item.ReferencedSOPInstanceUID for one in evidence for item in one.ReferencedSOPSequence] == [
+        seg.SOPInstanceUID
+    ]
+    read = highdicom.sr.srread(written.report).content.get_volumetric_roi_measurement_groups()
+    assert {group.referenced_segment.source_series_for_segmentation.value for group in read} == {
+        source.SeriesInstanceUID
+    }
+
+
+def test_a_report_is_never_taken_for_a_scan(written: Written) -> None:
+    """Not beside the label that it belongs to, nor among the slices of the scan."""
+    [subject] = open_dataset(written.series.parents[1]).subjects
+    assert subject.scans == {"mr": written.series}
+    assert subject.label == written.segmentation.parent
+    assert np.array_equal(read_label(subject.label).voxels > 0, read_label(written.segmentation).voxels > 0)
+    before = read_volume(written.series)
+    (written.series / "a.sr.dcm").write_bytes(written.report.read_bytes())
+    assert np.array_equal(read_volume(written.series).voxels, before.voxels)
+    with pytest.raises(MissingFile, match="no DICOM images"):
+        read_volume(written.report)
+
+
+def test_a_segmentation_without_its_source_has_no_report(written: Written) -> None:
+    seg = pydicom.dcmread(written.segmentation)
+    del seg.ReferencedSeriesSequence
+    seg.save_as(written.segmentation)
+    written.report.unlink()
+    with pytest.raises(BadFormat, match="missing or garbled"):
+        write_report(written.report, written.segmentation, READINGS)
+    assert not written.report.exists()
