@@ -33,6 +33,8 @@ REGION = Coding(Code("309825002", "SCT", "Spatial and Relational Concept"), Code
 """The code for a target that nobody coded: some region. The segment's label is still the target's name."""
 
 
+UTF_8 = "ISO_IR 192"
+
 _MAY_BE_EMPTY = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
     "AccessionNumber", "ReferringPhysicianName",
@@ -130,6 +132,7 @@ def write_segmentation(
                 omit_empty_frames=False,
                 transfer_syntax_uid=ExplicitVRLittleEndian,
                 content_label="SEGMENTATION",
+                specific_character_set=UTF_8,  # targets may have any names, whatever the scanner writes
                 series_description="Delineate: not for diagnosis",
             )
     with writing_beside(path) as beside:

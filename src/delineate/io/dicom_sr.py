@@ -24,7 +24,7 @@ from pydicom.uid import (
     MRImageStorage,
 )
 
-from delineate.io.dicom_seg import copying
+from delineate.io.dicom_seg import UTF_8, copying
 from delineate.io.files import open_file, writing_beside
 
 DEVICE_UID = "2.25.191934846071236219217402264326306518043"
@@ -119,6 +119,7 @@ def _report(seg: Dataset, readings: Mapping[str, Readings]) -> sr.ComprehensiveS
         manufacturer_model_name="Delineate",
         software_versions=version("delineate"),
         series_description="Delineate: not for diagnosis",
+        specific_character_set=UTF_8,
         is_complete=True,
     )
 
