@@ -236,6 +236,10 @@ def test_a_predicted_segmentation_comes_with_a_report_and_a_corrected_one_is_mea
         again = delineate.predict(bundle, series.parent, out, **asked)
         assert (again.kept, again.failed, [*again.measured]) == ((name,), {}, [name])
     assert reported(report) == before
+    export_label(path, label, Targets({"other": (1,)}), source=series)
+    unnamed = delineate.predict(bundle, series.parent, out, **asked)
+    assert "has no segment liver, tumour: it holds other" in str(unnamed.failed[name])
+    export_label(path, label, Targets({"liver": (1, 2), "tumour": (2,)}, "overlapping"), source=series)
     report.unlink()
     delineate.predict(bundle, series.parent, out, **asked)
     assert reported(report) == before

@@ -367,8 +367,7 @@ class _Written:
 
 def _maps_of(subject: Subject, scan: Volume, outputs: Outputs) -> dict[QuantityMap, NDArray]:
     """The maps (X, Y, Z) of all quantities of ``outputs``, on the grid of the scan with the bundles' channels."""
-    channels = outputs.bundles[0].channels if outputs.bundles else ()
-    values = dict(zip(channels, scan.voxels, strict=False))
+    values = dict(zip(outputs.channels, scan.voxels, strict=False))
     if (asked := outputs.quantity) is not None:
         if asked.channel not in values:
             values[asked.channel] = load_map(subject, asked.channel, "the scan", scan.grid)
@@ -381,7 +380,7 @@ def _record(outputs: Outputs, subject: Subject, measured: Sequence[Measured]) ->
     if (report := outputs.report(subject)) is not None:
         from delineate.io.dicom_sr import write_report
 
-        write_report(report, outputs.label(subject), by_segment(measured, outputs.bundles[0].channels))
+        write_report(report, outputs.label(subject), by_segment(measured, outputs.channels))
     write_measurements(outputs.measurements, rows_of(subject.id, measured, outputs.made_from(subject)))
 
 

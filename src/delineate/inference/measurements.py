@@ -59,38 +59,34 @@ class Measured(NamedTuple):
 
 def measure_label(label: LabelVolume, targets: Targets, maps: Mapping[QuantityMap, NDArray]) -> list[Measured]:
     """Measure every target of a label with each map (X, Y, Z) of a quantity on its grid."""
-    box = box_around(label.voxels != 0) or (slice(0),) * 3
+    # Everything that follows is looked at only around what there is.
+    box = box_around(label.voxels != 0) or (slice(0, 0),) * 3
     foreground = label.voxels[box]
     masks = ((name, Targets({name: values}).masks(foreground)[name]) for name, values in targets.values.items())
-    return _measured(masks, maps, label.grid, [part.start for part in box])
+    return _measured(masks, [part.start for part in box], maps, label.grid)
 
 
 def measure_masks(
     masks: Mapping[str, NDArray[np.bool_]], maps: Mapping[QuantityMap, NDArray], grid: Grid
 ) -> list[Measured]:
     """Measure masks (X, Y, Z) by target name, as :func:`measure_label` does a label."""
-    return _measured(masks.items(), maps, grid)
+    return _measured(masks.items(), (0, 0, 0), maps, grid)
 
 
 def _measured(
     masks: Iterable[tuple[str, NDArray[np.bool_]]],
+    start: Sequence[int],
     maps: Mapping[QuantityMap, NDArray],
     grid: Grid,
-    start: Sequence[int | None] = (0, 0, 0),
 ) -> list[Measured]:
-    """Measure masks that begin at a voxel, each within its own box."""
+    """Measure masks by target name, whose first voxel is at ``start``."""
     measured = []
     for name, mask in masks:
-        inside = box_around(mask)
-        box = (
-            None
-            if inside is None
-            else tuple(
-                slice((first or 0) + part.start, (first or 0) + part.stop)
-                for first, part in zip(start, inside, strict=True)
-            )
-        )
-        found = measure_box(None if inside is None else mask[inside], box, maps, grid)
+        if (there := box_around(mask)) is None:
+            found = measure_box(None, None, maps, grid)
+        else:
+            box = tuple(slice(at + part.start, at + part.stop) for at, part in zip(start, there, strict=True))
+            found = measure_box(mask[there], box, maps, grid)
         measured += [Measured(name, quantity, one) for quantity, one in zip(maps, found, strict=True)]
     return measured
 

@@ -71,11 +71,15 @@ class Outputs:
         return self.folder / MEASUREMENTS
 
     @property
+    def channels(self) -> tuple[str, ...]:
+        """Channels that the bundles take."""
+        return self.bundles[0].channels if self.bundles else ()
+
+    @property
     def quantities(self) -> tuple[QuantityMap, ...]:
         """What is measured within each target: the bundles' channels, and last the quantity that was asked for."""
-        channels = self.bundles[0].channels if self.bundles else ()
         asked = () if self.quantity is None else (self.quantity,)
-        return (*(QuantityMap(name) for name in channels if name not in {one.channel for one in asked}), *asked)
+        return (*(QuantityMap(name) for name in self.channels if name not in {one.channel for one in asked}), *asked)
 
     @property
     def review(self) -> Path:
@@ -105,8 +109,7 @@ class Outputs:
         """Raise any error that would keep a subject from being written and can be found without reading its scan."""
         for path in self.files(subject):
             _check_name(path)
-        channels = [*(self.bundles[0].channels if self.bundles else ())]
-        channels += [] if self.quantity is None else [self.quantity.channel]
+        channels = [*self.channels, *([] if self.quantity is None else [self.quantity.channel])]
         if missing := [channel for channel in channels if channel not in subject.scans]:
             raise MissingFile(
                 f"'{printable(subject.id)}' lacks {', '.join(missing)}", fix="add them, or leave the subject out"
@@ -120,7 +123,7 @@ class Outputs:
 
     def made_by(self, subject: Subject) -> str:
         """A digest of the bundles, the settings and the scan's files, by which a prediction is recognised later."""
-        channels = self.bundles[0].channels if self.bundles else subject.channels
+        channels = self.channels or subject.channels
         files = _described([subject.scans[channel] for channel in channels if channel in subject.scans])
         return _digest([self._bundles, self.suffix, self.probabilities is not None, dict(self.settings), files])
 

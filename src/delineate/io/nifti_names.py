@@ -5,7 +5,6 @@ It is the XML of Caret, Connectome Workbench's ancestor: a table with the key, c
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -22,8 +21,8 @@ CODE = 0
 
 _READ = {CODE, 30}
 _MOST_BYTES = 2**20
-_SHARED = "delineate.targets"
-"""Targets that share label values, which a table with one name for each value cannot say."""
+_TARGET = "delineate.target"
+"""Targets that share label values, as ``1,2 liver``: a table with one name for each value cannot say it."""
 
 
 def names_and_colours(targets: Targets, legend: Legend) -> bytes:
@@ -36,8 +35,10 @@ def names_and_colours(targets: Targets, legend: Legend) -> bytes:
         )
     shared = ""
     if not targets.exclusive:
-        told = escape(json.dumps(targets.as_dict()["values"], ensure_ascii=False))
-        shared = f"<MetaData><MD><Name>{_SHARED}</Name><Value>{told}</Value></MD></MetaData>\n"
+        for name, values in targets.values.items():
+            told = escape(f"{','.join(map(str, values))} {name}")
+            shared += f"<MD><Name>{_TARGET}</Name><Value>{told}</Value></MD>\n"
+        shared = f"<MetaData>\n{shared}</MetaData>\n"
     # Without the date that others write: the same label gives the same bytes.
     text = (
         '<?xml version="1.0" encoding="UTF-8"?>\n<CaretExtension>\n<VolumeInformation Index="0">\n'
@@ -50,11 +51,11 @@ def names_and_colours(targets: Targets, legend: Legend) -> bytes:
 def targets_named_in(path: Path) -> Targets | None:
     """The targets that a NIfTI label's header names; None if it names none, or not in a way that can be understood.
 
-    Only the header is read. Raises what opening the file raises.
+    Only the header is read.
     """
     try:
         found = [content for code, content in extensions_of(path, _MOST_BYTES) if code in _READ]
-    except ScanError:  # reading the label will say what is wrong
+    except (ScanError, OSError):  # reading the label will say what is wrong
         return None
     for content in found:
         try:
@@ -64,18 +65,20 @@ def targets_named_in(path: Path) -> Targets | None:
     return None
 
 
-def _targets(text: str) -> Targets | None:
+def _targets(text: str) -> Targets:
     """Raise :class:`ValueError` or :class:`RecipeError` for anything but a table of labels."""
     if "<!DOCTYPE" in text:  # only there can entities be defined, which may grow without limit
         raise ValueError("no document type is needed")
     root = ElementTree.fromstring(text)
     if root.tag != "CaretExtension":
         raise ValueError("another document")
-    for entry in root.iterfind("VolumeInformation/MetaData/MD"):
-        if entry.findtext("Name") == _SHARED:
-            values = json.loads(entry.findtext("Value") or "")
-            return Targets({str(name): tuple(map(int, numbers)) for name, numbers in values.items()}, "overlapping")
     named: dict[str, tuple[int, ...]] = {}
+    for entry in root.iterfind("VolumeInformation/MetaData/MD"):
+        if entry.findtext("Name") == _TARGET:
+            values, _, name = (entry.findtext("Value") or "").partition(" ")
+            named[name] = tuple(map(int, values.split(",")))
+    if named:
+        return Targets(named, "overlapping")
     for label in root.iterfind("VolumeInformation/LabelTable/Label"):
         value, name = int(label.get("Key", "")), printable((label.text or "").strip())
         if value != 0 and name:
