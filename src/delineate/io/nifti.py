@@ -116,7 +116,7 @@ def extensions_of(path: Path, most: int) -> list[tuple[int, bytes]]:
     block = _first_bytes(path, encoding, int(offset))
     order: Literal["little", "big"] = "little" if header.endianness == "<" else "big"
     found = []
-    while block[header.sizeof_hdr] and place + 8 <= len(block):
+    while place + 8 <= len(block) and block[header.sizeof_hdr]:  # the byte that says whether there are any
         size, code = (int.from_bytes(block[at : at + 4], order) for at in (place, place + 4))
         if size < _EXTENSION_STEP or size % _EXTENSION_STEP or place + size > len(block):
             break
