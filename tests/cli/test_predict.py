@@ -34,7 +34,7 @@ from delineate.errors import BadShape, ConstantScan, DelineateError, OutputError
 from delineate.inference.batch import find_subjects, predict_subjects
 from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Predictor
-from delineate.io.formats import write_label, write_volume
+from delineate.io.formats import read_label, write_label, write_volume
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
 
@@ -249,11 +249,13 @@ def test_other_files_are_replaced_only_on_request(bundle: Path, scans: Path, tmp
 def test_the_same_command_resumes_and_another_one_is_refused(bundle: Path, scans: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     predict(bundle, scans / "a.nii.gz", "-o", out)
-    (out / "a.nii.gz").write_text("corrected by hand", encoding="utf-8")
+    label = read_label(out / "a.nii.gz")
+    write_label(out / "a.nii.gz", LabelVolume(label.voxels[::-1], label.grid))
+    corrected = (out / "a.nii.gz").read_bytes()
     answer = json.loads(predict(bundle, scans, "-o", out, "--json").stdout)
     assert answer["skipped"] == ["a"]
     assert [row["subject"] for row in answer["predictions"]] == ["b", "c"]
-    assert (out / "a.nii.gz").read_text(encoding="utf-8") == "corrected by hand"
+    assert (out / "a.nii.gz").read_bytes() == corrected
     assert set(rows(out)) == {"a", "b", "c"}
     assert json.loads(predict(bundle, scans, "-o", out, "--json").stdout)["skipped"] == ["a", "b", "c"]
     for changed in (["--overlap", 0.1], ["--probabilities"], ["--mirrored"]):
@@ -262,6 +264,17 @@ def test_the_same_command_resumes_and_another_one_is_refused(bundle: Path, scans
     refused = predict(bundle, scans, "-o", out, code=1)
     assert "b.nii.gz' exists already" in str(refused.exception), "it is a prediction of another scan"
     assert "a.nii.gz" not in str(refused.exception)
+
+
+def test_a_label_that_can_no_longer_be_measured_is_said(bundle: Path, scans: Path, tmp_path: Path) -> None:
+    """What is known of it was measured in another label."""
+    out = tmp_path / "out"
+    predict(bundle, scans, "-o", out)
+    (out / "a.nii.gz").write_text("no label", encoding="utf-8")
+    answer = json.loads(predict(bundle, scans, "-o", out, "--json", code=1).stdout)
+    assert (answer["skipped"], answer["predictions"], answer["measurements"]) == (["a", "b", "c"], [], [])
+    assert [(row["subject"], row["code"]) for row in answer["failed"]] == [("a", "E_FORMAT")]
+    assert (out / "a.nii.gz").read_text(encoding="utf-8") == "no label"
 
 
 def test_rows_stand_in_the_review_as_they_come(predictor: Predictor, scans: Path, tmp_path: Path) -> None:
@@ -315,7 +328,7 @@ def test_no_name_costs_others_their_rows(bundle: Path, tmp_path: Path, name: str
     [(written, row)] = found.items()
     assert not written.startswith("=")
     assert (out / f"{printable(name)}.nii.gz").exists() if good else row["error"].startswith("E_OUTPUT")
-    assert len(list(out.iterdir())) == (5 if good else 4), "nothing half-written"
+    assert len(list(out.iterdir())) == (7 if good else 6), "nothing half-written"
 
 
 @contextmanager
@@ -339,7 +352,8 @@ def test_a_label_that_cannot_be_written_is_one_failed_row(predictor: Predictor, 
         first, second = predict_subjects(keeping, subjects, outputs.folder, outputs=outputs)
     assert isinstance(first.error, OutputError)
     assert second.error is None
-    assert set(content(outputs.folder)) == {"review.csv", "small.nrrd", "probabilities/small.nii.gz"}
+    tables = {"review.csv", "measurements.csv", "measurements.json"}
+    assert set(content(outputs.folder)) == {*tables, "small.nrrd", "probabilities/small.nii.gz"}
     found = rows(outputs.folder)
     assert found["large"]["error"].startswith("E_OUTPUT")
     assert not found["small"]["error"]
@@ -364,8 +378,8 @@ def test_a_full_disk_ends_the_batch_and_the_same_command_resumes(bundle: Path, s
         (small_disk / "filler").write_bytes(b"x" * 2**20)
     assert full.value.errno == errno.ENOSPC
     os.truncate(
-        small_disk / "filler", 128 * 1024 - 5 * 4096
-    )  # room for the targets' names, a label and its row, not for three
+        small_disk / "filler", 128 * 1024 - 7 * 4096
+    )  # room for the targets' names, a label and its rows, not for three
     done = predict(bundle, scans, "-o", out, code=1)
     assert "free some space" in done.output
     there = {path.name.split(".")[0] for path in out.glob("*.nii.gz")}

@@ -236,7 +236,9 @@ def test_the_same_test_resumes_and_no_other_writes_over_it(run: Path, data: Path
     assert {p: p.stat().st_mtime_ns for p in times} == times
     same = content(out)
     assert same.keys() == before.keys()
-    assert all(same[name] == before[name] for name in before if name.endswith((".csv", ".json")))
+    # All but the digests by which measurements are recognised, which tell the files of labels apart.
+    tables = [name for name in before if name.endswith((".csv", ".json")) and "measurements" not in name]
+    assert {name: same[name] for name in tables} == {name: before[name] for name in tables}
     for other in (["--lesion-overlap", 0.5], ["--set", "inference.overlap=0"], ["--targets", "ball=1"]):
         done = delineate(*asked, *other, code=1)
         assert isinstance(done.exception, OutputError)

@@ -21,12 +21,15 @@ from PIL import Image
 
 from delineate.cli.parsing import data_changes, parse_patterns, parse_targets
 from delineate.core.grid import Grid
+from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.layouts import open_dataset
 from delineate.datasets.splits import Split, load_split, save_split
 from delineate.errors import DelineateError, UnknownLayout
 from delineate.evaluation.table import Evaluation
+from delineate.io.exports import export_label
 from delineate.io.formats import read_header, read_volume, write_label, write_volume
+from delineate.io.nifti_names import targets_named_in
 from delineate.pretrained.weights import read_tensors
 from delineate.recipe import DataSpec, apply_changes, load_recipe, recipe_from
 from delineate.training.checkpoint import SafeCheckpointIO, steps_done
@@ -434,6 +437,20 @@ def use_patterns(path: Path) -> object:
     return open_dataset(folder, images=parse_patterns([images]), labels=labels or None)
 
 
+def named_label(targets: Targets) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        label = LabelVolume(VOXELS[0] % 3, GRID)
+        return export_label(folder / "label.nii", label, targets)[0]
+
+    return make
+
+
+def use_names(path: Path) -> object:
+    if (found := targets_named_in(path)) is None:
+        raise UnknownLayout("the label names nothing")
+    return found
+
+
 FUZZES = {
     "YAML": Fuzz(written("recipe.yaml", RECIPE), load_recipe, spoil=in_yaml),
     "--set": Fuzz(written("changes", *CHANGES), use_changes, text=True, spoil=one_line),
@@ -462,6 +479,10 @@ FUZZES = {
     "DICOM": Fuzz(dicom, lambda path: read_volume(path.parent), spoil=in_dicom),
     "DICOM header": Fuzz(dicom, lambda path: read_header(path.parent), spoil=in_dicom),
     "zip": Fuzz(dicom_zip, read_volume, spoil=inside(".dcm", in_dicom)),
+    "names in a label": Fuzz(named_label(Targets({"liver": (1,), "tumour": (2,)})), use_names),
+    "names in a label, overlapping": Fuzz(
+        named_label(Targets({"liver": (1, 2), "tumour": (2,)}, "overlapping")), use_names, text=True
+    ),
     "PNG": Fuzz(picture(".png"), read_volume),
     "TIFF": Fuzz(picture(".tif"), read_volume),
 }

@@ -193,8 +193,8 @@ class Predictions:
     failed: Mapping[str, DelineateError] = field(default_factory=dict)
     reviews: tuple[Review, ...] = ()
     """The review of each prediction, most urgent first."""
-    measured: Mapping[str, Mapping[str, Measurement]] = field(default_factory=dict)
-    """What was measured this time, by subject and target, if a quantity was named."""
+    measured: Mapping[str, Mapping[str, Mapping[str, Measurement]]] = field(default_factory=dict)
+    """What was measured this time, by subject, target, and channel or quantity."""
 
     def _repr_html_(self) -> str:
         def number(value: float) -> str:
@@ -293,9 +293,10 @@ def predict(
     leaves out subjects that were used to train the bundle or to select its weights; ``probabilities`` go to a
     folder of that name.
 
-    With ``quantity``, such as ``fat_fraction``, the targets of every label are measured into ``measurements.csv``
-    and ``.json`` in the folder, those of existing labels too, as :meth:`Prediction.measure` measures one. The
-    quantity is a channel of the scans, or is read from ``maps``, a folder with a file for each subject.
+    The targets of every label, existing ones too, are measured into ``measurements.csv`` and ``.json`` in the folder:
+    volume, bounding box, and each channel within them. With ``quantity``, such as ``fat_fraction``, so is that, as
+    :meth:`Prediction.measure` measures it: a channel of the scans, or what is read from ``maps``, a folder with a
+    file for each subject. A ``.dcm`` comes with a DICOM report of the measurements.
 
     Once ``cancel`` is set, :class:`~delineate.errors.Cancelled` is raised; labels finished by then are kept,
     and the next call resumes from there.
@@ -324,7 +325,7 @@ def predict(
     failed: dict[str, DelineateError] = {}
     made: dict[str, Path] = {}
     reviews: list[Review] = []
-    measured: dict[str, Mapping[str, Measurement]] = {}
+    measured: dict[str, dict[str, dict[str, Measurement]]] = {}
     said = counting("scans", progress, cancel)
 
     def predictor() -> Predictor:
@@ -335,8 +336,9 @@ def predict(
         for done, outcome in enumerate(outcomes, start=1):
             if outcome.error is not None:
                 failed[outcome.subject.id] = outcome.error
-            if outcome.measured:
-                measured[outcome.subject.id] = outcome.measured
+            for target, read, measurement in outcome.measured:
+                by_target = measured.setdefault(outcome.subject.id, {})
+                by_target.setdefault(target, {})[read.channel] = measurement
             if outcome.path is not None and outcome.review is not None:
                 made[outcome.subject.id] = outcome.path
                 reviews.append(outcome.review)

@@ -83,7 +83,8 @@ class Prediction(predictor.Prediction):
             raise BadShape(f"the map of {quantity} has {found.channels} channels", fix="give the one that is meant")
         read_within = QuantityMap(quantity, margin_mm, threshold)
         read_within.check(found.voxels, "the scan")
-        return measure_label(self.label, self.targets, found.voxels[0], read_within)
+        measured = measure_label(self.label, self.targets, {read_within: found.voxels[0]})
+        return {target: measurement for target, _, measurement in measured}
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the label in the format of the suffix; returns the files written, ``path`` first.

@@ -100,8 +100,8 @@ def predict(
 ) -> None:
     """Segment scans, each on its own grid. Not for diagnosis.
 
-    Run the same command again to resume: scans that the same bundle has predicted into OUT are skipped. With
-    --quantity, their labels are measured as they are, corrected or not: OUT/measurements.csv and .json.
+    Run the same command again to resume: scans that the same bundle has predicted into OUT are skipped. What is in
+    each label, corrected or not, is measured into OUT/measurements.csv and .json: ml, box, and every channel.
     """
     with importing():
         from delineate.bundle import Bundle, bundle_folder
@@ -186,8 +186,7 @@ def predict(
                     if outcome.error is not None:
                         fail(outcome.subject, outcome.error)
                         continue
-                    if read_within is not None:
-                        measurements += rows_of(outcome.subject.id, outcome.measured, read_within)
+                    measurements += rows_of(outcome.subject.id, outcome.measured)
                     if outcome.review is None:
                         continue
                     reviews.append(outcome.review)
@@ -207,19 +206,26 @@ def predict(
         stages.lap("reading and writing", beside=[row["seconds"] for row in rows])
     if json:
         skipped = [subject.id for subject in planned.done]
-        measured = {} if read_within is None else {"measurements": measurements}
         stopped = (
             {}
             if full is None
             else {"error": {"code": full.code, "message": full.message, "fix": getattr(full, "fix", "")}}
         )
         print_json(
-            {"predictions": rows, "skipped": skipped, "failed": failed, "seconds": stages.seconds} | measured | stopped
+            {
+                "predictions": rows,
+                "skipped": skipped,
+                "failed": failed,
+                "seconds": stages.seconds,
+                "measurements": measurements,
+            }
+            | stopped
         )
     else:
         _print_queue(reviews)
         if read_within is not None:
-            _print_measurements(measurements, read_within)
+            asked = [row for row in measurements if row["quantity"] == read_within.channel]
+            _print_measurements(asked, read_within)
         total = sum(stages.seconds.values())
         laps = {**stages.seconds, "total": total}
         print_table("", ["stage", "s", "%"], [[s, f"{t:.2f}", f"{100 * t / total:.0f}"] for s, t in laps.items()])

@@ -37,7 +37,7 @@ from delineate.datasets.folder import (
 from delineate.datasets.pairs import PAIRS, proposed
 from delineate.errors import BadPath, DatasetError, DuplicateSubject, UnknownLayout
 from delineate.io.files import parsing
-from delineate.io.formats import holds_label, name_of, suffix_of
+from delineate.io.formats import NIFTI_SUFFIXES, holds_label, name_of, suffix_of
 from delineate.plugins import Parts, requirement_of
 
 
@@ -61,9 +61,10 @@ def open_dataset(
     ``images`` and ``labels`` are patterns such as ``*/artery.nii`` and ``*/label.nii``, relative to
     ``path``: files belong together if their wildcards match the same text. Give each of several channels
     its own pattern, ``{"T1": "*/t1.nii", "T2": "*/t2.nii"}``. For DICOM, patterns are matched against
-    series descriptions. ``targets`` replace those that the data set names. Only names (and DICOM headers)
-    are read, except where only voxels tell a scan from its label: problems with a subject, including a
-    missing label, are found by :func:`delineate.datasets.inspection.inspect`.
+    series descriptions. ``targets`` replace those that the data set names; where it names none, those in the
+    header of its first label count, if that is NIfTI. Only names (and headers) are read, except where only voxels
+    tell a scan from its label: problems with a subject, including a missing label, are found by
+    :func:`delineate.datasets.inspection.inspect`.
 
     A layout is recognised by its pairs of scans and labels; ``reason`` says by which. A file that looks
     like a label is never a scan, unless ``images`` asks for it or it is the single file given.
@@ -79,7 +80,18 @@ def open_dataset(
         raise UnknownLayout(f"there is a pattern for labels ({labels}) but none for images", fix="give both")
     with parsing(root, UnknownLayout, fix="repair its dataset.json, or give patterns"):
         dataset = _opened(root, layout, images, labels)
-    return dataset if targets is None else replace(dataset, targets=targets)
+        targets = targets or dataset.targets or _targets_in_header(dataset)
+    return replace(dataset, targets=targets)
+
+
+def _targets_in_header(dataset: Dataset) -> Targets | None:
+    """The targets that the first label names itself, if it is NIfTI."""
+    first = next((subject.label for subject in dataset.subjects if subject.label is not None), None)
+    if first is None or suffix_of(first) not in NIFTI_SUFFIXES or not first.is_file():
+        return None
+    from delineate.io.nifti_names import targets_named_in  # imports nibabel
+
+    return targets_named_in(first)
 
 
 def _opened(root: Path, layout: str, images: str | Mapping[str, str] | None, labels: str | None) -> Dataset:

@@ -18,11 +18,18 @@ from delineate.core.grid import Grid
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.text import printable
-from delineate.core.volume import LabelVolume, Volume
-from delineate.datasets.dataset import check_shows_something, load_map, load_scan, with_maps
+from delineate.core.volume import Volume
+from delineate.datasets.dataset import check_grids, check_shows_something, load_map, load_scan, with_maps
 from delineate.errors import BadFormat, Cancelled, DatasetError, DelineateError, MissingFile, OutputError, RecipeError
 from delineate.fingerprint import Oddity
-from delineate.inference.measurements import measure_label, rows_of, write_measurements
+from delineate.inference.measurements import (
+    Measured,
+    by_segment,
+    measure_label,
+    measure_masks,
+    rows_of,
+    write_measurements,
+)
 from delineate.inference.outputs import Outputs, Planned
 from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review, write_queue
@@ -38,7 +45,7 @@ from delineate.io.formats import (
 )
 from delineate.io.legends import write_legends
 from delineate.io.overwriting import check_outputs
-from delineate.metrics.quantities import Measurement, QuantityMap
+from delineate.metrics.quantities import QuantityMap
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Outcome:
     error: DelineateError | None = None
     review: Review | None = None
     confidence: Mapping[str, Confidence] = field(default_factory=dict)
-    measured: Mapping[str, Measurement] = field(default_factory=dict)
+    measured: Sequence[Measured] = ()
 
 
 def find_subjects(
@@ -182,8 +189,8 @@ def predict_subjects(
     ``.dcm`` is a DICOM-SEG that refers to the subject's first channel, which must be a DICOM series.
     ``on_oddities`` is called with anything unusual about a scan before it is segmented. ``probabilities`` is a
     folder for ``<id>.nii.gz`` files with a channel for each target; the predictor must keep probabilities.
-    With ``outputs``, which then decides all paths, each subject is entered in the review list
-    before its label is written, and measured with the outputs' quantity. Raises :class:`OutputError` if the disk is
+    With ``outputs``, which then decides all paths, each subject is entered in the review list before its label is
+    written, and the outputs' quantities are measured within its targets. Raises :class:`OutputError` if the disk is
     full, since nothing more can be written.
     """
     where = outputs or Outputs(folder, suffix, probabilities)
@@ -199,12 +206,10 @@ def predict_subjects(
         check_outputs(where.files(chosen), chosen.files, overwrite=True)
         scan = load_scan(chosen, predictor.channels)
         check_shows_something(subject.id, scan)
-        if where.quantity is None:
-            return _Read(chosen, scan)
-        return _Read(chosen, scan, _map_of(chosen, where.quantity, "the scan", scan.grid))
+        return _Read(chosen, scan, _maps_of(chosen, scan, where))
 
     def write(read: _Read, prediction: Prediction, odd: Sequence[Oddity]) -> _Written:
-        subject, measured = read.subject, {}
+        subject, measured = read.subject, list[Measured]()
         made_by = "" if outputs is None else outputs.made_by(subject)
         reviewed = review(subject.id, prediction.confidence, odd, calibration, made_by)
         path, source = where.label(subject), next(iter(subject.scans.values()))
@@ -220,8 +225,9 @@ def predict_subjects(
             export_label(path, prediction.label, targets, source=source, about=about, legend=legend)
             if outputs is not None and not first:
                 write_queue(outputs.review, [reviewed])
-            if read.quantity is not None:
-                measured = _measure(where, subject, prediction.label, targets, read.quantity)
+            if read.maps:
+                measured = measure_label(prediction.label, targets, read.maps)
+                _record(where, subject, measured)
         return _Written(path, reviewed, measured)
 
     def failed(subject: Subject, error: DelineateError) -> Outcome:
@@ -299,21 +305,21 @@ def carry_out(
 
 
 def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterator[Outcome]:
-    """Measure the quantity of ``outputs`` in existing labels, which somebody may have corrected."""
+    """Measure the quantities of ``outputs`` in existing labels, which somebody may have corrected."""
     for subject in subjects:
         first = outputs.bundles[0]
         targets, chosen = first.targets, replace(subject, resample=first.recipe.data.resample_channels)
         try:
-            if not suffix_of(outputs.label(chosen)):
+            label = outputs.label(chosen)
+            if not suffix_of(label) and outputs.suffix not in DICOM_SUFFIXES:
                 raise BadFormat(
                     f"'{subject.id}' has a label already, and {outputs.suffix} cannot be read back to measure it",
                     fix="predict it again with --overwrite, or select another --format",
                 )
-            label = read_label(outputs.label(chosen))
-            targets.check(label.voxels, subject.id)
-            assert outputs.quantity is not None  # otherwise nothing would be unmeasured
-            values = _map_of(chosen, outputs.quantity, "the label", label.grid)
-            measured = _measure(outputs, chosen, label, targets, values)
+            scan = load_scan(chosen, first.channels)
+            maps = _maps_of(chosen, scan, outputs)
+            measured = _measure_file(label, targets, maps, subject.id, scan.grid)
+            _record(outputs, chosen, measured)
         except DelineateError as error:
             if _disk_is_full(error):
                 raise
@@ -322,37 +328,60 @@ def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterato
             yield Outcome(subject, outputs.label(chosen), {}, measured=measured)
 
 
+def _measure_file(
+    path: Path, targets: Targets, maps: Mapping[QuantityMap, NDArray], subject: str, grid: Grid
+) -> list[Measured]:
+    """Measure a label that must lie on the scan's grid."""
+    if path.suffix.lower() in DICOM_SUFFIXES:
+        from delineate.io.dicom_seg import read_segments
+
+        masks, own = read_segments(path)
+        check_grids(subject, "label", own, "the scan", grid)
+        if missing := [name for name in targets.names if name not in masks]:
+            raise BadFormat(
+                f"'{path}' has no segment {', '.join(missing)}: it holds {', '.join(masks) or 'none'}",
+                fix="name its segments after the targets",
+            )
+        return measure_masks({name: masks[name] for name in targets.names}, maps, grid)
+    label = read_label(path)
+    targets.check(label.voxels, subject)
+    check_grids(subject, "label", label.grid, "the scan", grid)
+    return measure_label(label, targets, maps)
+
+
 @dataclass(frozen=True)
 class _Read:
-    """A subject with its scan, and the map (X, Y, Z) of the quantity, if one is measured."""
+    """A subject with its scan, and the maps (X, Y, Z) of quantities that are measured on its grid."""
 
     subject: Subject
     scan: Volume
-    quantity: NDArray | None = None
+    maps: Mapping[QuantityMap, NDArray]
 
 
 @dataclass(frozen=True)
 class _Written:
     path: Path
     review: Review
-    measured: Mapping[str, Measurement]
+    measured: Sequence[Measured]
 
 
-def _map_of(subject: Subject, quantity: QuantityMap, other: str, grid: Grid) -> NDArray:
-    values = load_map(subject, quantity.channel, other, grid)
-    quantity.check(values, subject.id)
-    return values
+def _maps_of(subject: Subject, scan: Volume, outputs: Outputs) -> dict[QuantityMap, NDArray]:
+    """The maps (X, Y, Z) of all quantities of ``outputs``, on the grid of the scan with the bundles' channels."""
+    values = dict(zip(outputs.channels, scan.voxels, strict=False))
+    if (asked := outputs.quantity) is not None:
+        if asked.channel not in values:
+            values[asked.channel] = load_map(subject, asked.channel, "the scan", scan.grid)
+        asked.check(values[asked.channel], subject.id)
+    return {one.as_it_is(values[one.channel]): values[one.channel] for one in outputs.quantities}
 
 
-def _measure(
-    outputs: Outputs, subject: Subject, label: LabelVolume, targets: Targets, values: NDArray
-) -> dict[str, Measurement]:
-    """Measure a label that has been written, and record the result."""
-    assert outputs.quantity is not None
-    measured = measure_label(label, targets, values, outputs.quantity)
-    rows = rows_of(subject.id, measured, outputs.quantity, made_from=outputs.made_from(subject))
-    write_measurements(outputs.measurements, rows)
-    return measured
+def _record(outputs: Outputs, subject: Subject, measured: Sequence[Measured]) -> None:
+    """Write what was measured in a label that has been written: for archives of DICOM, and into the table."""
+    if (report := outputs.report(subject)) is not None:
+        from delineate.io.dicom_sr import write_report
+
+        write_report(report, outputs.label(subject), by_segment(measured, outputs.channels))
+    write_measurements(outputs.measurements, rows_of(subject.id, measured, outputs.made_from(subject)))
 
 
 @contextmanager

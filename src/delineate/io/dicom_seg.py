@@ -33,6 +33,8 @@ REGION = Coding(Code("309825002", "SCT", "Spatial and Relational Concept"), Code
 """The code for a target that nobody coded: some region. The segment's label is still the target's name."""
 
 
+UTF_8 = "ISO_IR 192"
+
 _MAY_BE_EMPTY = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
     "AccessionNumber", "ReferringPhysicianName",
@@ -41,13 +43,13 @@ _MAY_BE_EMPTY = (
 
 
 @contextmanager
-def _copying(source: Series) -> Iterator[None]:
-    """Guard copying header fields into a DICOM-SEG: the library's errors about odd ones may quote the patient."""
+def copying(source: object) -> Iterator[None]:
+    """Guard copying header fields into what is made from a scan: the library's errors may quote the patient."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadFormat(
-            f"in the headers of {source}, fields that a DICOM-SEG has to copy are missing or garbled "
+            f"in the headers of {source}, fields that a result has to copy are missing or garbled "
             f"({type(error).__name__})",
             fix="export the series again, or choose another --format",
         ) from error
@@ -108,7 +110,7 @@ def write_segmentation(
     with warnings.catch_warnings():
         # The library's warning about an unusual name prints the patient's name.
         warnings.filterwarnings("ignore", message="The string .* person name", category=UserWarning)
-        with _copying(source):
+        with copying(source):
             segmentation = highdicom.seg.Segmentation(
                 source_images=headers,
                 pixel_array=pixels,
@@ -130,6 +132,7 @@ def write_segmentation(
                 omit_empty_frames=False,
                 transfer_syntax_uid=ExplicitVRLittleEndian,
                 content_label="SEGMENTATION",
+                specific_character_set=UTF_8,  # targets may have any names, whatever the scanner writes
                 series_description="Delineate: not for diagnosis",
             )
     with writing_beside(path) as beside:
@@ -142,23 +145,47 @@ def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVol
     Raises :class:`BadFormat` for anything but a segmentation, :class:`TooLarge` and :class:`BadGeometry`.
     """
     with parsing(instance):
-        with instance.open() as file:
-            segmentation = highdicom.seg.segread(file)
-        # A label map has one frame per slice, other kinds one for each segment in the slice.
-        segments = 1 if segmentation.SegmentationType == "LABELMAP" else max(1, segmentation.number_of_segments)
-        slices = -(-segmentation.number_of_frames // segments)
-        check_size(f"'{instance}'", (segmentation.Columns, segmentation.Rows, slices), limits)
+        segmentation = _opened(instance, limits)
         volume = segmentation.get_volume(combine_segments=True, relabel=False, skip_overlap_checks=True)
+    return LabelVolume(*_ordered(instance, volume, volume.array))
+
+
+def read_segments(path: Path, limits: Limits = Limits()) -> tuple[dict[str, NDArray[np.bool_]], Grid]:  # noqa: B008
+    """Masks (X, Y, Z) of a file's segments by their labels, overlaps included, and their grid; see above for errors."""
+    instance = Instance(path)
+    with parsing(instance):
+        segmentation = _opened(instance, limits)
+        masks = {}
+        for number in filter(None, segmentation.segment_numbers):  # 0 is the background of a label map
+            name = segmentation.get_segment_description(number).segment_label
+            volume = segmentation.get_volume(segment_numbers=[number], combine_segments=True, skip_overlap_checks=True)
+            masks[name], grid = _ordered(instance, volume, volume.array > 0)
+    return masks, grid
+
+
+def _opened(instance: Instance, limits: Limits) -> highdicom.seg.Segmentation:
+    """A segmentation whose size has been checked."""
+    with instance.open() as file:
+        segmentation = highdicom.seg.segread(file)
+    # A label map has one frame per slice, other kinds one for each segment in the slice.
+    segments = 1 if segmentation.SegmentationType == "LABELMAP" else max(1, segmentation.number_of_segments)
+    slices = -(-segmentation.number_of_frames // segments)
+    check_size(f"'{instance}'", (segmentation.Columns, segmentation.Rows, slices), limits)
+    return segmentation
+
+
+def _ordered(instance: Instance, volume: highdicom.Volume, voxels: NDArray) -> tuple[NDArray, Grid]:
+    """Voxels of a volume and their grid, with slices in the order in which a series is read."""
     # highdicom indexes (slice, row, column) in LPS millimetres.
     affine = np.eye(4)
     affine[:3] = LPS_TO_RAS[:, None] * volume.affine[:3][:, [2, 1, 0, 3]]
-    voxels = volume.array.transpose(2, 1, 0)
+    voxels = voxels.transpose(2, 1, 0)
     x, y, z = voxels.shape
     grid = check_grid(instance.path, (x, y, z), affine + 0.0)
     # Slices in the order in which a series is read: along the normal to their rows and columns.
     backwards = np.linalg.det(affine[:3, :3]) < 0
     order, flip = (0, 1, 2), (False, False, bool(backwards))
-    return LabelVolume(np.asfortranarray(permute_axes(voxels, order, flip)), grid.permute(order, flip))
+    return np.asfortranarray(permute_axes(voxels, order, flip)), grid.permute(order, flip)
 
 
 def _description(number: int, name: str, coding: Coding, colour: RGB) -> highdicom.seg.SegmentDescription:

@@ -15,7 +15,16 @@ from delineate.core.text import near, printable
 from delineate.core.volume import LabelVolume
 from delineate.errors import BadFormat
 from delineate.io.files import writing_beside
-from delineate.io.formats import DICOM_SUFFIXES, FORMATS, SEGMENTATION_SUFFIX, check_writable, is_series, write_label
+from delineate.io.formats import (
+    DICOM_SUFFIXES,
+    FORMATS,
+    NIFTI_SUFFIXES,
+    SEGMENTATION_SUFFIX,
+    check_writable,
+    is_series,
+    suffix_of,
+    write_label,
+)
 
 if TYPE_CHECKING:
     from delineate.io.dicom_seg import SegmentationKind
@@ -84,7 +93,8 @@ def export_label(
     exactly. A ``.vtk`` comes with a ``.nii.gz`` of the same name, since legacy VTK has no directions,
     and ``.vtk`` and ``.vti`` with a ``.json``: the affine, the targets' values and volumes, and
     ``about``. A ``.dcm`` is a DICOM-SEG that refers to the series at ``source`` and says with
-    ``legend`` what the targets are. A ``.seg.nrrd`` names its segments, as 3D Slicer does. Both have colours.
+    ``legend`` what the targets are. A ``.seg.nrrd`` names its segments, as 3D Slicer does. Both have colours, and
+    NIfTI labels have names and colours in their headers.
 
     Raises :class:`BadFormat` where a DICOM-SEG's series is missing, or a ``.seg.nrrd``'s targets share
     values, and what writing raises.
@@ -119,6 +129,10 @@ def export_label(
                 beside.write_text(
                     json.dumps(sidecar_of(label, targets) | dict(about or {}), indent=2) + "\n", encoding="utf-8"
                 )
+        elif suffix_of(file) in NIFTI_SUFFIXES:
+            from delineate.io.nifti_names import CODE, names_and_colours  # imports nibabel
+
+            write_label(file, label, like=source, extension=(CODE, names_and_colours(targets, legend)))
         else:
             write_label(file, label, like=source)
     return written

@@ -22,7 +22,9 @@ from delineate.plugins import Parts
 __all__ = [
     "DICOM_SUFFIXES",
     "FORMATS",
+    "NIFTI_SUFFIXES",
     "PICTURE_SUFFIXES",
+    "REPORT_SUFFIX",
     "SEGMENTATION_SUFFIX",
     "SUFFIXES",
     "VTK_SUFFIXES",
@@ -40,9 +42,12 @@ __all__ = [
     "write_volume",
 ]
 
-SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", ".nrrd", ".nhdr")
 
 DICOM_SUFFIXES = (".dcm", ".ima")
+REPORT_SUFFIX = ".sr.dcm"
+"""A report of what was measured within a DICOM-SEG's segments: a DICOM file without an image, so never a scan."""
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
 VTK_SUFFIXES = (".vtk", ".vti")
 """Formats that are written for viewers, but not read."""
@@ -262,9 +267,14 @@ def write_volume(path: Path, volume: Volume, *, like: Path | None = None) -> Non
     _write(path, voxels, volume.grid, like)
 
 
-def write_label(path: Path, label: LabelVolume, *, like: Path | None = None) -> None:
-    """Write a label in the smallest integer type that holds its values; otherwise like :func:`write_volume`."""
-    _write(path, _smallest(path, label.voxels)[None], label.grid, like)
+def write_label(
+    path: Path, label: LabelVolume, *, like: Path | None = None, extension: tuple[int, bytes] | None = None
+) -> None:
+    """Write a label in the smallest integer type that holds its values; otherwise like :func:`write_volume`.
+
+    ``extension`` is a code and its text, for the header of a NIfTI file.
+    """
+    _write(path, _smallest(path, label.voxels)[None], label.grid, like, extension)
 
 
 class _Format(Protocol):
@@ -340,13 +350,16 @@ def _read_foreign(path: Path, format: Format, limits: Limits) -> tuple[NDArray, 
     return ours, check_grid(path, volume.grid.shape, volume.grid.affine)
 
 
-def _write(path: Path, voxels: NDArray, grid: Grid, like: Path | None) -> None:
+def _write(
+    path: Path, voxels: NDArray, grid: Grid, like: Path | None, extension: tuple[int, bytes] | None = None
+) -> None:
     check_writable(path)
     write = _writer_of(path)
-    if like is not None and {suffix_of(path), suffix_of(like)} <= {".nii", ".nii.gz"}:
+    if suffix_of(path) in NIFTI_SUFFIXES:
         from delineate.io import nifti
 
-        write = partial(nifti.write, like=like)
+        copied = like if like is not None and suffix_of(like) in NIFTI_SUFFIXES else None
+        write = partial(nifti.write, like=copied, extension=extension)
     with writing_beside(path) as beside:
         write(beside, voxels, grid)
 

@@ -92,11 +92,11 @@ def test_channels_and_a_quantity_are_taken_by_name(server, bundles, scan, tmp_pa
     images += ["--images", "fat_fraction=*_ff.nii.gz", "--quantity", "fat_fraction", "--margin-mm", "1.0"]
     [expected] = bundles.predicted("two", tmp_path / "in", *images)
     rows = json.loads((expected.parent / "measurements.json").read_text(encoding="utf-8"))["measurements"]
-    names = {"mean": "quantity_mean", "sd": "quantity_sd", "volume_ml": "volume_ml", "measured_ml": "measured_ml"}
-    for row in rows:
-        found = measured.about["measurements"][row["target"]]
-        assert {name: found[name] for name in names} == pytest.approx(
-            {n: row[column] for n, column in names.items()}, abs=1e-4
+    ours = measured.about["measurements"]
+    assert {row["quantity"] for row in ours} == {"T1", "FLAIR", "fat_fraction"}
+    for found, row in zip(ours, rows, strict=True):
+        assert {**row, "subject": None, "made_from": None} == pytest.approx(
+            {"subject": None, "made_from": None, **found}, abs=1e-4
         )
 
 
