@@ -300,7 +300,7 @@ def predict(
         if quantity is not None:
             raise RecipeError("a quantity is measured in a prediction", fix="call its .measure, or give out=")
         return bundle.predict(inputs, **settings, probabilities=probabilities, progress=progress, cancel=cancel)
-    check_label_format(format, bundle.targets)
+    check_label_format(format)
     check(cancel)
     read_within = quantity_map(quantity, margin_mm, threshold, maps)
     subjects = _subjects(inputs, bundle.channels, images, read_within)

@@ -227,26 +227,29 @@ def make_consensus(
     from itertools import combinations
 
     from delineate.cli.terminal import print_table
+    from delineate.core.subject import paths_of
     from delineate.datasets.consensus import consensus
+    from delineate.datasets.dataset import read_numbered
     from delineate.errors import MissingFile
     from delineate.evaluation.measure import evaluate
-    from delineate.evaluation.pairs import labels_in, pair_files, targets_in
-    from delineate.io.formats import read_label, write_label
+    from delineate.evaluation.pairs import Pair, labels_in, targets_in
+    from delineate.io.formats import write_label
     from delineate.io.overwriting import check_outputs
 
     files = [labels_in(folder) for folder in annotators]
     subjects = sorted(set.intersection(*(set(found) for found in files)))
     if len(annotators) < 2 or not subjects:
         raise MissingFile("no subject has labels of two annotators", fix="give folders with the same file names")
-    inputs = [file for found in files for file in found.values()]
+    inputs = [file for found in files for label in found.values() for file in paths_of(label)]
     check_outputs([out / f"{subject}.nii.gz" for subject in subjects], inputs, overwrite=overwrite)
+    targets = targets_in(Pair(s, files[0][s], found[s]) for found in files[1:] for s in subjects)
     for subject in subjects:
-        labels = [read_label(found[subject]) for found in files]
+        labels = [read_numbered(found[subject], targets, subject) for found in files]
         agreed = consensus(labels, method, subject=subject)
-        write_label(out / f"{subject}.nii.gz", agreed, like=files[0][subject])
+        write_label(out / f"{subject}.nii.gz", agreed, like=paths_of(files[0][subject])[0])
     rows = []
     for (a, first), (b, second) in combinations(zip(annotators, files, strict=True), 2):
-        pairs = [pair for s in subjects for pair in pair_files(first[s], second[s]).pairs]
+        pairs = [Pair(s, first[s], second[s]) for s in subjects]
         evaluation = evaluate(pairs, targets_in(pairs))
         summary = evaluation.summary()
         for target in evaluation.targets:

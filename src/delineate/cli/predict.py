@@ -123,7 +123,7 @@ def predict(
     read_within = parse_quantity(quantity, margin_mm, threshold)
     folders = [bundle_folder(folder) for folder in [bundle, *(also or [])]]
     bundles = [Bundle.load(folder) for folder in folders]
-    check_label_format(format, bundles[0].targets)
+    check_label_format(format)
     found = find_subjects(inputs, bundles[0].channels, parse_patterns(images), read_within)
     outputs = Outputs(
         out,

@@ -17,7 +17,7 @@ from delineate.core.text import printable
 from delineate.datasets.dataset import Dataset
 from delineate.errors import DuplicateSubject, MissingFile, UnknownLayout
 from delineate.io.files import parsing, read_json, read_text, walk
-from delineate.io.formats import PICTURE_SUFFIXES, name_of, suffix_of
+from delineate.io.formats import PICTURE_SUFFIXES, name_of, names_segments, suffix_of
 
 SIMULATED = "simulated.json"
 """A file at the root of simulated scans that says how they were made."""
@@ -117,7 +117,9 @@ def bare_name(path: Path) -> str:
 
 def looks_like_label(path: Path) -> bool:
     """Whether a file below a data set's root looks like a label, by its name or a folder's: ``case_seg.nii.gz``,
-    ``labelsTr/case.nii.gz``. No layout takes such a file for a scan."""
+    ``labelsTr/case.nii.gz``, ``case.seg.nrrd``. No layout takes such a file for a scan."""
+    if names_segments(path):
+        return True
     name = numbered[1] if (numbered := NUMBERED.fullmatch(name_of(path))) else name_of(path)
     return _LABEL_NAME.fullmatch(name) is not None or any(map(is_label_folder, path.parts[:-1]))
 

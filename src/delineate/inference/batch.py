@@ -19,7 +19,7 @@ from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
-from delineate.datasets.dataset import check_shows_something, load_map, load_scan, with_maps
+from delineate.datasets.dataset import check_shows_something, load_map, load_scan, read_numbered, with_maps
 from delineate.errors import BadFormat, Cancelled, DatasetError, DelineateError, MissingFile, OutputError, RecipeError
 from delineate.fingerprint import Oddity
 from delineate.inference.measurements import measure_label, rows_of, write_measurements
@@ -27,15 +27,7 @@ from delineate.inference.outputs import Outputs, Planned
 from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review, write_queue
 from delineate.io.exports import export_label
-from delineate.io.formats import (
-    DICOM_SUFFIXES,
-    SEGMENTATION_SUFFIX,
-    is_series,
-    name_of,
-    read_label,
-    suffix_of,
-    write_volume,
-)
+from delineate.io.formats import DICOM_SUFFIXES, SEGMENTATION_SUFFIX, is_series, name_of, suffix_of, write_volume
 from delineate.io.legends import write_legends
 from delineate.io.overwriting import check_outputs
 from delineate.metrics.quantities import Measurement, QuantityMap
@@ -309,7 +301,7 @@ def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterato
                     f"'{subject.id}' has a label already, and {outputs.suffix} cannot be read back to measure it",
                     fix="predict it again with --overwrite, or select another --format",
                 )
-            label = read_label(outputs.label(chosen))
+            label = read_numbered(outputs.label(chosen), targets, subject.id)
             targets.check(label.voxels, subject.id)
             assert outputs.quantity is not None  # otherwise nothing would be unmeasured
             values = _map_of(chosen, outputs.quantity, "the label", label.grid)

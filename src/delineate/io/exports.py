@@ -29,25 +29,14 @@ def label_formats() -> list[str]:
     return [*_LABEL_FORMATS, *(name for name, known in FORMATS.items() if known.write is not None)]
 
 
-def check_label_format(name: str, targets: Targets) -> None:
-    """Raise :class:`BadFormat` where labels of ``targets`` cannot be written in the format of this name."""
+def check_label_format(name: str) -> None:
+    """Raise :class:`BadFormat` where labels cannot be written in the format of this name."""
     if name not in label_formats():
         raise BadFormat(
             f"'{printable(name)}' is not a label format{near(name, label_formats())}",
             fix=f"choose from {', '.join(label_formats())}",
         )
-    if f".{name}" == SEGMENTATION_SUFFIX:
-        _check_one_layer(targets, SEGMENTATION_SUFFIX)
     check_installed(f".{name}")
-
-
-def _check_one_layer(targets: Targets, what: object) -> None:
-    used = [value for numbers in targets.values.values() for value in numbers]
-    if len(set(used)) < len(used):
-        raise BadFormat(
-            f"'{what}' would hold overlapping targets ({', '.join(targets.names)}), which one layer cannot hold",
-            fix="write .nii.gz, or .dcm for a DICOM series",
-        )
 
 
 def check_installed(suffix: str) -> None:
@@ -84,10 +73,10 @@ def export_label(
     exactly. A ``.vtk`` comes with a ``.nii.gz`` of the same name, since legacy VTK has no directions,
     and ``.vtk`` and ``.vti`` with a ``.json``: the affine, the targets' values and volumes, and
     ``about``. A ``.dcm`` is a DICOM-SEG that refers to the series at ``source`` and says with
-    ``legend`` what the targets are. A ``.seg.nrrd`` names its segments, as 3D Slicer does. Both have colours.
+    ``legend`` what the targets are. A ``.seg.nrrd`` names its segments, as 3D Slicer does, in several
+    layers where they overlap. Both have colours.
 
-    Raises :class:`BadFormat` where a DICOM-SEG's series is missing, or a ``.seg.nrrd``'s targets share
-    values, and what writing raises.
+    Raises :class:`BadFormat` where a DICOM-SEG's series is missing, and what writing raises.
     """
     check_writable(path, segments=True)
     suffix = path.suffix.lower()
@@ -107,7 +96,6 @@ def export_label(
     if path.name.lower().endswith(SEGMENTATION_SUFFIX):
         from delineate.io.nrrd import write_segments
 
-        _check_one_layer(targets, path)
         with writing_beside(path) as beside:
             values = {name: targets.written_value(name) for name in targets.names}
             write_segments(beside, targets.masks(label.voxels), values, label.grid, legend)

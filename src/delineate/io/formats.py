@@ -32,6 +32,7 @@ __all__ = [
     "holds_label",
     "is_series",
     "name_of",
+    "names_segments",
     "read_header",
     "read_label",
     "read_volume",
@@ -135,9 +136,16 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def name_of(path: Path) -> str:
-    """The file's name without its suffix, printable: ``case`` for ``case.nii.gz``."""
+    """The file's name without its suffix, printable: ``case`` for ``case.nii.gz`` and ``case.seg.nrrd``."""
+    if names_segments(path):
+        return printable(path.name[: -len(SEGMENTATION_SUFFIX)])
     suffix = suffix_of(path) or next((s for s in (*DICOM_SUFFIXES, ".zip") if path.name.lower().endswith(s)), "")
     return printable(path.name[: len(path.name) - len(suffix)])
+
+
+def names_segments(path: Path) -> bool:
+    """Whether a file is called as 3D Slicer's segmentations are."""
+    return suffix_of(path) == ".nrrd" and path.name.lower().endswith(SEGMENTATION_SUFFIX)
 
 
 def is_series(path: Path) -> bool:
@@ -226,7 +234,11 @@ def read_label(
         else:
             voxels, grid = _read(path, limits, orientation)
         if len(voxels) != 1:
-            raise BadShape(f"label '{path}' has {len(voxels)} channels", fix="save one label (x, y, z)")
+            layers = names_segments(path)
+            raise BadShape(
+                f"label '{path}' has {len(voxels)} {'layers of segments' if layers else 'channels'}",
+                fix="name the targets as its segments are named" if layers else "save one label (x, y, z)",
+            )
     return LabelVolume(_smallest(path, _rounded(path, voxels[0])), grid)
 
 

@@ -17,7 +17,7 @@ from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
 from delineate.core.grid import AXES, Grid
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
-from delineate.datasets.dataset import Dataset, load_label, load_scan
+from delineate.datasets.dataset import Dataset, load_scan, read_numbered
 from delineate.datasets.inspection import Inspection, inspect
 from delineate.datasets.splits import (
     Split,
@@ -147,10 +147,11 @@ def reached(recipe: Recipe, dataset: Dataset, split_file: Path | None = None) ->
     for subject in in_order(dataset.subjects):
         kept.append(subject)
         with suppress(DelineateError):
-            label = load_label(subject, None, None)
-            axis = _slice_axis(tiles, recipe.preprocessing, label.grid)
-            holding = np.isin(label.voxels, values).any(axis=tuple(a for a in range(3) if a != axis))
-            slices += sampler.count(int(holding.sum()), label.voxels.shape[axis])
+            if subject.label is not None:
+                label = read_numbered(subject.label, targets, subject.id)
+                axis = _slice_axis(tiles, recipe.preprocessing, label.grid)
+                holding = np.isin(label.voxels, values).any(axis=tuple(a for a in range(3) if a != axis))
+                slices += sampler.count(int(holding.sum()), label.voxels.shape[axis])
         if slices >= sampler.at_most:
             break
     return replace(dataset, subjects=tuple(kept))
