@@ -25,7 +25,8 @@ SIMULATED = "simulated.json"
 _DEPTH = 6  # folders below the root; challenges nest up to four
 
 _LABEL_FOLDER = re.compile(
-    r"label|labels(?:tr|ts|va|val|train|test)?(?:[^a-z].*)?|masks?|segs|segmentations|gt|ground.?truths?|annotations",
+    r"label|labels(?:tr|ts|va|val|train|test)?(?:[^a-z].*)?|masks?(?:.dicom)?|labell?ed.dicom|segs|"
+    r"segmentations|gt|ground(?:.?truths?)?|annotations",
     re.IGNORECASE,
 )
 _ENDING = (

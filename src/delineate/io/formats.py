@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -122,8 +123,28 @@ def suffix_of(path: Path) -> str:
     return own or max((f".{s}" for s in FORMATS if name.endswith(f".{s}")), key=len, default="")
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures directly in a folder, in the order of their names, numbers counting as numbers."""
+    found = [path for path in folder.iterdir() if suffix_of(path) in PICTURE_SUFFIXES]
+    return sorted(found, key=lambda path: [(len(text), text) for text in re.split(r"(\d+)", path.name.lower())])
+
+
+def is_stack(path: Path) -> bool:
+    """Whether a path is a folder of pictures, not a DICOM series with previews."""
+    if not path.is_dir() or not any(suffix_of(file) in PICTURE_SUFFIXES for file in path.iterdir()):
+        return False
+    return not any(is_dicom(file) for file in path.iterdir() if not suffix_of(file))
+
+
 def parts_of(path: Path) -> list[Path]:
-    """The file itself and, if it is a detached header, the files beside it that it names; for a series, its files."""
+    """The file itself and, if it is a detached header, the files beside it that it names; for a series, its files.
+
+    A folder of pictures lies as the series beside it tells, so that its files count too.
+    """
+    if is_stack(path):
+        from delineate.io.stacks import drawn_on
+
+        return sorted({*pictures_in(path), *(file.path for series in drawn_on(path) for file in series.instances)})
     if is_series(path):
         from delineate.io.dicom_series import the_series
 
@@ -152,7 +173,9 @@ def is_series(path: Path) -> bool:
     """Whether a path stands for a DICOM series: its folder, a zip, or any one of its files."""
     if suffix_of(path):
         return False
-    if path.is_dir() or path.name.lower().endswith((*DICOM_SUFFIXES, ".zip")):
+    if path.is_dir():
+        return not is_stack(path)
+    if path.name.lower().endswith((*DICOM_SUFFIXES, ".zip")):
         return True
     return path.is_file() and is_dicom(path)
 
@@ -218,7 +241,8 @@ def read_label(
     """A label: voxels (X, Y, Z) in the smallest integer type, unsigned if it can be.
 
     Values within 1e-3 of an integer are rounded, such as 254.99999994; others raise
-    :class:`BadLabelValue`. Otherwise like :func:`read_volume`.
+    :class:`BadLabelValue`. A folder of pictures beside a DICOM series is a label too. Otherwise like
+    :func:`read_volume`.
     """
     with parsing(path, BadFormat, fix=_FIX):
         if is_series(path):
@@ -231,6 +255,10 @@ def read_label(
 
                 return read_segmentation(series.instances[0], limits)
             voxels, grid = read_series(series, limits)
+        elif is_stack(path):
+            from delineate.io.stacks import read_stack
+
+            return read_stack(path, limits)
         else:
             voxels, grid = _read(path, limits, orientation)
         if len(voxels) != 1:

@@ -111,11 +111,12 @@ def _of_dicom(path: Path, limits: Limits) -> Segments | None:
     [instance, *_] = series.instances
     numbered = segments(instance)
     numbers = {name: number for number, name in numbered.items()}
-    return Segments(
-        path,
-        tuple(numbered.values()),
-        lambda names, _: read_masks(instance, [numbers[name] for name in names], limits),
-    )
+
+    def read(names: Sequence[str], grid: Grid | None) -> Iterator[Mask]:
+        for mask, own in read_masks(instance, [numbers[name] for name in names], limits):
+            yield _widened(mask, own, grid)  # many programs leave empty slices out
+
+    return Segments(path, tuple(numbered.values()), read)
 
 
 def _widened(mask: NDArray[np.bool_], own: Grid, grid: Grid | None) -> Mask:
