@@ -14,9 +14,15 @@ from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from delineate.core.grid import Grid
+from delineate.core.legend import Code, Coding, Legend
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume
 from delineate.errors import BadFormat, BadGeometry, GridMismatch, MissingFile, TooLarge, Truncated
 from delineate.io import rtstruct
-from delineate.io.rtstruct import read_structures, referenced_series, structure_names
+from delineate.io.dicom_series import the_series
+from delineate.io.exports import export_label
+from delineate.io.formats import read_volume
+from delineate.io.rtstruct import outlines, read_structures, referenced_series, structure_names, write_structures
 
 TO_LPS = np.array([-1.0, -1.0, 1.0])
 TURN = np.array([[0.9, 0.43588989, 0], [-0.43588989, 0.9, 0], [0, 0, 1.0]])
@@ -241,3 +247,120 @@ def test_what_no_structure_set_holds_is_refused_before_it_fills_the_memory(tmp_p
     packed.save_as(path)
     with pytest.raises(BadFormat, match="uncompressed"):
         read_structures(path, AXIAL)
+
+
+def ragged(rng: np.random.Generator, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    """Pieces of any form: with holes, islands within them, corners that touch, and the border of the grid."""
+    return rng.random(shape) < rng.uniform(0.2, 0.95)
+
+
+def test_every_plane_is_outlined_so_that_another_library_fills_it_again(rng) -> None:
+    """Each piece by one polygon, holes included; the polygons' areas are the pixels'."""
+    for number in range(60):
+        plane = ragged(rng, (int(rng.integers(1, 14)), int(rng.integers(1, 14)))) if number else np.ones((5, 7), bool)
+        centres = np.argwhere(np.ones(plane.shape)).astype(float)
+        found, area = np.zeros(plane.size, int), 0.0
+        for polygon in outlines(plane):
+            (x, y), (after_x, after_y) = polygon.T, np.roll(polygon, -1, axis=0).T
+            area += (x * after_y - after_x * y).sum() / 2
+            found += even_odd(polygon, centres)
+        np.testing.assert_array_equal(found.reshape(plane.shape), plane)
+        assert area == plane.sum()
+
+
+def even_odd(polygon: np.ndarray, points: np.ndarray) -> np.ndarray:
+    return Polygon([*polygon, polygon[0]], closed=True).contains_points(points)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("frames", ["one a file", "many"])
+def test_what_is_written_is_read_exactly_in_every_orientation(
+    name: str, frames: str, dicom, tmp_path: Path, rng
+) -> None:
+    write = dicom.write if frames == "one a file" else dicom.write_multiframe
+    series = the_series(write("a", np.zeros(SHAPE, np.int16), GRIDS[name]))
+    grid = read_volume(series.folder).grid
+    masks = {"organ": ragged(rng), "tumour, größer": ragged(rng), "nothing": np.zeros(SHAPE, bool)}
+    write_structures(tmp_path / "a.dcm", masks, grid, series)
+    back = read_structures(tmp_path / "a.dcm", grid)
+    assert list(back) == list(masks)
+    for target, mask in masks.items():
+        np.testing.assert_array_equal(back[target], mask)
+    assert referenced_series(tmp_path / "a.dcm") == (series.uid,)
+
+
+def test_other_programs_find_voxels_names_colours_codes_and_images(dicom, tmp_path: Path, rng) -> None:
+    """By pydicom and matplotlib: each contour on the plane of the image that it names, in LPS millimetres."""
+    folder = dicom.write("a", np.zeros(SHAPE, np.int16), GRIDS["oblique"])
+    grid, voxels = read_volume(folder).grid, np.zeros(SHAPE, np.uint8)
+    voxels[3:20, 4:16, 1:5], voxels[8:12, 8:12, 2:4], voxels[9:11, 9:11, 2] = 1, 0, 2
+    targets = Targets({"liver": (1, 2), "tumour": (2,)}, mode="overlapping")
+    liver = Coding(Code("91723000", "SCT", "Anatomical Structure"), Code("10200004", "SCT", "Liver"))
+    legend = Legend({"liver": liver}, {"tumour": "#c0392b"})
+    (path,) = export_label(
+        tmp_path / "a.rtstruct.dcm", LabelVolume(voxels, grid), targets, source=folder, legend=legend
+    )
+    found = pydicom.dcmread(path)
+    scans = {header.SOPInstanceUID: header for header in map(pydicom.dcmread, folder.iterdir())}
+    assert [str(one.ROIName) for one in found.StructureSetROISequence] == ["liver", "tumour"]
+    assert [list(one.ROIDisplayColor) for one in found.ROIContourSequence] == [[86, 180, 233], [192, 57, 43]]
+    coded = found.RTROIObservationsSequence[0].RTROIIdentificationCodeSequence[0]
+    assert (coded.CodeValue, coded.CodingSchemeDesignator, coded.CodeMeaning) == ("10200004", "SCT", "Liver")
+    (frame,) = found.ReferencedFrameOfReferenceSequence
+    (series,) = frame.RTReferencedStudySequence[0].RTReferencedSeriesSequence
+    assert {image.ReferencedSOPInstanceUID for image in series.ContourImageSequence} == scans.keys()
+    header = next(iter(scans.values()))
+    for tag in ("PatientName", "PatientID", "StudyInstanceUID", "FrameOfReferenceUID"):
+        assert found.get(tag) == header.get(tag)
+    assert frame.FrameOfReferenceUID == header.FrameOfReferenceUID
+    expected = targets.masks(voxels)
+    for named, drawn in zip(found.StructureSetROISequence, found.ROIContourSequence, strict=True):
+        filled = np.zeros(SHAPE, int)
+        for one in drawn.ContourSequence:
+            header = scans[one.ContourImageSequence[0].ReferencedSOPInstanceUID]
+            across, down = np.array(header.ImageOrientationPatient, float).reshape(2, 3)
+            offset = np.array(one.ContourData, float).reshape(-1, 3) - np.array(header.ImagePositionPatient, float)
+            assert abs(offset @ np.cross(across, down)).max() < 1e-3
+            row_mm, column_mm = map(float, header.PixelSpacing)
+            pixels = np.column_stack([offset @ across / column_mm, offset @ down / row_mm])
+            k = round(float((np.array(header.ImagePositionPatient) * TO_LPS - grid.affine[:3, 3])[2] / 2.5))
+            filled[:, :, k] += even_odd(pixels, CENTRES).reshape(SHAPE[:2])
+        np.testing.assert_array_equal(filled, expected[str(named.ROIName)])
+
+
+def test_a_structure_set_wants_its_series_its_grid_and_names_that_fit(dicom, tmp_path: Path) -> None:
+    folder = dicom.write("a", np.zeros(SHAPE, np.int16), AXIAL)
+    label, path = LabelVolume(np.ones(SHAPE, np.uint8), AXIAL), tmp_path / "a.rtstruct.dcm"
+    with pytest.raises(BadFormat, match="give the DICOM series"):
+        export_label(path, label, Targets({"a": (1,)}))
+    elsewhere = LabelVolume(label.voxels, AXIAL.crop((1, 0, 0), SHAPE))
+    with pytest.raises(GridMismatch, match="predict on the series"):
+        export_label(path, elsewhere, Targets({"a": (1,)}), source=folder)
+    for name in ("a" * 65, "a\\b"):
+        with pytest.raises(BadFormat, match="rename the target"):
+            export_label(path, label, Targets({name: (1,)}), source=folder)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("keyword", ["PatientName", "StudyDate", "AccessionNumber", "FrameOfReferenceUID"])
+@pytest.mark.parametrize("value", [None, "?", "Ärztin^Zoë"], ids=["missing", "strange", "Latin"])
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # about the strange values, when they are written here
+def test_strange_headers_become_a_structure_set_or_a_code(keyword: str, value: str | None, dicom, tmp_path) -> None:
+    folder = dicom.write("a", np.zeros(SHAPE, np.int16), AXIAL)
+    for path in folder.iterdir():
+        header = pydicom.dcmread(path)
+        header.SpecificCharacterSet = "ISO_IR 100"
+        del header[keyword]
+        if value is not None:
+            setattr(header, keyword, value)
+        header.save_as(path)
+    path, label = tmp_path / "a.rtstruct.dcm", LabelVolume(np.ones(SHAPE, np.uint8), AXIAL)
+    if value is None and keyword == "FrameOfReferenceUID":
+        with pytest.raises(BadFormat, match="missing or garbled"):
+            export_label(path, label, Targets({"größer": (1,)}), source=folder)
+        assert not path.exists()
+        return
+    export_label(path, label, Targets({"größer": (1,)}), source=folder)
+    written = pydicom.dcmread(path)
+    assert str(written.StructureSetROISequence[0].ROIName) == "größer"
+    assert str(written[keyword].value or "") == (value or "")

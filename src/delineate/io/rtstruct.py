@@ -2,24 +2,33 @@
 
 A voxel belongs to a structure if its centre lies inside the structure's contours. Those that share a slice are combined
 by exclusive or, and each by the even–odd rule: a contour within another is a hole, and so is what a keyhole leads to.
+
+What is written runs along the edges of voxels: every reader that goes by centres finds the same voxels again, and the
+area of the contours is the voxels'. Holes are keyholes, which all readers understand: each is joined to what surrounds
+it by a line along edges, there and back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset, dcmread
-from pydicom.uid import RTStructureSetStorage
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from delineate.core.grid import Grid
+from delineate.core.legend import PLAIN, Legend
 from delineate.core.text import near, printable
 from delineate.errors import BadFormat, BadGeometry, GridMismatch, MissingFile, TooLarge, Truncated
-from delineate.io.dicom_series import Instance, parsing
-from delineate.io.files import Limits
+from delineate.io.dicom import Frame, describe_series, frames_of
+from delineate.io.dicom_series import Instance, Series, parsing
+from delineate.io.files import Limits, writing_beside
 from delineate.io.voxels import LPS_TO_RAS
 
 _MOST_BYTES = 2**28
@@ -229,3 +238,195 @@ def _filled(
     flips = np.bincount(crossed * shape[1] + line, minlength=(shape[0] + 1) * shape[1]).reshape(-1, shape[1])
     inside: NDArray[np.bool_] = np.cumsum(flips, axis=0)[:-1] % 2 == 1
     return inside, total
+
+
+_COPIED = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+    "AccessionNumber", "ReferringPhysicianName",
+)  # fmt: skip
+"""What a structure set must say about its patient and study, if only that it is unknown."""
+
+_LONGEST_NAME = 64  # characters, by the standard
+_STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"  # retired with nothing in its place, but still required in references
+
+
+def write_structures(
+    path: Path, masks: Mapping[str, NDArray[np.bool_]], grid: Grid, source: Series, *, legend: Legend = PLAIN
+) -> None:
+    """Write masks (X, Y, Z) by target name as structures 1, 2, … on the slices of the series they were found in.
+
+    :func:`read_structures` gives back the same masks. Overlaps are kept; an empty mask is a structure without
+    contours. ``legend`` says what the targets are. Patient, study and frame of reference are the source's:
+    docs/privacy.md lists the fields.
+
+    Raises :class:`GridMismatch` where the masks are not on the series' grid, :class:`BadFormat` for headers that cannot
+    be copied or a name beyond 64 characters, and :class:`OutputError`.
+    """
+    from delineate.io.dicom_seg import copying  # imports highdicom, which reading does not need
+
+    series_grid, _ = describe_series(source)
+    if not grid.matches(series_grid, 0.1):
+        raise GridMismatch(
+            f"the label is {grid}, the series '{source.description}' is {series_grid}", fix="predict on the series"
+        )
+    if long := [name for name in masks if len(name) > _LONGEST_NAME or "\\" in name]:
+        raise BadFormat(
+            f"'{long[0]}' cannot be the name of a structure, which has {_LONGEST_NAME} characters at most and no "
+            "backslash",
+            fix="rename the target, or choose another --format",
+        )
+    frames = frames_of(source)
+    with copying(source):
+        whole = _header(source, frames)
+        images = _images(frames)
+        whole.ReferencedFrameOfReferenceSequence = [_referenced(whole, source, images)]
+        whole.StructureSetROISequence, whole.ROIContourSequence, whole.RTROIObservationsSequence = [], [], []
+        for number, (name, colour) in enumerate(legend.colours_of([*masks]).items(), start=1):
+            structure, drawn, observed = Dataset(), Dataset(), Dataset()
+            structure.ROINumber, structure.ROIName = number, name
+            structure.ReferencedFrameOfReferenceUID = whole.FrameOfReferenceUID
+            structure.ROIGenerationAlgorithm = "AUTOMATIC"
+            drawn.ReferencedROINumber, drawn.ROIDisplayColor = number, list(colour)
+            if contours := [*_contours_of(masks[name], grid, images)]:
+                drawn.ContourSequence = contours
+            observed.ObservationNumber = observed.ReferencedROINumber = number
+            observed.RTROIInterpretedType = observed.ROIInterpreter = ""
+            if name in legend.codes:
+                what, code = legend.codes[name].type, Dataset()
+                code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = what.value, what.scheme, what.meaning
+                observed.RTROIIdentificationCodeSequence = [code]
+            whole.StructureSetROISequence.append(structure)
+            whole.ROIContourSequence.append(drawn)
+            whole.RTROIObservationsSequence.append(observed)
+        with writing_beside(path) as beside:
+            whole.save_as(beside, enforce_file_format=True)
+
+
+def _header(source: Series, frames: Sequence[Frame]) -> Dataset:
+    """A structure set without its structures."""
+    with frames[0].instance.open() as file:
+        scan = dcmread(file, stop_before_pixels=True, specific_tags=[*_COPIED, "FrameOfReferenceUID"])
+    whole, meta, now = Dataset(), FileMetaDataset(), datetime.now()
+    # Lengths of values have 16 bits in explicit VR, too few for a long contour.
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ImplicitVRLittleEndian, RTStructureSetStorage
+    meta.MediaStorageSOPInstanceUID = whole.SOPInstanceUID = generate_uid(prefix=None)
+    whole.file_meta, whole.SpecificCharacterSet = meta, "ISO_IR 192"
+    scan.decode()
+    for keyword in _COPIED:
+        if keyword in scan:
+            whole[keyword] = scan[keyword]
+        else:
+            setattr(whole, keyword, "")
+    whole.StudyInstanceUID, whole.FrameOfReferenceUID = source.study, scan.FrameOfReferenceUID
+    whole.PositionReferenceIndicator = ""
+    whole.SOPClassUID, whole.Modality = RTStructureSetStorage, "RTSTRUCT"
+    whole.SeriesInstanceUID, whole.SeriesNumber = generate_uid(prefix=None), source.number + 2000
+    whole.SeriesDescription, whole.OperatorsName, whole.InstanceNumber = "Delineate: not for diagnosis", "", 1
+    whole.Manufacturer = whole.ManufacturerModelName = "Delineate"
+    whole.SoftwareVersions = version("delineate")
+    whole.StructureSetLabel, whole.ApprovalStatus = "DELINEATE", "UNAPPROVED"
+    whole.StructureSetDate = whole.InstanceCreationDate = now.strftime("%Y%m%d")
+    whole.StructureSetTime = whole.InstanceCreationTime = now.strftime("%H%M%S")
+    return whole
+
+
+def _images(frames: Sequence[Frame]) -> list[Dataset]:
+    """References to the images of a series."""
+    headers: dict[Instance, Dataset] = {}
+    references = []
+    for frame in frames:
+        if frame.instance not in headers:
+            with frame.instance.open() as file:
+                tags = ["SOPClassUID", "SOPInstanceUID", "NumberOfFrames"]
+                headers[frame.instance] = dcmread(file, stop_before_pixels=True, specific_tags=tags)
+        header, image = headers[frame.instance], Dataset()
+        image.ReferencedSOPClassUID, image.ReferencedSOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
+        if "NumberOfFrames" in header:
+            image.ReferencedFrameNumber = frame.index + 1
+        references.append(image)
+    return references
+
+
+def _referenced(whole: Dataset, source: Series, images: Sequence[Dataset]) -> Dataset:
+    """The frame of reference, in it the study, in it the series, and its images."""
+    frame, study, series = Dataset(), Dataset(), Dataset()
+    series.SeriesInstanceUID, series.ContourImageSequence = source.uid, list(images)
+    study.ReferencedSOPClassUID, study.ReferencedSOPInstanceUID = _STUDY_CLASS, source.study
+    study.RTReferencedSeriesSequence = [series]
+    frame.FrameOfReferenceUID, frame.RTReferencedStudySequence = whole.FrameOfReferenceUID, [study]
+    return frame
+
+
+def _contours_of(mask: NDArray[np.bool_], grid: Grid, images: Sequence[Dataset]) -> Iterator[Dataset]:
+    """Contours around the voxels of each slice."""
+    for k in np.flatnonzero(mask.any(axis=(0, 1))).tolist():
+        for outline in outlines(mask[:, :, k]):
+            points = grid.world(np.column_stack([outline, np.full(len(outline), float(k))])) * LPS_TO_RAS
+            contour = Dataset()
+            contour.ContourImageSequence = [images[k]]
+            contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", len(points)
+            contour.ContourData = [f"{value:.4f}" for value in points.ravel()]
+            yield contour
+
+
+def outlines(plane: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
+    """Closed polygons (n, 2) along the edges of a plane's pixels, in pixels: one around each piece, holes as keyholes.
+
+    Pixels that touch only at a corner are pieces of their own. A piece lies to the left of its polygon.
+    """
+    loops = _loops(plane)
+    on = {vertex: number for number, loop in enumerate(loops) for vertex in loop}
+    firsts = [min(loop) for loop in loops]
+    holes = [number for number, loop in enumerate(loops) if _doubled_area(loop) < 0]
+    # From each hole's first vertex a line leads to the next loop to the left, the piece's outline or a hole that is
+    # further left. The holes on the right come first, so that they are whole when another takes them in.
+    for number in sorted(holes, key=lambda number: firsts[number], reverse=True):
+        x, y = firsts[number]
+        left = next((i, y) for i in range(x - 1, -1, -1) if (i, y) in on)
+        around, hole = loops[on[left]], loops[number]
+        begin, at = hole.index((x, y)), around.index(left)
+        around[at:at] = [left, *hole[begin:], *hole[:begin], (x, y)]
+    return [_straightened(loop) - 0.5 for number, loop in enumerate(loops) if number not in set(holes)]
+
+
+Vertex = tuple[int, int]
+_STEPS: tuple[Vertex, ...] = ((1, 0), (0, 1), (-1, 0), (0, -1))  # each to the left of the one before
+
+
+def _loops(plane: NDArray[np.bool_]) -> list[list[Vertex]]:
+    """Closed walks along the borders between inside, on the left, and outside; vertex (0, 0) is the first corner.
+
+    At a corner where four borders meet, they turn left and so stay with one pixel.
+    """
+    padded = np.pad(plane, 1)
+    inside, outside = padded[1:-1, 1:-1], ~padded
+    ahead = np.zeros((4, plane.shape[0] + 1, plane.shape[1] + 1), bool)  # whether a border leaves a vertex that way
+    ahead[0, :-1, :-1] = inside & outside[1:-1, :-2]
+    ahead[1, 1:, :-1] = inside & outside[2:, 1:-1]
+    ahead[2, 1:, 1:] = inside & outside[1:-1, 2:]
+    ahead[3, :-1, 1:] = inside & outside[:-2, 1:-1]
+    borders = {(int(d), int(i), int(j)) for d, i, j in np.argwhere(ahead)}
+    loops = []
+    for first in sorted(borders):
+        loop: list[Vertex] = []
+        way, i, j = first
+        while (way, i, j) in borders:
+            borders.remove((way, i, j))
+            loop.append((i, j))
+            i, j = i + _STEPS[way][0], j + _STEPS[way][1]
+            way = next((turn % 4 for turn in (way + 1, way, way - 1) if (turn % 4, i, j) in borders), way)
+        if loop:
+            loops.append(loop)
+    return loops
+
+
+def _doubled_area(loop: Sequence[Vertex]) -> int:
+    """Positive for a loop with its inside on the left all around, negative for a hole."""
+    return sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(loop, [*loop[1:], loop[0]], strict=True))
+
+
+def _straightened(loop: Sequence[Vertex]) -> NDArray[np.float64]:
+    """A loop's vertices without those on a straight way."""
+    points = np.array(loop, dtype=np.float64)
+    before, after = np.sign(points - np.roll(points, 1, axis=0)), np.sign(np.roll(points, -1, axis=0) - points)
+    return points[(before != after).any(axis=1)]
