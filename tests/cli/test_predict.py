@@ -383,7 +383,7 @@ def test_a_format_that_does_not_fit_is_said_before_the_network_is_loaded(
     with monkeypatch.context() as patch:
         patch.setattr(Bundle, "trained_network", None)
         done = predict(bundle, scans, "-o", scans / "out", "--format", "dcm", code=1)
-    assert "E_FORMAT: a DICOM-SEG must refer to a DICOM series" in str(done.exception)
+    assert "E_FORMAT: a label in DICOM must refer to a DICOM series" in str(done.exception)
     assert not (scans / "out").exists()
 
 

@@ -27,6 +27,7 @@ from delineate.datasets.splits import Split, load_split, save_split
 from delineate.errors import DelineateError, UnknownLayout
 from delineate.evaluation.table import Evaluation
 from delineate.io.formats import read_header, read_volume, write_label, write_volume
+from delineate.io.rtstruct import read_structures, referenced_series, structure_names
 from delineate.pretrained.weights import read_tensors
 from delineate.recipe import DataSpec, apply_changes, load_recipe, recipe_from
 from delineate.training.checkpoint import SafeCheckpointIO, steps_done
@@ -188,6 +189,36 @@ def dicom(folder: Path, name: str = "slice.dcm") -> Path:
     path = folder / name
     scan.save_as(path, enforce_file_format=True)
     return path
+
+
+def structure_set(folder: Path) -> Path:
+    """A square on each of two slices; each element has the length that its value has."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = RTStructureSetStorage, "1.2.3"
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    whole, roi, drawn, referenced = Dataset(), Dataset(), Dataset(), Dataset()
+    whole.file_meta = meta
+    whole.SOPClassUID, whole.SOPInstanceUID, whole.Modality = RTStructureSetStorage, "1.2.3", "RTSTRUCT"
+    roi.ROINumber, roi.ROIName, drawn.ReferencedROINumber, drawn.ContourSequence = 1, "organ", 1, []
+    for z in (0, 3):
+        contour = Dataset()
+        contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", 4
+        contour.ContourData = [-0.5, -0.5, z, -3.5, -0.5, z, -3.5, -3.5, z, -0.5, -3.5, z]
+        drawn.ContourSequence.append(contour)
+    referenced.SeriesInstanceUID = "1.2.4"
+    study, frame = Dataset(), Dataset()
+    study.RTReferencedSeriesSequence, frame.RTReferencedStudySequence = [referenced], [study]
+    whole.ReferencedFrameOfReferenceSequence = [frame]
+    whole.StructureSetROISequence, whole.ROIContourSequence = [roi], [drawn]
+    whole.save_as(folder / "structures.dcm", enforce_file_format=True)
+    return folder / "structures.dcm"
+
+
+def use_structures(path: Path) -> object:
+    return structure_names(path), referenced_series(path), read_structures(path, GRID)
 
 
 def dicom_zip(folder: Path) -> Path:
@@ -461,6 +492,7 @@ FUZZES = {
     "state": Fuzz(state, use_state, spoil=in_header),
     "DICOM": Fuzz(dicom, lambda path: read_volume(path.parent), spoil=in_dicom),
     "DICOM header": Fuzz(dicom, lambda path: read_header(path.parent), spoil=in_dicom),
+    "RTSTRUCT": Fuzz(structure_set, use_structures, spoil=raw),
     "zip": Fuzz(dicom_zip, read_volume, spoil=inside(".dcm", in_dicom)),
     "PNG": Fuzz(picture(".png"), read_volume),
     "TIFF": Fuzz(picture(".tif"), read_volume),

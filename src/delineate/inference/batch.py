@@ -283,7 +283,8 @@ def carry_out(
     yield from _measure_predicted(outputs, planned.unmeasured)
     if planned.ahead:
         made = predictor()
-        if outputs.suffix not in (*DICOM_SUFFIXES, SEGMENTATION_SUFFIX):  # which hold names and colours themselves
+        # These formats hold names and colours themselves.
+        if not outputs.suffix.endswith((*DICOM_SUFFIXES, SEGMENTATION_SUFFIX)):
             write_legends(outputs.folder, made.targets, made.bundles[0].recipe.data.legend)
         yield from predict_subjects(
             made, planned.ahead, outputs.folder, on_oddities=on_oddities, on_tile=on_tile, outputs=outputs

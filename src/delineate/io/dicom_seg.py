@@ -42,13 +42,13 @@ _MAY_BE_EMPTY = (
 
 
 @contextmanager
-def _copying(source: Series) -> Iterator[None]:
-    """Guard copying header fields into a DICOM-SEG: the library's errors about odd ones may quote the patient."""
+def copying(source: object) -> Iterator[None]:
+    """Guard copying header fields into what is made from a scan: the library's errors may quote the patient."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadFormat(
-            f"in the headers of {source}, fields that a DICOM-SEG has to copy are missing or garbled "
+            f"in the headers of {source}, fields that a result has to copy are missing or garbled "
             f"({type(error).__name__})",
             fix="export the series again, or choose another --format",
         ) from error
@@ -109,7 +109,7 @@ def write_segmentation(
     with warnings.catch_warnings():
         # The library's warning about an unusual name prints the patient's name.
         warnings.filterwarnings("ignore", message="The string .* person name", category=UserWarning)
-        with _copying(source):
+        with copying(source):
             segmentation = highdicom.seg.Segmentation(
                 source_images=headers,
                 pixel_array=pixels,

@@ -40,6 +40,7 @@ except ModuleNotFoundError as error:
 logging.getLogger("pydicom").addHandler(logging.NullHandler())
 
 _MOST_FILES = 100_000
+_LEVELS = 4  # folders up, to look for what contours were drawn on
 _RATIO, _RATIO_FROM = 100, 2**28
 """How many times its own size a zip of scans may unpack to, and up to how many bytes any ratio is allowed."""
 _TAGS = [
@@ -136,6 +137,10 @@ class Series:
         """UIDs of its images."""
         return frozenset(str(header.get("SOPInstanceUID", "")) for header in self.headers)
 
+    def holds_what(self, other: Series) -> bool:
+        """Whether segments or contours refer to it, or to one of its images."""
+        return self.uid in other.refers_to or bool(self.images & other.refers_to)
+
     def __str__(self) -> str:
         holds = "contours" if self.modality == CONTOURS else f"{self.slices} slices"
         return f"'{self.description or self.uid}' ({self.modality}, {holds})"
@@ -190,6 +195,21 @@ def the_series(path: Path, pattern: str | None = None, limits: Limits = Limits()
         raise MissingFile(f"no series in '{path}' matches '{pattern}'", fix=f"choose from {listed}")
     raise SeveralSeries(
         f"'{path}' holds {len(fitting)} series: {listed}", fix="choose one by a pattern that its description matches"
+    )
+
+
+def drawn_on(path: Path, limits: Limits = Limits()) -> Series:  # noqa: B008 - frozen
+    """The series beside a file of contours, or around its folder, that the contours refer to; of several, the first.
+
+    Raises :class:`MissingFile` where there is none.
+    """
+    [contours] = [one for one in find_objects(path, limits) if one.modality == CONTOURS]
+    for above in list(path.absolute().parents)[:_LEVELS]:
+        for series in find_objects(above, limits):
+            if series.slices and series.modality not in MARKING and series.holds_what(contours):
+                return series
+    raise MissingFile(
+        f"the series that '{path}' was drawn on does not lie beside it", fix="put it into the same folder as the study"
     )
 
 

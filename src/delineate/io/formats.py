@@ -25,6 +25,7 @@ __all__ = [
     "FORMATS",
     "PICTURE_SUFFIXES",
     "SEGMENTATION_SUFFIX",
+    "STRUCTURES_SUFFIX",
     "SUFFIXES",
     "VTK_SUFFIXES",
     "Format",
@@ -51,6 +52,8 @@ VTK_SUFFIXES = (".vtk", ".vti")
 
 SEGMENTATION_SUFFIX = ".seg.nrrd"
 """A label whose header names its segments, written by :func:`delineate.io.exports.export_label`."""
+STRUCTURES_SUFFIX = ".rtstruct.dcm"
+"""A label as contours on the slices of a DICOM series (RT Structure Set), written in the same way."""
 _FOREIGN = {
     ".seg.nhdr": "a 3D Slicer segmentation in two files; write .seg.nrrd",
     ".seq.nrrd": "a sequence of volumes; write each as .nrrd",

@@ -101,8 +101,10 @@ def _of_slicer(path: Path, limits: Limits) -> Segments | None:
 
 
 def _of_dicom(path: Path, limits: Limits) -> Segments | None:
-    from delineate.io.dicom_series import the_series
+    from delineate.io.dicom_series import CONTOURS, find_objects, the_series
 
+    if path.is_file() and [one.modality for one in find_objects(path, limits)] == [CONTOURS]:
+        return _of_contours(path, limits)
     series = the_series(path, limits=limits)
     if series.modality != "SEG":
         return None
@@ -117,6 +119,19 @@ def _of_dicom(path: Path, limits: Limits) -> Segments | None:
             yield _widened(mask, own, grid)  # many programs leave empty slices out
 
     return Segments(path, tuple(numbered.values()), read)
+
+
+def _of_contours(path: Path, limits: Limits) -> Segments:
+    from delineate.io.dicom import describe_series
+    from delineate.io.dicom_series import drawn_on
+    from delineate.io.rtstruct import read_structures, structure_names
+
+    def read(names: Sequence[str], grid: Grid | None) -> Iterator[Mask]:
+        lies = grid or describe_series(drawn_on(path, limits), limits)[0]
+        masks = read_structures(path, lies, names, limits)
+        return ((masks[name], lies) for name in names)
+
+    return Segments(path, structure_names(path), read)
 
 
 def _widened(mask: NDArray[np.bool_], own: Grid, grid: Grid | None) -> Mask:
