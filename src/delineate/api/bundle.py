@@ -19,6 +19,7 @@ from delineate.core.tables import html_table
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, check_grids, load_scan
+from delineate.datasets.series_rules import Images
 from delineate.errors import BadVoxels, BundleError, DatasetError, DelineateError, MissingFile, RecipeError
 from delineate.inference.batch import carry_out, find_subjects, unseen_by, with_quantity
 from delineate.inference.outputs import Outputs
@@ -228,7 +229,7 @@ def predict(
     out: str | Path,
     *,
     format: str = "nii.gz",
-    images: str | Mapping[str, str] | None = None,
+    images: Images | None = None,
     unseen: bool = False,
     quantity: str | None = None,
     margin_mm: float = 0.0,
@@ -250,7 +251,7 @@ def predict(
     out: str | Path | None = None,
     *,
     format: str = "nii.gz",
-    images: str | Mapping[str, str] | None = None,
+    images: Images | None = None,
     unseen: bool = False,
     quantity: str | None = None,
     margin_mm: float = 0.0,
@@ -279,9 +280,9 @@ def predict(
 
     With ``out``, existing predictions by the same bundle are kept, unless ``overwrite`` is set; a scan that cannot
     be read does not stop the rest; ``review.csv`` in the folder lists what to look at first. ``format`` is nii.gz,
-    mha, nrrd, seg.nrrd, vtk, vti, dcm, or a plugin's format; ``images`` are file patterns of the channels; ``unseen``
-    leaves out subjects that were used to train the bundle or to select its weights; ``probabilities`` go to a
-    folder of that name.
+    mha, nrrd, seg.nrrd, vtk, vti, dcm, or a plugin's format; ``images`` are file patterns of the channels, or rules
+    for DICOM series; ``unseen`` leaves out subjects that were used to train the bundle or to select its weights;
+    ``probabilities`` go to a folder of that name.
 
     With ``quantity``, such as ``fat_fraction``, the targets of every label are measured into ``measurements.csv``
     and ``.json`` in the folder, those of existing labels too, as :meth:`Prediction.measure` measures one. The
@@ -338,7 +339,7 @@ def predict(
 def _subjects(
     inputs: str | Path | Sequence[str | Path] | Dataset,
     channels: Sequence[str],
-    images: str | Mapping[str, str] | None,
+    images: Images | None,
     quantity: QuantityMap | None,
 ) -> list[Subject]:
     if isinstance(inputs, Dataset):

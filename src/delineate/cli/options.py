@@ -77,6 +77,14 @@ ChannelImages = Annotated[
         "Can be repeated.",
     ),
 ]
+RulesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--rules",
+        help="Pick DICOM series by the rules in this YAML file, for each channel and the label; `delineate data series "
+        "--rules` shows what they pick.",
+    ),
+]
 Labels = Annotated[
     str | None,
     typer.Option("--labels", help="Find the labels by this pattern below the folder, such as '*/label.nii'."),

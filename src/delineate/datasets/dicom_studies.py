@@ -201,13 +201,16 @@ def _one_file(series: Series) -> Path:
 
 
 def _places(studies: Sequence[Study]) -> Callable[[Series], Path]:
-    """A path that stands for a series: its folder, or one of its files if the folder holds other series too."""
+    """A path that stands for a series: its folder, or one of its files if the folder holds other series too.
+
+    Contours are a file.
+    """
     folders = Counter(series.folder for study in studies for series in study.series)
     above = {parent for folder in folders for parent in folder.parents}
 
     def place(series: Series) -> Path:
         alone = folders[series.folder] == 1 and series.folder not in above
-        return series.folder if alone else _one_file(series)
+        return series.folder if alone and series.slices else _one_file(series)
 
     return place
 

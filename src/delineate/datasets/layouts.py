@@ -35,9 +35,10 @@ from delineate.datasets.folder import (
     with_sites,
 )
 from delineate.datasets.pairs import PAIRS, proposed
+from delineate.datasets.series_rules import Images, Rule
 from delineate.errors import BadPath, DatasetError, DuplicateSubject, UnknownLayout
 from delineate.io.files import parsing
-from delineate.io.formats import holds_label, name_of, suffix_of
+from delineate.io.formats import PICTURE_SUFFIXES, holds_label, name_of, suffix_of
 from delineate.plugins import Parts, requirement_of
 
 
@@ -45,8 +46,8 @@ def open_dataset(
     path: Path | str,
     *,
     layout: str = "auto",
-    images: str | Mapping[str, str] | None = None,
-    labels: str | None = None,
+    images: Images | None = None,
+    labels: Rule | None = None,
     targets: Targets | None = None,
 ) -> Dataset:
     """Open the data set in a folder (or the one scan in a file), in whichever of :data:`LAYOUTS` it uses.
@@ -61,8 +62,9 @@ def open_dataset(
     ``images`` and ``labels`` are patterns such as ``*/artery.nii`` and ``*/label.nii``, relative to
     ``path``: files belong together if their wildcards match the same text. Give each of several channels
     its own pattern, ``{"T1": "*/t1.nii", "T2": "*/t2.nii"}``. For DICOM, patterns are matched against
-    series descriptions. ``targets`` replace those that the data set names. Only names (and DICOM headers)
-    are read, except where only voxels tell a scan from its label: problems with a subject, including a
+    series descriptions, and a rule may stand in place of a pattern, ``{"T1": {"description": "*t1*", "number": 3}}``,
+    with the fields description, protocol, modality, number and folder. ``targets`` replace those that the data set
+    names. Only names (and DICOM headers) are read, except where only voxels tell a scan from its label: problems with a subject, including a
     missing label, are found by :func:`delineate.datasets.inspection.inspect`.
 
     A layout is recognised by its pairs of scans and labels; ``reason`` says by which. A file that looks
@@ -82,24 +84,47 @@ def open_dataset(
     return dataset if targets is None else replace(dataset, targets=targets)
 
 
-def _opened(root: Path, layout: str, images: str | Mapping[str, str] | None, labels: str | None) -> Dataset:
+def _opened(root: Path, layout: str, images: Images | None, labels: Rule | None) -> Dataset:
     if root.is_file() and suffix_of(root):
         dataset = _read_file(root)
     else:
         # Patterns are relative to the folder that was given.
         root = root if images is not None else own_folder(root)
         folder = Folder.walk(root)
-        # DICOM has no suffix to recognise it by: it is looked for only if nothing else is found.
-        wanted = layout == "dicom" or (layout == "auto" and not folder.scans)
+        # DICOM has no suffix to recognise it by: it is looked for only if nothing else is found but pictures, which may
+        # be its labels or previews.
+        wanted = layout == "dicom" or (layout == "auto" and _only_pictures(folder.scans) and not _for_pictures(images))
         studies = read_studies(root, images, labels) if wanted else None
         if studies is not None:
             dataset = studies
         elif images is not None:
-            dataset = _read_patterns(folder, images, labels)
+            dataset = _read_patterns(folder, *_plain(folder, images, labels))
         else:
             dataset = _read(folder, _automatic(folder) if layout == "auto" else [LAYOUTS[layout]])
         dataset = replace(with_sites(dataset), simulated=(root / SIMULATED).is_file())
     return dataset
+
+
+def _only_pictures(scans: Sequence[Path]) -> bool:
+    return all(suffix_of(path) in PICTURE_SUFFIXES for path in scans)
+
+
+def _for_pictures(images: Images | None) -> bool:
+    """Whether a pattern asks for pictures."""
+    patterns = [images] if isinstance(images, str) else list((images or {}).values())
+    return any(isinstance(pattern, str) and pattern.lower().endswith(PICTURE_SUFFIXES) for pattern in patterns)
+
+
+def _plain(folder: Folder, images: Images, labels: Rule | None) -> tuple[str | dict[str, str], str | None]:
+    """The patterns for files. Raises :class:`UnknownLayout` for rules, which are for DICOM alone."""
+    named = {"image": images} if isinstance(images, str) else images
+    patterns = {name: pattern for name, pattern in named.items() if isinstance(pattern, str)}
+    if len(patterns) < len(named) or not (labels is None or isinstance(labels, str)):
+        raise UnknownLayout(
+            f"there are rules for DICOM series, but no DICOM in '{folder.root}': found {_summary(folder)}",
+            fix="give patterns for file names",
+        )
+    return images if isinstance(images, str) else patterns, labels
 
 
 def _automatic(folder: Folder) -> list[Layout]:
@@ -631,7 +656,9 @@ SUBJECT_0000.nii.gz SUBJECT_0001…     or a file for each channel""",
             "dicom",
             """\
 SUBJECT/…                             DICOM files in any folders; a study is a subject, its series are
-                                      channels: --images '*flair*' or {T1: '*t1*', FLAIR: '*flair*'}""",
+                                      channels: --images '*flair*', or --rules rules.yaml
+        masks/…                       its label: DICOM-SEG, RTSTRUCT, a series called mask, or pictures,
+                                      one for each slice, in a folder beside the series (masks, Ground, …)""",
             lambda folder: read_studies(folder.root),
         ),
     )

@@ -20,6 +20,7 @@ from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something, load_map, load_scan, read_numbered, with_maps
+from delineate.datasets.series_rules import Images
 from delineate.errors import BadFormat, Cancelled, DatasetError, DelineateError, MissingFile, OutputError, RecipeError
 from delineate.fingerprint import Oddity
 from delineate.inference.measurements import measure_label, rows_of, write_measurements
@@ -49,12 +50,12 @@ class Outcome:
 def find_subjects(
     inputs: Sequence[Path],
     channels: Sequence[str],
-    images: str | Mapping[str, str] | None = None,
+    images: Images | None = None,
     quantity: QuantityMap | None = None,
 ) -> list[Subject]:
     """Subjects in folders (any known layout, or loose scans) and files, with the channels in the bundle's order.
 
-    ``images`` are patterns as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
+    ``images`` are patterns or rules as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
     lacks a channel is returned as it is; :func:`predict_subjects` reports it. A ``quantity`` is added as a
     separate channel. Raises :class:`MissingFile` for an input that does not exist, or if every subject lacks
     a channel.

@@ -137,9 +137,9 @@ class Series:
         """UIDs of its images."""
         return frozenset(str(header.get("SOPInstanceUID", "")) for header in self.headers)
 
-    def holds_what(self, other: Series) -> bool:
-        """Whether segments or contours refer to it, or to one of its images."""
-        return self.uid in other.refers_to or bool(self.images & other.refers_to)
+    def is_among(self, uids: frozenset[str]) -> bool:
+        """Whether it, or one of its images, has one of these UIDs."""
+        return self.uid in uids or not self.images.isdisjoint(uids)
 
     def __str__(self) -> str:
         holds = "contours" if self.modality == CONTOURS else f"{self.slices} slices"
@@ -174,7 +174,7 @@ def find_objects(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa
     series = []
     for uid, members in found.items():
         with parsing(members[0][0]):
-            series += [_described(uid, part) for part in _by_folder(members)]
+            series += [_described(uid, part) for part in _apart(members)]
     if path.is_file() and path.suffix.lower() != ".zip":
         series = [s for s in series if any(instance.path == path for instance in s.instances)]
     return sorted(series, key=lambda s: (s.date, s.study, s.number, s.description, s.uid, str(s.instances[0])))
@@ -198,18 +198,29 @@ def the_series(path: Path, pattern: str | None = None, limits: Limits = Limits()
     )
 
 
+def is_contours(path: Path, limits: Limits = Limits()) -> bool:  # noqa: B008 - frozen
+    """Whether a file holds contours, of DICOM."""
+    if not path.is_file() or path.suffix.lower() == ".zip":
+        return False
+    with parsing(path):
+        header = _header(Instance(path), limits)
+    return header is not None and header.get("Modality") == CONTOURS
+
+
 def drawn_on(path: Path, limits: Limits = Limits()) -> Series:  # noqa: B008 - frozen
-    """The series beside a file of contours, or around its folder, that the contours refer to; of several, the first.
+    """The series around a file of contours that they refer to; of several, the first.
 
     Raises :class:`MissingFile` where there is none.
     """
-    [contours] = [one for one in find_objects(path, limits) if one.modality == CONTOURS]
+    with parsing(path):
+        header = _header(Instance(path), limits)
+        refers_to = frozenset(_referred(header)) if header is not None else frozenset()
     for above in list(path.absolute().parents)[:_LEVELS]:
         for series in find_objects(above, limits):
-            if series.slices and series.modality not in MARKING and series.holds_what(contours):
+            if series.slices and series.modality not in MARKING and series.is_among(refers_to):
                 return series
     raise MissingFile(
-        f"the series that '{path}' was drawn on does not lie beside it", fix="put it into the same folder as the study"
+        f"the series that '{path}' was drawn on does not lie beside it", fix="put it into the folder of its study"
     )
 
 
@@ -220,8 +231,11 @@ def fits(series: Series, pattern: str) -> bool:
     return series.uid == pattern or fnmatch(series.description.lower(), pattern.lower())
 
 
-def _by_folder(members: list[tuple[Instance, Dataset]]) -> list[list[tuple[Instance, Dataset]]]:
-    """One series' images, apart by folder if different images of the same places lie in several folders."""
+def _apart(members: list[tuple[Instance, Dataset]]) -> list[list[tuple[Instance, Dataset]]]:
+    """The parts of a series that are a series each: segmentations and contours, which are complete in themselves, and
+    folders, if different images of the same places lie in several."""
+    if any(header.get("Modality") in MARKING for _, header in members):
+        return [[member] for member in members]
     folders: dict[str, list[tuple[Instance, Dataset]]] = defaultdict(list)
     for instance, header in members:
         folders[instance.folder].append((instance, header))

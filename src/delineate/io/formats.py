@@ -149,8 +149,10 @@ def parts_of(path: Path) -> list[Path]:
 
         return sorted({*pictures_in(path), *(file.path for series in drawn_on(path) for file in series.instances)})
     if is_series(path):
-        from delineate.io.dicom_series import the_series
+        from delineate.io.dicom_series import is_contours, the_series
 
+        if is_contours(path):
+            return [path]
         return sorted({instance.path for instance in the_series(path).instances})
     if suffix_of(path) not in (".mhd", ".nhdr") or not path.exists():
         return [path]
@@ -250,8 +252,13 @@ def read_label(
     with parsing(path, BadFormat, fix=_FIX):
         if is_series(path):
             from delineate.io.dicom import read_series
-            from delineate.io.dicom_series import the_series
+            from delineate.io.dicom_series import is_contours, the_series
 
+            if is_contours(path, limits):
+                raise BadFormat(
+                    f"'{path}' holds contours, which have names but no values",
+                    fix="name the targets as its structures are named",
+                )
             series = the_series(path, limits=limits)
             if series.modality == "SEG":
                 from delineate.io.dicom_seg import read_segmentation

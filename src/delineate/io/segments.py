@@ -101,9 +101,9 @@ def _of_slicer(path: Path, limits: Limits) -> Segments | None:
 
 
 def _of_dicom(path: Path, limits: Limits) -> Segments | None:
-    from delineate.io.dicom_series import CONTOURS, find_objects, the_series
+    from delineate.io.dicom_series import is_contours, the_series
 
-    if path.is_file() and [one.modality for one in find_objects(path, limits)] == [CONTOURS]:
+    if is_contours(path, limits):
         return _of_contours(path, limits)
     series = the_series(path, limits=limits)
     if series.modality != "SEG":
