@@ -80,7 +80,7 @@ def parse_patterns(texts: Sequence[str] | None) -> Images | None:
 
 def _rule(text: str) -> Rule:
     """A pattern, or the rule that is written in braces."""
-    if not text.startswith("{"):
+    if not re.fullmatch(r"\{.*:.*\}", text, re.DOTALL):  # unlike {target}
         return text
     from delineate.datasets.series_rules import rule_of
     from delineate.io.settings import parse_yaml

@@ -54,6 +54,11 @@ class Dataset:
         fullest = max((s.channels for s in self.subjects), key=len, default=())
         return tuple(dict.fromkeys((*fullest, *(c for s in self.subjects for c in s.channels))))
 
+    @property
+    def by_name(self) -> bool:
+        """Whether labels name what they mark, so that targets may give it any values."""
+        return all(isinstance(subject.label, Masks) for subject in self.subjects if subject.label is not None)
+
 
 def load_scan(
     subject: Subject,

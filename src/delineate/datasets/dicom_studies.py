@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delineate.core.subject import Label, Subject
+from delineate.core.targets import MOST_TARGETS
 from delineate.datasets.dataset import Dataset, numbered_targets
 from delineate.datasets.dicom_labels import Candidate, candidates, chosen, label_of, likely_label
 from delineate.datasets.folder import labelled
@@ -182,7 +183,7 @@ def read_studies(root: Path, images: Images | None = None, labels: Rule | None =
         notes.append(f"{len(elsewhere)} studies have labels of series that are no channel: {_some(elsewhere)}")
     modalities = {series.modality for study in studies for series in study.scans}
     modality = modalities.pop() if len(modalities) == 1 and modalities <= {"CT", "MR"} else ""
-    named = numbered_targets(targets) if targets else None
+    named = numbered_targets(targets) if 0 < len(targets) <= MOST_TARGETS else None
     reason = f"{len(subjects)} studies in DICOM files, {len(labelled(subjects))} with a label in DICOM or in pictures"
     return Dataset(
         root.resolve().name, root, "dicom", tuple(subjects), named, modality, tuple(notes), reason=reason,

@@ -201,7 +201,7 @@ def inspected(
 
 def _warn_of_other_values(targets: Targets, dataset: Dataset, report: Reporter) -> None:
     """Warn of targets that share a name with the data set's but not its label values, which in BraTS vary by year."""
-    for name, values in (dataset.targets.values if dataset.targets else {}).items():
+    for name, values in (dataset.targets.values if dataset.targets and not dataset.by_name else {}).items():
         if name in targets.values and not set(values) & set(targets.values[name]):
             here, there = (", ".join(map(str, numbers)) for numbers in (targets.values[name], values))
             report.event(
