@@ -11,7 +11,9 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -23,9 +25,11 @@ from delineate.cli.parsing import data_changes, parse_patterns, parse_targets
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.layouts import open_dataset
+from delineate.datasets.series_rules import read_rules
 from delineate.datasets.splits import Split, load_split, save_split
 from delineate.errors import DelineateError, UnknownLayout
 from delineate.evaluation.table import Evaluation
+from delineate.io.dicom_series import Series, find_objects, find_series
 from delineate.io.formats import read_header, read_volume, write_label, write_volume
 from delineate.io.rtstruct import read_structures, referenced_series, structure_names
 from delineate.pretrained.weights import read_tensors
@@ -465,6 +469,25 @@ def use_patterns(path: Path) -> object:
     return open_dataset(folder, images=parse_patterns([images]), labels=labels or None)
 
 
+RULES = """\
+T1: {description: "*t1*", protocol: "*", modality: MR, number: 4}
+FLAIR: "*fl?ir*"
+PD: {folder: "pd/[a-z]*", number: 0}
+label: {modality: SEG}
+"""
+
+
+def use_rules(path: Path) -> object:
+    rules = read_rules(path)
+    return [rule.fits(series) for rule in (*rules.images.values(), rules.label) if rule for series in some_series()]
+
+
+@cache
+def some_series() -> tuple[Series, ...]:
+    with TemporaryDirectory() as folder:
+        return tuple(find_series(dicom(Path(folder)).parent))
+
+
 FUZZES = {
     "YAML": Fuzz(written("recipe.yaml", RECIPE), load_recipe, spoil=in_yaml),
     "--set": Fuzz(written("changes", *CHANGES), use_changes, text=True, spoil=one_line),
@@ -474,6 +497,7 @@ FUZZES = {
         use_patterns,
         spoil=one_line,
     ),
+    "rules": Fuzz(written("rules.yaml", RULES), use_rules, text=True),
     "dataset.json, msd": Fuzz(msd, lambda path: open_dataset(path.parent), spoil=in_json),
     "dataset.json, nnunet": Fuzz(nnunet, lambda path: open_dataset(path.parent), spoil=in_json),
     "dataset_description.json": Fuzz(
@@ -493,6 +517,7 @@ FUZZES = {
     "DICOM": Fuzz(dicom, lambda path: read_volume(path.parent), spoil=in_dicom),
     "DICOM header": Fuzz(dicom, lambda path: read_header(path.parent), spoil=in_dicom),
     "RTSTRUCT": Fuzz(structure_set, use_structures, spoil=raw),
+    "RTSTRUCT header": Fuzz(structure_set, lambda path: find_objects(path.parent), spoil=raw),
     "zip": Fuzz(dicom_zip, read_volume, spoil=inside(".dcm", in_dicom)),
     "PNG": Fuzz(picture(".png"), read_volume),
     "TIFF": Fuzz(picture(".tif"), read_volume),

@@ -301,11 +301,14 @@ def _names(studies: Mapping[str, Sequence[Series]]) -> dict[str, str]:
     for uid, members in studies.items():
         first, *below = _folders(members)
         chains[uid] = (first, *(name for name in below if not _IDENTIFYING.fullmatch(name)))
-    depth = max(map(len, chains.values()), default=0)
     names = {uid: chain[0] for uid, chain in chains.items()}
-    for length in range(2, depth + 1):
-        count = Counter(names.values())
-        names |= {uid: "_".join(chains[uid][:length]) for uid, name in names.items() if count[name] > 1}
+    for length in range(2, max(map(len, chains.values()), default=0) + 1):
+        alike: dict[str, dict[str, str]] = defaultdict(dict)
+        for uid, name in names.items():
+            alike[name][uid] = "_".join(chains[uid][:length])
+        for longer in alike.values():
+            if len(set(longer.values())) > 1:
+                names |= longer
     count, seen = Counter(names.values()), Counter[str]()
     for uid, name in names.items():
         seen[name] += 1

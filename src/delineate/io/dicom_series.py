@@ -143,7 +143,7 @@ class Series:
 
     def __str__(self) -> str:
         holds = "contours" if self.modality == CONTOURS else f"{self.slices} slices"
-        return f"'{self.description or self.uid}' ({self.modality}, {holds})"
+        return f"'{self.description or self.uid}' ({self.modality} {self.number}, {holds})"
 
 
 def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa: B008 - frozen
