@@ -23,13 +23,16 @@ from PIL import Image
 
 from delineate.cli.parsing import data_changes, parse_patterns, parse_targets
 from delineate.core.grid import Grid
+from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import read_numbered
 from delineate.datasets.layouts import open_dataset
 from delineate.datasets.series_rules import read_rules
 from delineate.datasets.splits import Split, load_split, save_split
 from delineate.errors import DelineateError, UnknownLayout
 from delineate.evaluation.table import Evaluation
 from delineate.io.dicom_series import Series, find_objects, find_series
+from delineate.io.exports import export_label
 from delineate.io.formats import read_header, read_volume, write_label, write_volume
 from delineate.io.rtstruct import read_structures, referenced_series, structure_names
 from delineate.pretrained.weights import read_tensors
@@ -162,6 +165,23 @@ def bids(name: str) -> Callable[[Path], Path]:
         return folder / name
 
     return make
+
+
+def masks(folder: Path) -> Path:
+    for name in ("s01", "s02"):
+        write_volume(folder / name / "ct.nii", Volume(VOXELS, GRID))
+        write_label(folder / name / "masks" / "liver.nii", LabelVolume((VOXELS[0] > 30).astype(np.uint8), GRID))
+    table = "image_id;age;institute;split\ns01;70;Oslo;train\ns02;;Bergen;test\n"
+    (folder / "meta.csv").write_text(table, encoding="utf-8")
+    return folder / "meta.csv"
+
+
+NESTED = Targets({"liver": (1, 2), "tumour": (2,)}, "overlapping")
+
+
+def segmentation(folder: Path) -> Path:
+    label = LabelVolume((VOXELS[0] > 30).astype(np.uint8) + (VOXELS[0] > 50), GRID)
+    return export_label(folder / "a.seg.nrrd", label, NESTED)[0]
 
 
 def use_sidecar(path: Path) -> None:
@@ -493,7 +513,14 @@ FUZZES = {
     "--set": Fuzz(written("changes", *CHANGES), use_changes, text=True, spoil=one_line),
     "--targets": Fuzz(written("targets", "liver=1,tumour=2", "whole=1+2+4,core=1+4"), use_targets, spoil=one_line),
     "patterns": Fuzz(
-        written("pattern", "*/t1_*.nii", "**/t1*.nii*", "T1=*/*/t1.nii*", "*/?1_*.nii */?_*.nii"),
+        written(
+            "pattern",
+            "*/t1_*.nii",
+            "**/t1*.nii*",
+            "T1=*/*/t1.nii*",
+            "*/?1_*.nii */?_*.nii",
+            "*/t1_*.nii */{target}_*.nii",
+        ),
         use_patterns,
         spoil=one_line,
     ),
@@ -506,6 +533,8 @@ FUZZES = {
     "participants.tsv": Fuzz(bids("participants.tsv"), lambda path: open_dataset(path.parent), text=True),
     "dseg.tsv": Fuzz(bids("derivatives/m/dseg.tsv"), lambda path: open_dataset(path.parents[2]), text=True),
     "a sidecar": Fuzz(bids("sub-1/anat/sub-1_T1w.json"), use_sidecar, text=True),
+    "meta.csv": Fuzz(masks, lambda path: open_dataset(path.parent), text=True),
+    ".seg.nrrd": Fuzz(segmentation, lambda path: read_numbered(path, NESTED, "a"), text=True),
     "sites.csv": Fuzz(sites, lambda path: open_dataset(path.parent), text=True),
     "split": Fuzz(split, load_split, spoil=in_json),
     "metrics.csv": Fuzz(metrics_csv, use_evaluation, text=True),

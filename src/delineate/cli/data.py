@@ -245,10 +245,12 @@ def convert(
     """Convert one scan or label to another format; every voxel keeps its place in the patient."""
     from delineate.cli.parsing import parse_targets
     from delineate.core.targets import Targets
+    from delineate.datasets.dataset import numbered_targets, read_numbered
     from delineate.io.dicom_series import the_series
     from delineate.io.exports import check_installed, export_label, exported_files
-    from delineate.io.formats import DICOM_SUFFIXES, check_writable, read_label, read_volume, write_volume
+    from delineate.io.formats import DICOM_SUFFIXES, check_writable, read_volume, write_volume
     from delineate.io.overwriting import check_outputs
+    from delineate.io.segments import segments_in
 
     check_installed(out.suffix.lower())
     segmentation = label or out.suffix.lower() in DICOM_SUFFIXES
@@ -260,8 +262,12 @@ def convert(
     if segmentation:
         import numpy as np
 
-        read = read_label(place)
-        named = parse_targets(targets) or Targets({f"label {v}": (int(v),) for v in np.unique(read.voxels) if v})
+        named, segments = parse_targets(targets), segments_in(place)
+        if named is None and segments is not None:
+            own = dict(zip(segments.names, ((value,) for value in segments.values), strict=False))
+            named = Targets(own) if own else numbered_targets(segments.names)
+        read = read_numbered(place, named, str(path))
+        named = named or Targets({f"label {v}": (int(v),) for v in np.unique(read.voxels) if v})
         of = source if source is not None or out.suffix.lower() in DICOM_SUFFIXES else place
         written = export_label(out, read, named, source=of, kind=kind)
     else:

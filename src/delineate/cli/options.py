@@ -87,7 +87,11 @@ RulesFile = Annotated[
 ]
 Labels = Annotated[
     str | None,
-    typer.Option("--labels", help="Find the labels by this pattern below the folder, such as '*/label.nii'."),
+    typer.Option(
+        "--labels",
+        help="Find the labels by this pattern below the folder, such as '*/label.nii', or a mask for each target: "
+        "'*/{target}_mask.nii'.",
+    ),
 ]
 TargetsOption = Annotated[
     str | None,

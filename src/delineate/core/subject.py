@@ -10,6 +10,7 @@ from delineate.core.text import near, printable
 from delineate.errors import MissingFile
 
 _SHOWN = 6
+_LONGEST = 300
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class Masks:
     def only(self, names: Sequence[str], subject: str) -> Masks:
         """The masks of these targets, in this order. Raises :class:`MissingFile` where some have none."""
         if missing := [name for name in names if name not in self.files]:
-            shown = ", ".join(missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
-            there = ", ".join(self.names[:_SHOWN]) + (", …" if len(self.names) > _SHOWN else "")
+            shown, there = (
+                ", ".join(names[:_SHOWN])[:_LONGEST] + (", …" if len(names) > _SHOWN else "")
+                for names in (missing, self.names)
+            )
             raise MissingFile(
                 f"'{subject}' has no mask of {shown}; it has {there or 'none'}{near(missing[0], self.names)}",
                 fix="add an empty mask where there is none of it, choose targets that all have, or leave the subject "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -135,9 +136,10 @@ class Targets:
         none. Raises :class:`BadLabelValue` where there is no such value, with targets that would have one.
         """
         kinds = {frozenset[str](): 0}  # every combination of masks that occurs, and its number
-        kind_of = np.zeros(shape, np.uint16, order="F")
+        kind_of = np.zeros(math.prod(shape), np.uint16)  # in Fortran order, as masks are read
         for name, mask in masks:
-            inside = kind_of[mask]
+            place = np.flatnonzero(mask.ravel(order="F"))
+            inside = kind_of[place]
             table = np.zeros(len(kinds), np.uint16)
             known = list(kinds)
             for before in np.flatnonzero(np.bincount(inside, minlength=len(kinds))):
@@ -147,8 +149,8 @@ class Targets:
                         f"the masks of '{subject}' overlap in more than {_MOST_KINDS} ways",
                         fix="choose fewer targets, or correct the masks",
                     )
-            kind_of[mask] = table[inside]
-        counts = np.bincount(kind_of.ravel(order="K"), minlength=len(kinds))
+            kind_of[place] = table[inside]
+        counts = np.bincount(kind_of[kind_of > 0], minlength=len(kinds))
         found = {kind: int(n) for kind, n in zip(kinds, counts, strict=True) if n and kind}
         values = self._value_by_kind()
         if strangers := {kind: n for kind, n in found.items() if kind not in values}:
@@ -158,7 +160,7 @@ class Targets:
                 "otherwise correct the masks",
             )
         numbers = np.array([values.get(kind, 0) for kind in kinds])
-        return numbers.astype(np.min_scalar_type(int(numbers.max())))[kind_of]
+        return numbers.astype(np.min_scalar_type(int(numbers.max())))[kind_of].reshape(shape, order="F")
 
     def _value_by_kind(self) -> dict[frozenset[str], int]:
         """The smallest value of each combination of targets that has one."""

@@ -186,6 +186,4 @@ def _named(objects: Sequence[Series], place: Callable[[Series], Path]) -> tuple[
         if set(there.names) & set(files):
             return None
         files |= dict.fromkeys(there.names, path)
-    if len(objects) == 1 and objects[0].modality == "SEG":
-        return path, tuple(files)  # whose segments have numbers too
     return Masks(files), tuple(files)

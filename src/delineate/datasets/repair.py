@@ -59,7 +59,7 @@ def repair(
         found += _repair_subject(subject, dataset.root, out, dataset.targets, orientation)
         if progress is not None:
             progress(done, len(dataset.subjects))
-    for name in ("dataset.json", "sites.csv"):
+    for name in ("dataset.json", "sites.csv", "meta.csv"):
         if (dataset.root / name).is_file():
             _copy(dataset.root / name, out / name)
     with writing_beside(out / MANIFEST) as beside:

@@ -102,15 +102,15 @@ def segments(path: Path) -> tuple[Segment, ...]:
     Until 2020, each segment had a layer of its own, with the value 1, and the header said neither.
     """
     _, told, _ = _header(path)
-    count = sum(1 for key in told if re.fullmatch(r"Segment\d+_ID", key))
+    matches = (re.fullmatch(r"Segment(\d{1,6})_(?:ID|Name|LabelValue|Layer)", key) for key in told)
     found = []
-    for i in range(count):
+    for i in sorted({int(match[1]) for match in matches if match}):
         about = {key: told.get(f"Segment{i}_{key}", "") for key in ("ID", "Name", "LabelValue", "Layer")}
         name = about["Name"] or about["ID"]
         value, layer = about["LabelValue"] or "1", about["Layer"] or ("0" if about["LabelValue"] else str(i))
         if not name or not (_NUMBER.fullmatch(value) and _NUMBER.fullmatch(layer)):
             raise BadFormat(
-                f"'{path}' describes segment {i} as '{name}', value '{value}', layer '{layer}'",
+                f"'{path}' describes segment {i} as '{name[:99]}', value '{value[:99]}', layer '{layer[:99]}'",
                 fix="save it again with 3D Slicer",
             )
         found.append(Segment(printable(name), int(value), int(layer)))

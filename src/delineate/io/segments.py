@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
-from delineate.errors import BadFormat, BadLabelValue
+from delineate.errors import BadFormat, BadLabelValue, MissingFile
 from delineate.io.files import Limits, parsing
 from delineate.io.formats import is_series, names_segments, read_label, read_volume
 from delineate.io.voxels import Orientation
@@ -20,6 +20,7 @@ Mask = tuple[NDArray[np.bool_], Grid]
 
 _LIMITS = Limits()
 _SHOWN = 8
+_LONGEST = 300
 _FIX = "check disk and permissions, or export it again"
 
 
@@ -27,21 +28,23 @@ _FIX = "check disk and permissions, or export it again"
 class Segments:
     """A file of named segments. ``names`` are those of all segments, in the file's order.
 
+    ``values`` are what :func:`~delineate.io.formats.read_label` gives them; none where they do not fit into one label.
     ``read(names, grid)`` gives the masks of some, in the order asked for; ``grid`` is the scan's, None if it is not
     known. A format that holds outlines draws them on it; others have a grid of their own.
     """
 
     path: Path
     names: tuple[str, ...]
+    values: tuple[int, ...]
     read: Callable[[Sequence[str], Grid | None], Iterator[Mask]]
 
     def masks(self, names: Sequence[str], grid: Grid | None) -> Iterator[tuple[str, Mask]]:
         """The masks of some segments by name. Raises :class:`BadFormat` where a name is not that of one segment."""
         for name in names:
             if (count := self.names.count(name)) != 1:
-                there = ", ".join(dict.fromkeys(self.names)) or "none"
+                there = ", ".join(dict.fromkeys(self.names))[:_LONGEST] or "none"
                 raise BadFormat(
-                    f"'{self.path}' has {count or 'no'} segments called '{name}'; there are {there}",
+                    f"'{self.path}' has {count or 'no'} segments called '{name[:_LONGEST]}'; there are {there}",
                     fix="give every segment a name of its own",
                 )
         yield from zip(names, self.read(names, grid), strict=True)
@@ -52,6 +55,8 @@ def segments_in(path: Path, limits: Limits = _LIMITS) -> Segments | None:
 
     Raises what :func:`~delineate.io.formats.read_header` raises.
     """
+    if not path.exists():
+        raise MissingFile(f"'{path}' does not exist", fix="restore it, or leave the subject out")
     with parsing(path, BadFormat, fix=_FIX):
         if names_segments(path):
             return _of_slicer(path, limits)
@@ -64,19 +69,17 @@ def read_mask(path: Path, *, limits: Limits = _LIMITS, orientation: Orientation 
     Raises :class:`BadLabelValue` for any other label, and what :func:`~delineate.io.formats.read_label` raises.
     """
     label = read_label(path, limits=limits, orientation=orientation)
-    mask = label.voxels != 0
-    marked = label.voxels[mask]
-    if not (marked == marked[:1]).all():
+    mask, value = label.voxels != 0, label.voxels.max() or label.voxels.min()
+    marked = np.count_nonzero(mask)
+    if marked != np.count_nonzero(label.voxels == value) and marked:
         values = np.unique(label.voxels)
         shown = ", ".join(map(str, values[:_SHOWN])) + (", …" if len(values) > _SHOWN else "")
         raise BadLabelValue(
             f"mask '{path}' holds several values ({shown})",
             fix="save a mask of one target, 0 elsewhere; or read it as a label whose values the targets name",
         )
-    if mask.all():
-        raise BadLabelValue(
-            f"mask '{path}' has no background: it is {label.voxels.flat[0]} everywhere", fix="save it with 0 outside"
-        )
+    if marked == mask.size:
+        raise BadLabelValue(f"mask '{path}' has no background: it is {value} everywhere", fix="save it with 0 outside")
     return mask, label.grid
 
 
@@ -92,12 +95,15 @@ def _of_slicer(path: Path, limits: Limits) -> Segments | None:
             segment = by_name[name]
             if segment.layer >= layers.channels:
                 raise BadFormat(
-                    f"segment '{name}' of '{path}' is in layer {segment.layer}, but there are {layers.channels}",
+                    f"segment '{name[:_LONGEST]}' of '{path}' is in layer {segment.layer} of {layers.channels}",
                     fix="save it again with 3D Slicer",
                 )
             yield _widened(layers.voxels[segment.layer] == segment.value, layers.grid, grid)
 
-    return Segments(path, tuple(segment.name for segment in found), read) if found else None
+    if not found:
+        return None
+    values = tuple(segment.value for segment in found) if all(segment.layer == 0 for segment in found) else ()
+    return Segments(path, tuple(segment.name for segment in found), values, read)
 
 
 def _of_dicom(path: Path, limits: Limits) -> Segments | None:
@@ -118,7 +124,7 @@ def _of_dicom(path: Path, limits: Limits) -> Segments | None:
         for mask, own in read_masks(instance, [numbers[name] for name in names], limits):
             yield _widened(mask, own, grid)  # many programs leave empty slices out
 
-    return Segments(path, tuple(numbered.values()), read)
+    return Segments(path, tuple(numbered.values()), tuple(numbered), read)
 
 
 def _of_contours(path: Path, limits: Limits) -> Segments:
@@ -131,7 +137,7 @@ def _of_contours(path: Path, limits: Limits) -> Segments:
         masks = read_structures(path, lies, names, limits)
         return ((masks[name], lies) for name in names)
 
-    return Segments(path, structure_names(path), read)
+    return Segments(path, structure_names(path), (), read)
 
 
 def _widened(mask: NDArray[np.bool_], own: Grid, grid: Grid | None) -> Mask:
