@@ -181,7 +181,7 @@ def _named(objects: Sequence[Series], place: Callable[[Series], Path]) -> tuple[
             there = segments_in(path)
         except DelineateError:
             there = None  # reading it as the label will say what is wrong
-        if there is None:
+        if there is None or not there.names:
             return (path, ()) if len(objects) == 1 else None
         if set(there.names) & set(files):
             return None
