@@ -114,7 +114,7 @@ class BadGeometry(ScanError):
 
 
 class AmbiguousOrientation(ScanError):
-    """The header holds two orientations that disagree."""
+    """The header holds two orientations that disagree, or nothing tells how pictures lie on their series."""
 
     code = "E_AMBIGUOUS_ORIENTATION"
 

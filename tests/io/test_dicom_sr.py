@@ -29,10 +29,10 @@ from delineate.core.volume import LabelVolume
 from delineate.datasets.layouts import open_dataset
 from delineate.errors import BadFormat, MissingFile
 from delineate.inference.measurements import read_measurements
-from delineate.io.dicom_seg import read_segments
 from delineate.io.dicom_sr import ABOVE_THRESHOLD, Reading, Readings, write_report
 from delineate.io.exports import export_label
 from delineate.io.formats import read_label, read_volume
+from delineate.io.segments import segments_in
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
 
@@ -221,7 +221,9 @@ def test_a_predicted_segmentation_comes_with_a_report_and_a_corrected_one_is_mea
     [(name, path)] = found.made.items()
     report = out / f"{name}.sr.dcm"
     for _ in range(2):
-        masks, _ = read_segments(path)
+        segments = segments_in(path)
+        assert segments is not None
+        masks = {name: mask for name, (mask, _) in segments.masks(segments.names, None)}
         told = reported(report)
         assert [*told] == ["liver", "tumour"]
         for target, mask in masks.items():

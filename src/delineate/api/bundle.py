@@ -19,6 +19,7 @@ from delineate.core.tables import html_table
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, check_grids, load_scan
+from delineate.datasets.series_rules import Images
 from delineate.errors import BadVoxels, BundleError, DatasetError, DelineateError, MissingFile, RecipeError
 from delineate.evaluation.card import card_of
 from delineate.inference.batch import carry_out, find_subjects, unseen_by, with_quantity
@@ -238,7 +239,7 @@ def predict(
     out: str | Path,
     *,
     format: str = "nii.gz",
-    images: str | Mapping[str, str] | None = None,
+    images: Images | None = None,
     unseen: bool = False,
     quantity: str | None = None,
     margin_mm: float = 0.0,
@@ -260,7 +261,7 @@ def predict(
     out: str | Path | None = None,
     *,
     format: str = "nii.gz",
-    images: str | Mapping[str, str] | None = None,
+    images: Images | None = None,
     unseen: bool = False,
     quantity: str | None = None,
     margin_mm: float = 0.0,
@@ -289,9 +290,9 @@ def predict(
 
     With ``out``, existing predictions by the same bundle are kept, unless ``overwrite`` is set; a scan that cannot
     be read does not stop the rest; ``review.csv`` in the folder lists what to look at first. ``format`` is nii.gz,
-    mha, nrrd, seg.nrrd, vtk, vti, dcm, or a plugin's format; ``images`` are file patterns of the channels; ``unseen``
-    leaves out subjects that were used to train the bundle or to select its weights; ``probabilities`` go to a
-    folder of that name.
+    mha, nrrd, seg.nrrd, vtk, vti, dcm, or a plugin's format; ``images`` are file patterns of the channels, or rules
+    for DICOM series; ``unseen`` leaves out subjects that were used to train the bundle or to select its weights;
+    ``probabilities`` go to a folder of that name.
 
     The targets of every label, existing ones too, are measured into ``measurements.csv`` and ``.json`` in the folder:
     volume, bounding box, and each channel within them. With ``quantity``, such as ``fat_fraction``, so is that, as
@@ -311,7 +312,7 @@ def predict(
         if quantity is not None:
             raise RecipeError("a quantity is measured in a prediction", fix="call its .measure, or give out=")
         return bundle.predict(inputs, **settings, probabilities=probabilities, progress=progress, cancel=cancel)
-    check_label_format(format, bundle.targets)
+    check_label_format(format)
     check(cancel)
     read_within = quantity_map(quantity, margin_mm, threshold, maps)
     subjects = _subjects(inputs, bundle.channels, images, read_within)
@@ -350,7 +351,7 @@ def predict(
 def _subjects(
     inputs: str | Path | Sequence[str | Path] | Dataset,
     channels: Sequence[str],
-    images: str | Mapping[str, str] | None,
+    images: Images | None,
     quantity: QuantityMap | None,
 ) -> list[Subject]:
     if isinstance(inputs, Dataset):

@@ -20,6 +20,7 @@ from delineate.cli.options import (
     Overwrite,
     Precision,
     Quantity,
+    RulesFile,
     TargetsOption,
     Threads,
     Threshold,
@@ -63,6 +64,7 @@ def measure_held_out(
     ] = None,
     images: ChannelImages = None,
     labels: Labels = None,
+    rules: RulesFile = None,
     targets: TargetsOption = None,
     metrics: Annotated[
         str | None,
@@ -127,7 +129,7 @@ def measure_held_out(
     changed = trained.with_settings(set or [])
     wanted = ",".join(trained.recipe.metrics) if metrics is None else metrics
     measuring = Measuring(wanted, lesion_overlap, read_within, probabilities)
-    dataset = _opened(trained, data, layout, images, labels)
+    dataset = _opened(trained, data, layout, images, labels, rules)
     held_out = HeldOut.of(trained, dataset, split_file=split, fold=fold or 0, targets=asked)
     held_out.check(measuring)
     chosen = [subject.with_channels(trained.channels) for subject in held_out.subjects]
@@ -195,15 +197,18 @@ def measure_held_out(
     typer.echo(f"report  {printable(str(out / 'report.html'))}")
 
 
-def _opened(bundle: Bundle, data: Path, layout: str | None, images: list[str] | None, labels: str | None) -> Dataset:
+def _opened(
+    bundle: Bundle, data: Path, layout: str | None, images: list[str] | None, labels: str | None, rules: Path | None
+) -> Dataset:
     """The data set, read as the recipe says, or as the options say if any is given."""
-    from delineate.cli.parsing import parse_patterns
+    from delineate.cli.parsing import parse_reading
     from delineate.datasets.layouts import open_dataset
 
     spec = bundle.recipe.data
-    if layout is None and images is None and labels is None:
+    if layout is None and images is None and labels is None and rules is None:
         return open_dataset(data, layout=spec.layout, images=spec.images, labels=spec.labels)
-    return open_dataset(data, layout=layout or "auto", images=parse_patterns(images), labels=labels)
+    channels, label = parse_reading(images, labels, rules)
+    return open_dataset(data, layout=layout or "auto", images=channels, labels=label)
 
 
 def _outcomes(planned: Planned, outputs: Outputs, load: Callable[[], Predictor]) -> Iterator[Outcome]:

@@ -18,6 +18,7 @@ from delineate.cli.options import (
     Overwrite,
     Precision,
     Quantity,
+    RulesFile,
     Threads,
     label_formats,
 )
@@ -61,6 +62,7 @@ def predict(
         bool, typer.Option("--unseen", help="Predict only subjects that no bundle has seen in training.")
     ] = False,
     images: ChannelImages = None,
+    rules: RulesFile = None,
     flips: Flips = None,
     mirrored: Annotated[
         bool,
@@ -105,7 +107,7 @@ def predict(
     """
     with importing():
         from delineate.bundle import Bundle, bundle_folder
-        from delineate.cli.parsing import parse_patterns, parse_quantity
+        from delineate.cli.parsing import parse_quantity, parse_reading
         from delineate.cli.terminal import Terminal, print_json, print_table
         from delineate.compute import check_device, plan_compute, torch_threads
         from delineate.core.text import printable
@@ -123,8 +125,8 @@ def predict(
     read_within = parse_quantity(quantity, margin_mm, threshold)
     folders = [bundle_folder(folder) for folder in [bundle, *(also or [])]]
     bundles = [Bundle.load(folder) for folder in folders]
-    check_label_format(format, bundles[0].targets)
-    found = find_subjects(inputs, bundles[0].channels, parse_patterns(images), read_within)
+    check_label_format(format)
+    found = find_subjects(inputs, bundles[0].channels, parse_reading(images, None, rules)[0], read_within)
     outputs = Outputs(
         out,
         f".{format}",

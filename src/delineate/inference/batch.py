@@ -19,14 +19,21 @@ from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.core.volume import Volume
-from delineate.datasets.dataset import check_grids, check_shows_something, load_map, load_scan, with_maps
+from delineate.datasets.dataset import (
+    check_grids,
+    check_shows_something,
+    load_map,
+    load_scan,
+    read_numbered,
+    with_maps,
+)
+from delineate.datasets.series_rules import Images
 from delineate.errors import BadFormat, Cancelled, DatasetError, DelineateError, MissingFile, OutputError, RecipeError
 from delineate.fingerprint import Oddity
 from delineate.inference.measurements import (
     Measured,
     by_segment,
     measure_label,
-    measure_masks,
     rows_of,
     write_measurements,
 )
@@ -34,15 +41,7 @@ from delineate.inference.outputs import Outputs, Planned
 from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review, write_queue
 from delineate.io.exports import export_label
-from delineate.io.formats import (
-    DICOM_SUFFIXES,
-    SEGMENTATION_SUFFIX,
-    is_series,
-    name_of,
-    read_label,
-    suffix_of,
-    write_volume,
-)
+from delineate.io.formats import DICOM_SUFFIXES, SEGMENTATION_SUFFIX, is_series, name_of, suffix_of, write_volume
 from delineate.io.legends import write_legends
 from delineate.io.overwriting import check_outputs
 from delineate.metrics.quantities import QuantityMap
@@ -64,12 +63,12 @@ class Outcome:
 def find_subjects(
     inputs: Sequence[Path],
     channels: Sequence[str],
-    images: str | Mapping[str, str] | None = None,
+    images: Images | None = None,
     quantity: QuantityMap | None = None,
 ) -> list[Subject]:
     """Subjects in folders (any known layout, or loose scans) and files, with the channels in the bundle's order.
 
-    ``images`` are patterns as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
+    ``images`` are patterns or rules as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
     lacks a channel is returned as it is; :func:`predict_subjects` reports it. A ``quantity`` is added as a
     separate channel. Raises :class:`MissingFile` for an input that does not exist, or if every subject lacks
     a channel.
@@ -297,7 +296,8 @@ def carry_out(
     yield from _measure_predicted(outputs, planned.unmeasured)
     if planned.ahead:
         made = predictor()
-        if outputs.suffix not in (*DICOM_SUFFIXES, SEGMENTATION_SUFFIX):  # which hold names and colours themselves
+        # These formats hold names and colours themselves.
+        if not outputs.suffix.endswith((*DICOM_SUFFIXES, SEGMENTATION_SUFFIX)):
             write_legends(outputs.folder, made.targets, made.bundles[0].recipe.data.legend)
         yield from predict_subjects(
             made, planned.ahead, outputs.folder, on_oddities=on_oddities, on_tile=on_tile, outputs=outputs
@@ -311,7 +311,7 @@ def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterato
         targets, chosen = first.targets, replace(subject, resample=first.recipe.data.resample_channels)
         try:
             label = outputs.label(chosen)
-            if not suffix_of(label) and outputs.suffix not in DICOM_SUFFIXES:
+            if not suffix_of(label) and not outputs.suffix.endswith(DICOM_SUFFIXES):
                 raise BadFormat(
                     f"'{subject.id}' has a label already, and {outputs.suffix} cannot be read back to measure it",
                     fix="predict it again with --overwrite, or select another --format",
@@ -332,18 +332,7 @@ def _measure_file(
     path: Path, targets: Targets, maps: Mapping[QuantityMap, NDArray], subject: str, grid: Grid
 ) -> list[Measured]:
     """Measure a label that must lie on the scan's grid."""
-    if path.suffix.lower() in DICOM_SUFFIXES:
-        from delineate.io.dicom_seg import read_segments
-
-        masks, own = read_segments(path)
-        check_grids(subject, "label", own, "the scan", grid)
-        if missing := [name for name in targets.names if name not in masks]:
-            raise BadFormat(
-                f"'{path}' has no segment {', '.join(missing)}: it holds {', '.join(masks) or 'none'}",
-                fix="name its segments after the targets",
-            )
-        return measure_masks({name: masks[name] for name in targets.names}, maps, grid)
-    label = read_label(path)
+    label = read_numbered(path, targets, subject, grid)
     targets.check(label.voxels, subject)
     check_grids(subject, "label", label.grid, "the scan", grid)
     return measure_label(label, targets, maps)

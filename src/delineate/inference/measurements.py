@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
-from delineate.core.grid import AXES, Grid, box_around
+from delineate.core.grid import AXES, box_around
 from delineate.core.targets import Targets
 from delineate.core.text import from_cell
 from delineate.core.volume import LabelVolume
@@ -62,31 +61,16 @@ def measure_label(label: LabelVolume, targets: Targets, maps: Mapping[QuantityMa
     # Everything that follows is looked at only around what there is.
     box = box_around(label.voxels != 0) or (slice(0, 0),) * 3
     foreground = label.voxels[box]
-    masks = ((name, Targets({name: values}).masks(foreground)[name]) for name, values in targets.values.items())
-    return _measured(masks, [part.start for part in box], maps, label.grid)
-
-
-def measure_masks(
-    masks: Mapping[str, NDArray[np.bool_]], maps: Mapping[QuantityMap, NDArray], grid: Grid
-) -> list[Measured]:
-    """Measure masks (X, Y, Z) by target name, as :func:`measure_label` does a label."""
-    return _measured(masks.items(), (0, 0, 0), maps, grid)
-
-
-def _measured(
-    masks: Iterable[tuple[str, NDArray[np.bool_]]],
-    start: Sequence[int],
-    maps: Mapping[QuantityMap, NDArray],
-    grid: Grid,
-) -> list[Measured]:
-    """Measure masks by target name, whose first voxel is at ``start``."""
     measured = []
-    for name, mask in masks:
+    for name, values in targets.values.items():
+        mask = Targets({name: values}).masks(foreground)[name]
         if (there := box_around(mask)) is None:
-            found = measure_box(None, None, maps, grid)
+            found = measure_box(None, None, maps, label.grid)
         else:
-            box = tuple(slice(at + part.start, at + part.stop) for at, part in zip(start, there, strict=True))
-            found = measure_box(mask[there], box, maps, grid)
+            within = tuple(
+                slice(whole.start + part.start, whole.start + part.stop) for whole, part in zip(box, there, strict=True)
+            )
+            found = measure_box(mask[there], within, maps, label.grid)
         measured += [Measured(name, quantity, one) for quantity, one in zip(maps, found, strict=True)]
     return measured
 

@@ -115,9 +115,9 @@ class Outputs:
                 f"'{printable(subject.id)}' lacks {', '.join(missing)}", fix="add them, or leave the subject out"
             )
         source = next(iter(subject.scans.values()), None)
-        if self.suffix in DICOM_SUFFIXES and (source is None or not is_series(source)):
+        if self.suffix.endswith(DICOM_SUFFIXES) and (source is None or not is_series(source)):
             raise BadFormat(
-                f"a DICOM-SEG must refer to a DICOM series, which '{source}' is not",
+                f"a label in DICOM must refer to a DICOM series, which '{source}' is not",
                 fix="give the DICOM series that the scan came from, or select another --format",
             )
 

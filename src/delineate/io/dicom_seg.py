@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from importlib.metadata import version
@@ -20,8 +20,9 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from delineate.core.grid import Grid, permute_axes
 from delineate.core.legend import PLAIN, RGB, Code, Coding, Legend
+from delineate.core.text import printable
 from delineate.core.volume import LabelVolume
-from delineate.errors import BadFormat, GridMismatch, RecipeError
+from delineate.errors import BadFormat, BadLabelValue, GridMismatch, RecipeError
 from delineate.io.dicom import check_size, describe_series, frames_of
 from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits, writing_beside
@@ -147,24 +148,43 @@ def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVol
     with parsing(instance):
         segmentation = _opened(instance, limits)
         volume = segmentation.get_volume(combine_segments=True, relabel=False, skip_overlap_checks=True)
-    return LabelVolume(*_ordered(instance, volume, volume.array))
+    voxels, grid = _placed(instance, volume.array, volume.affine)
+    return LabelVolume(np.asfortranarray(voxels), grid)
 
 
-def read_segments(path: Path, limits: Limits = Limits()) -> tuple[dict[str, NDArray[np.bool_]], Grid]:  # noqa: B008
-    """Masks (X, Y, Z) of a file's segments by their labels, overlaps included, and their grid; see above for errors."""
-    instance = Instance(path)
+def segments(instance: Instance) -> dict[int, str]:
+    """The labels of a segmentation's segments by number; raises :class:`BadFormat` for anything else."""
+    with parsing(instance):
+        with instance.open() as file:
+            header = dcmread(file, stop_before_pixels=True)
+        numbered = {int(one.SegmentNumber): str(one.SegmentLabel) for one in header.SegmentSequence}
+    # A label map may describe its background, too.
+    return {number: printable(name.strip()) for number, name in numbered.items() if number > 0}
+
+
+def read_masks(
+    instance: Instance,
+    numbers: Sequence[int],
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+) -> Iterator[tuple[NDArray[np.bool_], Grid]]:
+    """The masks (X, Y, Z) of these segments, one at a time, whatever they overlap with; all on one grid.
+
+    Raises as :func:`read_segmentation` does, and :class:`BadLabelValue` for a share of a voxel.
+    """
     with parsing(instance):
         segmentation = _opened(instance, limits)
-        masks = {}
-        for number in filter(None, segmentation.segment_numbers):  # 0 is the background of a label map
-            name = segmentation.get_segment_description(number).segment_label
-            volume = segmentation.get_volume(segment_numbers=[number], combine_segments=True, skip_overlap_checks=True)
-            masks[name], grid = _ordered(instance, volume, volume.array > 0)
-    return masks, grid
+    for number in numbers:
+        with parsing(instance):
+            volume = segmentation.get_volume(segment_numbers=[number], combine_segments=False)
+        voxels, grid = _placed(instance, volume.array[..., 0], volume.affine)
+        mask = voxels != 0
+        if not (voxels[mask] == 1).all():
+            raise BadLabelValue(f"'{instance}' holds shares of voxels", fix="export it as a binary segmentation")
+        yield np.asfortranarray(mask), grid
 
 
 def _opened(instance: Instance, limits: Limits) -> highdicom.seg.Segmentation:
-    """A segmentation whose size has been checked."""
+    """A segmentation whose size was checked."""
     with instance.open() as file:
         segmentation = highdicom.seg.segread(file)
     # A label map has one frame per slice, other kinds one for each segment in the slice.
@@ -174,18 +194,17 @@ def _opened(instance: Instance, limits: Limits) -> highdicom.seg.Segmentation:
     return segmentation
 
 
-def _ordered(instance: Instance, volume: highdicom.Volume, voxels: NDArray) -> tuple[NDArray, Grid]:
-    """Voxels of a volume and their grid, with slices in the order in which a series is read."""
-    # highdicom indexes (slice, row, column) in LPS millimetres.
+def _placed(instance: Instance, planes: NDArray, lps: NDArray) -> tuple[NDArray, Grid]:
+    """Voxels (X, Y, Z) and their grid from highdicom's planes (slice, row, column) in LPS millimetres."""
     affine = np.eye(4)
-    affine[:3] = LPS_TO_RAS[:, None] * volume.affine[:3][:, [2, 1, 0, 3]]
-    voxels = voxels.transpose(2, 1, 0)
+    affine[:3] = LPS_TO_RAS[:, None] * lps[:3][:, [2, 1, 0, 3]]
+    voxels = planes.transpose(2, 1, 0)
     x, y, z = voxels.shape
     grid = check_grid(instance.path, (x, y, z), affine + 0.0)
     # Slices in the order in which a series is read: along the normal to their rows and columns.
     backwards = np.linalg.det(affine[:3, :3]) < 0
     order, flip = (0, 1, 2), (False, False, bool(backwards))
-    return np.asfortranarray(permute_axes(voxels, order, flip)), grid.permute(order, flip)
+    return permute_axes(voxels, order, flip), grid.permute(order, flip)
 
 
 def _description(number: int, name: str, coding: Coding, colour: RGB) -> highdicom.seg.SegmentDescription:

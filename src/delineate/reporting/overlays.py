@@ -97,7 +97,7 @@ def overlays_of(
     for place in sorted({*places, *range(max(0, len(dice) - MOST_PICTURES), len(dice))}):
         rank, subject = places.get(place, ""), str(dice.index[place])
         pair = files[subject]
-        prediction, reference = pair.labels(orientation=orientation)
+        prediction, reference = pair.labels(targets, orientation=orientation)
         views = views_of(scans(subject), prediction, reference, targets, subject=subject)
         overlays.append(Overlay(subject, rank, float(dice.iloc[place]), views))
     return overlays

@@ -247,7 +247,7 @@ def _check_outputs(options: Options, bundle: Applied, source: Path) -> None:
     """Raise :class:`BadFormat` for a result that could not be written in the end."""
     for format in options.outputs:
         if format not in ("json", "png"):
-            check_label_format(format, bundle.targets)
+            check_label_format(format)
     if "dcm" in options.outputs and not is_series(source):
         raise BadFormat("a DICOM-SEG refers to a DICOM series", fix="send the series, or ask for another format")
 
