@@ -165,7 +165,8 @@ def test_files_are_predicted_one_by_one_and_a_bad_one_does_not_stop_the_rest(run
     answer = json.loads(done.stdout)
     assert [row["subject"] for row in answer["predictions"]] == ["c1_0000"]
     assert answer["failed"][0]["error"].startswith("E_TRUNCATED")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"c1_0000.nii.gz", "review.csv", ITK_SNAP, SLICER}
+    tables = {"review.csv", "measurements.csv", "measurements.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"c1_0000.nii.gz", *tables, ITK_SNAP, SLICER}
 
 
 def test_an_output_that_cannot_be_written_is_said_and_nothing_is_left(run, balls, tmp_path) -> None:
