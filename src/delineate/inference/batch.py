@@ -27,6 +27,7 @@ from delineate.inference.outputs import Outputs, Planned
 from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review, write_queue
 from delineate.io.exports import export_label
+from delineate.io.files import writing_beside
 from delineate.io.formats import (
     DICOM_SUFFIXES,
     SEGMENTATION_SUFFIX,
@@ -38,6 +39,7 @@ from delineate.io.formats import (
 )
 from delineate.io.legends import write_legends
 from delineate.io.overwriting import check_outputs
+from delineate.io.surfaces import write_surfaces
 from delineate.metrics.quantities import Measurement, QuantityMap
 
 
@@ -208,7 +210,7 @@ def predict_subjects(
         made_by = "" if outputs is None else outputs.made_by(subject)
         reviewed = review(subject.id, prediction.confidence, odd, calibration, made_by)
         path, source = where.label(subject), next(iter(subject.scans.values()))
-        with _nothing_left_of(where.files(subject)):
+        with _nothing_left_of([*where.files(subject), *where.drawn(subject)]):
             # If this is interrupted, an entry without its label is predicted again, whereas a label without its
             # entry would block the next run. But a new entry must never stand next to an old label.
             first = not path.exists()
@@ -220,6 +222,7 @@ def predict_subjects(
             export_label(path, prediction.label, targets, source=source, about=about, legend=legend)
             if outputs is not None and not first:
                 write_queue(outputs.review, [reviewed])
+            _draw(where, subject, prediction.label, read.scan)
             if read.quantity is not None:
                 measured = _measure(where, subject, prediction.label, targets, read.quantity)
         return _Written(path, reviewed, measured)
@@ -281,7 +284,7 @@ def carry_out(
     on_tile: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Outcome]:
     """The outcome of every subject in a plan that was not done yet: first those that cannot be predicted, then labels
-    to measure, which have no review, then predictions as they are made.
+    to measure and to draw, which have no review, then predictions as they are made.
 
     ``predictor`` is called once, if there is anything to predict. Raises what :func:`predict_subjects` raises.
     """
@@ -289,6 +292,7 @@ def carry_out(
     for subject, error in planned.failed:
         yield Outcome(subject, None, {}, error)
     yield from _measure_predicted(outputs, planned.unmeasured)
+    yield from _draw_predicted(outputs, planned.undrawn)
     if planned.ahead:
         made = predictor()
         # These formats hold names and colours themselves.
@@ -321,6 +325,41 @@ def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterato
             yield Outcome(subject, None, {}, error)
         else:
             yield Outcome(subject, outputs.label(chosen), {}, measured=measured)
+
+
+def _draw_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterator[Outcome]:
+    """Write the surfaces and pictures of ``outputs`` for existing labels, which somebody may have corrected."""
+    for subject in subjects:
+        first, path = outputs.bundles[0], outputs.label(subject)
+        try:
+            if not suffix_of(path):
+                raise BadFormat(
+                    f"'{subject.id}' has a label already, and {outputs.suffix} cannot be read back to draw it",
+                    fix="predict it again with --overwrite, or select another --format",
+                )
+            label = read_label(path)
+            first.targets.check(label.voxels, subject.id)
+            chosen = replace(subject, resample=first.recipe.data.resample_channels)
+            _draw(outputs, subject, label, None if outputs.picture is None else load_scan(chosen, first.channels))
+        except DelineateError as error:
+            if _disk_is_full(error):
+                raise
+            yield Outcome(subject, None, {}, error)
+        else:
+            yield Outcome(subject, path, {})
+
+
+def _draw(outputs: Outputs, subject: Subject, label: LabelVolume, scan: Volume | None) -> None:
+    """Write the surfaces and the picture of a label on its scan, as far as ``outputs`` has them."""
+    if not outputs.drawn(subject):
+        return
+    targets, legend = outputs.bundles[0].targets, outputs.bundles[0].recipe.data.legend
+    write_surfaces(outputs.surface_files(subject), targets.masks(label.voxels), label.grid, legend)
+    preview = outputs.preview(subject)
+    if outputs.picture is not None and preview is not None and scan is not None:
+        picture = outputs.picture(scan, label, targets, legend)
+        with writing_beside(preview) as beside:
+            beside.write_bytes(picture)
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,25 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from delineate.bundle import Bundle
+from delineate.core.legend import Legend
 from delineate.core.subject import Subject
+from delineate.core.targets import Targets
 from delineate.core.text import from_cell, printable
+from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import BadFormat, DelineateError, MissingFile, OutputError
 from delineate.inference.measurements import beside_as_json, read_measurements
 from delineate.inference.review import read_queue
 from delineate.io.exports import exported_files
-from delineate.io.formats import DICOM_SUFFIXES, is_series, parts_of
+from delineate.io.formats import DICOM_SUFFIXES, PREVIEW_SUFFIX, is_series, parts_of
 from delineate.io.overwriting import check_folder, check_outputs
+from delineate.io.surfaces import surface_files
 from delineate.metrics.quantities import QuantityMap
 
 REVIEW = "review.csv"
@@ -30,6 +34,10 @@ _LABELS = re.compile(
     r"(labels?|masks?|annotations?|references?|ground.?truths?|gts?)([-_. ]?(tr|ts|train|test|val))?", re.I
 )
 """Names of folders that hold labels; a file there that predict did not write is somebody's work."""
+
+
+Picture = Callable[[Volume, LabelVolume, Targets, Legend], bytes]
+"""Draws a label on its scan, as PNG."""
 
 
 class Planned(NamedTuple):
@@ -42,11 +50,13 @@ class Planned(NamedTuple):
     done: list[Subject]
     failed: list[tuple[Subject, DelineateError]]
     unmeasured: list[Subject]
+    undrawn: list[Subject]
+    """Those already predicted whose surfaces or pictures are missing, or older than their labels."""
 
     @property
     def total(self) -> int:
         """Number of subjects that are not done."""
-        return len(self.ahead) + len(self.failed) + len(self.unmeasured)
+        return len(self.ahead) + len(self.failed) + len(self.unmeasured) + len(self.undrawn)
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,10 @@ class Outputs:
     bundles: Sequence[Bundle] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     quantity: QuantityMap | None = None
+    surfaces: str = ""
+    """The format of surfaces, if they are written."""
+    picture: Picture | None = None
+    """Draws the picture beside each label, if there is to be one."""
 
     @property
     def measurements(self) -> Path:
@@ -76,7 +90,7 @@ class Outputs:
     def label(self, subject: Subject) -> Path:
         """Path of a subject's label. Raises :class:`OutputError` for a name that no file can have."""
         name = f"{subject.id}{self.suffix}"
-        if not subject.id or "\0" in name or Path(name).name != name:
+        if subject.id in ("", ".", "..") or "\0" in name or Path(name).name != name:
             raise OutputError(f"'{printable(subject.id)}' cannot be used as a file name", fix="rename the subject")
         return self.folder / name
 
@@ -85,9 +99,24 @@ class Outputs:
         kept = [] if self.probabilities is None else [self.probabilities / f"{subject.id}.nii.gz"]
         return [*exported_files(self.label(subject)), *kept]
 
+    def surface_files(self, subject: Subject) -> dict[str, Path]:
+        """The file of each target's surface, if they are written."""
+        if not self.surfaces:
+            return {}
+        return surface_files(self.folder / "surfaces" / subject.id, self.bundles[0].targets.names, self.surfaces)
+
+    def preview(self, subject: Subject) -> Path | None:
+        """Path of the picture of a subject, if there is to be one."""
+        return None if self.picture is None else self.folder / f"{subject.id}{PREVIEW_SUFFIX}"
+
+    def drawn(self, subject: Subject) -> list[Path]:
+        """Every file that is drawn of a subject's label: surfaces and picture."""
+        preview = self.preview(subject)
+        return [*dict.fromkeys(self.surface_files(subject).values()), *([] if preview is None else [preview])]
+
     def check(self, subject: Subject) -> None:
         """Raise any error that would keep a subject from being written and can be found without reading its scan."""
-        for path in self.files(subject):
+        for path in [*self.files(subject), *self.drawn(subject)]:
             _check_name(path)
         channels = [*(self.bundles[0].channels if self.bundles else ())]
         channels += [] if self.quantity is None else [self.quantity.channel]
@@ -132,7 +161,7 @@ class Outputs:
             tables = [self.measurements, beside_as_json(self.measurements)]
             check_outputs(tables, kept, overwrite=True)
             measured = {from_cell(row["subject"]): row.get("made_from", "") for row in read_measurements(tables[0])}
-        planned = Planned([], [], [], [])
+        planned = Planned([], [], [], [], [])
         outputs: list[Path] = []
         leftovers: list[Path] = []
         for subject in subjects:
@@ -147,17 +176,26 @@ class Outputs:
             own = bool(made_by) and not overwrite and made_by == self._known(subject)
             if own and all(map(os.path.lexists, files)):
                 planned.done.append(subject)
+                if self._lag_behind(subject):
+                    planned.undrawn.append(subject)
                 if self.quantity is not None and measured.get(printable(subject.id)) != self.made_from(subject):
                     planned.unmeasured.append(subject)
                 continue
             planned.ahead.append(subject)
             # The label is written last: without it, the other files are left from a process that was killed.
-            (leftovers if own and not os.path.lexists(self.label(subject)) else outputs).extend(files)
+            (leftovers if own and not os.path.lexists(self.label(subject)) else outputs).extend(
+                [*files, *self.drawn(subject)]
+            )
             if _LABELS.fullmatch(self.folder.resolve().name) and not row:
                 kept = [*kept, *files]
         check_outputs(outputs, kept, overwrite=overwrite)
         check_outputs(leftovers, kept, overwrite=True)
         return planned
+
+    def _lag_behind(self, subject: Subject) -> bool:
+        """Whether anything drawn of a label is missing, or older than the label, which somebody may have corrected."""
+        written = self.label(subject).stat().st_mtime_ns
+        return any(not path.exists() or path.stat().st_mtime_ns < written for path in self.drawn(subject))
 
     def _known(self, subject: Subject) -> str | None:
         try:

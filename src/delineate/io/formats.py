@@ -23,6 +23,7 @@ __all__ = [
     "DICOM_SUFFIXES",
     "FORMATS",
     "PICTURE_SUFFIXES",
+    "PREVIEW_SUFFIX",
     "SEGMENTATION_SUFFIX",
     "STRUCTURES_SUFFIX",
     "SUFFIXES",
@@ -45,6 +46,8 @@ SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
 
 DICOM_SUFFIXES = (".dcm", ".ima")
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
+PREVIEW_SUFFIX = ".preview.png"
+"""A picture of a scan with its label, to look at: no scan, though in a format of scans."""
 VTK_SUFFIXES = (".vtk", ".vti")
 """Formats that are written for viewers, but not read."""
 
@@ -116,9 +119,10 @@ def suffix_of(path: Path) -> str:
     """The suffix, in lower case, that identifies a scan's format; ``""`` if the file is not a scan.
 
     Hidden files do not count as scans: archives made on a Mac hold ``._case.nii.gz`` beside ``case.nii.gz``.
+    Nor do previews.
     """
     name = path.name.lower()
-    if name.startswith(".") or "." not in name:
+    if name.startswith(".") or "." not in name or name.endswith(PREVIEW_SUFFIX):
         return ""
     own = next((s for s in (*SUFFIXES, *PICTURE_SUFFIXES) if name.endswith(s)), "")
     return own or max((f".{s}" for s in FORMATS if name.endswith(f".{s}")), key=len, default="")
