@@ -110,6 +110,28 @@ def test_a_surface_is_closed_faces_outwards_and_encloses_the_label_s_volume(name
     assert found.volume_ml == pytest.approx(wanted, rel=0.01)
 
 
+def test_every_piece_has_its_own_volume() -> None:
+    """A lesion beside an organ is a hundredth of it: its loss would not show in the sum."""
+    mask, spacing_mm = MASKS["organ and lesions"]
+    grid = turned(spacing_mm)
+    found = surface_of(mask, grid)
+    parts = vtk.vtkPolyDataConnectivityFilter()
+    parts.SetInputData(poly(found.points_mm, found.triangles))
+    parts.SetExtractionModeToAllRegions()
+    parts.ColorRegionsOn()
+    parts.Update()
+    region = vtk_to_numpy(parts.GetOutput().GetPointData().GetArray("RegionId"))
+    places = vtk_to_numpy(parts.GetOutput().GetPoints().GetData())
+    numbers, count = label(mask, np.ones((3, 3, 3)))
+    assert len(np.unique(region)) == count == 3
+    for number in range(count):
+        index = np.linalg.solve(grid.affine[:3, :3], (places[region == number] * TO_LPS - grid.affine[:3, 3]).mean(0))
+        voxels = np.count_nonzero(numbers == numbers[tuple(np.rint(index).astype(int))])
+        own = found.triangles[np.isin(found.triangles[:, 0], np.flatnonzero(region == number))]
+        enclosed_ml = volume_mm3(poly(found.points_mm, own)) / 1000
+        assert enclosed_ml == pytest.approx(voxels * grid.voxel_ml, rel=0.01)
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_a_surface_differs_from_the_label_by_no_more_than_its_border(name: str) -> None:
     """Smoothing and decimation lose no piece, add none, and move nothing by as much as a voxel."""
