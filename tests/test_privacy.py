@@ -132,14 +132,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     bundle = Bundle.load(root / "bundle")
     subjects = find_subjects([data / f"{SUBJECT}0/scan"], bundle.channels)
     predictor = Predictor([bundle], plan_compute(device="cpu", compile="off"), probabilities=True)
-    for suffix in (".nii.gz", ".mha", ".nrrd", ".vti", ".dcm"):
-        out = root / ("segmentation" if suffix == ".dcm" else "predictions")
+    for suffix in (".nii.gz", ".mha", ".nrrd", ".vti", ".dcm", ".rtstruct.dcm"):
+        out = root / ("segmentation" if suffix.endswith(".dcm") else "predictions")
         outputs = Outputs(out, suffix, out / "probabilities", [bundle])
         [outcome] = predict_subjects(predictor, subjects, out, outputs=outputs)
         assert outcome.error is None
     return {name: root / name for name in ("run", "bundle", "cache", "predictions")} | {
         "DICOM-SEG": root / "segmentation/scan.dcm",
         "report in DICOM": root / "segmentation/scan.sr.dcm",
+        "RTSTRUCT": root / "segmentation/scan.rtstruct.dcm",
     }
 
 
@@ -150,7 +151,7 @@ def documented(place: str) -> set[str]:
     return {name for fields, *_, where in rows if place in where for name in re.findall("`([A-Za-z]+)`", fields)}
 
 
-@pytest.mark.parametrize("place", ["run", "bundle", "cache", "predictions", "DICOM-SEG", "report in DICOM"])
+@pytest.mark.parametrize("place", ["run", "bundle", "cache", "predictions", "DICOM-SEG", "report in DICOM", "RTSTRUCT"])
 def test_fields_of_a_scan_go_where_the_documentation_says(place: str, places: dict[str, Path]) -> None:
     assert any(places[place].rglob("*")) or places[place].is_file()
     assert found_in(places[place]) == documented(place) & {*FIELDS, *DATES}

@@ -12,7 +12,10 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
+from typer.testing import CliRunner
 
+from delineate.bundle import Bundle
+from delineate.cli.app import app
 from delineate.core.grid import Grid
 from delineate.core.legend import Code, Coding, Legend
 from delineate.core.targets import Targets
@@ -21,8 +24,10 @@ from delineate.errors import BadFormat, BadGeometry, GridMismatch, MissingFile, 
 from delineate.io import rtstruct
 from delineate.io.dicom_series import the_series
 from delineate.io.exports import export_label
-from delineate.io.formats import read_volume
+from delineate.io.formats import read_label, read_volume
 from delineate.io.rtstruct import outlines, read_structures, referenced_series, structure_names, write_structures
+from delineate.recipe import recipe_from
+from delineate.sampling.tiles import TileGeometry
 
 TO_LPS = np.array([-1.0, -1.0, 1.0])
 TURN = np.array([[0.9, 0.43588989, 0], [-0.43588989, 0.9, 0], [0, 0, 1.0]])
@@ -340,6 +345,27 @@ def test_a_structure_set_wants_its_series_its_grid_and_names_that_fit(dicom, tmp
         with pytest.raises(BadFormat, match="rename the target"):
             export_label(path, label, Targets({name: (1,)}), source=folder)
     assert not path.exists()
+
+
+def test_predict_writes_them_for_dicom_scans(dicom, tmp_path: Path, rng) -> None:
+    spec = {"kind": "unet", "dimensions": 3, "widths": [4, 8]}
+    recipe = recipe_from({"name": "small", "tiles": {"kind": "patches", "shape": [8, 8, 4]}, "network": spec})
+    targets = Targets({"liver": (1, 2), "tumour": (2,)}, "overlapping")
+    made = Bundle(recipe, recipe.pipeline, targets, ("CT",), TileGeometry((8, 8, 4)), (0.7, 0.9, 2.5))
+    made.save(tmp_path / "bundle", made.network().state_dict(), {})
+    folder = dicom.write("a", rng.integers(0, 900, SHAPE).astype(np.int16), AXIAL)
+    for format in ("nii.gz", "rtstruct.dcm"):
+        words = ["predict", tmp_path / "bundle", folder, "-o", tmp_path / format, "--format", format]
+        done = CliRunner().invoke(app, [*map(str, words), "--device", "cpu", "--compile", "off"])
+        assert done.exit_code == 0, done.exception
+    (label,) = (tmp_path / "nii.gz").glob("*.nii.gz")
+    (structures,) = (tmp_path / "rtstruct.dcm").glob("*.dcm")
+    assert structures.name == label.name.replace("nii.gz", "rtstruct.dcm")
+    assert not (tmp_path / "rtstruct.dcm/targets.ctbl").exists()  # it holds names and colours itself
+    found = read_label(label)
+    masks = read_structures(structures, found.grid)
+    for name, mask in targets.masks(found.voxels).items():
+        np.testing.assert_array_equal(masks[name], mask)
 
 
 @pytest.mark.parametrize("keyword", ["PatientName", "StudyDate", "AccessionNumber", "FrameOfReferenceUID"])

@@ -23,11 +23,12 @@ from delineate.datasets.series_rules import Images
 from delineate.errors import BadVoxels, BundleError, DatasetError, DelineateError, MissingFile, RecipeError
 from delineate.evaluation.card import card_of
 from delineate.inference.batch import carry_out, find_subjects, unseen_by, with_quantity
-from delineate.inference.outputs import Outputs
+from delineate.inference.outputs import Outputs, Picture
 from delineate.inference.predictor import Predictor
 from delineate.inference.review import Review
 from delineate.interop import Image, TorchIOImage, volume_of
 from delineate.io.exports import check_label_format
+from delineate.io.surfaces import check_surface_format
 from delineate.metrics.quantities import Measurement, QuantityMap, quantity_map
 from delineate.recipe import Recipe
 
@@ -250,6 +251,8 @@ def predict(
     flips: str | None = None,
     mirrored: bool = False,
     probabilities: bool = False,
+    surfaces: str | None = None,
+    preview: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
     progress: Progress | None = None,
@@ -272,6 +275,8 @@ def predict(
     flips: str | None = None,
     mirrored: bool = False,
     probabilities: bool = False,
+    surfaces: str | None = None,
+    preview: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
     progress: Progress | None = None,
@@ -290,9 +295,11 @@ def predict(
 
     With ``out``, existing predictions by the same bundle are kept, unless ``overwrite`` is set; a scan that cannot
     be read does not stop the rest; ``review.csv`` in the folder lists what to look at first. ``format`` is nii.gz,
-    mha, nrrd, seg.nrrd, vtk, vti, dcm, or a plugin's format; ``images`` are file patterns of the channels, or rules
-    for DICOM series; ``unseen`` leaves out subjects that were used to train the bundle or to select its weights;
-    ``probabilities`` go to a folder of that name.
+    mha, nrrd, seg.nrrd, vtk, vti, dcm, rtstruct.dcm, or a plugin's format; ``images`` are file patterns of the
+    channels, or rules for DICOM series; ``unseen`` leaves out subjects that were used to train the bundle or to select
+    its weights; ``probabilities`` go to a folder of that name, and so do ``surfaces``, which are stl, obj, vtp or glb.
+    ``preview`` writes a picture of each scan with its targets, ``<subject>.preview.png``. Both are written for existing
+    labels too.
 
     The targets of every label, existing ones too, are measured into ``measurements.csv`` and ``.json`` in the folder:
     volume, bounding box, and each channel within them. With ``quantity``, such as ``fat_fraction``, so is that, as
@@ -311,14 +318,23 @@ def predict(
             raise DatasetError("a data set holds many scans", fix="give the folder for the labels as out=")
         if quantity is not None:
             raise RecipeError("a quantity is measured in a prediction", fix="call its .measure, or give out=")
+        if surfaces is not None or preview:
+            raise RecipeError("surfaces and pictures are files", fix="save the prediction as .stl, or give out=")
         return bundle.predict(inputs, **settings, probabilities=probabilities, progress=progress, cancel=cancel)
     check_label_format(format)
+    if surfaces is not None:
+        check_surface_format(surfaces)
+    picture: Picture | None = None
+    if preview:
+        from delineate.reporting.overlays import picture_of_label  # draws with matplotlib, slow to import
+
+        picture = picture_of_label
     check(cancel)
     read_within = quantity_map(quantity, margin_mm, threshold, maps)
     subjects = _subjects(inputs, bundle.channels, images, read_within)
     parts, folder = bundle._opened, Path(out)
     kept_in = folder / "probabilities" if probabilities else None
-    outputs = Outputs(folder, f".{format}", kept_in, parts, settings, read_within)
+    outputs = Outputs(folder, f".{format}", kept_in, parts, settings, read_within, surfaces or "", picture)
     kept = [path for subject in subjects for path in subject.files]
     kept += [path for place in bundle.folders for path in place.iterdir()]
     chosen = unseen_by(parts, subjects) if unseen else subjects

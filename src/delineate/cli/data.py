@@ -226,7 +226,10 @@ def _print_picked(path: Path, rules: Path, *, json: bool) -> None:
 def convert(
     path: Annotated[Path, typer.Argument(help="A scan or label: a file, or a DICOM folder or zip.")],
     out: Annotated[
-        Path, typer.Argument(help="The new file: .nii.gz .mha .nrrd .vtk .vti .png .tif; labels also .seg.nrrd .dcm.")
+        Path,
+        typer.Argument(
+            help="The new file: .nii.gz .mha .nrrd .vtk .vti .png .tif; labels also .seg.nrrd .dcm .rtstruct.dcm."
+        ),
     ],
     label: Annotated[
         bool, typer.Option("--label", help="Convert a label: write whole numbers in the smallest type.")

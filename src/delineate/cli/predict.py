@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from delineate.core.subject import Subject
     from delineate.errors import DelineateError
     from delineate.fingerprint import Oddity
+    from delineate.inference.outputs import Picture
     from delineate.inference.review import Review
     from delineate.metrics.quantities import QuantityMap
 
@@ -51,7 +52,7 @@ def predict(
             "--format",
             autocompletion=label_formats,
             help="Write labels as nii.gz, mha, nrrd, seg.nrrd (for 3D Slicer), vtk, vti, dcm (DICOM-SEG, for DICOM "
-            "scans), or in a plugin's format.",
+            "scans), rtstruct.dcm (RT Structure Set, likewise), or in a plugin's format.",
         ),
     ] = "nii.gz",
     also: Annotated[
@@ -72,6 +73,16 @@ def predict(
     ] = False,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Write probabilities to OUT/probabilities, one channel per target.")
+    ] = False,
+    surfaces: Annotated[
+        Literal["stl", "obj", "vtp", "glb"] | None,
+        typer.Option(
+            "--surfaces", help="Write the targets' surfaces to OUT/surfaces; glb is one file for all targets."
+        ),
+    ] = None,
+    preview: Annotated[
+        bool,
+        typer.Option("--preview", help="Write a picture beside each label: three views of the scan with the targets."),
     ] = False,
     quantity: Quantity = None,
     margin_mm: MarginMm = 0.0,
@@ -103,7 +114,8 @@ def predict(
     """Segment scans, each on its own grid. Not for diagnosis.
 
     Run the same command again to resume: scans that the same bundle has predicted into OUT are skipped. What is in
-    each label, corrected or not, is measured into OUT/measurements.csv and .json: ml, box, and every channel.
+    each label, corrected or not, is measured into OUT/measurements.csv and .json: ml, box, and every channel. With
+    --surfaces and --preview, what was not yet drawn of these labels is.
     """
     with importing():
         from delineate.bundle import Bundle, bundle_folder
@@ -117,6 +129,7 @@ def predict(
         from delineate.inference.outputs import Outputs
         from delineate.inference.predictor import Predictor
         from delineate.io.exports import check_label_format
+        from delineate.io.surfaces import check_surface_format
 
     stages = Stages(STARTED)
     stages.lap("start-up")
@@ -126,6 +139,13 @@ def predict(
     folders = [bundle_folder(folder) for folder in [bundle, *(also or [])]]
     bundles = [Bundle.load(folder) for folder in folders]
     check_label_format(format)
+    if surfaces is not None:
+        check_surface_format(surfaces)
+    picture: Picture | None = None
+    if preview:
+        from delineate.reporting.overlays import picture_of_label  # draws with matplotlib, slow to import
+
+        picture = picture_of_label
     found = find_subjects(inputs, bundles[0].channels, parse_reading(images, None, rules)[0], read_within)
     outputs = Outputs(
         out,
@@ -134,6 +154,8 @@ def predict(
         bundles,
         {"overlap": overlap, "flips": flips, "mirrored": mirrored},
         read_within,
+        surfaces or "",
+        picture,
     )
     kept = [path for subject in found for path in subject.files]
     kept += [path for folder in folders for path in folder.iterdir()]

@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 
 from delineate.bundle import Bundle
 from delineate.calibration import Confidence
-from delineate.core.grid import Grid
 from delineate.core.subject import Subject
-from delineate.core.targets import Targets
 from delineate.core.text import printable
-from delineate.core.volume import Volume
+from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import (
     check_grids,
     check_shows_something,
@@ -41,9 +39,11 @@ from delineate.inference.outputs import Outputs, Planned
 from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review, write_queue
 from delineate.io.exports import export_label
+from delineate.io.files import writing_beside
 from delineate.io.formats import DICOM_SUFFIXES, SEGMENTATION_SUFFIX, is_series, name_of, suffix_of, write_volume
 from delineate.io.legends import write_legends
 from delineate.io.overwriting import check_outputs
+from delineate.io.surfaces import write_surfaces
 from delineate.metrics.quantities import QuantityMap
 
 
@@ -212,7 +212,7 @@ def predict_subjects(
         made_by = "" if outputs is None else outputs.made_by(subject)
         reviewed = review(subject.id, prediction.confidence, odd, calibration, made_by)
         path, source = where.label(subject), next(iter(subject.scans.values()))
-        with _nothing_left_of(where.files(subject)):
+        with _nothing_left_of([*where.files(subject), *where.drawn(subject)]):
             # If this is interrupted, an entry without its label is predicted again, whereas a label without its
             # entry would block the next run. But a new entry must never stand next to an old label.
             first = not path.exists()
@@ -224,6 +224,7 @@ def predict_subjects(
             export_label(path, prediction.label, targets, source=source, about=about, legend=legend)
             if outputs is not None and not first:
                 write_queue(outputs.review, [reviewed])
+            _draw(where, subject, prediction.label, read.scan)
             if read.maps:
                 measured = measure_label(prediction.label, targets, read.maps)
                 _record(where, subject, measured)
@@ -286,7 +287,7 @@ def carry_out(
     on_tile: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Outcome]:
     """The outcome of every subject in a plan that was not done yet: first those that cannot be predicted, then labels
-    to measure, which have no review, then predictions as they are made.
+    to measure and to draw, which have no review, then predictions as they are made.
 
     ``predictor`` is called once, if there is anything to predict. Raises what :func:`predict_subjects` raises.
     """
@@ -294,6 +295,7 @@ def carry_out(
     for subject, error in planned.failed:
         yield Outcome(subject, None, {}, error)
     yield from _measure_predicted(outputs, planned.unmeasured)
+    yield from _draw_predicted(outputs, planned.undrawn)
     if planned.ahead:
         made = predictor()
         # These formats hold names and colours themselves.
@@ -308,17 +310,10 @@ def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterato
     """Measure the quantities of ``outputs`` in existing labels, which somebody may have corrected."""
     for subject in subjects:
         first = outputs.bundles[0]
-        targets, chosen = first.targets, replace(subject, resample=first.recipe.data.resample_channels)
+        chosen = replace(subject, resample=first.recipe.data.resample_channels)
         try:
-            label = outputs.label(chosen)
-            if not suffix_of(label) and not outputs.suffix.endswith(DICOM_SUFFIXES):
-                raise BadFormat(
-                    f"'{subject.id}' has a label already, and {outputs.suffix} cannot be read back to measure it",
-                    fix="predict it again with --overwrite, or select another --format",
-                )
-            scan = load_scan(chosen, first.channels)
-            maps = _maps_of(chosen, scan, outputs)
-            measured = _measure_file(label, targets, maps, subject.id, scan.grid)
+            scan, label = _read_back(outputs, chosen, "measure")
+            measured = measure_label(label, first.targets, _maps_of(chosen, scan, outputs))
             _record(outputs, chosen, measured)
         except DelineateError as error:
             if _disk_is_full(error):
@@ -328,14 +323,47 @@ def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterato
             yield Outcome(subject, outputs.label(chosen), {}, measured=measured)
 
 
-def _measure_file(
-    path: Path, targets: Targets, maps: Mapping[QuantityMap, NDArray], subject: str, grid: Grid
-) -> list[Measured]:
-    """Measure a label that must lie on the scan's grid."""
-    label = read_numbered(path, targets, subject, grid)
-    targets.check(label.voxels, subject)
-    check_grids(subject, "label", label.grid, "the scan", grid)
-    return measure_label(label, targets, maps)
+def _draw_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterator[Outcome]:
+    """Write the surfaces and pictures of ``outputs`` for existing labels, which somebody may have corrected."""
+    for subject in subjects:
+        chosen = replace(subject, resample=outputs.bundles[0].recipe.data.resample_channels)
+        try:
+            scan, label = _read_back(outputs, chosen, "draw")
+            _draw(outputs, subject, label, scan)
+        except DelineateError as error:
+            if _disk_is_full(error):
+                raise
+            yield Outcome(subject, None, {}, error)
+        else:
+            yield Outcome(subject, outputs.label(subject), {})
+
+
+def _read_back(outputs: Outputs, subject: Subject, to: str) -> tuple[Volume, LabelVolume]:
+    """A scan, and its existing label, which must lie on the scan's grid."""
+    first, path = outputs.bundles[0], outputs.label(subject)
+    if not suffix_of(path) and not outputs.suffix.endswith(DICOM_SUFFIXES):
+        raise BadFormat(
+            f"'{subject.id}' has a label already, and {outputs.suffix} cannot be read back to {to} it",
+            fix="predict it again with --overwrite, or select another --format",
+        )
+    scan = load_scan(subject, first.channels)
+    label = read_numbered(path, first.targets, subject.id, scan.grid)
+    first.targets.check(label.voxels, subject.id)
+    check_grids(subject.id, "label", label.grid, "the scan", scan.grid)
+    return scan, label
+
+
+def _draw(outputs: Outputs, subject: Subject, label: LabelVolume, scan: Volume) -> None:
+    """Write the surfaces and the picture of a label on its scan, as far as ``outputs`` has them."""
+    if not outputs.drawn(subject):
+        return
+    targets, legend = outputs.bundles[0].targets, outputs.bundles[0].recipe.data.legend
+    write_surfaces(outputs.surface_files(subject), targets.masks(label.voxels), label.grid, legend)
+    preview = outputs.preview(subject)
+    if outputs.picture is not None and preview is not None:
+        picture = outputs.picture(scan, label, targets, legend)
+        with writing_beside(preview) as beside:
+            beside.write_bytes(picture)
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,25 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from delineate.bundle import Bundle
+from delineate.core.legend import Legend
 from delineate.core.subject import Subject
+from delineate.core.targets import Targets
 from delineate.core.text import from_cell, printable
+from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import BadFormat, DelineateError, MissingFile, OutputError
 from delineate.inference.measurements import beside_as_json, read_measurements
 from delineate.inference.review import read_queue
 from delineate.io.exports import exported_files
-from delineate.io.formats import DICOM_SUFFIXES, REPORT_SUFFIX, is_series, parts_of, suffix_of
+from delineate.io.formats import DICOM_SUFFIXES, PREVIEW_SUFFIX, REPORT_SUFFIX, is_series, parts_of, suffix_of
 from delineate.io.overwriting import check_folder, check_outputs
+from delineate.io.surfaces import surface_files
 from delineate.metrics.quantities import QuantityMap
 
 REVIEW = "review.csv"
@@ -31,6 +35,10 @@ _LABELS = re.compile(
     r"(labels?|masks?|annotations?|references?|ground.?truths?|gts?)([-_. ]?(tr|ts|train|test|val))?", re.I
 )
 """Names of folders that hold labels; a file there that predict did not write is somebody's work."""
+
+
+Picture = Callable[[Volume, LabelVolume, Targets, Legend], bytes]
+"""Draws a label on its scan, as PNG."""
 
 
 class Planned(NamedTuple):
@@ -43,11 +51,13 @@ class Planned(NamedTuple):
     done: list[Subject]
     failed: list[tuple[Subject, DelineateError]]
     unmeasured: list[Subject]
+    undrawn: list[Subject]
+    """Those already predicted whose surfaces or pictures are missing, or older than their labels."""
 
     @property
     def total(self) -> int:
         """Number of subjects that are not done."""
-        return len(self.ahead) + len(self.failed) + len(self.unmeasured)
+        return len(self.ahead) + len(self.failed) + len(self.unmeasured) + len(self.undrawn)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,10 @@ class Outputs:
     bundles: Sequence[Bundle] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     quantity: QuantityMap | None = None
+    surfaces: str = ""
+    """The format of surfaces, if they are written."""
+    picture: Picture | None = None
+    """Draws the picture beside each label, if there is to be one."""
 
     @property
     def measurements(self) -> Path:
@@ -89,7 +103,7 @@ class Outputs:
     def label(self, subject: Subject) -> Path:
         """Path of a subject's label. Raises :class:`OutputError` for a name that no file can have."""
         name = f"{subject.id}{self.suffix}"
-        if not subject.id or "\0" in name or Path(name).name != name:
+        if subject.id in ("", ".", "..") or "\0" in name or Path(name).name != name:
             raise OutputError(f"'{printable(subject.id)}' cannot be used as a file name", fix="rename the subject")
         return self.folder / name
 
@@ -105,9 +119,24 @@ class Outputs:
         report = self.report(subject)
         return [*exported_files(self.label(subject)), *kept, *([] if report is None else [report])]
 
+    def surface_files(self, subject: Subject) -> dict[str, Path]:
+        """The file of each target's surface, if they are written."""
+        if not self.surfaces:
+            return {}
+        return surface_files(self.folder / "surfaces" / subject.id, self.bundles[0].targets.names, self.surfaces)
+
+    def preview(self, subject: Subject) -> Path | None:
+        """Path of the picture of a subject, if there is to be one."""
+        return None if self.picture is None else self.folder / f"{subject.id}{PREVIEW_SUFFIX}"
+
+    def drawn(self, subject: Subject) -> list[Path]:
+        """Every file that is drawn of a subject's label: surfaces and picture."""
+        preview = self.preview(subject)
+        return [*dict.fromkeys(self.surface_files(subject).values()), *([] if preview is None else [preview])]
+
     def check(self, subject: Subject) -> None:
         """Raise any error that would keep a subject from being written and can be found without reading its scan."""
-        for path in self.files(subject):
+        for path in [*self.files(subject), *self.drawn(subject)]:
             _check_name(path)
         channels = [*self.channels, *([] if self.quantity is None else [self.quantity.channel])]
         if missing := [channel for channel in channels if channel not in subject.scans]:
@@ -151,7 +180,7 @@ class Outputs:
         measured: dict[str, set[str]] = defaultdict(set)
         for line in read_measurements(tables[0]):
             measured[from_cell(line["subject"])].add(line.get("made_from", ""))
-        planned = Planned([], [], [], [])
+        planned = Planned([], [], [], [], [])
         outputs: list[Path] = []
         leftovers: list[Path] = []
         for subject in subjects:
@@ -167,6 +196,8 @@ class Outputs:
             report = self.report(subject)
             if own and all(os.path.lexists(file) for file in files if file != report):
                 planned.done.append(subject)
+                if self._lag_behind(subject):
+                    planned.undrawn.append(subject)
                 # What can be measured only while it is predicted is an error only if it is asked for.
                 if self.quantity is not None or self._reads_back:
                     known = set(self.made_from(subject).values()) <= measured[printable(subject.id)]
@@ -175,7 +206,9 @@ class Outputs:
                 continue
             planned.ahead.append(subject)
             # The label is written last: without it, the other files are left from a process that was killed.
-            (leftovers if own and not os.path.lexists(self.label(subject)) else outputs).extend(files)
+            (leftovers if own and not os.path.lexists(self.label(subject)) else outputs).extend(
+                [*files, *self.drawn(subject)]
+            )
             if _LABELS.fullmatch(self.folder.resolve().name) and not row:
                 kept = [*kept, *files]
         check_outputs(outputs, kept, overwrite=overwrite)
@@ -185,7 +218,12 @@ class Outputs:
     @property
     def _reads_back(self) -> bool:
         """Whether labels that were written can be read again."""
-        return self.suffix in DICOM_SUFFIXES or bool(suffix_of(Path(f"label{self.suffix}")))
+        return self.suffix.endswith(DICOM_SUFFIXES) or bool(suffix_of(Path(f"label{self.suffix}")))
+
+    def _lag_behind(self, subject: Subject) -> bool:
+        """Whether anything drawn of a label is missing, or older than the label, which somebody may have corrected."""
+        written = self.label(subject).stat().st_mtime_ns
+        return any(not path.exists() or path.stat().st_mtime_ns < written for path in self.drawn(subject))
 
     def _known(self, subject: Subject) -> str | None:
         try:

@@ -25,6 +25,7 @@ __all__ = [
     "FORMATS",
     "NIFTI_SUFFIXES",
     "PICTURE_SUFFIXES",
+    "PREVIEW_SUFFIX",
     "REPORT_SUFFIX",
     "SEGMENTATION_SUFFIX",
     "STRUCTURES_SUFFIX",
@@ -52,6 +53,8 @@ DICOM_SUFFIXES = (".dcm", ".ima")
 REPORT_SUFFIX = ".sr.dcm"
 """A report of what was measured within a DICOM-SEG's segments: a DICOM file without an image, so never a scan."""
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
+PREVIEW_SUFFIX = ".preview.png"
+"""A picture of a scan with its label, to look at: no scan, though in a format of scans."""
 VTK_SUFFIXES = (".vtk", ".vti")
 """Formats that are written for viewers, but not read."""
 
@@ -123,9 +126,10 @@ def suffix_of(path: Path) -> str:
     """The suffix, in lower case, that identifies a scan's format; ``""`` if the file is not a scan.
 
     Hidden files do not count as scans: archives made on a Mac hold ``._case.nii.gz`` beside ``case.nii.gz``.
+    Nor do previews.
     """
     name = path.name.lower()
-    if name.startswith(".") or "." not in name:
+    if name.startswith(".") or "." not in name or name.endswith(PREVIEW_SUFFIX):
         return ""
     own = next((s for s in (*SUFFIXES, *PICTURE_SUFFIXES) if name.endswith(s)), "")
     return own or max((f".{s}" for s in FORMATS if name.endswith(f".{s}")), key=len, default="")

@@ -101,7 +101,7 @@ def read_structures(
             name = numbered.get(int(drawn.ReferencedROINumber), "")
             if name in masks:
                 what = f"structure '{printable(name)}' of '{source}'"
-                contours = [grid_points(points, grid) for points in _contours(what, drawn)]
+                contours = [_grid_points(points, grid) for points in _contours(what, drawn)]
                 crossings = _draw(what, contours, masks[name], crossings)
     return masks
 
@@ -165,7 +165,7 @@ def _contours(what: str, drawn: Dataset) -> Iterator[NDArray[np.float64]]:
         yield values.reshape(-1, 3)
 
 
-def grid_points(points: NDArray[np.float64], grid: Grid) -> NDArray[np.float64]:
+def _grid_points(points: NDArray[np.float64], grid: Grid) -> NDArray[np.float64]:
     """Points (n, 3) in LPS millimetres as indices of voxels."""
     index = (points * LPS_TO_RAS - grid.affine[:3, 3]) @ np.linalg.inv(grid.affine[:3, :3]).T
     return np.round(index, _DECIMALS)

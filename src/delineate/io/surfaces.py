@@ -1,8 +1,8 @@
 """Surfaces of targets, for 3D viewers and printers: STL, OBJ, VTP and GLB, in the patient's millimetres (LPS).
 
 A surface is where the slightly blurred label takes one value, for each piece of the target the value that encloses the
-piece's volume; it is then decimated, and moved along its normals by what that changed. Surfaces are closed, and their
-triangles run counter-clockwise as seen from outside.
+piece's volume; it is then smoothed and decimated, and moved along its normals by what that changed. Surfaces are
+closed, and their triangles run counter-clockwise as seen from outside.
 
 STL, OBJ and VTP say ``SPACE=LPS``, as 3D Slicer's do, which assumes the same of files that say nothing. GLB counts in
 metres with y upwards, so its root turns and scales millimetres to that.
@@ -36,6 +36,10 @@ SPACE = "SPACE=LPS"
 _BLUR = 0.8
 """Standard deviation in voxels, along each axis."""
 _MARGIN = 4  # voxels around a piece, beyond which blurring leaves nothing
+_ITERATIONS, _PASS_BAND = 40, 0.01
+"""Of Taubin's smoothing by a windowed sinc function, which moves points along the surface's mesh."""
+_SHRUNK = 0.9
+"""The share of its volume that a surface must keep when it is smoothed."""
 _KEPT = 0.3
 """The share of triangles that decimation keeps."""
 _FEW = 1000  # triangles, of which none is left out
@@ -128,7 +132,7 @@ def surface_of(mask: NDArray[np.bool_], grid: Grid) -> Surface:
         inside = pieces[box] == number
         found = _piece(inside)
         index = found.points_mm + [begin + axis.start for begin, axis in zip(start, box, strict=True)]
-        whole = _decimated(_placed(Surface(index, found.triangles), grid))
+        whole = _decimated(_smoothed(_placed(Surface(index, found.triangles), grid)))
         whole = _enclosing(whole, np.count_nonzero(inside) * grid.voxel_ml * 1000)
         points.append(whole.points_mm)
         triangles.append(whole.triangles + count)
@@ -178,6 +182,21 @@ def _placed(index: Surface, grid: Grid) -> Surface:
     """A surface in voxels, in LPS millimetres, its triangles still counter-clockwise from outside."""
     mirrored = np.linalg.det(grid.affine[:3, :3]) < 0  # RAS and LPS are turned, not mirrored
     return Surface(grid.world(index.points_mm) * LPS_TO_RAS, index.triangles[:, :: -1 if mirrored else 1])
+
+
+def _smoothed(whole: Surface) -> Surface:
+    """A surface without the steps between slices; the same one if it is so small that smoothing would shrink it."""
+    from vtkmodules.vtkFiltersCore import vtkWindowedSincPolyDataFilter
+
+    smoothing = vtkWindowedSincPolyDataFilter()
+    smoothing.SetInputData(_to_vtk(whole))
+    smoothing.SetNumberOfIterations(_ITERATIONS)
+    smoothing.SetPassBand(_PASS_BAND)
+    smoothing.NormalizeCoordinatesOn()
+    smoothing.NonManifoldSmoothingOn()
+    smoothing.Update()
+    found = _from_vtk(smoothing.GetOutput())
+    return found if found.volume_ml > _SHRUNK * whole.volume_ml else whole
 
 
 def _decimated(whole: Surface) -> Surface:

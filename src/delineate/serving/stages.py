@@ -248,8 +248,8 @@ def _check_outputs(options: Options, bundle: Applied, source: Path) -> None:
     for format in options.outputs:
         if format not in ("json", "png"):
             check_label_format(format)
-    if "dcm" in options.outputs and not is_series(source):
-        raise BadFormat("a DICOM-SEG refers to a DICOM series", fix="send the series, or ask for another format")
+    if any(format.endswith("dcm") for format in options.outputs) and not is_series(source):
+        raise BadFormat("a label in DICOM refers to a DICOM series", fix="send the series, or ask for another format")
 
 
 def _named(folder: Path, index: int, part: Part) -> Path:

@@ -17,6 +17,7 @@ from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.inference.predictor import Predictor
 from delineate.io.formats import read_label, read_volume, write_volume
+from delineate.io.rtstruct import read_structures
 from delineate.reporting.overlays import picture_of_label
 from delineate.serving import stages
 from delineate.serving.protocol import Options, Part
@@ -168,12 +169,17 @@ def test_a_marker_keeps_its_place_in_dicom_seg_and_vtk(predictor, marker, series
         voxels = np.random.default_rng(n).integers(0, 900, SHAPE).astype(np.int16)
         folder = series_maker(tmp_path).write(f"s{n}", voxels, grid)
         shutil.make_archive(str(tmp_path / f"s{n}"), "zip", folder)
-        out = staged(tmp_path / str(n), tmp_path / f"s{n}.zip", "dicom.zip", predictor, marker, "dcm", "vti", "nii.gz")
+        formats = ("dcm", "rtstruct.dcm", "vti", "nii.gz")
+        out = staged(tmp_path / str(n), tmp_path / f"s{n}.zip", "dicom.zip", predictor, marker, *formats)
         truth = grid.world(np.argwhere(marker).astype(float))
         for name in ("label.dcm", "label.nii.gz"):
             back = read_label(out / name)
             found = back.grid.world(np.argwhere(back.voxels).astype(float))
             assert distance_mm(truth, found) < 0.35
+        label = read_label(out / "label.nii.gz")
+        expected = predictor.targets.masks(label.voxels)
+        drawn = read_structures(out / "label.rtstruct.dcm", label.grid)
+        assert all(np.array_equal(drawn[name], mask) for name, mask in expected.items())
     grid = Grid.of_spacing(SHAPE, (0.7, 0.9, 2.5))
     write_volume(tmp_path / "plain.nii.gz", Volume(voxels[None], grid))
     out = staged(tmp_path / "vtk", tmp_path / "plain.nii.gz", "nii.gz", predictor, marker, "vtk")
