@@ -15,6 +15,7 @@ from delineate.core.targets import Targets
 from delineate.datasets.dataset import load_label, load_scan, read_numbered
 from delineate.datasets.inspection import inspect
 from delineate.datasets.layouts import open_dataset
+from delineate.datasets.repair import repair
 from delineate.errors import (
     AmbiguousOrientation,
     BadFormat,
@@ -173,6 +174,13 @@ def test_the_folders_of_chaos(tmp_path: Path, save_series, save_pictures) -> Non
     assert first.label is None, "it was drawn on a series that is no channel"
     with pytest.raises(SeveralSeries, match=r"label of '1' could be pictures in .*T1DUAL/Ground', pictures in"):
         open_dataset(tmp_path)
+
+
+def test_a_repaired_copy_holds_the_label_as_it_lies(tmp_path: Path, save_series, save_pictures) -> None:
+    save_series("data/ann/t1", scan(organs()))
+    save_pictures("data/ann/Ground", organs()[::-1])
+    repair(open_dataset(tmp_path / "data", targets=ORGANS), tmp_path / "copy")
+    assert np.array_equal(read_label(tmp_path / "copy/ann/Ground.nii.gz").voxels, organs())
 
 
 def test_what_a_stack_hangs_on_is_part_of_its_hash(tmp_path: Path, save_series, save_pictures) -> None:
