@@ -200,6 +200,17 @@ def test_previews_are_no_label_and_pictures_elsewhere_are_reported(tmp_path: Pat
     assert dataset.notes == ("1 folders of pictures belong to no single study: masks",)
 
 
+def test_other_pictures_beside_a_label_do_not_matter(tmp_path: Path, save_series, save_pictures) -> None:
+    from PIL import Image
+
+    save_series("ann/t1", scan(organs()))
+    save_pictures("ann/Ground", organs()[::-1])
+    for path in save_pictures("ann/overlays", organs()).iterdir():
+        Image.new("RGB", SHAPE[:2]).save(path)
+    [subject] = open_dataset(tmp_path, targets=ORGANS).subjects
+    assert np.array_equal(load_label(subject, ORGANS, None).voxels, organs())
+
+
 def test_series_of_masks_in_a_folder_of_structures(tmp_path: Path, save_series) -> None:
     """As 3D-IRCADb has them: DICOM masks whose headers are copies of the scan's."""
     save_series("1/PATIENT_DICOM", scan(organs()), series="s", SeriesDescription="ct")
