@@ -161,7 +161,7 @@ class GridMismatch(ScanError):
 
 
 class BadLabelValue(ScanError):
-    """A label holds a value that is not an integer, or that no target includes."""
+    """A label holds a value that is not an integer, or that no target includes; or masks overlap as no target says."""
 
     code = "E_LABEL_VALUE"
 
@@ -227,7 +227,7 @@ class UnknownLayout(DatasetError):
 
 
 class MissingFile(DatasetError):
-    """A scan, channel or label that should be there is not."""
+    """A scan, channel, label or mask that should be there is not."""
 
     code = "E_MISSING"
 

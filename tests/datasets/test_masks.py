@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from delineate.cli.app import app
 from delineate.core.grid import Grid
 from delineate.core.subject import Masks
 from delineate.core.targets import Targets
-from delineate.core.volume import LabelVolume, Volume
+from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset, load_label, load_scan
 from delineate.datasets.inspection import inspect
 from delineate.datasets.layouts import LAYOUTS, open_dataset
@@ -23,7 +24,8 @@ from delineate.evaluation.measure import evaluate_folders
 from delineate.inference.batch import find_subjects
 from delineate.io.exports import export_label
 from delineate.io.files import content_hash
-from delineate.io.formats import write_label, write_volume
+from delineate.io.formats import read_label, suffix_of, write_label, write_volume
+from delineate.io.segments import segments_in
 from delineate.testing import check_layout
 
 ARRANGED: dict[str, tuple[str, str]] = {
@@ -200,6 +202,25 @@ def test_slicer_s_segmentations_are_targets_by_name(save_scan, tmp_path: Path) -
     assert set(evaluation.table["dice"]) == {1.0}
 
 
+def test_annotators_segments_agree_by_name_and_are_converted_with_their_values(tmp_path: Path) -> None:
+    grid = Grid.of_spacing((6, 5, 4))
+    voxels = np.zeros(grid.shape, np.uint8)
+    voxels[1:5, 1:4, 1:3], voxels[0, 0, 0] = 3, 8
+    drawn = {"one": Targets({"liver": (3,), "spleen": (8,)}), "two": Targets({"spleen": (8,), "liver": (3,)})}
+    for annotator, targets in drawn.items():
+        export_label(tmp_path / annotator / "a.seg.nrrd", LabelVolume(voxels, grid), targets)
+    folders = [str(tmp_path / annotator) for annotator in drawn]
+    agreed = CliRunner().invoke(app, ["data", "consensus", *folders, "-o", str(tmp_path / "agreed")])
+    assert agreed.exit_code == 0, agreed.output
+    assert agreed.output.count("1.000") == 2
+    assert np.unique(read_label(tmp_path / "agreed" / "a.nii.gz").voxels).tolist() == [0, 1, 2]
+    new = tmp_path / "new.seg.nrrd"
+    done = CliRunner().invoke(app, ["data", "convert", "--label", str(tmp_path / "two" / "a.seg.nrrd"), str(new)])
+    assert done.exit_code == 0, done.output
+    assert np.array_equal(read_label(new).voxels, voxels)
+    assert segments_in(new).names == ("spleen", "liver")
+
+
 def test_a_copy_is_repaired_mask_by_mask(arranged, tmp_path_factory) -> None:
     root = arranged(*ARRANGED["TotalSegmentator"])
     spleen = root / "s01" / "segmentations" / "spleen.nii.gz"
@@ -218,12 +239,16 @@ def test_a_copy_is_repaired_mask_by_mask(arranged, tmp_path_factory) -> None:
 def written_as_masks(dataset: Dataset, targets: Targets, root: Path) -> None:
     """The data set's first subjects as TotalSegmentator would have them."""
     for subject in dataset.subjects[:2]:
-        scan = load_scan(subject)
-        for channel, voxels in zip(subject.channels, scan.voxels, strict=True):
-            write_volume(root / subject.id / f"{channel}.nii", Volume(voxels[None], scan.grid))
-        label = load_label(subject, targets, scan.grid)
+        for channel, file in subject.scans.items():
+            target = root / subject.id / f"{channel}{suffix_of(file)}"
+            if suffix_of(file) == ".nii.gz":
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+            else:
+                write_volume(target, load_scan(subject, [channel]))
+        label = load_label(subject, targets, None)
         for name, mask in targets.masks(label.voxels).items():
-            only = LabelVolume(mask.astype(np.uint8), scan.grid)
+            only = LabelVolume(mask.astype(np.uint8), label.grid)
             write_label(root / subject.id / "segmentations" / f"{name}.nii", only)
 
 
@@ -252,4 +277,5 @@ def test_real_data_rewritten_as_masks_are_the_same_subjects(real_data: Path, tmp
             assert np.array_equal(after, before)
         for name, mask in targets.masks(before).items():
             assert np.array_equal(targets.masks(after)[name], mask)
-        assert np.array_equal(load_scan(subject, dataset.channels).voxels, load_scan(same, dataset.channels).voxels)
+        channel = dataset.channels[-1]
+        assert np.array_equal(load_scan(subject, [channel]).voxels, load_scan(same, [channel]).voxels)

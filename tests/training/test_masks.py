@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from typer.testing import CliRunner
 
+from delineate.bundle import Bundle
 from delineate.cli.app import app
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
@@ -19,6 +20,7 @@ from delineate.io.formats import write_label, write_volume
 from delineate.preprocessing.cache import prepare
 from delineate.preprocessing.pipeline import Pipeline
 from delineate.reporting.run import write_run_report
+from delineate.training.fine_tuning import parts_of
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.run import train
 
@@ -55,6 +57,10 @@ def test_a_folder_of_masks_is_trained_on_reported_and_tested(recipe, tmp_path: P
     assert "core" in page
     for subject in find_subjects([tmp_path / "data"], ["ct"]):
         assert [path.name for path in subject.files if path in subject.scans.values()] == ["ct.nii.gz"]
+    # Masks have the bundle's values, whatever their names' places in the alphabet.
+    bundle, more = Bundle.load(tmp_path / "run" / "bundle"), open_dataset(tmp_path / "more")
+    assert more.targets.values["ball"] == (1,)
+    assert parts_of(bundle, more, None).dataset.targets == NESTED
     # The bundle's targets read masks of another folder, which says nothing of their overlap.
     arguments = ["test", str(tmp_path / "run"), "--data", str(tmp_path / "more"), "-o", str(tmp_path / "tested")]
     tested = CliRunner().invoke(app, [*arguments, "--json", "--device", "cpu"])

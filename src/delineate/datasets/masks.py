@@ -61,8 +61,8 @@ def read_masks(folder: Folder) -> Dataset | None:
     for (key, name), path in named.items():
         labels[ids[key]][name] = path
     subjects = subjects_of(folder.root, images, labels, channels)
-    scan, (first, _) = next((path, match) for path, match in found.items() if any(match[0] == key for key, _ in named))
-    mask = next(path for (key, _), path in named.items() if key == first)
+    (first, _), mask = next(iter(named.items()))
+    scan = next(path for path, (key, _) in found.items() if key == first)
     there = len(labelled(subjects))
     reason = (
         f"{there} of {len(subjects)} scans have masks, such as {scan.as_posix()} with {mask.as_posix()}; "

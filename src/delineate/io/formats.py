@@ -171,7 +171,7 @@ def name_of(path: Path) -> str:
 
 def names_segments(path: Path) -> bool:
     """Whether a file is called as 3D Slicer's segmentations are."""
-    return suffix_of(path) == ".nrrd" and path.name.lower().endswith(SEGMENTATION_SUFFIX)
+    return path.name.lower().endswith(SEGMENTATION_SUFFIX) and suffix_of(path) == ".nrrd"
 
 
 def is_series(path: Path) -> bool:
