@@ -15,6 +15,7 @@ from delineate.core.targets import Targets
 from delineate.datasets.dataset import load_label, load_scan, read_numbered
 from delineate.datasets.inspection import inspect
 from delineate.datasets.layouts import open_dataset
+from delineate.datasets.repair import repair
 from delineate.errors import (
     AmbiguousOrientation,
     BadFormat,
@@ -175,6 +176,13 @@ def test_the_folders_of_chaos(tmp_path: Path, save_series, save_pictures) -> Non
         open_dataset(tmp_path)
 
 
+def test_a_repaired_copy_holds_the_label_as_it_lies(tmp_path: Path, save_series, save_pictures) -> None:
+    save_series("data/ann/t1", scan(organs()))
+    save_pictures("data/ann/Ground", organs()[::-1])
+    repair(open_dataset(tmp_path / "data", targets=ORGANS), tmp_path / "copy")
+    assert np.array_equal(read_label(tmp_path / "copy/ann/Ground.nii.gz").voxels, organs())
+
+
 def test_what_a_stack_hangs_on_is_part_of_its_hash(tmp_path: Path, save_series, save_pictures) -> None:
     series = save_series("ann/t1", scan(organs()))
     folder = save_pictures("ann/Ground", organs())
@@ -190,6 +198,17 @@ def test_previews_are_no_label_and_pictures_elsewhere_are_reported(tmp_path: Pat
     dataset = open_dataset(tmp_path)
     assert [subject.label for subject in dataset.subjects] == [None, None]
     assert dataset.notes == ("1 folders of pictures belong to no single study: masks",)
+
+
+def test_other_pictures_beside_a_label_do_not_matter(tmp_path: Path, save_series, save_pictures) -> None:
+    from PIL import Image
+
+    save_series("ann/t1", scan(organs()))
+    save_pictures("ann/Ground", organs()[::-1])
+    for path in save_pictures("ann/overlays", organs()).iterdir():
+        Image.new("RGB", SHAPE[:2]).save(path)
+    [subject] = open_dataset(tmp_path, targets=ORGANS).subjects
+    assert np.array_equal(load_label(subject, ORGANS, None).voxels, organs())
 
 
 def test_series_of_masks_in_a_folder_of_structures(tmp_path: Path, save_series) -> None:

@@ -105,11 +105,12 @@ def test_the_dry_run_shows_what_each_rule_picks_and_what_is_left(archive: Path, 
     assert picked == [{"T1": [3], "FLAIR": [5]}, {"T1": [3], "FLAIR": []}]
     assert [[series["number"] for series in study["left"]] for study in found] == [[4], [4]]
     text = run(RULES)
-    assert "left: 'T1' (MR 4, 3 slices)" in text
-    assert "none" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["ann", "left", "'T1'", "(MR", "4,", "3", "slices)", str(archive / "ann/b")] in rows
+    assert ["bob", "FLAIR", "none"] in rows
     several = json.loads(run('T1: "t1"\n', "--json", code=1))["studies"]
     assert [study["ambiguous"] for study in several] == [["T1"], ["T1"]]
-    assert "several: 'T1' (MR 3" in run('T1: "t1"\n', code=1)
+    assert "T1: several" in run('T1: "t1"\n', code=1)
     run("T1: {number: 99}\n", code=1)
 
 

@@ -13,6 +13,7 @@ from delineate.cli.commands import Commands
 from delineate.cli.options import Images, Json, Labels, Layout, Overwrite, RulesFile, TargetsOption, layouts, phantoms
 
 if TYPE_CHECKING:
+    from delineate.datasets.dicom_labels import Candidate
     from delineate.datasets.inspection import Inspection
     from delineate.io.dicom_series import Series
 
@@ -210,12 +211,13 @@ def _print_picked(path: Path, rules: Path, *, json: bool) -> None:
     else:
         rows = []
         for study in studies:
-            named: dict[str, Sequence[object]] = {**study.channels, LABEL: study.label}
+            named: dict[str, Sequence[Series | Candidate]] = {**study.channels, LABEL: study.label}
             for name, found in named.items():
-                what = ", ".join(map(str, found)) or "none"
-                rows.append([study.name, name, f"several: {what}" if name in several[study.name] else what])
-            rows += [[study.name, "", f"left: {series}"] for series in study.left]
-        print_table("", ["study", "rule", "series"], rows)
+                picks = f"{name}: several" if name in several[study.name] else name
+                rows += [[study.name, picks, str(one), str(one.folder)] for one in found]
+                rows += [] if found else [[study.name, name, "none", ""]]
+            rows += [[study.name, "left", str(series), str(series.folder)] for series in study.left]
+        print_table("", ["study", "rule", "series", "where"], rows)
         for note in notes:
             typer.echo(note)
     if any(several.values()) or not any(study.scans for study in studies):

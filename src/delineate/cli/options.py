@@ -81,8 +81,8 @@ RulesFile = Annotated[
     Path | None,
     typer.Option(
         "--rules",
-        help="Pick DICOM series by the rules in this YAML file, for each channel and the label; `delineate data series "
-        "--rules` shows what they pick.",
+        help="Choose DICOM series by the rules in this YAML file, for each channel and the label; "
+        "`delineate data series --rules` shows what they pick.",
     ),
 ]
 Labels = Annotated[

@@ -100,19 +100,20 @@ def _repair_subject(
         return
     for path, make, why in made:
         name = _below(root, path)
-        if not why and not is_series(path):
+        several = "a series" if is_series(path) else "a folder of pictures" if path.is_dir() else ""
+        if not why and not several:
             for file in parts_of(path):
                 _copy(file, out / _below(root, file))
             yield Repair(subject.id, name, "copied")
             continue
-        place = out / (f"{name}.nii.gz" if is_series(path) else name)
+        place = out / (f"{name}.nii.gz" if several else name)
         on_its_grid = made[0][0]  # the first channel, whose grid the others now share
         content = make()
         if isinstance(content, Volume):
             write_volume(place, content, like=on_its_grid)
         else:
             write_label(place, content, like=on_its_grid)
-        yield Repair(subject.id, str(place.relative_to(out)), "repaired", why or "a series became one file")
+        yield Repair(subject.id, str(place.relative_to(out)), "repaired", why or f"{several} became one file")
 
 
 def _readable(path: Path, orientation: Orientation) -> tuple[Volume, str]:

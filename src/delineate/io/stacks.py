@@ -41,7 +41,7 @@ def read_stack(folder: Path, limits: Limits = Limits()) -> LabelVolume:  # noqa:
     """
     series = drawn_on(folder, limits)
     grid, _ = describe_series(series[0], limits)
-    together = tuple(sorted(path for path in folder.parent.iterdir() if path == folder or _beside(path, folder)))
+    together = _together(folder, series)
     place = _settled(together, series, tuple(map(_stamp, (*together, *(one.folder for one in series)))), limits)
     if not place.settled:
         raise AmbiguousOrientation(
@@ -53,9 +53,12 @@ def read_stack(folder: Path, limits: Limits = Limits()) -> LabelVolume:  # noqa:
     return LabelVolume(np.asfortranarray(place.apply(_stacked(folder, series[0], grid, limits))), grid)
 
 
-def _beside(path: Path, folder: Path) -> bool:
-    """Whether a folder is one of a structure that was drawn together with another."""
-    return is_stack(path) and len(pictures_in(path)) == len(pictures_in(folder))
+def _together(folder: Path, series: Sequence[Series]) -> tuple[Path, ...]:
+    """The folder with those beside it, one for each structure, in a folder of masks, which holds no series."""
+    if any(folder.parent.absolute() in Path(one.instances[0].folder).parents for one in series):
+        return (folder,)
+    count = len(pictures_in(folder))
+    return tuple(sorted(one for one in folder.parent.iterdir() if is_stack(one) and len(pictures_in(one)) == count))
 
 
 def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
