@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -67,6 +68,18 @@ def test_pictures_lie_where_their_borders_follow_the_image(
     label = load_label(subject, ORGANS, load_scan(subject).grid)
     assert np.array_equal(label.voxels, organs())
     assert label.voxels.flags.f_contiguous
+
+
+def test_a_real_tumour_drawn_as_pictures_lies_where_it_was_drawn(
+    real_data: Path, tmp_path: Path, save_pictures
+) -> None:
+    study = open_dataset(real_data / "dicom" / "PGBM-001", images="*t1post*", labels="*mask*").subjects[0]
+    drawn = load_label(study, None, None)
+    shutil.copytree(study.scans["image"], tmp_path / "ann/dicom")
+    save_pictures("ann/masks", 255 * drawn.voxels[::-1, :, ::-1])
+    label = read_label(tmp_path / "ann/masks")
+    assert np.array_equal(label.voxels, 255 * drawn.voxels)
+    assert label.grid.matches(drawn.grid, 0.1)
 
 
 def test_square_pictures_too(tmp_path: Path, save_series, save_pictures) -> None:

