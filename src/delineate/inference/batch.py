@@ -22,6 +22,7 @@ from delineate.datasets.dataset import (
     check_shows_something,
     load_map,
     load_scan,
+    named_in,
     read_numbered,
     with_maps,
 )
@@ -345,6 +346,13 @@ def _read_back(outputs: Outputs, subject: Subject, to: str) -> tuple[Volume, Lab
         raise BadFormat(
             f"'{subject.id}' has a label already, and {outputs.suffix} cannot be read back to {to} it",
             fix="predict it again with --overwrite, or select another --format",
+        )
+    names = named_in(path)
+    if names and (missing := [name for name in first.targets.names if name not in names]):
+        # A label of somebody else's segments would be read by its values; a prediction says what it holds.
+        raise BadFormat(
+            f"'{path}' has no segment {', '.join(missing)}: it holds {', '.join(names)}",
+            fix="name its segments after the targets",
         )
     scan = load_scan(subject, first.channels)
     label = read_numbered(path, first.targets, subject.id, scan.grid)
