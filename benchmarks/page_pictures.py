@@ -65,9 +65,9 @@ def degrade(scans: Path, out: Path, *, shift: int, erode: int) -> Path:
 def pages(work: Path) -> dict[str, Path]:
     """Every kind of page."""
     livers, fat, new = work / "livers", work / "fat", work / "new"
-    delineate("data", "phantom", "liver-tumour", "-n", 24, "--coarse", 2, "-o", livers, made=livers)
+    delineate("data", "phantom", "abdomen", "-n", 20, "-o", livers, made=livers)
     delineate("data", "phantom", "liver-fat", "-n", 18, "--coarse", 2, "-o", fat, made=fat)
-    delineate("data", "phantom", "liver-tumour", "-n", 6, "--coarse", 2, "--seed", 7, "-o", new, made=new)
+    delineate("data", "phantom", "abdomen", "-n", 6, "--seed", 7, "-o", new, made=new)
     run, study, adapted = work / "run", work / "study", work / "adapted"
     short = ["--set", "training.minutes=null", "--set", "training.steps=300", "--set", "training.validation.times=12"]
     delineate("train", "demo", "--data", livers, "-o", run, *short, made=run / "report.html")

@@ -100,8 +100,9 @@ def test_readings_beside_their_interval_are_said_in_percentage_points() -> None:
 
 def test_who_lacks_a_target_or_lost_it_is_named() -> None:
     case = ["both"] * 7 + ["prediction empty", "reference empty", "both empty"]
-    found = cautions(None, volumes(np.ones(10), np.ones(10), case=case))
-    said = ("in 1 of the 8 subjects that have it (s7)", "in 1 of 2 subjects (s8)", "in the reference: 2 of 10")
+    dice = [0.0, *[0.8] * 6, 0.0, 0.0, 1.0]
+    found = cautions(None, volumes(np.ones(10), np.ones(10), case=case, dice=dice))
+    said = ("in 2 of the 8 subjects that have it (s0, s7)", "in 1 of 2 subjects (s8)", "in the reference: 2 of 10")
     for part in said:
         assert sum(part in sentence for sentence in found) == 1, found
     assert not any("no target was missed" in sentence for sentence in found)
@@ -141,4 +142,4 @@ def test_of_several_groups_shared_sentences_stand_once() -> None:
     assert sum("n = 20 patients tell" in sentence for sentence in found) == 1
     assert [sentence.partition(":")[0] for sentence in found if "Biased" in sentence] == ["two"]
     counted = cautions_of_groups({f"g{i}": biased if i < 3 else same for i in range(6)})
-    assert counted == ["Groups of runs with a bias: 3 of 6."]
+    assert counted == ["3 of 6 groups of runs have biased volumes or readings: see the agreement with the references."]

@@ -157,9 +157,12 @@ def cautions_of_groups(evaluations: Mapping[str, Evaluation]) -> list[str]:
     if len(evaluations) > _MOST_GROUPS:
         counts = {
             what: sum(any(True for _ in part(evaluation)) for evaluation in evaluations.values())
-            for what, part in (("targets missed, marked wrongly or missing", _of_targets), ("a bias", _of_bias))
+            for what, part in (
+                ("a target that was missed, was marked where there is none, or is not in every reference", _of_targets),
+                ("biased volumes or readings: see the agreement with the references", _of_bias),
+            )
         }
-        return [f"Groups of runs with {what}: {n} of {len(evaluations)}." for what, n in counts.items() if n]
+        return [f"{n} of {len(evaluations)} groups of runs have {what}." for what, n in counts.items() if n]
     said = {name: cautions(None, evaluation) for name, evaluation in evaluations.items()}
     names: dict[str, list[str]] = {}
     for name, sentences in said.items():
@@ -230,11 +233,13 @@ def _of_targets(evaluation: Evaluation) -> Iterator[str]:
     if "case" not in table:
         return
     for target, rows in table.groupby("target", sort=False):
-        names = {case: [str(name) for name in found] for case, found in rows.groupby("case", sort=False)["subject"]}
-        missed, marked, nothing = (names.get(case, []) for case in (MISSED, _MARKED, RIGHTLY_NOTHING))
+        names = rows["subject"].astype(str)
+        missed = names[_missed(rows)].tolist()
+        marked, nothing = (names[rows["case"] == case].tolist() for case in (_MARKED, RIGHTLY_NOTHING))
         without, n = len(marked) + len(nothing), len(rows)
         if missed:
-            yield f"Missed entirely: {target} in {len(missed)} of the {n - without} subjects that have it{_who(missed)}."
+            have_it = f"the {n - without} subjects that have it{_who(missed)}"
+            yield f"Missed entirely (not a voxel of it found): {target} in {len(missed)} of {have_it}."
         if marked:
             yield f"Marked where there is none: {target} in {len(marked)} of {without} subjects{_who(marked)}."
         if without:
@@ -242,6 +247,12 @@ def _of_targets(evaluation: Evaluation) -> Iterator[str]:
                 f"Without {target} in the reference: {without} of {n} subjects{_who([*marked, *nothing])}. They show "
                 "whether it is marked wrongly, not how well it is outlined."
             )
+
+
+def _missed(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Which targets were not found at all: nothing is predicted, or nothing of it overlaps."""
+    nothing = rows["case"] == MISSED
+    return nothing | ((rows["case"] == _FOUND) & (rows["dice"].astype(float) == 0)) if "dice" in rows else nothing
 
 
 def _who(names: Sequence[str]) -> str:
@@ -328,7 +339,7 @@ def _of_number(evaluation: Evaluation) -> Iterator[str]:
         said.append(f"the mean Dice of all patients like these lies between {dice.ci95[0]:.3f} and {dice.ci95[1]:.3f}")
     table = evaluation.table
     has_it = table.loc[table["case"].isin([_FOUND, MISSED]), "subject"] if "case" in table else table["subject"][:0]
-    if len(has_it) and not (table["case"] == MISSED).any():
+    if len(has_it) and not _missed(table).any():
         # Exact one-sided bound for no event (Hanley & Lippman-Hand 1983).
         often = 100 * (1 - SIGNIFICANCE ** (1 / has_it.map(evaluation.patients).nunique()))
         said.append(f"no target was missed, which still allows up to {often:.0f} % of patients with a missed one")

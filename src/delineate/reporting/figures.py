@@ -53,7 +53,7 @@ _STYLE: dict[Any, Any] = {
 }
 _WIDTH = 4.8  # inches: at half the page's width, the text is as large as the page's
 _MOST_POINTS = 400
-NO_UNIT, COUNT, NAMES, UNKNOWN = " (no unit)", " (count)", " (names)", " (unit not known)"
+NO_UNIT, COUNT, UNKNOWN = " (no unit)", " (count)", " (unit not known)"
 """What stands behind the name of an axis without a unit."""
 
 
@@ -67,8 +67,8 @@ class Chart:
 
 
 _BOXES = (
-    "Each point is a subject; the box holds the middle half of them, its thick line is the median, and whiskers end at "
-    "the furthest value within 1.5 box lengths."
+    "Points are subjects, the box is their middle half, the thick line the median; whiskers reach the furthest value "
+    "within 1.5 box lengths."
 )
 
 
@@ -112,12 +112,20 @@ def steps_chart(values: Mapping[str, pd.Series], what: str) -> Chart:
             axes.plot(few.index, few.to_numpy(), style, color=SERIES[k % len(SERIES)], linewidth=1.3, label=name)
         axes.set(xlabel=_STEP, ylabel=what if ", " in what else f"{what}{NO_UNIT}")
         _log_if_wide(axes)
-        axes.legend(loc="upper right", fontsize=8, ncols=1 + len(values) // 9)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, ncols=3)
 
     better = "higher" if what.startswith("Dice") else "lower"
-    reading = f"Each line is the mean of an arm's runs; {better} is better, and a line still moving is not done learning."
+    reading = (
+        f"Each line is the mean of an arm's runs; {better} is better, and a line still moving is not done learning."
+    )
     title = f"{what[:1].upper()}{what[1:].partition(', ')[0]} over training steps"
-    return _chart(draw, title, reading, f"{what} over training steps: {', '.join(values)}", height=3.2)
+    return _chart(
+        draw,
+        title,
+        reading,
+        f"{what} over training steps: {', '.join(values)}",
+        height=2.7 + 0.16 * -(-len(values) // 3),
+    )
 
 
 def _log_if_wide(axes: Axes) -> None:
@@ -256,7 +264,9 @@ def curve_chart(curves: Mapping[str, Sequence[tuple[float, Estimate]]], axis: st
         if len(curves) > 1:
             axes.legend(loc="lower right", fontsize=9)
 
-    reading = "Each point is the mean over held-out patients, its band the 95 % interval; overlapping bands settle nothing."
+    reading = (
+        "Each point is the mean over held-out patients, its band the 95 % interval; overlapping bands settle nothing."
+    )
     said = f"{label} over {axis}, with 95 % intervals"
     return _chart(draw, f"{METRICS[metric].label} over {axis}", reading, said, height=3.0)
 
@@ -466,7 +476,9 @@ def lesion_chart(evaluation: Evaluation, target: str) -> Chart:
 
     rows = [row for row in evaluation.described_lesions() if row["target"] == target]
     said = "; ".join(f"{row['ml']} ml: detected {row['found']}, real {row['real']}" for row in rows)
-    reading = "Taller is better: 1 means that all are found, or all are real; the number above a bar counts its lesions."
+    reading = (
+        "Taller is better: 1 means that all are found, or all are real; the number above a bar counts its lesions."
+    )
     return _chart(draw, f"Lesions of {target} by size", reading, f"Lesions of {target} by size: {said}", height=3.0)
 
 
@@ -496,10 +508,12 @@ def confusion_chart(evaluation: Evaluation) -> Chart:
         axes.set_yticks(range(len(names)), [str(name) for name in counts.index])
         axes.tick_params(length=0, labelcolor=INK)
         axes.grid(visible=False)
-        axes.set(xlabel=f"predicted class{NAMES}", ylabel=f"reference class{NAMES}")
+        axes.set(xlabel="predicted class", ylabel="reference class")
 
     said = "; ".join(f"{name} {shares[i, i]:.1%} correct" for i, name in enumerate(counts.index))
-    reading = "Each row shares out the voxels of one reference class; a perfect prediction has 100 % along the diagonal."
+    reading = (
+        "Each row shares out the voxels of one reference class; a perfect prediction has 100 % along the diagonal."
+    )
     height = 0.9 + 0.45 * len(names)
     return _chart(draw, "Which class voxels were taken for", reading, f"Confusion matrix of voxels: {said}", height)
 
@@ -614,8 +628,10 @@ def _chart(draw: Callable[[Axes], None], title: str, reading: str, said: str, he
         draw(axes)
         written = StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    across, up = axes.get_xlabel(), axes.get_ylabel() or f"rows{NAMES}"
-    return Chart(title, reading, _inline(written.getvalue(), f"{said}. Horizontal axis: {across}. Vertical axis: {up}."))
+    across, up = axes.get_xlabel(), axes.get_ylabel() or "names of rows"
+    return Chart(
+        title, reading, _inline(written.getvalue(), f"{said}. Horizontal axis: {across}. Vertical axis: {up}.")
+    )
 
 
 def _inline(document: str, description: str) -> str:

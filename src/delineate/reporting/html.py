@@ -322,17 +322,20 @@ def _agreement_in_words(agreeing: Agreeing) -> str:
     low, high = found.bias_ci95
     interval = f"95 % interval {signed(low)} to {signed(high)}, n = {found.count}"
     if low > 0 or high < 0:
-        bias = f"On average, predictions read {abs(found.bias):.2f}{unit} too {'high' if low > 0 else 'low'} ({interval})."
+        side = f"{abs(found.bias):.2f}{unit} too {'high' if low > 0 else 'low'} ("
     else:
-        bias = f"On average, predictions read neither too high nor too low beyond chance ({signed(found.bias)}{unit}; {interval})."
+        side = f"neither too high nor too low beyond chance ({signed(found.bias)}{unit}; "
     ends = f"{signed(found.limits[0])} and {signed(found.limits[1])}{unit}"
-    return f"{bias} For a new patient, expect a reading between {ends} from the reference's (95 % limits of agreement)."
+    return (
+        f"On average, predictions read {side}{interval}). For a new patient, expect a reading between {ends} from the "
+        "reference's (95 % limits of agreement)."
+    )
 
 
 def _too_few(target: str, what: str) -> str:
     return (
-        f"Agreement of the {what} of {target} is not shown: fewer than {LEAST_PATIENTS} patients have it, and limits of "
-        "agreement from fewer mean nothing."
+        f"Agreement of the {what} of {target} is not shown: fewer than {LEAST_PATIENTS} patients have it, and limits "
+        "of agreement from fewer mean nothing."
     )
 
 

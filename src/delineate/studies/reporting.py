@@ -175,7 +175,7 @@ _LEARNING = {
     "training loss": "smoothed",
     "validation loss": "test",
     "Dice on validation subjects": "dice",
-    "absolute volume error on validation subjects, ml": "volume_error_ml",
+    "validation volume error, ml": "volume_error_ml",
 }
 """What is drawn over training steps, and which of a run's :class:`Curves` it is."""
 
@@ -259,13 +259,13 @@ def _rising(results: StudyResults) -> list[str]:
     ends = [trend([(int(step), float(v)) for step, v in curves.dice.items()]) for curves in results.curves.values()]
     known = [found for found in ends if found is not None]
     if not known:
-        return []
+        return ["Whether validation was still rising cannot be told: no run was validated four times."] * bool(ends)
     rising = sum(found.rising for found in known)
     unsure = sum(not found.rising and not found.level for found in known)
     return [
-        f"Validation was still rising at the end of {rising} of {len(known)} runs, and may have been in {unsure} more (by "
-        "a straight line through the last third of its validations, at least four): an arm that learns slowly looks worse "
-        "than it is."
+        f"Validation was still rising at the end of {rising} of {len(known)} runs, and may have been in {unsure} more "
+        "(by a straight line through the last third of its validations, at least four): an arm that learns slowly "
+        "looks worse than it is."
     ]
 
 
