@@ -21,7 +21,7 @@ from PIL import Image
 from scipy import ndimage
 
 from delineate.core.volume import LabelVolume
-from delineate.datasets.dataset import load_label
+from delineate.datasets.dataset import load_label, load_scan
 from delineate.datasets.layouts import open_dataset
 from delineate.io.formats import write_label
 
@@ -53,7 +53,7 @@ def degrade(scans: Path, out: Path, *, shift: int, erode: int) -> Path:
     dataset = open_dataset(scans)
     out.mkdir(exist_ok=True)
     for i, subject in enumerate(dataset.subjects):
-        label = load_label(subject, dataset.targets)
+        label = load_label(subject, dataset.targets, load_scan(subject, subject.channels[:1]).grid)
         kept = label.voxels > 0
         if n := (i + erode) % 4:
             kept = ndimage.binary_erosion(kept, iterations=n)
