@@ -420,9 +420,14 @@ def identity_chart(agreeing: Agreeing) -> Chart:
                 _limit(compared), (1, compared.threshold), (0, 3),
                 ("axes fraction", "data"), "offset points", ha="right", fontsize=8, color=MUTED,
             )  # fmt: skip
-            for i in np.flatnonzero((said >= compared.threshold) != (true >= compared.threshold))[:6]:
+            wrong = np.flatnonzero((said >= compared.threshold) != (true >= compared.threshold))[:6]
+            for place, i in enumerate(wrong):  # one below the other, as such subjects are neighbours
                 axes.annotate(
-                    agreeing.subjects[i], (true[i], said[i]), (5, -13), textcoords="offset points", fontsize=8
+                    agreeing.subjects[i],
+                    (true[i], said[i]),
+                    (5, -13 - 9 * place),
+                    textcoords="offset points",
+                    fontsize=8,
                 )
         if colours:
             _site_legend(axes, colours, loc="lower right" if compared.threshold is None else "center right")
