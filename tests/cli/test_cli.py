@@ -265,7 +265,7 @@ def test_methods_are_compared_in_words(tmp_path) -> None:
     delineate("compare", f"new={tmp_path / 'new'}", tmp_path / "old", "--report", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Dice: new is better than old" in page
-    assert 'aria-label="Dice of every subject, by method"' in page
+    assert 'aria-label="Dice of every subject, by method. Horizontal axis: Dice (no unit).' in page
     delineate("compare", tmp_path / "old", code=2)
     assert "E_MISSING" in delineate("compare", tmp_path / "old", tmp_path / "none", code=1).stderr
 

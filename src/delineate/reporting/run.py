@@ -193,5 +193,5 @@ def _notes(events: Sequence[Event], subjects: RunSubjects, problems: Sequence[Pr
     for code, found in counts.items():
         first = f"{found[0].subject}: {found[0].message}" if found[0].subject else found[0].message
         more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
-        notes.append(f"{code}: {first}{more}.")
+        notes.append(f"{first}{more} ({code}).")
     return notes
