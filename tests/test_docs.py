@@ -136,14 +136,14 @@ def test_the_totalsegmentator_page_reads_its_data_set(tmp_path, monkeypatch) -> 
         for name, inside in (("liver", label.voxels == 1), ("spleen", label.voxels == 2), ("colon", label.voxels > 2)):
             mask = delineate.LabelVolume(inside.astype("uint8"), label.grid)
             delineate.write(case / f"segmentations/{name}.nii.gz", mask)
-    one, _, several = commands("docs/from-totalsegmentator.md")
-    assert "liver" in run_command(one, tmp_path)
-    page = (ROOT / "docs/from-totalsegmentator.md").read_text(encoding="utf-8")
-    [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(compile(block, "docs/from-totalsegmentator.md", "exec"), {})
-    assert "0 errors, 0 warnings" in run_command(several, tmp_path)
-    merged = delineate.read(tmp_path / "dataset/s0001/label.nii.gz", label=True)
-    assert (merged.voxels == delineate.read("simulated/labelsTr/abdomen_001.nii.gz", label=True).voxels).all()
+    inspect, _ = commands("docs/from-totalsegmentator.md")
+    shown = run_command(inspect, tmp_path)
+    assert "layout masks" in shown
+    assert "0 errors, 0 warnings" in shown
+    targets = delineate.Targets({"liver": (1,), "spleen": (2,)})
+    subject = delineate.open_dataset("dataset", targets=targets).subjects[1]
+    known = delineate.read("simulated/labelsTr/abdomen_001.nii.gz", label=True).voxels
+    assert (delineate.read(subject, label=True, targets=targets).voxels == known).all()
 
 
 def check_usage(words: list[str]) -> None:

@@ -17,8 +17,8 @@ from delineate.compute import plan_compute
 from delineate.core.targets import Targets
 from delineate.datasets.layouts import open_dataset
 from delineate.inference.batch import find_subjects, predict_subjects
+from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Predictor
-from delineate.inference.review import write_queue
 from delineate.io.pseudonyms import key_file
 from delineate.recipe import recipe_from
 from delineate.reporting.run import write_run_report
@@ -132,13 +132,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     bundle = Bundle.load(root / "bundle")
     subjects = find_subjects([data / f"{SUBJECT}0/scan"], bundle.channels)
     predictor = Predictor([bundle], plan_compute(device="cpu", compile="off"), probabilities=True)
-    for suffix in (".nii.gz", ".mha", ".nrrd", ".vti", ".dcm"):
-        out = root / ("segmentation" if suffix == ".dcm" else "predictions")
-        [outcome] = predict_subjects(predictor, subjects, out, suffix=suffix, probabilities=out / "probabilities")
+    for suffix in (".nii.gz", ".mha", ".nrrd", ".vti", ".dcm", ".rtstruct.dcm"):
+        out = root / ("segmentation" if suffix.endswith(".dcm") else "predictions")
+        outputs = Outputs(out, suffix, out / "probabilities", [bundle])
+        [outcome] = predict_subjects(predictor, subjects, out, outputs=outputs)
         assert outcome.error is None
-        write_queue(out / "review.csv", [outcome.review])
     return {name: root / name for name in ("run", "bundle", "cache", "predictions")} | {
-        "DICOM-SEG": root / "segmentation/scan.dcm"
+        "DICOM-SEG": root / "segmentation/scan.dcm",
+        "report in DICOM": root / "segmentation/scan.sr.dcm",
+        "RTSTRUCT": root / "segmentation/scan.rtstruct.dcm",
     }
 
 
@@ -149,7 +151,7 @@ def documented(place: str) -> set[str]:
     return {name for fields, *_, where in rows if place in where for name in re.findall("`([A-Za-z]+)`", fields)}
 
 
-@pytest.mark.parametrize("place", ["run", "bundle", "cache", "predictions", "DICOM-SEG"])
+@pytest.mark.parametrize("place", ["run", "bundle", "cache", "predictions", "DICOM-SEG", "report in DICOM", "RTSTRUCT"])
 def test_fields_of_a_scan_go_where_the_documentation_says(place: str, places: dict[str, Path]) -> None:
     assert any(places[place].rglob("*")) or places[place].is_file()
     assert found_in(places[place]) == documented(place) & {*FIELDS, *DATES}

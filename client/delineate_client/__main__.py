@@ -15,7 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
     parser = ArgumentParser("delineate-send", description="Segment a scan on a server. Not for diagnosis.")
     parser.add_argument("scan", help="a .nii.gz, .nii, .mha or .nrrd file, or the folder or zip of a DICOM series")
-    parser.add_argument("-o", "--out", required=True, help="a name in .nii.gz, .vtk, .vti, .seg.nrrd, .dcm or .json")
+    known = ".nii.gz, .vtk, .vti, .seg.nrrd, .dcm, .rtstruct.dcm or .json"
+    parser.add_argument("-o", "--out", required=True, help=f"a name in {known}")
     parser.add_argument("--key", help="the key file from whoever runs the server")
     parser.add_argument("--address", default="", help="connect to this address instead of the one in the key file")
     parser.add_argument("--model", help="the model to use; not needed if the server has only one")

@@ -7,8 +7,9 @@
         preprocessing.json     the pipeline, fitted to the training subjects
         weights.safetensors    the network's weights; the metadata holds step and validation score
         calibration.json       errors on held-out subjects, if there were any
+        card.json, card.md     the model card: what was measured, and the text, which may be edited
         bundle.json            channels, targets, tiles, fingerprint of the training data, provenance,
-                               and the SHA-256 of every file
+                               and the SHA-256 of every file but card.md
 
 A bundle with a file that differs from what was saved is refused on opening, before any network is built.
 """
@@ -46,7 +47,8 @@ from delineate.specification import Specification, Text, from_json, to_json
 
 FORMAT: Final = 2
 RECIPE, PREPROCESSING, WEIGHTS = "recipe.yaml", "preprocessing.json", "weights.safetensors"
-FILES: Final = (RECIPE, PREPROCESSING, WEIGHTS, CALIBRATION, MANIFEST)
+CARD, CARD_FACTS = "card.md", "card.json"
+FILES: Final = (RECIPE, PREPROCESSING, WEIGHTS, CALIBRATION, CARD, CARD_FACTS, MANIFEST)
 """Every file that a bundle may have."""
 
 _AFTER_TRAINING = ("inference", "postprocessing")
@@ -219,7 +221,8 @@ class Bundle:
         """Write the whole bundle. A killed process leaves the previous bundle, this one, or one marked incomplete."""
         self._seal(folder, {WEIGHTS: _writer(weights, metadata)})
         # Left over from another bundle.
-        (folder / CALIBRATION).unlink(missing_ok=True)
+        for name in (CALIBRATION, CARD_FACTS):
+            (folder / name).unlink(missing_ok=True)
 
     def begin(self, folder: Path) -> None:
         """Write everything but the weights, which training replaces repeatedly, unless a complete bundle is there.
@@ -393,7 +396,7 @@ def _load(folder: Path) -> Bundle:
         )
     sealed = Sealed.open(folder)
     # Check every file before parsing any.
-    stamps = {name: sealed.stamp(name) for name in (RECIPE, PREPROCESSING, CALIBRATION, WEIGHTS)}
+    stamps = {name: sealed.stamp(name) for name in (RECIPE, PREPROCESSING, CALIBRATION, CARD_FACTS, WEIGHTS)}
     with _refusing(folder / MANIFEST):
         about = from_json(_Description, json.dumps(sealed.about))
     requires = about.provenance.requires

@@ -36,6 +36,7 @@
      ├── CannotImport                E_IMPORT      a model of other software cannot become a bundle
      ├── CannotUndo                  E_UNDO        a preprocessing step cannot be undone
      ├── TrainingError               E_TRAINING    training cannot continue
+     │    └── OutOfMemory              E_MEMORY      … because it needs more memory than there is
      ├── RunInUse                    E_IN_USE      another training run, or server, is using the folder
      ├── StudyError                  E_STUDY       a study is not valid, or does not fit the data
      ├── ClusterError                E_CLUSTER     a cluster cannot be reached, or cannot run a study
@@ -114,7 +115,7 @@ class BadGeometry(ScanError):
 
 
 class AmbiguousOrientation(ScanError):
-    """The header holds two orientations that disagree."""
+    """The header holds two orientations that disagree, or nothing tells how pictures lie on their series."""
 
     code = "E_AMBIGUOUS_ORIENTATION"
 
@@ -162,7 +163,7 @@ class GridMismatch(ScanError):
 
 
 class BadLabelValue(ScanError):
-    """A label holds a value that is not an integer, or that no target includes."""
+    """A label holds a value that is not an integer, or that no target includes; or masks overlap as no target says."""
 
     code = "E_LABEL_VALUE"
 
@@ -228,7 +229,7 @@ class UnknownLayout(DatasetError):
 
 
 class MissingFile(DatasetError):
-    """A scan, channel or label that should be there is not."""
+    """A scan, channel, label or mask that should be there is not."""
 
     code = "E_MISSING"
 
@@ -291,6 +292,12 @@ class TrainingError(DelineateError):
     """Training cannot continue."""
 
     code = "E_TRAINING"
+
+
+class OutOfMemory(TrainingError):
+    """A training needs more memory than there is."""
+
+    code = "E_MEMORY"
 
 
 class RunInUse(DelineateError):

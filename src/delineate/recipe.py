@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from delineate.core.legend import Code, Coding, Legend
 from delineate.core.targets import MOST_TARGETS, MOST_VALUE, Targets
 from delineate.core.text import near, printable
+from delineate.datasets.series_rules import MOST_RULES, SeriesRule
 from delineate.errors import RecipeError
 from delineate.io.files import parsing, read_text
 from delineate.io.settings import MOST_CHARACTERS, MOST_LEVELS, parse_yaml
@@ -79,15 +80,16 @@ class CodingSpec(Specification):
 class DataSpec(Specification):
     """How a data set is read. If ``targets`` is ``null``, those that the data set names are used.
 
-    ``images`` and ``labels`` are file patterns relative to its folder; several channels have one pattern each.
+    ``images`` and ``labels`` are file patterns relative to its folder, or for DICOM series' descriptions or rules;
+    several channels have one each.
     ``resample_channels``: channels on other grids are resampled to the grid of the first, instead of being an error.
     ``codes`` give targets' codes, by name, for formats that carry codes; targets without one are coded as
     unspecified regions. ``colours`` give their colours, such as ``#dd8265``, wherever a label is looked at.
     """
 
     layout: str = "auto"
-    images: str | Annotated[dict[str, str], Field(max_length=64)] | None = None
-    labels: str | None = None
+    images: str | Annotated[dict[str, str | SeriesRule], Field(max_length=MOST_RULES)] | None = None
+    labels: str | SeriesRule | None = None
     channels: Names | None = None
     resample_channels: bool = False
     targets: TargetsSpec | None = None

@@ -137,6 +137,13 @@ def test_an_ensemble_of_one_network_twice_agrees_with_itself(here) -> None:
     assert len(both.networks) == 2
 
 
+def test_a_bundle_shows_its_card_and_an_ensemble_those_of_all(here) -> None:
+    card = delineate.load("run").card
+    assert card == Path("run/bundle/card.md").read_text(encoding="utf-8")
+    assert "case" not in card, "no subject"
+    assert delineate.load("run", "run").card.count("## Licence") == 2
+
+
 def test_progress_is_told_and_a_token_stops_between_tiles(here) -> None:
     bundle, cancel = delineate.load("run"), threading.Event()
     seen: list[tuple[str, int, int]] = []
@@ -171,7 +178,8 @@ def test_cancelled_in_the_midst_of_many_scans_whole_labels_stay_and_the_next_cal
     there = sorted(path.name for path in (tmp_path / "out").iterdir())
     labels = [name for name in there if name.endswith(".nii.gz")]
     assert 0 < len(labels) < 4
-    assert set(there) - set(labels) == {"review.csv", ITK_SNAP, SLICER}
+    tables = {"review.csv", "measurements.csv", "measurements.json"}
+    assert set(there) - set(labels) == {*tables, ITK_SNAP, SLICER}
     assert "E_CANCELLED" not in (tmp_path / "out" / "review.csv").read_text(encoding="utf-8"), "no scan has failed"
     for name in labels:
         delineate.read(tmp_path / "out" / name, label=True)

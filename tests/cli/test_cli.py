@@ -165,7 +165,8 @@ def test_files_are_predicted_one_by_one_and_a_bad_one_does_not_stop_the_rest(run
     answer = json.loads(done.stdout)
     assert [row["subject"] for row in answer["predictions"]] == ["c1_0000"]
     assert answer["failed"][0]["error"].startswith("E_TRUNCATED")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"c1_0000.nii.gz", "review.csv", ITK_SNAP, SLICER}
+    tables = {"review.csv", "measurements.csv", "measurements.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"c1_0000.nii.gz", *tables, ITK_SNAP, SLICER}
 
 
 def test_an_output_that_cannot_be_written_is_said_and_nothing_is_left(run, balls, tmp_path) -> None:
@@ -264,7 +265,7 @@ def test_methods_are_compared_in_words(tmp_path) -> None:
     delineate("compare", f"new={tmp_path / 'new'}", tmp_path / "old", "--report", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Dice: new is better than old" in page
-    assert 'aria-label="Dice of every subject, by method"' in page
+    assert 'aria-label="Dice of every subject, by method. Horizontal axis: Dice (no unit).' in page
     delineate("compare", tmp_path / "old", code=2)
     assert "E_MISSING" in delineate("compare", tmp_path / "old", tmp_path / "none", code=1).stderr
 

@@ -20,7 +20,6 @@ from delineate.bundle import bundle_folder
 from delineate.cli import options
 from delineate.cli.app import app
 from delineate.cli.commands import EVERYWHERE, adds_up, choices_of
-from delineate.core.targets import Targets
 from delineate.core.text import near
 from delineate.datasets.layouts import LAYOUTS, open_dataset
 from delineate.datasets.phantoms.kinds import KINDS, kind_named
@@ -151,7 +150,7 @@ def test_a_command_or_option_that_is_nearly_right_is_named() -> None:
         ([*SETS, *METRICS], metric_names),
         (KINDS, kind_named),
         (["nii.gz", "mha", "nrrd", "png"], lambda suffix: check_writable(Path(f"scan.{suffix}"))),
-        (label_formats(), lambda name: check_label_format(name, Targets({"a": (1,)}))),
+        (label_formats(), lambda name: check_label_format(name)),
     ],
     ids=["layouts", "metrics", "phantoms", "formats", "label formats"],
 )

@@ -107,6 +107,7 @@ WRITERS = {
     "evaluate's page": Writer("evaluate @one @data", "--report OUT", "", ("data/labelsTr/c0.nii.gz", "one/c0.nii.gz")),
     "compare's page": Writer("compare @m1 @m2", "--report OUT", "", ("m1/metrics.csv", "m2/summary.json")),
     "weights export": Writer("weights export @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
+    "card's page": Writer("card @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
     "forgetting": Writer("forgetting @bundle @bundle --data @data --device cpu", "-o OUT", "before/c0.nii.gz"),
     "test": Writer("test @bundle --data @data --device cpu", "-o OUT", "predictions/c0.nii.gz"),
     "test's tables": Writer("test @bundle --data @data --device cpu", "-o OUT", "evaluation/metrics.csv"),

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from delineate.errors import BadShape, ConstantScan, DelineateError, OutputError
 from delineate.inference.batch import find_subjects, predict_subjects
 from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Predictor
-from delineate.io.formats import write_label, write_volume
+from delineate.io.formats import read_label, write_label, write_volume
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
 
@@ -249,11 +248,13 @@ def test_other_files_are_replaced_only_on_request(bundle: Path, scans: Path, tmp
 def test_the_same_command_resumes_and_another_one_is_refused(bundle: Path, scans: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     predict(bundle, scans / "a.nii.gz", "-o", out)
-    (out / "a.nii.gz").write_text("corrected by hand", encoding="utf-8")
+    label = read_label(out / "a.nii.gz")
+    write_label(out / "a.nii.gz", LabelVolume(label.voxels[::-1], label.grid))
+    corrected = (out / "a.nii.gz").read_bytes()
     answer = json.loads(predict(bundle, scans, "-o", out, "--json").stdout)
     assert answer["skipped"] == ["a"]
     assert [row["subject"] for row in answer["predictions"]] == ["b", "c"]
-    assert (out / "a.nii.gz").read_text(encoding="utf-8") == "corrected by hand"
+    assert (out / "a.nii.gz").read_bytes() == corrected
     assert set(rows(out)) == {"a", "b", "c"}
     assert json.loads(predict(bundle, scans, "-o", out, "--json").stdout)["skipped"] == ["a", "b", "c"]
     for changed in (["--overlap", 0.1], ["--probabilities"], ["--mirrored"]):
@@ -262,6 +263,17 @@ def test_the_same_command_resumes_and_another_one_is_refused(bundle: Path, scans
     refused = predict(bundle, scans, "-o", out, code=1)
     assert "b.nii.gz' exists already" in str(refused.exception), "it is a prediction of another scan"
     assert "a.nii.gz" not in str(refused.exception)
+
+
+def test_a_label_that_can_no_longer_be_measured_is_said(bundle: Path, scans: Path, tmp_path: Path) -> None:
+    """What is known of it was measured in another label."""
+    out = tmp_path / "out"
+    predict(bundle, scans, "-o", out)
+    (out / "a.nii.gz").write_text("no label", encoding="utf-8")
+    answer = json.loads(predict(bundle, scans, "-o", out, "--json", code=1).stdout)
+    assert (answer["skipped"], answer["predictions"], answer["measurements"]) == (["a", "b", "c"], [], [])
+    assert [(row["subject"], row["code"]) for row in answer["failed"]] == [("a", "E_FORMAT")]
+    assert (out / "a.nii.gz").read_text(encoding="utf-8") == "no label"
 
 
 def test_rows_stand_in_the_review_as_they_come(predictor: Predictor, scans: Path, tmp_path: Path) -> None:
@@ -315,7 +327,7 @@ def test_no_name_costs_others_their_rows(bundle: Path, tmp_path: Path, name: str
     [(written, row)] = found.items()
     assert not written.startswith("=")
     assert (out / f"{printable(name)}.nii.gz").exists() if good else row["error"].startswith("E_OUTPUT")
-    assert len(list(out.iterdir())) == (5 if good else 4), "nothing half-written"
+    assert len(list(out.iterdir())) == (7 if good else 6), "nothing half-written"
 
 
 @contextmanager
@@ -339,7 +351,8 @@ def test_a_label_that_cannot_be_written_is_one_failed_row(predictor: Predictor, 
         first, second = predict_subjects(keeping, subjects, outputs.folder, outputs=outputs)
     assert isinstance(first.error, OutputError)
     assert second.error is None
-    assert set(content(outputs.folder)) == {"review.csv", "small.nrrd", "probabilities/small.nii.gz"}
+    tables = {"review.csv", "measurements.csv", "measurements.json"}
+    assert set(content(outputs.folder)) == {*tables, "small.nrrd", "probabilities/small.nii.gz"}
     found = rows(outputs.folder)
     assert found["large"]["error"].startswith("E_OUTPUT")
     assert not found["small"]["error"]
@@ -364,8 +377,8 @@ def test_a_full_disk_ends_the_batch_and_the_same_command_resumes(bundle: Path, s
         (small_disk / "filler").write_bytes(b"x" * 2**20)
     assert full.value.errno == errno.ENOSPC
     os.truncate(
-        small_disk / "filler", 128 * 1024 - 5 * 4096
-    )  # room for the targets' names, a label and its row, not for three
+        small_disk / "filler", 128 * 1024 - 7 * 4096
+    )  # room for the targets' names, a label and its rows, not for three
     done = predict(bundle, scans, "-o", out, code=1)
     assert "free some space" in done.output
     there = {path.name.split(".")[0] for path in out.glob("*.nii.gz")}
@@ -384,20 +397,13 @@ def test_a_format_that_does_not_fit_is_said_before_the_network_is_loaded(
     with monkeypatch.context() as patch:
         patch.setattr(Bundle, "trained_network", None)
         done = predict(bundle, scans, "-o", scans / "out", "--format", "dcm", code=1)
-    assert "E_FORMAT: a DICOM-SEG must refer to a DICOM series" in str(done.exception)
+    assert "E_FORMAT: a label in DICOM must refer to a DICOM series" in str(done.exception)
     assert not (scans / "out").exists()
 
 
-def test_segments_are_named_and_a_layer_that_cannot_hold_them_is_said_first(
-    monkeypatch, bundle: Path, scans: Path, tmp_path: Path
-) -> None:
+def test_segments_are_named(bundle: Path, scans: Path, tmp_path: Path) -> None:
     predict(bundle, scans / "a.nii.gz", "-o", tmp_path / "out", "--format", "seg.nrrd")
     assert b"Segment0_Name:=organ" in (tmp_path / "out/a.seg.nrrd").read_bytes()[:2000]
-    overlapping = replace(Bundle.load(bundle), targets=Targets({"organ": (1, 2), "part": (2,)}, "overlapping"))
-    monkeypatch.setattr(Bundle, "load", lambda folder: overlapping)
-    done = predict(bundle, scans, "-o", tmp_path / "other", "--format", "seg.nrrd", code=1)
-    assert "overlapping targets (organ, part)" in str(done.exception)
-    assert not (tmp_path / "other").exists()
 
 
 def test_missing_packages_are_said_before_anything_runs(monkeypatch, bundle: Path, scans: Path) -> None:

@@ -1,9 +1,10 @@
-"""``delineate predict --quantity``: ml and fat fraction of new patients, without a reference."""
+"""What ``delineate predict`` measures in new patients, without a reference: ml, boxes, channels and fat fraction."""
 
 from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from math import isnan
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from delineate.sampling.tiles import TileGeometry
 
 GRID = Grid.of_spacing((12, 10, 8), (2, 2, 5))
 NUMBERS = ("volume_ml", "measured_ml", "quantity_mean", "quantity_median", "quantity_sd", "above_threshold_percent")
+BOX = ("low_x_ras_mm", "low_y_ras_mm", "low_z_ras_mm", "high_x_ras_mm", "high_y_ras_mm", "high_z_ras_mm")
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +76,17 @@ def predict(bundle: Path, *arguments: object, code: int = 0) -> Result:
     return done
 
 
-def rows(out: Path) -> dict[tuple[str, str], dict[str, str]]:
+def rows(out: Path, quantity: str = "fat_fraction") -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of a quantity by subject and target; all rows are the same for people and for programs."""
     with (out / "measurements.csv").open(newline="", encoding="utf-8") as file:
-        found = {(row["subject"], row["target"]): row for row in csv.DictReader(file)}
+        found = list(csv.DictReader(file))
     for_programs = json.loads((out / "measurements.json").read_text(encoding="utf-8"))
-    assert [(row["subject"], row["target"]) for row in for_programs["measurements"]] == list(found)
-    for row in for_programs["measurements"]:
-        in_table = found[row["subject"], row["target"]]
-        assert {name: float(in_table[name]) if in_table[name] else None for name in NUMBERS} == {
-            name: row[name] for name in NUMBERS
-        }
-        assert set(row) == set(for_programs["definitions"])
-    return found
+    for row, in_table in zip(for_programs["measurements"], found, strict=True):
+        for name in row.keys() - {"subject", "target", "quantity", "unit", "made_from"}:
+            assert row[name] == (float(in_table[name]) if in_table[name] else None)
+        assert [*row] == [*for_programs["definitions"]]
+        assert all(row[name] == in_table[name] for name in ("subject", "target", "quantity", "unit"))
+    return {(row["subject"], row["target"]): row for row in found if row["quantity"] == quantity}
 
 
 def expected(label: Path, values: list[int], fat: Path, threshold: float = 5.56) -> list[float]:
@@ -111,17 +112,69 @@ def test_each_target_s_volume_and_fat_fraction_are_written(bundle: Path, patient
         )
     answer = json.loads(predict(bundle, patients, *BOTH, "-o", tmp_path / "json", "--json").stdout)
     first = next(iter(found.values()))
-    assert answer["measurements"][0]["quantity_mean"] == pytest.approx(float(first["quantity_mean"]), abs=1e-4)
+    fat = [row for row in answer["measurements"] if row["quantity"] == "fat_fraction"]
+    assert fat[0]["quantity_mean"] == pytest.approx(float(first["quantity_mean"]), abs=1e-4)
+
+
+def test_every_prediction_is_measured(bundle: Path, patients: Path, tmp_path: Path) -> None:
+    """Without being asked: volume, box, and each channel, small values too."""
+    for name in "ab":
+        water = read_volume(patients / f"{name}_water.nii.gz")
+        write_volume(patients / f"{name}_water.nii.gz", Volume(water.voxels * np.float32(1e-4), GRID))
+    out = tmp_path / "out"
+    answer = json.loads(predict(bundle, patients, *WATER, "-o", out, "--json").stdout)
+    found = rows(out, "water")
+    assert list(found) == [(name, target) for name in "ab" for target in ("liver", "tumour")]
+    assert [(row["subject"], row["target"]) for row in answer["measurements"]] == list(found)
+    for (name, target), row in found.items():
+        values = [1, 2] if target == "liver" else [2]
+        numbers = expected(out / f"{name}.nii.gz", values, patients / f"{name}_water.nii.gz")
+        assert [float(row[column]) for column in NUMBERS[:-1]] == pytest.approx(numbers[:-1], rel=1e-3)
+        index = np.argwhere(np.isin(read_label(out / f"{name}.nii.gz").voxels, values))
+        borders = [*(index.min(axis=0) - 0.5) * (2, 2, 5), *(index.max(axis=0) + 0.5) * (2, 2, 5)]
+        assert [float(row[column]) for column in BOX] == pytest.approx(borders)
+        assert (row["unit"], row["threshold"], row["above_threshold_percent"]) == ("", "", "")
+
+
+def test_asking_for_less_forgets_nothing(bundle: Path, patients: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict(bundle, patients, *BOTH, "-o", out)
+    before = (out / "measurements.csv").read_bytes()
+    predict(bundle, patients, *WATER, "-o", out)
+    assert (out / "measurements.csv").read_bytes() == before
+
+
+def test_a_channel_that_holds_fractions_has_no_unit(bundle: Path, patients: Path, tmp_path: Path) -> None:
+    """Whoever does not ask for a fat fraction is not kept from predicting by a map in fractions of 1."""
+    trained = Bundle.load(bundle)
+    for name, most in (("shares", 1), ("percent", 100)):
+        for patient in "ab":
+            water = read_volume(patients / f"{patient}_water.nii.gz")
+            write_volume(tmp_path / f"{name}/{patient}_pdff.nii.gz", Volume(water.voxels * np.float32(most), GRID))
+        network = trained.network()
+        torch.manual_seed(1)
+        renamed = replace(trained, channels=("pdff",))
+        renamed.save(tmp_path / f"{name}_bundle", network.state_dict(), {})
+        words = ("--images", "pdff=*_pdff.nii.gz", "-o", tmp_path / f"{name}_out")
+        predict(tmp_path / f"{name}_bundle", tmp_path / name, *words)
+    told = {(row["unit"], row["threshold"]) for row in rows(tmp_path / "shares_out", "pdff").values()}
+    assert told == {("", "")}
+    told = {(row["unit"], row["threshold"]) for row in rows(tmp_path / "percent_out", "pdff").values()}
+    assert told == {("%", "5.56")}
 
 
 def test_labels_that_are_there_are_measured_as_they_are(bundle: Path, patients: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     predict(bundle, patients, *WATER, "-o", out)
-    assert not (out / "measurements.csv").exists()
+    b_before = rows(out, "water")["b", "liver"]
     corrected = np.zeros(GRID.shape, np.uint8)
     corrected[2:8, 2:8, 2:6] = 1  # and no tumour
     write_label(out / "a.nii.gz", LabelVolume(corrected, GRID))
     before = (out / "a.nii.gz").read_bytes()
+    answer = json.loads(predict(bundle, patients, *WATER, "-o", out, "--json").stdout)
+    assert [(row["subject"], row["target"]) for row in answer["measurements"]] == [("a", "liver"), ("a", "tumour")]
+    assert float(rows(out, "water")["a", "liver"]["volume_ml"]) == pytest.approx(6 * 6 * 4 * 0.02)
+    assert rows(out, "water")["b", "liver"] == b_before
     answer = json.loads(predict(bundle, patients, *BOTH, "--margin-mm", 2, "-o", out, "--json").stdout)
     assert (answer["skipped"], answer["predictions"]) == (["a", "b"], [])
     found = rows(out)
@@ -152,7 +205,7 @@ def test_the_same_command_completes_what_is_missing(bundle: Path, patients: Path
     assert {row.pop("checked") for key, row in again.items() if key[0] == "b"} == {""}
     assert again == whole
     answer = json.loads(predict(bundle, patients, *BOTH, "--threshold", 8, "-o", out, "--json").stdout)
-    assert {row["threshold"] for row in answer["measurements"]} == {8.0}
+    assert {row["threshold"] for row in answer["measurements"]} == {8.0, None}
     assert {row["threshold"] for row in rows(out).values()} == {"8.0"}
 
 
@@ -206,7 +259,8 @@ def test_from_python_it_is_the_same(bundle: Path, patients: Path, tmp_path: Path
     found = delineate.predict(bundle, dataset, tmp_path / "out", **asked)
     prediction = delineate.load(bundle, device="cpu").predict(scans[0])
     measured = prediction.measure("fat_fraction", patients / "a_ff.nii.gz", margin_mm=2)
-    assert measured == found.measured["a"]
+    assert measured == {target: by_channel["fat_fraction"] for target, by_channel in found.measured["a"].items()}
+    assert [*found.measured["a"]["liver"]] == ["water", "fat_fraction"]
     assert float(rows(tmp_path / "out")["a", "liver"]["quantity_mean"]) == pytest.approx(
         measured["liver"].mean, abs=1e-4
     )

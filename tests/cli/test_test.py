@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner, Result
 
+from delineate.bundle import Bundle
 from delineate.cli.app import app
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.splits import load_split
-from delineate.errors import DatasetError, DelineateError, MissingFile, OutputError, RecipeError
+from delineate.errors import BundleError, DatasetError, DelineateError, MissingFile, OutputError, RecipeError
+from delineate.evaluation.card_facts import CardFacts
 from delineate.evaluation.table import Evaluation
 from delineate.io.formats import read_label, read_volume, write_label, write_volume
 from delineate.recipe import recipe_from, to_yaml
@@ -107,8 +109,37 @@ def test_a_run_is_measured_again_as_it_measured_itself(run: Path, data: Path, tm
     page = (tmp_path / "fold/report.html").read_text(encoding="utf-8")
     assert "tiny on " in page
     assert all(f">{subject}<" in page for subject in held_out)
-    assert page.count("<figure") == len(held_out)
-    assert "Before you read" not in page
+    assert page.count("<figure id=") == len(held_out)
+    assert "; the recipe has" not in page
+
+
+def test_a_test_can_be_added_to_the_card(run: Path, data: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(run / "bundle", tmp_path / "bundle")
+    card = bundle / "card.md"
+    card.write_text("Mine.\n\n" + card.read_text(encoding="utf-8"), encoding="utf-8")
+    words = ("test", bundle, "--data", data, "-o", tmp_path / "out", *DICE, "--set", "inference.overlap=0")
+    for _ in range(2):  # resumed, it is the same result
+        delineate(*words, "--card", "Scanner B")
+    facts = CardFacts.of(Bundle.load(bundle))
+    assert [(one.kind, one.name) for one in facts.results] == [("held out", ""), ("test", "Scanner B")]
+    assert facts.results[0] == CardFacts.of(Bundle.load(run / "bundle")).results[0]
+    measured = Evaluation.read(tmp_path / "out/evaluation").overall()["dice"]
+    [found] = [f.estimate for f in facts.results[1].figures if (f.target, f.metric) == ("mean of targets", "dice")]
+    assert found.mean == pytest.approx(measured.mean)
+    shown = runner.invoke(app, ["card", str(bundle)]).stdout
+    assert shown == card.read_text(encoding="utf-8") + "\n"
+    assert shown.startswith("Mine.")
+    assert "### A test after training: Scanner B" in shown
+    assert "inference.overlap is 0.0 here" in shown
+    runner.invoke(app, ["card", str(bundle), "-o", str(tmp_path / "page.html")])
+    assert "Scanner B" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    before = content(bundle)
+    delineate(*words, "--card", "x" * 201, code=2)
+    card.unlink()
+    card.mkdir()
+    assert isinstance(delineate(*words, "--card", "again", code=1).exception, BundleError)
+    card.rmdir()
+    assert content(bundle) == {name: data for name, data in before.items() if name != "card.md"}
 
 
 def test_what_was_trained_on_is_refused_by_name(run: Path, data: Path, tmp_path: Path) -> None:
@@ -205,7 +236,9 @@ def test_the_same_test_resumes_and_no_other_writes_over_it(run: Path, data: Path
     assert {p: p.stat().st_mtime_ns for p in times} == times
     same = content(out)
     assert same.keys() == before.keys()
-    assert all(same[name] == before[name] for name in before if name.endswith((".csv", ".json")))
+    # All but the digests by which measurements are recognised, which tell the files of labels apart.
+    tables = [name for name in before if name.endswith((".csv", ".json")) and "measurements" not in name]
+    assert {name: same[name] for name in tables} == {name: before[name] for name in tables}
     for other in (["--lesion-overlap", 0.5], ["--set", "inference.overlap=0"], ["--targets", "ball=1"]):
         done = delineate(*asked, *other, code=1)
         assert isinstance(done.exception, OutputError)

@@ -27,15 +27,19 @@ from delineate.bundle import Bundle
 from delineate.calibration import Calibration
 from delineate.core.targets import Targets
 from delineate.errors import BundleError
+from delineate.evaluation.card import card_of, write_card
+from delineate.evaluation.card_facts import Bias, ByRole, CardFacts, Effort, Failures, Figure, Result, Sides
 from delineate.io import sealed
 from delineate.metrics.conformal import Conformal
+from delineate.metrics.statistics import Estimate
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
 
 MUTATIONS = int(os.environ.get("DELINEATE_MUTATIONS", "2000"))
 """Of raw damage, and a fifth as many of forged damage, which takes longer to find; set the variable for more."""
 
-FILES = ("bundle.json", "recipe.yaml", "preprocessing.json", "weights.safetensors", "calibration.json")
+FILES_1 = ("bundle.json", "recipe.yaml", "preprocessing.json", "weights.safetensors", "calibration.json")
+FILES = (*FILES_1, "card.json")
 FORMAT_1 = Path(__file__).parents[1] / "data/bundle_format_1"
 
 
@@ -55,6 +59,17 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sound")
     bundle.save(folder, bundle.network().state_dict(), {"step": 1})
     Calibration({"liver": Conformal(((0.1,), (0.2,)))}, {"liver": Conformal(((0.3,),))}).save(folder)
+    sha256 = Bundle.load(folder).weights_sha256
+    figure = Figure("liver", "dice", "Dice", Estimate(0.8, 0.1, (0.7, 0.9), 3, 0, 1, 3), 1)
+    bias, failures = Bias("liver", "volume", "ml", 0.5, (-1, 2), (-3, 4), 3), Failures("liver", 3, 1, 1, 0, 1, 0.25)
+    result = Result(
+        "test", sha256, "2026-01-02", 4, 3, 2, (figure,), (bias,), (failures,),
+        name="B", quantity="fat", sides=(Sides("liver", 3, 4),), notes=("x",),
+    )  # fmt: skip
+    effort = Effort(sha256, 10, 0.5, finished=True)
+    write_card(
+        folder, CardFacts(effort=effort, sites=(ByRole(3, 1, 4), ByRole(1)), patients=ByRole(3), results=(result,))
+    )
     return folder
 
 
@@ -83,6 +98,7 @@ def use(folder: Path) -> Bundle:
     """All that reads a bundle's files before a network is built."""
     bundle = Bundle.load(folder)
     Calibration.load(folder)
+    card_of(bundle)
     return bundle
 
 
@@ -236,10 +252,10 @@ def test_damage_to_a_bundle_of_format_1_meets_only_our_errors(tmp_path: Path) ->
     rng = np.random.default_rng(3)
     folder = tmp_path / "bundle"
     shutil.copytree(FORMAT_1, folder)
-    contents = {name: (folder / name).read_bytes() for name in FILES}
+    contents = {name: (folder / name).read_bytes() for name in FILES_1}
     found = 0
     for _ in range(MUTATIONS // 40):
-        name = FILES[rng.integers(len(FILES))]
+        name = FILES_1[rng.integers(len(FILES_1))]
         (folder / name).write_bytes(damaged(contents[name], rng))
         with bounded():
             try:
@@ -290,8 +306,7 @@ PLACES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("format", [1, 2])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("name", "format"), [*((name, 1) for name in FILES_1), *((name, 2) for name in FILES)])
 def test_strange_things_in_place_of_a_file_are_refused(name: str, format: int, sound: Path, tmp_path: Path) -> None:
     for what, put in PLACES.items():
         folder = tmp_path / what

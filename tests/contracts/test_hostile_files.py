@@ -16,7 +16,8 @@ import pytest
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.inspection import inspect
-from delineate.datasets.layouts import Pattern, open_dataset
+from delineate.datasets.layouts import open_dataset
+from delineate.datasets.patterns import Pattern
 from delineate.datasets.splits import load_split
 from delineate.errors import DelineateError
 from delineate.evaluation.table import Evaluation

@@ -11,7 +11,9 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -21,12 +23,19 @@ from PIL import Image
 
 from delineate.cli.parsing import data_changes, parse_patterns, parse_targets
 from delineate.core.grid import Grid
+from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import read_numbered
 from delineate.datasets.layouts import open_dataset
+from delineate.datasets.series_rules import read_rules
 from delineate.datasets.splits import Split, load_split, save_split
 from delineate.errors import DelineateError, UnknownLayout
 from delineate.evaluation.table import Evaluation
+from delineate.io.dicom_series import Series, find_objects, find_series
+from delineate.io.exports import export_label
 from delineate.io.formats import read_header, read_volume, write_label, write_volume
+from delineate.io.nifti_names import targets_named_in
+from delineate.io.rtstruct import read_structures, referenced_series, structure_names
 from delineate.pretrained.weights import read_tensors
 from delineate.recipe import DataSpec, apply_changes, load_recipe, recipe_from
 from delineate.training.checkpoint import SafeCheckpointIO, steps_done
@@ -159,6 +168,23 @@ def bids(name: str) -> Callable[[Path], Path]:
     return make
 
 
+def masks(folder: Path) -> Path:
+    for name in ("s01", "s02"):
+        write_volume(folder / name / "ct.nii", Volume(VOXELS, GRID))
+        write_label(folder / name / "masks" / "liver.nii", LabelVolume((VOXELS[0] > 30).astype(np.uint8), GRID))
+    table = "image_id;age;institute;split\ns01;70;Oslo;train\ns02;;Bergen;test\n"
+    (folder / "meta.csv").write_text(table, encoding="utf-8")
+    return folder / "meta.csv"
+
+
+NESTED = Targets({"liver": (1, 2), "tumour": (2,)}, "overlapping")
+
+
+def segmentation(folder: Path) -> Path:
+    label = LabelVolume((VOXELS[0] > 30).astype(np.uint8) + (VOXELS[0] > 50), GRID)
+    return export_label(folder / "a.seg.nrrd", label, NESTED)[0]
+
+
 def use_sidecar(path: Path) -> None:
     """A damaged one is said in a note, and keeps nobody from using the scans."""
     dataset = open_dataset(path.parents[2])
@@ -188,6 +214,36 @@ def dicom(folder: Path, name: str = "slice.dcm") -> Path:
     path = folder / name
     scan.save_as(path, enforce_file_format=True)
     return path
+
+
+def structure_set(folder: Path) -> Path:
+    """A square on each of two slices; each element has the length that its value has."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = RTStructureSetStorage, "1.2.3"
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    whole, roi, drawn, referenced = Dataset(), Dataset(), Dataset(), Dataset()
+    whole.file_meta = meta
+    whole.SOPClassUID, whole.SOPInstanceUID, whole.Modality = RTStructureSetStorage, "1.2.3", "RTSTRUCT"
+    roi.ROINumber, roi.ROIName, drawn.ReferencedROINumber, drawn.ContourSequence = 1, "organ", 1, []
+    for z in (0, 3):
+        contour = Dataset()
+        contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", 4
+        contour.ContourData = [-0.5, -0.5, z, -3.5, -0.5, z, -3.5, -3.5, z, -0.5, -3.5, z]
+        drawn.ContourSequence.append(contour)
+    referenced.SeriesInstanceUID = "1.2.4"
+    study, frame = Dataset(), Dataset()
+    study.RTReferencedSeriesSequence, frame.RTReferencedStudySequence = [referenced], [study]
+    whole.ReferencedFrameOfReferenceSequence = [frame]
+    whole.StructureSetROISequence, whole.ROIContourSequence = [roi], [drawn]
+    whole.save_as(folder / "structures.dcm", enforce_file_format=True)
+    return folder / "structures.dcm"
+
+
+def use_structures(path: Path) -> object:
+    return structure_names(path), referenced_series(path), read_structures(path, GRID)
 
 
 def dicom_zip(folder: Path) -> Path:
@@ -434,15 +490,56 @@ def use_patterns(path: Path) -> object:
     return open_dataset(folder, images=parse_patterns([images]), labels=labels or None)
 
 
+def named_label(targets: Targets) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        label = LabelVolume(VOXELS[0] % 3, GRID)
+        return export_label(folder / "label.nii", label, targets)[0]
+
+    return make
+
+
+def use_names(path: Path) -> object:
+    if (found := targets_named_in(path)) is None:
+        raise UnknownLayout("the label names nothing")
+    return found
+
+
+RULES = """\
+T1: {description: "*t1*", protocol: "*", modality: MR, number: 4}
+FLAIR: "*fl?ir*"
+PD: {folder: "pd/[a-z]*", number: 0}
+label: {modality: SEG}
+"""
+
+
+def use_rules(path: Path) -> object:
+    rules = read_rules(path)
+    return [rule.fits(series) for rule in (*rules.images.values(), rules.label) if rule for series in some_series()]
+
+
+@cache
+def some_series() -> tuple[Series, ...]:
+    with TemporaryDirectory() as folder:
+        return tuple(find_series(dicom(Path(folder)).parent))
+
+
 FUZZES = {
     "YAML": Fuzz(written("recipe.yaml", RECIPE), load_recipe, spoil=in_yaml),
     "--set": Fuzz(written("changes", *CHANGES), use_changes, text=True, spoil=one_line),
     "--targets": Fuzz(written("targets", "liver=1,tumour=2", "whole=1+2+4,core=1+4"), use_targets, spoil=one_line),
     "patterns": Fuzz(
-        written("pattern", "*/t1_*.nii", "**/t1*.nii*", "T1=*/*/t1.nii*", "*/?1_*.nii */?_*.nii"),
+        written(
+            "pattern",
+            "*/t1_*.nii",
+            "**/t1*.nii*",
+            "T1=*/*/t1.nii*",
+            "*/?1_*.nii */?_*.nii",
+            "*/t1_*.nii */{target}_*.nii",
+        ),
         use_patterns,
         spoil=one_line,
     ),
+    "rules": Fuzz(written("rules.yaml", RULES), use_rules, text=True),
     "dataset.json, msd": Fuzz(msd, lambda path: open_dataset(path.parent), spoil=in_json),
     "dataset.json, nnunet": Fuzz(nnunet, lambda path: open_dataset(path.parent), spoil=in_json),
     "dataset_description.json": Fuzz(
@@ -451,6 +548,8 @@ FUZZES = {
     "participants.tsv": Fuzz(bids("participants.tsv"), lambda path: open_dataset(path.parent), text=True),
     "dseg.tsv": Fuzz(bids("derivatives/m/dseg.tsv"), lambda path: open_dataset(path.parents[2]), text=True),
     "a sidecar": Fuzz(bids("sub-1/anat/sub-1_T1w.json"), use_sidecar, text=True),
+    "meta.csv": Fuzz(masks, lambda path: open_dataset(path.parent), text=True),
+    ".seg.nrrd": Fuzz(segmentation, lambda path: read_numbered(path, NESTED, "a"), text=True),
     "sites.csv": Fuzz(sites, lambda path: open_dataset(path.parent), text=True),
     "split": Fuzz(split, load_split, spoil=in_json),
     "metrics.csv": Fuzz(metrics_csv, use_evaluation, text=True),
@@ -461,7 +560,13 @@ FUZZES = {
     "state": Fuzz(state, use_state, spoil=in_header),
     "DICOM": Fuzz(dicom, lambda path: read_volume(path.parent), spoil=in_dicom),
     "DICOM header": Fuzz(dicom, lambda path: read_header(path.parent), spoil=in_dicom),
+    "RTSTRUCT": Fuzz(structure_set, use_structures, spoil=raw),
+    "RTSTRUCT header": Fuzz(structure_set, lambda path: find_objects(path.parent), spoil=raw),
     "zip": Fuzz(dicom_zip, read_volume, spoil=inside(".dcm", in_dicom)),
+    "names in a label": Fuzz(named_label(Targets({"liver": (1,), "tumour": (2,)})), use_names),
+    "names in a label, overlapping": Fuzz(
+        named_label(Targets({"liver": (1, 2), "tumour": (2,)}, "overlapping")), use_names, text=True
+    ),
     "PNG": Fuzz(picture(".png"), read_volume),
     "TIFF": Fuzz(picture(".tif"), read_volume),
 }

@@ -25,10 +25,12 @@ from delineate.datasets.examination import Problem, SubjectRow
 from delineate.datasets.inspection import InspectionFile, Intensity
 from delineate.datasets.splits import Split, SplitFile, load_split, save_split
 from delineate.errors import RecipeError
+from delineate.evaluation.card_facts import Bias, ByRole, CardFacts, Effort, Failures, Figure, Result, Sides
 from delineate.evaluation.held_out import PlannedTest
 from delineate.fingerprint import Fingerprint, Range
 from delineate.io.documents import Document
 from delineate.io.settings import parse_yaml
+from delineate.metrics.statistics import Estimate
 from delineate.pretrained.weights import Entry
 from delineate.recipe import (
     InferenceSpec,
@@ -302,6 +304,17 @@ DOCUMENTS: list[Document] = [
     ),
     AdaptationPlan(
         origin="0f" * 32, data_set="d", recipe=load_recipe("hippocampus"), folds=(("a", "b"), ("c",)), rehearsed=("d",)
+    ),
+    CardFacts(
+        effort=Effort("0f" * 32, 10, 0.5, True), sites=(ByRole(1, 2, 3), ByRole()), patients=ByRole(4),
+        results=(
+            Result(
+                "test", "0f" * 32, "2026-01-02", 4, 3, 2,
+                (Figure("a: ü", "dice", "Dice", Estimate(inf, 0.1, (-inf, 1 / 3), 3, 1, 0, 3), 2),),
+                (Bias("a", "volume", "ml", 0.1, (-1.5, 1 / 3), (-inf, inf), 3),), (Failures("a", 3, 1, 1, 0, 2, 0.25),),
+                True, "B", "fat", (Sides("a", 3, 4),), ("x | y",),
+            ),
+        ),
     ),
     Entry(name="vgg11", source="f.pth", preprocessing="caffe", sha256="0f", tensors=16),
 ]  # fmt: skip

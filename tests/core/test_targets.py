@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import combinations
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from delineate.core.targets import IGNORED, SharedTargets, Targets
 from delineate.errors import BadLabelValue, RecipeError
@@ -40,6 +45,44 @@ def test_written_labels_read_back_as_the_same_masks(targets: Targets) -> None:
     masks = np.stack(list(targets.masks(label).values()))
     again = targets.masks(targets.decode(masks))
     np.testing.assert_array_equal(masks, np.stack(list(again.values())))
+
+
+EVERY = {frozenset(one) for n in range(1, 5) for one in combinations("abcd", n)}
+"""Every way in which four masks may lie in one another."""
+
+
+def masks_in(kinds: Collection[frozenset[str]]) -> tuple[tuple[int, int, int], list[tuple[str, np.ndarray]]]:
+    """A row of voxels: one in no mask, then one for each combination."""
+    voxels = [frozenset(), *kinds]
+    found = [(name, np.array([name in kind for kind in voxels]).reshape(-1, 1, 1)) for name in "abcd"]
+    return (len(voxels), 1, 1), found
+
+
+@given(st.sets(st.sampled_from(sorted(EVERY, key=sorted)), min_size=1), st.permutations("abcd"))
+def test_a_label_made_of_masks_has_those_masks_again(kinds: set[frozenset[str]], order: list[str]) -> None:
+    """Whatever the masks' order; and the targets that an error proposes are such that the masks fit."""
+    plain = Targets({name: (number,) for number, name in enumerate("abcd", start=1)})
+    shape, masks = masks_in(kinds)
+    targets = plain.meant(kinds)
+    label = targets.label(sorted(masks, key=lambda one: order.index(one[0])), shape, "case 7")
+    for name, mask in targets.masks(label).items():
+        np.testing.assert_array_equal(mask, dict(masks)[name])
+    if any(len(kind) > 1 for kind in kinds):
+        with pytest.raises(BadLabelValue, match="'case 7'"):
+            plain.label(masks, shape, "case 7")
+
+
+def test_masks_mean_what_the_targets_say() -> None:
+    nested = Targets({"liver": (1, 2), "tumour": (2,)}, mode="overlapping")
+    liver, tumour = (np.array(row, bool).reshape(-1, 1, 1) for row in ([0, 1, 1, 1], [0, 0, 1, 1]))
+    assert nested.label([("liver", liver), ("tumour", tumour)], liver.shape, "a").ravel().tolist() == [0, 1, 2, 2]
+    with pytest.raises(BadLabelValue, match=r"'a'.*tumour alone \(2 voxels\)"):
+        nested.label([("liver", liver & ~tumour), ("tumour", tumour)], liver.shape, "a")
+    beside = Targets({"liver": (1,), "tumour": (2,)})
+    assert beside.label([("tumour", tumour), ("liver", liver & ~tumour)], liver.shape, "a").max() == 2
+    with pytest.raises(BadLabelValue, match=r"liver and tumour \(2 voxels\)") as refused:
+        beside.label([("liver", liver), ("tumour", tumour)], liver.shape, "a")
+    assert "--targets 'liver=1+2,tumour=2'" in refused.value.fix
 
 
 def test_an_unknown_value_is_named_with_its_subject() -> None:

@@ -62,3 +62,60 @@ def msd(tmp_path: Path, save_scan: Save, save_label: Save) -> Callable[..., Path
         return tmp_path
 
     return make
+
+
+@pytest.fixture
+def save_series(tmp_path: Path) -> Save:
+    """``save_series("a/t1", voxels)`` writes a DICOM series there, a file for each slice, in no order of names.
+
+    ``uids`` are those of study and series, made from the folder if not given; further keys are tags.
+    """
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+    def save(path: str, voxels: NDArray, grid: Grid | None = None, *, study: str = "", series: str = "", **tags: Any):
+        grid = grid or Grid(voxels.shape[-3:], np.diag([-1.0, -1.0, 2.0, 1.0]))
+        folder = tmp_path / path
+        folder.mkdir(parents=True, exist_ok=True)
+        uid = generate_uid(entropy_srcs=[series or path])
+        lps = grid.affine[:3] * [[-1], [-1], [1]]
+        for number, k in enumerate(np.random.default_rng(len(path)).permutation(voxels.shape[2])):
+            meta = FileMetaDataset()
+            meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, MRImageStorage
+            meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[path, str(k)])
+            header = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+            header.SOPClassUID, header.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
+            header.StudyInstanceUID = header.FrameOfReferenceUID = generate_uid(entropy_srcs=[study or "study"])
+            header.SeriesInstanceUID, header.SeriesNumber, header.Modality = uid, 1, "MR"
+            header.PatientName, header.PatientID, header.PatientBirthDate = "Canary^Patient", "4711", "17891231"
+            header.PatientSex, header.StudyID, header.AccessionNumber, header.InstanceNumber = "", "", "", number + 1
+            header.StudyDate, header.StudyTime, header.SeriesDescription = "17910203", "", Path(path).name
+            header.Rows, header.Columns = voxels.shape[1], voxels.shape[0]
+            header.PixelSpacing, header.SliceThickness = [grid.spacing_mm[1], grid.spacing_mm[0]], grid.spacing_mm[2]
+            across, down = (lps[:, axis] / grid.spacing_mm[axis] for axis in (0, 1))
+            header.ImageOrientationPatient = [float(value) for value in (*across, *down)]
+            header.ImagePositionPatient = [float(value) for value in lps[:, 3] + k * lps[:, 2]]
+            header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+            header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 16, 15, 0
+            header.PixelData = np.ascontiguousarray(voxels[:, :, k].T.astype(np.uint16)).tobytes()
+            for tag, value in tags.items():
+                setattr(header, tag, value)
+            header.save_as(folder / f"IM{number:03d}.dcm", enforce_file_format=True)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def save_pictures(tmp_path: Path) -> Save:
+    """``save_pictures("a/masks", label)`` writes a label (X, Y, Z) as a picture for each slice."""
+    from PIL import Image
+
+    def save(path: str, label: NDArray, names: list[str] | None = None) -> Path:
+        (tmp_path / path).mkdir(parents=True)
+        for k in range(label.shape[2]):
+            name = f"slice{k + 1}" if names is None else names[k]
+            Image.fromarray(label[:, :, k].T.astype(np.uint8)).save(tmp_path / path / f"{name}.png")
+        return tmp_path / path
+
+    return save

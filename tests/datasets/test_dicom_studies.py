@@ -85,3 +85,35 @@ def test_studies_whose_folders_have_one_name_are_told_apart_by_those_around(real
     assert names == {"ann_DICOM_ST000", "ann_DICOM_ST001", "bob", "x", "17"}
     for folder, name in (("bob/20110707", "bob"), ("bob/x/SE000", "x"), ("17", "17"), ("17/SE000", "17")):
         assert [subject.id for subject in open_dataset(tmp_path / "all" / folder).subjects] == [name]
+
+
+def test_studies_of_a_patient_follow_each_other_in_order_of_date(tmp_path: Path, save_series) -> None:
+    """Whichever names their folders have; and nothing says when or who."""
+    dates = {"b/20190301": "20190301", "b/20180301": "20180301", "b/20190101": "20190101", "a/x": "20200101"}
+    for folder, day in dates.items():
+        save_series(f"all/{folder}/t1", np.ones((3, 3, 2)), study=folder, PatientID=folder[0], StudyDate=day)
+    dataset = open_dataset(tmp_path / "all")
+    assert [subject.id for subject in dataset.subjects] == ["b_1", "b_2", "b_3", "x"]
+    first, second, third, alone = dataset.subjects
+    assert first.scans["t1"].parent.name == "20180301"
+    assert [dict(subject.acquisition) for subject in (first, second, third, alone)] == [
+        {"study": "1 of 3", "days_after_the_first": "0"},
+        {"study": "2 of 3", "days_after_the_first": "306"},
+        {"study": "3 of 3", "days_after_the_first": "365"},
+        {},
+    ]
+    assert first.patient == second.patient == third.patient != alone.patient
+    inspection = inspect(dataset, for_training=False)
+    assert inspection.rows[1].scanned_with == "study 2 of 3, days_after_the_first 306"
+    told = str(inspection.as_dict()) + inspection._repr_html_()
+    assert not [mark for mark in ("20180301", "2018", "Canary", "4711", "1789", "'b'") if mark in told]
+    save_series("all/b/20170101/t1", np.ones((3, 3, 2)), study="0", PatientID="b", StudyDate="")
+    assert dict(open_dataset(tmp_path / "all").subjects[0].acquisition) == {"study": "1 of 4"}
+
+
+def test_numbers_have_the_same_length_so_that_names_sort_as_dates_do(tmp_path: Path, save_series) -> None:
+    for i in range(11):
+        save_series(f"ann/2018{i + 1:02}01/t1", np.ones((3, 3, 1)), study=str(i), StudyDate=f"2018{i % 12 + 1:02}01")
+    names = [subject.id for subject in open_dataset(tmp_path).subjects]
+    assert names == sorted(names)
+    assert names[-1] == "ann_11"

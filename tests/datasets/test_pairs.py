@@ -83,14 +83,29 @@ def test_labels_that_are_not_one_for_each_scan_are_refused(arranged, more) -> No
 
 
 def test_the_error_proposes_patterns_that_fit(arranged) -> None:
-    root = arranged("{}/ct", "{}/segmentations/liver", "{}/segmentations/spleen")
+    root = arranged("{}/ct", "{}/liver_mask", "{}/spleen_mask")
     with pytest.raises(UnknownLayout, match="found 9 scans") as refused:
         open_dataset(root)
     found = re.findall(r"--images '(.+?)' --labels '(.+?)' \((\d+) pairs\)", refused.value.fix)
-    assert [labels for _, labels, _ in found] == ["*/segmentations/liver.nii.gz", "*/segmentations/spleen.nii.gz"]
+    assert [labels for _, labels, _ in found] == [
+        "*/{target}_mask.nii.gz", "*/liver_mask.nii.gz", "*/spleen_mask.nii.gz",
+    ]  # fmt: skip
     for images, labels, pairs in found:
         dataset = open_dataset(root, images=images, labels=labels)
         assert sum(subject.label is not None for subject in dataset.subjects) == int(pairs) == 3
+    masks = open_dataset(root, images=found[0][0], labels=found[0][1])
+    assert masks.targets.names == ("liver", "spleen")
+    assert {len(subject.files) for subject in masks.subjects} == {3}
+
+
+def test_a_name_in_a_pattern_stands_for_no_scan(arranged) -> None:
+    root = arranged("{}/ct", "{}/liver_seg", "{}/x/spleen_seg")
+    dataset = open_dataset(root, images="*/ct.nii.gz", labels="*/{target}.nii.gz")
+    assert dataset.targets.names == ("liver_seg",)
+    deeper = open_dataset(root, images="**/ct.nii.gz", labels="**/{target}_seg.nii.gz")
+    assert [subject.label.names for subject in deeper.subjects if subject.scans] == [("liver",)] * 3
+    with pytest.raises(UnknownLayout, match="pattern of images"):
+        open_dataset(root, images="*/{target}.nii.gz", labels="*/{target}_seg.nii.gz")
 
 
 @pytest.mark.parametrize("patterns", ["two folders", "a folder each", "labels in a folder of the subject's"])

@@ -61,11 +61,11 @@ def test_healthy_subjects_that_are_given_volume_count() -> None:
     [agreeing] = agreements(pd.DataFrame(rows))
     assert agreeing.absolute.bias == pytest.approx(12)
     assert (agreeing.relative.bias, agreeing.relative.left_out) == (0, 4)
-    assert "4 left out, not in the reference" in agreement_chart(agreeing)
+    assert "4 left out, not in the reference" in agreement_chart(agreeing).svg
     none = pd.DataFrame(rows).assign(reference_volume_ml=0.0)
     [all_healthy] = agreements(none)
     assert [row["unit"] for row in all_healthy.rows()] == ["ml"]
-    assert f"bias {said.mean():.2f} ml" in agreement_chart(all_healthy)
+    assert f"bias {said.mean():.2f} ml" in agreement_chart(all_healthy).svg
     assert list(agreements(none.assign(volume_ml=0.0))) == [], "nothing in any: nothing to agree on"
 
 
@@ -123,7 +123,9 @@ def test_who_lies_beyond_the_limits_is_named() -> None:
 
 def test_sides_of_a_threshold() -> None:
     fat = table(quantity_mean=np.array([5, 6, 5, 6, 9, 1.0]), reference_quantity_mean=np.array([6, 5, 5, 6, np.nan, 1]))
-    assert crossings(fat, 5.56) == {"liver": {"n": 5, "right": 3, "over": ["b"], "under": ["a"]}}
+    assert crossings(fat, 5.56) == {
+        "liver": {"n": 5, "right": 3, "above": 1, "below": 2, "over": ["b"], "under": ["a"]}
+    }
     assert crossing_sentences(fat, QuantityMap("fat_fraction")) == [
         "liver: mean fat fraction on the right side of 5.56 % in 3 of 5; at or above it only in the prediction: b; "
         "below it only in the prediction: a"
@@ -174,7 +176,11 @@ def test_all_of_it_is_written_and_read(tmp_path: Path) -> None:
     assert summary["agreement"][0]["bias"] == pytest.approx(2)
     assert summary["agreement"][1]["left_out"] == 1
     assert summary["lesions_by_size"][1]["to_ml"] == "inf"
-    assert summary["crossings"] == {"liver": {"n": 6, "right": 5, "over": ["c"], "under": []}}
+    liver = summary["crossings"]["liver"]
+    assert {key: liver[key] for key in ("n", "right", "over", "under")} == {
+        "n": 6, "right": 5, "over": ["c"], "under": [],
+    }  # fmt: skip
+    assert liver["above"] + liver["below"] == 5
     back = Evaluation.read(tmp_path)
     assert back.quantity == evaluation.quantity
     pd.testing.assert_frame_equal(back.lesions_by_size, evaluation.lesions_by_size)

@@ -76,7 +76,7 @@ def test_misses_are_losses_and_are_counted() -> None:
     assert "all is better than half (half minus all: −1.00 mm" in str(found)
     assert "over the 8 of 20 patients on whom neither failed" in str(found)
     assert "failures, which rank last: half 12 of 20, all 0 of 20" in str(found)
-    page = methods_chart({"half": evaluation(dice, half)}, "hd95_mm", "HD95")
+    page = methods_chart({"half": evaluation(dice, half)}, "hd95_mm", "HD95").svg
     assert "12 failed" in page
 
 

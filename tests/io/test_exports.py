@@ -24,6 +24,7 @@ from delineate.core.grid import Grid
 from delineate.core.legend import Code, Coding, Legend
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import read_numbered
 from delineate.errors import BadFormat, BadShape, DelineateError, GridMismatch, RecipeError
 from delineate.io.exports import export_label
 from delineate.io.formats import read_label, read_volume, write_label, write_volume
@@ -298,13 +299,24 @@ def test_a_slicer_segmentation_has_voxels_grid_and_segments(oblique: bool, tmp_p
         assert back.grid.matches(grid, 1e-4)
 
 
-def test_a_slicer_segmentation_of_overlapping_targets_is_refused(tmp_path: Path) -> None:
-    label = LabelVolume(marked(), next(grids(oblique=False)))
-    with pytest.raises(BadFormat, match="overlap"):
-        export_label(tmp_path / "a.seg.nrrd", label, TARGETS)
+def test_overlapping_targets_are_layers_of_a_slicer_segmentation(tmp_path: Path) -> None:
+    """As 3D Slicer writes them: the layers are a list along the first axis."""
+    grid = list(grids(oblique=True))[5]
+    (path,) = export_label(tmp_path / "a.seg.nrrd", LabelVolume(marked(), grid), TARGETS)
+    image = SimpleITK.ReadImage(str(path))
+    assert image.GetMetaData("Segment0_Layer") == "0"
+    assert image.GetMetaData("Segment1_Layer") == "1"
+    assert b"kinds: list domain domain domain" in path.read_bytes()[:1000]
+    layers = SimpleITK.GetArrayFromImage(image).transpose(3, 2, 1, 0)
+    assert np.array_equal(layers[0] > 0, marked() > 0)
+    assert np.array_equal(layers[1] > 0, marked() == 2)
+    back = read_numbered(path, TARGETS, "a")
+    assert np.array_equal(back.voxels, marked())
+    assert back.grid.matches(grid, 1e-4)
+    with pytest.raises(BadShape, match="2 layers"):
+        read_label(path)
     with pytest.raises(BadFormat, match="names its segments"):
-        write_label(tmp_path / "a.seg.nrrd", label)
-    assert not list(tmp_path.iterdir())
+        write_label(path, LabelVolume(marked(), grid))
 
 
 @pytest.mark.parametrize(

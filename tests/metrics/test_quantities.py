@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from math import isnan
 
 import numpy as np
@@ -99,8 +100,27 @@ def test_a_measurement_of_a_few_voxels() -> None:
         pytest.approx(4.78),
         pytest.approx(np.std([2, 4, 5.56, 12])),
         50.0,
+        (-5, -5, -2.5),
+        (35, 5, 2.5),
     )
     assert isnan(measure_target(mask, values, grid, QuantityMap("water")).above_threshold_percent), "no threshold"
+
+
+@pytest.mark.parametrize("lean", [0.0, 0.6])
+def test_a_box_holds_every_corner_of_every_voxel_and_no_more(rng: np.random.Generator, lean: float) -> None:
+    """Of single voxels, of hollow shapes, and on grids that are turned and sheared."""
+    for share in (0.002, 0.05, 0.9):
+        mask = rng.random((9, 8, 6)) < share
+        mask[4, 5, 2] = True
+        affine = np.eye(4)
+        affine[:3, :3] = np.linalg.qr(rng.standard_normal((3, 3)))[0] @ [[1, 0, lean], [0, -1.2, 0], [0, 0.5 * lean, 2]]
+        affine[:3, 3] = -31.5, 12.25, 88
+        grid = Grid(mask.shape, affine)
+        halves = np.array(list(product((-0.5, 0.5), repeat=3)))
+        corners = grid.world((np.argwhere(mask)[:, None] + halves).reshape(-1, 3))
+        found = measure_target(mask, np.ones(mask.shape), grid, QuantityMap("water"))
+        assert found.low_ras_mm == pytest.approx(corners.min(axis=0))
+        assert found.high_ras_mm == pytest.approx(corners.max(axis=0))
 
 
 def test_an_empty_target_has_no_volume_and_no_quantity() -> None:
@@ -109,6 +129,7 @@ def test_an_empty_target_has_no_volume_and_no_quantity() -> None:
         found = measure_target(mask, np.ones(MASK.shape), grid, QuantityMap("fat_fraction", margin_mm))
         assert (found.volume_ml, found.measured_ml) == (ml, 0)
         assert all(map(isnan, (found.mean, found.median, found.sd, found.above_threshold_percent)))
+        assert np.isnan([found.low_ras_mm, found.high_ras_mm]).all() == (ml == 0)
 
 
 def test_a_fat_fraction_is_in_percent() -> None:
@@ -122,3 +143,6 @@ def test_a_fat_fraction_is_in_percent() -> None:
     with pytest.raises(DatasetError, match=r"'a' has values up to 0\.98: fractions of 1"):
         fat.check(np.array([0.1, 0.98]), "a")
     QuantityMap("T2*").check(np.array([0.1, 0.98]), "a")
+    assert fat.as_it_is(np.array([0.0, 96.0])) is fat
+    plain = fat.as_it_is(np.array([0.1, 0.98]))
+    assert (plain.channel, plain.margin_mm, plain.unit, plain.threshold) == ("Fat-Fraction", 5, "", None)

@@ -21,7 +21,8 @@ from delineate.evaluation.measure import measure_prediction
 from delineate.evaluation.methods import compare_methods
 from delineate.evaluation.table import Evaluation
 from delineate.metrics.quantities import QuantityMap
-from delineate.reporting.html import EvaluationReport, MethodsReport, RunReport, write_report
+from delineate.reporting.card import blocks_of
+from delineate.reporting.html import CardReport, EvaluationReport, MethodsReport, Report, RunReport, write_report
 from delineate.reporting.overlays import Overlay, views_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -50,7 +51,14 @@ def evaluation(shift: int = 0) -> Evaluation:
     return Evaluation(pd.DataFrame(rows), {EVIL[2]: [EVIL[3]]}, quantity=QuantityMap(EVIL[1]))
 
 
-def pages() -> dict[str, RunReport | EvaluationReport | MethodsReport]:
+def card() -> str:
+    """A card whose author writes HTML, Markdown and whatever else."""
+    cells = " | ".join(EVIL)
+    lines = [f"## {EVIL[0]}", *EVIL, *(f"- {text}" for text in EVIL), f"### {EVIL[1]}", f"| {cells} |", f"| {cells} |"]
+    return "\n\n".join(lines)
+
+
+def pages() -> dict[str, Report]:
     measured, other = evaluation(), evaluation(1)
     scan = Volume(np.random.default_rng(0).random((1, *GRID.shape)), GRID)
     overlays = [
@@ -92,6 +100,7 @@ def pages() -> dict[str, RunReport | EvaluationReport | MethodsReport]:
     return {
         "run": run,
         "evaluation": EvaluationReport(EVIL[3], EVIL[9], measured, overlays),
+        "card": CardReport(EVIL[5], EVIL[6], simulated=False, blocks=list(blocks_of(card()))),
         "methods": MethodsReport(EVIL[7], EVIL[8], methods, compare_methods(methods)),
     }
 
@@ -122,7 +131,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-@pytest.mark.parametrize("name", ["run", "evaluation", "methods"])
+@pytest.mark.parametrize("name", ["run", "evaluation", "card", "methods"])
 def test_hostile_names_are_text(name: str, written: dict[str, Path]) -> None:
     page = written[name].read_text(encoding="utf-8")
     found = elements(page)
@@ -135,7 +144,7 @@ def test_hostile_names_are_text(name: str, written: dict[str, Path]) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open pages in; apt-get install chromium")
-@pytest.mark.parametrize("name", ["run", "evaluation", "methods"])
+@pytest.mark.parametrize("name", ["run", "evaluation", "card", "methods"])
 def test_nothing_of_a_hostile_name_runs_in_a_browser(name: str, written: dict[str, Path], tmp_path: Path) -> None:
     assert BROWSER is not None
     # A page of our own shows that a browser runs what is let through: the marker is one.

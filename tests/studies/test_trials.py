@@ -16,7 +16,7 @@ import pytest
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.splits import Split, make_split, save_split
-from delineate.errors import RecipeError, StudyError, TrainingError
+from delineate.errors import OutOfMemory, RecipeError, StudyError, TrainingError
 from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import read_table
 from delineate.recipe import Recipe, apply_changes, recipe_from
@@ -80,6 +80,24 @@ def test_the_steps_are_taken_validated_and_the_held_out_predicted(trial: tuple[T
     assert events[Finished].measured == 1
     assert found.peak_gb > 0
     assert min(found.seconds_a_step, found.preparing_seconds, found.predicting_seconds) > 0
+
+
+def test_the_parts_of_its_memory_are_within_the_peak(trial: tuple[Trial, Path]) -> None:
+    found, folder = trial
+    assert 0 < found.program_gb < found.peak_gb
+    assert min(found.data_gb, found.network_gb, found.prepared_gb) > 0
+    assert found.program_gb + found.data_gb + found.network_gb <= found.peak_gb
+    three = sum(file.stat().st_size for file in (folder / "cache").rglob("*.npy")) / 1e9
+    assert three < found.prepared_gb < 3 * three  # of nine subjects of 4 to 13 slices
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what is allocated")
+def test_a_trial_that_takes_far_too_much_is_stopped_and_says_so(data: Path, split: Split, places: list[Path]) -> None:
+    large = recipe("tiles.shape=[1024, 1024]", "training.batch_size=64", "network.widths=[64, 64]")
+    with pytest.raises(OutOfMemory, match="memory") as error:
+        try_recipe(large, data, split, 0, device="cpu", threads=1, memory_gb=1.0)
+    assert "delineate plan" in error.value.fix
+    assert left_in(places) == []
 
 
 def test_only_two_training_subjects_and_one_of_each_other_role_are_prepared(trial: tuple[Trial, Path]) -> None:
@@ -173,7 +191,7 @@ def test_it_ends_with_the_process_that_asked_however_that_ends(data: Path, split
 @pytest.mark.parametrize(
     ("script", "says", "fix"),
     [
-        ("kill -9 $$", "was killed by signal 9", "reduce training.batch_size"),
+        ("kill -9 $$", "was killed by signal 9", "`delineate plan` tries what fits"),
         ("kill -11 $$", "was killed by signal 11", "run `delineate train`"),
         ("echo 'RuntimeError: cannot allocate memory'; exit 1", "cannot allocate memory", "reduce training.batch_size"),
         ("exit 7", "it ended with status 7", "run `delineate train`"),
@@ -216,7 +234,7 @@ def test_too_few_steps_are_refused(data: Path, split: Split) -> None:
 
 
 def a_trial(peak_gb: float, device_gb: float | None = None) -> Trial:
-    return Trial(3, 1.0, 1.0, 1.0, 1.0, peak_gb, device_gb, False, 10, 1.0)
+    return Trial(3, 1.0, 1.0, 1.0, 1.0, peak_gb, 0.1, 0.1, 0.1, device_gb, 0.1, False, 10, 1.0)
 
 
 def test_as_many_runs_as_the_largest_leaves_memory_for() -> None:

@@ -24,6 +24,7 @@ from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.layouts import open_dataset
 from delineate.errors import DatasetError, DelineateError, DuplicateSubject, OutputError, RecipeError, UnknownKey
+from delineate.evaluation.card_facts import CardFacts
 from delineate.evaluation.change import Change
 from delineate.evaluation.table import Evaluation
 from delineate.io.formats import read_volume, write_label, write_volume
@@ -80,6 +81,8 @@ def world(tmp_path_factory) -> Iterator[Path]:
         patch.setenv("DELINEATE_HOME", str(world / "home"))
         options = RunOptions(device="cpu", precision="fp32", compile="off", threads=1, evaluate=False)
         train(recipe, opened(world / "old"), world / "run", options, Reporter())
+        card = world / "run/bundle/card.md"
+        card.write_text(card.read_text(encoding="utf-8").replace("Not stated. Without", "CC BY."), encoding="utf-8")
         yield world
 
 
@@ -150,6 +153,23 @@ def test_its_page_and_tables_say_what_was_measured(world, adapted) -> None:
     table = pd.read_csv(world / "adapted/subjects.csv")
     assert sorted(table.loc[table["scans"] == "new scans", "subject"]) == ["fresh0", "fresh1", "fresh2"]
     np.testing.assert_allclose(table["change"], table["dice_after"] - table["dice_before"])
+
+
+def test_its_card_says_what_was_gained_and_lost_and_keeps_the_original_s_licence(world, adapted) -> None:
+    bundle = Bundle.load(world / "adapted/bundle")
+    facts, text = CardFacts.of(bundle), adapted.bundle.card
+    assert [result.kind for result in facts.results] == ["adapted", "original"]
+    for result, change in zip(facts.results, (adapted.gain, adapted.forgetting), strict=True):
+        [dice] = [figure.estimate for figure in result.figures if figure.metric == "dice"]
+        assert dice == change.after.overall()["dice"]
+        assert result.subjects == len(change.after.subjects)
+    assert facts.effort is not None
+    assert (facts.effort.steps, facts.effort.finished) == (4, True)
+    assert Bundle.load(world / "run/bundle").weights_sha256 in text
+    assert "CC BY." in text
+    assert "fresh" not in text
+    assert "CC BY." in (world / "adapted/card.html").read_text(encoding="utf-8")
+    assert 'href="card.html"' in adapted.report.read_text(encoding="utf-8")
 
 
 def test_a_stopped_adaptation_resumes_and_ends_as_an_uninterrupted_one(world, adapted) -> None:

@@ -24,6 +24,7 @@ from delineate.datasets.dataset import load_scan
 from delineate.datasets.layouts import open_dataset
 from delineate.datasets.splits import Split, load_split, make_split
 from delineate.errors import BadSplit, BrokenSubjects, RecipeError, TrainingError
+from delineate.evaluation.card_facts import CardFacts
 from delineate.io.formats import read_header, read_label, write_label
 from delineate.metrics.quantities import QuantityMap
 from delineate.networks import unet
@@ -61,7 +62,17 @@ def test_a_run_leaves_what_it_promises(recipe, balls, tmp_path) -> None:
     curve = pd.read_csv(tmp_path / "run/logs/training.csv")
     assert curve["step"].tolist() == list(range(12))
     assert len(pd.read_csv(tmp_path / "run/logs/validation.csv")) == 3
+    facts = CardFacts.of(Bundle.load(tmp_path / "run/bundle"))
+    assert facts.effort is not None
+    assert (facts.effort.steps, facts.effort.finished) == (12, True)
+    assert facts.effort.minutes > 0
+    [measured] = facts.results
+    assert measured.kind == "held out"
+    estimates = {(figure.target, figure.metric): figure.estimate for figure in measured.figures}
+    summary = result.evaluation.summary()
+    assert estimates["ball", "dice"] == summary["ball"]["dice"]
     held_out = RunSubjects.load(tmp_path / "run").held_out
+    assert facts.patients.held_out == measured.subjects == len(held_out)
     assert sorted(result.evaluation.subjects) == sorted(held_out)
     for name in held_out:
         subject = next(s for s in balls.subjects if s.id == name)

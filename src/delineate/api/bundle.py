@@ -19,13 +19,16 @@ from delineate.core.tables import html_table
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import Dataset, check_grids, load_scan
+from delineate.datasets.series_rules import Images
 from delineate.errors import BadVoxels, BundleError, DatasetError, DelineateError, MissingFile, RecipeError
+from delineate.evaluation.card import card_of
 from delineate.inference.batch import carry_out, find_subjects, unseen_by, with_quantity
-from delineate.inference.outputs import Outputs
+from delineate.inference.outputs import Outputs, Picture
 from delineate.inference.predictor import Predictor
 from delineate.inference.review import Review
 from delineate.interop import Image, TorchIOImage, volume_of
 from delineate.io.exports import check_label_format
+from delineate.io.surfaces import check_surface_format
 from delineate.metrics.quantities import Measurement, QuantityMap, quantity_map
 from delineate.recipe import Recipe
 
@@ -111,6 +114,15 @@ class Bundle:
             raise BundleError(f"an ensemble has {len(self._opened)} networks", fix="choose one of .networks")
         return self.networks[0]
 
+    @property
+    def card(self) -> str:
+        """The model card as Markdown: what the author wrote in ``card.md``, with the facts as they are now.
+
+        For an ensemble, the cards of its bundles one after another. Raises :class:`~delineate.errors.BundleError` if
+        a ``card.md`` cannot be read.
+        """
+        return "\n\n".join(card_of(one) for one in self._opened)
+
     def seen(self, subject: str) -> bool:
         """Whether the subject of this name was used to train or to select the weights.
 
@@ -183,8 +195,8 @@ class Predictions:
     failed: Mapping[str, DelineateError] = field(default_factory=dict)
     reviews: tuple[Review, ...] = ()
     """The review of each prediction, most urgent first."""
-    measured: Mapping[str, Mapping[str, Measurement]] = field(default_factory=dict)
-    """What was measured this time, by subject and target, if a quantity was named."""
+    measured: Mapping[str, Mapping[str, Mapping[str, Measurement]]] = field(default_factory=dict)
+    """What was measured this time, by subject, target, and channel or quantity."""
 
     def _repr_html_(self) -> str:
         def number(value: float) -> str:
@@ -228,7 +240,7 @@ def predict(
     out: str | Path,
     *,
     format: str = "nii.gz",
-    images: str | Mapping[str, str] | None = None,
+    images: Images | None = None,
     unseen: bool = False,
     quantity: str | None = None,
     margin_mm: float = 0.0,
@@ -239,6 +251,8 @@ def predict(
     flips: str | None = None,
     mirrored: bool = False,
     probabilities: bool = False,
+    surfaces: str | None = None,
+    preview: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
     progress: Progress | None = None,
@@ -250,7 +264,7 @@ def predict(
     out: str | Path | None = None,
     *,
     format: str = "nii.gz",
-    images: str | Mapping[str, str] | None = None,
+    images: Images | None = None,
     unseen: bool = False,
     quantity: str | None = None,
     margin_mm: float = 0.0,
@@ -261,6 +275,8 @@ def predict(
     flips: str | None = None,
     mirrored: bool = False,
     probabilities: bool = False,
+    surfaces: str | None = None,
+    preview: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
     progress: Progress | None = None,
@@ -279,13 +295,16 @@ def predict(
 
     With ``out``, existing predictions by the same bundle are kept, unless ``overwrite`` is set; a scan that cannot
     be read does not stop the rest; ``review.csv`` in the folder lists what to look at first. ``format`` is nii.gz,
-    mha, nrrd, seg.nrrd, vtk, vti, dcm, or a plugin's format; ``images`` are file patterns of the channels; ``unseen``
-    leaves out subjects that were used to train the bundle or to select its weights; ``probabilities`` go to a
-    folder of that name.
+    mha, nrrd, seg.nrrd, vtk, vti, dcm, rtstruct.dcm, or a plugin's format; ``images`` are file patterns of the
+    channels, or rules for DICOM series; ``unseen`` leaves out subjects that were used to train the bundle or to select
+    its weights; ``probabilities`` go to a folder of that name, and so do ``surfaces``, which are stl, obj, vtp or glb.
+    ``preview`` writes a picture of each scan with its targets, ``<subject>.preview.png``. Both are written for existing
+    labels too.
 
-    With ``quantity``, such as ``fat_fraction``, the targets of every label are measured into ``measurements.csv``
-    and ``.json`` in the folder, those of existing labels too, as :meth:`Prediction.measure` measures one. The
-    quantity is a channel of the scans, or is read from ``maps``, a folder with a file for each subject.
+    The targets of every label, existing ones too, are measured into ``measurements.csv`` and ``.json`` in the folder:
+    volume, bounding box, and each channel within them. With ``quantity``, such as ``fat_fraction``, so is that, as
+    :meth:`Prediction.measure` measures it: a channel of the scans, or what is read from ``maps``, a folder with a
+    file for each subject. A ``.dcm`` comes with a DICOM report of the measurements.
 
     Once ``cancel`` is set, :class:`~delineate.errors.Cancelled` is raised; labels finished by then are kept,
     and the next call resumes from there.
@@ -299,14 +318,23 @@ def predict(
             raise DatasetError("a data set holds many scans", fix="give the folder for the labels as out=")
         if quantity is not None:
             raise RecipeError("a quantity is measured in a prediction", fix="call its .measure, or give out=")
+        if surfaces is not None or preview:
+            raise RecipeError("surfaces and pictures are files", fix="save the prediction as .stl, or give out=")
         return bundle.predict(inputs, **settings, probabilities=probabilities, progress=progress, cancel=cancel)
-    check_label_format(format, bundle.targets)
+    check_label_format(format)
+    if surfaces is not None:
+        check_surface_format(surfaces)
+    picture: Picture | None = None
+    if preview:
+        from delineate.reporting.overlays import picture_of_label  # draws with matplotlib, slow to import
+
+        picture = picture_of_label
     check(cancel)
     read_within = quantity_map(quantity, margin_mm, threshold, maps)
     subjects = _subjects(inputs, bundle.channels, images, read_within)
     parts, folder = bundle._opened, Path(out)
     kept_in = folder / "probabilities" if probabilities else None
-    outputs = Outputs(folder, f".{format}", kept_in, parts, settings, read_within)
+    outputs = Outputs(folder, f".{format}", kept_in, parts, settings, read_within, surfaces or "", picture)
     kept = [path for subject in subjects for path in subject.files]
     kept += [path for place in bundle.folders for path in place.iterdir()]
     chosen = unseen_by(parts, subjects) if unseen else subjects
@@ -314,7 +342,7 @@ def predict(
     failed: dict[str, DelineateError] = {}
     made: dict[str, Path] = {}
     reviews: list[Review] = []
-    measured: dict[str, Mapping[str, Measurement]] = {}
+    measured: dict[str, dict[str, dict[str, Measurement]]] = {}
     said = counting("scans", progress, cancel)
 
     def predictor() -> Predictor:
@@ -325,8 +353,9 @@ def predict(
         for done, outcome in enumerate(outcomes, start=1):
             if outcome.error is not None:
                 failed[outcome.subject.id] = outcome.error
-            if outcome.measured:
-                measured[outcome.subject.id] = outcome.measured
+            for target, read, measurement in outcome.measured:
+                by_target = measured.setdefault(outcome.subject.id, {})
+                by_target.setdefault(target, {})[read.channel] = measurement
             if outcome.path is not None and outcome.review is not None:
                 made[outcome.subject.id] = outcome.path
                 reviews.append(outcome.review)
@@ -338,7 +367,7 @@ def predict(
 def _subjects(
     inputs: str | Path | Sequence[str | Path] | Dataset,
     channels: Sequence[str],
-    images: str | Mapping[str, str] | None,
+    images: Images | None,
     quantity: QuantityMap | None,
 ) -> list[Subject]:
     if isinstance(inputs, Dataset):

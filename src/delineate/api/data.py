@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal, overload
 from delineate.api.progress import Cancel, Progress, check, counting
 from delineate.core.subject import Subject
 from delineate.core.volume import LabelVolume, Volume
-from delineate.datasets.dataset import load_label, load_scan
+from delineate.datasets.dataset import load_label, load_scan, read_numbered
 from delineate.datasets.layouts import open_dataset
-from delineate.io.formats import read_label, read_volume, write_label, write_volume
+from delineate.io.formats import read_volume, write_label, write_volume
 
 if TYPE_CHECKING:
     from delineate.core.targets import Targets
@@ -25,8 +25,8 @@ __all__ = ["as_dataset", "inspect", "open_dataset", "read", "simulate", "write"]
 @overload
 def read(path: str | Path | Subject, *, label: Literal[False] = False) -> Volume: ...
 @overload
-def read(path: str | Path | Subject, *, label: Literal[True]) -> LabelVolume: ...
-def read(path: str | Path | Subject, *, label: bool = False) -> Volume | LabelVolume:
+def read(path: str | Path | Subject, *, label: Literal[True], targets: Targets | None = None) -> LabelVolume: ...
+def read(path: str | Path | Subject, *, label: bool = False, targets: Targets | None = None) -> Volume | LabelVolume:
     """Read a scan, or a ``label``, in any known format: NIfTI, MetaImage, NRRD, DICOM, or a picture.
 
     >>> import delineate
@@ -38,12 +38,13 @@ def read(path: str | Path | Subject, *, label: bool = False) -> Volume | LabelVo
     >>> delineate.read("reference.nii.gz", label=True).voxels.dtype
     dtype('uint8')
 
-    All channels of a subject are read as one volume. Raises a subclass of
+    All channels of a subject are read as one volume. A label that is a mask for each target, or a file of named
+    segments, becomes one label with the values of ``targets``. Raises a subclass of
     :class:`~delineate.errors.ScanError` that names the cause, or :class:`~delineate.errors.MissingFile`.
     """
     if isinstance(path, Subject):
-        return load_label(path, None, None) if label else load_scan(path)
-    return read_label(Path(path)) if label else read_volume(Path(path))
+        return load_label(path, targets, None) if label else load_scan(path)
+    return read_numbered(Path(path), targets, str(path)) if label else read_volume(Path(path))
 
 
 def write(path: str | Path, volume: Volume | LabelVolume | Image) -> None:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 from delineate.api.prediction import Prediction
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
-from delineate.datasets.dataset import Dataset
+from delineate.datasets.dataset import Dataset, read_numbered
 from delineate.errors import DatasetError, MissingFile, RecipeError
 from delineate.evaluation.measure import Measuring, evaluate_folders, measure_prediction
 from delineate.evaluation.pairs import open_references
 from delineate.evaluation.table import Evaluation
-from delineate.io.formats import read_label
 from delineate.metrics.quantities import quantity_map
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def evaluate(
     wanted = metrics if isinstance(metrics, str) else ",".join(metrics)
     if isinstance(predictions, str | Path):
         if isinstance(references, LabelVolume):
-            predictions = read_label(Path(predictions))
+            predictions = read_numbered(Path(predictions), targets, "scan")
         else:
             beside = Path(predictions) / "probabilities"
             kept = Path(probabilities) if probabilities is not None else beside if beside.is_dir() else None
@@ -121,8 +120,9 @@ def _evaluate_one(
     measuring: Measuring,
 ) -> Evaluation:
     label = prediction if isinstance(prediction, LabelVolume) else prediction.label
-    known = reference if isinstance(reference, LabelVolume) else read_label(Path(reference))
-    chosen = targets or (prediction.targets if isinstance(prediction, Prediction) else _by_value(label, known))
+    named = targets or (prediction.targets if isinstance(prediction, Prediction) else None)
+    known = reference if isinstance(reference, LabelVolume) else read_numbered(Path(reference), named, "scan")
+    chosen = named or _by_value(label, known)
     return measure_prediction(label, known, chosen, measuring, subject="scan").evaluation(measuring)
 
 

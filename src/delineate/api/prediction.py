@@ -20,6 +20,7 @@ from delineate.interop import Image, volume_of
 from delineate.io.exports import export_label, exported_files
 from delineate.io.formats import read_volume
 from delineate.io.overwriting import check_outputs
+from delineate.io.surfaces import WRITERS, check_surface_format, surface_files, write_surfaces
 from delineate.metrics.quantities import Measurement, QuantityMap
 
 
@@ -83,16 +84,25 @@ class Prediction(predictor.Prediction):
             raise BadShape(f"the map of {quantity} has {found.channels} channels", fix="give the one that is meant")
         read_within = QuantityMap(quantity, margin_mm, threshold)
         read_within.check(found.voxels, "the scan")
-        return measure_label(self.label, self.targets, found.voxels[0], read_within)
+        measured = measure_label(self.label, self.targets, {read_within: found.voxels[0]})
+        return {target: measurement for target, _, measurement in measured}
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write the label in the format of the suffix; returns the files written, ``path`` first.
+        """Write the label in the format of the suffix; returns the files written, labels with ``path`` first.
 
-        ``.dcm`` is a DICOM-SEG that refers to the DICOM series the scan was read from, ``.seg.nrrd`` names its
-        segments, ``.vtk`` and ``.vti`` are for viewers. An existing file is overwritten, except for the scan, for
-        which :class:`~delineate.errors.OutputError` is raised.
+        ``.dcm`` is a DICOM-SEG that refers to the DICOM series the scan was read from, ``.rtstruct.dcm`` an RT
+        Structure Set that does, ``.seg.nrrd`` names its segments, ``.vtk`` and ``.vti`` are for viewers. Surfaces are
+        ``.stl``, ``.obj`` and ``.vtp``, a file for each target (``case/liver.stl`` for ``case.stl``), or ``.glb``, one
+        for all. An existing file is overwritten, except for the scan, for which
+        :class:`~delineate.errors.OutputError` is raised.
         """
         path = Path(path)
+        if (format := path.suffix.lower()[1:]) in WRITERS:
+            check_surface_format(format)
+            files = surface_files(path.with_suffix(""), self.targets.names, format)
+            check_outputs(files.values(), self.files, overwrite=True)
+            write_surfaces(files, self.targets.masks(self.label.voxels), self.label.grid, self.legend)
+            return list(dict.fromkeys(files.values()))
         check_outputs(exported_files(path), self.files, overwrite=True)
         source = self.files[0] if self.files else None
         return export_label(path, self.label, self.targets, source=source, about=self.about, legend=self.legend)

@@ -16,6 +16,7 @@ from delineate.cli.options import (
     Labels,
     Layout,
     Precision,
+    RulesFile,
     Set,
     TargetsOption,
     Threads,
@@ -63,6 +64,7 @@ def adapt(
     layout: Layout = "auto",
     images: Images = None,
     labels: Labels = None,
+    rules: RulesFile = None,
     targets: TargetsOption = None,
     leave_out_broken: Annotated[
         bool, typer.Option("--leave-out-broken", help="Adapt without the subjects that inspection finds broken.")
@@ -99,7 +101,7 @@ def adapt(
         threads=threads,
     )
     check_possible(options)
-    new = DataSpec.of_changes(data_changes(layout, images, labels, targets)).open(data)
+    new = DataSpec.of_changes(data_changes(layout, images, labels, targets, rules)).open(data)
     with Terminal() as terminal:
         report = Reporter(terminal.say, terminal.progress, status=terminal.status)
         found = adapt_and_report(

@@ -8,6 +8,7 @@ import typer
 
 from delineate.cli import (
     adapt,
+    card,
     compare,
     data,
     demo,
@@ -20,6 +21,7 @@ from delineate.cli import (
     keys,
     metrics,
     networks,
+    plan,
     predict,
     recipes,
     send,
@@ -89,6 +91,7 @@ def _everywhere(
 
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("adapt")(adapt.adapt)
 app.command("predict")(predict.predict)
@@ -96,6 +99,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("test")(held_out.measure_held_out)
 app.command("compare")(compare.compare)
 app.command("forgetting")(forgetting.forgetting)
+app.command("card")(card.card)
 app.add_typer(study.app, name="study")
 app.command("serve")(serve.serve)
 app.command("worker")(worker.worker)

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from delineate.cli.commands import Commands
-from delineate.cli.options import Images, Json, Labels, Layout, Overwrite, TargetsOption, layouts, phantoms
+from delineate.cli.options import Images, Json, Labels, Layout, Overwrite, RulesFile, TargetsOption, layouts, phantoms
 
 if TYPE_CHECKING:
+    from delineate.datasets.dicom_labels import Candidate
     from delineate.datasets.inspection import Inspection
+    from delineate.io.dicom_series import Series
 
 app = Commands(help="Inspect, split, convert and simulate data.")
 
@@ -26,6 +28,7 @@ def inspect(
     layout: Layout = "auto",
     images: Images = None,
     labels: Labels = None,
+    rules: RulesFile = None,
     targets: TargetsOption = None,
     repair: Annotated[
         Path | None,
@@ -38,12 +41,13 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Read every subject and report every problem, with how to fix it."""
-    from delineate.cli.parsing import parse_targets
+    from delineate.cli.parsing import parse_reading, parse_targets
     from delineate.cli.terminal import Terminal, print_json
     from delineate.datasets.inspection import inspect as run
     from delineate.datasets.layouts import open_dataset
 
-    dataset = open_dataset(folder, layout=layout, images=images, labels=labels, targets=parse_targets(targets))
+    channels, label = parse_reading(images, labels, rules)
+    dataset = open_dataset(folder, layout=layout, images=channels, labels=label, targets=parse_targets(targets))
     if repair is not None:
         from delineate.datasets.repair import check_new
 
@@ -109,14 +113,17 @@ def split(
     layout: Layout = "auto",
     images: Images = None,
     labels: Labels = None,
+    rules: RulesFile = None,
     json: Json = False,
 ) -> None:
     """Split a data set into folds by patient, balanced over sites, with a locked test set if you ask for one."""
+    from delineate.cli.parsing import parse_reading
     from delineate.cli.terminal import print_json
     from delineate.datasets.layouts import open_dataset
     from delineate.datasets.splits import load_or_make_split
 
-    dataset = open_dataset(folder, layout=layout, images=images, labels=labels)
+    channels, label = parse_reading(images, labels, rules)
+    dataset = open_dataset(folder, layout=layout, images=channels, labels=label)
     made = load_or_make_split(
         out,
         dataset,
@@ -140,37 +147,91 @@ def split(
 
 @app.command("series")
 def series(
-    path: Annotated[Path, typer.Argument(help="A folder, a zip, or any file of a series.")], json: Json = False
+    path: Annotated[Path, typer.Argument(help="A folder, a zip, or any file of a series.")],
+    rules: Annotated[
+        Path | None,
+        typer.Option(
+            "--rules", help="Show which series the rules in this YAML file pick of each study, and which not."
+        ),
+    ] = None,
+    json: Json = False,
 ) -> None:
     """List the DICOM series in a folder or zip, with the details that tell them apart."""
     from delineate.cli.terminal import print_json, print_table
-    from delineate.io.dicom_series import find_series
+    from delineate.io.dicom_series import find_objects, find_series
 
-    found = find_series(path)
+    found = find_series(path) and find_objects(path)
+    if rules is not None:
+        _print_picked(path, rules, json=json)
+        return
     if json:
-        print_json(
-            [
-                {
-                    "uid": s.uid, "study": s.study, "modality": s.modality, "description": s.description,
-                    "number": s.number, "date": s.date, "shape": s.shape, "slices": s.slices,
-                    "spacing_mm": s.spacing_mm, "folder": str(s.folder),
-                }
-                for s in found
-            ]
-        )  # fmt: skip
+        print_json([_details(s) for s in found])
         return
     rows = [
-        [s.description or "–", s.modality, s.date, _by((*s.shape, s.slices)), _by(s.spacing_mm or ()), str(s.folder)]
+        [
+            s.description or "–", s.modality, str(s.number), s.protocol, s.date, _by((*s.shape, s.slices)),
+            _by(s.spacing_mm or ()), str(s.folder),
+        ]
         for s in found
-    ]
-    print_table("", ["description", "modality", "date", "voxels", "in plane, mm", "where"], rows)
+    ]  # fmt: skip
+    columns = ["description", "modality", "number", "protocol", "date", "voxels", "in plane, mm", "where"]
+    print_table("", columns, rows)
+
+
+def _details(series: Series) -> dict[str, object]:
+    return {
+        "uid": series.uid, "study": series.study, "modality": series.modality, "description": series.description,
+        "protocol": series.protocol, "number": series.number, "date": series.date, "shape": series.shape,
+        "slices": series.slices, "spacing_mm": series.spacing_mm, "folder": str(series.folder),
+    }  # fmt: skip
+
+
+def _print_picked(path: Path, rules: Path, *, json: bool) -> None:
+    """What rules pick of every study. Exits with 1 where that is ambiguous, or nothing anywhere."""
+    from delineate.cli.terminal import print_json, print_table
+    from delineate.datasets.dicom_studies import find_studies
+    from delineate.datasets.series_rules import LABEL, read_rules
+
+    read = read_rules(rules)
+    studies, notes = find_studies(path, read.images, read.label)
+    several = {study.name: study.ambiguous for study in studies}
+    if json:
+        picked = [
+            {
+                "study": study.name,
+                **study.when,
+                "picked": {name: [_details(series) for series in found] for name, found in study.channels.items()},
+                LABEL: [str(one) for one in study.label],
+                "ambiguous": [*several[study.name]],
+                "left": [_details(series) for series in study.left],
+            }
+            for study in studies
+        ]
+        print_json({"studies": picked, "notes": notes})
+    else:
+        rows = []
+        for study in studies:
+            named: dict[str, Sequence[Series | Candidate]] = {**study.channels, LABEL: study.label}
+            for name, found in named.items():
+                picks = f"{name}: several" if name in several[study.name] else name
+                rows += [[study.name, picks, str(one), str(one.folder)] for one in found]
+                rows += [] if found else [[study.name, name, "none", ""]]
+            rows += [[study.name, "left", str(series), str(series.folder)] for series in study.left]
+        print_table("", ["study", "rule", "series", "where"], rows)
+        for note in notes:
+            typer.echo(note)
+    if any(several.values()) or not any(study.scans for study in studies):
+        raise typer.Exit(1)
 
 
 @app.command("convert")
 def convert(
     path: Annotated[Path, typer.Argument(help="A scan or label: a file, or a DICOM folder or zip.")],
     out: Annotated[
-        Path, typer.Argument(help="The new file: .nii.gz .mha .nrrd .vtk .vti .png .tif; labels also .seg.nrrd .dcm.")
+        Path,
+        typer.Argument(
+            help="The new file: .nii.gz .mha .nrrd .vtk .vti .png .tif; labels also .seg.nrrd .dcm .rtstruct.dcm."
+        ),
     ],
     label: Annotated[
         bool, typer.Option("--label", help="Convert a label: write whole numbers in the smallest type.")
@@ -189,10 +250,12 @@ def convert(
     """Convert one scan or label to another format; every voxel keeps its place in the patient."""
     from delineate.cli.parsing import parse_targets
     from delineate.core.targets import Targets
+    from delineate.datasets.dataset import numbered_targets, read_numbered
     from delineate.io.dicom_series import the_series
     from delineate.io.exports import check_installed, export_label, exported_files
-    from delineate.io.formats import DICOM_SUFFIXES, check_writable, read_label, read_volume, write_volume
+    from delineate.io.formats import DICOM_SUFFIXES, check_writable, read_volume, write_volume
     from delineate.io.overwriting import check_outputs
+    from delineate.io.segments import segments_in
 
     check_installed(out.suffix.lower())
     segmentation = label or out.suffix.lower() in DICOM_SUFFIXES
@@ -204,8 +267,12 @@ def convert(
     if segmentation:
         import numpy as np
 
-        read = read_label(place)
-        named = parse_targets(targets) or Targets({f"label {v}": (int(v),) for v in np.unique(read.voxels) if v})
+        named, segments = parse_targets(targets), segments_in(place)
+        if named is None and segments is not None:
+            own = dict(zip(segments.names, ((value,) for value in segments.values), strict=False))
+            named = Targets(own) if own else numbered_targets(segments.names)
+        read = read_numbered(place, named, str(path))
+        named = named or Targets({f"label {v}": (int(v),) for v in np.unique(read.voxels) if v})
         of = source if source is not None or out.suffix.lower() in DICOM_SUFFIXES else place
         written = export_label(out, read, named, source=of, kind=kind)
     else:
@@ -227,26 +294,29 @@ def make_consensus(
     from itertools import combinations
 
     from delineate.cli.terminal import print_table
+    from delineate.core.subject import paths_of
     from delineate.datasets.consensus import consensus
+    from delineate.datasets.dataset import read_numbered
     from delineate.errors import MissingFile
     from delineate.evaluation.measure import evaluate
-    from delineate.evaluation.pairs import labels_in, pair_files, targets_in
-    from delineate.io.formats import read_label, write_label
+    from delineate.evaluation.pairs import Pair, labels_in, targets_in
+    from delineate.io.formats import write_label
     from delineate.io.overwriting import check_outputs
 
     files = [labels_in(folder) for folder in annotators]
     subjects = sorted(set.intersection(*(set(found) for found in files)))
     if len(annotators) < 2 or not subjects:
         raise MissingFile("no subject has labels of two annotators", fix="give folders with the same file names")
-    inputs = [file for found in files for file in found.values()]
+    inputs = [file for found in files for label in found.values() for file in paths_of(label)]
     check_outputs([out / f"{subject}.nii.gz" for subject in subjects], inputs, overwrite=overwrite)
+    targets = targets_in(Pair(s, files[0][s], found[s]) for found in files[1:] for s in subjects)
     for subject in subjects:
-        labels = [read_label(found[subject]) for found in files]
+        labels = [read_numbered(found[subject], targets, subject) for found in files]
         agreed = consensus(labels, method, subject=subject)
-        write_label(out / f"{subject}.nii.gz", agreed, like=files[0][subject])
+        write_label(out / f"{subject}.nii.gz", agreed, like=paths_of(files[0][subject])[0])
     rows = []
     for (a, first), (b, second) in combinations(zip(annotators, files, strict=True), 2):
-        pairs = [pair for s in subjects for pair in pair_files(first[s], second[s]).pairs]
+        pairs = [Pair(s, first[s], second[s]) for s in subjects]
         evaluation = evaluate(pairs, targets_in(pairs))
         summary = evaluation.summary()
         for target in evaluation.targets:

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from delineate.cli.options import Json, LesionOverlap, MarginMm, Metrics, Overwrite, Quantity, TargetsOption, Threshold
+from delineate.cli.options import (
+    Json,
+    LesionOverlap,
+    MarginMm,
+    Metrics,
+    Overwrite,
+    Quantity,
+    RulesFile,
+    TargetsOption,
+    Threshold,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,12 +56,14 @@ def evaluate(
             "--colours", help="Colour overlays so that everyone can tell them apart, or purple where both agree."
         ),
     ] = "distinct",
+    rules: RulesFile = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Measure predictions against references, for every subject and target."""
-    from delineate.cli.parsing import parse_quantity, parse_targets
+    from delineate.cli.parsing import parse_quantity, parse_reading, parse_targets
     from delineate.cli.terminal import print_json
+    from delineate.datasets.layouts import open_dataset
     from delineate.evaluation.measure import Measuring, evaluate_folders, named_targets
     from delineate.evaluation.pairs import open_references
 
@@ -59,7 +71,8 @@ def evaluate(
     kept = probabilities or (beside if beside.is_dir() else None)
     read_within = parse_quantity(quantity, margin_mm, threshold)
     measuring = Measuring(metrics, lesion_overlap, read_within, kept)
-    asked, known = parse_targets(targets), open_references(references)
+    asked, (channels, label) = parse_targets(targets), parse_reading(None, None, rules)
+    known = open_references(references) if rules is None else open_dataset(references, images=channels, labels=label)
     maps = None if read_within is None else read_within.maps
     _check_outputs(out, report, [predictions, *filter(None, (kept, maps))], known, overwrite)
     evaluation = evaluate_folders(predictions, known, asked, measuring)

@@ -20,6 +20,7 @@ from delineate.cli.options import (
     Overwrite,
     Precision,
     Quantity,
+    RulesFile,
     TargetsOption,
     Threads,
     Threshold,
@@ -63,6 +64,7 @@ def measure_held_out(
     ] = None,
     images: ChannelImages = None,
     labels: Labels = None,
+    rules: RulesFile = None,
     targets: TargetsOption = None,
     metrics: Annotated[
         str | None,
@@ -76,6 +78,13 @@ def measure_held_out(
     quantity: Quantity = None,
     margin_mm: MarginMm = 0.0,
     threshold: Threshold = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            "--card",
+            help="Add the results to the bundle's card, with this as the name of the data. Do not name a person.",
+        ),
+    ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
     compile: Compile = "auto",
@@ -94,6 +103,8 @@ def measure_held_out(
     from delineate.cli.terminal import Terminal, print_json
     from delineate.compute import check_device, plan_compute, torch_threads
     from delineate.core.text import printable
+    from delineate.evaluation.card import check_card, write_card
+    from delineate.evaluation.card_facts import CardFacts, Result
     from delineate.evaluation.held_out import CONFIDENCE, HeldOut, PlannedTest, measure_outcomes, write_confidence
     from delineate.evaluation.measure import Measuring
     from delineate.evaluation.table import FILES
@@ -111,10 +122,14 @@ def measure_held_out(
     asked, read_within = parse_targets(targets), parse_quantity(quantity, margin_mm, threshold)
     folder, probabilities = bundle_folder(bundle), out / "predictions" / "probabilities"
     trained = Bundle.load(folder)
+    if card is not None:
+        if not 0 < len(card) <= 200:
+            raise typer.BadParameter("--card takes a name of up to 200 characters")
+        check_card(folder)
     changed = trained.with_settings(set or [])
     wanted = ",".join(trained.recipe.metrics) if metrics is None else metrics
     measuring = Measuring(wanted, lesion_overlap, read_within, probabilities)
-    dataset = _opened(trained, data, layout, images, labels)
+    dataset = _opened(trained, data, layout, images, labels, rules)
     held_out = HeldOut.of(trained, dataset, split_file=split, fold=fold or 0, targets=asked)
     held_out.check(measuring)
     chosen = [subject.with_channels(trained.channels) for subject in held_out.subjects]
@@ -166,6 +181,9 @@ def measure_held_out(
         evaluation.write(out / "evaluation")
         known = read_confidences(outputs.review)
         write_confidence(out / "evaluation", {subject.id: known.get(subject.id, {}) for subject in chosen})
+        if card is not None:
+            result = Result.of("test", trained, evaluation, name=card, notes=notes)
+            write_card(folder, CardFacts.of(trained).with_result(result))
         shown = targets_of(measuring.wanted, held_out.shared.targets) or held_out.shared.targets
         title = f"{trained.recipe.name} on {dataset.name}"
         write_held_out_report(
@@ -179,15 +197,18 @@ def measure_held_out(
     typer.echo(f"report  {printable(str(out / 'report.html'))}")
 
 
-def _opened(bundle: Bundle, data: Path, layout: str | None, images: list[str] | None, labels: str | None) -> Dataset:
+def _opened(
+    bundle: Bundle, data: Path, layout: str | None, images: list[str] | None, labels: str | None, rules: Path | None
+) -> Dataset:
     """The data set, read as the recipe says, or as the options say if any is given."""
-    from delineate.cli.parsing import parse_patterns
+    from delineate.cli.parsing import parse_reading
     from delineate.datasets.layouts import open_dataset
 
     spec = bundle.recipe.data
-    if layout is None and images is None and labels is None:
+    if layout is None and images is None and labels is None and rules is None:
         return open_dataset(data, layout=spec.layout, images=spec.images, labels=spec.labels)
-    return open_dataset(data, layout=layout or "auto", images=parse_patterns(images), labels=labels)
+    channels, label = parse_reading(images, labels, rules)
+    return open_dataset(data, layout=layout or "auto", images=channels, labels=label)
 
 
 def _outcomes(planned: Planned, outputs: Outputs, load: Callable[[], Predictor]) -> Iterator[Outcome]:

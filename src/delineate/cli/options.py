@@ -77,9 +77,21 @@ ChannelImages = Annotated[
         "Can be repeated.",
     ),
 ]
+RulesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--rules",
+        help="Choose DICOM series by the rules in this YAML file, for each channel and the label; "
+        "`delineate data series --rules` shows what they pick.",
+    ),
+]
 Labels = Annotated[
     str | None,
-    typer.Option("--labels", help="Find the labels by this pattern below the folder, such as '*/label.nii'."),
+    typer.Option(
+        "--labels",
+        help="Find the labels by this pattern below the folder, such as '*/label.nii', or a mask for each target: "
+        "'*/{target}_mask.nii'.",
+    ),
 ]
 TargetsOption = Annotated[
     str | None,

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from delineate.core.targets import Targets
 from delineate.errors import RecipeError
 from delineate.metrics.quantities import QuantityMap
+
+if TYPE_CHECKING:
+    from delineate.datasets.series_rules import Images, Rule
 
 
 def parse_targets(text: str | None) -> Targets | None:
@@ -37,18 +41,51 @@ def parse_targets(text: str | None) -> Targets | None:
     return Targets(values, "exclusive" if len(set(used)) == len(used) else "overlapping")
 
 
-def parse_patterns(texts: Sequence[str] | None) -> str | dict[str, str] | None:
-    """Patterns from ``*/artery.nii``, or from ``T1=*/t1.nii`` and others. Raises :class:`RecipeError` for a mixture."""
+def parse_reading(
+    images: str | Sequence[str] | None, labels: str | None, rules: Path | None
+) -> tuple[Images | None, Rule | None]:
+    """The rules or patterns for channels, and those for labels, that the options ask for.
+
+    Raises :class:`RecipeError`, and a usage error for rules and patterns together.
+    """
+    if rules is None:
+        return parse_patterns([images] if isinstance(images, str) else images), None if labels is None else _rule(
+            labels
+        )
+    if images or labels:
+        raise typer.BadParameter("--rules picks images and labels; leave out --images and --labels")
+    from delineate.datasets.series_rules import read_rules
+
+    read = read_rules(rules)
+    return read.images, read.label
+
+
+def parse_patterns(texts: Sequence[str] | None) -> Images | None:
+    """Patterns from ``*/artery.nii``, or from ``T1=*/t1.nii`` and others; or rules, ``T1={number: 3}``.
+
+    Raises :class:`RecipeError` for a mixture.
+    """
     if not texts:
         return None
     if len(texts) == 1 and "=" not in texts[0]:
-        return texts[0]
+        found = _rule(texts[0])
+        return found if isinstance(found, str) else {"image": found}
     if bad := [text for text in texts if "=" not in text]:
         raise RecipeError(f"'{bad[0]}' does not name its channel", fix="write, for example, --images T1='*/t1.nii'")
     pairs = [(name, pattern) for name, _, pattern in (text.partition("=") for text in texts)]
     if len(dict(pairs)) < len(pairs) or not all(name and pattern for name, pattern in pairs):
         raise RecipeError(f"{', '.join(texts)[:300]} gives a channel twice, or none", fix="name each channel once")
-    return dict(pairs)
+    return {name: _rule(pattern) for name, pattern in pairs}
+
+
+def _rule(text: str) -> Rule:
+    """A pattern, or the rule that is written in braces."""
+    if not re.fullmatch(r"\{.*:.*\}", text, re.DOTALL):  # unlike {target}
+        return text
+    from delineate.datasets.series_rules import rule_of
+    from delineate.io.settings import parse_yaml
+
+    return rule_of(parse_yaml(text, text[:100], RecipeError), "a series")
 
 
 def parse_quantity(text: str | None, margin_mm: float, threshold: float | None) -> QuantityMap | None:
@@ -63,14 +100,26 @@ def parse_quantity(text: str | None, margin_mm: float, threshold: float | None) 
     return QuantityMap(channel, margin_mm, threshold, Path(maps) if maps else None)
 
 
-def data_changes(layout: str, images: str | None, labels: str | None, targets: str | None) -> list[str]:
+def data_changes(
+    layout: str, images: str | None, labels: str | None, targets: str | None, rules: Path | None = None
+) -> list[str]:
     """The options as changes to a recipe's ``data``, so that the recipe alone reproduces the run."""
     asked = parse_targets(targets)
+    channels, label = parse_reading(images, labels, rules)
     values = {
         "layout": None if layout == "auto" else layout,
-        "images": images,
-        "labels": labels,
+        "images": {name: _plain(rule) for name, rule in channels.items()}
+        if isinstance(channels, Mapping)
+        else channels,
+        "labels": _plain(label),
         "targets": None if asked is None else asked.as_dict(),
     }
     # JSON is valid YAML, and quotes everything that needs quoting.
     return [f"data.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
+
+
+def _plain(rule: Rule | None) -> Any:
+    """A pattern, or a rule's fields."""
+    from delineate.datasets.series_rules import SeriesRule
+
+    return rule.model_dump(exclude_defaults=True) if isinstance(rule, SeriesRule) else rule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,7 @@ from delineate.cli.options import (
     Overwrite,
     Precision,
     Quantity,
+    RulesFile,
     Threads,
     label_formats,
 )
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from delineate.core.subject import Subject
     from delineate.errors import DelineateError
     from delineate.fingerprint import Oddity
+    from delineate.inference.outputs import Picture
     from delineate.inference.review import Review
     from delineate.metrics.quantities import QuantityMap
 
@@ -50,7 +52,7 @@ def predict(
             "--format",
             autocompletion=label_formats,
             help="Write labels as nii.gz, mha, nrrd, seg.nrrd (for 3D Slicer), vtk, vti, dcm (DICOM-SEG, for DICOM "
-            "scans), or in a plugin's format.",
+            "scans), rtstruct.dcm (RT Structure Set, likewise), or in a plugin's format.",
         ),
     ] = "nii.gz",
     also: Annotated[
@@ -61,6 +63,7 @@ def predict(
         bool, typer.Option("--unseen", help="Predict only subjects that no bundle has seen in training.")
     ] = False,
     images: ChannelImages = None,
+    rules: RulesFile = None,
     flips: Flips = None,
     mirrored: Annotated[
         bool,
@@ -70,6 +73,16 @@ def predict(
     ] = False,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Write probabilities to OUT/probabilities, one channel per target.")
+    ] = False,
+    surfaces: Annotated[
+        Literal["stl", "obj", "vtp", "glb"] | None,
+        typer.Option(
+            "--surfaces", help="Write the targets' surfaces to OUT/surfaces; glb is one file for all targets."
+        ),
+    ] = None,
+    preview: Annotated[
+        bool,
+        typer.Option("--preview", help="Write a picture beside each label: three views of the scan with the targets."),
     ] = False,
     quantity: Quantity = None,
     margin_mm: MarginMm = 0.0,
@@ -100,12 +113,13 @@ def predict(
 ) -> None:
     """Segment scans, each on its own grid. Not for diagnosis.
 
-    Run the same command again to resume: scans that the same bundle has predicted into OUT are skipped. With
-    --quantity, their labels are measured as they are, corrected or not: OUT/measurements.csv and .json.
+    Run the same command again to resume: scans that the same bundle has predicted into OUT are skipped. What is in
+    each label, corrected or not, is measured into OUT/measurements.csv and .json: ml, box, and every channel. With
+    --surfaces and --preview, what was not yet drawn of these labels is.
     """
     with importing():
         from delineate.bundle import Bundle, bundle_folder
-        from delineate.cli.parsing import parse_patterns, parse_quantity
+        from delineate.cli.parsing import parse_quantity, parse_reading
         from delineate.cli.terminal import Terminal, print_json, print_table
         from delineate.compute import check_device, plan_compute, torch_threads
         from delineate.core.text import printable
@@ -115,6 +129,7 @@ def predict(
         from delineate.inference.outputs import Outputs
         from delineate.inference.predictor import Predictor
         from delineate.io.exports import check_label_format
+        from delineate.io.surfaces import check_surface_format
 
     stages = Stages(STARTED)
     stages.lap("start-up")
@@ -123,8 +138,15 @@ def predict(
     read_within = parse_quantity(quantity, margin_mm, threshold)
     folders = [bundle_folder(folder) for folder in [bundle, *(also or [])]]
     bundles = [Bundle.load(folder) for folder in folders]
-    check_label_format(format, bundles[0].targets)
-    found = find_subjects(inputs, bundles[0].channels, parse_patterns(images), read_within)
+    check_label_format(format)
+    if surfaces is not None:
+        check_surface_format(surfaces)
+    picture: Picture | None = None
+    if preview:
+        from delineate.reporting.overlays import picture_of_label  # draws with matplotlib, slow to import
+
+        picture = picture_of_label
+    found = find_subjects(inputs, bundles[0].channels, parse_reading(images, None, rules)[0], read_within)
     outputs = Outputs(
         out,
         f".{format}",
@@ -132,6 +154,8 @@ def predict(
         bundles,
         {"overlap": overlap, "flips": flips, "mirrored": mirrored},
         read_within,
+        surfaces or "",
+        picture,
     )
     kept = [path for subject in found for path in subject.files]
     kept += [path for folder in folders for path in folder.iterdir()]
@@ -186,8 +210,7 @@ def predict(
                     if outcome.error is not None:
                         fail(outcome.subject, outcome.error)
                         continue
-                    if read_within is not None:
-                        measurements += rows_of(outcome.subject.id, outcome.measured, read_within)
+                    measurements += rows_of(outcome.subject.id, outcome.measured)
                     if outcome.review is None:
                         continue
                     reviews.append(outcome.review)
@@ -207,19 +230,26 @@ def predict(
         stages.lap("reading and writing", beside=[row["seconds"] for row in rows])
     if json:
         skipped = [subject.id for subject in planned.done]
-        measured = {} if read_within is None else {"measurements": measurements}
         stopped = (
             {}
             if full is None
             else {"error": {"code": full.code, "message": full.message, "fix": getattr(full, "fix", "")}}
         )
         print_json(
-            {"predictions": rows, "skipped": skipped, "failed": failed, "seconds": stages.seconds} | measured | stopped
+            {
+                "predictions": rows,
+                "skipped": skipped,
+                "failed": failed,
+                "seconds": stages.seconds,
+                "measurements": measurements,
+            }
+            | stopped
         )
     else:
         _print_queue(reviews)
         if read_within is not None:
-            _print_measurements(measurements, read_within)
+            asked = [row for row in measurements if row["quantity"] == read_within.channel]
+            _print_measurements(asked, read_within)
         total = sum(stages.seconds.values())
         laps = {**stages.seconds, "total": total}
         print_table("", ["stage", "s", "%"], [[s, f"{t:.2f}", f"{100 * t / total:.0f}"] for s, t in laps.items()])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from delineate.serving.client import Client, OnProgress, Result
     from delineate.serving.protocol import Progress
 
-RESULTS = (".seg.nrrd", ".nii.gz", ".vtk", ".vti", ".dcm", ".png", ".json")
+RESULTS = (".seg.nrrd", ".nii.gz", ".vtk", ".vti", ".rtstruct.dcm", ".dcm", ".png", ".json")
 """Suffixes of results. The first that a name ends in counts."""
 
 _SCANS = (".nii.gz", ".nii", ".mha", ".nrrd", ".zip")
@@ -55,8 +55,8 @@ def send(
         typer.Option(
             "--out",
             "-o",
-            help="Write the segmentation to this file: .nii.gz, .vtk, .vti, .seg.nrrd, .dcm, .png or .json. For "
-            "several scans, name a folder.",
+            help="Write the segmentation to this file: .nii.gz, .vtk, .vti, .seg.nrrd, .dcm, .rtstruct.dcm, .png or "
+            ".json. For several scans, name a folder.",
         ),
     ],
     scans: Annotated[
@@ -75,7 +75,8 @@ def send(
         list[str] | None,
         typer.Option(
             "--also",
-            help="Write nii.gz, vtk, vti, seg.nrrd, dcm or png, too, under the same name. Can be repeated.",
+            help="Write nii.gz, vtk, vti, seg.nrrd, dcm, rtstruct.dcm or png, too, under the same name. Can be "
+            "repeated.",
         ),
     ] = None,
     channel: Annotated[

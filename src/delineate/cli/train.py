@@ -16,6 +16,7 @@ from delineate.cli.options import (
     Labels,
     Layout,
     Precision,
+    RulesFile,
     Set,
     TargetsOption,
     Threads,
@@ -58,6 +59,7 @@ def train(
     layout: Layout = "auto",
     images: Images = None,
     labels: Labels = None,
+    rules: RulesFile = None,
     targets: TargetsOption = None,
     leave_out_broken: Annotated[
         bool, typer.Option("--leave-out-broken", help="Train without the subjects that inspection finds broken.")
@@ -98,7 +100,11 @@ def train(
     from delineate.training.options import Reporter, RunOptions, check_possible
     from delineate.training.preparation import budget_changes
 
-    changes = [*budget_changes(minutes, steps, epochs), *data_changes(layout, images, labels, targets), *(set or [])]
+    changes = [
+        *budget_changes(minutes, steps, epochs),
+        *data_changes(layout, images, labels, targets, rules),
+        *(set or []),
+    ]
     # Quick checks come first.
     options = RunOptions(
         fold=None if fold == "all" else _fold(fold),

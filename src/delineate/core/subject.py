@@ -6,8 +6,57 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from delineate.core.text import printable
+from delineate.core.text import near, printable
 from delineate.errors import MissingFile
+
+_SHOWN = 6
+_LONGEST = 300
+
+
+@dataclass(frozen=True)
+class Masks:
+    """A label in parts: ``files`` maps each target's name to the file that marks it.
+
+    Several targets may share a file that holds segments by name. Masks may overlap; what a voxel in several of them
+    is labelled as is for the :class:`~delineate.core.targets.Targets` to say.
+
+    >>> from pathlib import Path
+    >>> masks = Masks({"liver": Path("liver.nii.gz"), "spleen": Path("spleen.nii.gz")})
+    >>> masks.names, masks.only(["spleen"], "case7").paths
+    (('liver', 'spleen'), (PosixPath('spleen.nii.gz'),))
+    """
+
+    files: Mapping[str, Path]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", {printable(name): file for name, file in self.files.items()})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.files)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file, each once."""
+        return tuple(dict.fromkeys(self.files.values()))
+
+    def only(self, names: Sequence[str], subject: str) -> Masks:
+        """The masks of these targets, in this order. Raises :class:`MissingFile` where some have none."""
+        if missing := [name for name in names if name not in self.files]:
+            shown, there = (
+                ", ".join(names[:_SHOWN])[:_LONGEST] + (", …" if len(names) > _SHOWN else "")
+                for names in (missing, self.names)
+            )
+            raise MissingFile(
+                f"'{subject}' has no mask of {shown}; it has {there or 'none'}{near(missing[0], self.names)}",
+                fix="add an empty mask where there is none of it, choose targets that all have, or leave the subject "
+                "out",
+            )
+        return Masks({name: self.files[name] for name in names})
+
+
+Label = Path | Masks
+"""A label: one file with values, or a mask for each target."""
 
 
 def unnamed(count: int) -> tuple[str, ...]:
@@ -25,6 +74,7 @@ class Subject:
     ``patient`` groups examinations of one person, which a split never separates. ``site`` is the
     scanner or centre. In all these names, characters that a terminal would take for a command are
     spelled out. ``resample``: channels on a different grid are resampled to the first channel's.
+    ``label`` is a file whose values the targets name, or :class:`Masks`, which are named themselves.
     ``acquisition`` is how it was scanned, with units in the names: ``{"field_strength_t": "3"}``.
 
     >>> from pathlib import Path
@@ -35,7 +85,7 @@ class Subject:
 
     id: str
     scans: Mapping[str, Path]
-    label: Path | None = None
+    label: Label | None = None
     site: str = ""
     patient: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
@@ -77,6 +127,23 @@ class Subject:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file of the subject, each once, the label last."""
-        label = () if self.label is None else (self.label,)
-        return (*dict.fromkeys(self.scans.values()), *label)
+        """Every file of the subject, each once, the label's last."""
+        return (*dict.fromkeys(self.scans.values()), *paths_of(self.label))
+
+
+def paths_of(label: Label | None) -> tuple[Path, ...]:
+    """The files of a label, each once; none where there is no label."""
+    if label is None:
+        return ()
+    return label.paths if isinstance(label, Masks) else (label,)
+
+
+def files_of(label: Label, targets: Sequence[str] | None) -> dict[str, Path]:
+    """The files of a label that some targets are read from, by target; every file if none of them is there.
+
+    A label with values is one file, called "label".
+    """
+    if not isinstance(label, Masks):
+        return {"label": label}
+    wanted = {name: label.files[name] for name in targets or () if name in label.files}
+    return wanted or dict(label.files)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +23,8 @@ MOST_VALUE = 2**16 - 1
 """The largest label value: predictions are written with 16 bits at most."""
 
 _FEW = 8
+_MOST_KINDS = 2**15
+"""How many combinations of overlapping masks are told apart."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,75 @@ class Targets:
     def masks(self, label: NDArray) -> dict[str, NDArray[np.bool_]]:
         """Each target's boolean mask (X, Y, Z) in a label with the data set's own values."""
         return {name: _among(label, numbers) for name, numbers in self.values.items()}
+
+    def label(
+        self, masks: Iterable[tuple[str, NDArray[np.bool_]]], shape: tuple[int, ...], subject: str
+    ) -> NDArray[np.unsignedinteger]:
+        """A label (X, Y, Z) from the targets' masks, in any order, one held at a time: the inverse of :meth:`masks`.
+
+        A voxel has the smallest value that belongs to exactly the targets whose masks it lies in, 0 where it lies in
+        none. Raises :class:`BadLabelValue` where there is no such value, with targets that would have one.
+        """
+        kinds = {frozenset[str](): 0}  # every combination of masks that occurs, and its number
+        kind_of = np.zeros(math.prod(shape), np.uint16)  # in Fortran order, as masks are read
+        for name, mask in masks:
+            place = np.flatnonzero(mask.ravel(order="F"))
+            inside = kind_of[place]
+            table = np.zeros(len(kinds), np.uint16)
+            known = list(kinds)
+            for before in np.flatnonzero(np.bincount(inside, minlength=len(kinds))):
+                table[before] = kinds.setdefault(known[before] | {name}, len(kinds))
+                if len(kinds) > _MOST_KINDS:
+                    raise BadLabelValue(
+                        f"the masks of '{subject}' overlap in more than {_MOST_KINDS} ways",
+                        fix="choose fewer targets, or correct the masks",
+                    )
+            kind_of[place] = table[inside]
+        counts = np.bincount(kind_of[kind_of > 0], minlength=len(kinds))
+        found = {kind: int(n) for kind, n in zip(kinds, counts, strict=True) if n and kind}
+        values = self._value_by_kind()
+        if strangers := {kind: n for kind, n in found.items() if kind not in values}:
+            raise BadLabelValue(
+                f"the masks of '{subject}' mark voxels that no label value stands for: {self._described(strangers)}",
+                fix=f"if that is right, say so with targets that have such a value ({_option(self.meant(found))}); "
+                "otherwise correct the masks",
+            )
+        numbers = np.array([values.get(kind, 0) for kind in kinds])
+        return numbers.astype(np.min_scalar_type(int(numbers.max())))[kind_of].reshape(shape, order="F")
+
+    def _value_by_kind(self) -> dict[frozenset[str], int]:
+        """The smallest value of each combination of targets that has one."""
+        values = sorted({v for numbers in self.values.values() for v in numbers}, reverse=True)
+        return {frozenset(_within(self.names, self, value)): value for value in values}
+
+    def meant(self, kinds: Iterable[frozenset[str]]) -> Targets:
+        """These targets with a value for each of some combinations that occur together in a label.
+
+        A target that occurs only within others has its value counted among theirs: a tumour within its liver.
+        """
+        found, values, known = set(kinds), {n: {*numbers} for n, numbers in self.values.items()}, self._value_by_kind()
+        free = {
+            name: known[frozenset({name})]
+            for name in self.names
+            if frozenset({name}) in known and frozenset({name}) not in found
+        }
+        for kind in sorted(found - known.keys(), key=lambda kind: (len(kind), sorted(kind))):
+            within = [name for name in free if name in kind]
+            value = free.pop(within[-1]) if within else max(v for numbers in values.values() for v in numbers) + 1
+            for name in kind:
+                values[name].add(value)
+        used = [v for numbers in values.values() for v in numbers]
+        mode = "overlapping" if len(set(used)) < len(used) else self.mode
+        return Targets({name: tuple(sorted(numbers)) for name, numbers in values.items()}, mode, self.ignore)
+
+    def _described(self, kinds: Mapping[frozenset[str], int]) -> str:
+        """Combinations of targets with their numbers of voxels, the largest first."""
+        texts = []
+        for kind, voxels in sorted(kinds.items(), key=lambda one: -one[1])[:_FEW]:
+            inside = " and ".join(name for name in self.names if name in kind)
+            only = " alone" if len(kind) == 1 else ""
+            texts.append(f"{inside}{only} ({voxels} voxel{'s' if voxels != 1 else ''})")
+        return ", ".join(texts) + (", …" if len(kinds) > _FEW else "")
 
     def class_voxels(self, by_value: Mapping[int, int]) -> dict[str, int]:
         """Voxels of the background, then of each target, from voxels by label value; ignored ones are left out."""
@@ -241,6 +313,16 @@ def _numbers(names: Sequence[str], *several: Targets) -> dict[tuple[str, ...], i
     values = [(targets, v) for targets in several for numbers in targets.values.values() for v in numbers]
     combinations = dict.fromkeys(_within(names, targets, value) for targets, value in values)
     return {within: number for number, within in enumerate(filter(None, combinations), start=1)}
+
+
+def _option(targets: Targets) -> str:
+    """Targets as on the command line; of many, only those that share values."""
+    shown, more = targets.values, ""
+    if len(shown) > _FEW:
+        sharing = {v for v in targets.known_values if len(_within(targets.names, targets, v)) > 1}
+        shown, more = {name: numbers for name, numbers in shown.items() if sharing & {*numbers}}, ",…"
+    texts = (f"{name}={'+'.join(map(str, numbers))}" for name, numbers in shown.items())
+    return f"--targets '{','.join(texts)}{more}'"
 
 
 def _as_tuple(values: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:

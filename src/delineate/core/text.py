@@ -14,7 +14,7 @@ def printable(text: str) -> str:
     A terminal obeys escape sequences that are printed, and a name may contain them. Line breaks are
     spelled out too, since no name has any.
     """
-    return "".join(c if c.isprintable() else _spelled(c) for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else _spelled(c) for c in text)
 
 
 def printable_lines(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
-from delineate.core.subject import Subject
+from delineate.core.subject import Label, Masks, Subject, paths_of
 from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
-from delineate.errors import BadShape, ConstantScan, DatasetError, GridMismatch, MissingFile
+from delineate.errors import BadFormat, BadShape, ConstantScan, DatasetError, GridMismatch, MissingFile, RecipeError
 from delineate.io.formats import is_dicom, is_series, name_of, read_label, read_volume, suffix_of
+from delineate.io.segments import Mask, read_mask, segments_in
 
 SAME_GRID_MM = 0.1
 """How far apart the corners of a subject's channels and label may lie. Headers rewritten by another
@@ -52,6 +53,11 @@ class Dataset:
         """Every channel that any subject has, in the order of the first subject with the most channels."""
         fullest = max((s.channels for s in self.subjects), key=len, default=())
         return tuple(dict.fromkeys((*fullest, *(c for s in self.subjects for c in s.channels))))
+
+    @property
+    def by_name(self) -> bool:
+        """Whether labels name what they mark, so that targets may give it any values."""
+        return all(isinstance(subject.label, Masks) for subject in self.subjects if subject.label is not None)
 
 
 def load_scan(
@@ -152,17 +158,101 @@ def load_label(
 
     Raises :class:`MissingFile` where there is none, :class:`GridMismatch` where it lies more than
     :data:`SAME_GRID_MM` off the grid, :class:`BadLabelValue` for values that no target includes, and
-    whatever reading the file raises.
+    whatever :func:`read_numbered` raises.
     """
     if subject.label is None:
         raise MissingFile(f"'{subject.id}' has no label", fix="add one, or leave the subject out")
-    label = read_label(subject.label, orientation=orientation)
+    label = read_numbered(subject.label, targets, subject.id, grid, orientation=orientation)
     if grid is not None:
         check_grids(subject.id, "label", label.grid, "image", grid)
     if targets is not None:
         targets.check(label.voxels, subject.id)
     # Within the tolerance they are the same grid: from here on, exactly the image's.
     return LabelVolume(label.voxels, grid or label.grid)
+
+
+def read_numbered(
+    label: Label,
+    targets: Targets | None,
+    subject: str,
+    grid: Grid | None = None,
+    *,
+    orientation: Orientation = "refuse",
+) -> LabelVolume:
+    """A label of either kind as one volume of values: as its file has them, or made of the masks of ``targets``.
+
+    Only masks of targets are read. ``grid`` is the scan's, which outlines are drawn on; the label keeps a grid of its
+    own if it has one. Values that a file has are not checked.
+
+    Raises what :func:`masks_of` raises, :class:`GridMismatch` for masks on different grids, :class:`BadLabelValue`
+    for a mask of several values, or where masks overlap and no value stands for that, and whatever reading a file
+    raises.
+    """
+    masks = masks_of(label, targets, subject)
+    if masks is None or targets is None:
+        return read_label(paths_of(label)[0], orientation=orientation)
+    found = _read_masks(masks, grid, orientation)
+    first, (mask, lies) = next(found)
+
+    def on_one_grid() -> Iterator[tuple[str, NDArray[np.bool_]]]:
+        yield first, mask
+        for name, (other, place) in found:
+            check_grids(subject, f"mask of {name}", place, f"mask of {first}", lies)
+            yield name, other
+
+    return LabelVolume(targets.label(on_one_grid(), lies.shape, subject), lies)
+
+
+def masks_of(label: Label, targets: Targets | None, subject: str) -> Masks | None:
+    """The masks that a label is made of, those of ``targets``; None for one that is read by its values.
+
+    That is a single file that names no segments, or none as any of the targets. Raises :class:`MissingFile` for a
+    target without a mask, :class:`RecipeError` for masks without targets.
+    """
+    if targets is None:
+        if isinstance(label, Masks):
+            raise RecipeError(
+                f"the label of '{subject}' is a mask for each of {', '.join(label.names)[:300]}",
+                fix="say which targets to read, such as those of its data set",
+            )
+        return None
+    if len(paths_of(label)) == 1:
+        [path] = paths_of(label)
+        segments = segments_in(path)
+        if segments is None:
+            return label.only(targets.names, subject) if isinstance(label, Masks) else None
+        wanted = {name.casefold() for name in targets.names}
+        if not wanted & {name.casefold() for name in segments.names}:
+            return None
+        label = label if isinstance(label, Masks) else Masks(dict.fromkeys(segments.names, path))
+    assert isinstance(label, Masks)  # a label by values has one file
+    return label.only(targets.names, subject)
+
+
+def named_in(label: Label) -> tuple[str, ...]:
+    """What a label names: its masks, or the segments of its file; nothing for one that has values."""
+    if isinstance(label, Masks):
+        return label.names
+    segments = segments_in(label)
+    return () if segments is None else segments.names
+
+
+def numbered_targets(names: Iterable[str]) -> Targets:
+    """A target for each name, with a value of its own, counted from 1 in the alphabet's order."""
+    return Targets({name: (number,) for number, name in enumerate(sorted({*names}), start=1)})
+
+
+def _read_masks(masks: Masks, grid: Grid | None, orientation: Orientation) -> Iterator[tuple[str, Mask]]:
+    """Masks by name, one in memory at a time."""
+    for path in masks.paths:
+        names = [name for name, file in masks.files.items() if file == path]
+        segments = segments_in(path)
+        if segments is not None:
+            yield from segments.masks(names, grid)
+            continue
+        if len(names) > 1:
+            raise BadFormat(f"'{path}' names no segments, but is to hold {', '.join(names)}", fix="give each a file")
+        yield names[0], read_mask(path, orientation=orientation)
 
 
 def channels_in(subject: Subject, path: Path) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid, Shape3
-from delineate.core.subject import Subject
+from delineate.core.subject import Subject, files_of
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import (
@@ -22,6 +23,7 @@ from delineate.datasets.dataset import (
     check_channels,
     check_grids,
     is_line,
+    read_numbered,
 )
 from delineate.datasets.measuring import (
     Foreground,
@@ -30,12 +32,13 @@ from delineate.datasets.measuring import (
     count_values,
     find_foreground,
     in_grey,
+    label_hash,
     measure_intensity,
     scan_hash,
 )
 from delineate.datasets.mirroring import suspicion
 from delineate.errors import BadVoxels, DelineateError
-from delineate.io.formats import read_label, read_volume
+from delineate.io.formats import read_volume
 
 LEAST_ON_IMAGE = 0.5
 """Fraction of a label that should lie where the image shows something."""
@@ -61,7 +64,8 @@ class SubjectRow:
 
     ``foreground_shape`` is the shape of the box around voxels above the background in any channel,
     ``label_box_shape`` that of the box around the targets, (0, 0, 0) if there are none. ``hashes`` are
-    BLAKE2b hashes of the files' bytes, by channel and "label". ``acquisition`` is how it was scanned.
+    BLAKE2b hashes of the files' bytes, by channel and "label"; masks have one for all that are
+    read. ``acquisition`` is how it was scanned.
     """
 
     subject: str
@@ -119,27 +123,32 @@ class Examination:
         if missing := [channel for channel in self.rules.channels if channel not in self.subject.scans]:
             self.note("E_MISSING", f"channel {', '.join(missing)} is missing", "add it, or leave the subject out")
         for path in dict.fromkeys(self.subject.scans.values()):
-            self.guarded(self.examine_scan, path, f"channel {', '.join(channels_in(self.subject, path))}")
+            self.guarded(
+                partial(self.examine_scan, path), [path], f"channel {', '.join(channels_in(self.subject, path))}"
+            )
         self.check_constant()
         if self.subject.label is not None:
-            self.guarded(self.examine_label, self.subject.label, "the label")
+            targets = self.rules.targets
+            files = files_of(self.subject.label, targets.names if targets else None)
+            self.guarded(partial(self.examine_label, files), [*files.values()], "the label")
         elif self.rules.for_training:
             self.note("E_MISSING", "the label is missing", "add it, or leave the subject out")
 
     def note(self, code: str, message: str, fix: str, severity: Severity = "error") -> None:
         self.problems.append(Problem(code, severity, self.subject.id, message, fix))
 
-    def guarded(self, examine: Callable[[Path], None], path: Path, what: str) -> None:
-        """Examine a file and note any failure, so that the other files are examined too."""
-        if not path.exists():
-            self.note("E_MISSING", f"{what} is missing: no '{path}'", "restore it, or leave the subject out")
+    def guarded(self, examine: Callable[[], None], files: Sequence[Path], what: str) -> None:
+        """Examine files and note any failure, so that the other files are examined too."""
+        if lost := [path for path in files if not path.exists()]:
+            self.note("E_MISSING", f"{what} is missing: no '{lost[0]}'", "restore it, or leave the subject out")
             return
         try:
-            examine(path)
+            examine()
         except DelineateError as error:
             self.note_error(error)
         except Exception as error:
-            self.note("E_SCAN", f"'{path}' cannot be read: {error!r}", _LEAVE_OUT)
+            shown = f"'{files[0]}'" if len(files) == 1 else what
+            self.note("E_SCAN", f"{shown} cannot be read: {error!r}", _LEAVE_OUT)
 
     def note_error(self, error: DelineateError, severity: Severity = "error") -> None:
         self.note(error.code, error.message, error.fix or _LEAVE_OUT, severity)
@@ -184,14 +193,15 @@ class Examination:
         else:
             self.note("E_CONSTANT", message, "export the scan again, or leave the subject out")
 
-    def examine_label(self, path: Path) -> None:
-        label = read_label(path, orientation=self.rules.orientation)
-        self.hashes["label"] = scan_hash(path)
+    def examine_label(self, files: Mapping[str, Path]) -> None:
+        assert self.subject.label is not None
+        targets, orientation = self.rules.targets, self.rules.orientation
+        label = read_numbered(self.subject.label, targets, self.subject.id, self.grid, orientation=orientation)
+        self.hashes["label"] = label_hash(files)
         if self.grid is not None:
             self.check_mirrored(label)
             check_grids(self.subject.id, "label", label.grid, "image", self.grid)
         self.label_voxels = count_values(label.voxels)
-        targets = self.rules.targets
         unknown = {v: n for v, n in self.label_voxels.items() if targets and v not in targets.known_values}
         if targets and unknown:
             found = ", ".join(f"{value} ({n} voxels)" for value, n in unknown.items())

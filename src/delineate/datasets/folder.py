@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from delineate.core.subject import Subject
-from delineate.core.targets import Targets
+from delineate.core.subject import Label, Masks, Subject
+from delineate.core.targets import MOST_TARGETS, Targets
 from delineate.core.text import printable
-from delineate.datasets.dataset import Dataset
-from delineate.errors import DuplicateSubject, MissingFile, UnknownLayout
+from delineate.datasets.dataset import Dataset, named_in, numbered_targets
+from delineate.errors import DelineateError, DuplicateSubject, MissingFile, UnknownLayout
 from delineate.io.files import parsing, read_json, read_text, walk
-from delineate.io.formats import PICTURE_SUFFIXES, name_of, suffix_of
+from delineate.io.formats import PICTURE_SUFFIXES, name_of, names_segments, suffix_of
 
 SIMULATED = "simulated.json"
 """A file at the root of simulated scans that says how they were made."""
@@ -25,7 +25,8 @@ SIMULATED = "simulated.json"
 _DEPTH = 6  # folders below the root; challenges nest up to four
 
 _LABEL_FOLDER = re.compile(
-    r"label|labels(?:tr|ts|va|val|train|test)?(?:[^a-z].*)?|masks?|segs|segmentations|gt|ground.?truths?|annotations",
+    r"label|labels(?:tr|ts|va|val|train|test)?(?:[^a-z].*)?|masks?(?:.dicom)?|labell?ed.dicom|"
+    r"segs?|segmentations?|rois?|gt|ground(?:.?truths?)?|annotations",
     re.IGNORECASE,
 )
 _ENDING = (
@@ -76,6 +77,14 @@ class Folder:
     def name(self) -> str:
         return self.root.resolve().name
 
+    @property
+    def summary(self) -> str:
+        """What there is, for an error."""
+        if not self.scans:
+            return "no scans"
+        about = f"; dataset.json with {', '.join(self.about)}" if self.about else ""
+        return f"{len(self.scans)} scans such as {some([p.as_posix() for p in self.scans], 4)}{about}"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -101,7 +110,7 @@ def own_folder(root: Path) -> Path:
         if len(first) != 1 or any(len(path.parts) == 1 for path in scans):
             return root
         below = root / first.pop()
-        told = ("dataset.json", "dataset_description.json", "sites.csv", SIMULATED, "imagesTr", "imagesTs")
+        told = ("dataset.json", "dataset_description.json", "sites.csv", "meta.csv", SIMULATED, "imagesTr", "imagesTs")
         if any((root / name).exists() for name in told) or not any((below / name).exists() for name in told):
             return root
         root = below
@@ -117,7 +126,9 @@ def bare_name(path: Path) -> str:
 
 def looks_like_label(path: Path) -> bool:
     """Whether a file below a data set's root looks like a label, by its name or a folder's: ``case_seg.nii.gz``,
-    ``labelsTr/case.nii.gz``. No layout takes such a file for a scan."""
+    ``labelsTr/case.nii.gz``, ``case.seg.nrrd``. No layout takes such a file for a scan."""
+    if names_segments(path):
+        return True
     name = numbered[1] if (numbered := NUMBERED.fullmatch(name_of(path))) else name_of(path)
     return _LABEL_NAME.fullmatch(name) is not None or any(map(is_label_folder, path.parts[:-1]))
 
@@ -151,20 +162,26 @@ def by_key(found: Iterable[tuple[Key, Path]]) -> dict[Key, Path]:
 def subjects_of(
     root: Path,
     scans: Mapping[tuple[str, str], Path],
-    labels: Mapping[str, Path],
+    labels: Mapping[str, Path | Mapping[str, Path]],
     channels: Sequence[str],
     sites: Mapping[str, str] | None = None,
 ) -> tuple[Subject, ...]:
-    """Subjects from files by (subject, channel) and by subject.
+    """Subjects from files by (subject, channel) and labels by subject: a file, or files by target.
 
     A label without a scan is a subject too, so that inspection finds it.
     """
+
+    def label_of(found: Path | Mapping[str, Path] | None) -> Label | None:
+        if found is None or isinstance(found, Path):
+            return None if found is None else root / found
+        return Masks({target: root / found[target] for target in sorted(found)})
+
     ids = sorted({subject for subject, _ in scans} | set(labels))
     return tuple(
         Subject(
             id=subject,
             scans={c: root / scans[subject, c] for c in channels if (subject, c) in scans},
-            label=root / labels[subject] if subject in labels else None,
+            label=label_of(labels.get(subject)),
             site=(sites or {}).get(subject, ""),
         )
         for subject in ids
@@ -174,6 +191,17 @@ def subjects_of(
 def labelled(subjects: Iterable[Subject]) -> list[Subject]:
     """Subjects that have both a scan and a label."""
     return [subject for subject in subjects if subject.scans and subject.label is not None]
+
+
+def counted_pairs(subjects: Iterable[Subject]) -> str:
+    """How many subjects have both a scan and a label, in words."""
+    count = len(labelled(subjects))
+    return f"{count} pair{'s' if count != 1 else ''}"
+
+
+def some(names: Sequence[str], most: int = 6) -> str:
+    """The first few names."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def channel_names(names: Mapping[str, str] | Sequence[str]) -> tuple[str, ...]:
@@ -212,6 +240,31 @@ def targets_of(labels: Any) -> Targets | None:
         return None
     used = [v for numbers in named.values() for v in numbers]
     return Targets(named, "overlapping" if len(set(used)) < len(used) else "exclusive", ignore)
+
+
+def targets_of_masks(subjects: Iterable[Subject]) -> Targets | None:
+    """A target for each name of a mask; None where there are no masks, or more names than there may be targets."""
+    names = {name for subject in subjects if isinstance(subject.label, Masks) for name in subject.label.names}
+    return numbered_targets(names) if 0 < len(names) <= MOST_TARGETS else None
+
+
+def with_named_segments(dataset: Dataset) -> Dataset:
+    """The data set with labels that name their segments as masks by name; these are its targets if it names none."""
+    subjects = tuple(
+        replace(subject, label=Masks(dict.fromkeys(sorted(names), subject.label)))
+        if isinstance(subject.label, Path) and names_segments(subject.label) and (names := _named(subject.label))
+        else subject
+        for subject in dataset.subjects
+    )
+    return replace(dataset, subjects=subjects, targets=dataset.targets or targets_of_masks(subjects))
+
+
+def _named(label: Path) -> tuple[str, ...]:
+    """The segments of a file; none where it cannot be read, which inspection reports."""
+    try:
+        return named_in(label)
+    except DelineateError:
+        return ()
 
 
 def for_training(scans: Sequence[Path]) -> list[Path]:

@@ -24,20 +24,26 @@ from delineate.datasets.folder import (
     bare_name,
     by_key,
     channel_names,
+    counted_pairs,
     description,
     for_training,
+    is_label_folder,
     labelled,
-    looks_like_label,
     modality_of,
     own_folder,
+    some,
     subjects_of,
     targets_of,
+    with_named_segments,
     with_sites,
 )
+from delineate.datasets.masks import MASKS
 from delineate.datasets.pairs import PAIRS, proposed
+from delineate.datasets.patterns import read_patterns
+from delineate.datasets.series_rules import Images, Rule
 from delineate.errors import BadPath, DatasetError, DuplicateSubject, UnknownLayout
 from delineate.io.files import parsing
-from delineate.io.formats import holds_label, name_of, suffix_of
+from delineate.io.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, holds_label, name_of, suffix_of
 from delineate.plugins import Parts, requirement_of
 
 
@@ -45,8 +51,8 @@ def open_dataset(
     path: Path | str,
     *,
     layout: str = "auto",
-    images: str | Mapping[str, str] | None = None,
-    labels: str | None = None,
+    images: Images | None = None,
+    labels: Rule | None = None,
     targets: Targets | None = None,
 ) -> Dataset:
     """Open the data set in a folder (or the one scan in a file), in whichever of :data:`LAYOUTS` it uses.
@@ -58,12 +64,16 @@ def open_dataset(
     >>> dataset.subjects[0].id
     'case0'
 
-    ``images`` and ``labels`` are patterns such as ``*/artery.nii`` and ``*/label.nii``, relative to
-    ``path``: files belong together if their wildcards match the same text. Give each of several channels
-    its own pattern, ``{"T1": "*/t1.nii", "T2": "*/t2.nii"}``. For DICOM, patterns are matched against
-    series descriptions. ``targets`` replace those that the data set names. Only names (and DICOM headers)
-    are read, except where only voxels tell a scan from its label: problems with a subject, including a
-    missing label, are found by :func:`delineate.datasets.inspection.inspect`.
+    A label may be a mask for each target, or a file whose segments have names: its targets are then those names,
+    unless others are given. ``images`` and ``labels`` are patterns such as ``*/artery.nii`` and ``*/label.nii``,
+    relative to ``path``: files belong together if their wildcards match the same text. Give each of several channels
+    its own pattern, ``{"T1": "*/t1.nii", "T2": "*/t2.nii"}``; ``{target}`` in the pattern for labels stands for the
+    names of masks, ``*/masks/{target}.nii``. For DICOM, patterns are matched against series descriptions, and a rule
+    may stand in place of a pattern, ``{"T1": {"description": "*t1*", "number": 3}}``, with the fields description,
+    protocol, modality, number and folder. ``targets`` replace those that the data set names; where it names none,
+    those in the header of its first label count, if that is NIfTI. Only names (and headers) are read, except where
+    only voxels tell a scan from its label: problems with a subject, including a missing label, are found by
+    :func:`delineate.datasets.inspection.inspect`.
 
     A layout is recognised by its pairs of scans and labels; ``reason`` says by which. A file that looks
     like a label is never a scan, unless ``images`` asks for it or it is the single file given.
@@ -79,33 +89,68 @@ def open_dataset(
         raise UnknownLayout(f"there is a pattern for labels ({labels}) but none for images", fix="give both")
     with parsing(root, UnknownLayout, fix="repair its dataset.json, or give patterns"):
         dataset = _opened(root, layout, images, labels)
-    return dataset if targets is None else replace(dataset, targets=targets)
+        dataset = with_named_segments(dataset)
+        targets = targets or dataset.targets or _targets_in_header(dataset)
+    return replace(dataset, targets=targets)
 
 
-def _opened(root: Path, layout: str, images: str | Mapping[str, str] | None, labels: str | None) -> Dataset:
+def _targets_in_header(dataset: Dataset) -> Targets | None:
+    """The targets that the first label names itself, if it is NIfTI."""
+    first = next((subject.label for subject in dataset.subjects if subject.label is not None), None)
+    if not isinstance(first, Path) or suffix_of(first) not in NIFTI_SUFFIXES or not first.is_file():
+        return None
+    from delineate.io.nifti_names import targets_named_in  # imports nibabel
+
+    return targets_named_in(first)
+
+
+def _opened(root: Path, layout: str, images: Images | None, labels: Rule | None) -> Dataset:
     if root.is_file() and suffix_of(root):
         dataset = _read_file(root)
     else:
         # Patterns are relative to the folder that was given.
         root = root if images is not None else own_folder(root)
         folder = Folder.walk(root)
-        # DICOM has no suffix to recognise it by: it is looked for only if nothing else is found.
-        wanted = layout == "dicom" or (layout == "auto" and not folder.scans)
+        # DICOM has no suffix to recognise it by: it is looked for only if nothing else is found but pictures, which may
+        # be its labels or previews.
+        wanted = layout == "dicom" or (layout == "auto" and _only_pictures(folder.scans) and not _for_pictures(images))
         studies = read_studies(root, images, labels) if wanted else None
         if studies is not None:
             dataset = studies
         elif images is not None:
-            dataset = _read_patterns(folder, images, labels)
+            dataset = read_patterns(folder, *_plain(folder, images, labels))
         else:
             dataset = _read(folder, _automatic(folder) if layout == "auto" else [LAYOUTS[layout]])
         dataset = replace(with_sites(dataset), simulated=(root / SIMULATED).is_file())
     return dataset
 
 
+def _only_pictures(scans: Sequence[Path]) -> bool:
+    return all(suffix_of(path) in PICTURE_SUFFIXES for path in scans)
+
+
+def _for_pictures(images: Images | None) -> bool:
+    """Whether a pattern asks for pictures."""
+    patterns = [images] if isinstance(images, str) else list((images or {}).values())
+    return any(isinstance(pattern, str) and pattern.lower().endswith(PICTURE_SUFFIXES) for pattern in patterns)
+
+
+def _plain(folder: Folder, images: Images, labels: Rule | None) -> tuple[str | dict[str, str], str | None]:
+    """The patterns for files. Raises :class:`UnknownLayout` for rules, which are for DICOM alone."""
+    named = {"image": images} if isinstance(images, str) else images
+    patterns = {name: pattern for name, pattern in named.items() if isinstance(pattern, str)}
+    if len(patterns) < len(named) or not (labels is None or isinstance(labels, str)):
+        raise UnknownLayout(
+            f"there are rules for DICOM series, but no DICOM in '{folder.root}': found {folder.summary}",
+            fix="give patterns for file names",
+        )
+    return images if isinstance(images, str) else patterns, labels
+
+
 def _automatic(folder: Folder) -> list[Layout]:
     """The layouts in the order in which they are tried: those of other packages before those that fit any names."""
-    *special, scans, pairs, dicom = LAYOUTS.packaged.values()
-    return [*special, *LAYOUTS.usable(), scans, pairs, *([] if folder.scans else [dicom])]
+    *special, masks, scans, pairs, dicom = LAYOUTS.packaged.values()
+    return [*special, *LAYOUTS.usable(), masks, scans, pairs, *([] if folder.scans else [dicom])]
 
 
 def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
@@ -149,7 +194,7 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
         return _with_strays(folder, _without_labels_as_scans(folder, found[0]))
     if folder.scans and all(map(folder.like_label, folder.scans)):
         raise UnknownLayout(
-            f"every scan in '{folder.root}' looks like a label ({_summary(folder)})",
+            f"every scan in '{folder.root}' looks like a label ({folder.summary})",
             fix="give the folder with the scans, or name a single file to have it taken for a scan",
         )
     raise UnknownLayout(*_what_would_fit(folder, layouts))
@@ -157,7 +202,7 @@ def _read(folder: Folder, layouts: Sequence[Layout]) -> Dataset:
 
 def _what_would_fit(folder: Folder, layouts: Sequence[Layout]) -> tuple[str, str]:
     """What a folder without a known layout holds; and patterns that fit, or else all layouts."""
-    unknown = f"'{folder.root}' has no known layout: found {_summary(folder)}"
+    unknown = f"'{folder.root}' has no known layout: found {folder.summary}"
     fitting = [
         (f"--images '{images}' --labels '{labels}'", pairs)
         for images, labels, pairs in proposed(folder)
@@ -175,7 +220,7 @@ def _what_would_fit(folder: Folder, layouts: Sequence[Layout]) -> tuple[str, str
 def _pairs_by_patterns(folder: Folder, images: str, labels: str) -> int:
     """How many pairs patterns make; none if they do not fit."""
     try:
-        return len(labelled(_read_patterns(folder, images, labels).subjects))
+        return len(labelled(read_patterns(folder, images, labels).subjects))
     except DatasetError:
         return 0
 
@@ -186,7 +231,7 @@ def _without_labels_as_scans(folder: Folder, dataset: Dataset) -> Dataset:
     scans = {path.relative_to(folder.root) if path.is_relative_to(folder.root) else path for path in files}
     if suspects := sorted(path.as_posix() for path in scans if folder.like_label(path)):
         raise UnknownLayout(
-            f"read as {dataset.layout}, '{folder.root}' has scans that look like labels: {_some(suspects)}",
+            f"read as {dataset.layout}, '{folder.root}' has scans that look like labels: {some(suspects)}",
             fix=(
                 "rename the files or their folder, or give patterns such as "
                 f"--images '{Path(suspects[0]).parent.joinpath('*').as_posix()}'"
@@ -214,7 +259,7 @@ def _with_strays(folder: Folder, dataset: Dataset) -> Dataset:
     ]
     if not strays:
         return dataset
-    return replace(dataset, notes=(*dataset.notes, f"{len(strays)} scans belong to no subject: {_some(strays)}"))
+    return replace(dataset, notes=(*dataset.notes, f"{len(strays)} scans belong to no subject: {some(strays)}"))
 
 
 def read_msd(folder: Folder) -> Dataset | None:
@@ -249,16 +294,16 @@ def read_msd(folder: Folder) -> Dataset | None:
     listed = set(images.values())
     if listed and not any((folder.root / image).is_file() for image in listed):
         raise UnknownLayout(
-            f"'{folder.root / 'dataset.json'}' lists {len(listed)} scans such as {_some(sorted(map(str, listed)), 2)}, "
+            f"'{folder.root / 'dataset.json'}' lists {len(listed)} scans such as {some(sorted(map(str, listed)), 2)}, "
             f"none of which exists",
-            fix=f"found {_summary(folder)}: rename the folder, or correct the list",
+            fix=f"found {folder.summary}: rename the folder, or correct the list",
         )
     expected = {Path(label).name for label in labels.values()}
     moved = [path.as_posix() for path in folder.scans if path.name in expected and path not in listed]
     if moved and not any((folder.root / label).is_file() for label in labels.values()):
         raise UnknownLayout(
             f"'{folder.root / 'dataset.json'}' lists {len(labels)} labels, none of which exists",
-            fix=f"found {_some(moved, 2)}: rename the folder, or correct the list",
+            fix=f"found {some(moved, 2)}: rename the folder, or correct the list",
         )
     reason = f"dataset.json lists {len(labels)} pairs of scan and label, {len(subjects)} scans"
     name, targets = str(about.get("name") or folder.name), targets_of(about.get("labels"))
@@ -272,13 +317,8 @@ def _pairs_by_name(folder: Folder) -> Dataset | None:
     if not set(scans) & set(labels):
         return None
     subjects = subjects_of(folder.root, {(name, "image"): path for name, path in scans.items()}, labels, ("image",))
-    reason = f"{_paired(subjects)} of imagesTr/SUBJECT with labelsTr/SUBJECT; no dataset.json names targets"
+    reason = f"{counted_pairs(subjects)} of imagesTr/SUBJECT with labelsTr/SUBJECT; no dataset.json names targets"
     return Dataset(folder.name, folder.root, "msd", subjects, reason=reason)
-
-
-def _paired(subjects: Sequence[Subject]) -> str:
-    count = len(labelled(subjects))
-    return f"{count} pair{'s' if count != 1 else ''}"
 
 
 def _entry(entry: Any) -> tuple[str, str | None]:
@@ -307,7 +347,7 @@ def read_nnunet(folder: Folder) -> Dataset | None:
         raise UnknownLayout(f"'{folder.root}' has labelsTr but no imagesTr", fix="name the scans' folder imagesTr")
     if training and not labels and (other := _labels_elsewhere(folder, images)):
         raise UnknownLayout(
-            f"'{folder.root}' has no labelsTr, but {_some(other, 3)}, named like scans in imagesTr",
+            f"'{folder.root}' has no labelsTr, but {some(other, 3)}, named like scans in imagesTr",
             fix="name that folder labelsTr if these are the labels, or move it away",
         )
     channels = channel_names(names) if names is not None else unnamed(max(numbers) + 1)
@@ -316,7 +356,7 @@ def read_nnunet(folder: Folder) -> Dataset | None:
     name, targets = str(folder.about.get("name") or folder.name), targets_of(folder.about.get("labels"))
     told = "" if names is not None else "; no dataset.json names channels and targets"
     place = "imagesTr" if training else "imagesTs"
-    reason = f"{_paired(subjects)} of {place}/SUBJECT_0000 with labelsTr/SUBJECT, {len(subjects)} subjects{told}"
+    reason = f"{counted_pairs(subjects)} of {place}/SUBJECT_0000 with labelsTr/SUBJECT, {len(subjects)} subjects{told}"
     return Dataset(name, folder.root, "nnunet", subjects, targets, modality_of(channels), reason=reason)
 
 
@@ -348,6 +388,12 @@ def read_scans(folder: Folder) -> Dataset | None:
     if scans and (other := _label_of_a_sibling(folder.root, scans[0])):
         raise UnknownLayout(
             f"'{folder.root / scans[0]}' is the label of '{other}'",
+            fix="give the folder with the scans, or name the file itself to have it taken for a scan",
+        )
+    around = folder.root.resolve().parent.name
+    if scans and is_label_folder(around) and any(holds_label(folder.root / path) for path in scans):
+        raise UnknownLayout(
+            f"'{folder.root}' lies in '{around}' and holds files of a few whole numbers, as labels do",
             fix="give the folder with the scans, or name the file itself to have it taken for a scan",
         )
     masks = _masks_among(folder.root, scans)
@@ -414,10 +460,10 @@ def _labels_beside(
     labels = {subject: paths[0] for subject, paths in candidates.items() if subject in subjects and len(paths) == 1}
     notes = []
     if strangers := [path.name for subject, paths in candidates.items() if subject not in subjects for path in paths]:
-        notes.append(f"{len(strangers)} files look like labels but belong to no scan: {_some(strangers)}")
+        notes.append(f"{len(strangers)} files look like labels but belong to no scan: {some(strangers)}")
     for subject, paths in candidates.items():
         if subject in subjects and len(paths) > 1:
-            notes.append(f"'{subject}' has several labels beside it, so none is used: {_some([p.name for p in paths])}")
+            notes.append(f"'{subject}' has several labels beside it, so none is used: {some([p.name for p in paths])}")
     return labels, tuple(notes)
 
 
@@ -428,7 +474,7 @@ def _refuse_more_below(folder: Folder, names: Set[str]) -> None:
         below = [str(found.relative_to(folder.root)) for found in first_dicom(folder.root)]
     if below:
         raise UnknownLayout(
-            f"'{folder.root}' holds loose scans and, in folders below, others such as {_some(below, 3)}",
+            f"'{folder.root}' holds loose scans and, in folders below, others such as {some(below, 3)}",
             fix="give the right folder, or a pattern such as --images '*.nii.gz' for the loose ones",
         )
 
@@ -454,138 +500,6 @@ def _read_file(path: Path) -> Dataset:
     return Dataset(
         name, path.parent, "scans", (Subject(name, {"image": path}),), reason="the single file that was given"
     )
-
-
-def _read_patterns(folder: Folder, images: str | Mapping[str, str], labels: str | None) -> Dataset:
-    """Files by patterns; a label that the images' pattern also matches is not an image."""
-    patterns = {"image": images} if isinstance(images, str) else dict(images)
-    asked = (*patterns.values(), *([labels] if labels else []))
-    if long := [pattern for pattern in asked if len(pattern) > _LONGEST_PATTERN]:
-        raise UnknownLayout(
-            f"pattern '{long[0][:60]}…' has {len(long[0])} characters", fix=f"use {_LONGEST_PATTERN} at most"
-        )
-    wildcards = {pattern: Pattern(pattern) for pattern in asked}
-    if len({matcher.wildcards for matcher in wildcards.values()}) > 1 or not all(
-        matcher.wildcards for matcher in wildcards.values()
-    ):
-        raise UnknownLayout(
-            f"patterns {', '.join(wildcards)} do not have the same number of wildcards",
-            fix="use *, ? or ** for what a subject's files share, such as '*/artery.nii' and '*/label.nii'",
-        )
-    label_files = by_key(_matching(folder, wildcards[labels])) if labels else {}
-    taken = set(label_files.values())
-    # A file that looks like a label is a scan only if the pattern itself says so: '*_mask.nii', 'labelsTr/*'.
-    asks = {pattern: looks_like_label(Path(re.sub(r"[*?]+", "x", pattern))) for pattern in patterns.values()}
-    matched = [
-        ((key, channel), path)
-        for channel, pattern in patterns.items()
-        for key, path in _matching(folder, wildcards[pattern])
-        if path not in taken
-    ]
-    suspects = [path for (_, channel), path in matched if looks_like_label(path) and not asks[patterns[channel]]]
-    kept_out = set(suspects)
-    scans = by_key((key, path) for key, path in matched if path not in kept_out)
-    if not scans:
-        raise UnknownLayout(
-            f"no scan in '{folder.root}' matches {', '.join(patterns.values())}: found {_summary(folder)}",
-            fix="give patterns relative to that folder, in quotes",
-        )
-    subjects = subjects_of(folder.root, scans, label_files, tuple(patterns))
-    shown = ", ".join(patterns.values()) + (f" with {labels}" if labels else "")
-    reason = f"{_paired(subjects)} by the patterns {shown}"
-    notes = (f"{len(suspects)} files look like labels and were left out: {_some([p.name for p in suspects])}",)
-    modality = modality_of(patterns)
-    return Dataset(
-        folder.name, folder.root, "patterns", subjects, None, modality, notes if suspects else (), reason=reason
-    )
-
-
-_LONGEST_PATTERN = 1000
-_WILDCARDS = ("**/", "**", "*", "?")
-
-
-class Pattern:
-    """A pattern for paths and what its wildcards match; ``.nii*`` is .nii or .nii.gz.
-
-    A regular expression would try every way to divide a path among the wildcards, which for some takes
-    forever; this class remembers from which positions the rest cannot match.
-    """
-
-    def __init__(self, pattern: str) -> None:
-        self.either = pattern.endswith(".nii*")
-        pattern = pattern[:-1] if self.either else pattern
-        pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
-        self.pieces = tuple(piece for piece in pieces if piece)
-
-    @property
-    def wildcards(self) -> int:
-        return sum(piece in _WILDCARDS for piece in self.pieces)
-
-    def match(self, path: str) -> tuple[str, ...] | None:
-        """What each wildcard matches, earlier ones greedily; None where the path does not match."""
-        found = self._match(path)
-        return self._match(path.removesuffix(".gz")) if found is None and self.either else found
-
-    def _match(self, path: str) -> tuple[str, ...] | None:
-        # For each piece, the ends still to be tried, the longest last; an exhausted position is a dead end.
-        tried: set[tuple[int, int]] = set()
-        ends: list[list[int]] = [[0]]
-        places: list[int] = []
-        while ends:
-            if not ends[-1]:
-                ends.pop()
-                if places:
-                    places.pop()
-                continue
-            at, piece = ends[-1].pop(), len(ends) - 1
-            if (piece, at) in tried:
-                continue
-            tried.add((piece, at))
-            if piece == len(self.pieces):
-                if at == len(path):
-                    starts = [*places, at]
-                    spans = zip(self.pieces, starts, starts[1:], strict=False)
-                    return tuple(path[start:end] for kind, start, end in spans if kind in _WILDCARDS)
-                continue
-            places.append(at)
-            ends.append(self._ends(path, self.pieces[piece], at))
-        return None
-
-    @staticmethod
-    def _ends(path: str, piece: str, at: int) -> list[int]:
-        """Where a piece that begins ``at`` a position may end, the longest last."""
-        if piece not in _WILDCARDS:
-            return [at + len(piece)] if path.startswith(piece, at) else []
-        slash = path.find("/", at)
-        end = len(path) if slash < 0 else slash
-        match piece:
-            case "?":
-                return [at + 1] if at < end else []
-            case "*":
-                return list(range(at, end + 1))
-            case "**":
-                return list(range(at, len(path) + 1))
-        return [at, *(i + 1 for i in range(at, len(path)) if path[i] == "/")]
-
-
-def _matching(folder: Folder, pattern: Pattern) -> Iterator[tuple[str, Path]]:
-    """Subject and path of each scan that matches: the subject's name is what the wildcards matched."""
-    for path in folder.scans:
-        if (found := pattern.match(path.as_posix())) is not None:
-            parts = [part.strip("/").replace("/", "_") for part in found]
-            parts[-1] = name_of(Path(parts[-1])) if parts[-1] else ""
-            yield "_".join(part for part in parts if part), path
-
-
-def _summary(folder: Folder) -> str:
-    if not folder.scans:
-        return "no scans"
-    about = f"; dataset.json with {', '.join(folder.about)}" if folder.about else ""
-    return f"{len(folder.scans)} scans such as {_some([p.as_posix() for p in folder.scans], 4)}{about}"
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def _indented(text: str) -> str:
@@ -614,6 +528,7 @@ labelsTr/SUBJECT.nii.gz""",
         ),
         BIDS,
         *CHALLENGES,
+        MASKS,
         Layout(
             "scans",
             """\
@@ -626,7 +541,9 @@ SUBJECT_0000.nii.gz SUBJECT_0001…     or a file for each channel""",
             "dicom",
             """\
 SUBJECT/…                             DICOM files in any folders; a study is a subject, its series are
-                                      channels: --images '*flair*' or {T1: '*t1*', FLAIR: '*flair*'}""",
+                                      channels: --images '*flair*', or --rules rules.yaml
+        masks/…                       its label: DICOM-SEG, RTSTRUCT, a series called mask, or pictures,
+                                      one for each slice, in a folder beside the series (masks, Ground, …)""",
             lambda folder: read_studies(folder.root),
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +138,14 @@ def scan_hash(path: Path) -> str:
     """The file's content hash; if its header names files beside it, one hash of all their hashes."""
     hashes = [content_hash(file) for file in parts_of(path)]
     return hashes[0] if len(hashes) == 1 else hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
+
+
+def label_hash(files: Mapping[str, Path]) -> str:
+    """The hash of a label's file; of several, by target, one hash of their names and hashes."""
+    if len(set(files.values())) == 1:
+        return scan_hash(next(iter(files.values())))
+    named = "".join(f"{name} {scan_hash(file)}\n" for name, file in files.items())
+    return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
 
 
 def _occupied(mask: NDArray[np.bool_]) -> Planes:

@@ -1,8 +1,7 @@
 """Is a label mirrored relative to its image? Tested by whether its border follows edges in the image.
 
 A label whose header was rewritten without its voxels (or the other way round) still fits its image
-when flipped back: the image then differs between the label's inside and its surroundings. Flipped
-wrongly, the label lies across unrelated structures, and the image hardly changes at its border.
+when flipped back: see :mod:`delineate.io.borders`.
 """
 
 from __future__ import annotations
@@ -15,16 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import AXES, Grid
-
-Flip = tuple[bool, bool, bool]
+from delineate.io.borders import Flip, contrast, flipped, sides
 
 CLEAR = 1.0
 """Least contrast of a border in the right place, in standard deviations of the image on either side."""
 TIMES = 2.0
 """A flip is believed if its contrast is this many times that of the label where its header places it."""
-
-_SAMPLED = 50_000
-_SHELL = 2  # voxels
 
 
 @dataclass(frozen=True)
@@ -55,20 +50,17 @@ def suspicion(channels: Sequence[NDArray], image: Grid, mask: NDArray[np.bool_],
     """
     if mask.shape != image.shape or not mask.any():
         return None
-    from scipy.ndimage import binary_dilation  # slow to import
+    inside, outside = sides(mask)
 
-    shell = binary_dilation(mask, iterations=_SHELL) & ~mask
-    inside, outside = _some_of(mask), _some_of(shell)
-
-    def contrast(place: Callable[[NDArray[np.intp]], NDArray[np.intp]]) -> float:
+    def score(place: Callable[[NDArray[np.intp]], NDArray[np.intp]]) -> float:
         a, b = place(inside), place(outside)
         if 2 * a.shape[1] < inside.shape[1]:  # most of it lies outside the scan
             return 0.0
-        return max(_contrast(channel[tuple(a)], channel[tuple(b)]) for channel in channels)
+        return max(contrast(channel[tuple(a)], channel[tuple(b)]) for channel in channels)
 
-    as_said = contrast(lambda index: _by_header(index, label, image))
+    as_said = score(lambda index: _by_header(index, label, image))
     flips: list[Flip] = [(x, y, z) for x, y, z in product((False, True), repeat=3)]
-    scores = {flip: contrast(lambda index, flip=flip: _flipped(index, mask.shape, flip)) for flip in flips}  # type: ignore[misc]
+    scores = {flip: score(lambda index, flip=flip: flipped(index, mask.shape, flip)) for flip in flips}  # type: ignore[misc]
     best = max(scores, key=lambda flip: scores[flip])
     if scores[best] < CLEAR or scores[best] < TIMES * as_said:
         return None
@@ -82,24 +74,3 @@ def _by_header(index: NDArray[np.intp], label: Grid, image: Grid) -> NDArray[np.
     found = np.rint(world @ back[:3, :3].T + back[:3, 3]).astype(np.intp).T
     shape = np.array(image.shape)[:, None]
     return found[:, ((found >= 0) & (found < shape)).all(axis=0)]
-
-
-def _some_of(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Voxel indices (3, n) in the mask, evenly spread, :data:`_SAMPLED` at most."""
-    flat = np.flatnonzero(mask)
-    flat = flat[:: -(-len(flat) // _SAMPLED) or 1]
-    return np.array(np.unravel_index(flat, mask.shape))
-
-
-def _flipped(index: NDArray[np.intp], shape: Sequence[int], flip: Flip) -> NDArray[np.intp]:
-    return np.array([n - 1 - i if reverse else i for i, n, reverse in zip(index, shape, flip, strict=True)])
-
-
-def _contrast(inside: NDArray, outside: NDArray) -> float:
-    """Difference of the means, in standard deviations within the two sides."""
-    if not inside.size or not outside.size:
-        return 0.0
-    a, b = inside.astype(np.float64), outside.astype(np.float64)
-    within = np.sqrt((a.var() + b.var()) / 2)
-    difference = abs(a.mean() - b.mean())
-    return float(difference / within) if within else float(difference > 0)

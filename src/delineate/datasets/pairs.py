@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Container, Iterable, Iterator, Sequence, Set
 from heapq import nlargest
 from itertools import compress, takewhile
 from operator import not_
@@ -39,21 +39,16 @@ Key = tuple[tuple[str, ...], str]
 
 def read_pairs(folder: Folder) -> Dataset | None:
     """Pairs by names. None where a label has no scan, or several labels are for one scan."""
-    scans, named = _apart(folder)
-    keys = [(_place(path), bare_name(path)) for path in named]
+    scans, named = apart(folder)
+    keys = [(place_of(path), bare_name(path)) for path in named]
     if not named or len(set(keys)) < len(keys):
         return None
     labels = dict(zip(keys, named, strict=True))
-    found = {path: match for path in scans if (match := _match(path, labels)) is not None}
-    if {key for key, _ in found.values()} != labels.keys():
+    found = paired_up(scans, labels.keys())
+    if found is None:
         return None
     channels = sorted({channel for _, channel in found.values()})
-    places = {place for place, _ in labels}
-    others = {path: _alone(path, channels, places) for path in scans if path not in found}
-    found |= {path: match for path, match in others.items() if match is not None}
-    if len(channels) > _MOST_CHANNELS:
-        return None
-    ids = _ids({key for key, _ in found.values()})
+    ids = ids_of({key for key, _ in found.values()})
     images = by_key(((ids[key], channel), path) for path, (key, channel) in found.items())
     subjects = subjects_of(folder.root, images, by_key((ids[key], path) for key, path in labels.items()), channels)
     first = next(iter(labels))
@@ -64,20 +59,34 @@ def read_pairs(folder: Folder) -> Dataset | None:
     return Dataset(folder.name, folder.root, "pairs", subjects, targets, modality_of(channels), reason=reason)
 
 
-def _apart(folder: Folder) -> tuple[list[Path], list[Path]]:
+def paired_up(scans: Sequence[Path], labels: Set[Key]) -> dict[Path, tuple[Key, str]] | None:
+    """The label that each scan belongs to, and its channel; also scans without a label, if they are named as others.
+
+    None where a label has no scan, or the scans make too many channels.
+    """
+    found = {path: match for path in scans if (match := match_of(path, labels)) is not None}
+    if {key for key, _ in found.values()} != labels:
+        return None
+    channels = sorted({channel for _, channel in found.values()})
+    places = {place for place, _ in labels}
+    others = {path: _alone(path, channels, places) for path in scans if path not in found}
+    return found | {path: match for path, match in others.items() if match} if len(channels) <= _MOST_CHANNELS else None
+
+
+def apart(folder: Folder) -> tuple[list[Path], list[Path]]:
     """Scans and labels."""
     like = [folder.like_label(path) for path in folder.scans]
     return [*compress(folder.scans, map(not_, like))], [*compress(folder.scans, like)]
 
 
-def _place(path: Path) -> tuple[str, ...]:
+def place_of(path: Path) -> tuple[str, ...]:
     """The folders of a file that tell subjects apart."""
     return tuple(part for part in path.parts[:-1] if not is_label_folder(part) and not _SCAN_FOLDER.fullmatch(part))
 
 
-def _match(path: Path, labels: Mapping[Key, Path]) -> tuple[Key, str] | None:
+def match_of(path: Path, labels: Container[Key]) -> tuple[Key, str] | None:
     """The label that a scan belongs to, and its channel: the rest of its name, or the folder that it alone is in."""
-    place, name = _place(path), name_of(path)
+    place, name = place_of(path), name_of(path)
     for end in [len(name), *(gap.start() for gap in reversed([*_GAPS.finditer(name)]))]:  # of a and a_1, a_1 for a_1_ct
         if (place, name[:end]) in labels:
             return (place, name[:end]), _GAPS.sub("", name[end:], count=1) or ALONE
@@ -92,7 +101,7 @@ def _match(path: Path, labels: Mapping[Key, Path]) -> tuple[Key, str] | None:
 
 def _alone(path: Path, channels: Iterable[str], places: Set[tuple[str, ...]]) -> tuple[Key, str] | None:
     """A scan without a label, named as those that have one; ``places`` are theirs."""
-    place, name = _place(path), name_of(path)
+    place, name = place_of(path), name_of(path)
     for channel in channels:
         match = re.fullmatch(rf"(.+?)[^A-Za-z0-9]+{re.escape(channel)}", name)
         if place in places and (channel == ALONE or match):
@@ -103,7 +112,7 @@ def _alone(path: Path, channels: Iterable[str], places: Set[tuple[str, ...]]) ->
     return None
 
 
-def _ids(keys: Set[Key]) -> dict[Key, str]:
+def ids_of(keys: Set[Key]) -> dict[Key, str]:
     """Subjects' names: folders that all have in common are not part of them."""
     named = {(place, name): (*place, *([name] if name and name not in place[-1:] else [])) for place, name in keys}
     levels = zip(*(place if name else place[:-1] for place, name in keys), strict=False)
@@ -113,14 +122,33 @@ def _ids(keys: Set[Key]) -> dict[Key, str]:
 
 def proposed(folder: Folder, most: int = 3) -> list[tuple[str, str, int]]:
     """Patterns for scans and labels that lie together in several folders, with how many pairs each makes; for folders
-    that no layout reads, such as those with a file for each target."""
-    scans, labels = map(_keys_by_pattern, _apart(folder))
+    that no layout reads, such as those with a file for each target beside the scan."""
+    scans, labels = map(_keys_by_pattern, apart(folder))
     found = [
         (image, label, len(scans[image] & keys))
         for label, keys in labels.items()
         if (image := max(scans, key=lambda pattern: (len(scans[pattern] & keys), -len(scans[pattern])), default=""))
     ]
-    return sorted((one for one in found if one[2] > 1), key=lambda one: (-one[2], one[1]))[:most]
+    ranked = sorted((one for one in found if one[2] > 1), key=lambda one: (-one[2], one[1]))
+    return [*_with_targets(ranked), *ranked][:most]
+
+
+def _with_targets(ranked: Sequence[tuple[str, str, int]]) -> Iterator[tuple[str, str, int]]:
+    """Patterns for all labels of the same scans at once: ``{target}`` for what those in the same folder differ in."""
+    together: dict[tuple[str, Path], list[tuple[str, int]]] = defaultdict(list)
+    for image, label, pairs in ranked:
+        if "*" not in Path(label).name:
+            together[image, Path(label).parent].append((Path(label).name, pairs))
+    for (image, place), found in together.items():
+        names = [name for name, _ in found]
+        start, end = _begin(names), _begin([name[::-1] for name in names])[::-1]
+        if len(names) > 1 and min(map(len, names)) > len(start) + len(end):
+            yield image, (place / f"{start}{{target}}{end}").as_posix(), max(pairs for _, pairs in found)
+
+
+def _begin(texts: Sequence[str]) -> str:
+    """What all texts begin with."""
+    return "".join(letters[0] for letters in takewhile(lambda letters: len({*letters}) == 1, zip(*texts, strict=False)))
 
 
 def _keys_by_pattern(paths: Iterable[Path]) -> dict[str, set[str]]:

@@ -6,21 +6,23 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid, permute_axes
-from delineate.core.subject import Subject
+from delineate.core.subject import Label, Masks, Subject, paths_of
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import SAME_GRID_MM, Dataset, Orientation, resample_onto
-from delineate.datasets.mirroring import suspicion
+from delineate.datasets.mirroring import Suspicion, suspicion
 from delineate.errors import BadPath, DelineateError, OutputError
 from delineate.io.files import writing_beside
 from delineate.io.formats import is_series, parts_of, read_label, read_volume, write_label, write_volume
 from delineate.io.overwriting import check_folder
+from delineate.io.segments import segments_in
 
 MANIFEST = "repairs.json"
 
@@ -57,7 +59,7 @@ def repair(
         found += _repair_subject(subject, dataset.root, out, dataset.targets, orientation)
         if progress is not None:
             progress(done, len(dataset.subjects))
-    for name in ("dataset.json", "sites.csv"):
+    for name in ("dataset.json", "sites.csv", "meta.csv"):
         if (dataset.root / name).is_file():
             _copy(dataset.root / name, out / name)
     with writing_beside(out / MANIFEST) as beside:
@@ -76,7 +78,7 @@ def _repair_subject(
     subject: Subject, root: Path, out: Path, targets: Targets | None, orientation: Orientation
 ) -> Iterator[Repair]:
     """Repair a subject's files; none is written before all are known to be good."""
-    made: list[tuple[Path, Volume | LabelVolume, str]] = []
+    made: list[tuple[Path, Callable[[], Volume | LabelVolume], str]] = []
     first: Grid | None = None
     shown: list[NDArray] = []
     try:
@@ -90,27 +92,28 @@ def _repair_subject(
                 first = volume.grid
             volume, moved = _onto(volume, first)
             shown += list(volume.voxels)
-            made.append((path, volume, _joined(why, moved)))
+            made.append((path, partial(_same, volume), _joined(why, moved)))
         if subject.label is not None and first is not None:
-            label, why = _label_onto(read_label(subject.label, orientation=orientation), first, shown, targets)
-            made.append((subject.label, label, why))
+            made += _label_repaired(subject.label, first, shown, targets, orientation)
     except DelineateError as error:
         yield from (Repair(subject.id, _below(root, file), "left out", str(error)) for file in subject.files)
         return
-    for path, content, why in made:
+    for path, make, why in made:
         name = _below(root, path)
-        if not why and not is_series(path):
+        several = "a series" if is_series(path) else "a folder of pictures" if path.is_dir() else ""
+        if not why and not several:
             for file in parts_of(path):
                 _copy(file, out / _below(root, file))
             yield Repair(subject.id, name, "copied")
             continue
-        place = out / (f"{name}.nii.gz" if is_series(path) else name)
+        place = out / (f"{name}.nii.gz" if several else name)
         on_its_grid = made[0][0]  # the first channel, whose grid the others now share
+        content = make()
         if isinstance(content, Volume):
             write_volume(place, content, like=on_its_grid)
         else:
             write_label(place, content, like=on_its_grid)
-        yield Repair(subject.id, str(place.relative_to(out)), "repaired", why or "a series became one file")
+        yield Repair(subject.id, str(place.relative_to(out)), "repaired", why or f"{several} became one file")
 
 
 def _readable(path: Path, orientation: Orientation) -> tuple[Volume, str]:
@@ -142,12 +145,54 @@ def _turned(volume: Volume, grid: Grid) -> tuple[Volume, str] | None:
     return None
 
 
-def _label_onto(
-    label: LabelVolume, grid: Grid, shown: list[NDArray], targets: Targets | None
-) -> tuple[LabelVolume, str]:
+def _same(volume: Volume) -> Volume:
+    return volume
+
+
+def _label_repaired(
+    label: Label, grid: Grid, shown: list[NDArray], targets: Targets | None, orientation: Orientation
+) -> Iterator[tuple[Path, Callable[[], LabelVolume], str]]:
+    """A label's files, each with how to make it anew on the scan's grid, and what that takes.
+
+    Masks are made again when they are written, since a hundred of them fill the memory. They were drawn together: if
+    the largest is mirrored, all are.
+    """
+
+    def read(path: Path) -> LabelVolume:
+        return read_label(path, orientation=orientation)
+
+    def onto(path: Path) -> tuple[LabelVolume, str]:
+        one = read(path)
+        return _label_onto(one, grid, mirrored if one.grid.matches(first.grid, SAME_GRID_MM) else None)
+
+    segmentations = [path for path in paths_of(label) if not is_series(path) and segments_in(path) is not None]
+    for path in segmentations:
+        _check_segments_on(path, grid)
+        yield path, partial(read, path), ""
+    plain = [path for path in paths_of(label) if path not in segmentations]
+    if not plain:
+        return
+    first = max(map(read, plain), key=lambda one: np.count_nonzero(one.voxels))
+    by_value = targets is not None and not isinstance(label, Masks)
+    mask = targets.foreground(first.voxels) if targets is not None and by_value else first.voxels > 0
+    mirrored = suspicion(shown, grid, mask, first.grid)
+    for path in plain:
+        yield path, partial(lambda path: onto(path)[0], path), onto(path)[1]
+
+
+def _check_segments_on(path: Path, grid: Grid) -> None:
+    """Raise unless named segments lie on the scan's grid: they are only copied."""
+    segments = segments_in(path)
+    assert segments is not None
+    for _, (_, own) in segments.masks(segments.names[:1], grid):
+        if not own.matches(grid, SAME_GRID_MM):
+            raise OutputError(
+                f"its segments are {own}, the scan is {grid}", fix="save them on the scan's grid with 3D Slicer"
+            )
+
+
+def _label_onto(label: LabelVolume, grid: Grid, mirrored: Suspicion | None) -> tuple[LabelVolume, str]:
     """A label on the scan's grid, and what it took."""
-    mask = label.voxels > 0 if targets is None else targets.foreground(label.voxels)
-    mirrored = suspicion(shown, grid, mask, label.grid)
     if mirrored is not None:
         turned = permute_axes(label.voxels, (0, 1, 2), mirrored.flip)
         return LabelVolume(turned, grid), f"moved onto the image's grid: {mirrored}"

@@ -183,13 +183,23 @@ def agreements(table: pd.DataFrame, quantity: QuantityMap | None = None) -> Iter
 
 
 def crossings(table: pd.DataFrame, threshold: float) -> dict[str, dict[str, Any]]:
-    """For each target, subjects that the prediction puts on the wrong side of a quantity's threshold."""
+    """For each target, subjects that the prediction puts on the wrong side of a quantity's threshold.
+
+    ``above`` and ``below`` count those for whom prediction and reference are on the same side.
+    """
     sides: dict[str, dict[str, Any]] = {}
     for target, rows in table.groupby("target", sort=False):
         found = crossing(rows["quantity_mean"].to_numpy(), rows["reference_quantity_mean"].to_numpy(), threshold)
         names = rows["subject"].to_numpy()
         over, under = ([str(names[i]) for i in which] for which in (found.over, found.under))
-        sides[str(target)] = {"n": found.n, "right": found.right, "over": over, "under": under}
+        sides[str(target)] = {
+            "n": found.n,
+            "right": found.right,
+            "above": found.above,
+            "below": found.below,
+            "over": over,
+            "under": under,
+        }
     return sides
 
 

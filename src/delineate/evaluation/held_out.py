@@ -92,13 +92,14 @@ class HeldOut:
 def targets_of_labels(bundle: Bundle, dataset: Dataset, subjects: Sequence[Subject]) -> Targets:
     """What the label values of a data set stand for, in the names of a bundle's targets as far as it has them.
 
+    Labels that name their targets have whichever values the data set gives them.
     They are the bundle's own where the data set names none, where what it names does not contradict them, and for
     subjects that were held out when it was trained, whose labels were read so. Otherwise the data set's hold.
     """
     own, named = bundle.targets, dataset.targets
     if named is None or set(hidden([subject.id for subject in subjects])) <= set(bundle.provenance.held_out):
         return own
-    if not _agree(own, named):
+    if dataset.by_name or not _agree(own, named):
         return named
     values = {name: own.values[name] for name in own.names if name in named.values}
     ignore = tuple(dict.fromkeys((*own.ignore, *named.ignore)))

@@ -112,7 +112,7 @@ def evaluate(
         pairs = [replace(pair, source=source) for pair, source in zip(pairs, mapped, strict=True)]
 
     def measure(pair: Pair) -> Measured:
-        prediction, reference = pair.labels(orientation=orientation)
+        prediction, reference = pair.labels(targets, orientation=orientation)
         return measure_prediction(
             prediction,
             reference,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from delineate.core.subject import Subject
+from delineate.core.subject import Label, Subject, paths_of
 from delineate.core.targets import SharedTargets, Targets
 from delineate.core.volume import LabelVolume
-from delineate.datasets.dataset import Dataset
+from delineate.datasets.dataset import Dataset, masks_of, named_in, numbered_targets, read_numbered
 from delineate.datasets.layouts import open_dataset
 from delineate.errors import DuplicateSubject, MissingFile, UnknownLayout
 from delineate.io.formats import name_of, read_label, suffix_of
@@ -30,8 +31,8 @@ class Pair:
     """
 
     subject: str
-    prediction: Path
-    reference: Path
+    prediction: Label
+    reference: Label
     source: Subject | None = None
     shared: SharedTargets | None = None
 
@@ -45,15 +46,23 @@ class Pair:
         """Whose scan it is; the subject itself, if that is not known."""
         return self.subject if self.source is None else self.source.patient
 
-    def labels(self, *, orientation: Orientation = "refuse") -> tuple[LabelVolume, LabelVolume]:
-        """The prediction and the reference, with the same label values. Raises any error of reading."""
-        prediction, reference = (read_label(p, orientation=orientation) for p in (self.prediction, self.reference))
-        if self.shared is None:
-            return prediction, reference
-        return (
-            LabelVolume(self.shared.prediction(prediction.voxels, self.subject), prediction.grid),
-            LabelVolume(self.shared.reference(reference.voxels, self.subject), reference.grid),
-        )
+    def labels(self, targets: Targets, *, orientation: Orientation = "refuse") -> tuple[LabelVolume, LabelVolume]:
+        """The prediction and the reference, with the same label values: those of ``targets``, or of ``shared``.
+
+        Raises any error of reading.
+        """
+        shared = self.shared or SharedTargets(targets, targets, targets)
+
+        def read(label: Label, relabelled: Callable[[NDArray, str], NDArray]) -> LabelVolume:
+            if masks_of(label, shared.targets, self.subject) is not None:
+                return read_numbered(label, shared.targets, self.subject, orientation=orientation)
+            [path] = paths_of(label)
+            found = read_label(path, orientation=orientation)
+            if self.shared is None:
+                return found
+            return LabelVolume(relabelled(found.voxels, self.subject), found.grid)
+
+        return read(self.prediction, shared.prediction), read(self.reference, shared.reference)
 
 
 class Pairing(NamedTuple):
@@ -103,20 +112,27 @@ def pair_files(predictions: Path, references: Path | Dataset) -> Pairing:
     return Pairing(paired, {what: names for what, names in alone.items() if names})
 
 
-def labels_in(folder: Path) -> dict[str, Path]:
+def labels_in(folder: Path) -> dict[str, Label]:
     """Labels in a folder by subject; names may end in _seg and the like. Raises :class:`DuplicateSubject`."""
-    return {name: file for name, (file, *_) in _references_in(folder, ()).items()}
+    return {name: label for name, (label, *_) in _references_in(folder, ()).items()}
 
 
 def targets_in(pairs: Iterable[Pair], *, orientation: Orientation = "refuse") -> Targets:
-    """A target ``label N`` for each value N in any reference or prediction; reads every file."""
-    files = (file for pair in pairs for file in (pair.reference, pair.prediction))
+    """A target for each name, if all references and predictions name what they mark.
+
+    Otherwise a target ``label N`` for each value N in any of them, for which every file is read.
+    """
+    labels = [label for pair in pairs for label in (pair.reference, pair.prediction)]
+    names = [named_in(label) for label in labels]
+    if names and all(names):
+        return numbered_targets(name for found in names for name in found)
+    files = (path for label in labels for path in paths_of(label))
     values = {int(v) for file in files for v in np.unique(read_label(file, orientation=orientation).voxels)}
     return Targets({f"label {v}": (v,) for v in sorted(values - {0})})
 
 
-def _references_in(references: Path | Dataset, predicted: Container[str]) -> dict[str, tuple[Path, Subject | None]]:
-    """The reference file of each subject that has one, and the subject, if a data set has it."""
+def _references_in(references: Path | Dataset, predicted: Container[str]) -> dict[str, tuple[Label, Subject | None]]:
+    """The reference of each subject that has one, and the subject, if a data set has it."""
     if isinstance(references, Path):
         files = _scans_in(references)
         if files and not (references / "dataset.json").is_file():

@@ -14,31 +14,38 @@ from numpy.typing import NDArray
 
 from delineate.bundle import Bundle
 from delineate.calibration import Confidence
-from delineate.core.grid import Grid
 from delineate.core.subject import Subject
-from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
-from delineate.datasets.dataset import check_shows_something, load_map, load_scan, with_maps
+from delineate.datasets.dataset import (
+    check_grids,
+    check_shows_something,
+    load_map,
+    load_scan,
+    named_in,
+    read_numbered,
+    with_maps,
+)
+from delineate.datasets.series_rules import Images
 from delineate.errors import BadFormat, Cancelled, DatasetError, DelineateError, MissingFile, OutputError, RecipeError
 from delineate.fingerprint import Oddity
-from delineate.inference.measurements import measure_label, rows_of, write_measurements
+from delineate.inference.measurements import (
+    Measured,
+    by_segment,
+    measure_label,
+    rows_of,
+    write_measurements,
+)
 from delineate.inference.outputs import Outputs, Planned
 from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review, write_queue
 from delineate.io.exports import export_label
-from delineate.io.formats import (
-    DICOM_SUFFIXES,
-    SEGMENTATION_SUFFIX,
-    is_series,
-    name_of,
-    read_label,
-    suffix_of,
-    write_volume,
-)
+from delineate.io.files import writing_beside
+from delineate.io.formats import DICOM_SUFFIXES, SEGMENTATION_SUFFIX, is_series, name_of, suffix_of, write_volume
 from delineate.io.legends import write_legends
 from delineate.io.overwriting import check_outputs
-from delineate.metrics.quantities import Measurement, QuantityMap
+from delineate.io.surfaces import write_surfaces
+from delineate.metrics.quantities import QuantityMap
 
 
 @dataclass(frozen=True)
@@ -51,18 +58,18 @@ class Outcome:
     error: DelineateError | None = None
     review: Review | None = None
     confidence: Mapping[str, Confidence] = field(default_factory=dict)
-    measured: Mapping[str, Measurement] = field(default_factory=dict)
+    measured: Sequence[Measured] = ()
 
 
 def find_subjects(
     inputs: Sequence[Path],
     channels: Sequence[str],
-    images: str | Mapping[str, str] | None = None,
+    images: Images | None = None,
     quantity: QuantityMap | None = None,
 ) -> list[Subject]:
     """Subjects in folders (any known layout, or loose scans) and files, with the channels in the bundle's order.
 
-    ``images`` are patterns as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
+    ``images`` are patterns or rules as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
     lacks a channel is returned as it is; :func:`predict_subjects` reports it. A ``quantity`` is added as a
     separate channel. Raises :class:`MissingFile` for an input that does not exist, or if every subject lacks
     a channel.
@@ -182,8 +189,8 @@ def predict_subjects(
     ``.dcm`` is a DICOM-SEG that refers to the subject's first channel, which must be a DICOM series.
     ``on_oddities`` is called with anything unusual about a scan before it is segmented. ``probabilities`` is a
     folder for ``<id>.nii.gz`` files with a channel for each target; the predictor must keep probabilities.
-    With ``outputs``, which then decides all paths, each subject is entered in the review list
-    before its label is written, and measured with the outputs' quantity. Raises :class:`OutputError` if the disk is
+    With ``outputs``, which then decides all paths, each subject is entered in the review list before its label is
+    written, and the outputs' quantities are measured within its targets. Raises :class:`OutputError` if the disk is
     full, since nothing more can be written.
     """
     where = outputs or Outputs(folder, suffix, probabilities)
@@ -199,16 +206,14 @@ def predict_subjects(
         check_outputs(where.files(chosen), chosen.files, overwrite=True)
         scan = load_scan(chosen, predictor.channels)
         check_shows_something(subject.id, scan)
-        if where.quantity is None:
-            return _Read(chosen, scan)
-        return _Read(chosen, scan, _map_of(chosen, where.quantity, "the scan", scan.grid))
+        return _Read(chosen, scan, _maps_of(chosen, scan, where))
 
     def write(read: _Read, prediction: Prediction, odd: Sequence[Oddity]) -> _Written:
-        subject, measured = read.subject, {}
+        subject, measured = read.subject, list[Measured]()
         made_by = "" if outputs is None else outputs.made_by(subject)
         reviewed = review(subject.id, prediction.confidence, odd, calibration, made_by)
         path, source = where.label(subject), next(iter(subject.scans.values()))
-        with _nothing_left_of(where.files(subject)):
+        with _nothing_left_of([*where.files(subject), *where.drawn(subject)]):
             # If this is interrupted, an entry without its label is predicted again, whereas a label without its
             # entry would block the next run. But a new entry must never stand next to an old label.
             first = not path.exists()
@@ -220,8 +225,10 @@ def predict_subjects(
             export_label(path, prediction.label, targets, source=source, about=about, legend=legend)
             if outputs is not None and not first:
                 write_queue(outputs.review, [reviewed])
-            if read.quantity is not None:
-                measured = _measure(where, subject, prediction.label, targets, read.quantity)
+            _draw(where, subject, prediction.label, read.scan)
+            if read.maps:
+                measured = measure_label(prediction.label, targets, read.maps)
+                _record(where, subject, measured)
         return _Written(path, reviewed, measured)
 
     def failed(subject: Subject, error: DelineateError) -> Outcome:
@@ -281,7 +288,7 @@ def carry_out(
     on_tile: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Outcome]:
     """The outcome of every subject in a plan that was not done yet: first those that cannot be predicted, then labels
-    to measure, which have no review, then predictions as they are made.
+    to measure and to draw, which have no review, then predictions as they are made.
 
     ``predictor`` is called once, if there is anything to predict. Raises what :func:`predict_subjects` raises.
     """
@@ -289,9 +296,11 @@ def carry_out(
     for subject, error in planned.failed:
         yield Outcome(subject, None, {}, error)
     yield from _measure_predicted(outputs, planned.unmeasured)
+    yield from _draw_predicted(outputs, planned.undrawn)
     if planned.ahead:
         made = predictor()
-        if outputs.suffix not in (*DICOM_SUFFIXES, SEGMENTATION_SUFFIX):  # which hold names and colours themselves
+        # These formats hold names and colours themselves.
+        if not outputs.suffix.endswith((*DICOM_SUFFIXES, SEGMENTATION_SUFFIX)):
             write_legends(outputs.folder, made.targets, made.bundles[0].recipe.data.legend)
         yield from predict_subjects(
             made, planned.ahead, outputs.folder, on_oddities=on_oddities, on_tile=on_tile, outputs=outputs
@@ -299,21 +308,14 @@ def carry_out(
 
 
 def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterator[Outcome]:
-    """Measure the quantity of ``outputs`` in existing labels, which somebody may have corrected."""
+    """Measure the quantities of ``outputs`` in existing labels, which somebody may have corrected."""
     for subject in subjects:
         first = outputs.bundles[0]
-        targets, chosen = first.targets, replace(subject, resample=first.recipe.data.resample_channels)
+        chosen = replace(subject, resample=first.recipe.data.resample_channels)
         try:
-            if not suffix_of(outputs.label(chosen)):
-                raise BadFormat(
-                    f"'{subject.id}' has a label already, and {outputs.suffix} cannot be read back to measure it",
-                    fix="predict it again with --overwrite, or select another --format",
-                )
-            label = read_label(outputs.label(chosen))
-            targets.check(label.voxels, subject.id)
-            assert outputs.quantity is not None  # otherwise nothing would be unmeasured
-            values = _map_of(chosen, outputs.quantity, "the label", label.grid)
-            measured = _measure(outputs, chosen, label, targets, values)
+            scan, label = _read_back(outputs, chosen, "measure")
+            measured = measure_label(label, first.targets, _maps_of(chosen, scan, outputs))
+            _record(outputs, chosen, measured)
         except DelineateError as error:
             if _disk_is_full(error):
                 raise
@@ -322,37 +324,89 @@ def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterato
             yield Outcome(subject, outputs.label(chosen), {}, measured=measured)
 
 
+def _draw_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterator[Outcome]:
+    """Write the surfaces and pictures of ``outputs`` for existing labels, which somebody may have corrected."""
+    for subject in subjects:
+        chosen = replace(subject, resample=outputs.bundles[0].recipe.data.resample_channels)
+        try:
+            scan, label = _read_back(outputs, chosen, "draw")
+            _draw(outputs, subject, label, scan)
+        except DelineateError as error:
+            if _disk_is_full(error):
+                raise
+            yield Outcome(subject, None, {}, error)
+        else:
+            yield Outcome(subject, outputs.label(subject), {})
+
+
+def _read_back(outputs: Outputs, subject: Subject, to: str) -> tuple[Volume, LabelVolume]:
+    """A scan, and its existing label, which must lie on the scan's grid."""
+    first, path = outputs.bundles[0], outputs.label(subject)
+    if not suffix_of(path) and not outputs.suffix.endswith(DICOM_SUFFIXES):
+        raise BadFormat(
+            f"'{subject.id}' has a label already, and {outputs.suffix} cannot be read back to {to} it",
+            fix="predict it again with --overwrite, or select another --format",
+        )
+    names = named_in(path)
+    if names and (missing := [name for name in first.targets.names if name not in names]):
+        # A label of somebody else's segments would be read by its values; a prediction says what it holds.
+        raise BadFormat(
+            f"'{path}' has no segment {', '.join(missing)}: it holds {', '.join(names)}",
+            fix="name its segments after the targets",
+        )
+    scan = load_scan(subject, first.channels)
+    label = read_numbered(path, first.targets, subject.id, scan.grid)
+    first.targets.check(label.voxels, subject.id)
+    check_grids(subject.id, "label", label.grid, "the scan", scan.grid)
+    return scan, label
+
+
+def _draw(outputs: Outputs, subject: Subject, label: LabelVolume, scan: Volume) -> None:
+    """Write the surfaces and the picture of a label on its scan, as far as ``outputs`` has them."""
+    if not outputs.drawn(subject):
+        return
+    targets, legend = outputs.bundles[0].targets, outputs.bundles[0].recipe.data.legend
+    write_surfaces(outputs.surface_files(subject), targets.masks(label.voxels), label.grid, legend)
+    preview = outputs.preview(subject)
+    if outputs.picture is not None and preview is not None:
+        picture = outputs.picture(scan, label, targets, legend)
+        with writing_beside(preview) as beside:
+            beside.write_bytes(picture)
+
+
 @dataclass(frozen=True)
 class _Read:
-    """A subject with its scan, and the map (X, Y, Z) of the quantity, if one is measured."""
+    """A subject with its scan, and the maps (X, Y, Z) of quantities that are measured on its grid."""
 
     subject: Subject
     scan: Volume
-    quantity: NDArray | None = None
+    maps: Mapping[QuantityMap, NDArray]
 
 
 @dataclass(frozen=True)
 class _Written:
     path: Path
     review: Review
-    measured: Mapping[str, Measurement]
+    measured: Sequence[Measured]
 
 
-def _map_of(subject: Subject, quantity: QuantityMap, other: str, grid: Grid) -> NDArray:
-    values = load_map(subject, quantity.channel, other, grid)
-    quantity.check(values, subject.id)
-    return values
+def _maps_of(subject: Subject, scan: Volume, outputs: Outputs) -> dict[QuantityMap, NDArray]:
+    """The maps (X, Y, Z) of all quantities of ``outputs``, on the grid of the scan with the bundles' channels."""
+    values = dict(zip(outputs.channels, scan.voxels, strict=False))
+    if (asked := outputs.quantity) is not None:
+        if asked.channel not in values:
+            values[asked.channel] = load_map(subject, asked.channel, "the scan", scan.grid)
+        asked.check(values[asked.channel], subject.id)
+    return {one.as_it_is(values[one.channel]): values[one.channel] for one in outputs.quantities}
 
 
-def _measure(
-    outputs: Outputs, subject: Subject, label: LabelVolume, targets: Targets, values: NDArray
-) -> dict[str, Measurement]:
-    """Measure a label that has been written, and record the result."""
-    assert outputs.quantity is not None
-    measured = measure_label(label, targets, values, outputs.quantity)
-    rows = rows_of(subject.id, measured, outputs.quantity, made_from=outputs.made_from(subject))
-    write_measurements(outputs.measurements, rows)
-    return measured
+def _record(outputs: Outputs, subject: Subject, measured: Sequence[Measured]) -> None:
+    """Write what was measured in a label that has been written: for archives of DICOM, and into the table."""
+    if (report := outputs.report(subject)) is not None:
+        from delineate.io.dicom_sr import write_report
+
+        write_report(report, outputs.label(subject), by_segment(measured, outputs.channels))
+    write_measurements(outputs.measurements, rows_of(subject.id, measured, outputs.made_from(subject)))
 
 
 @contextmanager

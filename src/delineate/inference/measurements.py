@@ -1,24 +1,26 @@
-"""Measurements of predicted targets, volumes and a quantity within them, as a table and as JSON."""
+"""Measurements of predicted targets, volumes, boxes and quantities within them, as a table and as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
+from delineate.core.grid import AXES, box_around
 from delineate.core.targets import Targets
 from delineate.core.text import from_cell
 from delineate.core.volume import LabelVolume
 from delineate.errors import OutputError
 from delineate.io.files import writing_beside
 from delineate.io.tables import growing_rows, put_rows
-from delineate.metrics.quantities import Measurement, QuantityMap, measure_target
+from delineate.metrics.quantities import Measurement, QuantityMap, measure_box
+
+if TYPE_CHECKING:
+    from delineate.io.dicom_sr import Readings
 
 DEFINITIONS = {
     "subject": "whose scan it is",
@@ -33,41 +35,83 @@ DEFINITIONS = {
     "above_threshold_percent": "share of the measured voxels at or above the threshold, in percent",
     "margin_mm": "voxels were measured this far or farther inside the target's surface, in mm",
     "measured_ml": "volume of the measured voxels, in ml",
+    **{
+        f"{end}_{axis}_ras_mm": f"{which} {axis} of the target in the patient, in mm; {axis} grows to the {towards}"
+        for axis, towards in zip(AXES, ("right", "front", "head"), strict=True)
+        for end, which in (("low", "lowest"), ("high", "highest"))
+    },
     "made_from": "a digest of the label, the map and the settings, by which a measurement is recognised",
 }
-"""Columns of the table. Empty: undefined, as the mean of an empty target is."""
+"""Columns of the table, which has a row for each subject, target and quantity. Empty: undefined, as the mean of an
+empty target is."""
 
-_NUMBERS = {
-    "volume_ml", "quantity_mean", "quantity_median", "quantity_sd", "threshold", "above_threshold_percent",
-    "margin_mm", "measured_ml",
-}  # fmt: skip
+_TEXT = {"subject", "target", "quantity", "unit", "made_from"}
 
 
-def measure_label(
-    label: LabelVolume, targets: Targets, values: NDArray, quantity: QuantityMap
-) -> dict[str, Measurement]:
-    """Measure every target of a label with a map (X, Y, Z) of the quantity on its grid."""
-    masks = targets.masks(label.voxels)
-    return {name: measure_target(np.asarray(mask), values, label.grid, quantity) for name, mask in masks.items()}
+class Measured(NamedTuple):
+    """A target of a scan, and what was found by measuring a quantity within it."""
+
+    target: str
+    quantity: QuantityMap
+    found: Measurement
 
 
-def rows_of(
-    subject: str, measured: Mapping[str, Measurement], quantity: QuantityMap, **more: str
-) -> list[dict[str, Any]]:
-    """A row for each target, with the columns of :data:`DEFINITIONS`; ``made_from`` if given."""
+def measure_label(label: LabelVolume, targets: Targets, maps: Mapping[QuantityMap, NDArray]) -> list[Measured]:
+    """Measure every target of a label with each map (X, Y, Z) of a quantity on its grid."""
+    # Everything that follows is looked at only around what there is.
+    box = box_around(label.voxels != 0) or (slice(0, 0),) * 3
+    foreground = label.voxels[box]
+    measured = []
+    for name, values in targets.values.items():
+        mask = Targets({name: values}).masks(foreground)[name]
+        if (there := box_around(mask)) is None:
+            found = measure_box(None, None, maps, label.grid)
+        else:
+            within = tuple(
+                slice(whole.start + part.start, whole.start + part.stop) for whole, part in zip(box, there, strict=True)
+            )
+            found = measure_box(mask[there], within, maps, label.grid)
+        measured += [Measured(name, quantity, one) for quantity, one in zip(maps, found, strict=True)]
+    return measured
+
+
+def by_segment(measured: Sequence[Measured], channels: Sequence[str]) -> dict[str, Readings]:
+    """What was measured by target, as a report in DICOM has it. ``channels`` are those of the scan itself."""
+    from delineate.io.dicom_sr import Reading, Readings  # needs the libraries for DICOM
+
+    volumes = {target: found.volume_ml for target, _, found in measured}
+    quantities: dict[str, list[Reading]] = {target: [] for target in volumes}
+    for target, quantity, found in measured:
+        numbers = found.mean, found.median, found.sd, found.above_threshold_percent
+        quantities[target].append(Reading(str(quantity), quantity.unit, quantity.channel in channels, *numbers))
+    return {target: Readings(volume_ml, quantities[target]) for target, volume_ml in volumes.items()}
+
+
+def rows_of(subject: str, measured: Sequence[Measured], made_from: Mapping[str, str] | None = None) -> list[dict]:
+    """A row for each target and quantity, with the columns of :data:`DEFINITIONS`.
+
+    ``made_from`` are digests by channel; without them, the column is left out.
+    """
     rows = []
-    for target, found in measured.items():
-        values = asdict(found)
-        read = {f"quantity_{name}": values.pop(name) for name in ("mean", "median", "sd")}
-        about = {
+    for target, quantity, found in measured:
+        row: dict[str, Any] = {
             "subject": subject,
             "target": target,
             "quantity": quantity.channel,
             "unit": quantity.unit,
+            "quantity_mean": found.mean,
+            "quantity_median": found.median,
+            "quantity_sd": found.sd,
             "threshold": float("nan") if quantity.threshold is None else float(quantity.threshold),
             "margin_mm": float(quantity.margin_mm),
+            "volume_ml": found.volume_ml,
+            "measured_ml": found.measured_ml,
+            "above_threshold_percent": found.above_threshold_percent,
         }
-        row = about | values | read | more
+        for end, corner in (("low", found.low_ras_mm), ("high", found.high_ras_mm)):
+            row |= {f"{end}_{axis}_ras_mm": value for axis, value in zip(AXES, corner, strict=True)}
+        if made_from is not None:
+            row["made_from"] = made_from[quantity.channel]
         rows.append({column: row[column] for column in DEFINITIONS if column in row})
     return rows
 
@@ -80,9 +124,11 @@ def write_measurements(path: Path, rows: list[dict[str, Any]]) -> None:
 
     def as_json(everything: list[dict[str, str]]) -> None:
         found = [{column: _value(column, row.get(column, "")) for column in DEFINITIONS} for row in everything]
+        # A row a line: the encoder that indents is slow, and all rows are written after every subject.
+        lines = ",\n".join(json.dumps(row, allow_nan=False) for row in found)
         with writing_beside(beside_as_json(path)) as file:
-            text = json.dumps({"measurements": found, "definitions": DEFINITIONS}, indent=2, allow_nan=False)
-            file.write_text(text + "\n", encoding="utf-8")
+            text = f'{{"measurements": [\n{lines}\n],\n"definitions": {json.dumps(DEFINITIONS, indent=2)}}}\n'
+            file.write_text(text, encoding="utf-8")
 
     if rows:
         put_rows(path, tuple(DEFINITIONS), rows, lambda row: row["subject"], as_json)
@@ -110,7 +156,7 @@ def beside_as_json(path: Path) -> Path:
 
 
 def _value(column: str, text: str) -> Any:
-    if column not in _NUMBERS:
+    if column in _TEXT:
         return from_cell(text)
     try:
         value = float(text)

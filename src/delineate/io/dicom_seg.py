@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from importlib.metadata import version
@@ -20,8 +20,9 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from delineate.core.grid import Grid, permute_axes
 from delineate.core.legend import PLAIN, RGB, Code, Coding, Legend
+from delineate.core.text import printable
 from delineate.core.volume import LabelVolume
-from delineate.errors import BadFormat, GridMismatch, RecipeError
+from delineate.errors import BadFormat, BadLabelValue, GridMismatch, RecipeError
 from delineate.io.dicom import check_size, describe_series, frames_of
 from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits, writing_beside
@@ -33,6 +34,8 @@ REGION = Coding(Code("309825002", "SCT", "Spatial and Relational Concept"), Code
 """The code for a target that nobody coded: some region. The segment's label is still the target's name."""
 
 
+UTF_8 = "ISO_IR 192"
+
 _MAY_BE_EMPTY = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
     "AccessionNumber", "ReferringPhysicianName",
@@ -41,13 +44,13 @@ _MAY_BE_EMPTY = (
 
 
 @contextmanager
-def _copying(source: Series) -> Iterator[None]:
-    """Guard copying header fields into a DICOM-SEG: the library's errors about odd ones may quote the patient."""
+def copying(source: object) -> Iterator[None]:
+    """Guard copying header fields into what is made from a scan: the library's errors may quote the patient."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadFormat(
-            f"in the headers of {source}, fields that a DICOM-SEG has to copy are missing or garbled "
+            f"in the headers of {source}, fields that a result has to copy are missing or garbled "
             f"({type(error).__name__})",
             fix="export the series again, or choose another --format",
         ) from error
@@ -108,7 +111,7 @@ def write_segmentation(
     with warnings.catch_warnings():
         # The library's warning about an unusual name prints the patient's name.
         warnings.filterwarnings("ignore", message="The string .* person name", category=UserWarning)
-        with _copying(source):
+        with copying(source):
             segmentation = highdicom.seg.Segmentation(
                 source_images=headers,
                 pixel_array=pixels,
@@ -130,6 +133,7 @@ def write_segmentation(
                 omit_empty_frames=False,
                 transfer_syntax_uid=ExplicitVRLittleEndian,
                 content_label="SEGMENTATION",
+                specific_character_set=UTF_8,  # targets may have any names, whatever the scanner writes
                 series_description="Delineate: not for diagnosis",
             )
     with writing_beside(path) as beside:
@@ -142,23 +146,65 @@ def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVol
     Raises :class:`BadFormat` for anything but a segmentation, :class:`TooLarge` and :class:`BadGeometry`.
     """
     with parsing(instance):
-        with instance.open() as file:
-            segmentation = highdicom.seg.segread(file)
-        # A label map has one frame per slice, other kinds one for each segment in the slice.
-        segments = 1 if segmentation.SegmentationType == "LABELMAP" else max(1, segmentation.number_of_segments)
-        slices = -(-segmentation.number_of_frames // segments)
-        check_size(f"'{instance}'", (segmentation.Columns, segmentation.Rows, slices), limits)
+        segmentation = _opened(instance, limits)
         volume = segmentation.get_volume(combine_segments=True, relabel=False, skip_overlap_checks=True)
-    # highdicom indexes (slice, row, column) in LPS millimetres.
+    voxels, grid = _placed(instance, volume.array, volume.affine)
+    return LabelVolume(np.asfortranarray(voxels), grid)
+
+
+def segments(instance: Instance) -> dict[int, str]:
+    """The labels of a segmentation's segments by number; raises :class:`BadFormat` for anything else."""
+    with parsing(instance):
+        with instance.open() as file:
+            header = dcmread(file, stop_before_pixels=True)
+        numbered = {int(one.SegmentNumber): str(one.SegmentLabel) for one in header.SegmentSequence}
+    # A label map may describe its background, too.
+    return {number: printable(name.strip()) for number, name in numbered.items() if number > 0}
+
+
+def read_masks(
+    instance: Instance,
+    numbers: Sequence[int],
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+) -> Iterator[tuple[NDArray[np.bool_], Grid]]:
+    """The masks (X, Y, Z) of these segments, one at a time, whatever they overlap with; all on one grid.
+
+    Raises as :func:`read_segmentation` does, and :class:`BadLabelValue` for a share of a voxel.
+    """
+    with parsing(instance):
+        segmentation = _opened(instance, limits)
+    for number in numbers:
+        with parsing(instance):
+            volume = segmentation.get_volume(segment_numbers=[number], combine_segments=False)
+        voxels, grid = _placed(instance, volume.array[..., 0], volume.affine)
+        mask = voxels != 0
+        if not (voxels[mask] == 1).all():
+            raise BadLabelValue(f"'{instance}' holds shares of voxels", fix="export it as a binary segmentation")
+        yield np.asfortranarray(mask), grid
+
+
+def _opened(instance: Instance, limits: Limits) -> highdicom.seg.Segmentation:
+    """A segmentation whose size was checked."""
+    with instance.open() as file:
+        segmentation = highdicom.seg.segread(file)
+    # A label map has one frame per slice, other kinds one for each segment in the slice.
+    segments = 1 if segmentation.SegmentationType == "LABELMAP" else max(1, segmentation.number_of_segments)
+    slices = -(-segmentation.number_of_frames // segments)
+    check_size(f"'{instance}'", (segmentation.Columns, segmentation.Rows, slices), limits)
+    return segmentation
+
+
+def _placed(instance: Instance, planes: NDArray, lps: NDArray) -> tuple[NDArray, Grid]:
+    """Voxels (X, Y, Z) and their grid from highdicom's planes (slice, row, column) in LPS millimetres."""
     affine = np.eye(4)
-    affine[:3] = LPS_TO_RAS[:, None] * volume.affine[:3][:, [2, 1, 0, 3]]
-    voxels = volume.array.transpose(2, 1, 0)
+    affine[:3] = LPS_TO_RAS[:, None] * lps[:3][:, [2, 1, 0, 3]]
+    voxels = planes.transpose(2, 1, 0)
     x, y, z = voxels.shape
     grid = check_grid(instance.path, (x, y, z), affine + 0.0)
     # Slices in the order in which a series is read: along the normal to their rows and columns.
     backwards = np.linalg.det(affine[:3, :3]) < 0
     order, flip = (0, 1, 2), (False, False, bool(backwards))
-    return LabelVolume(np.asfortranarray(permute_axes(voxels, order, flip)), grid.permute(order, flip))
+    return permute_axes(voxels, order, flip), grid.permute(order, flip)
 
 
 def _description(number: int, name: str, coding: Coding, colour: RGB) -> highdicom.seg.SegmentDescription:

@@ -1,4 +1,4 @@
-"""DICOM: the series in a folder or a zip, without their pixels.
+"""DICOM: the series in a folder or a zip, and the contours drawn on them, without their pixels.
 
 Nothing that identifies a patient is read except the patient ID, of which only a pseudonym is kept.
 """
@@ -40,16 +40,22 @@ except ModuleNotFoundError as error:
 logging.getLogger("pydicom").addHandler(logging.NullHandler())
 
 _MOST_FILES = 100_000
+_LEVELS = 4  # folders up, to look for what contours were drawn on
 _RATIO, _RATIO_FROM = 100, 2**28
 """How many times its own size a zip of scans may unpack to, and up to how many bytes any ratio is allowed."""
 _TAGS = [
-    "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "SeriesDescription", "SeriesNumber",
-    "StudyDate", "SeriesDate", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored",
-    "PixelRepresentation", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "SpacingBetweenSlices",
-    "SliceThickness", "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence", "TemporalPositionIdentifier", "AcquisitionNumber", "EchoNumbers",
-    "AcquisitionTime",
+    "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "SeriesDescription",
+    "ProtocolName", "SeriesNumber", "StudyDate", "StudyTime", "SeriesDate", "Rows", "Columns", "NumberOfFrames",
+    "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation", "ImageOrientationPatient",
+    "ImagePositionPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness", "RescaleSlope",
+    "RescaleIntercept", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "TemporalPositionIdentifier", "AcquisitionNumber", "EchoNumbers", "AcquisitionTime", "ReferencedSeriesSequence",
+    "ReferencedFrameOfReferenceSequence",
 ]  # fmt: skip
+CONTOURS = "RTSTRUCT"
+"""The modality of contours, which have no pixels."""
+MARKING = ("SEG", CONTOURS)
+"""Modalities of objects that mark structures by name on other series."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,14 @@ class Instance:
                 )
             return dcmread(file if self.archive is None else io.BytesIO(file.read()))
 
+    @property
+    def folder(self) -> str:
+        """The folder that it lies in; inside a zip, the one that it would be unpacked to."""
+        if self.archive is None:
+            return os.path.abspath(self.path.parent)
+        inside = PurePosixPath(self.member.replace("\\", "/")).parent
+        return os.path.join(os.path.abspath(self.path.with_suffix("")), inside)
+
     def __str__(self) -> str:
         return f"{self.path}:{self.member}" if self.member else str(self.path)
 
@@ -85,7 +99,8 @@ class Series:
     """What a series says about itself. ``patient`` is a pseudonym of the patient ID, not the ID.
 
     ``slices`` counts its images; ``shape`` is (columns, rows). ``headers`` match ``instances`` and
-    hold what is needed to place each image, nothing about a person.
+    hold what is needed to place each image, nothing about a person. ``studied`` is the study's date and time.
+    ``refers_to``: UIDs of the series and images that segments or contours were drawn on.
     """
 
     uid: str
@@ -100,6 +115,9 @@ class Series:
     slices: int
     instances: tuple[Instance, ...] = field(repr=False)
     headers: tuple[Dataset, ...] = field(repr=False, compare=False)
+    protocol: str = ""
+    studied: str = ""
+    refers_to: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def folder(self) -> Path:
@@ -114,17 +132,35 @@ class Series:
         """What errors call the series."""
         return f"series {self.description or self.uid}"
 
+    @property
+    def images(self) -> frozenset[str]:
+        """UIDs of its images."""
+        return frozenset(str(header.get("SOPInstanceUID", "")) for header in self.headers)
+
+    def is_among(self, uids: frozenset[str]) -> bool:
+        """Whether it, or one of its images, has one of these UIDs."""
+        return self.uid in uids or not self.images.isdisjoint(uids)
+
     def __str__(self) -> str:
-        return f"'{self.description or self.uid}' ({self.modality}, {self.slices} slices)"
+        holds = "contours" if self.modality == CONTOURS else f"{self.slices} slices"
+        return f"'{self.description or self.uid}' ({self.modality} {self.number}, {holds})"
 
 
 def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa: B008 - frozen
     """Every series of images in a folder and those below it, in a zip, or beside one of its files.
 
     Sorted by study and series number; files that are not DICOM, and objects without images, are
-    skipped. Raises :class:`BadPath` and :class:`TooLarge` for a zip that would leave its folder or
-    unpack to too much, and :class:`MissingFile` where nothing is found.
+    skipped. A series whose folders each hold an image for the same places, such as one for each echo,
+    is one series for each folder. Raises :class:`BadPath` and :class:`TooLarge` for a zip that would
+    leave its folder or unpack to too much, and :class:`MissingFile` where nothing is found.
     """
+    if series := [one for one in find_objects(path, limits) if one.modality != CONTOURS]:
+        return series
+    raise MissingFile(f"'{path}' holds no DICOM images", fix="give the folder, or the zip, of a series")
+
+
+def find_objects(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa: B008 - frozen
+    """As :func:`find_series`, with contours as series without slices; none where there is no DICOM."""
     if not path.exists():
         raise MissingFile(f"'{path}' does not exist", fix="check the name")
     found: dict[str, list[tuple[Instance, Dataset]]] = defaultdict(list)
@@ -133,17 +169,15 @@ def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa:
     for instance in _instances(path, limits):
         with parsing(instance):
             header = _header(instance, limits)
-            if header is not None and "Rows" in header:
+            if header is not None and ("Rows" in header or header.get("Modality") == CONTOURS):
                 found[str(header.get("SeriesInstanceUID", ""))].append((instance, header))
     series = []
     for uid, members in found.items():
         with parsing(members[0][0]):
-            series.append(_described(uid, members))
+            series += [_described(uid, part) for part in _apart(members)]
     if path.is_file() and path.suffix.lower() != ".zip":
         series = [s for s in series if any(instance.path == path for instance in s.instances)]
-    if not series:
-        raise MissingFile(f"'{path}' holds no DICOM images", fix="give the folder, or the zip, of a series")
-    return sorted(series, key=lambda s: (s.date, s.study, s.number, s.description, s.uid))
+    return sorted(series, key=lambda s: (s.date, s.study, s.number, s.description, s.uid, str(s.instances[0])))
 
 
 def the_series(path: Path, pattern: str | None = None, limits: Limits = Limits()) -> Series:  # noqa: B008
@@ -164,11 +198,50 @@ def the_series(path: Path, pattern: str | None = None, limits: Limits = Limits()
     )
 
 
+def is_contours(path: Path, limits: Limits = Limits()) -> bool:  # noqa: B008 - frozen
+    """Whether a file holds contours, of DICOM."""
+    if not path.is_file() or path.suffix.lower() == ".zip":
+        return False
+    with parsing(path):
+        header = _header(Instance(path), limits)
+    return header is not None and header.get("Modality") == CONTOURS
+
+
+def drawn_on(path: Path, limits: Limits = Limits()) -> Series:  # noqa: B008 - frozen
+    """The series around a file of contours that they refer to; of several, the first.
+
+    Raises :class:`MissingFile` where there is none.
+    """
+    with parsing(path):
+        header = _header(Instance(path), limits)
+        refers_to = frozenset(_referred(header)) if header is not None else frozenset()
+    for above in list(path.absolute().parents)[:_LEVELS]:
+        for series in find_objects(above, limits):
+            if series.slices and series.modality not in MARKING and series.is_among(refers_to):
+                return series
+    raise MissingFile(
+        f"the series that '{path}' was drawn on does not lie beside it", fix="put it into the folder of its study"
+    )
+
+
 def fits(series: Series, pattern: str) -> bool:
     """Whether a series' description or UID matches a shell pattern, ignoring case."""
     from fnmatch import fnmatch
 
     return series.uid == pattern or fnmatch(series.description.lower(), pattern.lower())
+
+
+def _apart(members: list[tuple[Instance, Dataset]]) -> list[list[tuple[Instance, Dataset]]]:
+    """The parts of a series that are a series each: segmentations and contours, which are complete in themselves, and
+    folders, if different images of the same places lie in several."""
+    if any(header.get("Modality") in MARKING for _, header in members):
+        return [[member] for member in members]
+    folders: dict[str, list[tuple[Instance, Dataset]]] = defaultdict(list)
+    for instance, header in members:
+        folders[instance.folder].append((instance, header))
+    places = {str(header.get("ImagePositionPatient", instance)) for instance, header in members}
+    images = {str(header.get("SOPInstanceUID", instance)) for instance, header in members}
+    return [*folders.values()] if len(places) < len(members) == len(images) else [members]
 
 
 def _described(uid: str, members: list[tuple[Instance, Dataset]]) -> Series:
@@ -177,22 +250,37 @@ def _described(uid: str, members: list[tuple[Instance, Dataset]]) -> Series:
     spacing, study = header.get("PixelSpacing"), str(header.get("StudyInstanceUID", ""))
     # Without a patient ID, which some anonymisers remove, all that is known is that studies differ.
     patient = pseudonym("patient", str(header.get("PatientID") or study))
+    modality = str(header.get("Modality", ""))
+    refers_to = {one for _, other in members for one in _referred(other)} if modality in MARKING else set()
     for _, other in members:
         other.pop("PatientID", None)
     return Series(
         uid=uid,
         study=study,
         patient=patient,
-        modality=str(header.get("Modality", "")),
+        modality=modality,
         description=str(header.get("SeriesDescription", "")),
         number=int(header.get("SeriesNumber") or 0),
         date=str(header.get("SeriesDate") or header.get("StudyDate") or ""),
-        shape=(int(header.Columns), int(header.Rows)),
+        shape=(int(header.get("Columns", 0)), int(header.get("Rows", 0))),
         spacing_mm=None if not spacing else (float(spacing[1]), float(spacing[0])),
-        slices=sum(int(h.get("NumberOfFrames", 1) or 1) for _, h in members),
+        slices=sum(int(h.get("NumberOfFrames", 1) or 1) for _, h in members if "Rows" in h),
         instances=tuple(instance for instance, _ in members),
         headers=tuple(header for _, header in members),
+        protocol=str(header.get("ProtocolName", "")),
+        studied=f"{header.get('StudyDate') or header.get('SeriesDate') or ''}{header.get('StudyTime') or ''}",
+        refers_to=frozenset(refers_to - {uid}),
     )
+
+
+def _referred(header: Dataset) -> Iterator[str]:
+    """UIDs of the series and images that segments or contours were drawn on, at any depth of a header."""
+    for element in header:
+        if element.VR == "SQ":
+            for item in element.value:
+                yield from _referred(item)
+        elif element.keyword in ("SeriesInstanceUID", "ReferencedSOPInstanceUID"):
+            yield str(element.value)
 
 
 def _header(instance: Instance, limits: Limits) -> Dataset | None:

@@ -15,13 +15,23 @@ from delineate.core.text import near, printable
 from delineate.core.volume import LabelVolume
 from delineate.errors import BadFormat
 from delineate.io.files import writing_beside
-from delineate.io.formats import DICOM_SUFFIXES, FORMATS, SEGMENTATION_SUFFIX, check_writable, is_series, write_label
+from delineate.io.formats import (
+    DICOM_SUFFIXES,
+    FORMATS,
+    NIFTI_SUFFIXES,
+    SEGMENTATION_SUFFIX,
+    STRUCTURES_SUFFIX,
+    check_writable,
+    is_series,
+    suffix_of,
+    write_label,
+)
 
 if TYPE_CHECKING:
     from delineate.io.dicom_seg import SegmentationKind
 
 
-_LABEL_FORMATS = ("nii.gz", "mha", "nrrd", "seg.nrrd", "vtk", "vti", "dcm")
+_LABEL_FORMATS = ("nii.gz", "mha", "nrrd", "seg.nrrd", "vtk", "vti", "dcm", "rtstruct.dcm")
 
 
 def label_formats() -> list[str]:
@@ -29,36 +39,25 @@ def label_formats() -> list[str]:
     return [*_LABEL_FORMATS, *(name for name, known in FORMATS.items() if known.write is not None)]
 
 
-def check_label_format(name: str, targets: Targets) -> None:
-    """Raise :class:`BadFormat` where labels of ``targets`` cannot be written in the format of this name."""
+def check_label_format(name: str) -> None:
+    """Raise :class:`BadFormat` where labels cannot be written in the format of this name."""
     if name not in label_formats():
         raise BadFormat(
             f"'{printable(name)}' is not a label format{near(name, label_formats())}",
             fix=f"choose from {', '.join(label_formats())}",
         )
-    if f".{name}" == SEGMENTATION_SUFFIX:
-        _check_one_layer(targets, SEGMENTATION_SUFFIX)
     check_installed(f".{name}")
-
-
-def _check_one_layer(targets: Targets, what: object) -> None:
-    used = [value for numbers in targets.values.values() for value in numbers]
-    if len(set(used)) < len(used):
-        raise BadFormat(
-            f"'{what}' would hold overlapping targets ({', '.join(targets.names)}), which one layer cannot hold",
-            fix="write .nii.gz, or .dcm for a DICOM series",
-        )
 
 
 def check_installed(suffix: str) -> None:
     """Raise :class:`BadFormat` where the packages that write a format are not installed."""
-    if suffix not in DICOM_SUFFIXES:
+    if not suffix.endswith(DICOM_SUFFIXES):
         return
     try:
         import delineate.io.dicom_seg  # noqa: F401 - whether it can be imported
     except ModuleNotFoundError as error:
         raise BadFormat(
-            f"DICOM-SEG needs '{error.name}', which is missing", fix="pip install 'delineate[dicom]'"
+            f"writing DICOM needs '{error.name}', which is missing", fix="pip install 'delineate[dicom]'"
         ) from error
 
 
@@ -84,30 +83,35 @@ def export_label(
     exactly. A ``.vtk`` comes with a ``.nii.gz`` of the same name, since legacy VTK has no directions,
     and ``.vtk`` and ``.vti`` with a ``.json``: the affine, the targets' values and volumes, and
     ``about``. A ``.dcm`` is a DICOM-SEG that refers to the series at ``source`` and says with
-    ``legend`` what the targets are. A ``.seg.nrrd`` names its segments, as 3D Slicer does. Both have colours.
+    ``legend`` what the targets are; a ``.rtstruct.dcm`` does so with contours, as an RT Structure Set.
+    A ``.seg.nrrd`` names its segments, as 3D Slicer does, in several layers where they overlap. All three have colours,
+    and NIfTI labels have names and colours in their headers.
 
-    Raises :class:`BadFormat` where a DICOM-SEG's series is missing, or a ``.seg.nrrd``'s targets share
-    values, and what writing raises.
+    Raises :class:`BadFormat` where the DICOM series is missing, and what writing raises.
     """
     check_writable(path, segments=True)
     suffix = path.suffix.lower()
     if suffix in DICOM_SUFFIXES:
         if source is None or not is_series(source):
             raise BadFormat(
-                f"'{path}' would be a DICOM-SEG, which refers to a series",
-                fix="give the DICOM series that it segments",
+                f"'{path}' would be DICOM that refers to a series", fix="give the DICOM series that it segments"
             )
         check_installed(suffix)
-        from delineate.io.dicom_seg import write_segmentation
         from delineate.io.dicom_series import the_series
 
-        masks = targets.masks(label.voxels)
-        write_segmentation(path, masks, label.grid, the_series(source), kind=kind, legend=legend)
+        masks, series = targets.masks(label.voxels), the_series(source)
+        if path.name.lower().endswith(STRUCTURES_SUFFIX):
+            from delineate.io.rtstruct import write_structures
+
+            write_structures(path, masks, label.grid, series, legend=legend)
+        else:
+            from delineate.io.dicom_seg import write_segmentation
+
+            write_segmentation(path, masks, label.grid, series, kind=kind, legend=legend)
         return [path]
     if path.name.lower().endswith(SEGMENTATION_SUFFIX):
         from delineate.io.nrrd import write_segments
 
-        _check_one_layer(targets, path)
         with writing_beside(path) as beside:
             values = {name: targets.written_value(name) for name in targets.names}
             write_segments(beside, targets.masks(label.voxels), values, label.grid, legend)
@@ -119,6 +123,10 @@ def export_label(
                 beside.write_text(
                     json.dumps(sidecar_of(label, targets) | dict(about or {}), indent=2) + "\n", encoding="utf-8"
                 )
+        elif suffix_of(file) in NIFTI_SUFFIXES:
+            from delineate.io.nifti_names import CODE, names_and_colours  # imports nibabel
+
+            write_label(file, label, like=source, extension=(CODE, names_and_colours(targets, legend)))
         else:
             write_label(file, label, like=source)
     return written

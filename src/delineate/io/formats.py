@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +23,12 @@ from delineate.plugins import Parts
 __all__ = [
     "DICOM_SUFFIXES",
     "FORMATS",
+    "NIFTI_SUFFIXES",
     "PICTURE_SUFFIXES",
+    "PREVIEW_SUFFIX",
+    "REPORT_SUFFIX",
     "SEGMENTATION_SUFFIX",
+    "STRUCTURES_SUFFIX",
     "SUFFIXES",
     "VTK_SUFFIXES",
     "Format",
@@ -32,6 +37,7 @@ __all__ = [
     "holds_label",
     "is_series",
     "name_of",
+    "names_segments",
     "read_header",
     "read_label",
     "read_volume",
@@ -40,15 +46,22 @@ __all__ = [
     "write_volume",
 ]
 
-SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", ".nrrd", ".nhdr")
 
 DICOM_SUFFIXES = (".dcm", ".ima")
+REPORT_SUFFIX = ".sr.dcm"
+"""A report of what was measured within a DICOM-SEG's segments: a DICOM file without an image, so never a scan."""
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
+PREVIEW_SUFFIX = ".preview.png"
+"""A picture of a scan with its label, to look at: no scan, though in a format of scans."""
 VTK_SUFFIXES = (".vtk", ".vti")
 """Formats that are written for viewers, but not read."""
 
 SEGMENTATION_SUFFIX = ".seg.nrrd"
 """A label whose header names its segments, written by :func:`delineate.io.exports.export_label`."""
+STRUCTURES_SUFFIX = ".rtstruct.dcm"
+"""A label as contours on the slices of a DICOM series (RT Structure Set), written in the same way."""
 _FOREIGN = {
     ".seg.nhdr": "a 3D Slicer segmentation in two files; write .seg.nrrd",
     ".seq.nrrd": "a sequence of volumes; write each as .nrrd",
@@ -113,19 +126,42 @@ def suffix_of(path: Path) -> str:
     """The suffix, in lower case, that identifies a scan's format; ``""`` if the file is not a scan.
 
     Hidden files do not count as scans: archives made on a Mac hold ``._case.nii.gz`` beside ``case.nii.gz``.
+    Nor do previews.
     """
     name = path.name.lower()
-    if name.startswith(".") or "." not in name:
+    if name.startswith(".") or "." not in name or name.endswith(PREVIEW_SUFFIX):
         return ""
     own = next((s for s in (*SUFFIXES, *PICTURE_SUFFIXES) if name.endswith(s)), "")
     return own or max((f".{s}" for s in FORMATS if name.endswith(f".{s}")), key=len, default="")
 
 
-def parts_of(path: Path) -> list[Path]:
-    """The file itself and, if it is a detached header, the files beside it that it names; for a series, its files."""
-    if is_series(path):
-        from delineate.io.dicom_series import the_series
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures directly in a folder, in the order of their names, numbers counting as numbers."""
+    found = [path for path in folder.iterdir() if suffix_of(path) in PICTURE_SUFFIXES]
+    return sorted(found, key=lambda path: [(len(text), text) for text in re.split(r"(\d+)", path.name.lower())])
 
+
+def is_stack(path: Path) -> bool:
+    """Whether a path is a folder of pictures, not a DICOM series with previews."""
+    if not path.is_dir() or not any(suffix_of(file) in PICTURE_SUFFIXES for file in path.iterdir()):
+        return False
+    return not any(is_dicom(file) for file in path.iterdir() if not suffix_of(file))
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The file itself and, if it is a detached header, the files beside it that it names; for a series, its files.
+
+    A folder of pictures lies as the series beside it tells, so that its files count too.
+    """
+    if is_stack(path):
+        from delineate.io.stacks import drawn_on
+
+        return sorted({*pictures_in(path), *(file.path for series in drawn_on(path) for file in series.instances)})
+    if is_series(path):
+        from delineate.io.dicom_series import is_contours, the_series
+
+        if is_contours(path):
+            return [path]
         return sorted({instance.path for instance in the_series(path).instances})
     if suffix_of(path) not in (".mhd", ".nhdr") or not path.exists():
         return [path]
@@ -135,16 +171,25 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def name_of(path: Path) -> str:
-    """The file's name without its suffix, printable: ``case`` for ``case.nii.gz``."""
+    """The file's name without its suffix, printable: ``case`` for ``case.nii.gz`` and ``case.seg.nrrd``."""
+    if names_segments(path):
+        return printable(path.name[: -len(SEGMENTATION_SUFFIX)])
     suffix = suffix_of(path) or next((s for s in (*DICOM_SUFFIXES, ".zip") if path.name.lower().endswith(s)), "")
     return printable(path.name[: len(path.name) - len(suffix)])
+
+
+def names_segments(path: Path) -> bool:
+    """Whether a file is called as 3D Slicer's segmentations are."""
+    return path.name.lower().endswith(SEGMENTATION_SUFFIX) and suffix_of(path) == ".nrrd"
 
 
 def is_series(path: Path) -> bool:
     """Whether a path stands for a DICOM series: its folder, a zip, or any one of its files."""
     if suffix_of(path):
         return False
-    if path.is_dir() or path.name.lower().endswith((*DICOM_SUFFIXES, ".zip")):
+    if path.is_dir():
+        return not is_stack(path)
+    if path.name.lower().endswith((*DICOM_SUFFIXES, ".zip")):
         return True
     return path.is_file() and is_dicom(path)
 
@@ -210,23 +255,37 @@ def read_label(
     """A label: voxels (X, Y, Z) in the smallest integer type, unsigned if it can be.
 
     Values within 1e-3 of an integer are rounded, such as 254.99999994; others raise
-    :class:`BadLabelValue`. Otherwise like :func:`read_volume`.
+    :class:`BadLabelValue`. A folder of pictures beside a DICOM series is a label too. Otherwise like
+    :func:`read_volume`.
     """
     with parsing(path, BadFormat, fix=_FIX):
         if is_series(path):
             from delineate.io.dicom import read_series
-            from delineate.io.dicom_series import the_series
+            from delineate.io.dicom_series import is_contours, the_series
 
+            if is_contours(path, limits):
+                raise BadFormat(
+                    f"'{path}' holds contours, which have names but no values",
+                    fix="name the targets as its structures are named",
+                )
             series = the_series(path, limits=limits)
             if series.modality == "SEG":
                 from delineate.io.dicom_seg import read_segmentation
 
                 return read_segmentation(series.instances[0], limits)
             voxels, grid = read_series(series, limits)
+        elif is_stack(path):
+            from delineate.io.stacks import read_stack
+
+            return read_stack(path, limits)
         else:
             voxels, grid = _read(path, limits, orientation)
         if len(voxels) != 1:
-            raise BadShape(f"label '{path}' has {len(voxels)} channels", fix="save one label (x, y, z)")
+            layers = names_segments(path)
+            raise BadShape(
+                f"label '{path}' has {len(voxels)} {'layers of segments' if layers else 'channels'}",
+                fix="name the targets as its segments are named" if layers else "save one label (x, y, z)",
+            )
     return LabelVolume(_smallest(path, _rounded(path, voxels[0])), grid)
 
 
@@ -262,9 +321,14 @@ def write_volume(path: Path, volume: Volume, *, like: Path | None = None) -> Non
     _write(path, voxels, volume.grid, like)
 
 
-def write_label(path: Path, label: LabelVolume, *, like: Path | None = None) -> None:
-    """Write a label in the smallest integer type that holds its values; otherwise like :func:`write_volume`."""
-    _write(path, _smallest(path, label.voxels)[None], label.grid, like)
+def write_label(
+    path: Path, label: LabelVolume, *, like: Path | None = None, extension: tuple[int, bytes] | None = None
+) -> None:
+    """Write a label in the smallest integer type that holds its values; otherwise like :func:`write_volume`.
+
+    ``extension`` is a code and its text, for the header of a NIfTI file.
+    """
+    _write(path, _smallest(path, label.voxels)[None], label.grid, like, extension)
 
 
 class _Format(Protocol):
@@ -340,13 +404,16 @@ def _read_foreign(path: Path, format: Format, limits: Limits) -> tuple[NDArray, 
     return ours, check_grid(path, volume.grid.shape, volume.grid.affine)
 
 
-def _write(path: Path, voxels: NDArray, grid: Grid, like: Path | None) -> None:
+def _write(
+    path: Path, voxels: NDArray, grid: Grid, like: Path | None, extension: tuple[int, bytes] | None = None
+) -> None:
     check_writable(path)
     write = _writer_of(path)
-    if like is not None and {suffix_of(path), suffix_of(like)} <= {".nii", ".nii.gz"}:
+    if suffix_of(path) in NIFTI_SUFFIXES:
         from delineate.io import nifti
 
-        write = partial(nifti.write, like=like)
+        copied = like if like is not None and suffix_of(like) in NIFTI_SUFFIXES else None
+        write = partial(nifti.write, like=copied, extension=extension)
     with writing_beside(path) as beside:
         write(beside, voxels, grid)
 

@@ -30,8 +30,8 @@ def write_legends(folder: Path, targets: Targets, legend: Legend) -> list[Path]:
     return [*written]
 
 
-def _rows(targets: Targets, legend: Legend) -> list[tuple[int, str, tuple[int, int, int]]]:
-    """Value, name and colour; of every value that a label may hold."""
+def rows(targets: Targets, legend: Legend) -> list[tuple[int, str, tuple[int, int, int]]]:
+    """Value, name in one line, and colour; of every value that a label may hold."""
     colours = legend.colours_of(targets.names)
     by_value = {value: name for name, values in targets.values.items() for value in values}
     return [(value, " ".join(name.split()), colours[name]) for value, name in sorted(by_value.items())]
@@ -39,7 +39,7 @@ def _rows(targets: Targets, legend: Legend) -> list[tuple[int, str, tuple[int, i
 
 def _itk_snap(targets: Targets, legend: Legend) -> str:
     lines = [_FIRST_LINE, "# ITK-SnAP Label Description File", '    0     0    0    0        0  0  0    "Clear Label"']
-    for value, name, (red, green, blue) in _rows(targets, legend):
+    for value, name, (red, green, blue) in rows(targets, legend):
         quoted = name.replace('"', "'")
         lines.append(f'{value:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{quoted}"')
     return "\n".join(lines) + "\n"
@@ -47,6 +47,6 @@ def _itk_snap(targets: Targets, legend: Legend) -> str:
 
 def _slicer(targets: Targets, legend: Legend) -> str:
     lines = [_FIRST_LINE, "0 background 0 0 0 0"]
-    for value, name, (red, green, blue) in _rows(targets, legend):
+    for value, name, (red, green, blue) in rows(targets, legend):
         lines.append(f"{value} {name.replace(' ', '_')} {red} {green} {blue} 255")
     return "\n".join(lines) + "\n"

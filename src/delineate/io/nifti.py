@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from isal import igzip
@@ -36,6 +37,8 @@ _TOLERANCE_MM = 0.01  # between qform and sform, at the corners
 _NOT_MM = {1: "metres", 3: "micrometres"}
 _CODES = range(6)  # meanings of a qform or sform; 0 means none
 _LONGEST_EXTENSION = 2**26  # bytes
+_EXTENSION_STEP = 16
+"""An extension's size, with the eight bytes that say it and its code, is a multiple of this."""
 _GZIP_LEVEL = 1
 _GEOMETRY = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
@@ -62,19 +65,23 @@ def describe(path: Path, limits: Limits, orientation: Orientation) -> Stored:
     return Stored(path, grid, channels, dtype, 0, int(offset), encoding, slope=slope, inter=inter)
 
 
-def write(path: Path, voxels: NDArray, grid: Grid, like: Path | None = None) -> None:
+def write(
+    path: Path, voxels: NDArray, grid: Grid, like: Path | None = None, extension: tuple[int, bytes] | None = None
+) -> None:
     """Write voxels (C, X, Y, Z), whose dtype NIfTI knows, gzipped if the name ends in ``.gz``.
 
     The affine reads back bit for bit if its numbers have 32 bits, or came from another NIfTI-1
     file; otherwise to 32-bit precision. The same voxels and grid give the same bytes. From ``like``,
-    a NIfTI file on this very grid, the header's geometry is copied exactly, and nothing else.
+    a NIfTI file on this very grid, the header's geometry is copied exactly, and nothing else. ``extension`` is
+    a code, and text for programs that know it.
     """
     geometry = None if like is None else _geometry_of(like, grid)
     header = Nifti1Header() if geometry is None else type(geometry)()
     header.set_data_dtype(voxels.dtype)
     header.set_data_shape((*grid.shape, *voxels.shape[:1]) if len(voxels) > 1 else grid.shape)
     header.set_xyzt_units("mm")
-    header["vox_offset"] = header.single_vox_offset
+    extensions = bytes(4) if extension is None else bytes((1, 0, 0, 0)) + _extension(*extension)
+    header["vox_offset"] = header.single_vox_offset - 4 + len(extensions)
     if geometry is None:
         _store_affine(header, grid)
     else:
@@ -82,14 +89,40 @@ def write(path: Path, voxels: NDArray, grid: Grid, like: Path | None = None) -> 
             header[field] = geometry[field]
         if len(voxels) == 1 and math.prod(_shape(path, geometry)) == math.prod(grid.shape):
             header["dim"] = geometry["dim"]  # it may have two axes, or trailing ones
-    no_extensions = bytes(4)
-    head = header.as_byteswapped("<").binaryblock + no_extensions
+    head = header.as_byteswapped("<").binaryblock + extensions
     with path.open("wb") as file:
         if path.name.lower().endswith(".gz"):
             with igzip.IGzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as stream:
                 write_bytes(stream, head, np.moveaxis(voxels, 0, -1))
         else:
             write_bytes(file, head, np.moveaxis(voxels, 0, -1))
+
+
+def _extension(code: int, content: bytes) -> bytes:
+    content += b" " * (-(len(content) + 8) % _EXTENSION_STEP)
+    return (len(content) + 8).to_bytes(4, "little") + code.to_bytes(4, "little") + content
+
+
+def extensions_of(path: Path, most: int) -> list[tuple[int, bytes]]:
+    """Code and content of each extension of a header with ``most`` bytes; none of a longer header.
+
+    What follows an extension of an impossible size is left alone. Raises what reading the header raises.
+    """
+    encoding: Encoding = "gzip" if path.name.lower().endswith(".gz") else "raw"
+    header = _header(path, encoding)
+    place, offset = header.sizeof_hdr + 4, float(header["vox_offset"])
+    if not place < offset <= most:
+        return []
+    block = _first_bytes(path, encoding, int(offset))
+    order: Literal["little", "big"] = "little" if header.endianness == "<" else "big"
+    found = []
+    while place + 8 <= len(block) and block[header.sizeof_hdr]:  # the byte that says whether there are any
+        size, code = (int.from_bytes(block[at : at + 4], order) for at in (place, place + 4))
+        if size < _EXTENSION_STEP or size % _EXTENSION_STEP or place + size > len(block):
+            break
+        found.append((code, block[place + 8 : place + size]))
+        place += size
+    return found
 
 
 def _geometry_of(path: Path, grid: Grid) -> Nifti1Header | None:

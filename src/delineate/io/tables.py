@@ -52,9 +52,9 @@ def put_rows(
     """Put rows into a table that grows, sorted by ``order``. The first column names a subject.
 
     Rows of the same subjects are replaced; others, and columns that somebody added, are unchanged; numbers have four
-    decimals, undefined ones are left empty. The file is complete at any moment, even if other processes write to the
-    folder. ``first`` is called with all rows before they are written, so it has seen every row in the table. Raises
-    :class:`OutputError`.
+    decimals, or four digits if they are small, and undefined ones are left empty. The file is complete at any moment,
+    even if other processes write to the folder. ``first`` is called with all rows before they are written, so it has
+    seen every row in the table. Raises :class:`OutputError`.
     """
     key = columns[0]
     now = {printable(str(row[key])) for row in rows}
@@ -92,7 +92,7 @@ def growing_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
 
 def _as_text(value: Any) -> str:
     if isinstance(value, float):
-        return "" if value != value else str(round(value, 4))
+        return "" if value != value else str(float(f"{value:.4g}") if abs(value) < 1 else round(value, 4))
     return cell(str(value))
 
 

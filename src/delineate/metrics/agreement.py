@@ -185,13 +185,22 @@ def _varies(values: NDArray[np.float64]) -> bool:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Pairs that the prediction puts on the wrong side of a threshold, as indices; ``n`` pairs in all."""
+    """Pairs that the prediction puts on the wrong side of a threshold, as indices; ``n`` pairs in all.
+
+    ``above`` counts pairs with both values at or above it.
+    """
 
     over: tuple[int, ...]
     """Predicted at or above, truly below."""
     under: tuple[int, ...]
     """Predicted below, truly at or above."""
     n: int
+    above: int
+
+    @property
+    def below(self) -> int:
+        """Number of pairs with both values below the threshold."""
+        return self.right - self.above
 
     @property
     def right(self) -> int:
@@ -205,4 +214,5 @@ def crossing(predicted: Sequence[float] | NDArray, true: Sequence[float] | NDArr
     use = np.isfinite(a) & np.isfinite(b)
     over = np.flatnonzero(use & (a >= threshold) & (b < threshold))
     under = np.flatnonzero(use & (a < threshold) & (b >= threshold))
-    return Crossing(tuple(over.tolist()), tuple(under.tolist()), int(use.sum()))
+    above = int(np.count_nonzero(use & (a >= threshold) & (b >= threshold)))
+    return Crossing(tuple(over.tolist()), tuple(under.tolist()), int(use.sum()), above)

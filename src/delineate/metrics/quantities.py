@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 
@@ -26,7 +26,10 @@ def volume_ml(mask: NDArray[np.bool_], voxel_ml: float, known: NDArray[np.bool_]
 FATTY_LIVER_PERCENT = 5.56
 """Fat fraction from which a liver counts as fatty (Szczepaniak et al. 2005)."""
 
-_KNOWN = dict.fromkeys(("fat_fraction", "pdff"), ("fat fraction", "%", FATTY_LIVER_PERCENT))
+_KNOWN: dict[str, tuple[str, str, float | None]] = {
+    "ct": ("CT", "HU", None),
+    **dict.fromkeys(("fat_fraction", "pdff"), ("fat fraction", "%", FATTY_LIVER_PERCENT)),
+}
 """Channels with known names: their title, unit and threshold."""
 
 _LARGEST_SHARE = 1.5
@@ -39,21 +42,23 @@ class QuantityMap:
 
     Voxels count if they are ``margin_mm`` or more inside the target's surface. ``threshold`` separates patients, and a
     target's voxels, into those at or above it and those below; None: the quantity's own, if it has one. ``maps``, for
-    maps kept apart from the scans, is a file, or a folder with one for each subject.
+    maps kept apart from the scans, is a file, or a folder with one for each subject. Unless ``by_name``, the channel's
+    name says nothing about the unit.
     """
 
     channel: str
     margin_mm: float = 0.0
     threshold: float | None = None
     maps: Path | None = None
+    by_name: bool = True
 
     def __post_init__(self) -> None:
         if self.threshold is None and self._known:
             object.__setattr__(self, "threshold", self._known[2])
 
     @property
-    def _known(self) -> tuple[str, str, float] | None:
-        return _KNOWN.get(self.channel.lower().replace("-", "_").replace(" ", "_"))
+    def _known(self) -> tuple[str, str, float | None] | None:
+        return _KNOWN.get(self.channel.lower().replace("-", "_").replace(" ", "_")) if self.by_name else None
 
     @property
     def title(self) -> str:
@@ -71,12 +76,18 @@ class QuantityMap:
 
     def check(self, values: NDArray, subject: str) -> None:
         """Raise :class:`DatasetError` for a map in percent whose values look like fractions of 1."""
-        largest = float(values.max(initial=0))
-        if self.unit == "%" and 0 < largest <= _LARGEST_SHARE:
+        if self._is_share(values):
             raise DatasetError(
-                f"'{self.channel}' of '{subject}' has values up to {largest:.3g}: fractions of 1, not percent",
+                f"'{self.channel}' of '{subject}' has values up to {values.max():.3g}: fractions of 1, not percent",
                 fix="multiply it by 100, or call the channel something else",
             )
+
+    def as_it_is(self, values: NDArray) -> QuantityMap:
+        """The quantity that nobody asked for by name: without the name's unit where the values contradict it."""
+        return replace(self, threshold=None, by_name=False) if self._is_share(values) else self
+
+    def _is_share(self, values: NDArray) -> bool:
+        return self.unit == "%" and 0 < float(values.max(initial=0)) <= _LARGEST_SHARE
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, without the path of the maps, which is private."""
@@ -100,13 +111,20 @@ def quantity_map(
     return None
 
 
+Millimetres = tuple[float, float, float]
+"""A point in the patient, RAS+: x to the right, y to the front, z to the head."""
+
+_NOWHERE = (nan, nan, nan)
+
+
 @dataclass(frozen=True)
 class Measurement:
-    """A target of one scan: its volume, and a quantity within it.
+    """A target of one scan: its volume, its bounding box, and a quantity within it.
 
     ``mean``, ``median``, standard deviation ``sd`` and the percentage at or above the threshold are over the voxels
-    that the margin leaves, ``measured_ml`` in volume. An empty target has 0 ml; the rest is undefined (NaN) if no
-    voxels are left, and ``above_threshold_percent`` also without a threshold.
+    that the margin leaves, ``measured_ml`` in volume. The box reaches from ``low_ras_mm`` to ``high_ras_mm``, the outer
+    borders of its voxels. An empty target has 0 ml; the rest is undefined (NaN) if no voxels are left, and
+    ``above_threshold_percent`` also without a threshold.
     """
 
     volume_ml: float
@@ -115,6 +133,8 @@ class Measurement:
     median: float
     sd: float
     above_threshold_percent: float
+    low_ras_mm: Millimetres = _NOWHERE
+    high_ras_mm: Millimetres = _NOWHERE
 
 
 def measure_target(mask: NDArray[np.bool_], values: NDArray, grid: Grid, quantity: QuantityMap) -> Measurement:
@@ -122,26 +142,54 @@ def measure_target(mask: NDArray[np.bool_], values: NDArray, grid: Grid, quantit
 
     The margin excludes voxels that contain part of the surroundings; in a scan of a single slice, those in the slice.
     """
-    found = _within(values, mask, grid.affine[:3, :3], quantity.margin_mm)
-    whole_ml = volume_ml(mask, grid.voxel_ml)
-    if not found.size:
-        return Measurement(whole_ml, 0.0, nan, nan, nan, nan)
-    above = nan if quantity.threshold is None else 100 * float(np.mean(found >= quantity.threshold))
-    mean, median, sd = float(found.mean()), float(np.median(found)), float(found.std())
-    return Measurement(whole_ml, found.size * grid.voxel_ml, mean, median, sd, above)
-
-
-def _within(
-    values: NDArray, mask: NDArray[np.bool_], steps_mm: NDArray[np.float64], margin_mm: float
-) -> NDArray[np.float64]:
-    """Values (n,) of a map in a mask, ``margin_mm`` or more inside its surface."""
     box = box_around(mask)
-    if box is None:
-        return np.empty(0)
-    inner = mask[box]
-    if margin_mm > 0:
-        inner = _inside(inner, steps_of(steps_mm, 3), margin_mm, extended_axes(mask.shape))
-    return values[box][inner].astype(np.float64)
+    [measurement] = measure_box(None if box is None else mask[box], box, {quantity: values}, grid)
+    return measurement
+
+
+def measure_box(
+    inside: NDArray[np.bool_] | None,
+    box: tuple[slice, ...] | None,
+    maps: Mapping[QuantityMap, NDArray],
+    grid: Grid,
+) -> list[Measurement]:
+    """Measure a target with each map (X, Y, Z), given the ``box`` around it and its mask in there; None if empty.
+
+    Everything beyond the box is left alone, so that a small target takes no time in a large scan.
+    """
+    if inside is None or box is None:
+        return [Measurement(0.0, 0.0, nan, nan, nan, nan) for _ in maps]
+    whole_ml, (low, high) = volume_ml(inside, grid.voxel_ml), _extent_ras_mm(inside, box, grid)
+    axes, steps_mm = extended_axes(grid.shape), grid.affine[:3, :3]
+    measurements = []
+    for quantity, values in maps.items():
+        inner = inside
+        if quantity.margin_mm > 0:
+            inner = _inside(inside, steps_of(steps_mm, 3), quantity.margin_mm, axes)
+        # Transposed: scans lie in memory with x as their fastest axis.
+        found = values[box].T[inner.T].astype(np.float64)
+        if not found.size:
+            measurements.append(Measurement(whole_ml, 0.0, nan, nan, nan, nan, low, high))
+            continue
+        above = nan if quantity.threshold is None else 100 * float(np.mean(found >= quantity.threshold))
+        mean, median, sd = float(found.mean()), float(np.median(found)), float(found.std())
+        measured_ml = found.size * grid.voxel_ml
+        measurements.append(Measurement(whole_ml, measured_ml, mean, median, sd, above, low, high))
+    return measurements
+
+
+def _extent_ras_mm(inside: NDArray[np.bool_], box: tuple[slice, ...], grid: Grid) -> tuple[Millimetres, Millimetres]:
+    """Lowest and highest coordinates of a mask's voxels in the patient, on a grid that may be oblique."""
+    # Coordinates change linearly along a line of voxels: they are extreme at the ends of lines.
+    hit = inside.any(axis=2)
+    first = inside.argmax(axis=2)[hit]
+    last = inside.shape[2] - 1 - inside[:, :, ::-1].argmax(axis=2)[hit]
+    lines = np.argwhere(hit)
+    index = np.concatenate([np.c_[lines, first], np.c_[lines, last]]) + [part.start for part in box]
+    centres = grid.world(index.astype(np.float64))
+    half_a_voxel = np.abs(grid.affine[:3, :3]).sum(axis=1) / 2
+    (x, y, z), (to_x, to_y, to_z) = (centres.min(0) - half_a_voxel).tolist(), (centres.max(0) + half_a_voxel).tolist()
+    return (x, y, z), (to_x, to_y, to_z)
 
 
 def _inside(

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
-from delineate.core.subject import Subject
+from delineate.core.subject import Subject, files_of
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import load_label, load_scan
@@ -162,7 +162,7 @@ def prepare(
     foreign = [found for step in pipeline.steps if (found := requirement_of(type(step)))]
 
     def prepare_one(subject: Subject) -> Path:
-        files = _hashes_of(subject, channels, hashes)
+        files = _hashes_of(subject, channels, targets, hashes)
         rules = [nan, orientation, subject.resample]
         parts = [FORMAT, subject.id, files, pipeline.model_dump(mode="json"), targets.as_dict(), *rules, *foreign]
         # Keys of JSON objects stay in order: that of the targets is the order of the classes.
@@ -254,12 +254,14 @@ class _Entry:
         return PreparedSubject(self.id, image, target, parts, self.grid, self.counts)
 
 
-def _hashes_of(subject: Subject, channels: Sequence[str] | None, hashes: FileHashes) -> list[list[str]]:
-    """The name and content hash of each channel, then of the label."""
+def _hashes_of(
+    subject: Subject, channels: Sequence[str] | None, targets: Targets, hashes: FileHashes
+) -> list[list[str]]:
+    """The name and content hash of each channel, then of the label or of each target's mask."""
     wanted = subject.channels if channels is None else channels
     files = [(name, subject.scans[name]) for name in wanted if name in subject.scans]
     if subject.label is not None:
-        files.append(("label", subject.label))
+        files += files_of(subject.label, targets.names).items()
     return [[name, *map(hashes.of, parts_of(file))] for name, file in files]
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from delineate.bundle import Bundle
 from delineate.evaluation.change import Change
 from delineate.evaluation.table import plain
 from delineate.io.files import writing_beside
 from delineate.io.tables import write_table
+from delineate.reporting.card import card_beside
 from delineate.reporting.html import AdaptationReport, write_report
 from delineate.training.adapted import Adapted
 
@@ -17,21 +19,26 @@ _COLUMNS = ("scans", "subject", "site", "target", "dice_before", "dice_after", "
 
 
 def write_adaptation_report(found: Adapted) -> Path:
-    """Write ``report.html``, ``result.json`` and ``subjects.csv`` of a finished adaptation; return the page's path."""
+    """Write ``report.html`` with the card's page, ``result.json`` and ``subjects.csv`` of a finished adaptation.
+
+    Returns the report's path.
+    """
     changes = changes_of(found)
     rows = [{"scans": group, **row} for group, change in changes.items() for row in change.rows]
     write_table(found.folder / "subjects.csv", _COLUMNS, rows)
     with writing_beside(found.folder / "result.json") as beside:
         beside.write_text(json.dumps(plain(found.as_dict()), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     page = found.folder / "report.html"
+    card, unreadable = card_beside(found.folder, Bundle.load(found.folder / "bundle"))
     write_report(
         page,
         AdaptationReport(
             title=found.plan.recipe.name,
             description=described(found),
             simulated=found.simulated,
-            notes=found.notes,
+            notes=[*unreadable, *found.notes],
             changes=changes,
+            card=card,
         ),
     )
     return page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from io import StringIO
 from itertools import cycle
@@ -19,8 +20,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from delineate.evaluation.agreement import Agreeing
+from delineate.evaluation.agreement import Agreeing, Compared
 from delineate.evaluation.table import LESION_SIZES_ML, Evaluation
+from delineate.metrics.catalogue import METRICS
 from delineate.metrics.statistics import Estimate
 
 # Drawn in these colours, written as CSS variables that fall back on them outside the page.
@@ -49,11 +51,28 @@ _STYLE: dict[Any, Any] = {
     "legend.labelcolor": MUTED,
     "lines.linewidth": 1.6,
 }
-_WIDTH = 5.2  # inches: at half the page's width, the text is as large as the page's
+_WIDTH = 4.8  # inches: at half the page's width, the text is as large as the page's
 _MOST_POINTS = 400
+NO_UNIT, COUNT, UNKNOWN = " (no unit)", " (count)", " (unit not known)"
+"""What stands behind the name of an axis without a unit."""
 
 
-def loss_chart(learning: pd.DataFrame, validation_loss: pd.DataFrame | None = None) -> str:
+@dataclass(frozen=True)
+class Chart:
+    """A figure of a page: its title, one sentence on how to read it, and the drawing as inline SVG."""
+
+    title: str
+    reading: str
+    svg: str
+
+
+_BOXES = (
+    "Points are subjects, the box is their middle half, the thick line the median; whiskers reach the furthest value "
+    "within 1.5 box lengths."
+)
+
+
+def loss_chart(learning: pd.DataFrame, validation_loss: pd.DataFrame | None = None) -> Chart:
     """The loss over steps: its mean, and the band that contains 80 % of steps around it.
 
     ``learning`` has a row for each logged step, columns ``step`` and ``loss``; ``validation_loss`` the
@@ -63,37 +82,57 @@ def loss_chart(learning: pd.DataFrame, validation_loss: pd.DataFrame | None = No
 
     def draw(axes: Axes) -> None:
         _smoothed(axes, learning["step"], learning["loss"], SERIES[0], "training, augmented")
-        axes.set(xlabel="training step", ylabel="loss")
+        axes.set(xlabel=_STEP, ylabel=f"loss{NO_UNIT}")
         if validation_loss is not None:
             values = validation_loss["validation_loss"]
             _smoothed(axes, validation_loss["step"], values, SERIES[1], "validation subjects")
             axes.legend(loc="upper right", fontsize=9)
-        _log_if_wide(axes, "loss")
+        _log_if_wide(axes)
 
     beside = " and validation" if validation_loss is not None else ""
-    return _chart(draw, f"Training{beside} loss over {last} steps", height=2.7)
+    reading = "Falling is learning; the line is the mean and its band holds 80 % of the steps around it."
+    if validation_loss is not None:
+        reading += " If validation rises while training falls, the network memorises."
+    return _chart(draw, f"Training{beside} loss", reading, f"Training{beside} loss over {last} steps", height=2.7)
 
 
-def steps_chart(values: Mapping[str, pd.Series], what: str) -> str:
-    """Figures by training step, a line for each method, on a logarithmic scale beyond a factor of five."""
+_STEP = f"training step{COUNT}"
+
+
+def steps_chart(values: Mapping[str, pd.Series], what: str) -> Chart:
+    """Figures by training step, a line for each method, on a logarithmic scale beyond a factor of five.
+
+    ``what`` ends with its unit behind a comma, if it has one.
+    """
 
     def draw(axes: Axes) -> None:
         for k, (name, series) in enumerate(values.items()):
             style = ("-", "--", ":", "-.")[k // len(SERIES) % 4]
             few = series.iloc[:: max(1, len(series) // _MOST_POINTS)]
             axes.plot(few.index, few.to_numpy(), style, color=SERIES[k % len(SERIES)], linewidth=1.3, label=name)
-        axes.set(xlabel="training step", ylabel=what)
-        _log_if_wide(axes, what)
-        axes.legend(loc="upper right", fontsize=8, ncols=1 + len(values) // 9)
+        axes.set(xlabel=_STEP, ylabel=what if ", " in what else f"{what}{NO_UNIT}")
+        _log_if_wide(axes)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, ncols=3)
 
-    return _chart(draw, f"{what} over training steps: {', '.join(values)}", height=3.2)
+    better = "higher" if what.startswith("Dice") else "lower"
+    reading = (
+        f"Each line is the mean of an arm's runs; {better} is better, and a line still moving is not done learning."
+    )
+    title = f"{what[:1].upper()}{what[1:].partition(', ')[0]} over training steps"
+    return _chart(
+        draw,
+        title,
+        reading,
+        f"{what} over training steps: {', '.join(values)}",
+        height=2.7 + 0.16 * -(-len(values) // 3),
+    )
 
 
-def _log_if_wide(axes: Axes, label: str) -> None:
+def _log_if_wide(axes: Axes) -> None:
     """A logarithmic axis where the first steps would flatten all others onto it."""
     low, high = axes.dataLim.intervaly
     if low > 0 and high > 5 * low:
-        axes.set(yscale="log", ylabel=f"{label}, log scale")
+        axes.set(yscale="log", ylabel=f"{axes.get_ylabel()} (log scale)")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:g}")
@@ -109,7 +148,7 @@ def _smoothed(axes: Axes, steps: pd.Series, values: pd.Series, colour: str, labe
     axes.plot(middle, [part[:, 1].mean() for part in parts], color=colour, label=label)
 
 
-def validation_chart(validation: pd.DataFrame) -> str:
+def validation_chart(validation: pd.DataFrame) -> Chart:
     """Dice on the validation subjects over steps, for each target and their mean, with the best marked.
 
     Columns ``step``, ``dice``, and ``dice_<target>`` for each target; others are not drawn.
@@ -128,14 +167,16 @@ def validation_chart(validation: pd.DataFrame) -> str:
             f"best {best['dice']:.3f}", (best["step"], best["dice"]), (0, 7), textcoords="offset points", ha="center"
         )
         axes.margins(x=0.06, y=0.14)
-        axes.set(xlabel="training step", ylabel="Dice, validation")
+        axes.set(xlabel=_STEP, ylabel=f"validation Dice{NO_UNIT}")
         if len(targets) > 1:
             axes.legend(loc="lower right", fontsize=9)
 
-    return _chart(draw, f"Validation Dice; best {best['dice']:.3f} at step {int(best['step'])}", height=2.7)
+    reading = "A curve that is level at its right end has learned what it can; one that still rises was stopped early."
+    said = f"Validation Dice; best {best['dice']:.3f} at step {int(best['step'])}"
+    return _chart(draw, "Dice of the validation subjects during training", reading, said, height=2.7)
 
 
-def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
+def metric_chart(evaluation: Evaluation, metric: str, label: str) -> Chart:
     """Every subject's value of a metric, a row for each target, with median, quartiles and whiskers.
 
     Whiskers end at the furthest value within 1.5 interquartile ranges of the box (Tukey 1977). Failed and
@@ -154,15 +195,25 @@ def metric_chart(evaluation: Evaluation, metric: str, label: str) -> str:
             _count_others(axes, row, values)
         _name_rows(axes, targets)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(label)
+        axes.set_xlabel(_measured(metric, label))
         if colours:
             _site_legend(axes, colours, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colours))
 
     height = 0.75 + 0.5 * len(targets) + (0.25 if colours else 0)
-    return _chart(draw, f"{label} by target, {len(evaluation.subjects)} subjects", height)
+    said = f"{label} by target, {len(evaluation.subjects)} subjects"
+    return _chart(draw, f"{METRICS[metric].label} of every subject", _reading(metric), said, height)
 
 
-def methods_chart(evaluations: Mapping[str, Evaluation], metric: str, label: str) -> str:
+def _measured(metric: str, label: str) -> str:
+    return label if METRICS[metric].unit else f"{label}{NO_UNIT}"
+
+
+def _reading(metric: str) -> str:
+    better = {"higher": " Further right is better.", "lower": " Further left is better."}
+    return _BOXES + better.get(METRICS[metric].better or "", "")
+
+
+def methods_chart(evaluations: Mapping[str, Evaluation], metric: str, label: str) -> Chart:
     """Every subject's mean over targets of a metric, a row for each method; drawn like :func:`metric_chart`.
 
     Failed and undefined values are counted in the same way. If there are two to six sites, each method has a
@@ -190,14 +241,17 @@ def methods_chart(evaluations: Mapping[str, Evaluation], metric: str, label: str
         for end in range(len(evaluations), len(rows), len(evaluations)):
             axes.axhline(end - 0.5, color=LINE, linewidth=0.8)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(label)
+        axes.set_xlabel(_measured(metric, label))
 
     by = "by site and method" if len(shown) > 1 else "by method"
-    return _chart(draw, f"{label} of every subject, {by}", height=0.75 + 0.5 * len(rows))
+    title, said = f"{METRICS[metric].label} of every subject, {by}", f"{label} of every subject, {by}"
+    return _chart(draw, title, _reading(metric), said, height=0.75 + 0.5 * len(rows))
 
 
-def curve_chart(curves: Mapping[str, Sequence[tuple[float, Estimate]]], axis: str, label: str) -> str:
+def curve_chart(curves: Mapping[str, Sequence[tuple[float, Estimate]]], axis: str, metric: str) -> Chart:
     """Means and their 95 % intervals over what is counted along ``axis``, a line for each of ``curves``."""
+
+    label = METRICS[metric].title
 
     def draw(axes: Axes) -> None:
         for (name, points), colour in zip(curves.items(), cycle(SERIES), strict=False):
@@ -205,12 +259,16 @@ def curve_chart(curves: Mapping[str, Sequence[tuple[float, Estimate]]], axis: st
             ends = np.array([estimate.ci95 for _, estimate in points], float)
             axes.fill_between(x, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, linewidth=0)
             axes.plot(x, means, "o-", color=colour, markersize=4, label=name)
-        axes.set(xlabel=axis, ylabel=label)
+        axes.set(xlabel=f"{axis}{COUNT}", ylabel=_measured(metric, label))
         axes.set_xticks(sorted({count for points in curves.values() for count, _ in points}))
         if len(curves) > 1:
             axes.legend(loc="lower right", fontsize=9)
 
-    return _chart(draw, f"{label} over {axis}, with 95 % intervals", height=3.0)
+    reading = (
+        "Each point is the mean over held-out patients, its band the 95 % interval; overlapping bands settle nothing."
+    )
+    said = f"{label} over {axis}, with 95 % intervals"
+    return _chart(draw, f"{METRICS[metric].label} over {axis}", reading, said, height=3.0)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -257,12 +315,13 @@ def _site_legend(axes: Axes, colours: dict[str, str], **place: Any) -> None:
     axes.legend(fontsize=9, handletextpad=0, **place)
 
 
-def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) -> str:
+def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) -> Chart:
     """Bland–Altman plot: each subject's error against its reference, with bias and limits of agreement.
 
     Errors of volumes are in percent if enough references have a volume. The 95 % intervals (by patient) are
     shaded; subjects beyond the limits are named, those left out counted. If errors are in percent, a band of
-    ±``band_percent`` around zero is shaded. Colours show sites, if there are two to six of them.
+    ±``band_percent`` around zero is shaded. Colours show sites, if there are two to six of them. A threshold of
+    the reference is drawn.
     """
     compared, found, true = agreeing.compared, agreeing.shown, agreeing.reference
     difference = agreeing.predicted - true
@@ -283,6 +342,12 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
         if high - low <= 1e-9 * largest:  # one line, but for rounding, as of maps of whole percents
             lines = lines[:1]
             axes.set_ylim(found.bias - 0.1 * largest, found.bias + 0.1 * largest)
+        if compared.threshold is not None:
+            axes.axvline(compared.threshold, color=MUTED, linewidth=1, linestyle="--")
+            axes.annotate(
+                _limit(compared), (compared.threshold, 0), (3, 3), ("data", "axes fraction"), "offset points",
+                fontsize=8, color=MUTED,
+            )  # fmt: skip
         for value, name in lines:
             axes.axhline(value, color=SERIES[0], linewidth=1.6 if name == "bias" else 1, linestyle="-")
             text = f"{name}\n{value:+.{_DECIMALS[unit]}f} {_SHORT.get(unit, unit)}".replace("-", "−").rstrip()
@@ -312,14 +377,22 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
         f"Bland-Altman plot of {agreeing.target}, {compared.name}, {found.n} subjects: bias {found.bias:.2f}{said}"
         f"limits {low:.2f} to {high:.2f}{said}{len(found.outliers)} beyond them{agreeing.without(found)}"
     )
-    return _chart(draw, text, height=2.9)
+    title = f"Error of the {compared.name} of {agreeing.target} (Bland–Altman)"
+    reading = "Points above zero are predicted too large; 95 % of new subjects are expected between the outer lines."
+    if band_percent is not None and agreeing.in_percent:
+        reading += f" Green: within ±{band_percent:g} %."
+    return _chart(draw, title, reading, text, height=2.9)
+
+
+def _limit(compared: Compared) -> str:
+    return f"threshold {compared.threshold:g} {compared.unit}".rstrip()
 
 
 _DECIMALS = {"%": 1, "ml": 2, "": 2, "percentage points": 2}
 _SHORT = {"percentage points": "pp"}
 
 
-def identity_chart(agreeing: Agreeing) -> str:
+def identity_chart(agreeing: Agreeing) -> Chart:
     """Predicted against reference value of each subject, the line of identity, and the concordance correlation.
 
     A threshold is drawn along both axes, and subjects that the prediction puts on its wrong side are named.
@@ -329,20 +402,32 @@ def identity_chart(agreeing: Agreeing) -> str:
     colours = _site_colours(agreeing.sites)
 
     def draw(axes: Axes) -> None:
-        least, most = min(0.0, said.min(), true.min()), max(said.max(), true.max())
+        limit = 0.0 if compared.threshold is None else compared.threshold
+        least, most = min(0.0, limit, said.min(), true.min()), max(limit, said.max(), true.max())
         ends = [least, most + 0.05 * (most - least)]
         axes.plot(ends, ends, color=MUTED, linewidth=1)
         axes.scatter(true, said, s=14, c=[colours.get(s, SERIES[0]) for s in agreeing.sites], alpha=0.7, linewidths=0)
         if compared.threshold is not None:
             for line in (axes.axvline, axes.axhline):
                 line(compared.threshold, color=MUTED, linewidth=1, linestyle="--")
+            # The wrong side: at or above the threshold in only one of the two.
+            below, above = compared.threshold - least, ends[1] - compared.threshold
+            for corner, size in (
+                ((least, compared.threshold), (below, above)), ((compared.threshold, least), (above, below)),
+            ):  # fmt: skip
+                axes.add_patch(Rectangle(corner, *size, color=SERIES[1], alpha=0.1, linewidth=0))
             axes.annotate(
-                f"threshold {compared.threshold:g} {compared.unit}".rstrip(), (1, compared.threshold), (0, 3),
+                _limit(compared), (1, compared.threshold), (0, 3),
                 ("axes fraction", "data"), "offset points", ha="right", fontsize=8, color=MUTED,
             )  # fmt: skip
-            for i in np.flatnonzero((said >= compared.threshold) != (true >= compared.threshold))[:6]:
+            wrong = np.flatnonzero((said >= compared.threshold) != (true >= compared.threshold))[:6]
+            for place, i in enumerate(wrong):  # one below the other, as such subjects are neighbours
                 axes.annotate(
-                    agreeing.subjects[i], (true[i], said[i]), (5, -13), textcoords="offset points", fontsize=8
+                    agreeing.subjects[i],
+                    (true[i], said[i]),
+                    (5, -13 - 9 * place),
+                    textcoords="offset points",
+                    fontsize=8,
                 )
         if colours:
             _site_legend(axes, colours, loc="lower right" if compared.threshold is None else "center right")
@@ -356,14 +441,19 @@ def identity_chart(agreeing: Agreeing) -> str:
         axes.set_title(interval.replace("-", "−"), loc="left", fontsize=9, color=MUTED)
 
     what = f"{agreeing.target}, {compared.name}"
-    return _chart(draw, f"Predicted against reference, {what}, {found.n} subjects: concordance {found.value:.3f}", 2.9)
+    title = f"Predicted and reference {compared.name} of {agreeing.target}"
+    reading = "Points on the line agree exactly; above it, the prediction is larger."
+    if compared.threshold is not None:
+        reading += " Subjects in a shaded corner are on the wrong side of the threshold."
+    text = f"Predicted against reference, {what}, {found.n} subjects: concordance {found.value:.3f}"
+    return _chart(draw, title, reading, text, 2.9)
 
 
 def _with_unit(name: str, unit: str) -> str:
-    return f"{name}, {unit}" if unit else name
+    return f"{name}, {unit}" if unit else f"{name}{UNKNOWN}"
 
 
-def lesion_chart(evaluation: Evaluation, target: str) -> str:
+def lesion_chart(evaluation: Evaluation, target: str) -> Chart:
     """Share of reference lesions that are detected, and of predicted lesions that are real, by volume."""
     sizes, ends = evaluation.lesions_by_size, LESION_SIZES_ML
     sizes = sizes[sizes["target"] == target]
@@ -386,15 +476,18 @@ def lesion_chart(evaluation: Evaluation, target: str) -> str:
         bounds = ["∞" if end == np.inf else f"{end:g}" for end in ends[first : last + 1]]
         axes.set_xticks(np.arange(len(bounds)) - 0.5, bounds)
         axes.grid(visible=False, axis="x")
-        axes.set(xlabel=f"{target}, volume, ml; number above each bar", ylabel="share", ylim=(0, 1.15))
+        axes.set(xlabel=f"volume of a lesion of {target}, ml", ylabel=f"share of lesions{NO_UNIT}", ylim=(0, 1.15))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)
 
     rows = [row for row in evaluation.described_lesions() if row["target"] == target]
     said = "; ".join(f"{row['ml']} ml: detected {row['found']}, real {row['real']}" for row in rows)
-    return _chart(draw, f"Lesions of {target} by size: {said}", height=3.0)
+    reading = (
+        "Taller is better: 1 means that all are found, or all are real; the number above a bar counts its lesions."
+    )
+    return _chart(draw, f"Lesions of {target} by size", reading, f"Lesions of {target} by size: {said}", height=3.0)
 
 
-def confusion_chart(evaluation: Evaluation) -> str:
+def confusion_chart(evaluation: Evaluation) -> Chart:
     """Confusion matrix of voxels of all subjects together: shares of each reference class (row).
 
     With up to five classes there is room for the voxel counts below the shares.
@@ -420,16 +513,20 @@ def confusion_chart(evaluation: Evaluation) -> str:
         axes.set_yticks(range(len(names)), [str(name) for name in counts.index])
         axes.tick_params(length=0, labelcolor=INK)
         axes.grid(visible=False)
-        axes.set(xlabel="predicted", ylabel="reference")
+        axes.set(xlabel="predicted class", ylabel="reference class")
 
     said = "; ".join(f"{name} {shares[i, i]:.1%} correct" for i, name in enumerate(counts.index))
-    return _chart(draw, f"Confusion matrix of voxels: {said}", height=0.9 + 0.45 * len(names))
+    reading = (
+        "Each row shares out the voxels of one reference class; a perfect prediction has 100 % along the diagonal."
+    )
+    height = 0.9 + 0.45 * len(names)
+    return _chart(draw, "Which class voxels were taken for", reading, f"Confusion matrix of voxels: {said}", height)
 
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def class_chart(evaluation: Evaluation) -> str:
+def class_chart(evaluation: Evaluation) -> Chart:
     """Voxels of each class in the references of all subjects together, on a log scale."""
     voxels = evaluation.confusion.groupby("reference", sort=False)["voxels"].sum()
     names, counts = [str(name) for name in voxels.index], voxels.to_numpy(float)
@@ -445,13 +542,15 @@ def class_chart(evaluation: Evaluation) -> str:
         axes.set_xlim(0.5, 12 * max(counts.max(), 1))
         axes.xaxis.set_major_formatter(lambda value, _: f"10{str(round(np.log10(value))).translate(_RAISED)}")
         _name_rows(axes, names)
-        axes.set_xlabel("voxels in the references, log scale")
+        axes.set_xlabel(f"voxels in the references{COUNT} (log scale)")
 
     said = ", ".join(f"{name} {share:.3%}" for name, share in zip(names, shares, strict=True))
-    return _chart(draw, f"Classes by voxels: {said}", height=0.8 + 0.35 * len(names))
+    reading = "The scale is logarithmic: each gridline is ten times the one before; rare classes are the hard ones."
+    height = 0.8 + 0.35 * len(names)
+    return _chart(draw, "How common each class is", reading, f"Classes by voxels: {said}", height)
 
 
-def reliability_chart(evaluation: Evaluation) -> str:
+def reliability_chart(evaluation: Evaluation) -> Chart:
     """How often voxels of a given probability belong to the target; the diagonal is perfect calibration."""
     found = evaluation.reliabilities()
 
@@ -461,11 +560,16 @@ def reliability_chart(evaluation: Evaluation) -> str:
             predicted, true = reliability.curve
             label = f"{target}: calibration error {reliability.expected_error:.4f}"
             axes.plot(predicted, true, marker="o", markersize=3.5, color=colour, linewidth=1.2, label=label)
-        axes.set(xlabel="predicted probability", ylabel="observed fraction in target", xlim=(0, 1), ylim=(0, 1))
+        axes.set(
+            xlabel=f"predicted probability{NO_UNIT}", ylabel=f"observed share in target{NO_UNIT}", xlim=(0, 1),
+            ylim=(0, 1),
+        )  # fmt: skip
         axes.legend(loc="upper left", fontsize=8.5)
 
     said = "; ".join(f"{target} expected calibration error {r.expected_error:.4f}" for target, r in found.items())
-    return _chart(draw, f"Reliability of probabilities, {len(evaluation.subjects)} subjects: {said}", height=2.9)
+    reading = "On the diagonal, probabilities mean what they say; below it, the network is too sure of the target."
+    said = f"Reliability of probabilities, {len(evaluation.subjects)} subjects: {said}"
+    return _chart(draw, "How far probabilities can be believed", reading, said, height=2.9)
 
 
 DENSITY_BINS_PERCENT = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -479,7 +583,7 @@ def density_chart(
     label: str,
     *,
     edges_percent: Sequence[float] = DENSITY_BINS_PERCENT,
-) -> str:
+) -> Chart:
     """A metric over how dense the target is, in bins from the first to the last that holds a subject.
 
     Needs ``density_percent``; a bin holds its lower edge, the last its upper one, too. Boxes as in
@@ -506,27 +610,33 @@ def density_chart(
                     axes.annotate(
                         name, (value, row), (0, 8), textcoords="offset points", ha="center", fontsize=8, color=MUTED
                     )
-        labels = [f"{edges[b]:g}–{edges[b + 1]:g} % (n {np.count_nonzero(of_bin == b)})" for b in bins]
+        labels = [f"{edges[b]:g}–{edges[b + 1]:g} (n {np.count_nonzero(of_bin == b)})" for b in bins]
         _name_rows(axes, labels)
-        axes.set(xlabel=f"{target}, {label}{beside}", ylabel="share of all voxels")
+        axes.set(xlabel=_measured(metric, label), ylabel="share of all voxels, %")
 
     beside = f"; {failed} failed" if failed else ""
     text = f"{label} of {target} over its density, {len(table)} subjects{beside}"
-    return _chart(draw, text, height=0.9 + 0.5 * len(bins))
+    reading = f"{_BOXES} Rows go from sparse to dense targets; n counts subjects{beside}."
+    title = f"{label.partition(', ')[0]} of {target} over its density"
+    return _chart(draw, title, reading, text, height=0.9 + 0.5 * len(bins))
 
 
-def _chart(draw: Callable[[Axes], None], description: str, height: float) -> str:
-    """Inline SVG of one pair of axes, ``height`` in inches; ``description`` is its alternative text."""
+def _chart(draw: Callable[[Axes], None], title: str, reading: str, said: str, height: float) -> Chart:
+    """One pair of axes, ``height`` in inches; ``said`` and what its axes show are its alternative text."""
     # The salt goes into every id: charts on one page must not share any.
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": description}), warnings.catch_warnings():
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": said}), warnings.catch_warnings():
         # The page's fonts draw the text; glyphs missing from the font that measures it here do not matter.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         warnings.filterwarnings("ignore", "constrained_layout not applied")  # names longer than the chart is wide
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        draw(figure.subplots())
+        axes = figure.subplots()
+        draw(axes)
         written = StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(written.getvalue(), description)
+    across, up = axes.get_xlabel(), axes.get_ylabel() or "names of rows"
+    return Chart(
+        title, reading, _inline(written.getvalue(), f"{said}. Horizontal axis: {across}. Vertical axis: {up}.")
+    )
 
 
 def _inline(document: str, description: str) -> str:

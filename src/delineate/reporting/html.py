@@ -18,7 +18,7 @@ from delineate.calibration import Intervals
 from delineate.compute import Choice
 from delineate.core.text import printable_lines
 from delineate.datasets.inspection import SubjectRow
-from delineate.evaluation.agreement import crossings, signed
+from delineate.evaluation.agreement import LEAST_PATIENTS, Agreeing, crossings, signed
 from delineate.evaluation.change import JUDGED_BY, Change
 from delineate.evaluation.forgetting import AFTER, BEFORE
 from delineate.evaluation.methods import MethodDifference
@@ -26,8 +26,10 @@ from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, Summary, ave
 from delineate.io.files import writing_beside
 from delineate.metrics.catalogue import METRICS, Metric, formatted
 from delineate.metrics.statistics import Estimate
+from delineate.reporting.cautions import cautions, cautions_of_groups
 from delineate.reporting.classes import ClassRow
 from delineate.reporting.figures import (
+    Chart,
     agreement_chart,
     class_chart,
     confusion_chart,
@@ -42,7 +44,7 @@ from delineate.reporting.figures import (
     steps_chart,
     validation_chart,
 )
-from delineate.reporting.overlays import COLOURS, MARKS, Overlay, Palette, View, picture
+from delineate.reporting.overlays import COLOURS, MARKS, Overlay, Palette, View, picture, slice_pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,8 @@ class RunReport:
     ``learning`` has the columns step, loss; ``validation_loss`` step, validation_loss; ``validation`` step, dice,
     dice_<target>. ``validated`` says which subjects validation uses. ``notes``: what a reader should know before the
     numbers. ``crop``: a WebP of what a crop fitted to the composite image keeps. ``seams``: each target's median seam
-    score, and the number of subjects behind it. ``classes``: voxels of each class for training and for test.
+    score, and the number of subjects behind it. ``classes``: voxels of each class for training and for test. ``card``:
+    the page of the bundle's model card, beside this one.
     """
 
     title: str
@@ -73,6 +76,7 @@ class RunReport:
     seams: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     classes: Sequence[ClassRow] = ()
     validated: str = ""
+    card: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,16 +155,30 @@ class StudyReport:
 
 @dataclass(frozen=True, eq=False)
 class AdaptationReport:
-    """Content of an adaptation's page: what changed on each group of subjects, by the group's name."""
+    """Content of an adaptation's page: what changed on each group of subjects, by the group's name.
+
+    ``card``: the page of the bundle's model card, beside this one.
+    """
 
     title: str
     description: str
     simulated: bool
     notes: Sequence[str]
     changes: Mapping[str, Change]
+    card: str = ""
 
 
-Report = RunReport | EvaluationReport | MethodsReport | StudyReport | AdaptationReport
+@dataclass(frozen=True, eq=False)
+class CardReport:
+    """Content of a model card's page: headings, paragraphs, lists and tables, as ``(kind, content)``."""
+
+    title: str
+    description: str
+    simulated: bool
+    blocks: Sequence[tuple[str, Any]]
+
+
+Report = RunReport | EvaluationReport | MethodsReport | StudyReport | AdaptationReport | CardReport
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -171,9 +189,11 @@ def write_report(path: Path, report: Report) -> None:
     elif isinstance(report, MethodsReport):
         name, content = "methods.html.j2", _measured(None, []) | {"methods": _methods(report)}
     elif isinstance(report, StudyReport):
-        name, content = "study.html.j2", _measured(None, []) | {"parts": _study(report)}
+        name, content = "study.html.j2", _measured(None, []) | {"stages": _study(report)}
     elif isinstance(report, AdaptationReport):
         name, content = "adaptation.html.j2", _measured(None, []) | {"groups": _changed(report)}
+    elif isinstance(report, CardReport):
+        name, content = "card.html.j2", _measured(None, [])
     else:
         content = _measured(report.evaluation, report.overlays)
         name = "run.html.j2"
@@ -182,9 +202,34 @@ def write_report(path: Path, report: Report) -> None:
             "data": _data_summary(report.data_rows),
             "crop": None if report.crop is None else _embedded(report.crop),
         }
+    content["notes"] = [*getattr(report, "notes", ()), *_cautions(report)]
     page = _environment().get_template(name).render(report=report, **content, **_scripts())
     with writing_beside(path) as beside:
         beside.write_bytes(page.encode("utf-8", "backslashreplace"))
+
+
+def _cautions(report: Report) -> list[str]:
+    """What follows from the evaluations of a report; a run's notes hold it already, beside what its training says."""
+    match report:
+        case EvaluationReport():
+            return cautions(None, report.evaluation)
+        case MethodsReport():
+            return cautions_of_groups(report.evaluations)
+        case StudyReport():
+            whole = [(section.title, section.evaluations) for section in report.sections if section.evaluations]
+            return [
+                f"{title}: {sentence}" if title and len(whole) > 1 else sentence
+                for title, evaluations in whole
+                for sentence in cautions_of_groups(evaluations)
+            ]
+        case AdaptationReport():
+            return [
+                f"{name[:1].upper()}{name[1:]}, after the adaptation: {sentence}"
+                for name, change in report.changes.items()
+                for sentence in cautions(None, change.after)
+            ]
+        case _:
+            return []
 
 
 def _environment() -> Environment:
@@ -197,6 +242,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["zip"] = zip
     environment.filters["measured"] = formatted
     environment.filters["by"] = lambda values: " × ".join(f"{v:.4g}" for v in values)
     return environment
@@ -204,7 +250,7 @@ def _environment() -> Environment:
 
 def _scripts() -> dict[str, str]:
     """The page's only script and its digest: the page's policy lets nothing else run, whatever a name contains."""
-    script = (Path(__file__).parent / "templates" / "sort.js").read_text(encoding="utf-8")
+    script = (Path(__file__).parent / "templates" / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {"script": script, "script_digest": digest}
 
@@ -220,21 +266,25 @@ def _measured(
         return {"measured": None}
     summary = evaluation.summary()
     dice = summary[evaluation.overall_name].get("dice")
-    shown = [(overlay, [_picture(overlay, view, palette) for view in overlay.views]) for overlay in overlays]
+    shown = [
+        (overlay, [_picture(overlay, view, palette) for view in overlay.views], _slices(overlay, palette))
+        for overlay in overlays
+    ]
     # An element's id must not contain spaces, but a subject's name may.
     anchors = {overlay.subject: f"subject-{i}" for i, overlay in enumerate(overlays)}
     return {
         "measured": {
             "headline": None if dice is None else _estimate(METRICS["dice"], dice),
             "charts": _charts(evaluation, band_percent),
+            "absent": _absent(evaluation),
             "summary": _summary_rows(evaluation, summary),
             "sites": _site_rows(evaluation) if len(evaluation.sites) > 1 else [],
             "agreement": [row for agreeing in evaluation.agreements for row in agreeing.described()],
             "errors": [agreeing.error_sizes() for agreeing in evaluation.agreements],
             "pooled": evaluation.described_pooled(),
             "lesions": evaluation.described_lesions(),
-            "crossings": evaluation.crossings(),
             "quantity": _quantity_headline(evaluation),
+            "quantities": _quantities(evaluation),
             "rows": evaluation.table.to_dict("records"),
             "unpaired": evaluation.unpaired,
             "columns": [evaluation.described_metric(name) for name in evaluation.metrics],
@@ -263,12 +313,73 @@ def _quantity_headline(evaluation: Evaluation) -> list[tuple[str, str]]:
     return shown
 
 
+def _quantities(evaluation: Evaluation, *, drawn: bool = True) -> list[dict[str, Any]]:
+    """What a radiologist asks about a quantity, for each target: who is on which side, and how well they agree."""
+    quantity = evaluation.quantity
+    if quantity is None or not {"quantity_mean", "reference_quantity_mean"} <= set(evaluation.table.columns):
+        return []
+    agreeing = {found.target: found for found in evaluation.agreements if found.compared.predicted == "quantity_mean"}
+    sides = {} if quantity.threshold is None else crossings(evaluation.table, quantity.threshold)
+    return [
+        {
+            "target": target,
+            "sides": sides.get(target),
+            "limit": None if quantity.threshold is None else quantity.with_unit(quantity.threshold),
+            "agreement": _agreement_in_words(found) if (found := agreeing.get(target)) else "",
+            "charts": [identity_chart(found), agreement_chart(found)] if found and drawn else [],
+            "absent": "" if found else _too_few(target, f"mean {quantity.title}"),
+        }
+        for target in evaluation.targets
+    ]
+
+
+def _agreement_in_words(agreeing: Agreeing) -> str:
+    """Bias and limits of a quantity as sentences."""
+    found, unit = agreeing.absolute, agreeing.compared.difference_unit
+    unit = f" {unit}" if unit else ""
+    low, high = found.bias_ci95
+    interval = f"95 % interval {signed(low)} to {signed(high)}, n = {found.count}"
+    if low > 0 or high < 0:
+        side = f"{abs(found.bias):.2f}{unit} too {'high' if low > 0 else 'low'} ("
+    else:
+        side = f"neither too high nor too low beyond chance ({signed(found.bias)}{unit}; "
+    ends = f"{signed(found.limits[0])} and {signed(found.limits[1])}{unit}"
+    return (
+        f"On average, predictions read {side}{interval}). For a new patient, expect a reading between {ends} from the "
+        "reference's (95 % limits of agreement)."
+    )
+
+
+def _too_few(target: str, what: str) -> str:
+    return (
+        f"Agreement of the {what} of {target} is not shown: fewer than {LEAST_PATIENTS} patients have it, and limits "
+        "of agreement from fewer mean nothing."
+    )
+
+
+def _absent(evaluation: Evaluation) -> list[str]:
+    """What a reader may look for in vain, and why it is missing."""
+    found = [
+        _too_few(target, "volume")
+        for target in evaluation.targets
+        if {"volume_ml", "reference_volume_ml"} <= set(evaluation.table.columns)
+        and not any(a.target == target and a.compared.predicted == "volume_ml" for a in evaluation.agreements)
+    ]
+    if len(evaluation.sites) < 2:
+        found.append("Nothing is shown by site: all subjects are from one site, or their sites are not known.")
+    if not len(evaluation.reliability):
+        found.append("The reliability of probabilities is not shown: no probabilities were measured.")
+    return found
+
+
 _LEAST_FOR_BINS = 6
+_MOST_READ = 6
+"""Groups of runs whose quantities are drawn and put into words; of more, tables hold them."""
 _MOST_ROWS = 16
 """Of a chart that has a row for each group."""
 
 
-def _charts(evaluation: Evaluation, band_percent: float | None) -> list[list[str]]:
+def _charts(evaluation: Evaluation, band_percent: float | None) -> list[list[Chart]]:
     """Groups of charts: distributions of at most four averaged metrics; agreement; these over density; the rest."""
     averaged = [name for name in evaluation.metrics if METRICS[name].better]
     chosen = [name for name in ("dice", "hd95_mm") if name in averaged] or averaged[:2]
@@ -279,6 +390,7 @@ def _charts(evaluation: Evaluation, band_percent: float | None) -> list[list[str
     pairs = [
         [identity_chart(agreeing), agreement_chart(agreeing, band_percent=band_percent)]
         for agreeing in evaluation.agreements
+        if agreeing.compared.predicted != "quantity_mean"  # has a section of its own
     ]
     charts = [lesion_chart(evaluation, target) for target in evaluation.lesions["target"].unique()]
     if len(evaluation.confusion):
@@ -288,7 +400,7 @@ def _charts(evaluation: Evaluation, band_percent: float | None) -> list[list[str
     return [group for group in (distributions, *pairs, _over_density(evaluation, chosen), charts) if group]
 
 
-def _over_density(evaluation: Evaluation, metrics: Sequence[str], of: str = "") -> list[str]:
+def _over_density(evaluation: Evaluation, metrics: Sequence[str], of: str = "") -> list[Chart]:
     """Charts of metrics over the density of targets, where it was measured and enough subjects have them."""
     if "density_percent" not in evaluation.metrics:
         return []
@@ -319,7 +431,8 @@ def _study(report: StudyReport) -> list[dict[str, Any]]:
 
 
 def _section(section: StudySection, metric: str) -> dict[str, Any]:
-    rows, pooled, agreement, errors, crossed, over_density = [], [], [], [], [], []
+    rows, pooled, agreement, errors, sides, over_density = [], [], [], [], [], []
+    few = len(section.evaluations) <= _MOST_READ
     for name, evaluation in section.evaluations.items():
         estimates = evaluation.overall()
         shown = dict.fromkeys((metric, "dice", "hd95_mm", "assd_mm"))
@@ -327,12 +440,12 @@ def _section(section: StudySection, metric: str) -> dict[str, Any]:
         pooled += [{"runs": name, **row} for row in evaluation.described_pooled()]
         agreement += [{"runs": name, **row} for agreeing in evaluation.agreements for row in agreeing.described()]
         errors += [{"runs": name, **agreeing.error_sizes()} for agreeing in evaluation.agreements]
-        crossed += [f"{name}: {line}" for line in evaluation.crossings()]
+        sides += [{"runs": name, **found} for found in _quantities(evaluation, drawn=few) if found["sides"]]
         over_density += _over_density(evaluation, ["avd_percent"], of=f"{name}: ")
     label = METRICS[metric].title
     charts = []
     if section.curves:
-        charts.append(curve_chart(section.curves, section.axis, label))
+        charts.append(curve_chart(section.curves, section.axis, metric))
     elif section.evaluations and len(section.evaluations) <= _MOST_ROWS:
         charts.append(methods_chart(section.evaluations, metric, label))
     return {
@@ -344,7 +457,8 @@ def _section(section: StudySection, metric: str) -> dict[str, Any]:
         "pooled": pooled,
         "agreement": agreement,
         "errors": errors,
-        "crossed": crossed,
+        "sides": sides,
+        "read": sides if few else [],
         "picture": None if section.picture is None else _embedded(section.picture),
     }
 
@@ -372,7 +486,7 @@ def _changed(report: AdaptationReport) -> list[dict[str, Any]]:
     return groups
 
 
-def _training_charts(report: RunReport) -> list[str]:
+def _training_charts(report: RunReport) -> list[Chart]:
     charts = []
     if report.learning is not None and len(report.learning):
         charts.append(loss_chart(report.learning, report.validation_loss))
@@ -428,6 +542,28 @@ def _picture(overlay: Overlay, view: View, palette: Palette) -> dict[str, str]:
         "plane": view.plane,
         "text": f"{view.plane} slice of {overlay.subject}, prediction compared with reference",
     }
+
+
+def _slices(overlay: Overlay, palette: Palette) -> dict[str, Any] | None:
+    """Pictures of one subject to scroll through; None for a single one."""
+    if len(overlay.slices) < 2:
+        return None
+    drawn = slice_pictures(overlay.slices, palette)
+    first, n = overlay.slices[0], len(drawn)
+    said = [f"{i} of {n}, {view.depth_mm - first.depth_mm:.0f} mm" for i, (view, _) in enumerate(drawn, start=1)]
+    return {
+        "plane": first.plane,
+        "way": _WAYS[first.plane],
+        "edges": first.edges,
+        "middle": n // 2,
+        "pictures": [
+            {"source": _embedded(webp), "said": words, "text": f"{first.plane} slice {words}, of {overlay.subject}"}
+            for words, (_, webp) in zip(said, drawn, strict=True)
+        ],
+    }
+
+
+_WAYS = {"axial": "from head to feet", "coronal": "from front to back", "sagittal": "from right to left"}
 
 
 def _data_summary(rows: Sequence[SubjectRow]) -> dict[str, str]:

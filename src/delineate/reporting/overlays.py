@@ -15,6 +15,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
+from PIL import Image
 
 from delineate.core.grid import box_around, permute_axes
 from delineate.core.legend import PLAIN, Legend
@@ -47,6 +48,12 @@ _DISPLAY = "LPI"
 # Plane, the axis it cuts, and the letters on its left, right, top and bottom.
 _PLANES = (("axial", 2, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 0, "APSI"))
 _LEAST_SIDE_MM = 60.0
+_OPACITY = 0.55
+MOST_SLICES = 16
+"""Most slices to scroll through."""
+MOST_SLICE_BYTES = 140_000
+"""Most bytes of all slices of one subject; embedded in a page, they take a third more."""
+_SLICE_PIXELS = 320
 _PANELS_A_ROW = 4
 
 
@@ -54,7 +61,8 @@ _PANELS_A_ROW = 4
 class View:
     """A slice as displayed: ``image`` with grey values 0–255, and ``agreement``, both (rows, columns).
 
-    ``size_mm`` is (height, width); ``edges`` are the directions on the left, right, top and bottom.
+    ``size_mm`` is (height, width); ``edges`` are the directions on the left, right, top and bottom. ``depth_mm`` is
+    the distance from the scan's first slice in this plane.
     """
 
     plane: str
@@ -62,16 +70,21 @@ class View:
     agreement: NDArray[np.uint8]
     size_mm: tuple[float, float]
     edges: str
+    depth_mm: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class Overlay:
-    """Three orthogonal views of one subject; ``rank`` is best, median, worst or only, else empty."""
+    """Three orthogonal views of one subject; ``rank`` is best, median, worst or only, else empty.
+
+    ``slices`` are parallel views through the segmentations, to scroll through.
+    """
 
     subject: str
     rank: str
     dice: float
     views: tuple[View, ...]
+    slices: tuple[View, ...] = ()
 
 
 def overlays_of(
@@ -97,9 +110,11 @@ def overlays_of(
     for place in sorted({*places, *range(max(0, len(dice) - MOST_PICTURES), len(dice))}):
         rank, subject = places.get(place, ""), str(dice.index[place])
         pair = files[subject]
-        prediction, reference = pair.labels(orientation=orientation)
-        views = views_of(scans(subject), prediction, reference, targets, subject=subject)
-        overlays.append(Overlay(subject, rank, float(dice.iloc[place]), views))
+        prediction, reference = pair.labels(targets, orientation=orientation)
+        scan = scans(subject)
+        views = views_of(scan, prediction, reference, targets, subject=subject)
+        slices = slices_of(scan, prediction, reference, targets) if rank else ()
+        overlays.append(Overlay(subject, rank, float(dice.iloc[place]), views, slices))
     return overlays
 
 
@@ -115,6 +130,20 @@ def views_of(
     marks = agreement(prediction.voxels, reference.voxels, targets)
     segmented = targets.foreground(reference.voxels)
     return _views(scan, marks, segmented if segmented.any() else marks > 0)
+
+
+def slices_of(scan: Volume, prediction: LabelVolume, reference: LabelVolume, targets: Targets) -> tuple[View, ...]:
+    """Up to :data:`MOST_SLICES` of the scan's slices through the segmentations, evenly spaced.
+
+    They run from head to feet, front to back or right to left; all on one grid. Empty segmentations: through the scan.
+    """
+    marks = agreement(prediction.voxels, reference.voxels, targets)
+    prepared = _Displayed.of(scan, marks, marks > 0)
+    plane = next(plane for plane in _PLANES if plane[1] == prepared.across)
+    places = np.flatnonzero(np.any(marks_of := prepared.marks > 0, axis=prepared.beside(prepared.across)))
+    first, last = (places[0], places[-1]) if len(places) else (0, marks_of.shape[prepared.across] - 1)
+    chosen = np.unique(np.linspace(first, last, min(MOST_SLICES, last - first + 1)).round().astype(int))
+    return tuple(prepared.view(*plane, int(at)) for at in chosen)
 
 
 def views_of_label(scan: Volume, label: LabelVolume, targets: Targets) -> tuple[View, ...]:
@@ -163,23 +192,54 @@ def _views(
 
     They are cut to a cube around ``shown``, by default the marks.
     """
+    displayed = _Displayed.of(scan, marks, marks > 0 if shown is None else shown)
     order, flip = scan.grid.axes_to(_DISPLAY)
-    spacing_mm = scan.grid.permute(order, flip).spacing_mm
-    arrays = (scan.voxels[0], marks, segmented, marks > 0 if shown is None else shown)
-    image, marks, segmented, shown = (permute_axes(voxels, order, flip) for voxels in arrays)
-    box = _cube(shown, spacing_mm)
-    black, white = np.percentile(image, [0.5, 99.5])
+    largest = permute_axes(segmented, order, flip)
 
     def view(plane: str, axis: int, edges: str) -> View:
-        columns, rows = (i for i in range(3) if i != axis)
-        area = np.count_nonzero(segmented, axis=(columns, rows))
-        at = int(np.argmax(area)) if area.any() else len(area) // 2
-        cut = tuple(at if i == axis else box[i] for i in range(3))
-        grey = np.clip((image[cut].T - black) / max(white - black, 1e-9), 0, 1)
-        size_mm = grey.shape[0] * spacing_mm[rows], grey.shape[1] * spacing_mm[columns]
-        return View(plane, (255 * grey).astype(np.uint8), marks[cut].T, size_mm, edges)
+        area = np.count_nonzero(largest, axis=displayed.beside(axis))
+        return displayed.view(plane, axis, edges, int(np.argmax(area)) if area.any() else len(area) // 2)
 
     return tuple(view(*plane) for plane in _PLANES)
+
+
+@dataclass(frozen=True, eq=False)
+class _Displayed:
+    """A scan and its marks as displayed (left, back, feet), the box to cut them to, and what is black and white.
+
+    ``across`` is the axis across the scan's slices.
+    """
+
+    image: NDArray
+    marks: NDArray[np.uint8]
+    window: tuple[float, float]
+    box: tuple[slice, ...]
+    spacing_mm: tuple[float, float, float]
+    across: int
+
+    @classmethod
+    def of(cls, scan: Volume, marks: NDArray[np.uint8], shown: NDArray[np.bool_]) -> _Displayed:
+        """``marks`` and ``shown``, around which is cut, are on the scan's grid."""
+        order, flip = scan.grid.axes_to(_DISPLAY)
+        grid = scan.grid.permute(order, flip)
+        image, marks, shown = (permute_axes(voxels, order, flip) for voxels in (scan.voxels[0], marks, shown))
+        black, white = np.percentile(image, [0.5, 99.5])
+        box = _cube(shown, grid.spacing_mm)
+        return cls(image, marks, (float(black), float(white)), box, grid.spacing_mm, grid.slice_axis)
+
+    @staticmethod
+    def beside(axis: int) -> tuple[int, int]:
+        """The two axes of a slice across an axis."""
+        first, second = (i for i in range(3) if i != axis)
+        return first, second
+
+    def view(self, plane: str, axis: int, edges: str, at: int) -> View:
+        columns, rows = self.beside(axis)
+        cut = tuple(at if i == axis else self.box[i] for i in range(3))
+        black, white = self.window
+        grey = np.clip((self.image[cut].T - black) / max(white - black, 1e-9), 0, 1)
+        size_mm = grey.shape[0] * self.spacing_mm[rows], grey.shape[1] * self.spacing_mm[columns]
+        return View(plane, (255 * grey).astype(np.uint8), self.marks[cut].T, size_mm, edges, at * self.spacing_mm[axis])
 
 
 def agreement(prediction: NDArray, reference: NDArray, targets: Targets) -> NDArray[np.uint8]:
@@ -249,13 +309,39 @@ def picture(view: View, palette: Palette = "distinct") -> bytes:
     return written.getvalue()
 
 
+def slice_pictures(slices: Sequence[View], palette: Palette = "distinct") -> list[tuple[View, bytes]]:
+    """Slices as WebP images without letters, together within :data:`MOST_SLICE_BYTES`: coarser, then fewer, to fit."""
+    while True:
+        for quality in (75, 55, 35):
+            drawn = [(view, _blended(view, COLOURS[palette], quality)) for view in slices]
+            if sum(len(picture) for _, picture in drawn) <= MOST_SLICE_BYTES or len(slices) == 1:
+                return drawn
+        slices = slices[::2]
+
+
+def _blended(view: View, colours: Mapping[int, str], quality: int) -> bytes:
+    height, width = view.size_mm
+    scale = _SLICE_PIXELS / max(height, width)
+    size = max(1, round(scale * width)), max(1, round(scale * height))
+    grey = np.asarray(Image.fromarray(view.image).resize(size, Image.Resampling.BILINEAR), float)
+    marks = np.asarray(Image.fromarray(view.agreement).resize(size, Image.Resampling.NEAREST))
+    table = np.zeros((max(colours) + 1, 4))
+    for mark, colour in colours.items():
+        table[mark] = to_rgba(colour, _OPACITY)
+    shade = table[marks]
+    mixed = grey[..., None] * (1 - shade[..., 3:]) + 255 * shade[..., :3] * shade[..., 3:]
+    written = BytesIO()
+    Image.fromarray(mixed.round().astype(np.uint8)).save(written, "webp", quality=quality)
+    return written.getvalue()
+
+
 def _draw(axes: Axes, view: View, colours: Mapping[int, str]) -> None:
     height, width = view.size_mm
     extent = (0, width, height, 0)
     axes.imshow(view.image, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="bilinear")
     table = np.zeros((max(colours) + 1, 4))
     for mark, colour in colours.items():
-        table[mark] = to_rgba(colour, 0.55)
+        table[mark] = to_rgba(colour, _OPACITY)
     axes.imshow(table[view.agreement], extent=extent, interpolation="nearest")
     axes.set_axis_off()
     for letter, (x, y) in zip(view.edges, ((0.04, 0.5), (0.96, 0.5), (0.5, 0.95), (0.5, 0.05)), strict=True):

@@ -24,6 +24,7 @@ from delineate.evaluation.table import Evaluation
 from delineate.io.files import parsing, read_text
 from delineate.io.tables import read_table
 from delineate.recipe import TrainingSpec
+from delineate.reporting.card import card_beside
 from delineate.reporting.cautions import Training, cautions
 from delineate.reporting.classes import class_rows
 from delineate.reporting.composite import composite_picture
@@ -45,6 +46,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
     events = without_undone(read_events(folder / "logs"))
     planned = next((event for event in reversed(events) if isinstance(event, Planned)), None)
     steps_an_epoch = None if planned is None else planned.steps_an_epoch
+    card, unreadable = card_beside(folder, bundle)
     warned = cautions(Training(bundle.recipe.training, learning, validation, steps_an_epoch), evaluation)
     content = RunReport(
         title=bundle.recipe.name,
@@ -60,7 +62,9 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         recipe_yaml=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         plan=PlanFile.read(folder / "plan.json").choices,
         provenance=_provenance(bundle, subjects) | _epochs(planned, _curve(folder / "logs" / "epochs.csv")),
+        card=card,
         notes=[
+            *unreadable,
             *warned,
             *(f"Deviates from the report that the recipe is named after: {text}" for text in bundle.recipe.deviates),
             *_notes(events, subjects, data.problems),
@@ -189,5 +193,5 @@ def _notes(events: Sequence[Event], subjects: RunSubjects, problems: Sequence[Pr
     for code, found in counts.items():
         first = f"{found[0].subject}: {found[0].message}" if found[0].subject else found[0].message
         more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
-        notes.append(f"{code}: {first}{more}.")
+        notes.append(f"{first}{more} ({code}).")
     return notes

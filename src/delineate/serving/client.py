@@ -415,9 +415,9 @@ class Client(_Talker):
         """Send a scan, wait, and fetch its segmentation, on the scan's own grid. Not for diagnosis.
 
         ``scan`` is a file, the folder or zip of a DICOM series, or one of these for each channel. ``out`` ends in the
-        format wanted: .nii.gz, .vtk, .vti, .seg.nrrd, .dcm, .png or .json; ``outputs`` names more of them. All come
-        with a .json of the same name, and a .vtk with a .nii.gz, too. They appear together, once all are whole. Without
-        ``out``, no file is written; the result's ``about`` says what is in the .json.
+        format wanted: .nii.gz, .vtk, .vti, .seg.nrrd, .dcm, .rtstruct.dcm, .png or .json; ``outputs`` names more of
+        them. All come with a .json of the same name, and a .vtk with a .nii.gz, too. They appear together, once all are
+        whole. Without ``out``, no file is written; the result's ``about`` says what is in the .json.
 
         ``model`` may be left out if the server has only one. ``options`` are those of ``delineate predict``: overlap,
         flips, mirrored, quantity, margin_mm, threshold. ``job`` resumes the job of that id, or gives a new one this

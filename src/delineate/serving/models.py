@@ -101,7 +101,7 @@ def _copy(folder: Path, models: Path, digest: str) -> None:
     try:
         beside.mkdir(parents=True, mode=0o700)
         for name in _files():
-            if (folder / name).exists():
+            if (folder / name).is_file():
                 shutil.copyfile(folder / name, beside / name)
         if _digest(beside) != digest:
             raise BundleError(f"'{folder}' was replaced while it was copied", fix="try again")
@@ -118,10 +118,10 @@ def _copy(folder: Path, models: Path, digest: str) -> None:
 
 
 def _files() -> tuple[str, ...]:
-    from delineate.bundle import PREPROCESSING, RECIPE, WEIGHTS
+    from delineate.bundle import CARD, CARD_FACTS, PREPROCESSING, RECIPE, WEIGHTS
     from delineate.calibration import CALIBRATION
 
-    return (_MANIFEST, RECIPE, PREPROCESSING, CALIBRATION, WEIGHTS)
+    return (_MANIFEST, RECIPE, PREPROCESSING, CALIBRATION, CARD_FACTS, CARD, WEIGHTS)
 
 
 def _digest(folder: Path) -> str:

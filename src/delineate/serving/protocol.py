@@ -48,7 +48,7 @@ CREDIT = 8
 
 Format = Literal["nii.gz", "nii", "mha", "nrrd", "dicom.zip"]
 """What a part may be: one file each, and a DICOM series as a zip."""
-OutputFormat = Literal["nii.gz", "vtk", "vti", "seg.nrrd", "dcm", "png", "json"]
+OutputFormat = Literal["nii.gz", "vtk", "vti", "seg.nrrd", "dcm", "rtstruct.dcm", "png", "json"]
 Codec = Literal["raw", "blosc2"]
 FORMATS, OUTPUTS, CODECS = get_args(Format), get_args(OutputFormat), get_args(Codec)
 

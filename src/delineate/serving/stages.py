@@ -25,7 +25,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -187,6 +187,8 @@ def export(
     folder: Path, parts: tuple[Part, ...], options: Options, bundle: Applied, about: Mapping[str, Any]
 ) -> tuple[Output, ...]:
     """Write the results in all formats asked for; their names, sizes and digests."""
+    from delineate.inference.measurements import measure_label, rows_of
+
     with _writing():
         (folder / "out").mkdir(mode=0o700)
     quantity = quantity_of(options)
@@ -194,13 +196,14 @@ def export(
     scan = _scan(folder)
     label = LabelVolume(np.load(folder / "decoded" / "label.npy"), scan.grid)
     about = dict(about)
+    maps = {QuantityMap(channel): values for channel, values in zip(bundle.channels, scan.voxels, strict=True)}
     if quantity is not None:
-        from delineate.inference.measurements import measure_label
-
-        values = np.load(folder / "decoded" / "quantity.npy", mmap_mode="r").T
-        measured = measure_label(label, bundle.targets, values, quantity)
+        maps = {one: values for one, values in maps.items() if one.channel != quantity.channel}
+        maps[quantity] = np.load(folder / "decoded" / "quantity.npy", mmap_mode="r").T
         about["quantity"] = quantity.as_dict()
-        about["measurements"] = {target: _finite(asdict(found)) for target, found in measured.items()}
+    measured = measure_label(label, bundle.targets, {one.as_it_is(values): values for one, values in maps.items()})
+    rows = rows_of("scan", measured)
+    about["measurements"] = [_finite({name: row[name] for name in row if name != "subject"}) for row in rows]
     for format in options.outputs:
         path = folder / "out" / f"label.{format}"
         if format == "json" or path.exists():  # some formats come with others
@@ -244,9 +247,9 @@ def _check_outputs(options: Options, bundle: Applied, source: Path) -> None:
     """Raise :class:`BadFormat` for a result that could not be written in the end."""
     for format in options.outputs:
         if format not in ("json", "png"):
-            check_label_format(format, bundle.targets)
-    if "dcm" in options.outputs and not is_series(source):
-        raise BadFormat("a DICOM-SEG refers to a DICOM series", fix="send the series, or ask for another format")
+            check_label_format(format)
+    if any(format.endswith("dcm") for format in options.outputs) and not is_series(source):
+        raise BadFormat("a label in DICOM refers to a DICOM series", fix="send the series, or ask for another format")
 
 
 def _named(folder: Path, index: int, part: Part) -> Path:
@@ -320,6 +323,7 @@ def _described(path: Path) -> Output:
     return Output(path.name, path.stat().st_size, digest)
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers as JSON has them: what is undefined is null."""
-    return {name: value if isfinite(value) else None for name, value in values.items()}
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them: what is undefined is null."""
+    undefined = {name for name, value in values.items() if isinstance(value, float) and not isfinite(value)}
+    return {name: None if name in undefined else value for name, value in values.items()}

@@ -15,6 +15,7 @@ from delineate.io.files import writing_beside
 from delineate.io.formats import read_label
 from delineate.io.tables import write_table
 from delineate.metrics.statistics import Estimate
+from delineate.reporting.cautions import trend
 from delineate.reporting.html import StudyReport, StudySection, write_report
 from delineate.reporting.overlays import comparison_picture
 from delineate.studies.designs import PlannedRun
@@ -173,8 +174,8 @@ def _section(results: StudyResults, folder: Path, stage: str, data: str, runs: l
 _LEARNING = {
     "training loss": "smoothed",
     "validation loss": "test",
-    "Dice, validation": "dice",
-    "absolute volume error, validation (ml)": "volume_error_ml",
+    "Dice on validation subjects": "dice",
+    "validation volume error, ml": "volume_error_ml",
 }
 """What is drawn over training steps, and which of a run's :class:`Curves` it is."""
 
@@ -247,9 +248,25 @@ def _notes(results: StudyResults, size: str, data_sets: Mapping[str, str]) -> li
             f"Runs trained between {fewest} and {most} steps, so part of any difference may be due to that alone. A "
             "budget of training.steps instead of minutes gives every run as many."
         )
+    notes += _rising(results)
     if results.simulated:
         notes.append("The scans are simulated: nothing here reproduces, or contradicts, a published result.")
     return notes
+
+
+def _rising(results: StudyResults) -> list[str]:
+    """Whether runs were still learning when their training ended."""
+    ends = [trend([(int(step), float(v)) for step, v in curves.dice.items()]) for curves in results.curves.values()]
+    known = [found for found in ends if found is not None]
+    if not known:
+        return ["Whether validation was still rising cannot be told: no run was validated four times."] * bool(ends)
+    rising = sum(found.rising for found in known)
+    unsure = sum(not found.rising and not found.level for found in known)
+    return [
+        f"Validation was still rising at the end of {rising} of {len(known)} runs, and may have been in {unsure} more "
+        "(by a straight line through the last third of its validations, at least four): an arm that learns slowly "
+        "looks worse than it is."
+    ]
 
 
 def _final(folder: Path) -> list[str]:

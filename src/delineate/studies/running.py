@@ -32,6 +32,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import AwareDatetime, Field
 
+from delineate.datasets.series_rules import SeriesRule
 from delineate.datasets.splits import load_split, save_split
 from delineate.errors import MissingFile, OutputError, StudyError
 from delineate.io.documents import Document
@@ -359,9 +360,15 @@ def _command(folder: StudyFolder, run: PlannedRun, data: Path, options: Sequence
 
 def _reading(data: DataSpec) -> list[str]:
     """How a test reads its data set, which may be another than that of the network's own recipe."""
-    images = [data.images] if isinstance(data.images, str) else [f"{c}={p}" for c, p in (data.images or {}).items()]
+    named = {} if data.images is None or isinstance(data.images, str) else data.images
+    images = [data.images] if isinstance(data.images, str) else [f"{c}={_written(p)}" for c, p in named.items()]
     found = ["--layout", data.layout, *(part for pattern in images for part in ("--images", pattern))]
-    return [*found, *(["--labels", data.labels] if data.labels else [])]
+    return [*found, *(["--labels", _written(data.labels)] if data.labels else [])]
+
+
+def _written(rule: str | SeriesRule) -> str:
+    """A pattern, or a rule as options take it."""
+    return rule if isinstance(rule, str) else rule.model_dump_json(exclude_defaults=True)
 
 
 def _last_line(log: Path, code: int) -> str:

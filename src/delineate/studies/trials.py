@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from delineate.datasets.splits import Split
-from delineate.errors import DelineateError, RecipeError, StudyError, TrainingError
+from delineate.errors import DelineateError, OutOfMemory, RecipeError, StudyError, TrainingError
 from delineate.networks.cost import step_cost
 from delineate.recipe import Recipe
 from delineate.sampling.tiles import Whole, geometry_for
@@ -34,8 +34,10 @@ class Trial:
     ``preparing_seconds``: inspecting and preparing all subjects; a run that finds them prepared spends less.
     ``validating_seconds``: one validation. ``predicting_seconds``: predicting and measuring one held-out subject;
     the noise that an untrained network predicts takes longer to measure than what a trained one does.
-    ``peak_gb``: memory of the process, with the prepared subjects that the whole run keeps in memory;
-    ``device_gb``: memory of a CUDA GPU. ``total_steps``: after how many steps training ends at the latest, None if
+    ``peak_gb``: memory of the process, with the prepared subjects that the whole run keeps in memory; ``program_gb``,
+    ``data_gb`` and ``network_gb`` (weights, gradients, the optimiser's moments) are parts of it, and the rest is what a
+    step or a prediction keeps. ``device_gb``: memory of a CUDA GPU. ``prepared_gb``: disk space of the prepared
+    subjects. ``total_steps``: after how many steps training ends at the latest, None if
     only minutes limit it. ``expected_minutes``: the whole run, from the start of its process to its report.
     """
 
@@ -45,7 +47,11 @@ class Trial:
     validating_seconds: float
     predicting_seconds: float
     peak_gb: float
+    program_gb: float
+    data_gb: float
+    network_gb: float
     device_gb: float | None
+    prepared_gb: float
     compiled: bool
     total_steps: int | None
     expected_minutes: float
@@ -60,20 +66,25 @@ def try_recipe(
     device: str = "auto",
     threads: int | None = None,
     steps: int = LEAST_STEPS,
+    memory_gb: float | None = None,
 ) -> Trial:
     """Train for a few steps in a process of its own, validate, predict a held-out subject, and leave nothing behind.
 
     It is the real training, compiled if the whole run would be, but on the smallest and the largest training subject
     and on the largest of the others in each role. Of the rest, only the scans' headers are read.
 
-    Raises what the training raises, such as :class:`RecipeError`, and :class:`TrainingError` if its process crashes
-    or is killed, for example because memory runs out.
+    ``memory_gb``: its process gets no more than this, where the system can limit it (Linux).
+
+    Raises what the training raises, such as :class:`RecipeError`, :class:`OutOfMemory` if memory runs out, and
+    :class:`TrainingError` if its process crashes or is killed.
     """
     if steps < LEAST_STEPS:
         raise StudyError(f"{steps} steps are too few for a trial", fix=f"take at least {LEAST_STEPS}")
     with TemporaryDirectory(prefix="delineate-trial-") as name:
         folder = Path(name)
-        (folder / REQUEST).write_bytes(pickle.dumps(Request(recipe, data, split, fold, device, threads, steps)))
+        (folder / REQUEST).write_bytes(
+            pickle.dumps(Request(recipe, data, split, fold, device, threads, steps, memory_gb))
+        )
         status = _answered_apart(folder)
         if not (folder / ANSWER).exists():
             raise _crash(recipe.name, status, (folder / "log").read_text(encoding="utf-8", errors="replace"))
@@ -153,6 +164,7 @@ class Request:
     device: str = "auto"
     threads: int | None = None
     steps: int = LEAST_STEPS
+    memory_gb: float | None = None
     asked: float = field(default_factory=time.time)
 
 
@@ -180,8 +192,7 @@ def _crash(name: str, status: int, log: str) -> TrainingError:
     """The error of a process that ended without an answer."""
     last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), f"it ended with status {status}")
     how = f"was killed by signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"failed: {last[:500]}"
+    what = f"the trial of recipe '{name}' {how}"
     if status == -signal.SIGKILL or "memory" in last.lower():
-        fix = "it probably ran out of memory: reduce training.batch_size or the tiles, or use a larger machine"
-    else:
-        fix = "run `delineate train` with this recipe to see more"
-    return TrainingError(f"the trial of recipe '{name}' {how}", fix=fix)
+        return OutOfMemory(what, fix="reduce training.batch_size or the tiles; `delineate plan` tries what fits")
+    return TrainingError(what, fix="run `delineate train` with this recipe to see more")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import shutil
 import signal
 import sys
@@ -26,7 +27,7 @@ from delineate.datasets.splits import Split, check_split, save_split
 from delineate.errors import DelineateError
 from delineate.io.files import writing_beside
 from delineate.io.formats import read_header
-from delineate.networks.cost import count_convolutions
+from delineate.networks.cost import count_convolutions, count_parameters
 from delineate.preprocessing.cache import PreparedDataset, budget_in_memory
 from delineate.recipe import Recipe
 from delineate.reporting.run import write_run_report
@@ -44,13 +45,29 @@ def answer() -> None:
     """Answer the request in the folder that the command line names: all that a trial's process does."""
     folder = Path(sys.argv[1])
     threading.Thread(target=_end_with_the_asker, args=(folder,), daemon=True).start()
+    request: Request = pickle.loads((folder / REQUEST).read_bytes())
+    if request.memory_gb is not None:
+        _take_no_more_than(request.memory_gb)
     found: Trial | DelineateError
     try:
-        found = tried(pickle.loads((folder / REQUEST).read_bytes()), folder)
+        found = tried(request, folder)
     except DelineateError as error:
         found = error
     with writing_beside(folder / ANSWER) as beside:
         beside.write_bytes(pickle.dumps(found))
+
+
+_SLACK_GB = 1.0
+
+
+def _take_no_more_than(memory_gb: float) -> None:
+    """Let allocations far beyond a limit fail, where that is possible, so that a trial does not take the machine down.
+
+    The system counts what is allocated, used or not, so there is some slack: what was used is known afterwards.
+    """
+    if sys.platform == "linux":  # elsewhere, the limit does not count what is allocated in large pieces
+        most = int((memory_gb + _SLACK_GB) * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def _end_with_the_asker(folder: Path) -> None:
@@ -62,7 +79,7 @@ def _end_with_the_asker(folder: Path) -> None:
 
 def tried(request: Request, folder: Path) -> Trial:
     """Try a recipe in this process; the run is left in ``folder/run``, its prepared subjects in ``folder/cache``."""
-    recipe, began = request.recipe, time.time()
+    recipe, began, program = request.recipe, time.time(), peak_memory_bytes()
     dataset = recipe.data.open(request.data)
     check_split(request.split, dataset)
     roles = assign_roles(dataset.subjects, request.split, request.fold, recipe)
@@ -92,7 +109,7 @@ def tried(request: Request, folder: Path) -> Trial:
     measured = time.time()
     write_run_report(folder / "run", some)
     took = _Took.of(read_events(folder / "run" / "logs"), steps.ends, request.asked, began, measured)
-    return _expected(recipe, roles, few, sizes, took, plan, folder)
+    return _expected(recipe, roles, few, sizes, took, plan, folder, program)
 
 
 def _voxels(subject: Subject) -> int:
@@ -197,7 +214,14 @@ class _Part:
 
 
 def _expected(
-    recipe: Recipe, whole: Roles, few: Roles, sizes: Mapping[str, int], took: _Took, plan: ComputePlan, folder: Path
+    recipe: Recipe,
+    whole: Roles,
+    few: Roles,
+    sizes: Mapping[str, int],
+    took: _Took,
+    plan: ComputePlan,
+    folder: Path,
+    program: int,
 ) -> Trial:
     """What the whole run will take, from what the run of a few subjects in ``folder`` took."""
 
@@ -222,7 +246,11 @@ def _expected(
         limits.append(total_steps * took.step + min(spec.validation.times, total_steps) * validating)
     others = took.starting + max(0.0, took.first_step - took.step) + took.keeping + took.reporting
     seconds = preparing + min(limits) + took.predicting * held_out.times() + others
-    more = _more_in_memory(trained_on, training) + _more_in_memory(validated_on, validation)
+    prepared = [(trained_on, training), (validated_on, validation)]
+    more = sum(_more_in_memory(some, part) for some, part in prepared)
+    with torch.device("meta"):
+        parameters, _ = count_parameters(Bundle.load(folder / "run" / "bundle").network())
+    copies = 4 + (spec.ema > 0)  # weights, gradients, two moments, and averaged weights
     return Trial(
         steps=took.steps,
         seconds_a_step=took.step,
@@ -230,7 +258,11 @@ def _expected(
         validating_seconds=validating,
         predicting_seconds=took.predicting * held_out.times() / max(1, len(held_out.all)),
         peak_gb=(peak_memory_bytes() + more) / 1e9,
+        program_gb=program / 1e9,
+        data_gb=(sum(some.nbytes for some, _ in prepared) + more) / 1e9,
+        network_gb=copies * 4 * parameters / 1e9,
         device_gb=torch.cuda.max_memory_reserved(plan.device) / 1e9 if plan.device.type == "cuda" else None,
+        prepared_gb=sum(_all_bytes(some, part) for some, part in prepared) / 1e9,
         compiled=plan.compile,
         total_steps=total_steps,
         expected_minutes=seconds / 60,
@@ -258,5 +290,10 @@ def _items(recipe: Recipe, geometry: TileGeometry, prepared: PreparedDataset, tr
 
 def _more_in_memory(prepared: PreparedDataset, part: _Part) -> float:
     """Bytes of all subjects of a part that a run keeps in memory, beyond those of the few that are prepared."""
-    everything = part.summed([prepared[i : i + 1].nbytes for i in range(len(prepared))])
+    everything = _all_bytes(prepared, part)
     return max(0.0, everything - prepared.nbytes) if everything <= budget_in_memory() else 0.0
+
+
+def _all_bytes(prepared: PreparedDataset, part: _Part) -> float:
+    """Bytes of all subjects of a part, from the few that are prepared."""
+    return part.summed([prepared[i : i + 1].nbytes for i in range(len(prepared))])

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from delineate.core.subject import Subject
+from delineate.core.subject import Subject, paths_of
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.folder import Folder, Layout, own_folder
 from delineate.datasets.layouts import LAYOUTS, open_dataset
@@ -37,7 +37,7 @@ def it_reads_its_example(layout: Layout, example: Path) -> None:
 
 def a_label_is_no_scan(layout: Layout, example: Path) -> None:
     subjects = _read(layout, example).subjects
-    labels = {subject.label for subject in subjects if subject.label is not None}
+    labels = {path for subject in subjects for path in paths_of(subject.label)}
     require(labels, "the example has no labels; give one that does")
     taken = labels & {file for subject in subjects for file in subject.scans.values()}
     require(not taken, f"it takes labels for scans: {', '.join(map(str, taken))}")

@@ -31,7 +31,9 @@ from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.inspection import Inspection
 from delineate.datasets.splits import Split, make_split, save_split
-from delineate.errors import DatasetError
+from delineate.errors import BundleError, DatasetError
+from delineate.evaluation.card import write_card
+from delineate.evaluation.card_facts import CardFacts, Kind, Result
 from delineate.evaluation.change import JUDGED_BY, Change
 from delineate.evaluation.forgetting import AFTER, BEFORE, measure_forgetting
 from delineate.evaluation.measure import STANDARD, Measuring, evaluate
@@ -106,6 +108,7 @@ def adapt(
         )
     else:
         forgetting = work.forgetting(parts.unseen, compute)
+    work.write_card(gain, forgetting)
     return Adapted(folder, plan, share, gain, forgetting, tuple(notes), dataset.simulated)
 
 
@@ -231,6 +234,21 @@ class _Work:
                 lambda done, total: self.report.progress("predicting original subjects", done, total),
             )
         return Change.between(found[BEFORE], found[AFTER])
+
+    def write_card(self, gain: Change | None, forgetting: Change | None) -> None:
+        """Write the adapted bundle's card, which begins with what the original's author wrote."""
+        adapted, tuned = (Bundle.load(folder / "bundle") for folder in (self.folder, self.folder / "final"))
+        effort = CardFacts.of(tuned).effort
+        effort = None if effort is None else replace(effort, weights_sha256=adapted.weights_sha256)
+        facts = CardFacts.of(adapted).model_copy(update={"effort": effort})
+        measured: dict[Kind, Change | None] = {"adapted": gain, "original": forgetting}
+        try:
+            for kind, change in measured.items():
+                if change is not None:
+                    facts = facts.with_result(Result.of(kind, adapted, change.after))
+            write_card(self.folder / "bundle", facts, like=self.origin.folder)
+        except BundleError as error:
+            self.report(f"the bundle's card was not written: {error}")
 
     def _train(self, run: Path, split: Split, fold: int | None, title: str) -> Stop | None:
         if not (run / "split.json").exists():

@@ -15,7 +15,18 @@ from delineate.recipe import Recipe
 from delineate.training.options import Stop
 
 PLAN = "adaptation.json"
-WRITTEN = (PLAN, "folds", "final", "bundle", "new", "original", "report.html", "result.json", "subjects.csv")
+WRITTEN = (
+    PLAN,
+    "folds",
+    "final",
+    "bundle",
+    "new",
+    "original",
+    "report.html",
+    "card.html",
+    "result.json",
+    "subjects.csv",
+)
 """What an adaptation writes into its folder."""
 
 

@@ -154,7 +154,7 @@ def _fitting(origin: Bundle, dataset: Dataset) -> Dataset:
                     f"'{dataset.name}' labels {_some(list(stated))}, but not '{name}', which the bundle segments",
                     fix=f"label it, too, or name the label values as the bundle does: --targets {_values(origin)}",
                 )
-            if set(stated[name]) != set(values):
+            if not dataset.by_name and set(stated[name]) != set(values):
                 ours, theirs = (" and ".join(map(str, numbers)) for numbers in (values, stated[name]))
                 raise DatasetError(
                     f"'{name}' is label value {ours} in the bundle, but {theirs} in '{dataset.name}'",

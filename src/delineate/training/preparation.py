@@ -17,7 +17,7 @@ from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
 from delineate.core.grid import AXES, Grid
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
-from delineate.datasets.dataset import Dataset, load_label, load_scan
+from delineate.datasets.dataset import Dataset, load_scan, read_numbered
 from delineate.datasets.inspection import Inspection, inspect
 from delineate.datasets.splits import (
     Split,
@@ -147,10 +147,11 @@ def reached(recipe: Recipe, dataset: Dataset, split_file: Path | None = None) ->
     for subject in in_order(dataset.subjects):
         kept.append(subject)
         with suppress(DelineateError):
-            label = load_label(subject, None, None)
-            axis = _slice_axis(tiles, recipe.preprocessing, label.grid)
-            holding = np.isin(label.voxels, values).any(axis=tuple(a for a in range(3) if a != axis))
-            slices += sampler.count(int(holding.sum()), label.voxels.shape[axis])
+            if subject.label is not None:
+                label = read_numbered(subject.label, targets, subject.id)
+                axis = _slice_axis(tiles, recipe.preprocessing, label.grid)
+                holding = np.isin(label.voxels, values).any(axis=tuple(a for a in range(3) if a != axis))
+                slices += sampler.count(int(holding.sum()), label.voxels.shape[axis])
         if slices >= sampler.at_most:
             break
     return replace(dataset, subjects=tuple(kept))
@@ -200,7 +201,7 @@ def inspected(
 
 def _warn_of_other_values(targets: Targets, dataset: Dataset, report: Reporter) -> None:
     """Warn of targets that share a name with the data set's but not its label values, which in BraTS vary by year."""
-    for name, values in (dataset.targets.values if dataset.targets else {}).items():
+    for name, values in (dataset.targets.values if dataset.targets and not dataset.by_name else {}).items():
         if name in targets.values and not set(values) & set(targets.values[name]):
             here, there = (", ".join(map(str, numbers)) for numbers in (targets.values[name], values))
             report.event(

@@ -35,7 +35,9 @@ from delineate.core.subject import Subject
 from delineate.core.targets import SharedTargets
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.inspection import Inspection
-from delineate.errors import OutputError, RecipeError, TrainingError
+from delineate.errors import BundleError, OutputError, RecipeError, TrainingError
+from delineate.evaluation.card import write_card
+from delineate.evaluation.card_facts import ByRole, CardFacts, Effort, Result
 from delineate.evaluation.held_out import measure_outcomes, write_confidence
 from delineate.evaluation.measure import Measuring, evaluate
 from delineate.evaluation.table import Evaluation
@@ -60,13 +62,25 @@ from delineate.training.callbacks import (
     Validator,
 )
 from delineate.training.checkpoint import SafeCheckpointIO, steps_done
-from delineate.training.events import Finished, Planned, Resumed, Started, Stopped, Trained, Warned
+from delineate.training.events import (
+    Finished,
+    Planned,
+    Resumed,
+    Started,
+    Stopped,
+    Trained,
+    Validated,
+    Warned,
+    read_events,
+    without_undone,
+)
 from delineate.training.lock import holding, launching, stop_file
 from delineate.training.logs import CurveLogger, EventLogger
 from delineate.training.module import BatchStream, Budget, Delineator
 from delineate.training.options import Reporter, RunOptions, Stop
 from delineate.training.preparation import (
     Prepared,
+    Roles,
     assign_roles,
     expected_seconds,
     inspected,
@@ -172,6 +186,8 @@ def _run(
     if stopped is None and first and options.evaluate and roles.held_out:
         evaluation = _evaluate_held_out(folder, roles.held_out, plan, report)
         stopped = Stop.FILE if evaluation is None else None
+    if first:
+        _write_card(folder, roles, steps, evaluation, report, finished=stopped is None)
     if stopped is None:
         report.event(Finished(step=steps, measured=0 if evaluation is None else len(evaluation.subjects)))
     return RunResult(folder, steps, stopped, evaluation, tuple(report.messages), helper=not first)
@@ -418,6 +434,32 @@ def _evaluate_held_out(
     Intervals(level=LEVEL, rows=check_intervals(cases)).write(folder / "evaluation" / "intervals.json")
     write_confidence(folder / "evaluation", {outcome.subject.id: outcome.confidence for outcome in outcomes})
     return evaluation
+
+
+def _write_card(
+    folder: Path, roles: Roles, steps: int, evaluation: Evaluation | None, report: Reporter, *, finished: bool
+) -> None:
+    """Write the bundle's card, or say why it cannot be: a card that somebody damaged ends no training."""
+    bundle = Bundle.load(folder / "bundle")
+    if bundle.weights is None:
+        return
+    groups = (roles.training, roles.validation, roles.held_out)
+    sites = sorted({subject.site for group in groups for subject in group})
+    by_site = [ByRole(*(sum(subject.site == site for subject in group) for group in groups)) for site in sites]
+    timed = [e for e in without_undone(read_events(folder / "logs")) if isinstance(e, Trained | Validated)]
+    facts = CardFacts.of(bundle).model_copy(
+        update={
+            "effort": Effort(bundle.weights_sha256, steps, timed[-1].minutes if timed else None, finished),
+            "sites": tuple(by_site) if any(sites) else (),
+            "patients": ByRole(*(len({subject.patient for subject in group}) for group in groups)),
+        }
+    )
+    try:
+        if evaluation is not None:
+            facts = facts.with_result(Result.of("held out", bundle, evaluation, sites=sites))
+        write_card(folder / "bundle", facts)
+    except BundleError as error:
+        report.event(Warned(message=f"the bundle's card was not written: {error}"))
 
 
 def _cases(outcomes: Sequence[Outcome], measured: pd.DataFrame) -> list[Case]:

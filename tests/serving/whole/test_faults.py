@@ -18,6 +18,8 @@ from delineate.bundle import Bundle
 from delineate.core.grid import Grid
 from delineate.core.volume import Volume
 from delineate.errors import BundleError, Cancelled, DelineateError
+from delineate.evaluation.card import write_card
+from delineate.evaluation.card_facts import CardFacts
 from delineate.io.formats import read_volume, write_volume
 from delineate.serving import worker
 from delineate.serving.client import Client
@@ -222,6 +224,14 @@ def test_a_job_that_ends_two_workers_is_tried_no_more_and_others_are_done(server
         assert outcome(client, lethal) == "E_QUARANTINED"
         for job, scan in others.items():
             assert label_of(client, job, tmp_path) == scan.label
+
+
+def test_a_bundle_s_card_is_published_with_it(bundles, tmp_path) -> None:
+    body = bundles.save(tmp_path / "body")
+    write_card(body, CardFacts(results=()))
+    [model] = publish({"body": body}, tmp_path / "models").values()
+    for name in ("card.md", "card.json"):
+        assert (tmp_path / "models" / model.sha256 / name).read_bytes() == (body / name).read_bytes()
 
 
 def test_more_bundles_than_a_welcome_can_name_are_refused_before_anybody_is_welcomed(bundles, tmp_path) -> None:

@@ -17,6 +17,7 @@ from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.inference.predictor import Predictor
 from delineate.io.formats import read_label, read_volume, write_volume
+from delineate.io.rtstruct import read_structures
 from delineate.reporting.overlays import picture_of_label
 from delineate.serving import stages
 from delineate.serving.protocol import Options, Part
@@ -92,11 +93,11 @@ def test_channels_and_a_quantity_are_taken_by_name(server, bundles, scan, tmp_pa
     images += ["--images", "fat_fraction=*_ff.nii.gz", "--quantity", "fat_fraction", "--margin-mm", "1.0"]
     [expected] = bundles.predicted("two", tmp_path / "in", *images)
     rows = json.loads((expected.parent / "measurements.json").read_text(encoding="utf-8"))["measurements"]
-    names = {"mean": "quantity_mean", "sd": "quantity_sd", "volume_ml": "volume_ml", "measured_ml": "measured_ml"}
-    for row in rows:
-        found = measured.about["measurements"][row["target"]]
-        assert {name: found[name] for name in names} == pytest.approx(
-            {n: row[column] for n, column in names.items()}, abs=1e-4
+    ours = measured.about["measurements"]
+    assert {row["quantity"] for row in ours} == {"T1", "FLAIR", "fat_fraction"}
+    for found, row in zip(ours, rows, strict=True):
+        assert {**row, "subject": None, "made_from": None} == pytest.approx(
+            {"subject": None, "made_from": None, **found}, abs=1e-4
         )
 
 
@@ -168,12 +169,17 @@ def test_a_marker_keeps_its_place_in_dicom_seg_and_vtk(predictor, marker, series
         voxels = np.random.default_rng(n).integers(0, 900, SHAPE).astype(np.int16)
         folder = series_maker(tmp_path).write(f"s{n}", voxels, grid)
         shutil.make_archive(str(tmp_path / f"s{n}"), "zip", folder)
-        out = staged(tmp_path / str(n), tmp_path / f"s{n}.zip", "dicom.zip", predictor, marker, "dcm", "vti", "nii.gz")
+        formats = ("dcm", "rtstruct.dcm", "vti", "nii.gz")
+        out = staged(tmp_path / str(n), tmp_path / f"s{n}.zip", "dicom.zip", predictor, marker, *formats)
         truth = grid.world(np.argwhere(marker).astype(float))
         for name in ("label.dcm", "label.nii.gz"):
             back = read_label(out / name)
             found = back.grid.world(np.argwhere(back.voxels).astype(float))
             assert distance_mm(truth, found) < 0.35
+        label = read_label(out / "label.nii.gz")
+        expected = predictor.targets.masks(label.voxels)
+        drawn = read_structures(out / "label.rtstruct.dcm", label.grid)
+        assert all(np.array_equal(drawn[name], mask) for name, mask in expected.items())
     grid = Grid.of_spacing(SHAPE, (0.7, 0.9, 2.5))
     write_volume(tmp_path / "plain.nii.gz", Volume(voxels[None], grid))
     out = staged(tmp_path / "vtk", tmp_path / "plain.nii.gz", "nii.gz", predictor, marker, "vtk")

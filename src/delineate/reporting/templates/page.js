@@ -29,3 +29,41 @@ for (const table of document.querySelectorAll("table.sortable")) {
 const reveal = () => document.getElementById(location.hash.slice(1))?.closest("details")?.setAttribute("open", "");
 addEventListener("hashchange", reveal);
 reveal();
+
+// Pictures or tables first: what the reader chose last, on this page or another; some browsers keep nothing for files.
+const choices = [...document.querySelectorAll(".switch input")];
+try {
+  const kept = localStorage.getItem("delineate-first");
+  for (const choice of choices) if (choice.value === kept) choice.checked = true;
+} catch {}
+for (const choice of choices) {
+  choice.addEventListener("change", () => {
+    try {
+      localStorage.setItem("delineate-first", choice.value);
+    } catch {}
+  });
+}
+
+// A slider shows one slice at a time.
+for (const slices of document.querySelectorAll(".slices")) {
+  const [slider, said] = [slices.querySelector("input"), slices.querySelector("output")];
+  const pictures = slices.querySelectorAll("img");
+  const show = () => {
+    pictures.forEach((picture, i) => (picture.hidden = i !== slider.value - 1));
+    said.textContent = pictures[slider.value - 1].dataset.said;
+    slider.setAttribute("aria-valuetext", said.textContent);
+  };
+  slider.addEventListener("input", show);
+  slices.querySelector("label").hidden = false;
+  show();
+}
+
+// Which tables are wider than the page is known only once they are laid out.
+const widths = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    const wider = target.scrollWidth > target.clientWidth + 1;
+    target.classList.toggle("scrolls", wider);
+    target.classList.toggle("fits", !wider);
+  }
+});
+for (const table of document.querySelectorAll(".scroll")) widths.observe(table);
