@@ -12,7 +12,7 @@ from delineate.cli.options import Device
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Write everything to this folder.")] = Path("demo"),
-    subjects: Annotated[int, typer.Option("--subjects", min=10, help="Simulate this many scans.")] = 30,
+    subjects: Annotated[int, typer.Option("--subjects", min=10, help="Simulate this many scans.")] = 60,
     minutes: Annotated[
         float | None,
         typer.Option("--minutes", min=0.1, help="Train for this many minutes (default: as the recipe `demo` says)."),
