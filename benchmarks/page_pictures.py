@@ -101,7 +101,8 @@ def photograph(page: Path, width: int, out: Path) -> None:
         # A window cannot be as narrow as a phone; a frame within it can.
         frame, taken = Path(folder) / "frame.html", Path(folder) / "taken.png"
         style = f"border: 0; display: block; width: {width}px; height: {height}px"
-        frame.write_text(f'<body style="margin: 0"><iframe src="{page.resolve().as_uri()}" style="{style}"></iframe>')
+        shown = f'<body style="margin: 0"><iframe src="{page.resolve().as_uri()}" style="{style}"></iframe>'
+        frame.write_text(shown, encoding="utf-8")
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
         options += [f"--user-data-dir={folder}/profile", "--virtual-time-budget=4000"]
         options += [f"--window-size={max(width, 600)},{height}", f"--screenshot={taken}"]

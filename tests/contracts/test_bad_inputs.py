@@ -29,7 +29,8 @@ from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.inspection import inspect
 from delineate.datasets.layouts import open_dataset
 from delineate.errors import DelineateError
-from delineate.io.formats import SUFFIXES, read_header, read_label, read_volume, write_label, write_volume
+from delineate.io.formats import read_header, read_label, read_volume, write_label, write_volume
+from delineate.io.suffixes import SUFFIXES
 from delineate.pretrained.weights import read_tensors
 
 SHAPE = (9, 8, 7)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from delineate.core.grid import Grid
 from delineate.core.volume import Volume
 from delineate.errors import DelineateError, OutputError, Truncated
-from delineate.io.formats import SUFFIXES, read_header, read_label, read_volume, write_volume
+from delineate.io.formats import read_header, read_label, read_volume, write_volume
+from delineate.io.suffixes import SUFFIXES
 from delineate.testing.formats import FORMAT_LAWS, SHAPE, affines, numbered, volume
 from delineate.testing.laws import Law
 

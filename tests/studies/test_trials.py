@@ -82,11 +82,10 @@ def test_the_steps_are_taken_validated_and_the_held_out_predicted(trial: tuple[T
     assert min(found.seconds_a_step, found.preparing_seconds, found.predicting_seconds) > 0
 
 
-def test_the_parts_of_its_memory_are_within_the_peak(trial: tuple[Trial, Path]) -> None:
+def test_what_takes_memory_and_disk_space_is_told_apart(trial: tuple[Trial, Path]) -> None:
     found, folder = trial
-    assert 0 < found.program_gb < found.peak_gb
+    assert 0 < found.program_gb <= found.peak_gb
     assert min(found.data_gb, found.network_gb, found.prepared_gb) > 0
-    assert found.program_gb + found.data_gb + found.network_gb <= found.peak_gb
     three = sum(file.stat().st_size for file in (folder / "cache").rglob("*.npy")) / 1e9
     assert three < found.prepared_gb < 3 * three  # of nine subjects of 4 to 13 slices
 
@@ -160,6 +159,7 @@ def test_a_process_of_its_own_leaves_nothing_behind_and_minutes_are_a_lower_boun
     assert left_in(places) == []
     assert sorted(data.iterdir()) == before
     assert (found.steps, found.total_steps, found.device_gb, found.compiled) == (3, None, None, False)
+    assert found.program_gb + found.data_gb + found.network_gb < found.peak_gb
     assert found.expected_minutes >= 1.5
 
 

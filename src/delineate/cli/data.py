@@ -253,9 +253,10 @@ def convert(
     from delineate.datasets.dataset import numbered_targets, read_numbered
     from delineate.io.dicom_series import the_series
     from delineate.io.exports import check_installed, export_label, exported_files
-    from delineate.io.formats import DICOM_SUFFIXES, check_writable, read_volume, write_volume
+    from delineate.io.formats import check_writable, read_volume, write_volume
     from delineate.io.overwriting import check_outputs
     from delineate.io.segments import segments_in
+    from delineate.io.suffixes import DICOM_SUFFIXES
 
     check_installed(out.suffix.lower())
     segmentation = label or out.suffix.lower() in DICOM_SUFFIXES

@@ -22,9 +22,9 @@ def plan(
     data: Data,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", help="Stay within this, such as 8GB (default: what is free, or the GPU's)."),
+        typer.Option("--memory", help="Keep within this, such as 8GB (default: what is free, or the GPU's)."),
     ] = None,
-    fold: Annotated[int, typer.Option("--fold", min=0, help="Plan the training that holds out this fold.")] = 0,
+    fold: Annotated[int, typer.Option("--fold", min=0, help="Hold out this fold.")] = 0,
     split: Annotated[
         Path | None, typer.Option("--split", help="Use this split file (default: the one that training would make).")
     ] = None,
@@ -40,7 +40,7 @@ def plan(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Say what a training will take before it starts: memory, time and disk space on this machine.
+    """Show what a training will take before it starts: memory, time and disk space on this machine.
 
     Trains for three steps of the full size on a few subjects, validates, predicts one, and leaves nothing behind.
     If the training does not fit into memory, tries smaller batches, smaller tiles, 2.5D and 2D, and says what each

@@ -16,8 +16,9 @@ from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import BadFormat, BadShape, ConstantScan, DatasetError, GridMismatch, MissingFile, RecipeError
-from delineate.io.formats import is_dicom, is_series, name_of, read_label, read_volume, suffix_of
+from delineate.io.formats import is_series, name_of, read_label, read_volume, suffix_of
 from delineate.io.segments import Mask, read_mask, segments_in
+from delineate.io.suffixes import is_dicom
 
 SAME_GRID_MM = 0.1
 """How far apart the corners of a subject's channels and label may lie. Headers rewritten by another

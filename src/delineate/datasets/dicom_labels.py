@@ -15,7 +15,8 @@ from delineate.datasets.folder import is_label_folder
 from delineate.datasets.series_rules import SeriesRule
 from delineate.errors import DelineateError
 from delineate.io.files import walk
-from delineate.io.formats import PICTURE_SUFFIXES, suffix_of
+from delineate.io.formats import suffix_of
+from delineate.io.suffixes import PICTURE_SUFFIXES
 
 if TYPE_CHECKING:
     from delineate.io.dicom_series import Series

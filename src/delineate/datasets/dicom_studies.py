@@ -21,7 +21,8 @@ from delineate.datasets.folder import labelled
 from delineate.datasets.series_rules import LABEL, Images, Rule, SeriesRule, rule_of, rules_of
 from delineate.errors import SeveralSeries, UnknownLayout
 from delineate.io.files import walk
-from delineate.io.formats import is_dicom, name_of, suffix_of
+from delineate.io.formats import name_of, suffix_of
+from delineate.io.suffixes import is_dicom
 
 if TYPE_CHECKING:
     from delineate.io.dicom_series import Series

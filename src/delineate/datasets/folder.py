@@ -17,7 +17,8 @@ from delineate.core.text import printable
 from delineate.datasets.dataset import Dataset, named_in, numbered_targets
 from delineate.errors import DelineateError, DuplicateSubject, MissingFile, UnknownLayout
 from delineate.io.files import parsing, read_json, read_text, walk
-from delineate.io.formats import PICTURE_SUFFIXES, name_of, names_segments, suffix_of
+from delineate.io.formats import name_of, names_segments, suffix_of
+from delineate.io.suffixes import PICTURE_SUFFIXES
 
 SIMULATED = "simulated.json"
 """A file at the root of simulated scans that says how they were made."""

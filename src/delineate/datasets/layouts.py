@@ -43,7 +43,8 @@ from delineate.datasets.patterns import read_patterns
 from delineate.datasets.series_rules import Images, Rule
 from delineate.errors import BadPath, DatasetError, DuplicateSubject, UnknownLayout
 from delineate.io.files import parsing
-from delineate.io.formats import NIFTI_SUFFIXES, PICTURE_SUFFIXES, holds_label, name_of, suffix_of
+from delineate.io.formats import holds_label, name_of, suffix_of
+from delineate.io.suffixes import NIFTI_SUFFIXES, PICTURE_SUFFIXES
 from delineate.plugins import Parts, requirement_of
 
 

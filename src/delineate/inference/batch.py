@@ -41,9 +41,10 @@ from delineate.inference.predictor import Prediction, Predictor
 from delineate.inference.review import Review, review, write_queue
 from delineate.io.exports import export_label
 from delineate.io.files import writing_beside
-from delineate.io.formats import DICOM_SUFFIXES, SEGMENTATION_SUFFIX, is_series, name_of, suffix_of, write_volume
+from delineate.io.formats import is_series, name_of, suffix_of, write_volume
 from delineate.io.legends import write_legends
 from delineate.io.overwriting import check_outputs
+from delineate.io.suffixes import DICOM_SUFFIXES, SEGMENTATION_SUFFIX
 from delineate.io.surfaces import write_surfaces
 from delineate.metrics.quantities import QuantityMap
 

@@ -23,8 +23,9 @@ from delineate.errors import BadFormat, DelineateError, MissingFile, OutputError
 from delineate.inference.measurements import beside_as_json, read_measurements
 from delineate.inference.review import read_queue
 from delineate.io.exports import exported_files
-from delineate.io.formats import DICOM_SUFFIXES, PREVIEW_SUFFIX, REPORT_SUFFIX, is_series, parts_of, suffix_of
+from delineate.io.formats import is_series, parts_of, suffix_of
 from delineate.io.overwriting import check_folder, check_outputs
+from delineate.io.suffixes import DICOM_SUFFIXES, PREVIEW_SUFFIX, REPORT_SUFFIX
 from delineate.io.surfaces import surface_files
 from delineate.metrics.quantities import QuantityMap
 

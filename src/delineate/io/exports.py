@@ -15,17 +15,8 @@ from delineate.core.text import near, printable
 from delineate.core.volume import LabelVolume
 from delineate.errors import BadFormat
 from delineate.io.files import writing_beside
-from delineate.io.formats import (
-    DICOM_SUFFIXES,
-    FORMATS,
-    NIFTI_SUFFIXES,
-    SEGMENTATION_SUFFIX,
-    STRUCTURES_SUFFIX,
-    check_writable,
-    is_series,
-    suffix_of,
-    write_label,
-)
+from delineate.io.formats import FORMATS, check_writable, is_series, suffix_of, write_label
+from delineate.io.suffixes import DICOM_SUFFIXES, NIFTI_SUFFIXES, SEGMENTATION_SUFFIX, STRUCTURES_SUFFIX
 
 if TYPE_CHECKING:
     from delineate.io.dicom_seg import SegmentationKind

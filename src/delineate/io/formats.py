@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,20 +16,23 @@ from delineate.core.text import near, printable
 from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import BadFormat, BadLabelValue, BadShape, BadVoxels, DelineateError, MissingFile, OutputError
 from delineate.io.files import Limits, open_file, parsing, writing_beside
+from delineate.io.suffixes import (
+    DICOM_SUFFIXES,
+    NIFTI_SUFFIXES,
+    PICTURE_SUFFIXES,
+    PREVIEW_SUFFIX,
+    SEGMENTATION_SUFFIX,
+    SUFFIXES,
+    VTK_SUFFIXES,
+    is_dicom,
+    is_stack,
+    pictures_in,
+)
 from delineate.io.voxels import Orientation, Stored, check_complete, check_grid, check_shape, read_voxels
 from delineate.plugins import Parts
 
 __all__ = [
-    "DICOM_SUFFIXES",
     "FORMATS",
-    "NIFTI_SUFFIXES",
-    "PICTURE_SUFFIXES",
-    "PREVIEW_SUFFIX",
-    "REPORT_SUFFIX",
-    "SEGMENTATION_SUFFIX",
-    "STRUCTURES_SUFFIX",
-    "SUFFIXES",
-    "VTK_SUFFIXES",
     "Format",
     "Header",
     "check_writable",
@@ -46,22 +48,6 @@ __all__ = [
     "write_volume",
 ]
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
-SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".mhd", ".nrrd", ".nhdr")
-
-DICOM_SUFFIXES = (".dcm", ".ima")
-REPORT_SUFFIX = ".sr.dcm"
-"""A report of what was measured within a DICOM-SEG's segments: a DICOM file without an image, so never a scan."""
-PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
-PREVIEW_SUFFIX = ".preview.png"
-"""A picture of a scan with its label, to look at: no scan, though in a format of scans."""
-VTK_SUFFIXES = (".vtk", ".vti")
-"""Formats that are written for viewers, but not read."""
-
-SEGMENTATION_SUFFIX = ".seg.nrrd"
-"""A label whose header names its segments, written by :func:`delineate.io.exports.export_label`."""
-STRUCTURES_SUFFIX = ".rtstruct.dcm"
-"""A label as contours on the slices of a DICOM series (RT Structure Set), written in the same way."""
 _FOREIGN = {
     ".seg.nhdr": "a 3D Slicer segmentation in two files; write .seg.nrrd",
     ".seq.nrrd": "a sequence of volumes; write each as .nrrd",
@@ -135,19 +121,6 @@ def suffix_of(path: Path) -> str:
     return own or max((f".{s}" for s in FORMATS if name.endswith(f".{s}")), key=len, default="")
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """The pictures directly in a folder, in the order of their names, numbers counting as numbers."""
-    found = [path for path in folder.iterdir() if suffix_of(path) in PICTURE_SUFFIXES]
-    return sorted(found, key=lambda path: [(len(text), text) for text in re.split(r"(\d+)", path.name.lower())])
-
-
-def is_stack(path: Path) -> bool:
-    """Whether a path is a folder of pictures, not a DICOM series with previews."""
-    if not path.is_dir() or not any(suffix_of(file) in PICTURE_SUFFIXES for file in path.iterdir()):
-        return False
-    return not any(is_dicom(file) for file in path.iterdir() if not suffix_of(file))
-
-
 def parts_of(path: Path) -> list[Path]:
     """The file itself and, if it is a detached header, the files beside it that it names; for a series, its files.
 
@@ -192,15 +165,6 @@ def is_series(path: Path) -> bool:
     if path.name.lower().endswith((*DICOM_SUFFIXES, ".zip")):
         return True
     return path.is_file() and is_dicom(path)
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file begins as DICOM files do."""
-    try:
-        with open_file(path) as file:
-            return file.read(132)[128:] == b"DICM"
-    except (OSError, BadFormat):
-        return False
 
 
 def read_header(path: Path, limits: Limits = _LIMITS, *, orientation: Orientation = "refuse") -> Header:
@@ -277,7 +241,7 @@ def read_label(
         elif is_stack(path):
             from delineate.io.stacks import read_stack
 
-            return read_stack(path, limits)
+            voxels, grid = read_stack(path, limits)
         else:
             voxels, grid = _read(path, limits, orientation)
         if len(voxels) != 1:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from delineate.errors import DelineateError, OutputError
-from delineate.io.formats import is_dicom, parts_of
+from delineate.io.formats import parts_of
+from delineate.io.suffixes import is_dicom
 
 _LISTED = 5
 

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
-from delineate.core.volume import LabelVolume
 from delineate.errors import AmbiguousOrientation, BadShape, GridMismatch, MissingFile, SeveralSeries
 from delineate.io.borders import Placing, Way, placing
 from delineate.io.dicom import describe_series, frames_of, read_series
 from delineate.io.dicom_series import MARKING, Series, find_objects
 from delineate.io.files import Limits
-from delineate.io.formats import is_stack, name_of, pictures_in, read_label
+from delineate.io.pictures import read_picture
+from delineate.io.suffixes import DICOM_SUFFIXES, PICTURE_SUFFIXES, is_stack, pictures_in
 
 _LEVELS = 4
 """How many folders up to look for the series."""
@@ -29,8 +29,8 @@ _LEVELS = 4
 _FIX = "save the label as one NIfTI file, or as DICOM-SEG"
 
 
-def read_stack(folder: Path, limits: Limits = Limits()) -> LabelVolume:  # noqa: B008 - frozen
-    """The label in a folder of pictures, with their values, on the grid of the series that lies beside it.
+def read_stack(folder: Path, limits: Limits = Limits()) -> tuple[NDArray, Grid]:  # noqa: B008 - frozen
+    """Voxels (1, X, Y, Z) of the label in a folder of pictures, and the grid of the series that lies beside it.
 
     Folders beside each other, one for each structure, were drawn together and lie alike. A picture that is called like
     a file of the series is that file's slice.
@@ -50,7 +50,7 @@ def read_stack(folder: Path, limits: Limits = Limits()) -> LabelVolume:  # noqa:
             f"({place.next:.2f})",
             fix=_FIX,
         )
-    return LabelVolume(np.asfortranarray(place.apply(_stacked(folder, series[0], grid, limits))), grid)
+    return np.asfortranarray(place.apply(_stacked(folder, series[0], grid, limits)))[None], grid
 
 
 def _together(folder: Path, series: Sequence[Series]) -> tuple[Path, ...]:
@@ -99,9 +99,15 @@ def drawn_on(folder: Path, limits: Limits = Limits()) -> tuple[Series, ...]:  # 
 
 def _by_name(pictures: Sequence[Path], series: Series) -> list[Path]:
     """The pictures in the order of the slices, if they are called like the series' files; otherwise none."""
-    named = {name_of(path): path for path in pictures}
-    files = [name_of(frame.instance.path) for frame in frames_of(series)]
+    named = {_bare(path): path for path in pictures}
+    files = [_bare(frame.instance.path) for frame in frames_of(series)]
     return [named[file] for file in files] if len(named) == len(files) and named.keys() == {*files} else []
+
+
+def _bare(path: Path) -> str:
+    """The name of a picture or DICOM file, which may have dots but no suffix, such as a UID."""
+    suffix = path.suffix if path.suffix.lower() in (*PICTURE_SUFFIXES, *DICOM_SUFFIXES) else ""
+    return path.name.removesuffix(suffix)
 
 
 @lru_cache(maxsize=4)
@@ -131,7 +137,7 @@ def _stacked(folder: Path, series: Series, grid: Grid, limits: Limits) -> NDArra
     pictures = pictures_in(folder)
     stack: NDArray | None = None
     for k, path in enumerate(_by_name(pictures, series) or pictures):
-        plane = read_label(path, limits=Limits(max(grid.shape), limits.max_bytes)).voxels[:, :, 0]
+        plane = read_picture(path, Limits(max(grid.shape), limits.max_bytes))[0][0, :, :, 0]
         if stack is None:
             stack = np.zeros((*plane.shape, len(pictures)), plane.dtype, order="F")
         if plane.shape not in (grid.shape[:2], grid.shape[1::-1]):
