@@ -40,7 +40,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set, two folders of labels, two evaluations and a bundle."""
+    """A data set, two folders of labels, two evaluations, a bundle, and a model of nnU-Net's."""
     root = tmp_path_factory.mktemp("world")
     rng = np.random.default_rng(5)
     for i in range(2):
@@ -59,6 +59,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe, recipe.pipeline, Targets({"organ": (1,)}), ("MR",), geometry, (1.0, 1.0, 3.0), provenance=known
     )
     bundle.save(root / "bundle", bundle.network().state_dict(), {})
+    (root / "model").mkdir()
+    (root / "model/plans.json").write_text("{}", encoding="utf-8")
     (root / "state").mkdir()
     make_keys(root / "state", "tcp://127.0.0.1:7420")
     return root
@@ -107,6 +109,7 @@ WRITERS = {
     "evaluate's page": Writer("evaluate @one @data", "--report OUT", "", ("data/labelsTr/c0.nii.gz", "one/c0.nii.gz")),
     "compare's page": Writer("compare @m1 @m2", "--report OUT", "", ("m1/metrics.csv", "m2/summary.json")),
     "weights export": Writer("weights export @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
+    "import": Writer("import nnunet @model", "-o OUT", "weights.safetensors", ("model/plans.json",)),
     "card's page": Writer("card @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
     "forgetting": Writer("forgetting @bundle @bundle --data @data --device cpu", "-o OUT", "before/c0.nii.gz"),
     "test": Writer("test @bundle --data @data --device cpu", "-o OUT", "predictions/c0.nii.gz"),
