@@ -38,7 +38,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/run.py
 
 soak: .venv/installed-dev
-	DELINEATE_THOROUGH=1 DELINEATE_MUTATIONS=100000 DELINEATE_FLOOD_GB=10 $(BIN)/python -m pytest tests/serving
+	DELINEATE_THOROUGH=1 DELINEATE_MUTATIONS=100000 DELINEATE_FLOOD_GB=10 $(BIN)/python -m pytest --timeout 0 tests/serving
 	$(BIN)/python benchmarks/soak.py
 
 docs: .venv/installed-dev

@@ -207,8 +207,9 @@ def test_the_dashboard_and_its_page_refer_to_what_is_measured(tmp_path: Path) ->
     from delineate.serving.settings import Settings
 
     counted = (
-        "jobs queued", "workers", "connections", "spool bytes", "received bytes", "sent bytes", "refused E_BUSY",
-        "dropped: unknown key", "done", "stage infer 1", "stage infer inf", "stage infer sum",
+        "jobs queued", "workers", "connections", "spool bytes", "disk used", "disk limit", "received bytes",
+        "sent bytes", "refused E_BUSY", "dropped: unknown key", "done", "stage infer 1", "stage infer inf",
+        "stage infer sum",
     )  # fmt: skip
     registry = CollectorRegistry()
     registry.register(FrontDoorFigures(Figures(figures=dict.fromkeys(counted, 1.0), ready=True)))

@@ -108,7 +108,7 @@ VERBS = {
     "Adapt", "Add", "Average", "Cancel", "Change", "Check", "Choose", "Colour", "Combine", "Compare", "Compile",
     "Compute", "Connect", "Convert", "Count", "Draw", "Explain", "Export", "Find", "Finish", "Hold", "Import",
     "Inspect", "Install", "Keep", "Let", "List", "Listen", "Lock", "Log", "Make", "Measure", "Name", "Offer",
-    "Overlap", "Predict", "Prepare", "Print", "Read", "Refer", "Remove", "Replace", "Report", "Resume", "Run",
+    "Overlap", "Predict", "Prepare", "Print", "Read", "Refer", "Refuse", "Remove", "Replace", "Report", "Resume", "Run",
     "Segment", "Send", "Set", "Show", "Simulate", "Split", "Train", "Use", "Wait", "Write",
 }  # fmt: skip
 

@@ -73,12 +73,13 @@ def run(*words: object, env: dict[str, str]) -> Said:
 class Serving:
     """A server of its own, started by the command line."""
 
-    def __init__(self, home: Path, bundle: Path, *options: str) -> None:
+    def __init__(self, home: Path, bundle: Path, *options: str, disk_percent: int = 100) -> None:
         self.home, self.state = home, home / "d/delineate/server"
         self.env = environment(home)
+        words = [f"organ={bundle}", "--bind", "tcp://127.0.0.1:*", f"--disk-percent={disk_percent}", *options]
         self.log = (home / "log").open("w+", encoding="utf-8")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "delineate", "serve", f"organ={bundle}", "--bind", "tcp://127.0.0.1:*", *options],
+            [sys.executable, "-m", "delineate", "serve", *words],
             env=self.env, stdout=subprocess.PIPE, stderr=self.log, encoding="utf-8", start_new_session=True,
         )  # fmt: skip
         assert self.process.stdout is not None
@@ -384,6 +385,23 @@ def test_a_doctor_finds_a_server_well(server: Serving) -> None:
     assert set(looked) >= {"libzmq", "state folder", "keys", "disk", "device", "server", "http", "key", "connection"}
     assert "CURVE" in looked["libzmq"]
     assert "models: organ" in looked["server"]
+
+
+def test_where_the_disk_is_too_full_the_server_the_client_and_the_doctor_say_so(
+    bundle: Path, scans: Path, tmp_path: Path
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="dl", dir="/tmp") as home:
+        server = Serving(Path(home), bundle, "--workers", "0", disk_percent=0)
+        try:
+            assert "scans are refused until it is emptied: see --disk-percent" in "".join(server.said)
+            refused = server.run("send", scans / "a.nii.gz", "-o", tmp_path / "a.nii.gz", "--timeout", "3", code=1)
+            waits = "the server's disk is nearly full; trying again in "
+            assert refused.stderr.count(waits) == 1
+            assert "E_BUSY" in refused.stderr.partition(waits)[2]
+            assert "above 0% scans are refused" in run("doctor", env=server.env).stdout
+        finally:
+            server.end()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_doctor_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def jobs(
             raise unknown_format(out)
         used = find_key(key)
         check_outputs(places_of(out, []), [] if used is None else [used], overwrite=overwrite)
-    with Terminal() as terminal, connected(key, address, _ANSWER_S) as client:
+    with Terminal() as terminal, connected(terminal, key, address, _ANSWER_S) as client:
         if fetch is not None and out is not None:
             found = client.fetch(fetch, out, on_progress=shows(terminal, "job"), overwrite=overwrite, timeout_s=timeout)
         elif cancel is not None:

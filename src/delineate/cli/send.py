@@ -147,7 +147,7 @@ def send(
     check_outputs([place for scan in planned for place in places_of(scan.out, formats)], inputs, overwrite=overwrite)
     asked: dict[str, Any] = {"model": model, "outputs": formats, "overlap": overlap, "flips": flips}
     asked |= {"mirrored": mirrored, "threshold": threshold, "quantity": quantity or "", "margin_mm": margin_mm}
-    with Terminal() as terminal, connected(key, address, timeout) as client:
+    with Terminal() as terminal, connected(terminal, key, address, timeout) as client:
         batch = _Batch(client, terminal, asked, timeout, overwrite)
         try:
             _check_model(model, [known.name for known in client.models(_MEETING_S)])

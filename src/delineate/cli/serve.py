@@ -108,6 +108,10 @@ def serve(
     spool_gb: Annotated[
         float, typer.Option("--spool-gb", min=0.01, max=1e6, help="Keep at most this many GB of scans and results.")
     ] = 20.0,
+    disk_percent: Annotated[
+        float,
+        typer.Option("--disk-percent", min=0, max=100, help="Refuse scans that would fill the disk beyond this."),
+    ] = 75.0,
     drain_s: Annotated[
         float,
         typer.Option("--drain-s", min=0, max=86_400, help="Finish running jobs for at most this long when stopped."),
@@ -164,7 +168,7 @@ def serve(
         bind=bind,
         http=http,
         plain=plain,
-        limits=Limits(queue=queue, spool_bytes=int(spool_gb * 1e9), keep_s=keep_hours * 3600),
+        limits=Limits(queue, spool_bytes=int(spool_gb * 1e9), disk_share=disk_percent / 100, keep_s=keep_hours * 3600),
         workers=(0 if ray else 1) if workers is None else workers,
         device=device,
         precision=precision,
@@ -214,6 +218,7 @@ def _announced(settings: Settings, address: Address, models: Sequence[Model]) ->
     """What to type on this machine, and what to do for others."""
     from delineate.serving.front_door import is_loopback
     from delineate.serving.places import EVERYWHERE, FIRST, find_key, host_of, state_folder
+    from delineate.serving.spool import disk_used
 
     names = ", ".join(model.name for model in models)
     lines = [f"serving {names} at {address.zmq}" + (f" and http://{address.http}" if address.http else "")]
@@ -237,5 +242,7 @@ def _announced(settings: Settings, address: Address, models: Sequence[Model]) ->
         port = address.zmq.rpartition(":")[2]
         named = f" --address tcp://{socket.gethostname()}:{port}" if host in EVERYWHERE else ""
         lines += ["give others a key each:", f"    delineate keys add NAME -o NAME.key{named}{here}"]
+    if (used := disk_used(settings.state)) >= settings.limits.disk_share:
+        lines.append(f"the disk is {used:.0%} full, so scans are refused until it is emptied: see --disk-percent")
     lines.append("not for diagnosis; Ctrl-C stops")
     return lines

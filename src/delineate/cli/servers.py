@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from delineate.cli.terminal import Terminal
+    from delineate.errors import DelineateError
+    from delineate.serving.calling import OnWait
     from delineate.serving.client import Client
 
 State = Annotated[
@@ -33,6 +36,8 @@ ServerAddress = Annotated[
 ]
 
 _EXTRA = ("zmq", "msgspec", "fastapi", "uvicorn", "prometheus_client", "blosc2")
+_BLINK_S = 2.0
+"""A connection that is back sooner is not worth a word."""
 
 
 @contextmanager
@@ -50,13 +55,26 @@ def serving() -> Iterator[None]:
         ) from error
 
 
-def connected(key: Path | None, address: str, timeout_s: float = 3600.0) -> Client:
-    """A client of the server that a key leads to."""
+def connected(terminal: Terminal, key: Path | None, address: str, timeout_s: float = 3600.0) -> Client:
+    """A client of the server that a key leads to; it says what it waits for."""
     from delineate.serving.client import Client
     from delineate.serving.places import way_to_server
 
     found, there = way_to_server(key, address)
-    return Client(found, there, timeout_s=timeout_s)
+    return Client(found, there, timeout_s=timeout_s, on_wait=_says(terminal))
+
+
+def _says(terminal: Terminal) -> OnWait:
+    """Says why a client waits: once for each reason in a row."""
+    said = ""
+
+    def say(why: DelineateError, seconds: float) -> None:
+        nonlocal said
+        if why.message != said and (why.code == "E_BUSY" or seconds >= _BLINK_S):
+            said = why.message
+            terminal.say(f"{said}; trying again in {seconds:.0f} s")
+
+    return say
 
 
 def check_there(device: str) -> None:

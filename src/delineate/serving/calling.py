@@ -46,6 +46,8 @@ _BROKEN_OFF = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_N
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | _BROKEN_OFF | zmq.EVENT_DISCONNECTED
 
 T = TypeVar("T")
+OnWait = Callable[[DelineateError, float], object]
+"""Told why something cannot be done yet, and in how many seconds it is tried again."""
 
 
 class Silence(Exception):
@@ -104,12 +106,14 @@ class Caller:
         address: str = "",
         *,
         timeout_s: float = 3600.0,
+        on_wait: OnWait | None = None,
     ) -> None:
         self._key = read_key(Path(key)) if isinstance(key, str | os.PathLike) else key
         self.address = address or (self._key.address if self._key else "")
         if not self.address:
             raise MissingFile("no server is named", fix="give a key file, or the address of a server on this machine")
         self.timeout_s = timeout_s
+        self._on_wait = on_wait
         self._name = self._key.name if self._key else "local"
         self._context: zmq.Context | None = None
         self._socket: zmq.Socket | None = None
@@ -238,6 +242,8 @@ class Caller:
             if seconds >= self._left():
                 raise last
             _LOG.info("%s; trying again in %.1f s", last, seconds)
+            if self._on_wait is not None:
+                self._on_wait(last, seconds)
             await self._rest(seconds)
             rest = min(2 * rest, _LONGEST_REST_S)
 

@@ -39,7 +39,7 @@ from ..errors import (
     UnknownModel,
     error_of,
 )
-from .calling import ANSWER_S, Caller, Later, Lost, Silence
+from .calling import ANSWER_S, Caller, Later, Lost, OnWait, Silence
 from .keys import KeyFile
 from .protocol import (
     CREDIT,
@@ -103,8 +103,9 @@ class _Talker(Caller):
         *,
         timeout_s: float = 3600.0,
         codec: Codec = "auto",
+        on_wait: OnWait | None = None,
     ) -> None:
-        super().__init__(key, address, timeout_s=timeout_s)
+        super().__init__(key, address, timeout_s=timeout_s, on_wait=on_wait)
         if codec not in ("auto", "raw", "blosc2"):
             raise ServingError(f"there is no codec '{codec}'", fix="choose auto, raw or blosc2")
         self._codec: Codec = codec
@@ -365,9 +366,9 @@ class Client(_Talker):
     """A server's client. ``key`` is the file that ``delineate keys add`` made; ``address`` overrides the one in it.
 
     ``timeout_s`` is how long anything may take before :class:`~delineate.errors.Unreachable` or
-    :class:`~delineate.errors.DeadlinePassed` is raised; until then, whatever fails is tried again. ``codec`` says how
-    uncompressed files travel: ``raw``, packed with ``blosc2``, or ``auto``, which packs them for other machines if
-    blosc2 is installed.
+    :class:`~delineate.errors.DeadlinePassed` is raised; until then, whatever fails is tried again, and ``on_wait`` is
+    told of each failure and in how many seconds the next attempt comes. ``codec`` says how uncompressed files travel:
+    ``raw``, packed with ``blosc2``, or ``auto``, which packs them for other machines if blosc2 is installed.
 
     Several threads may share one; it serves them one after the other. A function given as ``on_progress`` cannot use
     the client that called it; what it raises ends the call as Ctrl-C does.

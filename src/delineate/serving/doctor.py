@@ -25,6 +25,7 @@ from delineate.serving.keys import read_key, read_server_keys
 from delineate.serving.places import find_key, host_of, reachable, state_folder, way_to_server
 from delineate.serving.protocol import VERSION, Figures, Hello, Stats, Welcome, decode, encode
 from delineate.serving.settings import Address, Settings, read_address
+from delineate.serving.spool import disk_used
 
 Verdict = Literal["ok", "note", "wrong"]
 
@@ -74,15 +75,21 @@ def _versions() -> Iterator[Finding]:
 def _server(state: Path) -> Iterator[Finding]:
     yield from _checked("state folder", lambda: _folder(state))
     yield from _checked("keys", lambda: _keys(state))
-    yield from _checked("disk", lambda: _disk(state))
     yield _device()
     try:
         address = read_address(state)
     except ServingError as error:
+        yield from _checked("disk", lambda: _disk(state, Limits().disk_share))
         yield Finding("server", "note", error.message, error.fix)
         yield from _checked("port", lambda: _port(Settings(state).bind))
         return
-    yield from _checked("server", lambda: _running(state, address))
+    try:
+        figures = _figures(Settings(state).socket)
+    except ServingError as error:
+        yield Finding("server", "wrong", error.message, error.fix)
+    else:
+        yield from _checked("disk", lambda: _disk(state, figures.figures["disk limit"]))
+        yield _running(address, figures)
     if address.http:
         yield from _checked("http", lambda: _http(address.http))
 
@@ -132,12 +139,13 @@ def _keys(state: Path) -> Finding:
     return Finding("keys", "ok", ", ".join(by_role))
 
 
-def _disk(state: Path) -> Finding:
-    disk, share = shutil.disk_usage(state), Limits().disk_share
-    used = disk.used / (disk.used + disk.free)
-    found = f"{used:.0%} used, {disk.free / 1e9:.1f} GB free"
+def _disk(state: Path, share: float) -> Finding:
+    used = disk_used(state)
+    found = f"{used:.0%} used, {shutil.disk_usage(state).free / 1e9:.1f} GB free"
     if used >= share:
-        return Finding("disk", "wrong", f"{found}: above {share:.0%} scans are refused", "free some space")
+        return Finding(
+            "disk", "wrong", f"{found}: above {share:.0%} scans are refused", "free some space, or serve --disk-percent"
+        )
     return Finding("disk", "ok", found)
 
 
@@ -163,9 +171,8 @@ def _port(bind: str) -> Finding:
         )
 
 
-def _running(state: Path, address: Address) -> Finding:
-    """How the front door says that the server is, asked through its own socket."""
-    figures = _figures(Settings(state).socket)
+def _running(address: Address, figures: Figures) -> Finding:
+    """How the front door says that the server is."""
     jobs = ", ".join(f"{figures.figures.get(f'jobs {state}', 0):.0f} {state}" for state in ("queued", "running"))
     models = ", ".join(model.name for model in figures.models) or "none"
     found = f"listens at {address.zmq}; models: {models}; jobs: {jobs}"
@@ -177,7 +184,7 @@ def _running(state: Path, address: Address) -> Finding:
 
 
 def _figures(door: Path) -> Figures:
-    """Ask the front door how the server is. Raises :class:`ServingError` if it does not answer."""
+    """Ask the front door through its own socket. Raises :class:`ServingError` if it does not answer."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.linger = 0
         dealer.connect(f"ipc://{door}")

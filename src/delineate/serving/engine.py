@@ -91,7 +91,7 @@ from delineate.serving.protocol import (
     Work,
     to_json,
 )
-from delineate.serving.spool import Spool, job_key
+from delineate.serving.spool import Spool, disk_used, job_key
 from delineate.serving.store import Store
 
 STAGE_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, float("inf"))
@@ -864,6 +864,8 @@ class Engine:
             **by_state,
             **now,
             "spool bytes": float(self.spool.total_bytes),
+            "disk used": disk_used(self.spool.path),
+            "disk limit": self.limits.disk_share,
             **{k: float(v) for k, v in self.counts.items()},
         }
 

@@ -312,6 +312,12 @@ class Spool:
         self.measure(key)
 
 
+def disk_used(folder: Path) -> float:
+    """The share of a folder's disk that is used, of what its users may use."""
+    disk = shutil.disk_usage(folder)
+    return disk.used / (disk.used + disk.free)
+
+
 def _write_all(file: IO[bytes], content: memoryview) -> None:
     while content:  # unbuffered: when a disk is nearly full, some bytes are written without an error
         content = content[file.write(content) :]

@@ -61,7 +61,8 @@ def main(folder: str, notes: str, settings: str) -> None:
     logging.basicConfig(level=logging.INFO)
     state, given = Path(folder), json.loads(settings)
     store = Store(state / "jobs.sqlite")
-    engine = Engine(store, Spool(state / "spool"), Limits(**given.get("limits", {})), now=time.time())
+    limits = Limits(**{"disk_share": 1.0, **given.get("limits", {})})
+    engine = Engine(store, Spool(state / "spool"), limits, now=time.time())
     engine.models = offered(state / "models")
     keys = None if given.get("plain") else state / "server.json"
     door = FrontDoor(engine, state / "door.sock", bind=given["bind"], keys=keys)

@@ -213,7 +213,7 @@ def inner_door(tmp_path, open_talker) -> Iterator[Callable[..., tuple[FrontDoor,
         def open_both(plain: bool, *others: str) -> tuple[FrontDoor, Any]:
             store = Store(tmp_path / "jobs.sqlite")
             stack.callback(store.close)
-            engine = Engine(store, Spool(tmp_path / "spool"), Limits(), now=time.time())
+            engine = Engine(store, Spool(tmp_path / "spool"), Limits(disk_share=1.0), now=time.time())
             engine.models = {"liver": Model(name="liver", sha256="a" * 64, channels=("CT",), targets=("liver",))}
             path, server, keys = tmp_path / "server.json", new_server_keys(), {}
             for name in () if plain else ("anna", *others):

@@ -151,7 +151,7 @@ def inside(tmp_path, open_talker) -> Iterator[Callable]:
         def start(limits: Limits | None = None, refresh: Callable[[], None] = lambda: None):
             store = Store(tmp_path / "jobs.sqlite")
             stack.callback(store.close)
-            engine = Engine(store, Spool(tmp_path / "spool"), limits or Limits(), now=time.time())
+            engine = Engine(store, Spool(tmp_path / "spool"), limits or Limits(disk_share=1.0), now=time.time())
             engine.models = {"liver": Model(name="liver", sha256="a" * 64, channels=("CT",), targets=("liver",))}
             door = FrontDoor(engine, tmp_path / "s", bind="tcp://127.0.0.1:*", refresh=refresh)
             stack.callback(door.close)
@@ -191,7 +191,7 @@ def test_a_disk_that_cannot_be_written_does_not_end_what_looks_after_jobs(
     inside, open_talker, tmp_path, until, caplog
 ) -> None:
     """A worker falls silent meanwhile: its job is given to another once that can be written down."""
-    engine, client = inside(limits=Limits(silence_s=0.1))
+    engine, client = inside(limits=Limits(disk_share=1.0, silence_s=0.1))
     job = submit(client)
     with open_talker(f"ipc://{tmp_path / 's'}") as worker:
         worker.hello("worker", client="w")

@@ -27,7 +27,7 @@ def main() -> None:
             serve_elsewhere(WorkerSettings(**values), lambda: print("{}", flush=True))
         else:
             values["bundles"] = {name: Path(path) for name, path in values["bundles"].items()}
-            values["limits"] = Limits(**values.get("limits", {}))
+            values["limits"] = Limits(**{"disk_share": 1.0, **values.get("limits", {})})  # however full this disk is
             if "replicas" in values:
                 values["replicas"] = Replicas(**values["replicas"])
             Server(Settings(**values)).run(lambda address: print(msgspec.json.encode(address).decode(), flush=True))

@@ -66,7 +66,7 @@ def test_a_full_disk_is_said_so_and_jobs_go_on_when_there_is_room(drivers, bundl
     voxels = np.zeros((1, 128, 128, 64), np.int16)
     voxels[0, 40:80, 40:80, 20:40] = 100
     write_volume(tmp_path / "squeezed.nii.gz", Volume(voxels, Grid.of_spacing(voxels.shape[1:], (1, 1, 3))))
-    running = drivers.serve(bundles.folders, state=disk / "s", limits={"disk_share": 1.0})
+    running = drivers.serve(bundles.folders, state=disk / "s")
     with running.client() as client:
         leave(disk, 2**20)  # the scan as it is sent has room, unpacked it has not
         with pytest.raises(OutputError, match="the server's disk"):

@@ -14,6 +14,8 @@ _FIGURES: dict[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], s
     "workers": (GaugeMetricFamily, "delineate_workers", "Workers that are connected.", ""),
     "connections": (GaugeMetricFamily, "delineate_connections", "Clients and workers that are connected.", ""),
     "spool bytes": (GaugeMetricFamily, "delineate_spool_bytes", "Scans and results on the disk.", ""),
+    "disk used": (GaugeMetricFamily, "delineate_disk_used_ratio", "The disk that is used, by anything.", ""),
+    "disk limit": (GaugeMetricFamily, "delineate_disk_limit_ratio", "Scans are refused beyond it.", ""),
     "received bytes": (CounterMetricFamily, "delineate_received_bytes", "Bytes of scans received.", ""),
     "sent bytes": (CounterMetricFamily, "delineate_sent_bytes", "Bytes of results sent.", ""),
     "refused": (CounterMetricFamily, "delineate_refused", "Messages answered by an error.", "code"),
