@@ -19,12 +19,14 @@ from data_side import bench_cohort, bench_files, bench_phantoms, bench_prepare
 from measuring import Row, interleaved, peak_of, process_of
 from metrics_side import bench_metrics
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from delineate.bundle import Bundle
 from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
+from delineate.inference.engines import OpenVino
 from delineate.io.formats import write_volume
 from delineate.losses.pixelwise import CrossEntropySpec
 from delineate.losses.spec import DICE_AND_CROSS_ENTROPY
@@ -91,8 +93,6 @@ def optimiser_step(quick: bool) -> Callable[[], None]:
 
 def step_gflop(quick: bool) -> float:
     """Floating-point operations of one step's convolutions, forward and backward, in 10⁹."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False) as counter:
         training_step(None, quick=quick)()
     return counter.get_total_flops() / 1e9
@@ -144,6 +144,58 @@ def bench_step(quick: bool) -> list[Row]:
         }
         for name, s in seconds.items()
     ]
+
+
+# ---- a forward pass --------------------------------------------------------------------------------------------
+
+
+def bench_pass(quick: bool) -> list[Row]:
+    """The same network without gradients, on one tile of 40×56×40 and on eight."""
+    plan = plan_compute(device="cpu", compile="off")
+    widths, sides = ((8, 16), (8, 8, 8)) if quick else (WIDTHS, SIDES)
+    torch.manual_seed(0)
+    network = UNetSpec(dimensions=3, widths=widths).build(1, 3).eval()
+    ours = blocks.InstanceNorm
+    blocks.InstanceNorm = TorchInstanceNorm  # type: ignore[assignment, misc]
+    default = UNetSpec(dimensions=3, widths=widths).build(1, 3).eval()
+    blocks.InstanceNorm = ours  # type: ignore[misc]
+    plan.place(network, 3)
+    rates = {name: rate for name, rate in machine_rates(plan).items() if name.endswith("forward")}
+    rows: list[Row] = []
+    for tiles in (1, 8):
+        x = torch.randn(tiles, 1, *sides)
+        placed = x.contiguous(memory_format=plan.memory_format(3))
+        engine = OpenVino(network, x, plan)
+
+        def planned(x: Tensor = placed) -> None:
+            with plan.autocast():
+                network(x)
+
+        def usual(x: Tensor = x) -> None:
+            default(x)
+
+        cases: dict[str, Callable[[], object]] = {
+            "PyTorch's defaults": usual,
+            "PyTorch, as planned": planned,
+            "OpenVINO": lambda engine=engine, x=x: engine(x),
+            **{name: work for name, (work, _) in rates.items()},
+        }
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            default(x)
+        gflop = counter.get_total_flops() / 1e9
+        with torch.inference_mode():
+            seconds = interleaved(cases, 1 if quick else 15)
+        rows += [
+            {
+                "case": name,
+                "tiles": tiles,
+                "ms": 1000 * s,
+                "GFLOP/s": (rates[name][1] if name in rates else gflop) / s,
+                "times faster than the defaults": None if name in rates else seconds["PyTorch's defaults"] / s,
+            }
+            for name, s in seconds.items()
+        ]
+    return rows
 
 
 # ---- the data side of a step -----------------------------------------------------------------------------------
@@ -368,6 +420,7 @@ BENCHMARKS = {
     "metrics": bench_metrics,
     "prepare": bench_prepare,
     "step": bench_step,
+    "pass": bench_pass,
     "data": bench_data,
     "predict": bench_predict,
     "memory": bench_memory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -19,6 +20,7 @@ from delineate.io.documents import Document
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Compile = Literal["auto", "on", "off"]
+Engine = Literal["auto", "torch", "openvino"]
 
 COMPILE_PAYS_AFTER_SECONDS = 120
 """Compiling takes tens of seconds; a shorter run would not earn them back."""
@@ -52,6 +54,8 @@ class ComputePlan:
     compile: bool
     threads: int
     choices: tuple[Choice, ...]
+    engine: Engine = "torch"
+    """What runs trained networks; ``auto``: OpenVINO where a trial shows it to be faster."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,12 +94,17 @@ def plan_compute(
     threads: int | None = None,
     expected_seconds: float = float("inf"),
     convolutions: int = 20,
+    engine: Engine | None = None,
 ) -> ComputePlan:
     """Choose how to compute. ``expected_seconds`` and the number of ``convolutions`` decide whether compiling pays off.
 
-    Raises :class:`RecipeError` for a device that this machine does not have.
+    ``engine`` is for predictions only. Raises :class:`RecipeError` for a device that this machine does not have, or
+    an engine that is not installed.
     """
     target, why_device = _choose_device(device)
+    running, why_engine = _choose_engine(engine or "torch", target, compile)
+    if running != "torch" and compile == "auto":
+        compile = "off"
     chosen_precision, why_precision = _choose_precision(precision, target)
     channels_last = target.type in ("cpu", "cuda")
     compiling, why_compile = _choose_compile(compile, target, expected_seconds, convolutions)
@@ -111,8 +120,9 @@ def plan_compute(
         ),
         Choice("compile", "on" if compiling else "off", why_compile),
         Choice("threads", str(count), "as requested" if threads else "one per usable core"),
+        *([] if engine is None else [Choice("engine", _ENGINES[running], why_engine)]),
     )
-    return ComputePlan(target, chosen_precision, channels_last, compiling, count, choices)
+    return ComputePlan(target, chosen_precision, channels_last, compiling, count, choices, running)
 
 
 class _SomeConvolutionsInFloat32(TorchFunctionMode):
@@ -262,6 +272,27 @@ def _choose_compile(
             f"compiling {convolutions} convolutions would take about {seconds:.0f} s of {expected_seconds:.0f} s",
         )
     return True, "a long run earns back the time spent compiling"
+
+
+_ENGINES = {"torch": "PyTorch", "openvino": "OpenVINO", "auto": "PyTorch, then OpenVINO if that is faster"}
+
+
+def _choose_engine(wanted: Engine, device: torch.device, compile: Compile) -> tuple[Engine, str]:
+    there = importlib.util.find_spec("openvino") is not None
+    if wanted == "openvino":
+        if device.type != "cpu":
+            raise RecipeError(f"OpenVINO runs on CPUs, not on {device.type}", fix="use --device cpu, or --engine torch")
+        if not there:
+            raise RecipeError("OpenVINO is not installed", fix="pip install 'delineate[openvino]'")
+    if wanted != "auto":
+        return wanted, "as requested"
+    if device.type != "cpu":
+        return "torch", f"the fastest on {device.type}"
+    if compile == "on":
+        return "torch", "compiled, as requested"
+    if not there:
+        return "torch", "pip install 'delineate[openvino]' may predict faster"
+    return "auto", "a trial will show"
 
 
 def _device_name(device: torch.device) -> str:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from delineate.compute import plan_compute
+from delineate.inference.engines import OpenVino
 from delineate.networks.buda import BudaUNetSpec
 from delineate.networks.deeplab import DeepLabSpec
 from delineate.networks.dense_unet import DenseUNetSpec
@@ -23,7 +25,7 @@ from delineate.networks.unet import UNetSpec
 from delineate.networks.vgg_unet import VGGUNetSpec
 from delineate.networks.vnet import VNetSpec
 from delineate.testing import check_network
-from delineate.testing.networks import NETWORK_LAWS, sides_for
+from delineate.testing.networks import NETWORK_LAWS, finest, image_for, sides_for
 
 TIRAMISU = TiramisuSpec(encoder=(1, 2), bottleneck=2, decoder=(2, 1), growth=4, first=6)
 SPECS = {
@@ -82,6 +84,15 @@ def test_it_keeps(law, spec) -> None:
     if law.__name__ in SKIPPED.get(type(spec), ()):
         pytest.skip("another library's network")
     law(spec)
+
+
+def test_another_engine_gives_the_same_answer(spec) -> None:
+    torch.manual_seed(0)
+    network, image = spec.build(2, 3).eval(), image_for(spec)
+    with torch.inference_mode():
+        expected = finest(network(image))
+        found = OpenVino(network, image, plan_compute(device="cpu", precision="fp32", compile="off"))(image)
+    torch.testing.assert_close(found, expected, atol=1e-3 * expected.abs().max().item(), rtol=1e-3)
 
 
 def test_no_smaller_divisor_would_do(spec) -> None:

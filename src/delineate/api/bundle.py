@@ -13,7 +13,7 @@ import numpy as np
 from delineate import bundle as contents
 from delineate.api.prediction import Prediction
 from delineate.api.progress import Cancel, Progress, check, counting
-from delineate.compute import ComputePlan, Precision, plan_compute, torch_threads
+from delineate.compute import ComputePlan, Engine, Precision, plan_compute, torch_threads
 from delineate.core.subject import Subject
 from delineate.core.tables import html_table
 from delineate.core.targets import Targets
@@ -42,20 +42,27 @@ Scan = Channel | Subject | Mapping[str, Channel]
 """A file or DICOM folder, a volume or another library's image, a subject, or a mapping from channels to scans."""
 
 
-def load(folder: str | Path, *more: str | Path, device: str = "auto", precision: Precision = "auto") -> Bundle:
+def load(
+    folder: str | Path,
+    *more: str | Path,
+    device: str = "auto",
+    precision: Precision = "auto",
+    engine: Engine = "auto",
+) -> Bundle:
     """Open a bundle, or the one in a run folder. Several form an ensemble, whose probabilities are averaged.
 
     >>> import delineate
     >>> delineate.load("run/bundle").predict("scan.nii.gz").save("seg.nii.gz")
     [PosixPath('seg.nii.gz')]
 
-    ``device`` is auto, cpu, cuda, cuda:1 or mps; ``precision`` is auto, fp32, bf16 or fp16.
+    ``device`` is auto, cpu, cuda, cuda:1 or mps; ``precision`` is auto, fp32, bf16 or fp16; ``engine`` is torch,
+    openvino, or auto, which uses OpenVINO on a CPU once a trial has shown that it is faster.
 
     Raises :class:`~delineate.errors.BundleError` if a bundle is not as it was saved, or if the bundles of an ensemble
     differ in targets or channels.
     """
     found = [contents.Bundle.load(contents.bundle_folder(Path(one))) for one in (folder, *more)]
-    return Bundle(found, device=device, precision=precision)
+    return Bundle(found, device=device, precision=precision, engine=engine)
 
 
 class Bundle:
@@ -74,9 +81,16 @@ class Bundle:
     The network is built for the first prediction and kept for later ones.
     """
 
-    def __init__(self, opened: Sequence[contents.Bundle], *, device: str = "auto", precision: Precision = "auto"):
+    def __init__(
+        self,
+        opened: Sequence[contents.Bundle],
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        engine: Engine = "auto",
+    ) -> None:
         self._opened = tuple(opened)
-        self._device, self._precision = device, precision
+        self._device, self._precision, self._engine = device, precision, engine
         self._last: tuple[dict[str, Any], Predictor] | None = None
 
     @property
@@ -176,7 +190,7 @@ class Bundle:
     @cached_property
     def _plan(self) -> ComputePlan:
         # Compiling takes longer than predicting some hundreds of scans.
-        return plan_compute(device=self._device, precision=self._precision, compile="off")
+        return plan_compute(device=self._device, precision=self._precision, compile="off", engine=self._engine)
 
     def _predictor(self, **settings: Any) -> Predictor:
         """The last predictor, if the settings are the same: building the networks takes longer than a small scan."""
@@ -230,6 +244,7 @@ def predict(
     probabilities: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
+    engine: Engine = "auto",
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> Prediction: ...
@@ -255,6 +270,7 @@ def predict(
     preview: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
+    engine: Engine = "auto",
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> Predictions: ...
@@ -279,6 +295,7 @@ def predict(
     preview: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
+    engine: Engine = "auto",
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> Prediction | Predictions:
@@ -311,7 +328,7 @@ def predict(
     """
     if not isinstance(bundle, Bundle):
         folders = [bundle] if isinstance(bundle, str | Path) else list(bundle)
-        bundle = load(*folders, device=device, precision=precision)
+        bundle = load(*folders, device=device, precision=precision, engine=engine)
     settings: dict[str, Any] = {"overlap": overlap, "flips": flips, "mirrored": mirrored}
     if out is None:
         if isinstance(inputs, Dataset):

@@ -13,6 +13,7 @@ from delineate.cli.options import (
     Compile,
     Data,
     Device,
+    Engine,
     Json,
     Labels,
     LesionOverlap,
@@ -88,6 +89,7 @@ def measure_held_out(
     device: Device = "auto",
     precision: Precision = "auto",
     compile: Compile = "auto",
+    engine: Engine = "auto",
     threads: Threads = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -156,12 +158,11 @@ def measure_held_out(
             compile=compile,
             threads=threads,
             expected_seconds=float(len(planned.ahead)),  # about a second per scan
+            engine=engine,
         )
 
         def load() -> Predictor:
-            for choice in plan.choices:
-                terminal.say(f"{choice.what}: {choice.choice} ({choice.why})")
-            return Predictor([changed], plan, probabilities=True)
+            return Predictor([changed], plan, probabilities=True, told=terminal.say_choice)
 
         def watch(outcome: Outcome, done: int) -> None:
             if outcome.error is not None:

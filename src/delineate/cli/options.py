@@ -150,6 +150,14 @@ Compile = Annotated[
     Literal["auto", "on", "off"],
     typer.Option("--compile", help="Compile the network first (auto: if the run is long enough to gain from it)."),
 ]
+Engine = Annotated[
+    Literal["auto", "torch", "openvino"],
+    typer.Option(
+        "--engine",
+        help="Run the network by this engine (auto: OpenVINO if a trial shows it to be faster). OpenVINO is left out "
+        "where it decides otherwise than PyTorch.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

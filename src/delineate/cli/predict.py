@@ -13,6 +13,7 @@ from delineate.cli.options import (
     ChannelImages,
     Compile,
     Device,
+    Engine,
     Json,
     MarginMm,
     Overwrite,
@@ -107,6 +108,7 @@ def predict(
     device: Device = "auto",
     precision: Precision = "auto",
     compile: Compile = "auto",
+    engine: Engine = "auto",
     threads: Threads = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -185,11 +187,10 @@ def predict(
             compile=compile,
             threads=threads,
             expected_seconds=float(len(planned.ahead)),  # about a second per scan
+            engine=engine,
         )
 
         def load() -> Predictor:
-            for choice in plan.choices:
-                terminal.say(f"{choice.what}: {choice.choice} ({choice.why})")
             predictor = Predictor(
                 bundles,
                 plan,
@@ -198,6 +199,7 @@ def predict(
                 budget_bytes=int(memory_gb * 1e9),
                 mirrored=mirrored,
                 probabilities=probabilities,
+                told=terminal.say_choice,
             )
             stages.lap("loading")
             return predictor

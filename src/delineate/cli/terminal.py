@@ -16,6 +16,8 @@ from delineate.core.text import printable, printable_lines
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from delineate.compute import Choice
+
 SECONDS_BETWEEN_LINES = 30.0
 """How often progress is printed where there is no terminal to redraw, as in a log file."""
 
@@ -139,6 +141,10 @@ class Terminal:
     def say_failure(self, text: str) -> None:
         """Print a line above the progress, even with --quiet."""
         self.console.print(printable_lines(text), soft_wrap=True)
+
+    def say_choice(self, choice: Choice) -> None:
+        """Print how something is computed, and why."""
+        self.say(f"{choice.what}: {choice.choice} ({choice.why})")
 
     def status(self, text: str) -> None:
         """Set a note about a stage, shown with the progress that follows."""

@@ -21,8 +21,9 @@ from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something
 from delineate.errors import BundleError
 from delineate.fingerprint import Oddity, oddities
+from delineate.inference.engines import Told, Tried
 from delineate.inference.postprocess import postprocess
-from delineate.inference.sliding import Sliding
+from delineate.inference.sliding import Network, Sliding
 from delineate.metrics.reliability import seam_score
 from delineate.preprocessing.step import Undo
 
@@ -68,7 +69,8 @@ class Predictor:
 
     ``overlap`` and ``flips`` override the recipe's. ``budget_bytes`` limits the memory that the probabilities
     of one scan may take. With ``mirrored``, each bundle that was trained on mirrored scans also predicts the
-    mirror image, and the agreement of both is measured; ``probabilities`` keeps those of the targets.
+    mirror image, and the agreement of both is measured; ``probabilities`` keeps those of the targets. ``told``
+    hears how the plan computes, and later which engine runs a network if that is left to a trial.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Predictor:
         budget_bytes: int = 2**30,
         mirrored: bool = False,
         probabilities: bool = False,
+        told: Told = lambda choice: None,
     ) -> None:
         first = bundles[0]
         self._mirrored, self._keep = mirrored, probabilities
@@ -103,11 +106,17 @@ class Predictor:
         # The first bundle's calibration, if it has one; read before any network is built.
         self.calibration = None if first.folder is None else Calibration.load(first.folder)
         self._sliding = []
-        self._networks = []
+        self._networks: list[Network] = []
+        for choice in plan.choices:
+            told(choice)
         for i, bundle in enumerate(bundles):
             network = networks[i] if networks is not None else bundle.trained_network()
             dimensions = bundle.recipe.network.dimensions
-            self._networks.append(plan.compiled(plan.place(network, dimensions).eval()))
+            placed = plan.place(network, dimensions).eval()
+            run: Network = plan.compiled(placed)
+            self._networks.append(
+                run if plan.engine == "torch" else Tried(placed, run, plan, first.targets.exclusive, told)
+            )
             inference = bundle.recipe.inference
             self._sliding.append(
                 Sliding(

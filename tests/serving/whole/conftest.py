@@ -70,7 +70,7 @@ class Bundles:
         self._count.append(1)
         folder = self.out / str(len(self._count))
         words = ["predict", self.folders[bundle], *inputs, "-o", folder, "--format", format, "--device", "cpu", "-q"]
-        words += ["--precision", "fp32", "--compile", "off", "--threads", "1"]
+        words += ["--precision", "fp32", "--compile", "off", "--threads", "1", "--engine", "torch"]
         done = CliRunner().invoke(app, list(map(str, words)))
         assert done.exit_code == 0, done.output
         return sorted(path for path in folder.rglob(f"*.{format}") if path.is_file() and ".sr." not in path.name)

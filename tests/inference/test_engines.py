@@ -1,0 +1,160 @@
+"""Another engine decides what PyTorch decides, or is refused; which of them runs is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from delineate.bundle import Bundle
+from delineate.cli.app import app
+from delineate.compute import Choice, plan_compute
+from delineate.core.grid import Grid
+from delineate.core.targets import Targets
+from delineate.core.volume import Volume
+from delineate.errors import RecipeError
+from delineate.inference import engines
+from delineate.inference.engines import Tried
+from delineate.inference.predictor import Predictor
+from delineate.io.formats import read_label, write_volume
+from delineate.recipe import recipe_from
+from delineate.sampling.tiles import TileGeometry
+
+PLAN = plan_compute(device="cpu", precision="fp32", compile="off", engine="openvino")
+
+
+class Chaos(nn.Sequential):
+    """Its sign depends on the last digits of sums of many numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(1, 64, 3, padding=1), nn.Conv2d(64, 1, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(1e7 * super().forward(x))
+
+
+class Unknown(nn.Module):
+    """What it computes is not known to other engines."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.qr(x)[0]
+
+
+def tried(network: nn.Module, engine: str, told: list[Choice]) -> Tried:
+    plan = replace(PLAN, engine=engine)
+    return Tried(network, network, plan, exclusive=False, told=told.append)
+
+
+def image(batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(batch))
+
+
+def test_a_smaller_batch_gets_the_same_answers_and_a_larger_one_is_left_to_pytorch() -> None:
+    network, told = nn.Conv2d(1, 2, 3, padding=1).eval(), list[Choice]()
+    run = tried(network, "openvino", told)
+    with torch.inference_mode():
+        for batch in (2, 1, 3, 2):
+            torch.testing.assert_close(run(image(batch)), network(image(batch)), atol=1e-5, rtol=1e-4)
+    assert [one.choice for one in told] == ["OpenVINO"]
+    assert "100.000% of the voxels are decided alike" in told[0].why
+
+
+@pytest.mark.parametrize(("network", "why"), [(Chaos(), "decides otherwise"), (Unknown(), "cannot run")])
+def test_what_decides_otherwise_or_cannot_run_is_left_to_pytorch(
+    network: nn.Module, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.inference_mode():
+        monkeypatch.setattr(engines, "_TRIAL_AFTER_S", 0.0)
+        for engine in ("openvino", "auto"):
+            told: list[Choice] = []
+            run = tried(network, engine, told)
+            for _ in range(2):
+                assert torch.equal(run(image()), network(image()))
+            assert [(one.choice, why in one.why) for one in told] == [("PyTorch", True)]
+
+
+def test_a_network_in_half_precision_is_traced_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, told = replace(PLAN, precision="bf16"), list[Choice]()
+    network = nn.Conv2d(1, 1, 3, padding=1).eval()
+    run = Tried(network, network, plan, exclusive=False, told=told.append)
+    with torch.inference_mode(), plan.autocast():
+        answers = [run(image() + 10) for _ in range(2)]
+        assert answers[1].dtype == torch.float32
+        torch.testing.assert_close(answers[1], network(image() + 10).float(), atol=0.1, rtol=0.02)
+    assert [one.choice for one in told] == ["OpenVINO"], told
+
+
+def test_each_shape_of_input_is_tried_on_its_own() -> None:
+    network, told = nn.Conv2d(1, 2, 3, padding=1).eval(), list[Choice]()
+    run = tried(network, "openvino", told)
+    with torch.inference_mode():
+        for _ in range(2):
+            for x in (image(), image()[..., :5]):
+                torch.testing.assert_close(run(x), network(x), atol=1e-5, rtol=1e-4)
+    assert len(told) == 2
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained network; where its targets lie depends on every voxel."""
+    folder = tmp_path_factory.mktemp("run") / "bundle"
+    recipe = recipe_from(
+        {
+            "name": "small",
+            "preprocessing": [{"kind": "normalise"}],
+            "tiles": {"kind": "patches", "shape": [16, 16, 8]},
+            "network": {"kind": "unet", "dimensions": 3, "widths": [8, 16]},
+            "inference": {"flips": ["x"]},
+        }
+    )
+    targets = Targets({"liver": (1, 2), "tumour": (2,)}, mode="overlapping")
+    made = Bundle(recipe, recipe.pipeline, targets, ("MR",), TileGeometry((16, 16, 8)), (1.0, 1.0, 3.0))
+    torch.manual_seed(1)
+    made.save(folder, made.network().state_dict(), {})
+    return folder
+
+
+def test_predict_writes_the_same_label_with_either_engine(bundle: Path, tmp_path: Path) -> None:
+    voxels = np.random.default_rng(0).normal(size=(1, 30, 26, 14)).astype(np.float32)
+    write_volume(tmp_path / "scan.nii.gz", Volume(voxels, Grid.of_spacing((30, 26, 14), (1, 1, 3))))
+    labels = []
+    for engine in ("torch", "openvino"):
+        words = ["predict", bundle, tmp_path / "scan.nii.gz", "-o", tmp_path / engine, "--engine", engine]
+        done = CliRunner().invoke(app, [*map(str, words), "--device", "cpu", "--precision", "fp32"])
+        assert done.exit_code == 0, done.output
+        assert ("engine: OpenVINO (" in done.stderr) == (engine == "openvino")
+        labels.append(read_label(tmp_path / engine / "scan.nii.gz").voxels)
+    assert len(np.unique(labels[0])) == 3
+    assert (labels[0] == labels[1]).mean() > 0.9999
+
+
+def test_an_ensemble_keeps_an_engine_for_each_network(bundle: Path) -> None:
+    told: list[Choice] = []
+    opened = Bundle.load(bundle)
+    volume = Volume(
+        np.random.default_rng(0).normal(size=(1, 16, 16, 8)).astype(np.float32), Grid.of_spacing((16, 16, 8), (1, 1, 3))
+    )
+    both = Predictor([opened, opened], PLAN, told=told.append)
+    label = both.predict(volume).label.voxels
+    assert sum(one.why.endswith("decided alike") for one in told) == 2
+    alone = Predictor([opened], replace(PLAN, engine="torch")).predict(volume).label.voxels
+    assert (label == alone).mean() > 0.999
+
+
+def test_what_is_missing_or_for_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="not installed") as refused:
+        plan_compute(device="cpu", engine="openvino")
+    assert refused.value.fix == "pip install 'delineate[openvino]'"
+    chosen = plan_compute(device="cpu", engine="auto")
+    assert (chosen.engine, chosen.choices[-1].choice) == ("torch", "PyTorch")
+
+
+def test_a_compiled_network_is_not_tried_unless_asked_for() -> None:
+    assert plan_compute(device="cpu", compile="on", engine="auto").engine == "torch"
+    assert not plan_compute(device="cpu", engine="auto", expected_seconds=1e6).compile
