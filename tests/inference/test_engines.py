@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +89,25 @@ def test_a_network_in_half_precision_is_traced_in_full(monkeypatch: pytest.Monke
         assert answers[1].dtype == torch.float32
         torch.testing.assert_close(answers[1], network(image() + 10).float(), atol=0.1, rtol=0.02)
     assert [one.choice for one in told] == ["OpenVINO"], told
+
+
+def test_an_engine_reports_to_nobody() -> None:
+    """OpenVINO's own telemetry starts a process at its import, which asks for a host."""
+    code = """
+import sys
+sent = []
+sys.addaudithook(lambda event, _: sent.append(event) if event.startswith(("socket.", "os.fork")) else None)
+import torch
+from delineate.compute import plan_compute
+from delineate.inference.engines import OpenVino
+network = torch.nn.Conv2d(1, 1, 3)
+OpenVino(network.eval(), torch.zeros(1, 1, 8, 8), plan_compute(device="cpu"))
+import openvino
+assert sys.modules["openvino_telemetry"] is None
+print(sent)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
 def test_each_shape_of_input_is_tried_on_its_own() -> None:

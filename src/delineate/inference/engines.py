@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections import defaultdict
@@ -34,6 +35,7 @@ class OpenVino:
     """
 
     def __init__(self, network: nn.Module, example: Tensor, plan: ComputePlan) -> None:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or it reports each import
         import openvino
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
