@@ -34,6 +34,7 @@ from delineate.core.grid import AXES
 from delineate.core.targets import Targets
 from delineate.errors import BundleError, DelineateError, OutputError, RecipeError, UnknownKey
 from delineate.fingerprint import PATIENT_AXES, Fingerprint
+from delineate.installed import named_models, resolved
 from delineate.io.files import writing_beside
 from delineate.io.pseudonyms import PATTERN, key_file, key_id, pseudonym
 from delineate.io.sealed import AGAIN, MANIFEST, Sealed, Stamp, opened, read_json, read_small, replace_file, seal
@@ -258,6 +259,11 @@ class Bundle:
 
         Raises :class:`BundleError` if any file is not, before a network is built.
         """
+        if not folder.exists():
+            raise BundleError(
+                f"'{folder}' is not a bundle: there is no such folder, nor a model of that name",
+                fix=f"give a run's bundle/ folder, or a model's name ({named_models()})",
+            )
         while True:
             before = _manifest_of(folder)
             try:
@@ -361,7 +367,11 @@ def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:
 
 
 def bundle_folder(path: Path) -> Path:
-    """The bundle that ``path`` refers to: the folder itself, or ``bundle`` inside a run folder."""
+    """The bundle that ``path`` refers to: the folder itself, ``bundle`` inside a run folder, or an installed model's.
+
+    A model is referred to by its name, where there is no such path. Raises as :func:`~delineate.installed.resolved`.
+    """
+    path = resolved(path)
     inside = path / "bundle"
     return inside if inside.is_dir() and not (path / MANIFEST).exists() else path
 

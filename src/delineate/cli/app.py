@@ -20,6 +20,7 @@ from delineate.cli import (
     jobs,
     keys,
     metrics,
+    models,
     networks,
     plan,
     predict,
@@ -111,4 +112,5 @@ app.add_typer(recipes.app, name="recipes")
 app.add_typer(networks.app, name="networks")
 app.add_typer(metrics.app, name="metrics")
 app.add_typer(weights.app, name="weights")
+app.add_typer(models.app, name="models")
 app.add_typer(imports.app, name="import")

@@ -9,6 +9,7 @@ import typer
 
 from delineate.cli import options
 from delineate.cli.options import (
+    BundlePlace,
     ChannelImages,
     Compile,
     Data,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def measure_held_out(
-    bundle: Annotated[Path, typer.Argument(help="A run, or its bundle/ folder.")],
+    bundle: BundlePlace,
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="Write predictions, tables and the report to this folder.")],
     split: Annotated[

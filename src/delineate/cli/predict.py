@@ -10,6 +10,7 @@ import typer
 
 from delineate.cli.commands import importing
 from delineate.cli.options import (
+    BundlePlace,
     ChannelImages,
     Compile,
     Device,
@@ -43,7 +44,7 @@ Flips = Annotated[
 
 
 def predict(
-    bundle: Annotated[Path, typer.Argument(help="A run, or its bundle/ folder.")],
+    bundle: BundlePlace,
     inputs: Annotated[list[Path], typer.Argument(help="Scans, or folders of them in any known layout.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write a label for each subject to this folder.")],
     format: Annotated[

@@ -38,13 +38,14 @@ def worker(
         from delineate.serving.settings import WorkerSettings
 
     from delineate.cli.terminal import Terminal, print_json
+    from delineate.installed import resolved
     from delineate.serving.places import data_folder
 
     check_there(device)
     settings = WorkerSettings(
         state=(state or data_folder() / "worker").absolute(),
         key=key,
-        bundles=tuple(bundle.absolute() for bundle in bundles),
+        bundles=tuple(resolved(bundle).absolute() for bundle in bundles),
         device=device,
         precision=precision,
         threads=threads,

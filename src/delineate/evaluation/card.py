@@ -22,6 +22,7 @@ from delineate.evaluation.agreement import signed
 from delineate.evaluation.card_facts import POOR_DICE, ByRole, CardFacts, Figure, Result
 from delineate.evaluation.table import averaged
 from delineate.fingerprint import PATIENT_AXES, TOLERATED, Range
+from delineate.installed import name_of
 from delineate.io.files import writing_beside
 from delineate.io.overwriting import check_folder
 from delineate.io.sealed import MANIFEST, Sealed, opened, read_json, read_small, replace_file
@@ -59,9 +60,14 @@ def write_card(folder: Path, facts: CardFacts, *, like: Path | None = None) -> N
 def check_card(folder: Path) -> None:
     """Raise an error where a bundle's card could not be written.
 
-    :class:`BundleError` if ``card.md`` cannot be read, or the bundle has format 1, whose files cannot be added to;
-    :class:`OutputError` if nothing can be written to the folder.
+    :class:`BundleError` if ``card.md`` cannot be read, or the bundle is an installed model's or has format 1, whose
+    files cannot be added to; :class:`OutputError` if nothing can be written to the folder.
     """
+    if (name := name_of(folder)) is not None:
+        raise BundleError(
+            f"'{folder}' belongs to the installed model '{name}', whose card is its author's",
+            fix=f"fetch a copy, and use that: delineate models fetch {name} -o FOLDER",
+        )
     check_folder(folder)
     _author_text(folder)
     if read_json(read_small(folder / MANIFEST), folder / MANIFEST).get("format") != FORMAT:
