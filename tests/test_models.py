@@ -128,10 +128,12 @@ def test_a_list_says_what_a_model_is(site: Path) -> None:
 
 
 def test_looking_for_models_imports_neither_torch_nor_the_package(site: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from delineate.installed import resolved; print(resolved(Path('organ')))"
-    )
-    code += "; assert not {'torch', 'numpy', 'pydantic', 'some_models'} & set(sys.modules), sorted(sys.modules)"
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from delineate.installed import resolved
+        print(resolved(Path("organ")))
+        assert not {"torch", "numpy", "pydantic", "some_models"} & set(sys.modules), sorted(sys.modules)"""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8", timeout=60)
     assert done.stdout.strip() == str(site / "some_models/organ"), done.stderr
@@ -219,9 +221,7 @@ HOSTILE: dict[str, Callable[[dict[str, bytes]], bytes]] = {
     "a bomb": lambda known: zipped({**known, "card.md": b"\0" * 2**20}, zipfile.ZIP_DEFLATED),
     "sizes that are not true": lambda known: lying(zipped(known)),
     "no manifest": lambda known: zipped({name: c for name, c in known.items() if name != "bundle.json"}),
-    "other weights": lambda known: zipped(
-        {**known, "weights.safetensors": known["weights.safetensors"][:-4] + b"abcd"}
-    ),
+    "other weights": lambda known: zipped({**known, WEIGHTS: known[WEIGHTS][:-4] + b"abcd"}),
     "no zip": lambda known: b"PK\3\4 and nothing",
     "an empty file": lambda known: b"",
     "cut short": lambda known: zipped(known)[:-30],

@@ -8,6 +8,7 @@ import typer
 
 from delineate.cli import (
     adapt,
+    calibrate,
     card,
     compare,
     data,
@@ -95,6 +96,7 @@ app.add_typer(data.app, name="data")
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("adapt")(adapt.adapt)
+app.command("calibrate")(calibrate.calibrate)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("test")(held_out.measure_held_out)

@@ -176,7 +176,7 @@ def predict(
 
         def warn(subject: Subject, odd: Sequence[Oddity]) -> None:
             texts = "; ".join(oddity.text for oddity in odd)
-            terminal.say(f"{printable(subject.id)}: unlike the training scans: {printable(texts)}")
+            terminal.say(f"{printable(subject.id)}: unlike the scans it is meant for: {printable(texts)}")
 
         if planned.done:
             terminal.say(f"already predicted: {len(planned.done)} of the scans; --overwrite predicts them again")
