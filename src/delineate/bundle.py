@@ -303,7 +303,7 @@ class Bundle:
         """
         if not folder.exists():
             raise BundleError(
-                f"'{folder}' is not a bundle: there is no such folder, nor a model of that name",
+                f"'{folder}' is not a bundle: the folder is missing, and no installed model has that name",
                 fix=f"give a run's bundle/ folder, or a model's name ({named_models()})",
             )
         while True:

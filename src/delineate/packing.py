@@ -12,7 +12,7 @@ import shutil
 import stat
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -28,7 +28,6 @@ from delineate.io.files import open_file, parsing, sync_to_disk, writing_beside
 from delineate.io.overwriting import check_folder, check_outputs
 from delineate.io.sealed import MANIFEST
 
-SUFFIX: Final = ".zip"
 MOST_BYTES: Final = 2**32
 """The largest packed bundle that is read or downloaded."""
 
@@ -66,8 +65,8 @@ def fetch(source: str, out: Path, *, sha256: str | None = None, overwrite: bool 
     """
     if sha256 is not None and not (len(sha256) == 64 and set(sha256.lower()) <= set("0123456789abcdef")):
         raise CannotFetch(f"'{sha256[:80]}' is not a SHA-256", fix="give its 64 hexadecimal digits")
-    _check_out(out, overwrite=overwrite)
     if "://" in source:
+        _check_out(out, (), overwrite=overwrite)
         _check_address(source, sha256)
         with _arriving(out) as beside:
             packed = beside / "packed"
@@ -78,8 +77,9 @@ def fetch(source: str, out: Path, *, sha256: str | None = None, overwrite: bool 
     if not given.exists():
         raise CannotFetch(
             f"there is no file '{source}', nor a model of that name",
-            fix=f"give a packed model ({SUFFIX}), its address with --sha256, or a name ({named_models()})",
+            fix=f"give a packed model, its address with --sha256, or a name ({named_models()})",
         )
+    _check_out(out, given.iterdir() if given.is_dir() else [given], overwrite=overwrite)
     with _arriving(out) as beside:
         if given.is_file():
             _unpack_checked(given, beside / "bundle", sha256)
@@ -97,16 +97,16 @@ def _check_whole(folder: Path) -> None:
         raise BundleError(f"'{folder}' has no weights yet", fix="wait until its training has validated once")
 
 
-def _check_out(out: Path, *, overwrite: bool) -> None:
+def _check_out(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     """Raise :class:`OutputError` unless ``out`` is a folder to be made, an empty one, or a bundle to be replaced."""
-    check_folder(out.parent)
-    if not os.path.lexists(out):
+    check_folder(out)
+    if out.is_symlink():
+        raise OutputError(f"'{out}' is a link", fix="name the folder that it leads to")
+    if not out.exists():
         return
-    if out.is_symlink() or not out.is_dir():
-        raise OutputError(f"'{out}' is not a folder", fix="choose another place")
     if others := sorted(entry.name for entry in out.iterdir() if entry.name not in FILES):
         raise OutputError(f"'{out}' holds other things than a bundle, such as '{others[0]}'", fix="choose a new folder")
-    check_outputs([out / name for name in FILES], (), overwrite=overwrite)
+    check_outputs([out / name for name in FILES], inputs, overwrite=overwrite)
 
 
 @contextmanager

@@ -102,7 +102,6 @@ def calibrate(
     trained = Bundle.load(folder)
     dataset = opened(trained, data, layout, images, labels, rules)
     held_out = HeldOut.of(trained, dataset, split_file=split, fold=fold or 0, targets=asked, all_unseen=all_unseen)
-    check_enough(held_out.subjects)
     chosen = [subject.with_channels(trained.channels) for subject in held_out.subjects]
     inputs = [file for subject in dataset.subjects for file in subject.files]
     inputs += [*folder.iterdir(), *filter(None, (split,))]
@@ -113,6 +112,7 @@ def calibrate(
     check_outputs(results, inputs, overwrite=overwrite or test.begun(out / "calibrate.json"))
     outputs = Outputs(out / "predictions", bundles=[trained])
     planned = outputs.plan(chosen, inputs, overwrite=overwrite)
+    check_enough(held_out.subjects)
     with Terminal() as terminal:
         for note in held_out.notes:
             terminal.say(printable(note))

@@ -113,10 +113,8 @@ def pack_model(
     from delineate.cli.terminal import print_json
     from delineate.core.text import printable
     from delineate.io.overwriting import check_outputs
-    from delineate.packing import SUFFIX, pack
+    from delineate.packing import pack
 
-    if out.suffix != SUFFIX:
-        raise typer.BadParameter(f"'{out.name}' does not end in {SUFFIX}, as packed models do")
     folder = bundle_folder(bundle)
     check_outputs([out], folder.iterdir() if folder.is_dir() else [], overwrite=overwrite)
     sha256 = pack(folder, out)
