@@ -135,6 +135,8 @@ def test_new_scans_get_intervals_which_they_did_not_have(calibrated: Path, own: 
     before, after = (rows(tmp_path / folder / "review.csv") for folder in ("before", "after"))
     assert {row["no_interval"] for row in before.values()} == {"unlike the scans it is meant for"}
     assert {row["no_interval"] for row in after.values()} == {""}
+    stale = run("predict", calibrated, new / "imagesTr", "-o", tmp_path / "before", code=1).exception
+    assert "--overwrite" in str(stale), "predictions without these intervals do not count as done"
     run("evaluate", tmp_path / "after", new, "-o", tmp_path / "measured")
     dice = {name: float(row["dice"]) for name, row in rows(tmp_path / "measured/metrics.csv").items()}
     held = [float(after[n]["dice_low"]) <= dice[n] <= float(after[n]["dice_high"]) for n in names]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from delineate.cli import options
 from delineate.cli.commands import Commands
 from delineate.cli.options import BundlePlace, Json, Overwrite
 
@@ -77,9 +76,7 @@ def show(
 def fetch_model(
     source: Annotated[
         str,
-        typer.Argument(
-            help="An installed model's name, a packed model, or the address of one.", autocompletion=options.installed
-        ),
+        typer.Argument(help="An installed model's name, a packed model, or the address of one."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write the bundle to this folder.")],
     sha256: Annotated[

@@ -27,13 +27,6 @@ def trainable(incomplete: str) -> list[str]:
     return _beginning(incomplete, ["auto", *packaged("")])
 
 
-def installed(incomplete: str) -> list[str]:
-    """Installed models that begin this way."""
-    from delineate.installed import installed_models
-
-    return _beginning(incomplete, installed_models())
-
-
 def layouts(incomplete: str) -> list[str]:
     """Data set layouts that begin this way."""
     from delineate.datasets.layouts import LAYOUTS
@@ -69,7 +62,7 @@ def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
 
 BundlePlace = Annotated[
     Path,
-    typer.Argument(help="A run, its bundle/ folder, or an installed model's name.", autocompletion=installed),
+    typer.Argument(help="A run, its bundle/ folder, or an installed model's name."),
 ]
 Data = Annotated[Path, typer.Option("--data", help="Read this data set; its layout is recognised.")]
 AllUnseen = Annotated[

@@ -15,7 +15,8 @@ from delineate.cli.servers import check_there, log_as_servers_do, serving
 
 def worker(
     bundles: Annotated[
-        list[Path], typer.Argument(metavar="BUNDLE", help="Runs or bundles, the same as the server offers.")
+        list[Path],
+        typer.Argument(metavar="BUNDLE", help="Runs, bundles or installed models, the same as the server offers."),
     ],
     key: Annotated[
         Path, typer.Option("--key", help="Use this key file, from `delineate keys add NAME --role worker`.")
