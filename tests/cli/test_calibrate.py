@@ -248,7 +248,8 @@ def test_a_target_that_is_never_found_has_no_interval(own: Path, data: Path, tmp
     assert not (out / "bundle").exists()
 
 
-def test_a_test_takes_the_same_word(own: Path, data: Path, tmp_path: Path) -> None:
+def test_a_test_takes_the_same_word(own: Path, tmp_path: Path) -> None:
+    data = written(tmp_path / "data", NAMES[:2])
     unknown = replace(Bundle.load(own), provenance=Provenance()).save_copy(tmp_path / "unknown").folder
     assert unknown is not None
     words = ("test", unknown, "--data", data, "-o", tmp_path / "out", "--metrics", "dice")
