@@ -234,7 +234,7 @@ def test_what_is_measured_and_what_is_calibrated_stand_in_columns_of_their_own(
     assert title.strip() == "to look at first"
     assert head.index("expected Dice") < head.index("volume, 90% interval")
     cells = [[part.strip() for part in re.split(r"\s{2,}", line.strip())] for line in (unusual, usual)]
-    assert cells[0] == ["unusual", "liver", "100.00", "0.900", "–", "–", "–", "unlike the training scans", "yes"]
+    assert cells[0] == ["unusual", "liver", "100.00", "0.900", "–", "–", "–", "unlike the scans it is meant for", "yes"]
     assert cells[1][:5] == ["usual", "liver", "100.00", "0.900", "–"]
     assert re.fullmatch(r"\d+\.\d\d – \d+\.\d\d", cells[1][5])
     assert re.fullmatch(r"0\.\d{3} – 0\.\d{3}", cells[1][6])

@@ -27,6 +27,7 @@ PAGES = [
     *(ROOT / "docs" / "studies").glob("*.md"),
     *ROOT.glob("*/README.md"),
     *ROOT.glob("examples/*/README.md"),
+    *ROOT.glob("models/*/README.md"),
 ]
 COMMANDS = typer.main.get_command(app)
 

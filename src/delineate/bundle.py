@@ -17,6 +17,7 @@ A bundle with a file that differs from what was saved is refused on opening, bef
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from delineate.core.grid import AXES
 from delineate.core.targets import Targets
 from delineate.errors import BundleError, DelineateError, OutputError, RecipeError, UnknownKey
 from delineate.fingerprint import PATIENT_AXES, Fingerprint
+from delineate.installed import named_models, resolved
 from delineate.io.files import writing_beside
 from delineate.io.pseudonyms import PATTERN, key_file, key_id, pseudonym
 from delineate.io.sealed import AGAIN, MANIFEST, Sealed, Stamp, opened, read_json, read_small, replace_file, seal
@@ -92,6 +94,27 @@ class Provenance:
     other_keys: tuple[Pseudonym, ...] = ()
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """Whose errors make a bundle's intervals, where it was calibrated on other subjects than its training held out.
+
+    ``name`` is what the user calls their data. Subjects are listed by pseudonyms made with the key that ``key``
+    identifies; ``files`` is a pseudonym, too, of the hashes of their files. ``fingerprint`` is what their scans look
+    like: intervals hold for scans like these. ``unseen`` says how it is known that the network was not trained on
+    them: from the bundle, or by the word of whoever calibrated it.
+    """
+
+    name: Text
+    on: Text
+    key: Pseudonym
+    subjects: Annotated[tuple[Pseudonym, ...], Field(max_length=2**17)]
+    patients: Annotated[int, Field(ge=0, le=2**53)]
+    sites: Annotated[int, Field(ge=0, le=2**53)]
+    files: Pseudonym
+    unseen: Literal["recorded", "stated"]
+    fingerprint: Fingerprint
+
+
 def hidden(subjects: Sequence[str]) -> tuple[str, ...]:
     """The pseudonyms by which a bundle knows subjects."""
     return tuple(pseudonym("subject", name) for name in subjects)
@@ -113,6 +136,7 @@ class Bundle:
     spacing_mm: tuple[float, float, float]
     fingerprint: Fingerprint = field(default_factory=Fingerprint)
     provenance: Provenance = Provenance()
+    calibrated: Calibrated | None = None
     folder: Path | None = None
     weights: Stamp | None = field(default=None, compare=False)
 
@@ -166,6 +190,11 @@ class Bundle:
                 fix="ask whoever trained that bundle, or choose subjects by hand",
             )
         return found
+
+    @property
+    def familiar(self) -> Fingerprint:
+        """What scans look like for which the intervals hold: those it was calibrated on, else the training's."""
+        return self.fingerprint if self.calibrated is None else self.calibrated.fingerprint
 
     def with_settings(self, changes: Iterable[str]) -> Bundle:
         """This bundle with other ``inference`` and ``postprocessing`` settings, as ``path.to.field=value``.
@@ -224,6 +253,20 @@ class Bundle:
         for name in (CALIBRATION, CARD_FACTS):
             (folder / name).unlink(missing_ok=True)
 
+    def save_copy(self, folder: Path) -> Bundle:
+        """Write this bundle, as it is now, to another folder; the file of weights stays the same to the byte.
+
+        Calibration and card are not part of the copy. Raises :class:`BundleError` where the weights were replaced.
+        """
+        source = self._weights_file
+        self._seal(folder, {WEIGHTS: lambda path: shutil.copyfile(source, path)})
+        for name in (CALIBRATION, CARD_FACTS):
+            (folder / name).unlink(missing_ok=True)
+        copy = Bundle.load(folder)
+        if copy.weights != self.weights:
+            raise BundleError(f"'{source}' was replaced after the bundle was opened", fix="run the command again")
+        return copy
+
     def begin(self, folder: Path) -> None:
         """Write everything but the weights, which training replaces repeatedly, unless a complete bundle is there.
 
@@ -258,6 +301,11 @@ class Bundle:
 
         Raises :class:`BundleError` if any file is not, before a network is built.
         """
+        if not folder.exists():
+            raise BundleError(
+                f"'{folder}' is not a bundle: the folder is missing, and no installed model has that name",
+                fix=f"give a run's bundle/ folder, or a model's name ({named_models()})",
+            )
         while True:
             before = _manifest_of(folder)
             try:
@@ -306,6 +354,7 @@ class _Description(Specification):
     spacing_mm: tuple[Positive, Positive, Positive]
     fingerprint: Fingerprint
     provenance: Provenance
+    calibrated: Calibrated | None = None
 
     @classmethod
     def of(cls, bundle: Bundle) -> _Description:
@@ -316,6 +365,7 @@ class _Description(Specification):
             spacing_mm=bundle.spacing_mm,
             fingerprint=bundle.fingerprint,
             provenance=bundle.provenance,
+            calibrated=bundle.calibrated,
         )
 
     def bundle(self, folder: Path, recipe: Recipe, pipeline: Pipeline) -> Bundle:
@@ -328,6 +378,7 @@ class _Description(Specification):
             spacing_mm=self.spacing_mm,
             fingerprint=self.fingerprint,
             provenance=self.provenance,
+            calibrated=self.calibrated,
             folder=folder,
         )
 
@@ -361,7 +412,11 @@ def export_weights(folder: Path, path: Path, include: Sequence[str]) -> int:
 
 
 def bundle_folder(path: Path) -> Path:
-    """The bundle that ``path`` refers to: the folder itself, or ``bundle`` inside a run folder."""
+    """The bundle that ``path`` refers to: the folder itself, ``bundle`` inside a run folder, or an installed model's.
+
+    A model is referred to by its name, where there is no such path. Raises as :func:`~delineate.installed.resolved`.
+    """
+    path = resolved(path)
     inside = path / "bundle"
     return inside if inside.is_dir() and not (path / MANIFEST).exists() else path
 

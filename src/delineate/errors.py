@@ -28,12 +28,14 @@
      │    ├── MissingFile              E_MISSING
      │    ├── DuplicateSubject         E_DUPLICATE
      │    ├── BrokenSubjects           E_BROKEN_SUBJECTS
+     │    ├── TooFewSubjects           E_TOO_FEW
      │    └── BadSplit                 E_SPLIT
      ├── RecipeError                 E_RECIPE      a recipe or setting is not valid
      ├── BundleError                 E_BUNDLE      a bundle is damaged or does not fit
      ├── UnknownKey                  E_KEY         the key that hides names is damaged, or is a different one
      ├── WeightsError                E_WEIGHTS     published weights are missing, damaged or for another network
      ├── CannotImport                E_IMPORT      a model of other software cannot become a bundle
+     ├── CannotFetch                 E_FETCH       a packed model cannot be fetched, or is not what was published
      ├── CannotUndo                  E_UNDO        a preprocessing step cannot be undone
      ├── TrainingError               E_TRAINING    training cannot continue
      │    └── OutOfMemory              E_MEMORY      … because it needs more memory than there is
@@ -246,6 +248,12 @@ class BrokenSubjects(DatasetError):
     code = "E_BROKEN_SUBJECTS"
 
 
+class TooFewSubjects(DatasetError):
+    """There are fewer patients than an interval needs."""
+
+    code = "E_TOO_FEW"
+
+
 class BadSplit(DatasetError):
     """A split cannot be made, or a split file does not match the data set."""
 
@@ -280,6 +288,12 @@ class CannotImport(DelineateError):
     """A model that other software trained is damaged, or uses something that a bundle cannot hold."""
 
     code = "E_IMPORT"
+
+
+class CannotFetch(DelineateError):
+    """A packed model cannot be fetched, or is not what was published."""
+
+    code = "E_FETCH"
 
 
 class CannotUndo(DelineateError):

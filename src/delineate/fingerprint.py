@@ -1,4 +1,4 @@
-"""What the training scans look like, and how far a new scan lies from them, checked before it is segmented."""
+"""What the scans of a training, or a calibration, look like, and how far a new scan lies from them."""
 
 from __future__ import annotations
 
@@ -87,15 +87,20 @@ def merged(first: Fingerprint, second: Fingerprint) -> Fingerprint:
     return Fingerprint(first.subjects + second.subjects, tuple(ranges.values()))
 
 
-def oddities(fingerprint: Fingerprint, scan: Volume, channels: Sequence[str]) -> list[Oddity]:
+def oddities(
+    fingerprint: Fingerprint, scan: Volume, channels: Sequence[str], known: str = "trained on"
+) -> list[Oddity]:
     """Anything unusual about a scan's spacing, field of view or channel contrast, most unusual first.
 
+    ``known`` is what was done with the scans that the fingerprint is of.
     Contrast is the 99.5th percentile divided by the mean, both measured from the minimum, so that it does not
     depend on the scanner's intensity scale.
     """
     measured = measure_scan(scan, channels)
     found = [
-        _oddity(value, trained) for key, value in measured.items() if (trained := fingerprint.range(*key)) is not None
+        _oddity(value, trained, known)
+        for key, value in measured.items()
+        if (trained := fingerprint.range(*key)) is not None
     ]
     for channel, voxels in zip(channels, scan.voxels, strict=True):
         contrast = fingerprint.range("contrast", channel)
@@ -130,14 +135,14 @@ def _contrast(least: float, mean: float, high: float) -> float:
     return (high - least) / (mean - least) if mean > least else 1.0
 
 
-def _oddity(value: float, trained: Range) -> Oddity | None:
+def _oddity(value: float, trained: Range, known: str) -> Oddity | None:
     low, high = trained.min, trained.max
     factor = max(low / value if value > 0 else inf, value / high if high > 0 else inf)
     if factor <= TOLERATED[trained.quantity]:
         return None
     unit = "" if trained.quantity == "contrast" else " mm"
     usual = f"{low:.3g} to {high:.3g}" if f"{low:.3g}" != f"{high:.3g}" else f"{low:.3g}"
-    return Oddity(f"{_in_words(trained)} {value:.3g}{unit} (trained on {usual}{unit})", log(min(factor, 1e6)))
+    return Oddity(f"{_in_words(trained)} {value:.3g}{unit} ({known} {usual}{unit})", log(min(factor, 1e6)))
 
 
 def _in_words(trained: Range) -> str:

@@ -233,6 +233,7 @@ def test_a_device_or_package_that_is_missing_is_said_before_anything_is_read(tmp
         ["train", "hippocampus", "--data", "nowhere", "--out", "run"],
         ["predict", "nowhere", "scan.nii.gz", "--out", "out"],
         ["test", "nowhere", "--data", "nowhere", "--out", "out"],
+        ["calibrate", "nowhere", "--data", "nowhere", "--name", "ours", "--out", "out"],
         ["forgetting", "nowhere", "nowhere", "--data", "nowhere", "--out", "out"],
         ["adapt", "nowhere", "--data", "nowhere", "--out", "out"],
         ["demo", "--out", str(tmp_path / "demo")],

@@ -17,7 +17,7 @@ import pytest
 from pydantic import ValidationError
 
 import delineate
-from delineate.bundle import Provenance, _Description
+from delineate.bundle import Calibrated, Provenance, _Description
 from delineate.calibration import CalibrationFile, IntervalCheck, Intervals
 from delineate.compute import Choice, PlanFile
 from delineate.core.targets import Targets
@@ -157,6 +157,9 @@ def samples() -> dict[type[Specification], list[Specification]]:
             computed={"threads": 2},
             adapted_from="0f" * 32,
             other_keys=(PSEUDONYM,),
+        ),
+        calibrated=Calibrated(
+            "Ours", "2026-01-02", PSEUDONYM, (PSEUDONYM,), 1, 1, PSEUDONYM, "stated", Fingerprint(1, ())
         ),
     )
     happened = [

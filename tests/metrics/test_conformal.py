@@ -18,6 +18,13 @@ def test_by_hand() -> None:
     assert errors.best_level == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize(("level", "patients"), [(0.5, 3), (0.8, 9), (0.9, 19), (0.95, 39)])
+def test_the_fewest_patients_are_those_that_give_an_interval(level: float, patients: int) -> None:
+    assert Conformal.fewest(level) == patients
+    assert np.isfinite(Conformal.of(range(patients)).interval(level)).all()
+    assert not np.isfinite(Conformal.of(range(patients - 1)).interval(level)).any()
+
+
 def test_undefined_errors_do_not_count() -> None:
     assert Conformal.of([nan, 3.0, 1.0, inf, nan, 2.0], list("abcabb")).errors == ((1.0,), (2.0, 3.0), (inf,))
     assert Conformal(()).best_level == 0

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def adapt(
-    bundle: Annotated[Path, typer.Argument(help="The bundle to adapt, or its run.")],
+    bundle: Annotated[Path, typer.Argument(help="The bundle to adapt, its run, or an installed model's name.")],
     data: Data,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Write the adapted bundle and the measurements to this folder.")

@@ -8,6 +8,7 @@ import typer
 
 from delineate.cli import (
     adapt,
+    calibrate,
     card,
     compare,
     data,
@@ -20,6 +21,7 @@ from delineate.cli import (
     jobs,
     keys,
     metrics,
+    models,
     networks,
     plan,
     predict,
@@ -94,6 +96,7 @@ app.add_typer(data.app, name="data")
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("adapt")(adapt.adapt)
+app.command("calibrate")(calibrate.calibrate)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("test")(held_out.measure_held_out)
@@ -111,4 +114,5 @@ app.add_typer(recipes.app, name="recipes")
 app.add_typer(networks.app, name="networks")
 app.add_typer(metrics.app, name="metrics")
 app.add_typer(weights.app, name="weights")
+app.add_typer(models.app, name="models")
 app.add_typer(imports.app, name="import")

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from delineate.cli.options import Overwrite
+from delineate.cli.options import BundlePlace, Overwrite
 
 
 def card(
-    bundle: Annotated[Path, typer.Argument(help="A run, or its bundle/ folder.")],
+    bundle: BundlePlace,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Write a page to this file (default: print the card as Markdown)."),

@@ -11,7 +11,9 @@ from delineate.cli.options import Compile, Data, Device, Json, Metrics, Overwrit
 
 
 def forgetting(
-    before: Annotated[Path, typer.Argument(help="The bundle before fine-tuning, or its run.")],
+    before: Annotated[
+        Path, typer.Argument(help="The bundle before fine-tuning, its run, or an installed model's name.")
+    ],
     after: Annotated[Path, typer.Argument(help="The bundle after fine-tuning, or its run.")],
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="Write predictions and evaluations to this folder.")],

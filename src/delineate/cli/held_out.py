@@ -9,6 +9,8 @@ import typer
 
 from delineate.cli import options
 from delineate.cli.options import (
+    AllUnseen,
+    BundlePlace,
     ChannelImages,
     Compile,
     Data,
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def measure_held_out(
-    bundle: Annotated[Path, typer.Argument(help="A run, or its bundle/ folder.")],
+    bundle: BundlePlace,
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="Write predictions, tables and the report to this folder.")],
     split: Annotated[
@@ -53,6 +55,7 @@ def measure_held_out(
             "--fold", min=0, help="Measure this fold of --split (default: 0; for a split without folds, its test set)."
         ),
     ] = None,
+    all_unseen: AllUnseen = False,
     set: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change inference.* or postprocessing.* of the bundle's recipe. Can be repeated."),
@@ -131,8 +134,8 @@ def measure_held_out(
     changed = trained.with_settings(set or [])
     wanted = ",".join(trained.recipe.metrics) if metrics is None else metrics
     measuring = Measuring(wanted, lesion_overlap, read_within, probabilities)
-    dataset = _opened(trained, data, layout, images, labels, rules)
-    held_out = HeldOut.of(trained, dataset, split_file=split, fold=fold or 0, targets=asked)
+    dataset = opened(trained, data, layout, images, labels, rules)
+    held_out = HeldOut.of(trained, dataset, split_file=split, fold=fold or 0, targets=asked, all_unseen=all_unseen)
     held_out.check(measuring)
     chosen = [subject.with_channels(trained.channels) for subject in held_out.subjects]
     inputs = [file for subject in dataset.subjects for file in subject.files]
@@ -172,7 +175,7 @@ def measure_held_out(
         test.write(out / "test.json")
         with torch_threads(plan.threads):
             evaluation, pairs, _ = measure_outcomes(
-                _outcomes(planned, outputs, load),
+                outcomes_of(planned, outputs, load),
                 held_out.subjects,
                 held_out.shared,
                 measuring,
@@ -198,7 +201,7 @@ def measure_held_out(
     typer.echo(f"report  {printable(str(out / 'report.html'))}")
 
 
-def _opened(
+def opened(
     bundle: Bundle, data: Path, layout: str | None, images: list[str] | None, labels: str | None, rules: Path | None
 ) -> Dataset:
     """The data set, read as the recipe says, or as the options say if any is given."""
@@ -212,7 +215,7 @@ def _opened(
     return open_dataset(data, layout=layout or "auto", images=channels, labels=label)
 
 
-def _outcomes(planned: Planned, outputs: Outputs, load: Callable[[], Predictor]) -> Iterator[Outcome]:
+def outcomes_of(planned: Planned, outputs: Outputs, load: Callable[[], Predictor]) -> Iterator[Outcome]:
     """Predictions that were there already, then the others as they are made."""
     from delineate.inference.batch import Outcome, carry_out
 

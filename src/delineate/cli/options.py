@@ -60,7 +60,18 @@ def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+BundlePlace = Annotated[
+    Path,
+    typer.Argument(help="A run, its bundle/ folder, or an installed model's name."),
+]
 Data = Annotated[Path, typer.Option("--data", help="Read this data set; its layout is recognised.")]
+AllUnseen = Annotated[
+    bool,
+    typer.Option(
+        "--all-unseen",
+        help="Let your word count that the bundle was trained on none of these subjects, where it cannot tell.",
+    ),
+]
 Layout = Annotated[
     str,
     typer.Option("--layout", help="Read the data set in this layout (default: recognise it).", autocompletion=layouts),

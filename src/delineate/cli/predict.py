@@ -10,6 +10,7 @@ import typer
 
 from delineate.cli.commands import importing
 from delineate.cli.options import (
+    BundlePlace,
     ChannelImages,
     Compile,
     Device,
@@ -44,7 +45,7 @@ Flips = Annotated[
 
 
 def predict(
-    bundle: Annotated[Path, typer.Argument(help="A run, or its bundle/ folder.")],
+    bundle: BundlePlace,
     inputs: Annotated[list[Path], typer.Argument(help="Scans, or folders of them in any known layout.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write a label for each subject to this folder.")],
     format: Annotated[
@@ -177,7 +178,7 @@ def predict(
 
         def warn(subject: Subject, odd: Sequence[Oddity]) -> None:
             texts = "; ".join(oddity.text for oddity in odd)
-            terminal.say(f"{printable(subject.id)}: unlike the training scans: {printable(texts)}")
+            terminal.say(f"{printable(subject.id)}: unlike the scans it is meant for: {printable(texts)}")
 
         if planned.done:
             terminal.say(f"already predicted: {len(planned.done)} of the scans; --overwrite predicts them again")

@@ -246,7 +246,7 @@ class _Batch:
             )
             self.results.append(as_row(scan.name, found))
             for text in found.about.get("unusual", []):
-                self._terminal.say(f"{printable(scan.name)}: unlike the training scans: {printable(str(text))}")
+                self._terminal.say(f"{printable(scan.name)}: unlike the scans it is meant for: {printable(str(text))}")
         self.sent.remove(scan)
 
     @contextmanager

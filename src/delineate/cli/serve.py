@@ -26,7 +26,8 @@ def serve(
         list[str],
         typer.Argument(
             metavar="BUNDLE",
-            help="Runs or bundles to offer, each by the name of its folder; NAME=FOLDER gives another name.",
+            help="Runs, bundles or installed models to offer, each by the name of its folder; NAME=FOLDER gives "
+            "another name.",
         ),
     ],
     bind: Annotated[
@@ -197,13 +198,17 @@ def serve(
 
 
 def _named(texts: Sequence[str]) -> dict[str, Path]:
-    """Bundles by name, from folders and ``NAME=FOLDER``."""
+    """Bundles by name, from folders, installed models and ``NAME=FOLDER``."""
+    from delineate.installed import resolved
+
     named: dict[str, Path] = {}
     for text in texts:
         name, equals, rest = ("", "", "") if Path(text).exists() else text.partition("=")
-        folder = Path(rest if equals else text).absolute()
+        given = Path(rest if equals else text)
+        folder = resolved(given).absolute()
         if not equals:
-            name = folder.parent.name if folder.name == "bundle" else folder.name
+            named_by = given.absolute()
+            name = named_by.parent.name if named_by.name == "bundle" else named_by.name
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
             raise typer.BadParameter(
                 f"'{name}' cannot be a model's name; write NAME=FOLDER, with letters, digits, . _ -"

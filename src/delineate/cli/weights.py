@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from delineate.cli.commands import Commands
-from delineate.cli.options import Json, Overwrite
+from delineate.cli.options import BundlePlace, Json, Overwrite
 
 app = Commands(help="Import, list and export weights.")
 
@@ -33,7 +33,7 @@ def import_file(
 
 @app.command("export")
 def export(
-    bundle: Annotated[Path, typer.Argument(help="A run, or its bundle/ folder.")],
+    bundle: BundlePlace,
     out: Annotated[Path, typer.Option("--out", "-o", help="Write this safetensors file.")],
     include: Annotated[
         list[str] | None,

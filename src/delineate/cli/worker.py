@@ -15,7 +15,8 @@ from delineate.cli.servers import check_there, log_as_servers_do, serving
 
 def worker(
     bundles: Annotated[
-        list[Path], typer.Argument(metavar="BUNDLE", help="Runs or bundles, the same as the server offers.")
+        list[Path],
+        typer.Argument(metavar="BUNDLE", help="Runs, bundles or installed models, the same as the server offers."),
     ],
     key: Annotated[
         Path, typer.Option("--key", help="Use this key file, from `delineate keys add NAME --role worker`.")
@@ -38,13 +39,14 @@ def worker(
         from delineate.serving.settings import WorkerSettings
 
     from delineate.cli.terminal import Terminal, print_json
+    from delineate.installed import resolved
     from delineate.serving.places import data_folder
 
     check_there(device)
     settings = WorkerSettings(
         state=(state or data_folder() / "worker").absolute(),
         key=key,
-        bundles=tuple(bundle.absolute() for bundle in bundles),
+        bundles=tuple(resolved(bundle).absolute() for bundle in bundles),
         device=device,
         precision=precision,
         threads=threads,

@@ -15,13 +15,14 @@ from typing import Final
 
 import torch
 
-from delineate.bundle import CARD, CARD_FACTS, FORMAT, Bundle
+from delineate.bundle import CARD, CARD_FACTS, FORMAT, Bundle, Calibrated
 from delineate.core.text import printable
 from delineate.errors import BundleError
 from delineate.evaluation.agreement import signed
 from delineate.evaluation.card_facts import POOR_DICE, ByRole, CardFacts, Figure, Result
 from delineate.evaluation.table import averaged
 from delineate.fingerprint import PATIENT_AXES, TOLERATED, Range
+from delineate.installed import name_of
 from delineate.io.files import writing_beside
 from delineate.io.overwriting import check_folder
 from delineate.io.sealed import MANIFEST, Sealed, opened, read_json, read_small, replace_file
@@ -59,9 +60,14 @@ def write_card(folder: Path, facts: CardFacts, *, like: Path | None = None) -> N
 def check_card(folder: Path) -> None:
     """Raise an error where a bundle's card could not be written.
 
-    :class:`BundleError` if ``card.md`` cannot be read, or the bundle has format 1, whose files cannot be added to;
-    :class:`OutputError` if nothing can be written to the folder.
+    :class:`BundleError` if ``card.md`` cannot be read, or the bundle is an installed model's or has format 1, whose
+    files cannot be added to; :class:`OutputError` if nothing can be written to the folder.
     """
+    if (name := name_of(folder)) is not None:
+        raise BundleError(
+            f"'{folder}' belongs to the installed model '{name}', whose card is its author's",
+            fix=f"fetch a copy, and use that: delineate models fetch {name} -o FOLDER",
+        )
     check_folder(folder)
     _author_text(folder)
     if read_json(read_small(folder / MANIFEST), folder / MANIFEST).get("format") != FORMAT:
@@ -148,7 +154,7 @@ def _pairs(values: Mapping[str, str]) -> str:
 
 
 def _made_for(bundle: Bundle) -> Iterator[str]:
-    fingerprint, targets = bundle.fingerprint, bundle.targets
+    fingerprint, targets = bundle.familiar, bundle.targets
     values = {name: ", ".join(map(str, numbers)) for name, numbers in targets.values.items()}
     yield _pairs(
         {
@@ -158,11 +164,12 @@ def _made_for(bundle: Bundle) -> Iterator[str]:
             "Spacing after preprocessing, mm": _by(bundle.spacing_mm),
         }
     )
+    known = "training scan" if bundle.calibrated is None else "calibration scan"
     if not fingerprint.ranges:
-        yield "What the training scans look like was not recorded."
+        yield "What these scans look like was not recorded."
         return
     yield (
-        f"Ranges over the {_counted(fingerprint.subjects, 'training scan')}. Out of range, and reported by "
+        f"Ranges over the {_counted(fingerprint.subjects, known)}. Out of range, and reported by "
         f"`delineate predict`, is a scan whose spacing or field of view lies beyond these by more than a factor of "
         f"{TOLERATED['spacing']:g}, or its contrast by more than {TOLERATED['contrast']:g}."
     )
@@ -197,8 +204,22 @@ def _data(bundle: Bundle, facts: CardFacts) -> Iterator[str]:
             else "",
         }
     )
+    if bundle.calibrated is not None:
+        yield _calibration(bundle.calibrated)
     if len(facts.sites) > 1:
         yield "Sites are numbered in the alphabetical order of their names, which the bundle does not hold."
+
+
+def _calibration(known: Calibrated) -> str:
+    seen = {
+        "recorded": "by what the bundle records, its training has not seen them",
+        "stated": "that its training has not seen them is the word of whoever calibrated it",
+    }
+    return (
+        f"Calibrated: intervals of Dice and volume come from {_counted(len(known.subjects), 'subject')} of "
+        f"{_counted(known.patients, 'patient')} at {_counted(known.sites, 'site')}, {escaped(known.name)}, on "
+        f"{escaped(known.on)}; {seen[known.unseen]}. They hold for scans like these, and for no others."
+    )
 
 
 def _training(bundle: Bundle, facts: CardFacts) -> Iterator[str]:
@@ -257,6 +278,7 @@ _TITLES = {
     "test": "A test after training",
     "adapted": "New scans, each predicted by a training without its patient, not by these very weights",
     "original": "Original scans that no training has seen",
+    "calibration": "Subjects whose errors make the intervals of predictions",
 }
 
 

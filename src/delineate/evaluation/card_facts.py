@@ -30,8 +30,8 @@ _MOST_RESULTS = 64
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Kind = Literal["held out", "test", "adapted", "original"]
-"""Subjects held out by the training, those of a later test, and those that an adaptation measures."""
+Kind = Literal["held out", "test", "adapted", "original", "calibration"]
+"""Subjects held out by the training, of a later test, those that an adaptation measures, and those of a calibration."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from delineate.bundle import Bundle, hidden
-from delineate.calibration import Confidence
+from delineate.calibration import Case, Confidence
 from delineate.core.subject import Subject
 from delineate.core.targets import SharedTargets, Targets
 from delineate.datasets.dataset import Dataset, with_maps
 from delineate.datasets.splits import check_split, load_split
-from delineate.errors import BundleError, DatasetError, DelineateError, MissingFile
+from delineate.errors import BundleError, DatasetError, DelineateError, MissingFile, UnknownKey
 from delineate.evaluation.measure import Measuring, evaluate, probabilities_of_regions
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
@@ -31,10 +31,14 @@ CONFIDENCE = "confidence.csv"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Labelled subjects to measure a bundle on, and the targets that it shares with their labels."""
+    """Labelled subjects to measure a bundle on, and the targets that it shares with their labels.
+
+    ``stated``: that the bundle was not trained on them is the user's word, since it cannot tell.
+    """
 
     subjects: tuple[Subject, ...]
     shared: SharedTargets
+    stated: bool = False
 
     @classmethod
     def of(
@@ -45,19 +49,22 @@ class HeldOut:
         split_file: Path | None = None,
         fold: int = 0,
         targets: Targets | None = None,
+        all_unseen: bool = False,
     ) -> HeldOut:
         """The held-out subjects of a fold of the split or, without one, all labelled subjects that were not seen.
 
+        With ``all_unseen`` nobody is taken to be seen where the bundle cannot tell.
         ``targets`` say what the labels hold; without them, :func:`targets_of_labels` does. Raises
         :class:`DatasetError` if the bundle has seen any subject of the fold, or all of the data set,
         :class:`BadSplit`, :class:`MissingFile` for a subject of the fold without a label, :class:`RecipeError` if no
         target is shared, and whatever :meth:`~delineate.bundle.Bundle.seen` raises.
         """
-        subjects = _labelled_unseen(bundle, dataset) if split_file is None else _of(bundle, dataset, split_file, fold)
+        tells = _Seen(bundle, all_unseen)
+        subjects = _labelled_unseen(tells, dataset) if split_file is None else _of(tells, dataset, split_file, fold)
         references = targets or targets_of_labels(bundle, dataset, subjects)
         resample = bundle.recipe.data.resample_channels
         chosen = tuple(replace(subject, resample=resample) for subject in subjects)
-        return cls(chosen, SharedTargets.of(bundle.targets, references))
+        return cls(chosen, SharedTargets.of(bundle.targets, references), tells.stated)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -71,6 +78,10 @@ class HeldOut:
             if set(named[name]) != set(predicted[name])
         ]:
             notes.append(f"Labels are matched by their targets' names: {'; '.join(differing)}.")
+        if self.stated:
+            notes.append(
+                "The bundle cannot tell whether it was trained on these subjects: that it was not is its user's word."
+            )
         return tuple(notes)
 
     def check(self, measuring: Measuring) -> None:
@@ -196,6 +207,19 @@ def measure_outcomes(
     return MeasuredSubjects(evaluation, pairs, [made[subject.id] for subject in subjects])
 
 
+def calibration_cases(
+    subjects: Iterable[Subject], confidences: Mapping[str, Mapping[str, Confidence]], evaluation: Evaluation
+) -> list[Case]:
+    """The confidence of each prediction in each target that was measured, with its actual Dice and reference volume."""
+    measured = evaluation.table.set_index(["subject", "target"])[["dice", "reference_volume_ml"]]
+    return [
+        Case(target, subject.site, subject.patient, confidence, *map(float, measured.loc[(subject.id, target)]))
+        for subject in subjects
+        for target, confidence in confidences.get(subject.id, {}).items()
+        if (subject.id, target) in measured.index
+    ]
+
+
 def write_confidence(folder: Path, confidences: Mapping[str, Mapping[str, Confidence]]) -> None:
     """Write what predictions said of themselves, by subject and target, to ``confidence.csv`` beside an evaluation."""
     rows = [
@@ -206,11 +230,28 @@ def write_confidence(folder: Path, confidences: Mapping[str, Mapping[str, Confid
     write_table(folder / CONFIDENCE, list(rows[0]) if rows else [], rows)
 
 
-def _labelled_unseen(bundle: Bundle, dataset: Dataset) -> list[Subject]:
+class _Seen:
+    """Whether a bundle has seen a subject. ``stated``: it could not tell, and the user's word was taken."""
+
+    def __init__(self, bundle: Bundle, all_unseen: bool) -> None:
+        self._bundle, self._all_unseen, self.stated = bundle, all_unseen, False
+
+    def __call__(self, subject: str) -> bool:
+        try:
+            return self._bundle.seen(subject)
+        except (BundleError, UnknownKey) as error:
+            if not self._all_unseen:
+                fix = f"{error.fix}; or say with --all-unseen that it was trained on none of these subjects"
+                raise type(error)(error.message, fix=fix) from error
+        self.stated = True
+        return False
+
+
+def _labelled_unseen(seen: _Seen, dataset: Dataset) -> list[Subject]:
     labelled = [subject for subject in dataset.subjects if subject.label is not None and subject.scans]
     if not labelled:
         raise DatasetError(f"no subject of '{dataset.name}' has a scan and a label", fix="give labelled scans")
-    unseen = [subject for subject in labelled if not bundle.seen(subject.id)]
+    unseen = [subject for subject in labelled if not seen(subject.id)]
     if not unseen:
         raise DatasetError(
             f"all {len(labelled)} labelled subjects of '{dataset.name}' were seen in training",
@@ -219,7 +260,7 @@ def _labelled_unseen(bundle: Bundle, dataset: Dataset) -> list[Subject]:
     return unseen
 
 
-def _of(bundle: Bundle, dataset: Dataset, split_file: Path, fold: int) -> list[Subject]:
+def _of(seen: _Seen, dataset: Dataset, split_file: Path, fold: int) -> list[Subject]:
     if not split_file.exists():
         raise MissingFile(f"there is no split file '{split_file}'", fix="give a run's split.json, or leave it out")
     split = load_split(split_file)
@@ -228,9 +269,9 @@ def _of(bundle: Bundle, dataset: Dataset, split_file: Path, fold: int) -> list[S
     held_out = [subject for subject in dataset.subjects if subject.id in names]
     if not held_out:
         raise DatasetError(f"fold {fold} of '{split_file}' has no subject", fix="name another fold")
-    if seen := [subject.id for subject in held_out if bundle.seen(subject.id)]:
+    if known := [subject.id for subject in held_out if seen(subject.id)]:
         raise DatasetError(
-            f"{', '.join(seen)} of fold {fold} were seen in training, which would flatter the result",
+            f"{', '.join(known)} of fold {fold} were seen in training, which would flatter the result",
             fix="give the fold that the bundle was trained without, or other scans",
         )
     if unlabelled := [subject.id for subject in held_out if subject.label is None]:

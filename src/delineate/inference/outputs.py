@@ -28,6 +28,7 @@ from delineate.io.overwriting import check_folder, check_outputs
 from delineate.io.suffixes import DICOM_SUFFIXES, PREVIEW_SUFFIX, REPORT_SUFFIX
 from delineate.io.surfaces import surface_files
 from delineate.metrics.quantities import QuantityMap
+from delineate.specification import to_json
 
 REVIEW = "review.csv"
 MEASUREMENTS = "measurements.csv"
@@ -165,7 +166,12 @@ class Outputs:
 
     @cached_property
     def _bundles(self) -> list[list[object]]:
-        return [[b.weights_sha256, b.recipe.as_dict(), b.pipeline.model_dump_json()] for b in self.bundles]
+        made = [[b.weights_sha256, b.recipe.as_dict(), b.pipeline.model_dump_json()] for b in self.bundles]
+        # Labels do not depend on it, but intervals do.
+        return [
+            [*one, *([to_json(b.calibrated)] if b.calibrated else [])]
+            for one, b in zip(made, self.bundles, strict=True)
+        ]
 
     def plan(self, subjects: Sequence[Subject], kept: Sequence[Path], *, overwrite: bool = False) -> Planned:
         """Decide what to predict, before predicting anything.

@@ -134,7 +134,9 @@ class Predictor:
 
     def oddities(self, volume: Volume) -> list[Oddity]:
         """Anything unusual about a scan, found before it is segmented."""
-        return oddities(self.bundles[0].fingerprint, volume, self.channels)
+        first = self.bundles[0]
+        known = "trained on" if first.calibrated is None else "calibrated on"
+        return oddities(first.familiar, volume, self.channels, known)
 
     def predict(self, volume: Volume, progress: Progress | None = None) -> Prediction:
         """The label of a scan, on its own grid: shape and affine are the scan's.

@@ -19,7 +19,7 @@ COLUMNS = (
     "dice_low", "dice_high", "no_interval", "unusual", "error", "made_by",
 )  # fmt: skip
 
-UNUSUAL = "unlike the training scans"
+UNUSUAL = "unlike the scans it is meant for"
 UNCALIBRATED = "no calibration"
 NOTHING_FOUND = "nothing found"
 TOO_FEW = "too few calibration subjects"
@@ -75,8 +75,8 @@ def review(
     Dice. Without either, it is 1 minus the expected Dice; a target that was not found has a doubt of 1. ``need`` is
     the largest doubt plus the distance of the most unusual thing about the scan.
 
-    Intervals come from errors on scans like the training scans. A scan unlike them gets none, although the
-    interval it would have had still counts towards the order.
+    Intervals hold for scans like those that a bundle was trained or calibrated on. A scan unlike them gets none,
+    although the interval it would have had still counts towards the order.
     """
     targets, why, doubts = {}, {}, []
     for name, confidence in confidences.items():

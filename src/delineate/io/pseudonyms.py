@@ -19,7 +19,7 @@ from typing import Literal
 
 from delineate.errors import OutputError, UnknownKey
 
-Kind = Literal["subject", "patient", "key"]
+Kind = Literal["subject", "patient", "files", "key"]
 
 PATTERN = r"^[0-9a-f]{32}$"
 """What a pseudonym looks like: 128 bits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import inf, isnan, nan
 
 import numpy as np
@@ -37,10 +38,15 @@ class Conformal:
             by_patient[patient].append(error)
         return cls(tuple(map(tuple, by_patient)))
 
+    @staticmethod
+    def fewest(level: float) -> int:
+        """The smallest number of patients whose errors make an interval of this level."""
+        return next(n for n in count() if _best_level(n) >= level)
+
     @property
     def best_level(self) -> float:
         """The highest level for which there are enough patients; 0 if there are none."""
-        return max(0.0, 1 - 2 / (len(self.errors) + 1))
+        return _best_level(len(self.errors))
 
     def interval(self, level: float) -> tuple[float, float]:
         """The low and high values to add to a prediction; infinite if there are too few patients for the level."""
@@ -59,6 +65,10 @@ class Conformal:
         others = Conformal.of(errors, patients).errors
         held = [sum(low <= error <= high for error in of_one) / len(of_one) for of_one in others]
         return sum(held) / len(held) if held else nan
+
+
+def _best_level(patients: int) -> float:
+    return max(0.0, 1 - 2 / (patients + 1))
 
 
 def _reached(values: NDArray[np.float64], weights: NDArray[np.float64], share: float) -> float:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import pandas as pd
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
@@ -29,7 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from delineate.bundle import Bundle, is_whole, save_weights
-from delineate.calibration import LEVEL, Calibration, Case, Intervals, check_intervals
+from delineate.calibration import LEVEL, Calibration, Intervals, check_intervals
 from delineate.compute import Choice, ComputePlan, plan_compute
 from delineate.core.subject import Subject
 from delineate.core.targets import SharedTargets
@@ -38,7 +37,7 @@ from delineate.datasets.inspection import Inspection
 from delineate.errors import BundleError, OutputError, RecipeError, TrainingError
 from delineate.evaluation.card import write_card
 from delineate.evaluation.card_facts import ByRole, CardFacts, Effort, Result
-from delineate.evaluation.held_out import measure_outcomes, write_confidence
+from delineate.evaluation.held_out import calibration_cases, measure_outcomes, write_confidence
 from delineate.evaluation.measure import Measuring, evaluate
 from delineate.evaluation.table import Evaluation
 from delineate.inference.batch import Outcome, predict_subjects
@@ -429,10 +428,11 @@ def _evaluate_held_out(
     needed = ["dice", "reference_volume_ml"]
     has_them = set(needed) <= set(evaluation.metrics) and targets_of(measuring.wanted, bundle.targets) == bundle.targets
     known = evaluation if has_them else evaluate(pairs, bundle.targets, Measuring(",".join(needed)))
-    cases = _cases(outcomes, known.table.set_index(["subject", "target"])[needed])
+    confidences = {outcome.subject.id: outcome.confidence for outcome in outcomes}
+    cases = calibration_cases([outcome.subject for outcome in outcomes], confidences, known)
     Calibration.of(cases).save(folder / "bundle")
     Intervals(level=LEVEL, rows=check_intervals(cases)).write(folder / "evaluation" / "intervals.json")
-    write_confidence(folder / "evaluation", {outcome.subject.id: outcome.confidence for outcome in outcomes})
+    write_confidence(folder / "evaluation", confidences)
     return evaluation
 
 
@@ -460,18 +460,3 @@ def _write_card(
         write_card(folder / "bundle", facts)
     except BundleError as error:
         report.event(Warned(message=f"the bundle's card was not written: {error}"))
-
-
-def _cases(outcomes: Sequence[Outcome], measured: pd.DataFrame) -> list[Case]:
-    """The confidence of each held-out prediction, with its actual Dice and reference volume."""
-    return [
-        Case(
-            target,
-            outcome.subject.site,
-            outcome.subject.patient,
-            confidence,
-            *map(float, measured.loc[(outcome.subject.id, target)]),
-        )
-        for outcome in outcomes
-        for target, confidence in outcome.confidence.items()
-    ]
