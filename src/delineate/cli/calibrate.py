@@ -15,6 +15,7 @@ from delineate.cli.options import (
     Compile,
     Data,
     Device,
+    Engine,
     Json,
     Labels,
     Overwrite,
@@ -66,6 +67,7 @@ def calibrate(
     device: Device = "auto",
     precision: Precision = "auto",
     compile: Compile = "auto",
+    engine: Engine = "auto",
     threads: Threads = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -124,12 +126,11 @@ def calibrate(
             compile=compile,
             threads=threads,
             expected_seconds=float(len(planned.ahead)),  # about a second per scan
+            engine=engine,
         )
 
         def load() -> Predictor:
-            for choice in plan.choices:
-                terminal.say(f"{choice.what}: {choice.choice} ({choice.why})")
-            return Predictor([trained], plan)
+            return Predictor([trained], plan, told=terminal.say_choice)
 
         def watch(outcome: Outcome, done: int) -> None:
             if outcome.error is not None:
