@@ -34,6 +34,7 @@
      ├── UnknownKey                  E_KEY         the key that hides names is damaged, or is a different one
      ├── WeightsError                E_WEIGHTS     published weights are missing, damaged or for another network
      ├── CannotImport                E_IMPORT      a model of other software cannot become a bundle
+     ├── CannotExport                E_EXPORT      a bundle cannot become a file for other software
      ├── CannotUndo                  E_UNDO        a preprocessing step cannot be undone
      ├── TrainingError               E_TRAINING    training cannot continue
      │    └── OutOfMemory              E_MEMORY      … because it needs more memory than there is
@@ -280,6 +281,12 @@ class CannotImport(DelineateError):
     """A model that other software trained is damaged, or uses something that a bundle cannot hold."""
 
     code = "E_IMPORT"
+
+
+class CannotExport(DelineateError):
+    """A bundle uses something that a file for other software cannot hold, or that file would predict otherwise."""
+
+    code = "E_EXPORT"
 
 
 class CannotUndo(DelineateError):
