@@ -2,7 +2,7 @@
 
 python predict_onnx.py MODEL.onnx LABEL.nii.gz SCAN.nii.gz [SCAN.nii.gz ...]: a scan for each channel, on one grid.
 """
-# ruff: noqa: B905, PT018
+# ruff: noqa: B905
 
 import json
 import sys
@@ -26,13 +26,14 @@ def percentiles(a, shares, k=(1, 1, 1)):  # of each channel's every k-th voxel: 
     return np.nanpercentile(a[:, :: k[0], :: k[1], :: k[2]], shares, (1, 2, 3), keepdims=True).astype(np.float32)
 
 
-model = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+model, scans = onnxruntime.InferenceSession(sys.argv[1]), [nibabel.load(path) for path in sys.argv[3:]]
 about = json.loads(model.get_modelmeta().custom_metadata_map["delineate"])
-scans, tiles, least = [nibabel.load(path) for path in sys.argv[3:]], about["tiles"], about["threshold"]
-assert about["preprocessing"][0]["to"] == "RAS" and all(tiles["shape"]) and not any(about["postprocessing"].values())
+(first, *steps), after, tiles, least = (about[key] for key in ("preprocessing", "postprocessing", "tiles", "threshold"))
+if first != {"kind": "reorient", "to": "RAS"} or any(after.values()) or None in tiles["shape"]:
+    sys.exit(f"this script cannot do one of {first}, {after}, tiles of {tiles['shape']}")
 x = np.stack([nibabel.as_closest_canonical(scan).get_fdata(dtype=np.float32) for scan in scans])  # (C, X, Y, Z)
 mm, sides = nibabel.affines.voxel_sizes(nibabel.as_closest_canonical(scans[0]).affine), x.shape[1:]
-for step in about["preprocessing"][1:]:
+for step in steps:
     inside = np.where((x != 0) | (step.get("within") != "nonzero"), x, np.nan)
     match step:
         case {"kind": "resample", "axes": "all", "order": "linear", "across": "interpolate"} if x.shape[1:] == sides:
@@ -49,10 +50,9 @@ gap, over = np.maximum(tile - n, 0), np.maximum(n - tile, 0)
 x = np.pad(x, [(0, 0), *zip(gap // 2 + m, gap - gap // 2 + m)], {"zero": "constant"}.get(tiles["outside"], "edge"))
 starts = [[round(i * o / max(c, 1)) for i in range(c + 1)] for o, c in zip(over, -(-over // tiles["step"]).astype(int))]
 weights, sums = np.einsum("x,y,z->xyz", *tiles["weights"]), np.zeros((2, len(about["outputs"]), *n + gap), np.float32)
-for start, flip in product(product(*starts), about["flips"]):
-    read = x[None, :, *(slice(a, a + side + 2 * e) for a, side, e in zip(start, tile, m))]
-    found = np.flip(model.run(None, {"tile": np.flip(read, flip)})[0], flip)[0]
-    sums[:, :, *(slice(a, a + side) for a, side in zip(start, tile))] += weights * np.stack([found, found * 0 + 1])
+for at, flip in product(product(*starts), about["flips"]):
+    out = model.run(None, {"tile": np.flip(x[None, :, *(slice(a, a + b) for a, b in zip(at, tile + 2 * m))], flip)})[0]
+    sums[:, :, *(slice(a, a + b) for a, b in zip(at, tile))] += weights * [np.flip(out, flip)[0], np.ones_like(out[0])]
 scores = resample((sums[0] / sums[1])[:, *(slice(g // 2, g // 2 + a) for g, a in zip(gap, n))].astype("f2"), sides)
 target = scores.argmax(0) if least is None else ((least < scores.T) * range(1, len(scores) + 1)).max(-1).T  # the last
 label = np.array([0, *(each["value"] for each in about["targets"])], np.uint16)[target]

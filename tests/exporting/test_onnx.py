@@ -29,6 +29,7 @@ from delineate.errors import CannotExport, OutputError
 from delineate.exporting.description import Description, describe
 from delineate.exporting.onnx import LEAST_AGREEMENT, Agreement, _check, check_installed, export_onnx, read_description
 from delineate.io.formats import read_label, write_volume
+from delineate.preprocessing.intensity import ClipPercentiles
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import geometry_for
 from delineate.specification import from_json, to_json
@@ -142,6 +143,18 @@ def test_the_script_has_forty_lines_and_needs_three_packages() -> None:
     lines = SCRIPT.read_text(encoding="utf-8").splitlines()
     code = lines[imports[-1].lineno :]  # without the docstring, and what is imported
     assert sum(bool(line.strip()) for line in code) <= 40
+
+
+def test_its_percentiles_are_those_of_large_scans(rng) -> None:
+    """Which are not taken over all of more than a million voxels."""
+    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    names: dict[str, Any] = {"np": np}
+    exec(compile(ast.Module(functions, []), str(SCRIPT), "exec"), names)
+    voxels = rng.standard_normal((2, 130, 90, 101)).astype(np.float32)
+    step = ClipPercentiles(lower=1, upper=98)
+    expected = step.apply(Volume(voxels, Grid.of_spacing(voxels.shape[1:])))[0].voxels
+    np.testing.assert_array_equal(voxels.clip(*names["percentiles"](voxels, [1, 98])), expected)
 
 
 def test_what_the_script_cannot_do_it_refuses(tmp_path) -> None:
