@@ -36,6 +36,7 @@
      ├── WeightsError                E_WEIGHTS     published weights are missing, damaged or for another network
      ├── CannotImport                E_IMPORT      a model of other software cannot become a bundle
      ├── CannotFetch                 E_FETCH       a packed model cannot be fetched, or is not what was published
+     ├── CannotExport                E_EXPORT      a bundle cannot become a file for other software
      ├── CannotUndo                  E_UNDO        a preprocessing step cannot be undone
      ├── TrainingError               E_TRAINING    training cannot continue
      │    └── OutOfMemory              E_MEMORY      … because it needs more memory than there is
@@ -294,6 +295,12 @@ class CannotFetch(DelineateError):
     """A packed model cannot be fetched, or is not what was published."""
 
     code = "E_FETCH"
+
+
+class CannotExport(DelineateError):
+    """A bundle uses something that a file for other software cannot hold, or that file would predict otherwise."""
+
+    code = "E_EXPORT"
 
 
 class CannotUndo(DelineateError):

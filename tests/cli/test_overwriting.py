@@ -109,6 +109,7 @@ WRITERS = {
     "evaluate's page": Writer("evaluate @one @data", "--report OUT", "", ("data/labelsTr/c0.nii.gz", "one/c0.nii.gz")),
     "compare's page": Writer("compare @m1 @m2", "--report OUT", "", ("m1/metrics.csv", "m2/summary.json")),
     "weights export": Writer("weights export @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
+    "export": Writer("export @bundle", "--onnx -o OUT", "", ("bundle/weights.safetensors",)),
     "import": Writer("import nnunet @model", "-o OUT", "weights.safetensors", ("model/plans.json",)),
     "card's page": Writer("card @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
     "calibrate": Writer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from delineate.bundle import Bundle
 from delineate.compute import plan_compute
+from delineate.core.targets import Targets
+from delineate.exporting.onnx import export_onnx
 from delineate.inference.engines import OpenVino
 from delineate.networks.buda import BudaUNetSpec
 from delineate.networks.deeplab import DeepLabSpec
@@ -24,6 +28,8 @@ from delineate.networks.tiramisu import TiramisuSpec
 from delineate.networks.unet import UNetSpec
 from delineate.networks.vgg_unet import VGGUNetSpec
 from delineate.networks.vnet import VNetSpec
+from delineate.recipe import recipe_from
+from delineate.sampling.tiles import geometry_for
 from delineate.testing import check_network
 from delineate.testing.networks import NETWORK_LAWS, finest, image_for, sides_for
 
@@ -109,6 +115,19 @@ def test_no_smaller_divisor_would_do(spec) -> None:
             except RuntimeError:
                 continue
             assert answered != sides[axis] - 2 * spec.margin[axis]
+
+
+@pytest.mark.skipif("DELINEATE_THOROUGH" not in os.environ, reason="takes minutes: set DELINEATE_THOROUGH=1")
+def test_it_becomes_onnx_for_batches_and_scans_of_any_size(spec, tmp_path) -> None:
+    """Exporting compares sizes other than those that it traced."""
+    tiles = {"kind": "whole"} if spec.dimensions == 3 else {"kind": "slices"}
+    recipe = recipe_from({"name": "x", "tiles": tiles, "network": spec.model_dump(mode="json")})
+    geometry = geometry_for(recipe.tiles, (32, 32, 32), (1, 1, 1), spec)
+    bundle = Bundle(recipe, recipe.pipeline, Targets({"organ": (1,)}), ("a", "b"), geometry, (1.0, 1.0, 1.0))
+    torch.manual_seed(0)
+    bundle.save(tmp_path / "bundle", bundle.network().state_dict(), {})
+    exported = export_onnx([tmp_path / "bundle"], tmp_path / "m.onnx")
+    assert all(isinstance(exported.input[axis + 2], str) for axis in range(spec.dimensions))
 
 
 def test_the_receptive_field_is_true(spec) -> None:

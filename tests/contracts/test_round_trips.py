@@ -212,7 +212,21 @@ def samples() -> dict[type[Specification], list[Specification]]:
 
 
 DICE = {"kind": "dice"}
+TARGET = {"name": "a: ü", "value": 2, "values": [1, 2], "colour": "#102030"}
+TILES = {
+    "shape": [None, 8, 1], "margin": [0, 0, 2], "divisor": [4, 4, 1], "smallest": [4, 4, 1], "overlap": 0.5,
+    "step": [1, 4.5, 1], "outside": "zero", "weighting": "uniform", "weights": [[1.0], [0.1, 1 / 3], [1.0]],
+}  # fmt: skip
+DESCRIPTION = {
+    "name": "x", "channels": ["T1"], "resample_channels": False, "preprocessing": [{"kind": "normalise"}],
+    "spacing_mm": [1, 0.5, 3], "tiles": TILES, "flips": [[], [2, 3]], "average": "logits", "outputs": ["a: ü"],
+    "outside": [-30], "threshold": 0.0, "targets": [TARGET], "postprocessing": {}, "weights_sha256": ["0f" * 32],
+    "versions": {"torch": "2"},
+}  # fmt: skip
 LEAST: dict[str, list[dict[str, Any]]] = {
+    "Description": [DESCRIPTION],
+    "ExportedTarget": [TARGET],
+    "ExportedTiles": [TILES],
     "RegionSpec": [{"loss": DICE, "within": ["liver"]}],
     "DeepSupervisionSpec": [{"loss": DICE}],
     "MonaiSpec": [{"dimensions": 3, "name": "SegResNet", "arguments": {"init_filters": 8}}],

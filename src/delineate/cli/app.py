@@ -15,6 +15,7 @@ from delineate.cli import (
     demo,
     doctor,
     evaluate,
+    export,
     forgetting,
     held_out,
     imports,
@@ -103,6 +104,7 @@ app.command("test")(held_out.measure_held_out)
 app.command("compare")(compare.compare)
 app.command("forgetting")(forgetting.forgetting)
 app.command("card")(card.card)
+app.command("export")(export.export)
 app.add_typer(study.app, name="study")
 app.command("serve")(serve.serve)
 app.command("worker")(worker.worker)

@@ -29,7 +29,7 @@ from delineate.preprocessing.step import Undo
 
 Progress = Callable[[int, int], None]
 
-_CERTAIN = 30.0
+CERTAIN = 30.0
 """Logit of the background outside whatever the preparation cut off; the targets' is the opposite."""
 
 
@@ -202,7 +202,7 @@ class Predictor:
         background = self.targets.exclusive and k == 0
         outside = 1.0 if background else 0.0
         if self._logits:
-            outside = _CERTAIN if background else -_CERTAIN
+            outside = CERTAIN if background else -CERTAIN
         return (score.undo.scores(score.values[k].astype(np.float32), outside) for score in scores)
 
     def _decide(self, scores: Sequence[_Scores], grid: Grid) -> _Decision:

@@ -129,16 +129,26 @@ class TileGeometry:
         Ordered so that the last axis moves slowest: whole z-ranges are done early. A ``fractional`` advance is not
         rounded down to whole voxels: only the places are rounded.
         """
-        starts = [_starts(n, tile, overlap, advance) for n, tile in zip(shape, self.shape, strict=True)]
+        starts = self._starts(shape, overlap, advance)
         return [Tile((x, y, z), self.shape) for z, y, x in product(*reversed(starts))]
 
     def borders(self, shape: Sequence[int], overlap: float = 0.5, advance: Advance = "whole") -> list[list[int]]:
         """For each axis of a volume, the planes before which a tile begins or ends."""
-        starts = [_starts(n, tile, overlap, advance) for n, tile in zip(shape, self.shape, strict=True)]
+        starts = self._starts(shape, overlap, advance)
         return [
             sorted({plane for s in first for plane in (s, s + tile) if 0 < plane < n})
             for first, tile, n in zip(starts, self.shape, shape, strict=True)
         ]
+
+    def steps(self, overlap: float, advance: Advance) -> tuple[float, float, float]:
+        """By how many voxels tiles advance along each axis at most; at least 1."""
+        wanted = (side * (1 - overlap) for side in self.shape)
+        x, y, z = (max(1, int(step) if advance == "whole" else step) for step in wanted)
+        return x, y, z
+
+    def _starts(self, shape: Sequence[int], overlap: float, advance: Advance) -> list[list[int]]:
+        steps = self.steps(overlap, advance)
+        return [_starts(n, tile, step) for n, tile, step in zip(shape, self.shape, steps, strict=True)]
 
     def read(self, volume: NDArray, tile: Tile, extra: Sequence[int] = (0, 0, 0)) -> NDArray:
         """A copy of what the network reads for a tile of ``volume`` (C, X, Y, Z), with ``extra`` voxels around it."""
@@ -162,12 +172,15 @@ class TileGeometry:
 
         ``nnunet``: the Gaussian is highest at voxel n // 2, is ten there, and has 16 bits, as in nnU-Net v2.
         """
-        axes = [_axis_weights(n, kind) for n in self.shape]
-        weights = np.einsum("x,y,z->xyz", *axes)
+        weights = np.einsum("x,y,z->xyz", *self.axis_weights(kind))
         if kind == "nnunet":
             weights = (10 * weights).astype(np.float16)
             weights[weights == 0] = weights[weights > 0].min()
         return weights.astype(np.float32)
+
+    def axis_weights(self, kind: Weighting) -> list[NDArray[np.float64]]:
+        """What :meth:`weights` multiplies, along each axis, before ``nnunet`` rounds."""
+        return [_axis_weights(n, kind) for n in self.shape]
 
 
 def geometry_for(
@@ -263,12 +276,10 @@ def _slice_axis(spec: Patches | Slices | Whole, spacing_mm: Sequence[float]) -> 
     return AXES.index(spec.axis)
 
 
-def _starts(size: int, tile: int, overlap: float, advance: Advance = "whole") -> list[int]:
+def _starts(size: int, tile: int, step: float) -> list[int]:
     """First voxels of tiles along one axis; one centred tile if it covers everything."""
     if size <= tile:
         return [-((tile - size) // 2)]
-    step = tile * (1 - overlap)
-    step = max(1, int(step) if advance == "whole" else step)
     count = int(-(-(size - tile) // step)) + 1
     return [round(i * (size - tile) / (count - 1)) for i in range(count)]
 
