@@ -122,6 +122,13 @@ class Grid:
         x, y, z = shape
         return Grid((x, y, z), affine)
 
+    def stepped(self, shape: Sequence[int], steps: Sequence[float]) -> Grid:
+        """The grid of voxels that lie ``steps`` of this grid's voxels apart along each axis, from its first one on."""
+        affine = self.affine.copy()
+        affine[:3, :3] = self.affine[:3, :3] * np.array(steps)
+        x, y, z = shape
+        return Grid((x, y, z), affine)
+
     def axes_to(self, orientation: str) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
         """How to view this grid in an orientation such as ``"RAS"``.
 

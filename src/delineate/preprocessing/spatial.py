@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations, product
@@ -25,6 +25,9 @@ _ORIENTATIONS = {"".join(letters) for axes in permutations(("RL", "AP", "SI")) f
 
 _ROUNDING = 1e-5
 """Relative difference of spacings that headers leave by rounding."""
+
+_SAME_SPACING_MM = 1e-3
+"""Difference of spacings that MONAI does not resample for."""
 
 Place = Annotated[int, Field(ge=-4096, le=4096)]
 
@@ -95,8 +98,13 @@ class Resample(Step):
     taken across them (as nnU-Net does). They are thick if one axis is more than three times as coarse as the finest,
     in the scan or else in ``spacing_mm``; on the way back, in ``spacing_mm`` or else in the scan.
 
+    ``align="first_voxel"``: the first voxel's centre stays instead of the borders, and voxels follow at exactly
+    ``spacing_mm`` (as in MONAI); axes within a thousandth of a millimetre of it stay as they are. ``back="nearest"``:
+    scores return from the nearest voxel then.
+
     Labels: each class is resampled linearly and the largest share wins, a tie going to the target
-    (a binary mask is thus kept where ≥ 0.5); ignored voxels are a class of their own. Scores return linearly.
+    (a binary mask is thus kept where ≥ 0.5); ignored voxels are a class of their own. Scores return linearly, unless
+    ``back`` says otherwise.
     """
 
     kind: Literal["resample"] = "resample"
@@ -104,8 +112,20 @@ class Resample(Step):
     axes: Literal["all", "in_plane"] = "all"
     order: Literal["linear", "cubic"] = "linear"
     across: Literal["interpolate", "nearest"] = "interpolate"
+    align: Literal["borders", "first_voxel"] = "borders"
+    back: Literal["linear", "nearest"] = "linear"
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Resample:
+        if self.align == "first_voxel" and (self.order, self.across) != ("linear", "interpolate"):
+            raise ValueError("align: first_voxel interpolates linearly along all axes; remove order and across")
+        if self.align == "borders" and self.back == "nearest":
+            raise ValueError("back: nearest is for align: first_voxel; remove it")
+        return self
 
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        if self.align == "first_voxel":
+            return self._apply_from_first_voxel(volume)
         grid = volume.grid.resample(self.shape_for(volume.grid))
         there = back = None
         if self.across == "nearest":
@@ -115,16 +135,30 @@ class Resample(Step):
         resampled = resample_cubic if self.order == "cubic" else resample_linear
         return Volume(resampled(as_float(volume), grid.shape, there), grid), Resampled(volume.grid, grid, there, back)
 
+    def _apply_from_first_voxel(self, volume: Volume) -> tuple[Volume, Undo]:
+        own = volume.grid.spacing_mm
+        x, y, z = (target / spacing for target, spacing in zip(self._targets(volume.grid), own, strict=True))
+        grid = volume.grid.stepped(self.shape_for(volume.grid), (x, y, z))
+        prepared = sample_linear(as_float(volume), grid.shape, (x, y, z))
+        return Volume(prepared, grid), Stepped(volume.grid, grid, (x, y, z), self.back == "nearest")
+
     def shape_for(self, grid: Grid) -> Shape3:
         """Voxel counts (x, y, z) that this step gives a grid; at least 1."""
-        across = grid.slice_axis if self.axes == "in_plane" else None
+        within = 1 if self.align == "first_voxel" else 0  # between the outer centres, or the outer borders
         x, y, z = (
-            size if target is None or axis == across else max(1, round(size * spacing / target))
-            for axis, (size, spacing, target) in enumerate(
-                zip(grid.shape, grid.spacing_mm, self.spacing_mm, strict=True)
-            )
+            size if target == spacing else max(1, round((size - within) * spacing / target) + within)
+            for size, spacing, target in zip(grid.shape, grid.spacing_mm, self._targets(grid), strict=True)
         )
         return check_voxels((x, y, z))
+
+    def _targets(self, grid: Grid) -> tuple[float, ...]:
+        """The spacing wanted along each axis, the grid's own where it is kept."""
+        across = grid.slice_axis if self.axes == "in_plane" else None
+        near = _SAME_SPACING_MM if self.align == "first_voxel" else 0.0
+        return tuple(
+            own if target is None or axis == across or abs(target - own) <= near else target
+            for axis, (own, target) in enumerate(zip(grid.spacing_mm, self.spacing_mm, strict=True))
+        )
 
 
 class Resize(Step):
@@ -226,6 +260,8 @@ class CropComposite(Step):
 class CropOrPad(Step):
     """Crop or pad about the centre, to ``shape`` (None keeps an axis) and up to the next ``multiple_of``.
 
+    ``at_least`` pads shorter axes to this many voxels, and crops none.
+
     If an odd number is added or removed, the end of the axis gains or loses one more. ``fill`` pads a scan
     with each channel's ``"minimum"``, its ``"edge"`` repeated, or a number. Labels are padded with
     background.
@@ -234,12 +270,13 @@ class CropOrPad(Step):
     kind: Literal["crop_or_pad"] = "crop_or_pad"
     shape: Sizes | None = None
     multiple_of: Multiples | None = None
+    at_least: Sizes | None = None
     fill: Literal["minimum", "edge"] | Intensity = "minimum"
 
     @model_validator(mode="after")
     def _has_a_size(self) -> CropOrPad:
-        if self.shape is None and self.multiple_of is None:
-            raise ValueError("neither shape nor multiple_of is given; give one, or drop the step")
+        if self.shape is None and self.multiple_of is None and self.at_least is None:
+            raise ValueError("none of shape, multiple_of and at_least is given; give one, or drop the step")
         return self
 
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
@@ -257,9 +294,13 @@ class CropOrPad(Step):
     def shape_for(self, grid: Grid) -> Shape3:
         """Voxel counts (x, y, z) that this step gives a grid."""
         x, y, z = (
-            multiple * math.ceil((wanted or size) / multiple)
-            for size, wanted, multiple in zip(
-                grid.shape, self.shape or (None, None, None), self.multiple_of or (1, 1, 1), strict=True
+            multiple * math.ceil(max(wanted or size, least or 0) / multiple)
+            for size, wanted, least, multiple in zip(
+                grid.shape,
+                self.shape or (None, None, None),
+                self.at_least or (None, None, None),
+                self.multiple_of or (1, 1, 1),
+                strict=True,
             )
         )
         return check_voxels((x, y, z))
@@ -312,6 +353,27 @@ class Resampled(Undo):
 
     def _forward(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return resample_label(encoded, self.after.shape, self.nearest) if self.interpolates else encoded
+
+
+@dataclass(frozen=True, eq=False)
+class Stepped(Undo):
+    """The way back from voxels that lie ``steps`` voxels apart, from the first one on; scores may be the nearest's."""
+
+    steps: tuple[float, float, float]
+    nearest: bool
+
+    @property
+    def interpolates(self) -> bool:
+        return self.before.shape != self.after.shape or any(step != 1 for step in self.steps)
+
+    def _back(self, plane: NDArray, outside: float) -> NDArray:
+        x, y, z = (1 / step for step in self.steps)
+        return sample_linear(plane[None], self.before.shape, (x, y, z), nearest=self.nearest)[0]
+
+    def _forward(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if not self.interpolates:
+            return encoded
+        return _largest_share(encoded, self.after.shape, lambda one: sample_linear(one, self.after.shape, self.steps))
 
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, slice, slice]:
@@ -385,6 +447,32 @@ def resample_linear(array: NDArray, shape: Shape3, nearest: int | None = None) -
     return result.numpy().transpose(0, 3, 2, 1)
 
 
+def sample_linear(
+    array: NDArray, shape: Shape3, steps: tuple[float, float, float], *, nearest: bool = False
+) -> NDArray[np.float32]:
+    """``array`` (C, X, Y, Z) at ``shape`` places that lie ``steps`` voxels apart, the first one at the first voxel.
+
+    Between voxels, values are interpolated linearly, or those of the ``nearest`` are taken; beyond the last one, that
+    is repeated.
+    """
+    import torch
+
+    tensor = torch.from_numpy(np.require(array.transpose(0, 3, 2, 1), np.float32, ["C", "W"]))
+    for axis in sorted(range(3), key=lambda axis: shape[axis] / array.shape[axis + 1]):  # what shrinks comes first
+        n, side, step, dim = array.shape[axis + 1], shape[axis], steps[axis], 3 - axis
+        if n == side and step == 1:
+            continue
+        place = (torch.arange(side, dtype=torch.float64) * step).clamp(max=n - 1)
+        low = (place.round() if nearest else place.floor()).long()
+        below = tensor.index_select(dim, low)
+        if nearest:
+            tensor = below
+            continue
+        share = (place - low).float().view(-1, *[1] * (3 - dim))
+        tensor = torch.lerp(below, tensor.index_select(dim, (low + 1).clamp(max=n - 1)), share)
+    return tensor.numpy().transpose(0, 3, 2, 1)
+
+
 def resample_cubic(array: NDArray, shape: Shape3, nearest: int | None = None) -> NDArray[np.float32]:
     """``array`` (C, X, Y, Z) interpolated by cubic splines, as :func:`resample_linear` does linearly.
 
@@ -424,6 +512,12 @@ def resample_label(encoded: NDArray[np.uint8], shape: Shape3, nearest: int | Non
     Ties go to the first of the targets, then to ignored, then to background. Along the axis ``nearest``, the nearest
     voxel is taken.
     """
+    return _largest_share(encoded, shape, lambda one: resample_linear(one, shape, nearest))
+
+
+def _largest_share(
+    encoded: NDArray[np.uint8], shape: Shape3, resampled: Callable[[NDArray], NDArray[np.float32]]
+) -> NDArray[np.uint8]:
     result = empty_channels(len(encoded), shape, np.uint8)
     for plane, winner in zip(encoded, result, strict=True):
         values = [int(value) for value in np.flatnonzero(value_counts(plane))]
@@ -432,7 +526,7 @@ def resample_label(encoded: NDArray[np.uint8], shape: Shape3, nearest: int | Non
             continue
         best, rest = np.zeros(shape, np.float32, order="F"), np.ones(shape, np.float32, order="F")
         for value in filter(None, values):
-            share = resample_linear((plane == value)[None], shape, nearest)[0]
+            share = resampled((plane == value)[None])[0]
             np.copyto(winner, np.uint8(value), where=share > best)
             np.maximum(best, share, out=best)
             rest -= share

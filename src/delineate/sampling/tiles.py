@@ -32,8 +32,11 @@ class Tile(NamedTuple):
 
 Standardise = bool | Literal["together"]
 Outside = Literal["edge", "zero"]
-Weighting = Literal["gaussian", "uniform", "nnunet"]
-Advance = Literal["whole", "fractional"]
+Weighting = Literal["gaussian", "uniform", "nnunet", "monai"]
+Advance = Literal["whole", "fractional", "fixed"]
+
+
+_LEAST_WEIGHT = 1e-3
 
 
 class Patches(Specification):
@@ -127,7 +130,8 @@ class TileGeometry:
         """Tiles that cover a volume, evenly spread, each overlapping the next by at least ``overlap``.
 
         Ordered so that the last axis moves slowest: whole z-ranges are done early. A ``fractional`` advance is not
-        rounded down to whole voxels: only the places are rounded.
+        rounded down to whole voxels: only the places are rounded. A ``fixed`` advance is not spread evenly: the last
+        tile is moved back to the border.
         """
         starts = [_starts(n, tile, overlap, advance) for n, tile in zip(shape, self.shape, strict=True)]
         return [Tile((x, y, z), self.shape) for z, y, x in product(*reversed(starts))]
@@ -161,12 +165,15 @@ class TileGeometry:
         """Weight (X, Y, Z) of each voxel in a tile's output where tiles overlap.
 
         ``nnunet``: the Gaussian is highest at voxel n // 2, is ten there, and has 16 bits, as in nnU-Net v2.
+        ``monai``: the Gaussian has its floor in the whole tile rather than along each axis, as in MONAI.
         """
         axes = [_axis_weights(n, kind) for n in self.shape]
         weights = np.einsum("x,y,z->xyz", *axes)
         if kind == "nnunet":
             weights = (10 * weights).astype(np.float16)
             weights[weights == 0] = weights[weights > 0].min()
+        if kind == "monai":
+            weights = np.maximum(weights, max(float(weights.min()), _LEAST_WEIGHT))
         return weights.astype(np.float32)
 
 
@@ -268,7 +275,9 @@ def _starts(size: int, tile: int, overlap: float, advance: Advance = "whole") ->
     if size <= tile:
         return [-((tile - size) // 2)]
     step = tile * (1 - overlap)
-    step = max(1, int(step) if advance == "whole" else step)
+    step = max(1, step if advance == "fractional" else int(step))
+    if advance == "fixed":
+        return [*range(0, size - tile, int(step)), size - tile]
     count = int(-(-(size - tile) // step)) + 1
     return [round(i * (size - tile) / (count - 1)) for i in range(count)]
 
@@ -282,5 +291,6 @@ def _axis_weights(n: int, kind: Weighting) -> NDArray[np.float64]:
         blurred: NDArray[np.float64] = scipy.ndimage.gaussian_filter1d(peak, n / 8, mode="constant")
         return blurred / blurred.max()
     offset = (np.arange(n) - (n - 1) / 2) / max(n / 8, 1e-6)
+    weights = np.exp(-0.5 * offset**2)
     # A floor keeps the sum of weights away from zero where only one tile covers a voxel.
-    return np.maximum(np.exp(-0.5 * offset**2), 1e-3)
+    return weights if kind == "monai" else np.maximum(weights, _LEAST_WEIGHT)
