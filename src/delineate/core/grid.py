@@ -122,10 +122,11 @@ class Grid:
         x, y, z = shape
         return Grid((x, y, z), affine)
 
-    def stepped(self, shape: Sequence[int], steps: Sequence[float]) -> Grid:
-        """The grid of voxels that lie ``steps`` of this grid's voxels apart along each axis, from its first one on."""
+    def stepped(self, shape: Sequence[int], steps: Sequence[float], starts: Sequence[float]) -> Grid:
+        """The grid of voxels that lie ``steps`` of this grid's voxels apart along each axis, from ``starts`` on."""
         affine = self.affine.copy()
         affine[:3, :3] = self.affine[:3, :3] * np.array(steps)
+        affine[:3, 3] = self.world(np.array([starts], dtype=np.float64))[0]
         x, y, z = shape
         return Grid((x, y, z), affine)
 

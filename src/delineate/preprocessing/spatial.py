@@ -98,9 +98,10 @@ class Resample(Step):
     taken across them (as nnU-Net does). They are thick if one axis is more than three times as coarse as the finest,
     in the scan or else in ``spacing_mm``; on the way back, in ``spacing_mm`` or else in the scan.
 
-    ``align="first_voxel"``: the first voxel's centre stays instead of the borders, and voxels follow at exactly
-    ``spacing_mm`` (as in MONAI); axes within a thousandth of a millimetre of it stay as they are. ``back="nearest"``:
-    scores return from the nearest voxel then.
+    ``align="monai"``: voxels lie exactly ``spacing_mm`` apart, where MONAI puts them: from the first voxel's centre on
+    or, if the axes are not at right angles, which rounding does to the headers of oblique scans, about the middle. Axes
+    within a thousandth of a millimetre of the spacing stay as they are. ``back="nearest"``: scores return from the
+    nearest voxel then.
 
     Labels: each class is resampled linearly and the largest share wins, a tie going to the target
     (a binary mask is thus kept where ≥ 0.5); ignored voxels are a class of their own. Scores return linearly, unless
@@ -112,20 +113,20 @@ class Resample(Step):
     axes: Literal["all", "in_plane"] = "all"
     order: Literal["linear", "cubic"] = "linear"
     across: Literal["interpolate", "nearest"] = "interpolate"
-    align: Literal["borders", "first_voxel"] = "borders"
+    align: Literal["borders", "monai"] = "borders"
     back: Literal["linear", "nearest"] = "linear"
 
     @model_validator(mode="after")
     def _is_possible(self) -> Resample:
-        if self.align == "first_voxel" and (self.order, self.across) != ("linear", "interpolate"):
-            raise ValueError("align: first_voxel interpolates linearly along all axes; remove order and across")
+        if self.align == "monai" and (self.order, self.across) != ("linear", "interpolate"):
+            raise ValueError("align: monai interpolates linearly along all axes; remove order and across")
         if self.align == "borders" and self.back == "nearest":
-            raise ValueError("back: nearest is for align: first_voxel; remove it")
+            raise ValueError("back: nearest is for align: monai; remove it")
         return self
 
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
-        if self.align == "first_voxel":
-            return self._apply_from_first_voxel(volume)
+        if self.align == "monai":
+            return self._apply_as_monai(volume)
         grid = volume.grid.resample(self.shape_for(volume.grid))
         there = back = None
         if self.across == "nearest":
@@ -135,16 +136,17 @@ class Resample(Step):
         resampled = resample_cubic if self.order == "cubic" else resample_linear
         return Volume(resampled(as_float(volume), grid.shape, there), grid), Resampled(volume.grid, grid, there, back)
 
-    def _apply_from_first_voxel(self, volume: Volume) -> tuple[Volume, Undo]:
-        own = volume.grid.spacing_mm
-        x, y, z = (target / spacing for target, spacing in zip(self._targets(volume.grid), own, strict=True))
-        grid = volume.grid.stepped(self.shape_for(volume.grid), (x, y, z))
-        prepared = sample_linear(as_float(volume), grid.shape, (x, y, z))
-        return Volume(prepared, grid), Stepped(volume.grid, grid, (x, y, z), self.back == "nearest")
+    def _apply_as_monai(self, volume: Volume) -> tuple[Volume, Undo]:
+        before, shape, own = volume.grid, self.shape_for(volume.grid), volume.grid.spacing_mm
+        steps = tuple(target / spacing for target, spacing in zip(self._targets(before), own, strict=True))
+        starts = (0.0, 0.0, 0.0) if _at_right_angles(before, steps) else _about_the_middle(before.shape, shape, steps)
+        grid = before.stepped(shape, steps, starts)
+        prepared = sample_linear(as_float(volume), shape, steps, starts)
+        return Volume(prepared, grid), Stepped(before, grid, steps, starts, self.back == "nearest")
 
     def shape_for(self, grid: Grid) -> Shape3:
         """Voxel counts (x, y, z) that this step gives a grid; at least 1."""
-        within = 1 if self.align == "first_voxel" else 0  # between the outer centres, or the outer borders
+        within = 1 if self.align == "monai" else 0  # between the outer centres, or the outer borders
         x, y, z = (
             size if target == spacing else max(1, round((size - within) * spacing / target) + within)
             for size, spacing, target in zip(grid.shape, grid.spacing_mm, self._targets(grid), strict=True)
@@ -154,7 +156,7 @@ class Resample(Step):
     def _targets(self, grid: Grid) -> tuple[float, ...]:
         """The spacing wanted along each axis, the grid's own where it is kept."""
         across = grid.slice_axis if self.axes == "in_plane" else None
-        near = _SAME_SPACING_MM if self.align == "first_voxel" else 0.0
+        near = _SAME_SPACING_MM if self.align == "monai" else 0.0
         return tuple(
             own if target is None or axis == across or abs(target - own) <= near else target
             for axis, (own, target) in enumerate(zip(grid.spacing_mm, self.spacing_mm, strict=True))
@@ -357,9 +359,10 @@ class Resampled(Undo):
 
 @dataclass(frozen=True, eq=False)
 class Stepped(Undo):
-    """The way back from voxels that lie ``steps`` voxels apart, from the first one on; scores may be the nearest's."""
+    """The way back from voxels that lie ``steps`` voxels apart, from ``starts`` on; scores may be the nearest's."""
 
-    steps: tuple[float, float, float]
+    steps: Sequence[float]
+    starts: Sequence[float]
     nearest: bool
 
     @property
@@ -367,13 +370,31 @@ class Stepped(Undo):
         return self.before.shape != self.after.shape or any(step != 1 for step in self.steps)
 
     def _back(self, plane: NDArray, outside: float) -> NDArray:
-        x, y, z = (1 / step for step in self.steps)
-        return sample_linear(plane[None], self.before.shape, (x, y, z), nearest=self.nearest)[0]
+        steps = [1 / step for step in self.steps]
+        starts = [-start / step for start, step in zip(self.starts, self.steps, strict=True)]
+        return sample_linear(plane[None], self.before.shape, steps, starts, nearest=self.nearest)[0]
 
     def _forward(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if not self.interpolates:
             return encoded
-        return _largest_share(encoded, self.after.shape, lambda one: sample_linear(one, self.after.shape, self.steps))
+        shape = self.after.shape
+        return _largest_share(encoded, shape, lambda one: sample_linear(one, shape, self.steps, self.starts))
+
+
+def _at_right_angles(grid: Grid, steps: Sequence[float]) -> bool:
+    """Whether a grid's last voxel lies beyond its first one along all axes of the grid that MONAI makes of it.
+
+    That has right angles. 1e-8 voxels are its tolerance.
+    """
+    axes = grid.affine[:3, :3]
+    along = np.linalg.cholesky(axes.T @ axes).T / (np.array(steps) * grid.spacing_mm)[:, None]
+    lowest = np.minimum(along - np.diag(np.diag(along)), 0) @ (np.array(grid.shape) - 1)
+    return bool((lowest >= -1e-8).all())
+
+
+def _about_the_middle(before: Shape3, after: Shape3, steps: Sequence[float]) -> tuple[float, ...]:
+    """Where the first voxel lies if voxel n / 2 of both grids is the same place."""
+    return tuple((n - side * step) / 2 for n, side, step in zip(before, after, steps, strict=True))
 
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, slice, slice]:
@@ -448,21 +469,21 @@ def resample_linear(array: NDArray, shape: Shape3, nearest: int | None = None) -
 
 
 def sample_linear(
-    array: NDArray, shape: Shape3, steps: tuple[float, float, float], *, nearest: bool = False
+    array: NDArray, shape: Shape3, steps: Sequence[float], starts: Sequence[float], *, nearest: bool = False
 ) -> NDArray[np.float32]:
-    """``array`` (C, X, Y, Z) at ``shape`` places that lie ``steps`` voxels apart, the first one at the first voxel.
+    """``array`` (C, X, Y, Z) at ``shape`` places that lie ``steps`` voxels apart, the first one at ``starts``.
 
-    Between voxels, values are interpolated linearly, or those of the ``nearest`` are taken; beyond the last one, that
-    is repeated.
+    Between voxels, values are interpolated linearly, or those of the ``nearest`` are taken; beyond the outermost one,
+    that is repeated.
     """
     import torch
 
     tensor = torch.from_numpy(np.require(array.transpose(0, 3, 2, 1), np.float32, ["C", "W"]))
     for axis in sorted(range(3), key=lambda axis: shape[axis] / array.shape[axis + 1]):  # what shrinks comes first
-        n, side, step, dim = array.shape[axis + 1], shape[axis], steps[axis], 3 - axis
-        if n == side and step == 1:
+        n, side, dim = array.shape[axis + 1], shape[axis], 3 - axis
+        if n == side and steps[axis] == 1 and starts[axis] == 0:
             continue
-        place = (torch.arange(side, dtype=torch.float64) * step).clamp(max=n - 1)
+        place = (starts[axis] + torch.arange(side, dtype=torch.float64) * steps[axis]).clamp(0, n - 1)
         low = (place.round() if nearest else place.floor()).long()
         below = tensor.index_select(dim, low)
         if nearest:
