@@ -110,6 +110,7 @@ WRITERS = {
     "compare's page": Writer("compare @m1 @m2", "--report OUT", "", ("m1/metrics.csv", "m2/summary.json")),
     "weights export": Writer("weights export @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
     "import": Writer("import nnunet @model", "-o OUT", "weights.safetensors", ("model/plans.json",)),
+    "import monai": Writer("import monai @model", "-o OUT", "weights.safetensors", ("model/plans.json",)),
     "card's page": Writer("card @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
     "forgetting": Writer("forgetting @bundle @bundle --data @data --device cpu", "-o OUT", "before/c0.nii.gz"),
     "test": Writer("test @bundle --data @data --device cpu", "-o OUT", "predictions/c0.nii.gz"),

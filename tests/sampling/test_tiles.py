@@ -154,7 +154,8 @@ class TestAsMonai:
 
         geometry = TileGeometry((16, 10, 4))
         for shape in ((16, 23, 4), (40, 10, 9), (33, 41, 17)):
-            step = [n if n == tile else max(1, int(tile * (1 - overlap))) for n, tile in zip(shape, geometry.shape)]
+            pairs = zip(shape, geometry.shape, strict=True)
+            step = [n if n == tile else max(1, int(tile * (1 - overlap))) for n, tile in pairs]
             expected = {
                 tuple(side.start for side in place) for place in dense_patch_slices(shape, geometry.shape, step)
             }

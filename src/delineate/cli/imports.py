@@ -87,7 +87,7 @@ def monai(
     changes: Annotated[
         list[str] | None,
         typer.Option(
-            "--set",
+            "--entry",
             help="Change an entry of the configuration, such as pixdim=[1,1,2] or inferer::overlap=0.5: what only an "
             "expression says, since none is evaluated. Can be repeated.",
         ),

@@ -122,14 +122,6 @@ class Grid:
         x, y, z = shape
         return Grid((x, y, z), affine)
 
-    def stepped(self, shape: Sequence[int], steps: Sequence[float], starts: Sequence[float]) -> Grid:
-        """The grid of voxels that lie ``steps`` of this grid's voxels apart along each axis, from ``starts`` on."""
-        affine = self.affine.copy()
-        affine[:3, :3] = self.affine[:3, :3] * np.array(steps)
-        affine[:3, 3] = self.world(np.array([starts], dtype=np.float64))[0]
-        x, y, z = shape
-        return Grid((x, y, z), affine)
-
     def axes_to(self, orientation: str) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
         """How to view this grid in an orientation such as ``"RAS"``.
 

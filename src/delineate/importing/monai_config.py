@@ -16,7 +16,7 @@ from delineate.io.settings import MOST_CHARACTERS, parse_yaml
 from delineate.specification import explained
 
 ITSELF = "predict with MONAI itself"
-_FIX = f"{ITSELF}, or change the entry with --set"
+_FIX = f"{ITSELF}, or change the entry with --entry"
 
 Short = Annotated[str, Field(max_length=200)]
 Count = Annotated[int, Field(ge=1, le=2**14)]
@@ -179,7 +179,7 @@ class Config:
                 what = "a macro" if value.startswith("%") else "an expression"
                 raise CannotImport(
                     f"'{printable(place)}' is {what}, '{printable(value)[:100]}', and none is ever evaluated",
-                    fix=f"give its value: --set '{printable(place)}=…'",
+                    fix=f"give its value: --entry '{printable(place)}=…'",
                 )
             value, place = self._at(parts, place), "::".join(parts)
         raise CannotImport(f"'{printable(place)}' refers to itself", fix="correct its references")
@@ -194,7 +194,7 @@ class Config:
             else:
                 raise CannotImport(
                     f"'{printable(place)}' refers to '{printable('::'.join(parts))}', which is not there",
-                    fix="copy the bundle again, or give the value with --set",
+                    fix="copy the bundle again, or give the value with --entry",
                 )
         return found
 

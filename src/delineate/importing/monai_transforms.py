@@ -211,7 +211,7 @@ def _back(component: Component, after: After) -> str:
     if after.decided_first and after.back == "linear":
         raise CannotImport(
             "Invertd interpolates between the numbers of labels, whose results are no labels",
-            fix="let it take the nearest: --set the id of its nearest_interp to true, such as "
+            fix="let it take the nearest: --entry the id of its nearest_interp to true, such as "
             "postprocessing::transforms::2::nearest_interp=true",
         )
     return after.back

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations, product
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import scipy  # loads its submodules on first use
@@ -18,8 +18,11 @@ from delineate.core.grid import AXES, Grid, Shape3, box_around, permute_axes, pe
 from delineate.core.targets import IGNORED
 from delineate.core.volume import Volume
 from delineate.errors import RecipeError
-from delineate.preprocessing.step import Step, Undo, as_float, check_voxels, empty_channels
+from delineate.preprocessing.step import Step, Undo, Unmoved, as_float, check_voxels, empty_channels
 from delineate.specification import Intensity, Side
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ORIENTATIONS = {"".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)}
 
@@ -137,18 +140,31 @@ class Resample(Step):
         return Volume(resampled(as_float(volume), grid.shape, there), grid), Resampled(volume.grid, grid, there, back)
 
     def _apply_as_monai(self, volume: Volume) -> tuple[Volume, Undo]:
-        before, shape, own = volume.grid, self.shape_for(volume.grid), volume.grid.spacing_mm
-        steps = tuple(target / spacing for target, spacing in zip(self._targets(before), own, strict=True))
-        starts = (0.0, 0.0, 0.0) if _at_right_angles(before, steps) else _about_the_middle(before.shape, shape, steps)
-        grid = before.stepped(shape, steps, starts)
-        prepared = sample_linear(as_float(volume), shape, steps, starts)
-        return Volume(prepared, grid), Stepped(before, grid, steps, starts, self.back == "nearest")
+        before, voxels = volume.grid, as_float(volume)
+        if self._targets(before) == before.spacing_mm:
+            return Volume(voxels, before), Unmoved.on(before)
+        after = self._grid_as_monai(before)
+        return Volume(sample_linear(voxels, before, after), after), Sampled(before, after, self.back == "nearest")
+
+    def _grid_as_monai(self, grid: Grid) -> Grid:
+        """What MONAI's ``Spacing`` gives a grid, rounding included: it decides about voxels half way between two."""
+        axes, sides = grid.affine[:3, :3], np.array(grid.shape)
+        steps_mm = axes @ np.linalg.inv(np.linalg.cholesky(axes.T @ axes).T) @ np.diag(self._targets(grid))
+        along = np.linalg.solve(steps_mm, axes)
+        x, y, z = (int(n) for n in np.round(np.abs(along) @ (sides - 1) + 1))
+        affine, shape = np.eye(4), check_voxels((x, y, z))
+        affine[:3, :3], affine[:3, 3] = steps_mm, grid.affine[:3, 3]
+        # Other axes may lead back before the first voxel, if the grid's are not at right angles; 1e-8 is tolerated.
+        if (np.minimum(along - np.diag(np.diag(along)), 0) @ (sides - 1) < -1e-8).any():
+            affine[:3, 3] = grid.world(sides[None] / 2)[0] - steps_mm @ (np.array(shape) / 2)
+        return Grid(shape, affine)
 
     def shape_for(self, grid: Grid) -> Shape3:
         """Voxel counts (x, y, z) that this step gives a grid; at least 1."""
-        within = 1 if self.align == "monai" else 0  # between the outer centres, or the outer borders
+        if self.align == "monai":
+            return self._grid_as_monai(grid).shape
         x, y, z = (
-            size if target == spacing else max(1, round((size - within) * spacing / target) + within)
+            size if target == spacing else max(1, round(size * spacing / target))
             for size, spacing, target in zip(grid.shape, grid.spacing_mm, self._targets(grid), strict=True)
         )
         return check_voxels((x, y, z))
@@ -358,43 +374,20 @@ class Resampled(Undo):
 
 
 @dataclass(frozen=True, eq=False)
-class Stepped(Undo):
-    """The way back from voxels that lie ``steps`` voxels apart, from ``starts`` on; scores may be the nearest's."""
+class Sampled(Undo):
+    """The way back from a grid whose voxels lie anywhere along the same axes; scores may be the nearest voxels'."""
 
-    steps: Sequence[float]
-    starts: Sequence[float]
     nearest: bool
 
     @property
     def interpolates(self) -> bool:
-        return self.before.shape != self.after.shape or any(step != 1 for step in self.steps)
+        return True
 
     def _back(self, plane: NDArray, outside: float) -> NDArray:
-        steps = [1 / step for step in self.steps]
-        starts = [-start / step for start, step in zip(self.starts, self.steps, strict=True)]
-        return sample_linear(plane[None], self.before.shape, steps, starts, nearest=self.nearest)[0]
+        return sample_linear(plane[None], self.after, self.before, nearest=self.nearest)[0]
 
     def _forward(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        if not self.interpolates:
-            return encoded
-        shape = self.after.shape
-        return _largest_share(encoded, shape, lambda one: sample_linear(one, shape, self.steps, self.starts))
-
-
-def _at_right_angles(grid: Grid, steps: Sequence[float]) -> bool:
-    """Whether a grid's last voxel lies beyond its first one along all axes of the grid that MONAI makes of it.
-
-    That has right angles. 1e-8 voxels are its tolerance.
-    """
-    axes = grid.affine[:3, :3]
-    along = np.linalg.cholesky(axes.T @ axes).T / (np.array(steps) * grid.spacing_mm)[:, None]
-    lowest = np.minimum(along - np.diag(np.diag(along)), 0) @ (np.array(grid.shape) - 1)
-    return bool((lowest >= -1e-8).all())
-
-
-def _about_the_middle(before: Shape3, after: Shape3, steps: Sequence[float]) -> tuple[float, ...]:
-    """Where the first voxel lies if voxel n / 2 of both grids is the same place."""
-    return tuple((n - side * step) / 2 for n, side, step in zip(before, after, steps, strict=True))
+        return _largest_share(encoded, self.after.shape, lambda one: sample_linear(one, self.before, self.after))
 
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, slice, slice]:
@@ -468,22 +461,22 @@ def resample_linear(array: NDArray, shape: Shape3, nearest: int | None = None) -
     return result.numpy().transpose(0, 3, 2, 1)
 
 
-def sample_linear(
-    array: NDArray, shape: Shape3, steps: Sequence[float], starts: Sequence[float], *, nearest: bool = False
-) -> NDArray[np.float32]:
-    """``array`` (C, X, Y, Z) at ``shape`` places that lie ``steps`` voxels apart, the first one at ``starts``.
+def sample_linear(array: NDArray, before: Grid, after: Grid, *, nearest: bool = False) -> NDArray[np.float32]:
+    """``array`` (C, X, Y, Z) on a grid, at the voxels of another one along the same axes.
 
     Between voxels, values are interpolated linearly, or those of the ``nearest`` are taken; beyond the outermost one,
     that is repeated.
     """
     import torch
 
+    steps = np.linalg.solve(before.affine, after.affine)
     tensor = torch.from_numpy(np.require(array.transpose(0, 3, 2, 1), np.float32, ["C", "W"]))
-    for axis in sorted(range(3), key=lambda axis: shape[axis] / array.shape[axis + 1]):  # what shrinks comes first
-        n, side, dim = array.shape[axis + 1], shape[axis], 3 - axis
-        if n == side and steps[axis] == 1 and starts[axis] == 0:
+    for axis in sorted(range(3), key=lambda axis: after.shape[axis] / before.shape[axis]):  # what shrinks comes first
+        n, side, dim = before.shape[axis], after.shape[axis], 3 - axis
+        step, start = float(steps[axis, axis]), float(steps[axis, 3])
+        if n == side and abs(step - 1) < 1e-12 and abs(start) < 1e-12:
             continue
-        place = (starts[axis] + torch.arange(side, dtype=torch.float64) * steps[axis]).clamp(0, n - 1)
+        place = _places(n, side, step, start)
         low = (place.round() if nearest else place.floor()).long()
         below = tensor.index_select(dim, low)
         if nearest:
@@ -492,6 +485,19 @@ def sample_linear(
         share = (place - low).float().view(-1, *[1] * (3 - dim))
         tensor = torch.lerp(below, tensor.index_select(dim, (low + 1).clamp(max=n - 1)), share)
     return tensor.numpy().transpose(0, 3, 2, 1)
+
+
+def _places(n: int, side: int, step: float, start: float) -> Tensor:
+    """Where ``side`` voxels, ``step`` apart from ``start`` on, lie among ``n``.
+
+    By way of places from -1 to 1, as PyTorch samples, for its rounding where two voxels are equally near.
+    """
+    import torch
+
+    among, own = (np.array([[2 / sides, 1 / sides - 1], [0, 1]]) for sides in (n, side))
+    scale, shift = (among @ np.array([[step, start], [0, 1]]) @ np.linalg.inv(own))[0]
+    unit = torch.linspace(-1, 1, side, dtype=torch.float64) * (side - 1) / side if side > 1 else torch.zeros(1)
+    return (((unit * scale + shift + 1) * n - 1) / 2).clamp(0, n - 1)
 
 
 def resample_cubic(array: NDArray, shape: Shape3, nearest: int | None = None) -> NDArray[np.float32]:
