@@ -31,7 +31,7 @@ from delineate.specification import Names, PositiveWeight, Specification, Text, 
 if TYPE_CHECKING:
     from delineate.datasets.dataset import Dataset
 
-Average = Literal["probabilities", "logits"]
+Average = Literal["probabilities", "logits", "tile_logits"]
 LabelValue = Annotated[int, Field(ge=0, le=MOST_VALUE)]
 
 
@@ -263,9 +263,12 @@ class InferenceSpec(Specification):
     """Tiles overlap by a fraction; their outputs are averaged by weight. ``flips``: axes mirrored at test time.
 
     ``average``: what is averaged over tiles, mirror images and bundles, and brought back to the scan's grid:
-    ``probabilities`` or ``logits``, which become probabilities there. ``advance``: tiles advance by ``whole`` voxels,
-    or by a ``fractional`` number whose places are rounded, so that tiles of odd sides are fewer. ``weights: nnunet``
-    is nnU-Net's Gaussian, which lies half a voxel off the middle of even sides.
+    ``probabilities`` or ``logits``, which become probabilities there; ``tile_logits``: logits over tiles and mirror
+    images, which become probabilities before they are brought back. ``advance``: tiles advance by ``whole`` voxels,
+    or by a ``fractional`` number whose places are rounded, so that tiles of odd sides are fewer; both are spread
+    evenly, while a ``fixed`` number of whole voxels leaves the rest to the last tile, moved back to the border.
+    ``weights: nnunet`` is nnU-Net's Gaussian, which lies half a voxel off the middle of even sides, and ``monai``
+    MONAI's, whose floor in the corners is higher.
     """
 
     overlap: Annotated[float, Field(ge=0, le=0.95)] = 0.5

@@ -111,6 +111,7 @@ WRITERS = {
     "weights export": Writer("weights export @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
     "export": Writer("export @bundle", "--onnx -o OUT", "", ("bundle/weights.safetensors",)),
     "import": Writer("import nnunet @model", "-o OUT", "weights.safetensors", ("model/plans.json",)),
+    "import monai": Writer("import monai @model", "-o OUT", "weights.safetensors", ("model/plans.json",)),
     "card's page": Writer("card @bundle", "-o OUT", "", ("bundle/weights.safetensors",)),
     "calibrate": Writer(
         "calibrate @bundle --data @data --name ours --device cpu",

@@ -20,10 +20,12 @@ from delineate.networks.deeplab import DeepLabSpec
 from delineate.networks.dense_unet import DenseUNetSpec
 from delineate.networks.minicube import ContextUNetSpec, MinicubeNetSpec
 from delineate.networks.monai import MonaiSpec
+from delineate.networks.monai_unet import MonaiUNetSpec
 from delineate.networks.prostate_unet import ProstateUNetSpec
 from delineate.networks.receptive_field import LENGTH, receptive_field
 from delineate.networks.recurrent_unet import RecurrentUNetSpec
 from delineate.networks.residual_unet import ResidualUNetSpec
+from delineate.networks.segresnet import SegResNetSpec
 from delineate.networks.tiramisu import TiramisuSpec
 from delineate.networks.unet import UNetSpec
 from delineate.networks.vgg_unet import VGGUNetSpec
@@ -67,6 +69,14 @@ SPECS = {
     "V-Net": VNetSpec(first_filters=4, stages=(1, 2, 1), decoder_stages=(1, 1)),
     "V-Net 2D": VNetSpec(dimensions=2, first_filters=4, stages=(1, 2, 1), decoder_stages=(1, 1)),
     "recurrent": RecurrentUNetSpec(dimensions=3, widths=(4, 6, 8)),
+    "MONAI's U-Net": MonaiUNetSpec(
+        dimensions=3, widths=(4, 6, 8), strides=((2, 2, 1), (2, 2, 2)), kernel=(3, 3, 1), norm="batch", dropout=0.1
+    ),
+    "MONAI's U-Net 2D, no sums": MonaiUNetSpec(dimensions=2, widths=(4, 6, 8), residual_units=0, activation="relu"),
+    "SegResNet": SegResNetSpec(dimensions=3, first_filters=8, blocks=(1, 2, 1), decoder_blocks=(1, 1), dropout=0.2),
+    "SegResNet 2D": SegResNetSpec(
+        dimensions=2, first_filters=4, blocks=(1, 1), decoder_blocks=(2,), norm="instance", activation="prelu"
+    ),
     "MONAI": MonaiSpec(
         dimensions=3,
         name="BasicUNet",

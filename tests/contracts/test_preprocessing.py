@@ -45,6 +45,8 @@ SPATIAL: list[Step | Pipeline] = [
     Resample(spacing_mm=(None, 1.5, 0.9)),
     Resample(spacing_mm=(1.2, None, None)),
     Resample(spacing_mm=1.1, axes="in_plane"),
+    Resample(spacing_mm=(1.3, None, 0.9), align="monai"),
+    Resample(spacing_mm=(1.1, 0.8, 2.1), align="monai", back="nearest"),
     Transpose(order=("y", "z", "x")),
     Resize(shape=(14, 9, None)),
     Resize(shape=(None, None, 20)),
@@ -55,6 +57,7 @@ SPATIAL: list[Step | Pipeline] = [
     CropOrPad(shape=(6, 15, None)),
     CropOrPad(shape=14, fill="edge"),
     CropOrPad(multiple_of=(4, 8, 1), fill=-3),
+    CropOrPad(at_least=(13, 2, 20), multiple_of=(1, 1, 4), fill=0),
     Pipeline(),
     Pipeline(steps=(Reorient(to="LPS"), CropBackground(threshold=0.5, margin=1), Resample(spacing_mm=1.2))),
     Pipeline(steps=(Resample(spacing_mm=1, axes="in_plane"), CropOrPad(multiple_of=8), Reorient())),
@@ -68,6 +71,7 @@ ROUGH: list[Step | Pipeline] = [  # not the values that linear interpolation giv
 INTENSITY: list[Step | Pipeline] = [
     ClipPercentiles(),
     ClipPercentiles(lower=5, upper=80, within="nonzero"),
+    ClipPercentiles(every_voxel=True),
     ClipPercentiles(scope="cohort", low=(-90,) * 4, high=(0.5,) * 4),
     *(
         Normalise(method=method, scope=scope, within=within)

@@ -223,6 +223,13 @@ def test_bundles_that_read_tiles_differently_are_refused(tmp_path) -> None:
     assert not (tmp_path / "m.onnx").exists()
 
 
+@pytest.mark.parametrize("setting", [{"average": "tile_logits"}, {"advance": "fixed"}, {"weights": "monai"}], ids=str)
+def test_tiles_that_the_description_does_not_have_are_refused(setting, tmp_path) -> None:
+    save_bundle(tmp_path / "b", {**UNET_25D, "inference": setting})
+    with pytest.raises(CannotExport, match="as MONAI's"):
+        export_onnx([tmp_path / "b"], tmp_path / "m.onnx")
+
+
 def test_a_file_that_answers_otherwise_is_refused_and_removed(tmp_path) -> None:
     save_bundle(tmp_path / "b", UNET_25D, scale=1e38)  # finite weights, whose logits are not
     with pytest.raises(CannotExport, match="the limits"):

@@ -23,7 +23,7 @@ def logits_of(x):
     return torch.logit(x.clamp(1e-4, 1 - 1e-4))
 
 
-@pytest.mark.parametrize("weights", ["gaussian", "uniform", "nnunet"])
+@pytest.mark.parametrize("weights", ["gaussian", "uniform", "nnunet", "monai"])
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.75])
 @pytest.mark.parametrize("shape", [(13, 17, 11), (5, 30, 4), (8, 8, 8)])
 def test_the_identity_network_returns_the_volume(shape, overlap, weights) -> None:
@@ -168,3 +168,19 @@ def test_compiled_networks_meet_one_batch_size_only() -> None:
     result = sliding.probabilities(noting, volume, TileGeometry((16, 16, 16)))
     assert len(sizes) == 1
     np.testing.assert_allclose(result, volume, atol=2e-3)
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_logits_of_tiles_become_probabilities_once_they_are_averaged(exclusive) -> None:
+    volume, geometry = volume_of((9, 4, 4)), TileGeometry((4, 4, 4))
+
+    def ramp(x):  # tiles that overlap disagree
+        return x * torch.arange(4.0).view(4, 1, 1) ** 2
+
+    def found(average):
+        sliding = replace(SLIDING, exclusive=exclusive, average=average)
+        return torch.from_numpy(sliding.probabilities(ramp, volume, geometry).astype(np.float32))
+
+    logits, probabilities = found("logits"), found("tile_logits")
+    torch.testing.assert_close(probabilities, logits.softmax(0) if exclusive else logits.sigmoid(), atol=2e-3, rtol=0)
+    assert (found("probabilities") - probabilities).abs().max() > 0.02

@@ -305,7 +305,7 @@ class TestCropOrPad:
         assert_array_equal(prepared.voxels[:, 2:4, 2:4, 2:4], voxels)
 
     def test_needs_a_size(self) -> None:
-        with pytest.raises(ValidationError, match="neither shape nor multiple_of"):
+        with pytest.raises(ValidationError, match="none of shape, multiple_of and at_least"):
             CropOrPad()
 
     def test_edge_repeats_the_nearest_voxel(self, rng: np.random.Generator) -> None:

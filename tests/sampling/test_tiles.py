@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from delineate.errors import RecipeError
-from delineate.sampling.tiles import Patches, Slices, TileGeometry, Whole, geometry_for, read_box
+from delineate.sampling.tiles import Patches, Slices, Tile, TileGeometry, Whole, geometry_for, read_box
 
 
 class Rules(NamedTuple):
@@ -143,3 +143,30 @@ def test_weights_are_positive_and_symmetric(kind) -> None:
     assert weights.shape == (8, 7, 1)
     assert weights.min() > 0
     np.testing.assert_allclose(weights, weights[::-1, ::-1], rtol=1e-6)
+
+
+class TestAsMonai:
+    """Its sliding windows: a fixed advance, and a Gaussian whose floor is that of the whole tile."""
+
+    @pytest.mark.parametrize("overlap", [0, 0.25, 0.5, 0.7])
+    def test_tiles_lie_where_its_windows_lie(self, overlap) -> None:
+        from monai.data.utils import dense_patch_slices
+
+        geometry = TileGeometry((16, 10, 4))
+        for shape in ((16, 23, 4), (40, 10, 9), (33, 41, 17)):
+            pairs = zip(shape, geometry.shape, strict=True)
+            step = [n if n == tile else max(1, int(tile * (1 - overlap))) for n, tile in pairs]
+            expected = {
+                tuple(side.start for side in place) for place in dense_patch_slices(shape, geometry.shape, step)
+            }
+            assert {tile.start for tile in geometry.tiles(shape, overlap, "fixed")} == expected
+
+    def test_a_scan_smaller_than_a_tile_lies_in_its_middle(self) -> None:
+        assert TileGeometry((16, 10, 4)).tiles((11, 10, 3), 0.5, "fixed") == [Tile((-2, 0, 0), (16, 10, 4))]
+
+    def test_weights_are_its_importance_map(self) -> None:
+        from monai.data.utils import compute_importance_map
+
+        for shape in ((16, 16, 16), (24, 7, 1)):
+            expected = compute_importance_map(shape, mode="gaussian").numpy()
+            np.testing.assert_allclose(TileGeometry(shape).weights("monai"), expected, rtol=1e-5)

@@ -85,8 +85,8 @@ class Description(Specification):
 def describe(bundles: Sequence[Bundle], versions: Mapping[str, str]) -> Description:
     """What the first bundle's recipe says, once the others' say the same.
 
-    Raises :class:`CannotExport` for bundles whose tiles cannot be averaged one by one, and for preprocessing that
-    another package provides.
+    Raises :class:`CannotExport` for bundles whose tiles cannot be averaged one by one, for tiles as MONAI has them, and
+    for preprocessing that another package provides.
     """
     first, *others = (_described(bundle, versions) for bundle in bundles)
     for bundle, other in zip(bundles[1:], others, strict=True):
@@ -117,7 +117,12 @@ def _described(bundle: Bundle, versions: Mapping[str, str]) -> Description:
                 f"preprocessing step '{step.kind}' is code of {package}, which no file can carry",
                 fix="train with preprocessing steps of Delineate's own",
             )
-    legend, average = recipe.data.legend, recipe.inference.average
+    legend, inference, average = recipe.data.legend, recipe.inference, recipe.inference.average
+    if average == "tile_logits" or inference.advance == "fixed" or inference.weights == "monai":
+        raise CannotExport(
+            "its tiles are laid, weighted or averaged as MONAI's, which the description in a file does not have",
+            fix="export the network from MONAI, or predict with Delineate",
+        )
     colours = legend.colours_of(targets.names)
     background = ("background",) if targets.exclusive else ()
     least, most = (0.0, 1.0) if average == "probabilities" else (-CERTAIN, CERTAIN)

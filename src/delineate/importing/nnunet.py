@@ -29,6 +29,7 @@ from delineate.core.grid import AXES
 from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.errors import CannotImport, DelineateError
+from delineate.importing.tensors import check_same, expected_tensors
 from delineate.io.files import read_json
 from delineate.networks.unet import UNetSpec
 from delineate.preprocessing.intensity import ClipPercentiles, Normalise
@@ -565,18 +566,12 @@ def _weights(bundle: Bundle, read: Sequence[Mapping[str, Tensor]], files: Sequen
     """The tensors by our names. Raises :class:`CannotImport` if they are not those of the plans' network."""
     spec = bundle.recipe.network
     assert isinstance(spec, UNetSpec)
-    with torch.device("meta"):
-        one = spec.model_copy(update={"members": 1}).build(len(bundle.channels), bundle.targets.outputs).state_dict()
+    one = expected_tensors(spec.model_copy(update={"members": 1}), len(bundle.channels), bundle.targets.outputs)
     weights = {}
     for i, (own, file) in enumerate(zip(read, files, strict=True)):
         found = _renamed(spec, own, file)
-        wrong = [name for name in {**one, **found} if name not in found or name not in one]
-        wrong += [name for name in one if name in found and one[name].shape != found[name].shape]
-        if wrong:
-            raise CannotImport(
-                f"'{file}' does not fit the network of the plans: {len(wrong)} tensors differ, the first is {wrong[0]}",
-                fix="its trainer built another network; predict with nnU-Net itself",
-            )
+        fix = "its trainer built another network; predict with nnU-Net itself"
+        check_same(one, found, file, "the network of the plans", fix)
         prefix = "" if spec.members == 1 else f"members.{i}."
         weights.update({prefix + name: tensor for name, tensor in found.items()})
     return weights

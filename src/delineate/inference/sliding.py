@@ -52,7 +52,7 @@ class Sliding:
         geometry: TileGeometry,
         progress: Callable[[int, int], None] | None = None,
     ) -> NDArray[np.float16]:
-        """Probabilities (K, X, Y, Z) of a prepared volume (C, X, Y, Z), or logits where these are averaged.
+        """Probabilities (K, X, Y, Z) of a prepared volume (C, X, Y, Z), or logits where these are brought back.
 
         Tiles advance along one axis. Only planes within reach of the current tiles are accumulated
         in float32; finished planes are divided by their sum of weights and stored as float16.
@@ -63,7 +63,8 @@ class Sliding:
         result = self._allocate((self.outputs, *shape))
         finished = np.moveaxis(result, slow + 1, -1)  # (K, A, B, slow)
         plane = [n for axis, n in enumerate(shape) if axis != slow]
-        window = _Window(self.outputs, plane, geometry.shape[slow], self.plan.device)
+        finish = self._linked if self.average == "tile_logits" else None
+        window = _Window(self.outputs, plane, geometry.shape[slow], self.plan.device, finish)
         weight = torch.from_numpy(geometry.weights(self.weights)).to(self.plan.device)
         done = 0
         with torch.inference_mode(), self.plan.autocast():
@@ -111,12 +112,16 @@ class Sliding:
         for dims in choices:
             p = network(x.flip(dims) if dims else x).float()
             if self.average == "probabilities":
-                p = torch.softmax(p, 1) if self.exclusive else torch.sigmoid(p)
+                p = self._linked(p, 1)
             p = p.flip(dims) if dims else p
             total = p if total is None else total + p
         assert total is not None  # the empty combination is always there
         mean = total[: len(tiles)] / len(choices)
         return mean if geometry.slice_axis is None else mean.unsqueeze(geometry.slice_axis + 2)
+
+    def _linked(self, logits: Tensor, classes: int = 0) -> Tensor:
+        """Probabilities of logits, whose classes lie along a dimension."""
+        return torch.softmax(logits, classes) if self.exclusive else torch.sigmoid(logits)
 
     def _allocate(self, shape: tuple[int, ...]) -> NDArray[np.float16]:
         size = int(np.prod(shape)) * 2
@@ -128,9 +133,20 @@ class Sliding:
 
 
 class _Window:
-    """Sums of weighted outputs for the planes that tiles still reach, sliding along the slow axis."""
+    """Sums of weighted outputs for the planes that tiles still reach, sliding along the slow axis.
 
-    def __init__(self, outputs: int, plane: Sequence[int], depth: int, device: torch.device) -> None:
+    ``finish`` is applied to the means of finished planes (K, A, B, planes).
+    """
+
+    def __init__(
+        self,
+        outputs: int,
+        plane: Sequence[int],
+        depth: int,
+        device: torch.device,
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.finish = finish
         self.total = torch.zeros(outputs, *plane, depth, device=device)
         self.weight = torch.zeros(*plane, depth, device=device)
         self.first = 0
@@ -155,7 +171,7 @@ class _Window:
                     "handle, or its training has diverged"
                 ),
             )
-        finished[..., self.first : stop] = mean.cpu().numpy()
+        finished[..., self.first : stop] = (mean if self.finish is None else self.finish(mean)).cpu().numpy()
         for sums in (self.total, self.weight):
             rest = sums[..., gone:].clone()
             sums.zero_()

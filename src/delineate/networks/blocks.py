@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NormKind = Literal["instance", "batch", "group", "none"]
-ActivationKind = Literal["relu", "leaky_relu"]
+ActivationKind = Literal["relu", "leaky_relu", "prelu"]
 
 
 class InstanceNorm(nn.Module):
@@ -75,6 +75,8 @@ def normalisation(kind: NormKind, dimensions: int, channels: int) -> nn.Module:
 
 
 def activation(kind: ActivationKind) -> nn.Module:
+    if kind == "prelu":
+        return nn.PReLU()  # one slope for all channels
     return nn.LeakyReLU(0.01, inplace=True) if kind == "leaky_relu" else nn.ReLU(inplace=True)
 
 

@@ -108,7 +108,7 @@ class Reach:
 
 POINTWISE = (
     *("relu", "relu_", "leaky_relu", "leaky_relu_", "elu", "elu_", "prelu", "sigmoid", "add", "mul", "addcmul"),
-    *("dropout", "feature_dropout", "batch_norm", "group_norm", "instance_norm"),
+    *("dropout", "dropout2d", "dropout3d", "feature_dropout", "batch_norm", "group_norm", "instance_norm"),
 )
 
 

@@ -10,9 +10,11 @@ from delineate.networks.deeplab import DeepLabSpec
 from delineate.networks.dense_unet import DenseUNetSpec
 from delineate.networks.minicube import ContextUNetSpec, MinicubeNetSpec
 from delineate.networks.monai import MonaiSpec
+from delineate.networks.monai_unet import MonaiUNetSpec
 from delineate.networks.prostate_unet import ProstateUNetSpec
 from delineate.networks.recurrent_unet import RecurrentUNetSpec
 from delineate.networks.residual_unet import ResidualUNetSpec
+from delineate.networks.segresnet import SegResNetSpec
 from delineate.networks.tiramisu import TiramisuSpec
 from delineate.networks.unet import UNetSpec
 from delineate.networks.vgg_unet import VGGUNetSpec
@@ -36,6 +38,8 @@ NETWORKS: Kinds[Architecture] = Kinds(
         DenseUNetSpec,
         VNetSpec,
         RecurrentUNetSpec,
+        MonaiUNetSpec,
+        SegResNetSpec,
         MonaiSpec,
     ),
 )

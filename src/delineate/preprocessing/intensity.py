@@ -32,7 +32,8 @@ class ClipPercentiles(Step):
     keeps them as ``low`` and ``high``, one per channel; giving these makes a fixed window. ``channels`` are clipped,
     counted from 0; the others stay as they are.
 
-    For more than a million voxels, percentiles are taken over a regular lattice of at most that many.
+    For more than a million voxels, percentiles are taken over a regular lattice of at most that many, unless
+    ``every_voxel`` of a patient counts.
     """
 
     kind: Literal["clip_percentiles"] = "clip_percentiles"
@@ -40,6 +41,7 @@ class ClipPercentiles(Step):
     upper: float = Field(default=99.5, ge=0, le=100)
     within: Literal["all", "nonzero"] = "all"
     scope: Literal["patient", "cohort"] = "patient"
+    every_voxel: bool = False
     channels: Channels | None = None
     low: PerChannel | None = None
     high: PerChannel | None = None
@@ -75,7 +77,10 @@ class ClipPercentiles(Step):
 
     def _bounds(self, channels: Sequence[NDArray[np.float32]]) -> list[tuple[float, float]]:
         if self.scope == "patient":
-            return [self._percentiles(self._sample(channel, at_most=1_000_000)) for channel in channels]
+            return [
+                self._percentiles(self._sample(channel, at_most=channel.size if self.every_voxel else 1_000_000))
+                for channel in channels
+            ]
         return _fitted(self, self.low, self.high, channels=len(channels))
 
     def _sample(self, channel: NDArray[np.float32], at_most: int) -> NDArray[np.float32]:

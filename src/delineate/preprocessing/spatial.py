@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations, product
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import scipy  # loads its submodules on first use
@@ -18,13 +18,19 @@ from delineate.core.grid import AXES, Grid, Shape3, box_around, permute_axes, pe
 from delineate.core.targets import IGNORED
 from delineate.core.volume import Volume
 from delineate.errors import RecipeError
-from delineate.preprocessing.step import Step, Undo, as_float, check_voxels, empty_channels
+from delineate.preprocessing.step import Step, Undo, Unmoved, as_float, check_voxels, empty_channels
 from delineate.specification import Intensity, Side
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ORIENTATIONS = {"".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)}
 
 _ROUNDING = 1e-5
 """Relative difference of spacings that headers leave by rounding."""
+
+_SAME_SPACING_MM = 1e-3
+"""Difference of spacings that MONAI does not resample for."""
 
 Place = Annotated[int, Field(ge=-4096, le=4096)]
 
@@ -95,8 +101,14 @@ class Resample(Step):
     taken across them (as nnU-Net does). They are thick if one axis is more than three times as coarse as the finest,
     in the scan or else in ``spacing_mm``; on the way back, in ``spacing_mm`` or else in the scan.
 
+    ``align="monai"``: voxels lie exactly ``spacing_mm`` apart, where MONAI puts them: from the first voxel's centre on
+    or, if the axes are not at right angles, which rounding does to the headers of oblique scans, about the middle. Axes
+    within a thousandth of a millimetre of the spacing stay as they are. ``back="nearest"``: scores return from the
+    nearest voxel then.
+
     Labels: each class is resampled linearly and the largest share wins, a tie going to the target
-    (a binary mask is thus kept where ≥ 0.5); ignored voxels are a class of their own. Scores return linearly.
+    (a binary mask is thus kept where ≥ 0.5); ignored voxels are a class of their own. Scores return linearly, unless
+    ``back`` says otherwise.
     """
 
     kind: Literal["resample"] = "resample"
@@ -104,8 +116,20 @@ class Resample(Step):
     axes: Literal["all", "in_plane"] = "all"
     order: Literal["linear", "cubic"] = "linear"
     across: Literal["interpolate", "nearest"] = "interpolate"
+    align: Literal["borders", "monai"] = "borders"
+    back: Literal["linear", "nearest"] = "linear"
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Resample:
+        if self.align == "monai" and (self.order, self.across) != ("linear", "interpolate"):
+            raise ValueError("align: monai interpolates linearly along all axes; remove order and across")
+        if self.align == "borders" and self.back == "nearest":
+            raise ValueError("back: nearest is for align: monai; remove it")
+        return self
 
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
+        if self.align == "monai":
+            return self._apply_as_monai(volume)
         grid = volume.grid.resample(self.shape_for(volume.grid))
         there = back = None
         if self.across == "nearest":
@@ -115,16 +139,44 @@ class Resample(Step):
         resampled = resample_cubic if self.order == "cubic" else resample_linear
         return Volume(resampled(as_float(volume), grid.shape, there), grid), Resampled(volume.grid, grid, there, back)
 
+    def _apply_as_monai(self, volume: Volume) -> tuple[Volume, Undo]:
+        before, voxels = volume.grid, as_float(volume)
+        if self._targets(before) == before.spacing_mm:
+            return Volume(voxels, before), Unmoved.on(before)
+        after = self._grid_as_monai(before)
+        return Volume(sample_linear(voxels, before, after), after), Sampled(before, after, self.back == "nearest")
+
+    def _grid_as_monai(self, grid: Grid) -> Grid:
+        """What MONAI's ``Spacing`` gives a grid, rounding included: it decides about voxels half way between two."""
+        axes, sides = grid.affine[:3, :3], np.array(grid.shape)
+        steps_mm = axes @ np.linalg.inv(np.linalg.cholesky(axes.T @ axes).T) @ np.diag(self._targets(grid))
+        along = np.linalg.solve(steps_mm, axes)
+        x, y, z = (int(n) for n in np.round(np.abs(along) @ (sides - 1) + 1))
+        affine, shape = np.eye(4), check_voxels((x, y, z))
+        affine[:3, :3], affine[:3, 3] = steps_mm, grid.affine[:3, 3]
+        # Other axes may lead back before the first voxel, if the grid's are not at right angles; 1e-8 is tolerated.
+        if (np.minimum(along - np.diag(np.diag(along)), 0) @ (sides - 1) < -1e-8).any():
+            affine[:3, 3] = grid.world(sides[None] / 2)[0] - steps_mm @ (np.array(shape) / 2)
+        return Grid(shape, affine)
+
     def shape_for(self, grid: Grid) -> Shape3:
         """Voxel counts (x, y, z) that this step gives a grid; at least 1."""
-        across = grid.slice_axis if self.axes == "in_plane" else None
+        if self.align == "monai":
+            return self._grid_as_monai(grid).shape
         x, y, z = (
-            size if target is None or axis == across else max(1, round(size * spacing / target))
-            for axis, (size, spacing, target) in enumerate(
-                zip(grid.shape, grid.spacing_mm, self.spacing_mm, strict=True)
-            )
+            size if target == spacing else max(1, round(size * spacing / target))
+            for size, spacing, target in zip(grid.shape, grid.spacing_mm, self._targets(grid), strict=True)
         )
         return check_voxels((x, y, z))
+
+    def _targets(self, grid: Grid) -> tuple[float, ...]:
+        """The spacing wanted along each axis, the grid's own where it is kept."""
+        across = grid.slice_axis if self.axes == "in_plane" else None
+        near = _SAME_SPACING_MM if self.align == "monai" else 0.0
+        return tuple(
+            own if target is None or axis == across or abs(target - own) <= near else target
+            for axis, (own, target) in enumerate(zip(grid.spacing_mm, self.spacing_mm, strict=True))
+        )
 
 
 class Resize(Step):
@@ -226,6 +278,8 @@ class CropComposite(Step):
 class CropOrPad(Step):
     """Crop or pad about the centre, to ``shape`` (None keeps an axis) and up to the next ``multiple_of``.
 
+    ``at_least`` pads shorter axes to this many voxels, and crops none.
+
     If an odd number is added or removed, the end of the axis gains or loses one more. ``fill`` pads a scan
     with each channel's ``"minimum"``, its ``"edge"`` repeated, or a number. Labels are padded with
     background.
@@ -234,12 +288,13 @@ class CropOrPad(Step):
     kind: Literal["crop_or_pad"] = "crop_or_pad"
     shape: Sizes | None = None
     multiple_of: Multiples | None = None
+    at_least: Sizes | None = None
     fill: Literal["minimum", "edge"] | Intensity = "minimum"
 
     @model_validator(mode="after")
     def _has_a_size(self) -> CropOrPad:
-        if self.shape is None and self.multiple_of is None:
-            raise ValueError("neither shape nor multiple_of is given; give one, or drop the step")
+        if self.shape is None and self.multiple_of is None and self.at_least is None:
+            raise ValueError("none of shape, multiple_of and at_least is given; give one, or drop the step")
         return self
 
     def apply(self, volume: Volume) -> tuple[Volume, Undo]:
@@ -257,9 +312,13 @@ class CropOrPad(Step):
     def shape_for(self, grid: Grid) -> Shape3:
         """Voxel counts (x, y, z) that this step gives a grid."""
         x, y, z = (
-            multiple * math.ceil((wanted or size) / multiple)
-            for size, wanted, multiple in zip(
-                grid.shape, self.shape or (None, None, None), self.multiple_of or (1, 1, 1), strict=True
+            multiple * math.ceil(max(wanted or size, least or 0) / multiple)
+            for size, wanted, least, multiple in zip(
+                grid.shape,
+                self.shape or (None, None, None),
+                self.at_least or (None, None, None),
+                self.multiple_of or (1, 1, 1),
+                strict=True,
             )
         )
         return check_voxels((x, y, z))
@@ -312,6 +371,23 @@ class Resampled(Undo):
 
     def _forward(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return resample_label(encoded, self.after.shape, self.nearest) if self.interpolates else encoded
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled(Undo):
+    """The way back from a grid whose voxels lie anywhere along the same axes; scores may be the nearest voxels'."""
+
+    nearest: bool
+
+    @property
+    def interpolates(self) -> bool:
+        return True
+
+    def _back(self, plane: NDArray, outside: float) -> NDArray:
+        return sample_linear(plane[None], self.after, self.before, nearest=self.nearest)[0]
+
+    def _forward(self, encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return _largest_share(encoded, self.after.shape, lambda one: sample_linear(one, self.before, self.after))
 
 
 def box_of(mask: NDArray[np.bool_], margin: int = 0) -> tuple[slice, slice, slice]:
@@ -385,6 +461,45 @@ def resample_linear(array: NDArray, shape: Shape3, nearest: int | None = None) -
     return result.numpy().transpose(0, 3, 2, 1)
 
 
+def sample_linear(array: NDArray, before: Grid, after: Grid, *, nearest: bool = False) -> NDArray[np.float32]:
+    """``array`` (C, X, Y, Z) on a grid, at the voxels of another one along the same axes.
+
+    Between voxels, values are interpolated linearly, or those of the ``nearest`` are taken; beyond the outermost one,
+    that is repeated.
+    """
+    import torch
+
+    steps = np.linalg.solve(before.affine, after.affine)
+    tensor = torch.from_numpy(np.require(array.transpose(0, 3, 2, 1), np.float32, ["C", "W"]))
+    for axis in sorted(range(3), key=lambda axis: after.shape[axis] / before.shape[axis]):  # what shrinks comes first
+        n, side, dim = before.shape[axis], after.shape[axis], 3 - axis
+        step, start = float(steps[axis, axis]), float(steps[axis, 3])
+        if n == side and abs(step - 1) < 1e-12 and abs(start) < 1e-12:
+            continue
+        place = _places(n, side, step, start)
+        low = (place.round() if nearest else place.floor()).long()
+        below = tensor.index_select(dim, low)
+        if nearest:
+            tensor = below
+            continue
+        share = (place - low).float().view(-1, *[1] * (3 - dim))
+        tensor = torch.lerp(below, tensor.index_select(dim, (low + 1).clamp(max=n - 1)), share)
+    return tensor.numpy().transpose(0, 3, 2, 1)
+
+
+def _places(n: int, side: int, step: float, start: float) -> Tensor:
+    """Where ``side`` voxels, ``step`` apart from ``start`` on, lie among ``n``.
+
+    By way of places from -1 to 1, as PyTorch samples, for its rounding where two voxels are equally near.
+    """
+    import torch
+
+    among, own = (np.array([[2 / sides, 1 / sides - 1], [0, 1]]) for sides in (n, side))
+    scale, shift = (among @ np.array([[step, start], [0, 1]]) @ np.linalg.inv(own))[0]
+    unit = torch.linspace(-1, 1, side, dtype=torch.float64) * (side - 1) / side if side > 1 else torch.zeros(1)
+    return (((unit * scale + shift + 1) * n - 1) / 2).clamp(0, n - 1)
+
+
 def resample_cubic(array: NDArray, shape: Shape3, nearest: int | None = None) -> NDArray[np.float32]:
     """``array`` (C, X, Y, Z) interpolated by cubic splines, as :func:`resample_linear` does linearly.
 
@@ -424,6 +539,12 @@ def resample_label(encoded: NDArray[np.uint8], shape: Shape3, nearest: int | Non
     Ties go to the first of the targets, then to ignored, then to background. Along the axis ``nearest``, the nearest
     voxel is taken.
     """
+    return _largest_share(encoded, shape, lambda one: resample_linear(one, shape, nearest))
+
+
+def _largest_share(
+    encoded: NDArray[np.uint8], shape: Shape3, resampled: Callable[[NDArray], NDArray[np.float32]]
+) -> NDArray[np.uint8]:
     result = empty_channels(len(encoded), shape, np.uint8)
     for plane, winner in zip(encoded, result, strict=True):
         values = [int(value) for value in np.flatnonzero(value_counts(plane))]
@@ -432,7 +553,7 @@ def resample_label(encoded: NDArray[np.uint8], shape: Shape3, nearest: int | Non
             continue
         best, rest = np.zeros(shape, np.float32, order="F"), np.ones(shape, np.float32, order="F")
         for value in filter(None, values):
-            share = resample_linear((plane == value)[None], shape, nearest)[0]
+            share = resampled((plane == value)[None])[0]
             np.copyto(winner, np.uint8(value), where=share > best)
             np.maximum(best, share, out=best)
             rest -= share

@@ -101,8 +101,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     with parsing(file.name, WeightsError, fix=_FIX):
         size, _ = _checked(file)
         loaded = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-        if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-            loaded = loaded["state_dict"]
+        for name in ("state_dict", "model"):
+            if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
+                loaded = loaded[name]
         if not isinstance(loaded, Mapping) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
         ):

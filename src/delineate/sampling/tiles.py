@@ -32,8 +32,11 @@ class Tile(NamedTuple):
 
 Standardise = bool | Literal["together"]
 Outside = Literal["edge", "zero"]
-Weighting = Literal["gaussian", "uniform", "nnunet"]
-Advance = Literal["whole", "fractional"]
+Weighting = Literal["gaussian", "uniform", "nnunet", "monai"]
+Advance = Literal["whole", "fractional", "fixed"]
+
+
+_LEAST_WEIGHT = 1e-3
 
 
 class Patches(Specification):
@@ -127,7 +130,8 @@ class TileGeometry:
         """Tiles that cover a volume, evenly spread, each overlapping the next by at least ``overlap``.
 
         Ordered so that the last axis moves slowest: whole z-ranges are done early. A ``fractional`` advance is not
-        rounded down to whole voxels: only the places are rounded.
+        rounded down to whole voxels: only the places are rounded. A ``fixed`` advance is not spread evenly: the last
+        tile is moved back to the border.
         """
         starts = self._starts(shape, overlap, advance)
         return [Tile((x, y, z), self.shape) for z, y, x in product(*reversed(starts))]
@@ -143,12 +147,13 @@ class TileGeometry:
     def steps(self, overlap: float, advance: Advance) -> tuple[float, float, float]:
         """By how many voxels tiles advance along each axis at most; at least 1."""
         wanted = (side * (1 - overlap) for side in self.shape)
-        x, y, z = (max(1, int(step) if advance == "whole" else step) for step in wanted)
+        x, y, z = (max(1, step if advance == "fractional" else int(step)) for step in wanted)
         return x, y, z
 
     def _starts(self, shape: Sequence[int], overlap: float, advance: Advance) -> list[list[int]]:
         steps = self.steps(overlap, advance)
-        return [_starts(n, tile, step) for n, tile, step in zip(shape, self.shape, steps, strict=True)]
+        fixed = advance == "fixed"
+        return [_starts(n, tile, step, fixed=fixed) for n, tile, step in zip(shape, self.shape, steps, strict=True)]
 
     def read(self, volume: NDArray, tile: Tile, extra: Sequence[int] = (0, 0, 0)) -> NDArray:
         """A copy of what the network reads for a tile of ``volume`` (C, X, Y, Z), with ``extra`` voxels around it."""
@@ -171,11 +176,14 @@ class TileGeometry:
         """Weight (X, Y, Z) of each voxel in a tile's output where tiles overlap.
 
         ``nnunet``: the Gaussian is highest at voxel n // 2, is ten there, and has 16 bits, as in nnU-Net v2.
+        ``monai``: the Gaussian has its floor in the whole tile rather than along each axis, as in MONAI.
         """
         weights = np.einsum("x,y,z->xyz", *self.axis_weights(kind))
         if kind == "nnunet":
             weights = (10 * weights).astype(np.float16)
             weights[weights == 0] = weights[weights > 0].min()
+        if kind == "monai":
+            weights = np.maximum(weights, max(float(weights.min()), _LEAST_WEIGHT))
         return weights.astype(np.float32)
 
     def axis_weights(self, kind: Weighting) -> list[NDArray[np.float64]]:
@@ -276,10 +284,12 @@ def _slice_axis(spec: Patches | Slices | Whole, spacing_mm: Sequence[float]) -> 
     return AXES.index(spec.axis)
 
 
-def _starts(size: int, tile: int, step: float) -> list[int]:
+def _starts(size: int, tile: int, step: float, *, fixed: bool) -> list[int]:
     """First voxels of tiles along one axis; one centred tile if it covers everything."""
     if size <= tile:
         return [-((tile - size) // 2)]
+    if fixed:
+        return [*range(0, size - tile, int(step)), size - tile]
     count = int(-(-(size - tile) // step)) + 1
     return [round(i * (size - tile) / (count - 1)) for i in range(count)]
 
@@ -293,5 +303,6 @@ def _axis_weights(n: int, kind: Weighting) -> NDArray[np.float64]:
         blurred: NDArray[np.float64] = scipy.ndimage.gaussian_filter1d(peak, n / 8, mode="constant")
         return blurred / blurred.max()
     offset = (np.arange(n) - (n - 1) / 2) / max(n / 8, 1e-6)
+    weights = np.exp(-0.5 * offset**2)
     # A floor keeps the sum of weights away from zero where only one tile covers a voxel.
-    return np.maximum(np.exp(-0.5 * offset**2), 1e-3)
+    return weights if kind == "monai" else np.maximum(weights, _LEAST_WEIGHT)
