@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,6 +76,11 @@ class ComputePlan:
         if self.device.type == "cpu" and self.precision == "bf16":
             function = _with_right_gradients(function)
         return torch.compile(function, dynamic=False) if self.compile else function
+
+    def again(self) -> AbstractContextManager[Any]:
+        """Context in which the backward pass computes activations again, as :meth:`compiled` functions did."""
+        careful = self.device.type == "cpu" and self.precision == "bf16"
+        return _SomeConvolutionsInFloat32() if careful else nullcontext()
 
     def file(self) -> PlanFile:
         """The plan as it is written to a file."""

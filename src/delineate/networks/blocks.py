@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 NormKind = Literal["instance", "batch", "group", "none"]
 ActivationKind = Literal["relu", "leaky_relu"]
@@ -161,7 +163,49 @@ def upsampling(
     return transposed(inputs, outputs, tuple(stride), tuple(stride))
 
 
-class EncoderDecoder(nn.Module):
+class Recomputing(nn.Module):
+    """A network of blocks, whose activations the backward pass can compute again instead of keeping them.
+
+    ``recompute`` gives the context in which they are computed again; None: they are kept.
+    """
+
+    recompute: Callable[[], AbstractContextManager[Any]] | None = None
+
+    def through(self, block: nn.Module, *parts: Tensor) -> Tensor:
+        """What ``block`` makes of the channels of all ``parts``, which may be all that is kept of it."""
+        if self.recompute is None or not torch.is_grad_enabled():
+            return _joined(block, *parts)
+        if torch.compiler.is_compiling():  # which computes again what it needs, and no statistics
+            return checkpoint(_joined, block, *parts, use_reentrant=False)  # type: ignore[no-any-return]
+        again = self.recompute
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), _again(block, again())
+
+        return checkpoint(_joined, block, *parts, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+
+
+def _joined(block: nn.Module, *parts: Tensor) -> Tensor:
+    return block(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _again(block: nn.Module, context: AbstractContextManager[Any]) -> Iterator[None]:
+    """Within ``context``, without counting the same batch twice in BatchNorms' moving statistics."""
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # still tracked: what is kept for the backward pass must be as it was
+    try:
+        with context:
+            yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
+
+
+class EncoderDecoder(Recomputing):
     """Blocks joined by max-pools by 2 on the way down and concatenated skips on the way up, as in most U-Nets.
 
     ``encoder`` begins at full resolution, ``up`` and ``decoder`` at the coarsest level.
@@ -178,9 +222,9 @@ class EncoderDecoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         skips = []
         for level, block in enumerate(self.encoder):
-            x = block(x if level == 0 else self.pool(x))
+            x = self.through(block, x if level == 0 else self.pool(x))
             skips.append(x)
         skips.pop()
         for up, block in zip(self.up, self.decoder, strict=True):
-            x = block(torch.cat([up(x), skips.pop()], dim=1))
+            x = self.through(block, up(x), skips.pop())
         return self.head(x)  # (N, K, *space)

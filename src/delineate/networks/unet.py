@@ -15,6 +15,7 @@ from delineate.networks.base import Architecture, Step, Steps, Widths
 from delineate.networks.blocks import (
     ActivationKind,
     NormKind,
+    Recomputing,
     activation,
     convolution,
     he_normal,
@@ -92,6 +93,10 @@ class UNetSpec(Architecture):
     @property
     def divisor(self) -> Step:
         return tuple(math.prod(s[axis] for s in self.level_strides) for axis in range(self.dimensions))
+
+    @property
+    def recomputes(self) -> bool:
+        return True
 
     def body(self, inputs: int, outputs: int) -> nn.Module:
         if self.members == 1:
@@ -196,7 +201,7 @@ class Members(nn.Module):
         return torch.mul(reduce(torch.add, answers), 1 / len(answers))
 
 
-class UNet(nn.Module):
+class UNet(Recomputing):
     """Logits (N, K, *space) of images (N, C, *space); every side must be a multiple of ``divisor``."""
 
     def __init__(self, spec: UNetSpec, inputs: int, outputs: int) -> None:
@@ -243,14 +248,14 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         skips = []
         for level, (pool, block) in enumerate(zip(self.pools, self.encoder, strict=True)):
-            x = block(pool(x))
+            x = self.through(block, pool(x))
             if level >= len(self.encoder) - 2:
                 x = self.dropout(x)
             skips.append(x)
         skips.pop()
         decoded = []
         for up, block in zip(self.up, self.decoder, strict=True):
-            x = block(torch.cat([up(x), skips.pop()], dim=1))
+            x = self.through(block, up(x), skips.pop())
             decoded.append(x)
         logits = self.head(x)  # (N, K, *space)
         if not (self.coarse_heads and self.training):

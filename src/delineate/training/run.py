@@ -275,7 +275,7 @@ def _fit(
         report(f"training is already complete, after {resumed_from} steps")
         return resumed_from, None
     network = starting_network(bundle, report, resumed=resumed_from > 0)
-    module = Delineator(bundle, network, plan, source, budget)
+    module = Delineator(bundle, network, plan, source, budget, report)
     if has_random_features(module.loss):
         report.event(Warned(message="the content loss uses random features, not those of VGG19"))
     if resumed_from:
