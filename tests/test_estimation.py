@@ -43,7 +43,7 @@ def test_parts_and_recomputing_take_less_memory_and_only_recomputing_more_work()
     again = estimated(small(large, "training.checkpoint_activations=true"))
     assert parts.memory_gb < 0.5 * whole.memory_gb
     assert parts.gflop == pytest.approx(whole.gflop)
-    assert again.memory_gb < 0.8 * whole.memory_gb
+    assert again.memory_gb < 0.9 * whole.memory_gb
     assert 1.2 * whole.gflop < again.gflop < 1.4 * whole.gflop
     assert estimated(small(), "bf16").memory_gb < whole.memory_gb
 

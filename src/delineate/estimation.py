@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from delineate.core.targets import Targets
@@ -148,7 +147,7 @@ GPUS = {
     "H100 80GB": GPU(80, 989.0, 3350),
     "H200 141GB": GPU(141, 989.0, 4800),
 }
-"""By name, from the makers' data sheets: SXM where there are several forms, without sparsity, accumulation in float32."""
+"""By name, from the makers' data sheets: SXM where there are several forms, without sparsity, summing in float32."""
 
 _RATE_SHARES = (0.5, 0.1)
 """The share of its published rates that a GPU reaches in 3D convolutions: at best, and at worst."""

@@ -161,7 +161,7 @@ def test_a_full_gpu_divides_the_batch_until_it_fits_and_the_steps_stay_the_same(
 
 @pytest.mark.usefixtures("greedy")
 def test_what_cannot_be_divided_further_ends_with_its_own_error(recipe: Recipe, balls: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(OutOfMemory, match="Tried to allocate 20.00 GiB") as error:
+    with pytest.raises(OutOfMemory, match=r"Tried to allocate 20\.00 GiB") as error:
         trained(recipe, balls, tmp_path / "run", "network={kind: greedy, most: 0}", "training.batch_size=2")
     assert error.value.code == "E_MEMORY"
     assert "in 2 parts" in error.value.message

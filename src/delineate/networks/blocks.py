@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -164,45 +164,52 @@ def upsampling(
 
 
 class Recomputing(nn.Module):
-    """A network of blocks, whose activations the backward pass can compute again instead of keeping them.
+    """A module whose layers' activations the backward pass can compute again instead of keeping them.
 
     ``recompute`` gives the context in which they are computed again; None: they are kept.
     """
 
     recompute: Callable[[], AbstractContextManager[Any]] | None = None
 
-    def through(self, block: nn.Module, *parts: Tensor) -> Tensor:
-        """What ``block`` makes of the channels of all ``parts``, which may be all that is kept of it."""
+    def through(self, layers: Sequence[nn.Module], *parts: Tensor) -> Tensor:
+        """What ``layers`` make of the channels of all ``parts``, which may be all that is kept."""
         if self.recompute is None or not torch.is_grad_enabled():
-            return _joined(block, *parts)
+            return _joined(layers, *parts)
         if torch.compiler.is_compiling():  # which computes again what it needs, and no statistics
-            return checkpoint(_joined, block, *parts, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(_joined, layers, *parts, use_reentrant=False)
         again = self.recompute
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return nullcontext(), _again(block, again())
+            return nullcontext(), _Again(layers, again)
 
-        return checkpoint(_joined, block, *parts, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
-
-
-def _joined(block: nn.Module, *parts: Tensor) -> Tensor:
-    return block(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))  # type: ignore[no-any-return]
+        return checkpoint(_joined, layers, *parts, use_reentrant=False, context_fn=contexts)
 
 
-@contextmanager
-def _again(block: nn.Module, context: AbstractContextManager[Any]) -> Iterator[None]:
-    """Within ``context``, without counting the same batch twice in BatchNorms' moving statistics."""
-    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0  # still tracked: what is kept for the backward pass must be as it was
-    try:
-        with context:
-            yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
+def _joined(layers: Sequence[nn.Module], *parts: Tensor) -> Tensor:
+    x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+class _Again:
+    """Enters ``context``, and keeps BatchNorms' moving statistics from counting a batch twice; as often as needed."""
+
+    def __init__(self, layers: Sequence[nn.Module], context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.context, self._left = context, ExitStack()
+        modules = [module for layer in layers for module in layer.modules()]
+        self.norms = [module for module in modules if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            self._left.callback(setattr, norm, "momentum", norm.momentum)
+            norm.momentum = 0.0  # still tracked: what is kept for the backward pass must be as it was
+            if norm.num_batches_tracked is not None:
+                self._left.callback(norm.num_batches_tracked.copy_, norm.num_batches_tracked.clone())
+        self._left.enter_context(self.context())
+
+    def __exit__(self, *error: object) -> None:
+        self._left.close()
 
 
 class EncoderDecoder(Recomputing):
@@ -222,9 +229,9 @@ class EncoderDecoder(Recomputing):
     def forward(self, x: Tensor) -> Tensor:
         skips = []
         for level, block in enumerate(self.encoder):
-            x = self.through(block, x if level == 0 else self.pool(x))
+            x = self.through([block], x if level == 0 else self.pool(x))
             skips.append(x)
         skips.pop()
         for up, block in zip(self.up, self.decoder, strict=True):
-            x = self.through(block, up(x), skips.pop())
+            x = self.through([block], up(x), skips.pop())
         return self.head(x)  # (N, K, *space)

@@ -113,7 +113,7 @@ class DenseBlock(Recomputing):
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
         for layer in self.layers:
-            features.append(self.through(layer, *features))
+            features.append(self.through([layer], *features))
         return torch.cat(features[1:], dim=1)
 
 

@@ -104,8 +104,11 @@ class UNetSpec(Architecture):
         return Members([UNet(self, inputs, outputs) for _ in range(self.members)])
 
 
-class ConvBlock(nn.Module):
-    """Convolution, normalisation, activation, repeated; optionally with a short skip around them."""
+class ConvBlock(Recomputing):
+    """Convolution, normalisation, activation, repeated; optionally with a short skip around them.
+
+    The channels of several inputs are joined.
+    """
 
     def __init__(
         self,
@@ -137,12 +140,17 @@ class ConvBlock(nn.Module):
             same = inputs == outputs and math.prod(stride if isinstance(stride, tuple) else (stride,)) == 1
             self.skip = nn.Identity() if same else convolution(d, inputs, outputs, 1, stride=stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.layers(x)
-        return self.last(y if self.skip is None else y + self.skip(x))
+    def forward(self, *parts: Tensor) -> Tensor:
+        layers, inputs = list(self.layers), parts
+        for first in range(0, len(layers), 3):
+            inputs = (self.through(layers[first : first + 3], *inputs),)
+        [y] = inputs
+        if self.skip is not None:
+            y = y + self.skip(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        return self.last(y)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Recomputing):
     """Two convolutions with normalisation, and the input added before the last activation.
 
     Where the block strides or widens, the input is averaged over the stride and goes through a 1-convolution with
@@ -168,7 +176,9 @@ class ResidualBlock(nn.Module):
         self.last = activation(spec.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.layers(x) + self.project(self.pool(x)))
+        layers = list(self.layers)
+        y = self.through(layers[3:], self.through(layers[:3], x))
+        return self.last(y + self.project(self.pool(x)))
 
 
 def _residual_level(spec: UNetSpec, level: int, inputs: int, stride: Step) -> nn.Sequential:
@@ -201,7 +211,7 @@ class Members(nn.Module):
         return torch.mul(reduce(torch.add, answers), 1 / len(answers))
 
 
-class UNet(Recomputing):
+class UNet(nn.Module):
     """Logits (N, K, *space) of images (N, C, *space); every side must be a multiple of ``divisor``."""
 
     def __init__(self, spec: UNetSpec, inputs: int, outputs: int) -> None:
@@ -248,14 +258,14 @@ class UNet(Recomputing):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         skips = []
         for level, (pool, block) in enumerate(zip(self.pools, self.encoder, strict=True)):
-            x = self.through(block, pool(x))
+            x = block(pool(x))
             if level >= len(self.encoder) - 2:
                 x = self.dropout(x)
             skips.append(x)
         skips.pop()
         decoded = []
         for up, block in zip(self.up, self.decoder, strict=True):
-            x = self.through(block, up(x), skips.pop())
+            x = block(up(x), skips.pop())
             decoded.append(x)
         logits = self.head(x)  # (N, K, *space)
         if not (self.coarse_heads and self.training):

@@ -214,7 +214,8 @@ class Delineator(lightning.LightningModule):
         image, target = self._seen(self.source, batch)
         for optimiser in self.trainer.optimizers:
             optimiser.zero_grad()
-        losses, counted = [], Foreground(0, 0, 0)
+        losses: list[Tensor] = []
+        counted = Foreground(0, 0, 0)
         for some, reference in zip(image.chunk(self.parts), target.chunk(self.parts), strict=True):
             if losses:
                 # Of the part before; the last one's gradients are Lightning's to ask for.
