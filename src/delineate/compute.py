@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -118,6 +119,29 @@ def plan_compute(
         Choice("threads", str(count), "as requested" if threads else "one per usable core"),
     )
     return ComputePlan(target, chosen_precision, channels_last, compiling, count, choices)
+
+
+def convolution_gflops(plan: ComputePlan) -> float:
+    """Billions of operations a second that convolutions reach in training here, by the best of three of one layer.
+
+    Takes a fraction of a second.
+    """
+    layer = plan.place(nn.Conv3d(16, 16, 3, padding=1), 3)
+    image = torch.randn(2, 16, 32, 32, 32, device=plan.device, requires_grad=True)
+    image = image.contiguous(memory_format=plan.memory_format(3))
+
+    def once() -> float:
+        began = time.perf_counter()
+        with plan.autocast():
+            value = layer(image).mean()
+        float(torch.autograd.grad(value, [image, *layer.parameters()])[0].flatten()[0])  # waits for a GPU
+        return time.perf_counter() - began
+
+    with torch_threads(plan.threads):
+        once()
+        fastest = min(once() for _ in range(3))
+    forward = 2 * 27 * 16 * 16 * image[:, 0].numel() / 1e9
+    return 3 * forward / fastest
 
 
 class _SomeConvolutionsInFloat32(TorchFunctionMode):

@@ -129,7 +129,7 @@ def _half_the_batch(recipe: Recipe) -> list[str]:
     batch, parts = recipe.training.batch_size, recipe.training.accumulate
     if batch == 1:
         return []
-    fewer = [f"training.accumulate={max(1, parts // 2)}"] if (batch // 2) % parts else []
+    fewer = [f"training.accumulate={batch // 2}"] if (batch // 2) % parts else []
     return [*fewer, f"training.batch_size={batch // 2}"]
 
 

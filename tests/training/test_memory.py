@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,12 +13,17 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from delineate import plugins
+from delineate.bundle import Bundle
+from delineate.core.memory import memory_bytes
+from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset
 from delineate.errors import OutOfMemory, RecipeError
+from delineate.estimation import estimate_step
 from delineate.fitting import judged_in_parts, more_parts
 from delineate.networks.base import Architecture, Step
-from delineate.recipe import Recipe, apply_changes, recipe_from
-from delineate.training.events import Divided, read_events
+from delineate.recipe import Recipe, apply_changes, load_recipe, recipe_from
+from delineate.sampling.tiles import geometry_for
+from delineate.training.events import Divided, Fitted, read_events
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.run import train
 
@@ -32,9 +37,11 @@ EACH_SAMPLE = (
 )
 
 
-def trained(recipe: Recipe, data: Dataset, folder: Path, *changes: str, report: Reporter | None = None) -> Path:
+def trained(
+    recipe: Recipe, data: Dataset, folder: Path, *changes: str, report: Reporter | None = None, **more: Any
+) -> Path:
     options = RunOptions(
-        cache=folder.parent / "cache", evaluate=False, device="cpu", precision="fp32", compile="off", threads=1
+        cache=folder.parent / "cache", evaluate=False, device="cpu", precision="fp32", compile="off", threads=1, **more
     )
     changed = recipe_from(apply_changes(recipe.as_dict(), changes))
     train(changed, data, folder, options, report or Reporter())
@@ -166,3 +173,41 @@ def test_what_cannot_be_divided_further_ends_with_its_own_error(recipe: Recipe, 
     assert error.value.code == "E_MEMORY"
     assert "in 2 parts" in error.value.message
     assert "delineate plan" in error.value.fix
+
+
+LARGE = ("training.batch_size=16", "training.steps=2", "network.widths=[32, 8]", "training.validation.subjects=0")
+
+
+def resident_gb() -> float:
+    return memory_bytes() / 1e9
+
+
+def test_what_cannot_fit_is_refused_before_the_first_step_with_what_would(
+    recipe: Recipe, balls: Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(OutOfMemory) as error:
+        trained(recipe, balls, tmp_path / "run", *LARGE, memory_gb=0.1)
+    assert "GB of memory, and 0.1 GB are there" in error.value.message
+    assert "no smaller variant" in error.value.fix
+    assert not (tmp_path / "run/bundle/bundle.json").exists()
+
+
+def test_told_to_fit_it_trains_the_first_variant_that_does_and_resumes_it(
+    recipe: Recipe, balls: Dataset, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    whole = recipe_from(apply_changes(recipe.as_dict(), LARGE))
+    limit = resident_gb() + 0.6 * estimated_gb(whole)
+    for _ in range(2):
+        run = trained(recipe, balls, tmp_path / "run", *LARGE, report=Reporter(said.append), memory_gb=limit, fit=True)
+    [event] = [event for event in read_events(run / "logs") if isinstance(event, Fitted)]
+    assert event.needed_gb > limit
+    assert event.text in said
+    changed = recipe_from(apply_changes(whole.as_dict(), event.changes))
+    assert load_recipe(run / "recipe.yaml") == Bundle.load(run / "bundle").recipe == changed != whole
+    assert estimated_gb(changed) < 0.6 * estimated_gb(whole)
+
+
+def estimated_gb(recipe: Recipe) -> float:
+    geometry = geometry_for(recipe.tiles, (16, 16, 12), (1, 1, 1.5), recipe.network)
+    return estimate_step(recipe, 1, Targets({"ball": (1,)}), geometry).taken_gb(compiled=False)

@@ -150,6 +150,9 @@ Compile = Annotated[
     Literal["auto", "on", "off"],
     typer.Option("--compile", help="Compile the network first (auto: if the run is long enough to gain from it)."),
 ]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="Keep within this, such as 8GB (default: what is free, or the GPU's).")
+]
 Threads = Annotated[
     int | None,
     typer.Option(

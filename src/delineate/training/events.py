@@ -178,6 +178,24 @@ class Divided(_Event):
         )
 
 
+class Fitted(_Event):
+    """The recipe was changed to take less memory: ``what`` in words, and the ``changes`` as ``--set`` takes them."""
+
+    kind: Literal["fitted"] = "fitted"
+    what: str
+    changes: Annotated[tuple[str, ...], Field(max_length=64)]
+    needed_gb: Annotated[float, Field(ge=0, le=1e9)]
+    memory_gb: Annotated[float, Field(ge=0, le=1e9)]
+
+    @property
+    def text(self) -> str:
+        settings = " ".join(f"--set '{change}'" for change in self.changes)
+        return (
+            f"the recipe would take about {self.needed_gb:.1f} GB of {self.memory_gb:.1f} GB: "
+            f"trained instead is {self.what} ({settings})"
+        )
+
+
 class Warned(_Event):
     """Something that readers of the results should know."""
 
@@ -189,7 +207,20 @@ class Warned(_Event):
         return self.message
 
 
-Event = Started | Planned | Resumed | Validated | Collapsed | GaveUp | Stopped | Trained | Finished | Divided | Warned
+Event = (
+    Started
+    | Planned
+    | Resumed
+    | Validated
+    | Collapsed
+    | GaveUp
+    | Stopped
+    | Trained
+    | Finished
+    | Divided
+    | Fitted
+    | Warned
+)
 _ANY: Any = Annotated[Event, Field(discriminator="kind")]
 
 
