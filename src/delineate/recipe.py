@@ -204,7 +204,7 @@ class TrainingSpec(Specification):
     the batch's: less memory for the same steps. A loss that pools voxels over the batch, such as Dice with
     ``over_batch``, and BatchNorms then see one part at a time. ``checkpoint_activations``: the backward pass computes
     the activations within the network's blocks again instead of keeping them: less memory, the same gradients, and
-    about a third more time.
+    a third more work.
     ``ema`` is the decay of the averaged weights that are validated and kept (0: none).
     ``collapse_after``: from this step on, predictions of only background are reported.
     ``folds`` are made after the last ``test_last`` subjects, by name, are set aside as the test set; with a

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +101,7 @@ def tried(request: Request, folder: Path) -> Trial:
         precision=request.precision,
         compile="on" if plan.compile else "off",
         threads=request.threads,
+        memory_gb=inf,  # a trial is there to see what it takes
     )
     check_possible(options)
     some = replace(dataset, subjects=tuple(subject for subject in dataset.subjects if subject.id in split.subjects))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import torch
@@ -60,6 +61,8 @@ def fitted(bundle: Bundle, plan: ComputePlan, shape: tuple[int, ...], options: R
     ``shape`` is that of the largest prepared scan. Raises :class:`OutOfMemory` if the steps certainly do not fit.
     """
     recipe, memory = bundle.recipe, _Memory.of(plan, options)
+    if memory.limit == inf:
+        return recipe
     try:
         needed = memory.needed(recipe, bundle, plan, shape)
     except NotImplementedError:

@@ -42,8 +42,8 @@ class RunOptions:
 
     ``fold`` is held out and never seen in training; ``None`` trains on all but the locked test set.
     ``cache`` holds prepared subjects, shared by runs. ``split_file`` is reused by later runs. ``memory_gb`` is what
-    training may take, by default what is free, or the GPU's. A recipe whose steps would take more is refused or, to
-    ``fit``, replaced by a variant that takes less.
+    training may take, by default what is free, or the GPU's; if it is infinite, nothing is counted. A recipe whose
+    steps would take more is refused or, to ``fit``, replaced by a variant that takes less.
     """
 
     fold: int | None = 0
