@@ -36,7 +36,7 @@ def plan(
         str,
         typer.Option(
             "--device",
-            help="auto, cpu, cuda, cuda:1 or mps; or a GPU that is not here, such as 'RTX 3060 12GB', for an estimate.",
+            help="Run on auto, cpu, cuda, cuda:1 or mps, or only estimate for a GPU elsewhere: 'RTX 3060 12GB'.",
         ),
     ] = "auto",
     precision: Precision = "auto",

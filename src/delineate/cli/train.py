@@ -89,7 +89,7 @@ def train(
     memory: Memory = None,
     fit: Annotated[
         bool,
-        typer.Option("--fit", help="If the recipe takes too much memory, train its first variant that fits."),
+        typer.Option("--fit", help="Train the recipe's first variant that fits if it takes too much memory."),
     ] = False,
     mlflow: Annotated[str | None, typer.Option("--mlflow", help="Log to MLflow at this tracking address too.")] = None,
     json: Json = False,
