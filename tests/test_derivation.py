@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import yaml
 
+from delineate.compute import convolution_gflops, plan_compute
 from delineate.core.targets import Targets
-from delineate.derivation import DataSummary, derive_recipe
+from delineate.derivation import LEAST_STEPS, DataSummary, derive_recipe, step_seconds
 from delineate.recipe import recipe_from, to_yaml
 from delineate.sampling.tiles import geometry_for
 
@@ -85,3 +86,30 @@ def test_the_file_with_reasons_reproduces_the_recipe() -> None:
     text = to_yaml(recipe.as_dict(), reasons)
     assert all(reason in text for reason in reasons.values())
     assert recipe_from(yaml.safe_load(text)) == recipe
+
+
+@pytest.mark.parametrize("data", [summary(), summary((240, 240, 155)), summary((256, 256, 20), (0.9, 0.9, 6.5))])
+@pytest.mark.parametrize("minutes", [0.75, 10])
+def test_the_minutes_pay_for_enough_steps_at_the_machines_rate(data, minutes) -> None:
+    """A training step of what would be derived for an hour takes seconds at this rate."""
+    rate = 60.0
+    recipe, reasons = derived(data, minutes=minutes, gflops=rate)
+    assert 60 * minutes / step_seconds(recipe, TARGETS, rate) >= LEAST_STEPS
+    usual, _ = derived(data, minutes=minutes)
+    if 60 * minutes / step_seconds(usual, TARGETS, rate) >= LEAST_STEPS:
+        assert recipe == usual
+    else:
+        assert "so that" in reasons["network.widths"]
+        assert step_seconds(recipe, TARGETS, rate) < step_seconds(usual, TARGETS, rate)
+
+
+def test_a_fast_machine_and_a_budget_of_steps_keep_the_usual_network() -> None:
+    data = summary((240, 240, 155))
+    assert derived(data, minutes=0.75, gflops=1e6)[0] == derived(data, minutes=0.75)[0]
+    assert derived(data, steps=5, gflops=1.0)[0] == derived(data, steps=5)[0]
+    slow = derived(data, minutes=0.75, gflops=60.0)[0]
+    assert slow.network.widths[0] < derived(data, minutes=0.75)[0].network.widths[0]
+
+
+def test_the_machines_rate_is_a_number() -> None:
+    assert 0.1 < convolution_gflops(plan_compute(device="cpu", precision="fp32", threads=1)) < 1e6

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.datasets.inspection import SubjectRow
+from delineate.networks.cost import step_cost
 from delineate.recipe import Recipe, TargetsSpec, recipe_from
 
 THICK = 3.0
@@ -31,6 +32,15 @@ LARGEST_WIDTH = 320
 
 LEAST_SIDE = 6
 """Fewest voxels that halving may leave along a side; below this there is nothing left to convolve."""
+
+LEAST_STEPS = 150
+"""Steps that a budget of minutes should pay for: fewer teach even a good network little."""
+
+SCALES = ((1.0, 1.0), (0.5, 1.0), (0.25, 1.0), (0.25, 0.5), (0.25, 0.25), (0.25, 0.125))
+"""Shares of the usual widths and of a tile's usual voxels, to try in turn until the budget pays for enough steps."""
+
+CONVOLVING_SHARE = 0.5
+"""Share of a step's time in which it convolves as fast as the machine can, where networks are narrow."""
 
 BYTES_PER_VOXEL_AND_WIDTH = 60
 """Memory of a training step per voxel of a tile and channel of the first level; 42 measured in bf16."""
@@ -102,11 +112,68 @@ def derive_recipe(
     minutes: float | None = None,
     steps: int | None = None,
     epochs: int | None = None,
+    gflops: float | None = None,
 ) -> tuple[Recipe, dict[str, str]]:
     """The recipe and, by dotted path, the reason for each choice.
 
-    ``device`` is cpu, cuda or mps; ``memory_bytes`` is how much of its memory training may use.
+    ``device`` is cpu, cuda or mps; ``memory_bytes`` is how much of its memory training may use, ``gflops`` the rate of
+    its convolutions. If the minutes would pay for few steps at that rate, the network is narrower or its tiles smaller.
     """
+    for widths, voxels in SCALES:
+        size = _Size(device, memory_bytes, widths, voxels)
+        recipe, reasons = _derived(summary, targets, size, minutes, steps, epochs)
+        if gflops is None or minutes is None:
+            break
+        affordable = int(60 * minutes / step_seconds(recipe, targets, gflops))
+        if affordable >= LEAST_STEPS:
+            break
+    if size.reduced:
+        reasons["network.widths"] += f"; small, so that {minutes:g} min pay for about {affordable} steps"
+    return recipe, reasons
+
+
+def step_seconds(recipe: Recipe, targets: Targets, gflops: float) -> float:
+    """About how long a step takes where convolutions reach ``gflops``."""
+    shape = [side or 1 for side in getattr(recipe.tiles, "shape", ())]
+    slices = 1 + 2 * getattr(recipe.tiles, "neighbours", 0)
+    cost = step_cost(recipe.network, slices, targets.outputs, shape, recipe.training.batch_size)
+    return cost.gflop / (CONVOLVING_SHARE * gflops)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How large networks and tiles may be: for a device and its memory, and in which shares of that."""
+
+    device: str
+    memory_bytes: int
+    width_share: float = 1.0
+    voxel_share: float = 1.0
+
+    @property
+    def reduced(self) -> bool:
+        return min(self.width_share, self.voxel_share) < 1
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Channels of the first two levels."""
+        first, second = (max(8, int(width * self.width_share)) for width in FIRST_WIDTHS[self.device])
+        return first, second
+
+    @property
+    def voxels(self) -> float:
+        """The voxels of a step's tiles."""
+        by_memory = 0.5 * self.memory_bytes / (BYTES_PER_VOXEL_AND_WIDTH * FIRST_WIDTHS[self.device][0])
+        return self.voxel_share * float(min(VOXELS_PER_TILE[self.device], by_memory))
+
+
+def _derived(
+    summary: DataSummary,
+    targets: Targets,
+    size: _Size,
+    minutes: float | None,
+    steps: int | None,
+    epochs: int | None,
+) -> tuple[Recipe, dict[str, str]]:
     c = _Choices()
     c.set("name", "auto")
     c.set("description", f"Derived from {summary.subjects} inspected subjects.")
@@ -118,12 +185,12 @@ def derive_recipe(
         shape = shape * summary.foreground_share ** (1 / 3)
     _choose_preprocessing(c, summary, spacing, thick_axis, ratio, cropped)
     if ratio >= VERY_THICK:
-        side, network_reason = _choose_slices(c, shape, thick_axis, ratio, device, memory_bytes)
+        side, network_reason = _choose_slices(c, shape, thick_axis, ratio, size)
         dims = [axis for axis in range(3) if axis != thick_axis]
     else:
-        side, network_reason = _choose_patches(c, shape, spacing, ratio, device, memory_bytes)
+        side, network_reason = _choose_patches(c, shape, spacing, ratio, size)
         dims = [0, 1, 2]
-    _choose_network(c, [side[a] for a in dims], spacing[dims], device, network_reason)
+    _choose_network(c, [side[a] for a in dims], spacing[dims], size, network_reason)
     coverage = float(np.prod(np.minimum(np.array(side)[dims], shape[dims]) / shape[dims]))
     _choose_sampler(c, coverage, summary.target_share, sliced=len(dims) == 2)
     _choose_augmentation(c, thick_axis, ratio, float(spacing.min()))
@@ -186,14 +253,14 @@ def _choose_preprocessing(
 
 
 def _choose_slices(
-    c: _Choices, shape: NDArray[np.float64], thick: int, ratio: float, device: str, memory_bytes: int
+    c: _Choices, shape: NDArray[np.float64], thick: int, ratio: float, size: _Size
 ) -> tuple[list[int], str]:
     """2.5D: whole slices with their neighbours, several to a batch."""
     side = [1 if axis == thick else _round_up(shape[axis], 16) for axis in range(3)]
     in_plane = [side[axis] for axis in range(3) if axis != thick]
-    while np.prod(in_plane) > _voxel_budget(device, memory_bytes):
+    while np.prod(in_plane) > size.voxels:
         in_plane[int(np.argmax(in_plane))] -= 16
-    batch = int(np.clip(_voxel_budget(device, memory_bytes) // np.prod(in_plane), 2, 16))
+    batch = int(np.clip(size.voxels // np.prod(in_plane), 2, 16))
     c.set("tiles.kind", "slices", f"slice spacing is {ratio:.1f} × the pixel spacing: 2.5D, slice by slice")
     c.set("tiles.axis", "thickest")
     c.set("tiles.shape", in_plane, "fits whole slices of nine scans in ten, within the memory budget")
@@ -205,10 +272,10 @@ def _choose_slices(
 
 
 def _choose_patches(
-    c: _Choices, shape: NDArray[np.float64], spacing: NDArray[np.float64], ratio: float, device: str, memory_bytes: int
+    c: _Choices, shape: NDArray[np.float64], spacing: NDArray[np.float64], ratio: float, size: _Size
 ) -> tuple[list[int], str]:
     """3D: the largest patch with the scans' proportions that fits the budget."""
-    budget = _voxel_budget(device, memory_bytes) / 2  # two tiles per step
+    budget = size.voxels / 2  # two tiles per step
     side = [_round_up(n, 4) for n in shape]
     whole = float(np.prod(side)) <= budget
     while np.prod(side) > budget:
@@ -223,7 +290,7 @@ def _choose_patches(
     return side, "3D"
 
 
-def _choose_network(c: _Choices, sides: Sequence[int], spacing: NDArray[np.float64], device: str, reason: str) -> None:
+def _choose_network(c: _Choices, sides: Sequence[int], spacing: NDArray[np.float64], size: _Size, reason: str) -> None:
     """A U-Net that halves an axis while enough voxels are left and its spacing is less than twice the finest."""
     side, mm, kernels = list(sides), list(spacing), [[3] * len(sides)]
     strides: list[list[int]] = []
@@ -240,13 +307,14 @@ def _choose_network(c: _Choices, sides: Sequence[int], spacing: NDArray[np.float
         kernels.append([1 if s >= THICK * min(mm) else 3 for s in mm])
     strides = strides or [[2] * len(sides)]
     kernels = kernels if len(kernels) == len(strides) + 1 else [[3] * len(sides)] * (len(strides) + 1)
-    first, second = FIRST_WIDTHS[device]
+    first, second = size.widths
     c.set("network.kind", "unet", reason)
     c.set("network.dimensions", len(sides))
     c.set(
         "network.widths",
         [first, *(min(second * 2**i, LARGEST_WIDTH) for i in range(len(strides)))],
-        f"{len(strides)} halvings leave {' × '.join(map(str, side))} voxels; {first} filters at first suit {device}",
+        f"{len(strides)} halvings leave {' × '.join(map(str, side))} voxels; "
+        f"{first} filters at first suit {size.device}",
     )
     c.set("network.strides", strides)
     c.set("network.kernels", kernels)
@@ -274,11 +342,6 @@ def _choose_augmentation(c: _Choices, thick: int, ratio: float, finest_mm: float
     c.set("augmentation.spatial.elastic_mm", round(1.5 * finest_mm, 2), "one and a half voxels in plane")
     c.set("augmentation.spatial.mirror", [], "none: left and right may be different organs")
     c.set("augmentation.intensity.probability", 0.4)
-
-
-def _voxel_budget(device: str, memory_bytes: int) -> float:
-    by_memory = 0.5 * memory_bytes / (BYTES_PER_VOXEL_AND_WIDTH * FIRST_WIDTHS[device][0])
-    return float(min(VOXELS_PER_TILE[device], by_memory))
 
 
 def _round_up(n: float, to: int) -> int:

@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from delineate.compute import Precision
 from delineate.core.grid import AXES, Grid
 from delineate.errors import RecipeError
+from delineate.networks.base import Unfilled
+from delineate.networks.minicube import ContextUNetSpec
 from delineate.networks.receptive_field import receptive_field
+from delineate.networks.transfer import NORMS
 from delineate.networks.unet import UNetSpec
 from delineate.recipe import Recipe, apply_changes, recipe_from
 from delineate.sampling.tiles import Patches, Slices, Whole, geometry_for
@@ -20,27 +24,49 @@ from delineate.sampling.tiles import Patches, Slices, Whole, geometry_for
 LEAST_SIDE = 32
 """Tiles are not made smaller than this: a network that sees less delineates textures, not organs."""
 
+MINICUBE_SIDE = 32
+"""Voxels along each side that a minicube segments; it reads its context, too."""
+
 _SMALLER = 0.75
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe with ``changes`` (as ``--set`` takes them) that needs less memory, and what they are in words."""
+    """A recipe with ``changes`` (as ``--set`` takes them) that needs less memory, and what they are in words.
+
+    ``precision``: what it has to be trained in; None: whatever the run asks for.
+    """
 
     what: str
     changes: tuple[str, ...]
     recipe: Recipe
+    precision: Precision | None = None
 
 
-def smaller_variants(recipe: Recipe, volume_shape: Sequence[int], spacing_mm: Sequence[float]) -> list[Variant]:
+def smaller_variants(
+    recipe: Recipe, volume_shape: Sequence[int], spacing_mm: Sequence[float], *, precision: Precision = "fp32"
+) -> list[Variant]:
     """Variants of a recipe that need less memory, from those that change least to those that change most.
 
-    ``volume_shape`` and ``spacing_mm`` are those of the prepared scans. Half the batch; tiles of three quarters of
-    each side; both; and for a 3D U-Net 2.5D (a slice with its neighbours) and 2D.
+    ``volume_shape`` and ``spacing_mm`` are those of the prepared scans, ``precision`` is what the recipe is trained in.
+
+    The batch in parts and activations computed again, which change nothing but time (first whichever changes no
+    result), and both; bfloat16; half the batch; tiles of three quarters of each side; both; and for a 3D U-Net
+    minicubes with context, 2.5D (a slice with its neighbours) and 2D.
     """
     found: dict[str, Sequence[str]] = {}
+    in_parts, again = _in_parts(recipe), _computed_again(recipe)
+    found |= {**again, **in_parts} if judged_in_parts(recipe) else {**in_parts, **again}
+    if in_parts and again:
+        most = list(in_parts)[-1]
+        [computed] = again
+        found[f"{most}, {computed}"] = [*in_parts[most], *again[computed]]
+    variants = list(_valid(recipe, found))
+    if precision == "fp32":
+        variants.append(Variant("bfloat16", (), recipe, "bf16"))
     half = _half_the_batch(recipe)
     tiles = _smaller_tiles(recipe, volume_shape, spacing_mm)
+    found = {}
     if half:
         found["half the batch"] = half
     if tiles:
@@ -48,9 +74,29 @@ def smaller_variants(recipe: Recipe, volume_shape: Sequence[int], spacing_mm: Se
     if half and tiles:
         found["half the batch, smaller tiles"] = [*half, *tiles]
     if recipe.network.dimensions == 3 and isinstance(recipe.network, UNetSpec):
+        cubes = _in_minicubes(recipe, recipe.network, volume_shape, spacing_mm)
+        if cubes:
+            found["minicubes with context"] = cubes
         found["2.5D: slices with their neighbours"] = _in_slices(recipe, recipe.network, spacing_mm, 1)
         found["2D: single slices"] = _in_slices(recipe, recipe.network, spacing_mm, 0)
-    return list(_valid(recipe, found))
+    return [*variants, *_valid(recipe, found)]
+
+
+def more_parts(recipe: Recipe, parts: int) -> int | None:
+    """The next larger number of parts that a batch can be divided into, beyond ``parts``; None if there is none."""
+    batch = recipe.training.batch_size
+    most = batch // recipe.network.least_batch
+    return next((n for n in range(parts + 1, most + 1) if batch % n == 0 and n >= min(2 * parts, most)), None)
+
+
+def judged_in_parts(recipe: Recipe) -> tuple[str, ...]:
+    """What sees a part at a time if gradients are accumulated over parts of a batch, and so gives other results."""
+    with torch.device("meta"), Unfilled():
+        network = recipe.network.build(1, 2)
+    by_batch = [] if recipe.loss.mean_over_samples else ["the loss"]
+    if any(isinstance(module, NORMS) for module in network.modules()):
+        by_batch.append("BatchNorms")
+    return tuple(by_batch)
 
 
 def _valid(recipe: Recipe, found: dict[str, Sequence[str]]) -> Iterator[Variant]:
@@ -60,9 +106,48 @@ def _valid(recipe: Recipe, found: dict[str, Sequence[str]]) -> Iterator[Variant]
             yield Variant(what, tuple(changes), recipe_from(apply_changes(recipe.as_dict(), changes)))
 
 
+def _in_parts(recipe: Recipe) -> dict[str, Sequence[str]]:
+    """The batch in the next larger number of parts, and in the largest."""
+    differing = judged_in_parts(recipe)
+    said = f" ({' and '.join(differing)} see{'s' if differing == ('the loss',) else ''} a part)" if differing else ""
+    numbers: list[int] = []
+    parts = more_parts(recipe, recipe.training.accumulate)
+    while parts is not None:
+        numbers.append(parts)
+        parts = more_parts(recipe, parts)
+    few_and_many = dict.fromkeys([*numbers[:1], *numbers[-1:]])
+    return {f"the batch in {n} parts{said}": [f"training.accumulate={n}"] for n in few_and_many}
+
+
+def _computed_again(recipe: Recipe) -> dict[str, Sequence[str]]:
+    if recipe.training.checkpoint_activations or not recipe.network.recomputes:
+        return {}
+    return {"activations computed again": ["training.checkpoint_activations=true"]}
+
+
 def _half_the_batch(recipe: Recipe) -> list[str]:
-    batch = recipe.training.batch_size
-    return [f"training.batch_size={batch // 2}"] if batch > 1 else []
+    batch, parts = recipe.training.batch_size, recipe.training.accumulate
+    if batch == 1:
+        return []
+    fewer = [f"training.accumulate={batch // 2}"] if (batch // 2) % parts else []
+    return [*fewer, f"training.batch_size={batch // 2}"]
+
+
+def _in_minicubes(
+    recipe: Recipe, network: UNetSpec, volume_shape: Sequence[int], spacing_mm: Sequence[float]
+) -> list[str]:
+    """The 3D network of valid convolutions on small cubes; empty if these, with their context, are not smaller."""
+    cubes = ContextUNetSpec(first_filters=network.widths[0])
+    side = MINICUBE_SIDE + 2 * cubes.margin[0]
+    tile = geometry_for(recipe.tiles, volume_shape, spacing_mm, network).input_shape
+    if side**3 >= np.prod(tile):
+        return []
+    keeping = ["training.checkpoint_activations=false"] if recipe.training.checkpoint_activations else []
+    return [
+        f"network={{kind: context_unet, first_filters: {cubes.first_filters}}}",
+        f"tiles={{kind: patches, shape: {[MINICUBE_SIDE] * 3}}}",
+        *keeping,
+    ]
 
 
 def _smaller_tiles(recipe: Recipe, volume_shape: Sequence[int], spacing_mm: Sequence[float]) -> list[str]:
@@ -98,6 +183,8 @@ def _in_slices(recipe: Recipe, network: UNetSpec, spacing_mm: Sequence[float], n
         shape = [recipe.tiles.shape[axis] for axis in keep]
     text = ", ".join("null" if side is None else str(side) for side in shape)
     batch = max(8, recipe.training.batch_size)
+    if recipe.training.accumulate > 1:
+        changes.append("training.accumulate=1")
     tiles = f"tiles={{kind: slices, axis: {AXES[thick]}, shape: [{text}], neighbours: {neighbours}}}"
     return [*changes, tiles, f"training.batch_size={batch}"]
 

@@ -200,6 +200,11 @@ class TrainingSpec(Specification):
     An epoch is one pass of the sampler: as many steps as the pass has batches. If the batch size does not divide the
     pass, an epoch's last batch is filled from the next pass.
 
+    ``accumulate``: a batch passes the network in so many equal parts, one after the other, whose gradients add up to
+    the batch's: less memory for the same steps. A loss that pools voxels over the batch, such as Dice with
+    ``over_batch``, and BatchNorms then see one part at a time. ``checkpoint_activations``: the backward pass computes
+    the activations within the network's blocks again instead of keeping them: less memory, the same gradients, and
+    a third more work.
     ``ema`` is the decay of the averaged weights that are validated and kept (0: none).
     ``collapse_after``: from this step on, predictions of only background are reported.
     ``folds`` are made after the last ``test_last`` subjects, by name, are set aside as the test set; with a
@@ -216,6 +221,8 @@ class TrainingSpec(Specification):
     """
 
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 2
+    accumulate: Annotated[int, Field(ge=1, le=4096)] = 1
+    checkpoint_activations: bool = False
     minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
@@ -363,11 +370,23 @@ class Recipe(Specification):
 
     @model_validator(mode="after")
     def _batch_suffices(self) -> Recipe:
-        least = self.network.least_batch
-        if self.training.batch_size < least:
+        least, batch, parts = self.network.least_batch, self.training.batch_size, self.training.accumulate
+        if batch % parts:
+            raise ValueError(f"training.accumulate is {parts}, which does not divide training.batch_size, {batch}")
+        if batch // parts < least:
+            of = f" in {parts} parts" if parts > 1 else ""
             raise ValueError(
                 f"network '{self.network.kind}' trains on batches of {least} or more; "
-                f"training.batch_size is {self.training.batch_size}"
+                f"training.batch_size is {batch}{of}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _activations_can_be_recomputed(self) -> Recipe:
+        if self.training.checkpoint_activations and not self.network.recomputes:
+            raise ValueError(
+                f"network '{self.network.kind}' cannot compute its activations again; "
+                "remove training.checkpoint_activations"
             )
         return self
 

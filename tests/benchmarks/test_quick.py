@@ -18,3 +18,21 @@ def test_every_benchmark_runs(tmp_path) -> None:
     rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     assert set(rows) == set(names)
     assert all(rows.values())
+
+
+def test_plans_are_compared_with_trainings(tmp_path) -> None:
+    command = [
+        sys.executable,
+        ROOT / "benchmarks/planning.py",
+        "--quick",
+        "--threads",
+        "1",
+        "-o",
+        tmp_path / "table.md",
+    ]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    head, _, *rows = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert "memory, planned" in head
+    assert [row.count("|") for row in rows] == [head.count("|")]
+    assert rows[0].count("GB") == rows[0].count("min |") == 2

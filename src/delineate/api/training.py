@@ -84,6 +84,8 @@ def train(
     precision: Precision = "auto",
     compile: Compile = "auto",
     threads: int | None = None,
+    memory_gb: float | None = None,
+    fit: bool = False,
     progress: Progress | None = None,
     say: Say | None = None,
     cancel: Cancel | None = None,
@@ -102,14 +104,16 @@ def train(
     ``recipe`` is the name of a packaged recipe, a YAML file, a :class:`Recipe`, or ``"auto"`` to derive it from the
     data. ``fold`` is held out; None trains on every subject. ``minutes``, ``steps`` or ``epochs`` replace the recipe's
     budget, ``changes`` single fields: ``{"training.batch_size": 4}``. ``split`` is a split file to use, or to write
-    for later runs; ``cache`` is where prepared subjects are kept.
+    for later runs; ``cache`` is where prepared subjects are kept. ``memory_gb`` is what training may take (default:
+    what is free, or the GPU's). If the recipe takes more, ``fit`` trains the variant of it that changes least and fits.
 
     Call it again with the same arguments to resume a stopped run. Setting ``cancel`` stops it after the current
     step without losing anything, which ``stopped`` then says; before training has begun, it raises
     :class:`~delineate.errors.Cancelled`. ``progress`` is called at each stage, ``say`` with each message.
 
     Raises :class:`~delineate.errors.BrokenSubjects` if inspection finds errors (unless ``leave_out_broken``),
-    :class:`~delineate.errors.RecipeError` if a field is wrong or ``out`` holds the run of another recipe, and
+    :class:`~delineate.errors.RecipeError` if a field is wrong or ``out`` holds the run of another recipe,
+    :class:`~delineate.errors.OutOfMemory` if the recipe takes too much memory, and
     :class:`~delineate.errors.OutputError` if something cannot be written.
     """
     from delineate.training.options import RunOptions, check_possible
@@ -127,6 +131,8 @@ def train(
         precision=precision,
         compile=compile,
         threads=threads,
+        memory_gb=memory_gb,
+        fit=fit,
     )
     check_possible(options)
     changed = [*budget_changes(minutes, steps, epochs), *as_texts(changes)]

@@ -169,6 +169,9 @@ Engine = Annotated[
         "where it decides otherwise than PyTorch.",
     ),
 ]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="Keep within this, such as 8GB (default: what is free, or the GPU's).")
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -123,3 +123,16 @@ def _plain(rule: Rule | None) -> Any:
     from delineate.datasets.series_rules import SeriesRule
 
     return rule.model_dump(exclude_defaults=True) if isinstance(rule, SeriesRule) else rule
+
+
+_UNITS = {"MB": 1e-3, "GB": 1.0, "TB": 1e3, "MIB": 2**20 / 1e9, "GIB": 2**30 / 1e9}
+
+
+def gigabytes(text: str | None) -> float | None:
+    """8 from ``8GB``."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) *([A-Za-z]{2,3})", text.strip())
+    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
+        raise typer.BadParameter(f"--memory takes a size such as 8GB or 512MB, not '{text[:40]}'")
+    return float(match[1]) * _UNITS[match[2].upper()]

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from delineate.cli.options import Data, Device, Images, Json, Labels, Layout, Set, TargetsOption, Threads
+from delineate.cli.options import Data, Images, Json, Labels, Layout, Memory, Precision, Set, TargetsOption, Threads
 from delineate.cli.train import Epochs, Minutes, Recipe, Steps
 
 if TYPE_CHECKING:
     import torch
 
-    from delineate.studies.sizing import Sized, Sizes
+    from delineate.studies.sizing import Guess, Sized, Sizes
 
 
 def plan(
     recipe: Recipe,
     data: Data,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", help="Keep within this, such as 8GB (default: what is free, or the GPU's)."),
-    ] = None,
+    memory: Memory = None,
     fold: Annotated[int, typer.Option("--fold", min=0, help="Hold out this fold.")] = 0,
     split: Annotated[
         Path | None, typer.Option("--split", help="Use this split file (default: the one that training would make).")
@@ -36,72 +32,79 @@ def plan(
     images: Images = None,
     labels: Labels = None,
     targets: TargetsOption = None,
-    device: Device = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="Run on auto, cpu, cuda, cuda:1 or mps, or only estimate for a GPU elsewhere: 'RTX 3060 12GB'.",
+        ),
+    ] = "auto",
+    precision: Precision = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Show what a training will take before it starts: memory, time and disk space on this machine.
 
     Trains for three steps of the full size on a few subjects, validates, predicts one, and leaves nothing behind.
-    If the training does not fit into memory, tries smaller batches, smaller tiles, 2.5D and 2D, and says what each
-    would take and how far its network sees.
+    If the training does not fit into memory, tries the batch in parts, activations computed again, bfloat16, smaller
+    batches, smaller tiles, minicubes, 2.5D and 2D, and says what each would take and how far its network sees.
+
+    For a GPU that is not in this machine, nothing is tried: memory is counted and time estimated from published rates.
 
     Exit status: 0 if the recipe fits, 1 if it does not.
     """
-    from delineate.cli.parsing import data_changes
+    from delineate.cli.parsing import data_changes, gigabytes
     from delineate.cli.terminal import Terminal, print_json
     from delineate.compute import plan_compute
     from delineate.datasets.splits import check_split, load_split
+    from delineate.errors import RecipeError
+    from delineate.estimation import GPUS, gpu_named
     from delineate.recipe import DataSpec, load_recipe
-    from delineate.studies.sizing import size_training
+    from delineate.studies.sizing import guess_training, size_training
     from delineate.training.options import Reporter, RunOptions
     from delineate.training.preparation import budget_changes, derived_recipe, new_split
 
     changes = [*budget_changes(minutes, steps, epochs), *data_changes(layout, images, labels, targets), *(set or [])]
-    limit_gb = _gigabytes(memory)
-    options = RunOptions(device=device, threads=threads)
+    limit_gb = gigabytes(memory)
+    elsewhere = gpu_named(device)
+    if elsewhere is None and " " in device:
+        raise RecipeError(f"no figures of a GPU '{device[:40]}' are known", fix=f"use one of {', '.join(GPUS)}")
+    if elsewhere is not None and recipe == "auto":
+        raise RecipeError("auto derives a recipe for this machine, not for another GPU", fix="name a recipe")
     with Terminal() as terminal:
         if recipe == "auto":
             dataset = DataSpec.of_changes(changes).open(data)
             reporter = Reporter(terminal.say, terminal.progress, status=terminal.status)
+            options = RunOptions(device=device, threads=threads)
             named = derived_recipe(
                 dataset, options, reporter, minutes=minutes, steps=steps, epochs=epochs, changes=changes
             ).recipe
         else:
             named = load_recipe(recipe, changes)
             dataset = named.data.open(data)
-        chosen = new_split(named, dataset, dataset) if split is None else load_split(split)
-        check_split(chosen, dataset)
-        target = plan_compute(device=device, threads=threads).device
-        sizes = size_training(
-            named,
-            data,
-            chosen,
-            fold,
-            limit_gb or _memory_gb(target),
-            device=device,
-            threads=threads,
-            progress=lambda what: terminal.say(f"trying {what}"),
-        )
+        if elsewhere is not None:
+            sizes = guess_training(named, data, elsewhere, limit_gb or elsewhere.memory_gb)
+        else:
+            chosen = new_split(named, dataset, dataset) if split is None else load_split(split)
+            check_split(chosen, dataset)
+            target = plan_compute(device=device, threads=threads).device
+            sizes = size_training(
+                named,
+                data,
+                chosen,
+                fold,
+                limit_gb or _memory_gb(target),
+                device=device,
+                threads=threads,
+                precision=precision,
+                progress=lambda what: terminal.say(f"trying {what}"),
+            )
     if json:
         print_json(_plain(sizes))
     else:
-        _print(sizes, named.training.batch_size)
+        _print(sizes, named.training.batch_size, device)
     if not sizes.recipe.fits(sizes.memory_gb):
         raise typer.Exit(1)
-
-
-_UNITS = {"MB": 1e-3, "GB": 1.0, "TB": 1e3, "MIB": 2**20 / 1e9, "GIB": 2**30 / 1e9}
-
-
-def _gigabytes(text: str | None) -> float | None:
-    """8 from ``8GB``."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) *([A-Za-z]{2,3})", text.strip())
-    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
-        raise typer.BadParameter(f"--memory takes a size such as 8GB or 512MB, not '{text[:40]}'")
-    return float(match[1]) * _UNITS[match[2].upper()]
 
 
 def _memory_gb(device: torch.device) -> float:
@@ -118,12 +121,23 @@ def _memory_gb(device: torch.device) -> float:
 def _plain(sizes: Sizes) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from delineate.studies.sizing import Guess
     from delineate.studies.trials import Trial
 
     def row(one: Sized) -> dict[str, Any]:
-        found = {"trial": asdict(one.trial)} if isinstance(one.trial, Trial) else {"error": str(one.trial)}
-        fits = one.fits(sizes.memory_gb)
-        return {"what": one.what, "changes": list(one.changes), "fits": fits, "sees_mm": one.sees_mm, **found}
+        found: dict[str, Any] = {"error": str(one.trial)}
+        if isinstance(one.trial, Trial):
+            found = {"trial": asdict(one.trial)}
+        elif isinstance(one.trial, Guess):
+            found = {"estimate": asdict(one.trial)}
+        return {
+            "what": one.what,
+            "changes": list(one.changes),
+            "precision": one.precision,
+            "fits": one.fits(sizes.memory_gb),
+            "sees_mm": one.sees_mm,
+            **found,
+        }
 
     return {
         "memory_gb": sizes.memory_gb,
@@ -132,8 +146,9 @@ def _plain(sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def _print(sizes: Sizes, batch: int) -> None:
+def _print(sizes: Sizes, batch: int, device: str) -> None:
     from delineate.cli.terminal import print_table
+    from delineate.studies.sizing import Guess
     from delineate.studies.trials import Trial, duration
 
     limit = f"{sizes.memory_gb:.1f} GB"
@@ -160,6 +175,13 @@ def _print(sizes: Sizes, batch: int) -> None:
             ["sees", _seen(sizes.recipe)],
         ]
         print_table("on this machine, by three steps", ["", ""], rows)
+    elif isinstance(trial, Guess):
+        rows = [
+            ["memory", f"{trial.device_gb:.1f} GB on the GPU: {'fits' if fits else 'does not fit'} into {limit}"],
+            ["a step", f"{_span(trial)} for {batch} tile{'s' if batch > 1 else ''}"],
+            ["sees", _seen(sizes.recipe)],
+        ]
+        print_table(f"on a {device}: estimated, not measured", ["", ""], rows)
     else:
         typer.echo(f"does not fit into {limit}: {trial}")
     if not sizes.variants:
@@ -172,6 +194,8 @@ def _print(sizes: Sizes, batch: int) -> None:
         if isinstance(found, Trial):
             taken = found.peak_gb if found.device_gb is None else found.device_gb
             cells = [f"{taken:.1f} GB", f"{found.seconds_a_step:.3g} s", duration(60 * found.expected_minutes)]
+        elif isinstance(found, Guess):
+            cells = [f"{found.device_gb:.1f} GB", _span(found), ""]
         else:
             cells = ["too much", "", ""]
         rows.append([one.what, "yes" if one.fits(sizes.memory_gb) else "no", *cells, _seen(one)])
@@ -181,7 +205,13 @@ def _print(sizes: Sizes, batch: int) -> None:
         typer.echo("none of them fits: use a machine with more memory")
     else:
         settings = " ".join(f"--set '{change}'" for change in chosen.changes)
+        settings += "" if chosen.precision is None else f"--precision {chosen.precision}"
         typer.echo(f"add to train, for {chosen.what}:\n  {settings}")
+
+
+def _span(guess: Guess) -> str:
+    least, most = guess.seconds_a_step
+    return f"{least:.2g} to {most:.2g} s"
 
 
 def _seen(one: Sized) -> str:

@@ -15,6 +15,7 @@ from delineate.cli.options import (
     Json,
     Labels,
     Layout,
+    Memory,
     Precision,
     RulesFile,
     Set,
@@ -85,6 +86,11 @@ def train(
             "--cache", help="Keep prepared subjects in this folder, which runs can share (default: your cache)."
         ),
     ] = None,
+    memory: Memory = None,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Train the recipe's first variant that fits if it takes too much memory."),
+    ] = False,
     mlflow: Annotated[str | None, typer.Option("--mlflow", help="Log to MLflow at this tracking address too.")] = None,
     json: Json = False,
 ) -> None:
@@ -94,7 +100,7 @@ def train(
     lack of progress), 1 failed, 2 wrong usage, 3 stopped by the file OUT/stop, 130 by Ctrl-C, 143 by SIGTERM.
     """
     from delineate.api.training import train_and_report
-    from delineate.cli.parsing import data_changes
+    from delineate.cli.parsing import data_changes, gigabytes
     from delineate.cli.terminal import Terminal, print_json
     from delineate.recipe import DataSpec, load_recipe
     from delineate.training.options import Reporter, RunOptions, check_possible
@@ -118,6 +124,8 @@ def train(
         devices=devices,
         threads=threads,
         mlflow=mlflow,
+        memory_gb=gigabytes(memory),
+        fit=fit,
     )
     check_possible(options)
     named = None if recipe == "auto" else load_recipe(recipe, changes)

@@ -26,6 +26,11 @@ class LossSpecification(Specification):
     if TYPE_CHECKING:
         kind: str  # every loss has its own
 
+    @property
+    def mean_over_samples(self) -> bool:
+        """Whether a batch's loss is the mean of its samples', as long as no voxel is ignored."""
+        return False
+
     def build(self, targets: Targets) -> Loss:
         raise NotImplementedError
 

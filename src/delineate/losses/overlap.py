@@ -31,6 +31,10 @@ class _Overlap(LossSpecification):
     weights: Weights | None = None
     soft_labels: Soft | None = None
 
+    @property
+    def mean_over_samples(self) -> bool:
+        return not self.over_batch
+
     def by_class(
         self, targets: Targets, score: Callable[[Tensor, Tensor, Tensor], Tensor], *, squares: bool = False
     ) -> Loss:
@@ -116,6 +120,10 @@ class GeneralisedDiceSpec(LossSpecification):
     kind: Literal["generalised_dice"] = "generalised_dice"
     over_batch: bool = True
     soft_labels: Soft | None = None
+
+    @property
+    def mean_over_samples(self) -> bool:
+        return not self.over_batch
 
     def build(self, targets: Targets) -> Loss:
         def generalised_dice(logits: Tensor, target: Tensor, image: Tensor) -> Tensor:

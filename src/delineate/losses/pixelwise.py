@@ -31,6 +31,10 @@ class CrossEntropySpec(LossSpecification):
     weights: Weights | None = None
     soft_labels: Soft | None = None
 
+    @property
+    def mean_over_samples(self) -> bool:
+        return self.weights is None
+
     def build(self, targets: Targets) -> Loss:
         weights, soft = class_weights(self.weights, targets), self.soft_labels or (0.0, 1.0)
 
@@ -50,6 +54,10 @@ class FocalSpec(LossSpecification):
     kind: Literal["focal"] = "focal"
     focusing: Annotated[float, Field(ge=0, le=100)] = 2.0
     weights: Weights | None = None
+
+    @property
+    def mean_over_samples(self) -> bool:
+        return self.weights is None
 
     def build(self, targets: Targets) -> Loss:
         weights = class_weights(self.weights, targets)

@@ -29,6 +29,10 @@ class SumSpec(LossSpecification):
     kind: Literal["sum"] = "sum"
     terms: Annotated[tuple[WeightedLoss, ...], Field(min_length=1, max_length=32)]
 
+    @property
+    def mean_over_samples(self) -> bool:
+        return all(term.loss.mean_over_samples for term in self.terms)
+
     def build(self, targets: Targets) -> Sum:
         return Sum([term.weight for term in self.terms], [term.loss.build(targets) for term in self.terms])
 
@@ -69,6 +73,10 @@ class DeepSupervisionSpec(LossSpecification):
     kind: Literal["deep_supervision"] = "deep_supervision"
     loss: LossSpec
     weights: Annotated[tuple[PositiveWeight, ...], Field(min_length=1, max_length=12)] | None = None
+
+    @property
+    def mean_over_samples(self) -> bool:
+        return self.loss.mean_over_samples
 
     def build(self, targets: Targets) -> DeepSupervision:
         return DeepSupervision(self.loss.build(targets), self.weights)

@@ -58,6 +58,11 @@ class Architecture(Specification):
         """The fewest tiles that a training step can take."""
         return 1
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether the network is a :class:`~delineate.networks.blocks.Recomputing`, or made of such."""
+        return False
+
     def build(self, inputs: int, outputs: int) -> nn.Module:
         """The network for images (N, ``inputs``, *space), randomly initialised.
 

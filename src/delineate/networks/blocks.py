@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 NormKind = Literal["instance", "batch", "group", "none"]
 ActivationKind = Literal["relu", "leaky_relu", "prelu"]
@@ -163,7 +165,56 @@ def upsampling(
     return transposed(inputs, outputs, tuple(stride), tuple(stride))
 
 
-class EncoderDecoder(nn.Module):
+class Recomputing(nn.Module):
+    """A module whose layers' activations the backward pass can compute again instead of keeping them.
+
+    ``recompute`` gives the context in which they are computed again; None: they are kept.
+    """
+
+    recompute: Callable[[], AbstractContextManager[Any]] | None = None
+
+    def through(self, layers: Sequence[nn.Module], *parts: Tensor) -> Tensor:
+        """What ``layers`` make of the channels of all ``parts``, which may be all that is kept."""
+        if self.recompute is None or not torch.is_grad_enabled():
+            return _joined(layers, *parts)
+        if torch.compiler.is_compiling():  # which computes again what it needs, and no statistics
+            return checkpoint(_joined, layers, *parts, use_reentrant=False)
+        again = self.recompute
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), _Again(layers, again)
+
+        return checkpoint(_joined, layers, *parts, use_reentrant=False, context_fn=contexts)
+
+
+def _joined(layers: Sequence[nn.Module], *parts: Tensor) -> Tensor:
+    x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+class _Again:
+    """Enters ``context``, and keeps BatchNorms' moving statistics from counting a batch twice; as often as needed."""
+
+    def __init__(self, layers: Sequence[nn.Module], context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.context, self._left = context, ExitStack()
+        modules = [module for layer in layers for module in layer.modules()]
+        self.norms = [module for module in modules if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            self._left.callback(setattr, norm, "momentum", norm.momentum)
+            norm.momentum = 0.0  # still tracked: what is kept for the backward pass must be as it was
+            if norm.num_batches_tracked is not None:
+                self._left.callback(norm.num_batches_tracked.copy_, norm.num_batches_tracked.clone())
+        self._left.enter_context(self.context())
+
+    def __exit__(self, *error: object) -> None:
+        self._left.close()
+
+
+class EncoderDecoder(Recomputing):
     """Blocks joined by max-pools by 2 on the way down and concatenated skips on the way up, as in most U-Nets.
 
     ``encoder`` begins at full resolution, ``up`` and ``decoder`` at the coarsest level.
@@ -180,9 +231,9 @@ class EncoderDecoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         skips = []
         for level, block in enumerate(self.encoder):
-            x = block(x if level == 0 else self.pool(x))
+            x = self.through([block], x if level == 0 else self.pool(x))
             skips.append(x)
         skips.pop()
         for up, block in zip(self.up, self.decoder, strict=True):
-            x = block(torch.cat([up(x), skips.pop()], dim=1))
+            x = self.through([block], up(x), skips.pop())
         return self.head(x)  # (N, K, *space)

@@ -40,6 +40,10 @@ class DenseUNetSpec(Architecture):
     def divisor(self) -> Step:
         return (2**self.pools,) * 2
 
+    @property
+    def recomputes(self) -> bool:
+        return True
+
     def body(self, inputs: int, outputs: int) -> DenseUNet:
         return DenseUNet(self, inputs, outputs)
 

@@ -28,6 +28,10 @@ class ProstateUNetSpec(Architecture):
     def divisor(self) -> Step:
         return (2 ** (len(self.widths) - 1),) * 3
 
+    @property
+    def recomputes(self) -> bool:
+        return True
+
     def body(self, inputs: int, outputs: int) -> ProstateUNet:
         return ProstateUNet(self, inputs, outputs)
 

@@ -36,6 +36,10 @@ class RecurrentUNetSpec(Architecture):
     def divisor(self) -> Step:
         return (2 ** (len(self.widths) - 1),) * self.dimensions
 
+    @property
+    def recomputes(self) -> bool:
+        return True
+
     def body(self, inputs: int, outputs: int) -> RecurrentUNet:
         return RecurrentUNet(self, inputs, outputs)
 

@@ -30,6 +30,10 @@ class ResidualUNetSpec(Architecture):
     def divisor(self) -> Step:
         return (2 ** (len(self.widths) - 1),) * 2
 
+    @property
+    def recomputes(self) -> bool:
+        return True
+
     def body(self, inputs: int, outputs: int) -> ResidualUNet:
         return ResidualUNet(self, inputs, outputs)
 

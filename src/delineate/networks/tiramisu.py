@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from delineate.networks.base import Architecture, Step
-from delineate.networks.blocks import KerasTransposed, glorot_uniform, keras_batch_norm
+from delineate.networks.blocks import KerasTransposed, Recomputing, glorot_uniform, keras_batch_norm
 from delineate.specification import Filters, Layers
 
 
@@ -22,7 +22,7 @@ class TiramisuSpec(Architecture):
     add. The paper's parameter counts leave no room for normalisation, hence ``norm: none``; it does
     not state the dropout, which is 0.2 as in the original. ``recompute`` computes each dense layer again
     in the backward pass instead of keeping its input, which takes several times less memory for a
-    third more work (Pleiss et al. 2017).
+    third more work (Pleiss et al. 2017); ``training.checkpoint_activations`` does the same.
     """
 
     kind: Literal["tiramisu"] = "tiramisu"
@@ -47,6 +47,10 @@ class TiramisuSpec(Architecture):
     @property
     def divisor(self) -> Step:
         return (2 ** len(self.encoder),) * 3
+
+    @property
+    def recomputes(self) -> bool:
+        return True
 
     def body(self, inputs: int, outputs: int) -> Tiramisu:
         return Tiramisu(self, inputs, outputs)
@@ -89,12 +93,13 @@ class Tiramisu(nn.Module):
         return self.head(torch.cat([x, added], dim=1))
 
 
-class DenseBlock(nn.Module):
+class DenseBlock(Recomputing):
     """Layers that each see the block's input and everything added so far; returns what was added."""
 
     def __init__(self, spec: TiramisuSpec, inputs: int, layers: int) -> None:
         super().__init__()
-        self.recompute = spec.recompute
+        if spec.recompute:
+            self.recompute = nullcontext
         self.layers = nn.ModuleList(
             nn.Sequential(
                 _norm(spec, inputs + i * spec.growth),
@@ -108,16 +113,8 @@ class DenseBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
         for layer in self.layers:
-            if self.recompute and self.training:
-                new = checkpoint(_joined, layer, *features, use_reentrant=False)
-            else:
-                new = _joined(layer, *features)
-            features.append(new)
+            features.append(self.through([layer], *features))
         return torch.cat(features[1:], dim=1)
-
-
-def _joined(layer: nn.Module, *features: Tensor) -> Tensor:
-    return layer(torch.cat(features, dim=1))
 
 
 def _norm(spec: TiramisuSpec, channels: int) -> nn.Module:

@@ -15,6 +15,7 @@ from delineate.networks.base import Architecture, Step, Steps, Widths
 from delineate.networks.blocks import (
     ActivationKind,
     NormKind,
+    Recomputing,
     activation,
     convolution,
     he_normal,
@@ -93,14 +94,21 @@ class UNetSpec(Architecture):
     def divisor(self) -> Step:
         return tuple(math.prod(s[axis] for s in self.level_strides) for axis in range(self.dimensions))
 
+    @property
+    def recomputes(self) -> bool:
+        return True
+
     def body(self, inputs: int, outputs: int) -> nn.Module:
         if self.members == 1:
             return UNet(self, inputs, outputs)
         return Members([UNet(self, inputs, outputs) for _ in range(self.members)])
 
 
-class ConvBlock(nn.Module):
-    """Convolution, normalisation, activation, repeated; optionally with a short skip around them."""
+class ConvBlock(Recomputing):
+    """Convolution, normalisation, activation, repeated; optionally with a short skip around them.
+
+    The channels of several inputs are joined.
+    """
 
     def __init__(
         self,
@@ -132,12 +140,17 @@ class ConvBlock(nn.Module):
             same = inputs == outputs and math.prod(stride if isinstance(stride, tuple) else (stride,)) == 1
             self.skip = nn.Identity() if same else convolution(d, inputs, outputs, 1, stride=stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.layers(x)
-        return self.last(y if self.skip is None else y + self.skip(x))
+    def forward(self, *parts: Tensor) -> Tensor:
+        layers, inputs = list(self.layers), parts
+        for first in range(0, len(layers), 3):
+            inputs = (self.through(layers[first : first + 3], *inputs),)
+        [y] = inputs
+        if self.skip is not None:
+            y = y + self.skip(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        return self.last(y)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Recomputing):
     """Two convolutions with normalisation, and the input added before the last activation.
 
     Where the block strides or widens, the input is averaged over the stride and goes through a 1-convolution with
@@ -163,7 +176,9 @@ class ResidualBlock(nn.Module):
         self.last = activation(spec.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.layers(x) + self.project(self.pool(x)))
+        layers = list(self.layers)
+        y = self.through(layers[3:], self.through(layers[:3], x))
+        return self.last(y + self.project(self.pool(x)))
 
 
 def _residual_level(spec: UNetSpec, level: int, inputs: int, stride: Step) -> nn.Sequential:
@@ -250,7 +265,7 @@ class UNet(nn.Module):
         skips.pop()
         decoded = []
         for up, block in zip(self.up, self.decoder, strict=True):
-            x = block(torch.cat([up(x), skips.pop()], dim=1))
+            x = block(up(x), skips.pop())
             decoded.append(x)
         logits = self.head(x)  # (N, K, *space)
         if not (self.coarse_heads and self.training):

@@ -30,7 +30,7 @@ from delineate.reporting.classes import class_rows
 from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
 from delineate.reporting.overlays import overlays_of
-from delineate.training.events import Collapsed, Event, Planned, Warned, read_events, without_undone
+from delineate.training.events import Collapsed, Divided, Event, Fitted, Planned, Warned, read_events, without_undone
 from delineate.training.subjects import RunSubjects
 
 
@@ -183,7 +183,7 @@ def _epochs(planned: Planned | None, ended: pd.DataFrame | None) -> dict[str, st
 
 def _notes(events: Sequence[Event], subjects: RunSubjects, problems: Sequence[Problem]) -> list[str]:
     """What a reader should know before the numbers: a collapse, subjects left out, warnings about the data."""
-    notes = [event.text for event in events if isinstance(event, Collapsed | Warned)]
+    notes = [event.text for event in events if isinstance(event, Collapsed | Divided | Fitted | Warned)]
     if subjects.left_out:
         notes.append(f"Left out because of broken files: {', '.join(subjects.left_out)}.")
     counts: dict[str, list[Problem]] = {}

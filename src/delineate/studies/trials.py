@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from delineate.compute import Precision
 from delineate.datasets.splits import Split
 from delineate.errors import DelineateError, OutOfMemory, RecipeError, StudyError, TrainingError
 from delineate.networks.cost import step_cost
@@ -65,6 +66,7 @@ def try_recipe(
     *,
     device: str = "auto",
     threads: int | None = None,
+    precision: Precision = "auto",
     steps: int = LEAST_STEPS,
     memory_gb: float | None = None,
 ) -> Trial:
@@ -83,7 +85,7 @@ def try_recipe(
     with TemporaryDirectory(prefix="delineate-trial-") as name:
         folder = Path(name)
         (folder / REQUEST).write_bytes(
-            pickle.dumps(Request(recipe, data, split, fold, device, threads, steps, memory_gb))
+            pickle.dumps(Request(recipe, data, split, fold, device, threads, precision, steps, memory_gb))
         )
         status = _answered_apart(folder)
         if not (folder / ANSWER).exists():
@@ -163,6 +165,7 @@ class Request:
     fold: int
     device: str = "auto"
     threads: int | None = None
+    precision: Precision = "auto"
     steps: int = LEAST_STEPS
     memory_gb: float | None = None
     asked: float = field(default_factory=time.time)

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from delineate.compute import ComputePlan, plan_compute
 from delineate.core.memory import peak_memory_bytes
 from delineate.core.subject import Subject
 from delineate.datasets.splits import Split, check_split, save_split
-from delineate.errors import DelineateError
+from delineate.errors import DelineateError, OutOfMemory
 from delineate.io.files import writing_beside
 from delineate.io.formats import read_header
 from delineate.networks.cost import count_convolutions, count_parameters
@@ -34,7 +34,7 @@ from delineate.reporting.run import write_run_report
 from delineate.sampling.samplers import ChosenSlices
 from delineate.sampling.tiles import TileGeometry
 from delineate.studies.trials import ANSWER, REQUEST, Request, Trial
-from delineate.training.events import Event, Planned, Started, Trained, read_events
+from delineate.training.events import Divided, Event, Planned, Started, Trained, read_events
 from delineate.training.module import Budget
 from delineate.training.options import Reporter, RunOptions, check_possible
 from delineate.training.preparation import Roles, assign_roles, expected_seconds
@@ -89,6 +89,7 @@ def tried(request: Request, folder: Path) -> Trial:
     save_split(folder / "split.json", split)
     plan = plan_compute(
         device=request.device,
+        precision=request.precision,
         threads=request.threads,
         expected_seconds=expected_seconds(recipe, len(roles.training)),
         convolutions=count_convolutions(recipe.network, len(recipe.data.channels or dataset.channels), 1),
@@ -97,8 +98,10 @@ def tried(request: Request, folder: Path) -> Trial:
         split_file=folder / "split.json",
         cache=folder / "cache",
         device=request.device,
+        precision=request.precision,
         compile="on" if plan.compile else "off",
         threads=request.threads,
+        memory_gb=inf,  # a trial is there to see what it takes
     )
     check_possible(options)
     some = replace(dataset, subjects=tuple(subject for subject in dataset.subjects if subject.id in split.subjects))
@@ -106,6 +109,11 @@ def tried(request: Request, folder: Path) -> Trial:
     result = train(_shortened(recipe, request.steps), some, folder / "run", options, Reporter(progress=steps.progress))
     if result.stopped is not None:
         sys.exit(result.stopped)
+    if divided := [event for event in read_events(folder / "run" / "logs") if isinstance(event, Divided)]:
+        raise OutOfMemory(
+            f"a step of recipe '{recipe.name}' does not fit into the GPU's memory in one piece",
+            fix=f"add --set training.accumulate={divided[-1].parts}",
+        )
     measured = time.time()
     write_run_report(folder / "run", some)
     took = _Took.of(read_events(folder / "run" / "logs"), steps.ends, request.asked, began, measured)

@@ -142,6 +142,17 @@ def volumes_are_judged_like_slices(spec: LossSpecification, targets: Targets) ->
     require(torch.isfinite(value), f"for a volume it is {value.item()}")
 
 
+def a_batch_is_the_mean_of_its_samples_if_it_says_so(spec: LossSpecification, targets: Targets) -> None:
+    """Recipes that accumulate gradients over the parts of a batch rely on it."""
+    if not spec.mean_over_samples:
+        return
+    image, target = some_image(), some_target(targets)
+    loss, logits = built(spec, targets), torch.randn(2, 3, 8, 8)
+    together = loss(logits, target, image).item()
+    apart = sum(loss(logits[i : i + 1], target[i : i + 1], image[i : i + 1]).item() for i in range(2)) / 2
+    require(close(together, apart, relative=1e-5), f"two samples cost {together}, the mean of each alone is {apart}")
+
+
 LOSS_LAWS: tuple[Law, ...] = (
     fields_are_plain_and_the_kind_its_own,
     perfection_is_the_minimum,
@@ -152,6 +163,7 @@ LOSS_LAWS: tuple[Law, ...] = (
     an_absent_target_is_judged_too,
     half_precision_logits_are_judged_in_full,
     volumes_are_judged_like_slices,
+    a_batch_is_the_mean_of_its_samples_if_it_says_so,
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from delineate.core.targets import Targets
 from delineate.networks.base import Architecture
+from delineate.networks.blocks import Recomputing
 from delineate.networks.spec import NETWORKS
 from delineate.testing.laws import Law, hold, require, require_own_name, survives_writing
 
@@ -121,6 +124,37 @@ def it_traces_into_one_graph(spec: Architecture) -> None:
     torch._dynamo.reset()
 
 
+def recomputing_activations_changes_nothing(spec: Architecture) -> None:
+    """If it says that it can: the same logits, gradients and statistics, bit for bit."""
+    if not spec.recomputes:
+        return
+    torch.manual_seed(0)
+    network, image = spec.build(2, 3).train(), image_for(spec)
+    twin = copy.deepcopy(network)
+    parts = [module for module in twin.modules() if isinstance(module, Recomputing)]
+    require(parts, "it says that it recomputes activations, but no part of it is a blocks.Recomputing")
+    again = 0
+
+    @contextmanager
+    def counted() -> Iterator[None]:
+        nonlocal again
+        again += 1
+        yield
+
+    for part in parts:
+        part.recompute = counted
+    found = []
+    for one in (network, twin):
+        torch.manual_seed(1)  # of any dropout
+        answer = one(image)
+        answers = answer if isinstance(answer, tuple) else (answer,)
+        torch.autograd.backward([a.square().sum() for a in answers])
+        state = dict(one.named_buffers()) | {f"gradient of {name}": p.grad for name, p in one.named_parameters()}
+        found.append(state | {f"logits {i}": a.detach() for i, a in enumerate(answers)})
+    require(again, "nothing was computed again")
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def an_odd_sized_scan_is_predicted_whole(spec: Architecture) -> None:
     """Tiles, margins and padding follow from what the network declares."""
     from delineate.compute import plan_compute
@@ -148,6 +182,7 @@ NETWORK_LAWS: tuple[Law, ...] = (
     memory_format_does_not_change_the_answer,
     it_runs_in_bfloat16,
     it_traces_into_one_graph,
+    recomputing_activations_changes_nothing,
     an_odd_sized_scan_is_predicted_whole,
 )
 

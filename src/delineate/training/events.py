@@ -156,6 +156,46 @@ class Finished(_Event):
         return f"finished after {self.step} steps; {self.measured} held-out subjects measured"
 
 
+class Divided(_Event):
+    """The GPU's memory did not hold a step: from here on, a batch passes the network in ``parts``.
+
+    ``differing``: what now sees a part at a time where it saw the batch.
+    """
+
+    kind: Literal["divided"] = "divided"
+    batch_size: Count
+    parts: Count
+    differing: Annotated[tuple[str, ...], Field(max_length=16)] = ()
+
+    @property
+    def text(self) -> str:
+        same = (
+            f"; {' and '.join(self.differing)} now see a part at a time" if self.differing else ", with equal results"
+        )
+        return (
+            f"step {self.step} did not fit into the GPU's memory: batches of {self.batch_size} now pass in "
+            f"{self.parts} parts{same}"
+        )
+
+
+class Fitted(_Event):
+    """The recipe was changed to take less memory: ``what`` in words, and the ``changes`` as ``--set`` takes them."""
+
+    kind: Literal["fitted"] = "fitted"
+    what: str
+    changes: Annotated[tuple[str, ...], Field(max_length=64)]
+    needed_gb: Annotated[float, Field(ge=0, le=1e9)]
+    memory_gb: Annotated[float, Field(ge=0, le=1e9)]
+
+    @property
+    def text(self) -> str:
+        settings = " ".join(f"--set '{change}'" for change in self.changes)
+        return (
+            f"the recipe would take about {self.needed_gb:.1f} GB of {self.memory_gb:.1f} GB: "
+            f"trained instead is {self.what} ({settings})"
+        )
+
+
 class Warned(_Event):
     """Something that readers of the results should know."""
 
@@ -167,7 +207,20 @@ class Warned(_Event):
         return self.message
 
 
-Event = Started | Planned | Resumed | Validated | Collapsed | GaveUp | Stopped | Trained | Finished | Warned
+Event = (
+    Started
+    | Planned
+    | Resumed
+    | Validated
+    | Collapsed
+    | GaveUp
+    | Stopped
+    | Trained
+    | Finished
+    | Divided
+    | Fitted
+    | Warned
+)
 _ANY: Any = Annotated[Event, Field(discriminator="kind")]
 
 

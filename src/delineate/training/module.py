@@ -18,12 +18,16 @@ from torch.utils.data import IterableDataset
 
 from delineate.bundle import Bundle
 from delineate.compute import ComputePlan
-from delineate.errors import RecipeError, TrainingError
+from delineate.errors import OutOfMemory, RecipeError, TrainingError
+from delineate.fitting import judged_in_parts, more_parts
 from delineate.losses.content import adversaries
 from delineate.losses.spec import build_loss
+from delineate.networks.blocks import Recomputing
 from delineate.networks.transfer import NORMS, free_norms, hold_frozen_norms, matching
 from delineate.recipe import OptimiserSpec, TrainingSpec
 from delineate.sampling.batches import Batch, BatchSource
+from delineate.training.events import Divided
+from delineate.training.options import Reporter
 
 
 @dataclass
@@ -65,6 +69,9 @@ class Foreground(NamedTuple):
     predicted: int
     voxels: int
 
+    def plus(self, other: Foreground) -> Foreground:
+        return Foreground(*(a + b for a, b in zip(self, other, strict=True)))
+
 
 class BatchStream(IterableDataset):
     """Batches from the current step on; the next is read while the network works on this one."""
@@ -84,18 +91,31 @@ class BatchStream(IterableDataset):
 
 
 class Delineator(lightning.LightningModule):
-    """A network in training, its averaged copy, and the budget."""
+    """A network in training, its averaged copy, and the budget.
+
+    ``parts``: into how many equal parts a batch is divided, one after the other in memory.
+    """
 
     def __init__(
-        self, bundle: Bundle, network: nn.Module, plan: ComputePlan, source: BatchSource, budget: Budget
+        self,
+        bundle: Bundle,
+        network: nn.Module,
+        plan: ComputePlan,
+        source: BatchSource,
+        budget: Budget,
+        report: Reporter,
     ) -> None:
         super().__init__()
-        self.bundle, self.plan, self.source, self.budget = bundle, plan, source, budget
+        self.bundle, self.plan, self.source, self.budget, self.report = bundle, plan, source, budget, report
         self.spec = bundle.recipe.training
         self.dimensions = bundle.recipe.network.dimensions
         # Lightning moves the module to its device later.
         self.network = replace(plan, device=torch.device("cpu")).place(network, self.dimensions)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False) if self.spec.ema else None
+        for part in self.network.modules():
+            if isinstance(part, Recomputing) and (self.spec.checkpoint_activations or part.recompute is not None):
+                part.recompute = plan.again
+        self.parts = self.spec.accumulate
         # Part of the module, so that any parameters of the loss are saved and restored.
         self.loss = build_loss(bundle.recipe.loss, bundle.targets)
 
@@ -192,11 +212,24 @@ class Delineator(lightning.LightningModule):
         # Dropout draws from the global generator: seeded by step, so that a resumed run draws the same.
         torch.manual_seed(int(np.random.SeedSequence((self.spec.seed, 3, self.global_rank, step)).generate_state(1)[0]))
         image, target = self._seen(self.source, batch)
-        loss, logits = self._predict_and_judge(image, target)
+        for optimiser in self.trainer.optimizers:
+            optimiser.zero_grad()
+        losses: list[Tensor] = []
+        counted = Foreground(0, 0, 0)
+        for some, reference in zip(image.chunk(self.parts), target.chunk(self.parts), strict=True):
+            if losses:
+                # Of the part before; the last one's gradients are Lightning's to ask for.
+                with torch.autocast(self.plan.device.type, enabled=False):
+                    self.trainer.strategy.backward(losses[-1], None)
+                losses[-1] = losses[-1].detach()
+            loss, logits = self._predict_and_judge(some, reference)
+            losses.append(loss / self.parts)
+            if step % 25 == 0:
+                counted = counted.plus(self._foreground(logits, reference))
         if step % 25 == 0:
-            self._count_foreground(logits, target)
+            self.foreground = counted
         if step % self.log_every == 0:
-            self.last_loss = float(loss.detach())
+            self.last_loss = sum(float(loss.detach()) for loss in losses)
             if not math.isfinite(self.last_loss):
                 raise TrainingError(
                     f"the loss is {self.last_loss} at step {step}, so nothing more can be learnt",
@@ -205,11 +238,10 @@ class Delineator(lightning.LightningModule):
                         f"(--set training.optimiser.learning_rate={self.learning_rate / 3:.1g}), in a new folder"
                     ),
                 )
-            # Immediately, not through Lightning's `log`, which writes after the state is saved: a run killed in
-            # between would lose this row for good.
-            for logger in self.loggers:
-                logger.log_metrics({"loss": self.last_loss, "learning_rate": self.learning_rate}, step)
-        return loss
+        return losses[-1]
+
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: Lightning would forget the gradients of all parts of a batch but the last."""
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         multiple = self.spec.schedule.multiple(self.progress, self.global_step, self.source.steps_an_epoch)
@@ -218,10 +250,49 @@ class Delineator(lightning.LightningModule):
         hold_frozen_norms(self.network)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        while not self._fitted(*args, **kwargs):
+            if self.plan.device.type == "cuda":
+                torch.cuda.empty_cache()
+        step = self.global_step
+        if step % self.log_every == 0:
+            # Immediately, not through Lightning's `log`, which writes after the state is saved: a run killed in
+            # between would lose this row for good.
+            for logger in self.loggers:
+                logger.log_metrics({"loss": self.last_loss, "learning_rate": self.learning_rate}, step)
         # Here rather than after the batch, so that a state saved after the batch includes these.
-        super().optimizer_step(*args, **kwargs)
-        self._average(self.global_step + 1)
-        self.update_progress(self.global_step + 1)
+        self._average(step + 1)
+        self.update_progress(step + 1)
+
+    def _fitted(self, *args: Any, **kwargs: Any) -> bool:
+        """Take a step; if it does not fit into the GPU's memory, divide the batch further instead.
+
+        Memory runs out before the weights are changed. What holds on to the failed step is gone when this returns.
+        """
+        try:
+            super().optimizer_step(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            said = str(error).splitlines()[0]
+        else:
+            return True
+        parts = more_parts(self.bundle.recipe, self.parts)
+        # Processes that train together would each have to divide their batch at the same step.
+        if parts is None or self.trainer.world_size > 1:
+            raise OutOfMemory(
+                f"a step does not fit into the GPU's memory, in {self.parts} parts of its batch ({said})"
+                if self.parts > 1
+                else f"a step does not fit into the GPU's memory ({said})",
+                fix="`delineate plan` tries what fits",
+            )
+        self.parts = parts
+        self.report.event(
+            Divided(
+                step=self.global_step,
+                batch_size=self.spec.batch_size,
+                parts=parts,
+                differing=judged_in_parts(self.bundle.recipe),
+            )
+        )
+        return False
 
     def update_progress(self, steps: int) -> None:
         """Read the clock; process 0 decides for all, so that they stop at the same step."""
@@ -272,12 +343,12 @@ class Delineator(lightning.LightningModule):
             for kept, now in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
                 kept.copy_(now)
 
-    def _count_foreground(self, logits: Tensor, target: Tensor) -> None:
-        """Count the voxels of any target in this batch, in the reference and in the prediction."""
+    def _foreground(self, logits: Tensor, target: Tensor) -> Foreground:
+        """The voxels of any target in some of a batch, in the reference and in the prediction."""
         exclusive = self.bundle.targets.exclusive
         predicted = (logits.argmax(1) > 0) if exclusive else (logits > 0).any(1)
         reference = (target != 0) & (target != 255)
-        self.foreground = Foreground(int(reference.sum()), int(predicted.sum()), predicted.numel())
+        return Foreground(int(reference.sum()), int(predicted.sum()), predicted.numel())
 
 
 def build_optimiser(

@@ -41,7 +41,9 @@ class RunOptions:
     """How a recipe is run, apart from what the recipe itself says.
 
     ``fold`` is held out and never seen in training; ``None`` trains on all but the locked test set.
-    ``cache`` holds prepared subjects, shared by runs. ``split_file`` is reused by later runs.
+    ``cache`` holds prepared subjects, shared by runs. ``split_file`` is reused by later runs. ``memory_gb`` is what
+    training may take, by default what is free, or the GPU's; if it is infinite, nothing is counted. A recipe whose
+    steps would take more is refused or, to ``fit``, replaced by a variant that takes less.
     """
 
     fold: int | None = 0
@@ -55,6 +57,8 @@ class RunOptions:
     devices: int = 1
     threads: int | None = None
     mlflow: str | None = None
+    memory_gb: float | None = None
+    fit: bool = False
 
 
 def check_possible(options: RunOptions) -> None:

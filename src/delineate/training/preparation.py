@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from delineate.bundle import Bundle, Provenance, hidden, versions
-from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
+from delineate.compute import ComputePlan, available_memory_bytes, convolution_gflops, plan_compute
 from delineate.core.grid import AXES, Grid
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
@@ -82,13 +82,20 @@ def derived_recipe(
     if inspection.broken and not options.leave_out_broken:
         raise BrokenSubjects(broken_message(inspection))
     _check_enough(len(sound), least=2)
-    plan = plan_compute(device=options.device)
+    plan = plan_compute(device=options.device, precision=options.precision, threads=options.threads)
     memory = available_memory_bytes()
     if plan.device.type == "cuda":
         memory = torch.cuda.get_device_properties(plan.device).total_memory
     summary = summarise(sound, dataset.modality)
     recipe, reasons = derive_recipe(
-        summary, targets, device=plan.device.type, memory_bytes=memory, minutes=minutes, steps=steps, epochs=epochs
+        summary,
+        targets,
+        device=plan.device.type,
+        memory_bytes=memory,
+        minutes=minutes,
+        steps=steps,
+        epochs=epochs,
+        gflops=None if minutes is None else convolution_gflops(plan),
     )
     recipe = recipe_from(apply_changes(recipe.as_dict(), changes))
     for field_, reason in reasons.items():

@@ -17,6 +17,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ from delineate.training.events import (
     read_events,
     without_undone,
 )
+from delineate.training.fitting import fitted, fitted_before
 from delineate.training.lock import holding, launching, stop_file
 from delineate.training.logs import CurveLogger, EventLogger
 from delineate.training.module import BatchStream, Budget, Delineator
@@ -146,6 +148,8 @@ def _run(
     *,
     first: bool,
 ) -> RunResult:
+    if options.fit:
+        recipe = fitted_before(recipe, folder)
     _check_same_recipe(recipe, folder)
     whole = dataset = reached(recipe, dataset, split_file(folder, options))
     dataset, targets, inspection = inspected(recipe, dataset, inspection, options, report)
@@ -167,6 +171,12 @@ def _run(
         report(f"{choice.what}: {choice.choice} ({choice.why})")
     torch.set_num_threads(threads_of(plan, options))
     bundle, prepared = prepared_bundle(recipe, dataset, targets, inspection, roles, options, plan, report)
+    if first and not (folder / "bundle" / "bundle.json").exists():
+        largest = max((grid.shape for grid in prepared.training.grids), key=prod)
+        recipe = fitted(bundle, plan, largest, options, report)
+        if recipe != bundle.recipe:
+            _write_recipe(folder, recipe)
+            bundle, prepared = prepared_bundle(recipe, dataset, targets, inspection, roles, options, plan, report)
     subjects = subjects_of(dataset, inspection, roles, options)
     _check_same_subjects(subjects, folder)
     _compare_conditions(bundle, folder, report)
@@ -250,9 +260,13 @@ def _write_decisions(folder: Path, recipe: Recipe, bundle: Bundle, plan: Compute
     plan.file().write(folder / "plan.json")
     inspection.file().write(folder / "data.json")
     if not (folder / "recipe.yaml").exists():
-        with writing_beside(folder / "recipe.yaml") as path:
-            path.write_text(to_yaml(recipe.as_dict()), encoding="utf-8")
+        _write_recipe(folder, recipe)
     bundle.begin(folder / "bundle")
+
+
+def _write_recipe(folder: Path, recipe: Recipe) -> None:
+    with writing_beside(folder / "recipe.yaml") as path:
+        path.write_text(to_yaml(recipe.as_dict()), encoding="utf-8")
 
 
 def _fit(
@@ -274,7 +288,7 @@ def _fit(
         report(f"training is already complete, after {resumed_from} steps")
         return resumed_from, None
     network = starting_network(bundle, report, resumed=resumed_from > 0)
-    module = Delineator(bundle, network, plan, source, budget)
+    module = Delineator(bundle, network, plan, source, budget, report)
     if has_random_features(module.loss):
         report.event(Warned(message="the content loss uses random features, not those of VGG19"))
     if resumed_from:
