@@ -83,21 +83,21 @@ def trained(folder: Path, provenance: Provenance) -> Path:
         known,
         provenance,
     )
-    network = bundle.network()
     torch.manual_seed(0)
+    network = bundle.network()
     optimiser = torch.optim.Adam(network.parameters(), 0.05)
     rng = np.random.default_rng(7)
     scans, labels = zip(*(drawn(rng) for _ in range(4)), strict=True)
     x = torch.from_numpy(np.stack([scan.voxels for scan in scans]))
     x = torch.nn.functional.pad(x, (0, 2))
     y = torch.nn.functional.pad(torch.from_numpy(np.stack([label.voxels for label in labels])).long(), (0, 2))
-    for _ in range(25):
+    for _ in range(40):
         found = network(x)
         found = found[0] if isinstance(found, tuple | list) else found
         optimiser.zero_grad()
         torch.nn.functional.cross_entropy(found, y).backward()
         optimiser.step()
-    bundle.save(folder, network.state_dict(), {"step": 25})
+    bundle.save(folder, network.state_dict(), {"step": 40})
     return folder
 
 

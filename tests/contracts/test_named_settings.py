@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 CHANGE = re.compile(r"--set\s+(?:'([^']+)'|\"([^\"]+)\"|([^\s`'\")]+))")
-OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 
 GAP = "\0"
 """Where a message has something filled in."""

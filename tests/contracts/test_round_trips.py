@@ -173,6 +173,8 @@ def samples() -> dict[type[Specification], list[Specification]]:
         events.Trained(at=NOW, step=4, minutes=2.5, epochs=0.5),
         events.Finished(at=NOW, step=4, measured=2),
         events.Warned(at=NOW, message="two\nlines"),
+        events.Divided(at=NOW, step=7, batch_size=8, parts=4, differing=("BatchNorm",)),
+        events.Fitted(at=NOW, what="smaller tiles", changes=("tiles.shape=[8,8,8]",), needed_gb=9.5, memory_gb=8.0),
     ]
     studies = [load_study(name) for name in packaged_studies()]
     locked = {"name": "x", "design": {"kind": "locked_test"}, "best_of": "s"}
