@@ -142,13 +142,13 @@ def test_names_of_any_length_are_refused(plain_door, until) -> None:
 
 def test_many_who_each_hold_a_little_are_bounded_together(inner_door, open_raw, until, monkeypatch) -> None:
     """Whoever holds the most goes first, and no more than needs to."""
-    monkeypatch.setattr(guard, "_MOST_HELD_BY_ALL", 4 * 2**20)
+    monkeypatch.setattr(guard, "_MOST_HELD_BY_ALL", 3 * 2**20)
     front_door, talker = inner_door(True)
     talker.hello()
     with ExitStack() as stack:
         rude = [stack.enter_context(open_raw(front_door.address)) for _ in range(4)]
-        for number, one in enumerate(rude):
-            one.send(one.frame(bytes((number + 1) * 2**19), more=True))  # 0.5, 1, 1.5 and 2 MB: 5 in all
+        for halves, one in zip((1, 1, 1, 4), rude, strict=True):  # 3.5 MB; at 3 in all, the last has the most
+            one.send(one.frame(bytes(halves * 2**19), more=True))
         until(lambda: rude[3].hung_up, "that the one with the most is closed")
         assert isinstance(talker.ask(Ping()), Ping)
         assert not any(one.hung_up for one in rude[:3])
