@@ -56,7 +56,7 @@ def image(batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(batch))
 
 
-def test_a_smaller_batch_gets_the_same_answers_and_a_larger_one_is_left_to_pytorch() -> None:
+def test_smaller_and_larger_batches_get_the_same_answers() -> None:
     network, told = nn.Conv2d(1, 2, 3, padding=1).eval(), list[Choice]()
     run = tried(network, "openvino", told)
     with torch.inference_mode():

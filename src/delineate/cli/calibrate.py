@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from delineate.calibration import IntervalCheck
-    from delineate.inference.batch import Outcome
-    from delineate.inference.predictor import Predictor
 
 
 def calibrate(
@@ -78,17 +76,16 @@ def calibrate(
     patients are needed. Run the same command again to resume: scans that were predicted are skipped.
     """
     from delineate.bundle import FILES, Bundle, bundle_folder
-    from delineate.cli.held_out import opened, outcomes_of
+    from delineate.cli.held_out import opened, predict_and_measure
     from delineate.cli.parsing import parse_targets
     from delineate.cli.terminal import Terminal, print_json
-    from delineate.compute import check_device, plan_compute, torch_threads
+    from delineate.compute import check_device
     from delineate.core.text import printable
     from delineate.evaluation.calibrating import INTERVALS, calibrated, check_enough, inspected
-    from delineate.evaluation.held_out import CONFIDENCE, HeldOut, PlannedTest, measure_outcomes, write_confidence
+    from delineate.evaluation.held_out import CONFIDENCE, HeldOut, PlannedTest, write_confidence
     from delineate.evaluation.measure import STANDARD
     from delineate.evaluation.table import FILES as TABLES
     from delineate.inference.outputs import Outputs
-    from delineate.inference.predictor import Predictor
     from delineate.inference.review import read_confidences
     from delineate.io.overwriting import check_outputs
     from delineate.reporting.card import CARD_PAGE, card_beside
@@ -119,34 +116,11 @@ def calibrate(
         for note in held_out.notes:
             terminal.say(printable(note))
         inspection = inspected(dataset, held_out)
-        terminal.say(f"{len(chosen)} subjects, of which {len(planned.done)} are predicted already")
-        plan = plan_compute(
-            device=device,
-            precision=precision,
-            compile=compile,
-            threads=threads,
-            expected_seconds=float(len(planned.ahead)),  # about a second per scan
-            engine=engine,
-        )
-
-        def load() -> Predictor:
-            return Predictor([trained], plan, told=terminal.say_choice)
-
-        def watch(outcome: Outcome, done: int) -> None:
-            if outcome.error is not None:
-                terminal.say_failure(f"{printable(outcome.subject.id)}: {printable(str(outcome.error))}")
-            terminal.progress("predicting", done, len(chosen))
-
         test.write(out / "calibrate.json")
-        with torch_threads(plan.threads):
-            evaluation, pairs, _ = measure_outcomes(
-                outcomes_of(planned, outputs, load),
-                held_out.subjects,
-                held_out.shared,
-                STANDARD,
-                simulated=dataset.simulated,
-                on_outcome=watch,
-            )
+        evaluation, pairs = predict_and_measure(
+            terminal, trained, outputs, planned, held_out, STANDARD, simulated=dataset.simulated,
+            device=device, precision=precision, compile=compile, engine=engine, threads=threads,
+        )  # fmt: skip
         known = read_confidences(outputs.review)
         confidences = {subject.id: known.get(subject.id, {}) for subject in chosen}
         made, intervals, notes = calibrated(

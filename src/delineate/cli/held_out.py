@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from delineate.bundle import Bundle
+    from delineate.cli.terminal import Terminal
     from delineate.datasets.dataset import Dataset
+    from delineate.evaluation.held_out import HeldOut
+    from delineate.evaluation.measure import Measuring
+    from delineate.evaluation.pairs import Pair
+    from delineate.evaluation.table import Evaluation
     from delineate.inference.batch import Outcome
     from delineate.inference.outputs import Outputs, Planned
     from delineate.inference.predictor import Predictor
@@ -106,15 +111,14 @@ def measure_held_out(
     from delineate.cli.evaluate import print_details, print_evaluation
     from delineate.cli.parsing import parse_quantity, parse_targets
     from delineate.cli.terminal import Terminal, print_json
-    from delineate.compute import check_device, plan_compute, torch_threads
+    from delineate.compute import check_device
     from delineate.core.text import printable
     from delineate.evaluation.card import check_card, write_card
     from delineate.evaluation.card_facts import CardFacts, Result
-    from delineate.evaluation.held_out import CONFIDENCE, HeldOut, PlannedTest, measure_outcomes, write_confidence
+    from delineate.evaluation.held_out import CONFIDENCE, HeldOut, PlannedTest, write_confidence
     from delineate.evaluation.measure import Measuring
     from delineate.evaluation.table import FILES
     from delineate.inference.outputs import Outputs
-    from delineate.inference.predictor import Predictor
     from delineate.inference.review import read_confidences
     from delineate.io.overwriting import check_outputs
     from delineate.metrics.catalogue import targets_of
@@ -154,34 +158,11 @@ def measure_held_out(
     with Terminal() as terminal:
         for note in notes:
             terminal.say(printable(note))
-        terminal.say(f"{len(chosen)} subjects, of which {len(planned.done)} are predicted already")
-        plan = plan_compute(
-            device=device,
-            precision=precision,
-            compile=compile,
-            threads=threads,
-            expected_seconds=float(len(planned.ahead)),  # about a second per scan
-            engine=engine,
-        )
-
-        def load() -> Predictor:
-            return Predictor([changed], plan, probabilities=True, told=terminal.say_choice)
-
-        def watch(outcome: Outcome, done: int) -> None:
-            if outcome.error is not None:
-                terminal.say_failure(f"{printable(outcome.subject.id)}: {printable(str(outcome.error))}")
-            terminal.progress("predicting", done, len(chosen))
-
         test.write(out / "test.json")
-        with torch_threads(plan.threads):
-            evaluation, pairs, _ = measure_outcomes(
-                outcomes_of(planned, outputs, load),
-                held_out.subjects,
-                held_out.shared,
-                measuring,
-                simulated=dataset.simulated,
-                on_outcome=watch,
-            )
+        evaluation, pairs = predict_and_measure(
+            terminal, changed, outputs, planned, held_out, measuring, simulated=dataset.simulated,
+            device=device, precision=precision, compile=compile, engine=engine, threads=threads,
+        )  # fmt: skip
         evaluation.write(out / "evaluation")
         known = read_confidences(outputs.review)
         write_confidence(out / "evaluation", {subject.id: known.get(subject.id, {}) for subject in chosen})
@@ -215,7 +196,54 @@ def opened(
     return open_dataset(data, layout=layout or "auto", images=channels, labels=label)
 
 
-def outcomes_of(planned: Planned, outputs: Outputs, load: Callable[[], Predictor]) -> Iterator[Outcome]:
+def predict_and_measure(
+    terminal: Terminal,
+    bundle: Bundle,
+    outputs: Outputs,
+    planned: Planned,
+    held_out: HeldOut,
+    measuring: Measuring,
+    *,
+    simulated: bool,
+    device: str,
+    precision: Precision,
+    compile: Compile,
+    engine: Engine,
+    threads: int | None,
+) -> tuple[Evaluation, list[Pair]]:
+    """Predict what is planned, and measure that and what was predicted before, saying how far it is."""
+    from delineate.compute import plan_compute, torch_threads
+    from delineate.core.text import printable
+    from delineate.evaluation.held_out import measure_outcomes
+    from delineate.inference.predictor import Predictor
+
+    chosen = held_out.subjects
+    terminal.say(f"{len(chosen)} subjects, of which {len(planned.done)} are predicted already")
+    plan = plan_compute(
+        device=device,
+        precision=precision,
+        compile=compile,
+        threads=threads,
+        expected_seconds=float(len(planned.ahead)),  # about a second per scan
+        engine=engine,
+    )
+
+    def load() -> Predictor:
+        return Predictor([bundle], plan, probabilities=outputs.probabilities is not None, told=terminal.say_choice)
+
+    def watch(outcome: Outcome, done: int) -> None:
+        if outcome.error is not None:
+            terminal.say_failure(f"{printable(outcome.subject.id)}: {printable(str(outcome.error))}")
+        terminal.progress("predicting", done, len(chosen))
+
+    with torch_threads(plan.threads):
+        evaluation, pairs, _ = measure_outcomes(
+            _outcomes(planned, outputs, load), chosen, held_out.shared, measuring, simulated=simulated, on_outcome=watch
+        )
+    return evaluation, pairs
+
+
+def _outcomes(planned: Planned, outputs: Outputs, load: Callable[[], Predictor]) -> Iterator[Outcome]:
     """Predictions that were there already, then the others as they are made."""
     from delineate.inference.batch import Outcome, carry_out
 

@@ -42,7 +42,7 @@ def list_models(json: Json = False) -> None:
         columns = ["model", "version", "targets", "channels", "modality", "trained on", "Dice (95 %)", "n", "licence"]
         print_table("", columns, [_cells(model) for model in known])
     else:
-        typer.echo("no model is installed; one is `pip install delineate-hippocampus`")
+        typer.echo("no model is installed; one is in the sources: pip install ./models/hippocampus")
 
 
 def _cells(model: KnownModel) -> list[str]:
