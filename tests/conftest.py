@@ -16,12 +16,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """What a test does on Ctrl-C and SIGTERM is its own: the command's ``main`` ends the process."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def handlers() -> None:
+    """A test begins with Python's own handlers of Ctrl-C and SIGTERM, whoever ran before it.
+
+    A test, or a fixture of a whole module, may have run the command's ``main``, which ends the process at Ctrl-C; and
+    started without a terminal (``nohup``), Ctrl-C is ignored, by the processes that a test starts, too.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture
