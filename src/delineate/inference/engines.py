@@ -8,7 +8,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +37,7 @@ class OpenVino:
     """
 
     def __init__(self, network: nn.Module, example: Tensor, plan: ComputePlan) -> None:
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or it reports each import
-        import openvino
+        core = _openvino()
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -50,7 +51,7 @@ class OpenVino:
             "INFERENCE_PRECISION_HINT": "bf16" if plan.precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": plan.threads,
         }
-        self._compiled = openvino.Core().compile_model(model, "CPU", settings)
+        self._compiled = core.compile_model(model, "CPU", settings)
         self.batch = len(example)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -58,6 +59,20 @@ class OpenVino:
         if missing := self.batch - len(x):
             images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
         return torch.from_numpy(self._compiled(images)[0][: len(x)])
+
+
+@cache
+def _openvino() -> Any:
+    """OpenVINO's ``Core``: one, kept to the end of the process.
+
+    Each has a stack of its own for signals, with room for the AMX registers, and lays it down when it goes. Of two that
+    go in the order in which they came, the second gives the process back the first's, which is not there any more, and
+    the next Ctrl-C is a segmentation fault.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or it reports each import
+    import openvino
+
+    return openvino.Core()
 
 
 class Tried:
