@@ -52,7 +52,7 @@ from delineate.serving.protocol import (
     decode,
     encode,
 )  # fmt: skip
-from delineate.serving.server import _front_door, _gateway, listen, prepare
+from delineate.serving.server import be_front_door, be_gateway, listen, prepare
 from delineate.serving.settings import Address, Settings
 
 MUTATIONS = int(os.environ.get("DELINEATE_MUTATIONS", "2000"))
@@ -83,7 +83,7 @@ class Place:
         prepare(self.settings)
         self.offer(*models)
         self.problems, theirs = SPAWN.Pipe(duplex=False)
-        self.door = Child("front door", _front_door, (self.settings, theirs))
+        self.door = Child("front door", be_front_door, (self.settings, theirs))
         until(self.settings.address.exists)
         self.gateways: list[Child] = []
 
@@ -97,7 +97,7 @@ class Place:
     def gateway(self) -> Iterator[tuple[httpx.Client, Child]]:
         """A gateway in a process, and a client of it."""
         listener = listen("127.0.0.1:0", plain=self.settings.plain)
-        child = Child("gateway", _gateway, (self.settings, listener))
+        child = Child("gateway", be_gateway, (self.settings, listener))
         self.gateways.append(child)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30) as client:

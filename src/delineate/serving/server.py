@@ -129,13 +129,13 @@ class Server:
             settings = replace(settings, http=_named(listener))
         problems, theirs = SPAWN.Pipe(duplex=False)
         try:
-            door = self._start("front door", _front_door, settings, theirs)
+            door = self._start("front door", be_front_door, settings, theirs)
             for number in range(settings.workers):
                 self._start(f"worker {number}", _worker, settings, number)
             if settings.replicas is not None:
                 self._start("replicas", _replicas, settings, theirs)
             if listener is not None:
-                self._start("gateway", _gateway, settings, listener)
+                self._start("gateway", be_gateway, settings, listener)
             while not self._signals.count:
                 while problems.poll():
                     problem = error_of(*problems.recv())
@@ -261,7 +261,8 @@ def _taken_up(settings: Settings) -> bool:
 # What the processes do
 
 
-def _front_door(settings: Settings, problems: Connection) -> None:
+def be_front_door(settings: Settings, problems: Connection) -> None:
+    """What the front door's process does, until SIGTERM. What is wrong goes to ``problems``: code, message and fix."""
     begin_process()
     try:
         with held(settings.state, "the front door of a server", ".door", wait_s=2 * LEFT_S):
@@ -363,7 +364,8 @@ def _replicas(settings: Settings, problems: Connection) -> None:
         raise SystemExit(1) from error
 
 
-def _gateway(settings: Settings, listener: socket.socket) -> None:
+def be_gateway(settings: Settings, listener: socket.socket) -> None:
+    """What the HTTP gateway's process does, until SIGTERM; ``listener`` is of :func:`listen`."""
     begin_process()
     from delineate.serving.http.gateway import Gateway
 
