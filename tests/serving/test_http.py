@@ -242,7 +242,7 @@ def test_a_scan_is_sent_watched_fetched_and_let_go(http: httpx.Client, worker: W
     )
     assert answer.status_code == 201
     job = answer.json()
-    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert answer.url.join(answer.headers["location"]).path == f"/v1/jobs/{job['id']}"
     assert (job["state"], job["position"], job["model"]) == ("queued", 1, "liver")
 
     work = worker.take(job["id"])
@@ -274,6 +274,16 @@ def test_a_scan_is_sent_watched_fetched_and_let_go(http: httpx.Client, worker: W
         job = http.delete(f"/v1/jobs/{job['id']}").json()
         assert (job["state"], job["outputs"]) == ("done", [])
     assert said(http.get(f"/v1/jobs/{job['id']}/outputs/label.vtk")) == (404, "E_UNKNOWN_JOB")
+
+
+def test_head_is_get_without_the_body(http: httpx.Client, worker: Worker) -> None:
+    job = post(http)
+    worker.finish(worker.take(job), label__vtk=bytes(3 * 2**20), label__json=b"{}")
+    for path in ("/livez", "/v1/models", "/v1/jobs/7", f"/v1/jobs/{job}", f"/v1/jobs/{job}/outputs/label.vtk"):
+        asked, got = http.head(path), http.get(path)
+        assert (asked.status_code, asked.content) == (got.status_code, b"")
+        assert asked.headers["content-length"] == str(len(got.content))
+        assert asked.headers["content-type"] == got.headers["content-type"]
 
 
 @pytest.mark.parametrize("name", ["label.nii.gz", "label.png", "label.dcm", "label.seg.nrrd"])
@@ -321,6 +331,7 @@ def test_put_may_be_repeated(http: httpx.Client, worker: Worker) -> None:
     again = http.put(f"/v1/jobs/{id}", params=query, content=SCAN)
     assert (first.status_code, again.status_code) == (201, 201)
     assert first.json()["id"] == again.json()["id"] == id
+    assert first.url.join(first.headers["location"]).path == f"/v1/jobs/{id}"
     changed = SCAN[:-1] + b"!"
     assert said(http.put(f"/v1/jobs/{id}", params=query, content=changed)) == (409, "E_CONFLICT")
     assert said(http.put(f"/v1/jobs/{id}", params=query, content=SCAN[:-1])) == (409, "E_CONFLICT")
@@ -695,7 +706,10 @@ def test_metrics_are_prometheus(http: httpx.Client, worker: Worker) -> None:
 
 
 def test_the_description_is_whole(http: httpx.Client) -> None:
-    told = http.get("/openapi.json").json()
+    answer = http.get("/openapi.json")
+    told = answer.json()
+    [server] = told["servers"]
+    assert answer.url.join(server["url"]) == answer.url.join("/")
     assert {path: set(methods) for path, methods in told["paths"].items()} == {
         "/livez": {"get"},
         "/readyz": {"get"},

@@ -56,6 +56,8 @@ class _Gate:
             await self._app(scope, receive, send)
             return
         began, status = time.perf_counter(), 0
+        if scope["method"] == "HEAD":  # answered as GET is; uvicorn sends no body
+            scope = {**scope, "method": "GET", "state": {**scope["state"], "head": True}}
 
         async def sending(event: Message) -> None:
             nonlocal status
