@@ -443,6 +443,9 @@ def test_an_empty_body_and_a_form_are_no_scans(http: httpx.Client) -> None:
         {"origin": "https://example.org"},
         {"origin": "null"},
         {"origin": "http://127.0.0.1:1"},
+        {"x-forwarded-for": "192.0.2.7"},
+        {"forwarded": "for=192.0.2.7"},
+        {"via": "1.1 proxy"},
     ],
 )
 def test_without_keys_a_page_from_elsewhere_gets_nothing(http: httpx.Client, headers: dict[str, str]) -> None:
@@ -506,6 +509,15 @@ def test_one_who_is_slow_or_does_not_stop_is_hung_up_on(place: Place) -> None:
         answer = exchange(http, refused, b"some of it", rest=True)
         assert answer.startswith(b"HTTP/1.1 400 ")
         assert answer.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+def test_one_who_is_still_sending_reads_why_it_is_refused(http: httpx.Client, connection: str) -> None:
+    body = bytes(8 * 2**20)
+    lines = f"Content-Length: {len(body)}", f"Connection: {connection}"
+    with socket.create_connection((http.base_url.host, http.base_url.port), timeout=10) as raw:
+        raw.sendall(head("/v1/jobs?input=stl", *lines) + body)  # proxies close each connection after one request
+        assert raw.recv(100).startswith(b"HTTP/1.1 400 ")
 
 
 @contextmanager

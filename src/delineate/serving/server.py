@@ -32,6 +32,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import msgspec
@@ -180,7 +181,10 @@ def serve_elsewhere(settings: WorkerSettings, ready: Callable[[], object] = lamb
         bundles = {str(number): path for number, path in enumerate(settings.bundles)}
         publisher = _Publisher(bundles, settings.models, settings.device)
         taken_up, told = SPAWN.Event(), False
-        child = Child("worker", _worker_elsewhere, (settings, key, os.getpid(), taken_up))
+        # A name of its own: the front door takes whoever comes under a worker's name for that worker, started again.
+        # Machines may share a key and be called alike, as containers are.
+        name = f"{platform.node()[:100]} {token_hex(8)}"
+        child = Child("worker", _worker_elsewhere, (settings, key, name, taken_up))
         try:
             while not signals.count:
                 publisher.look()
@@ -328,7 +332,7 @@ def _worker(settings: Settings, number: int) -> None:
     worker.run()
 
 
-def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, number: int, taken_up: Event) -> None:
+def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, name: str, taken_up: Event) -> None:
     begin_process()
     from delineate.compute import plan_compute
     from delineate.serving.worker import Worker
@@ -338,7 +342,7 @@ def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, number: int, taken
     )  # fmt: skip
     worker = Worker(
         key.address,
-        f"{platform.node()[:100]} {number}",
+        name,
         settings.models,
         key=key,
         plan=plan,
