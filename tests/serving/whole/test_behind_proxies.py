@@ -62,8 +62,8 @@ class Proxy:
         text = (EXAMPLES / file.name).read_text(encoding="utf-8")
         for there, here in {
             "127.0.0.1:8420": server,
-            "/etc/ssl/certs/gpu.hospital.example.pem": str(certificate),
-            "/etc/ssl/private/gpu.hospital.example.key": str(key),
+            **{f"{place}gpu.hospital.example.pem": str(certificate) for place in ("/etc/ssl/certs/", "/etc/caddy/")},
+            **{f"{place}gpu.hospital.example.key": str(key) for place in ("/etc/ssl/private/", "/etc/caddy/")},
             "/var/log/nginx/": f"{folder}/",
             "listen 443": f"listen 127.0.0.1:{self.port}",
             "\ngpu.hospital.example {": f"\nlocalhost:{self.port} {{\n\tbind 127.0.0.1",

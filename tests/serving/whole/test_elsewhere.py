@@ -27,7 +27,7 @@ def kill_all(running) -> None:
 
 
 def alike() -> tuple[str, ...]:
-    """A command that runs others as containers do, where everybody has the same number; nothing if that is forbidden."""
+    """A command that runs others as containers do, with process numbers of their own; nothing if that is forbidden."""
     command = ("unshare", "--pid", "--fork")
     try:
         return command if subprocess.run([*command, "true"], capture_output=True).returncode == 0 else ()
@@ -56,8 +56,9 @@ def test_workers_elsewhere_do_the_jobs_of_a_server_without_any(drivers, bundles,
             client.fetch(job, tmp_path / f"{number}.nii.gz")
             assert (tmp_path / f"{number}.nii.gz").read_bytes() == scan.label
     [left] = [one for one in workers if one is not has]
-    driver = psutil.Process(left.process.pid)
-    next(iter(driver.children()) if alike() else iter([driver])).send_signal(signal.SIGTERM)
+    started = psutil.Process(left.process.pid)
+    [driver] = started.children() if alike() else [started]
+    driver.send_signal(signal.SIGTERM)
     assert left.process.wait(30) == 0
     assert not list((left.state / "scratch").glob("*"))
 
