@@ -81,6 +81,11 @@ def test_a_bundle_reads_back_as_it_was_saved(saved) -> None:
     assert loaded.channels == ("T1",)
 
 
+def test_whoever_may_read_one_of_its_files_may_read_all(saved) -> None:
+    modes = {path.name: path.stat().st_mode for path in saved.iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_there_is_no_pickle_in_it(saved) -> None:
     assert {p.suffix for p in saved.iterdir()} == {".yaml", ".json", ".safetensors"}
 

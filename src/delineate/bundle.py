@@ -655,8 +655,11 @@ def _writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Calla
         for name, tensor in tensors.items():
             _check_finite(name, tensor)
         plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        path.touch()
+        mode = path.stat().st_mode  # as this user's files are: safetensors would let nobody else read them
         try:
             save_file(plain, path, metadata={key: str(value) for key, value in metadata.items()})
+            path.chmod(mode)
         except SafetensorError as error:
             raise OSError(str(error)) from error  # unwrap the system's own error
 

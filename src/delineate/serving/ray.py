@@ -322,5 +322,9 @@ def _place(server: str) -> tuple[Path, int, str]:
         folder = root / f"{server}-{number}"
         folder.mkdir(mode=0o700, exist_ok=True)
         with suppress(BlockingIOError):
-            return folder, lock_file(folder / ".lock"), f"{platform.node()[:100]} ray {number}"
+            lock, named = lock_file(folder / ".lock"), folder / ".name"
+            if not named.exists():  # nodes may be called alike
+                with writing_beside(named) as beside:
+                    beside.write_text(token_hex(8), encoding="utf-8")
+            return folder, lock, f"{platform.node()[:100]} {named.read_text(encoding='utf-8')}"
     raise OutputError(f"all places in '{root}' are taken")

@@ -32,6 +32,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import msgspec
@@ -129,13 +130,13 @@ class Server:
             settings = replace(settings, http=_named(listener))
         problems, theirs = SPAWN.Pipe(duplex=False)
         try:
-            door = self._start("front door", _front_door, settings, theirs)
+            door = self._start("front door", be_front_door, settings, theirs)
             for number in range(settings.workers):
                 self._start(f"worker {number}", _worker, settings, number)
             if settings.replicas is not None:
                 self._start("replicas", _replicas, settings, theirs)
             if listener is not None:
-                self._start("gateway", _gateway, settings, listener)
+                self._start("gateway", be_gateway, settings, listener)
             while not self._signals.count:
                 while problems.poll():
                     problem = error_of(*problems.recv())
@@ -180,7 +181,10 @@ def serve_elsewhere(settings: WorkerSettings, ready: Callable[[], object] = lamb
         bundles = {str(number): path for number, path in enumerate(settings.bundles)}
         publisher = _Publisher(bundles, settings.models, settings.device)
         taken_up, told = SPAWN.Event(), False
-        child = Child("worker", _worker_elsewhere, (settings, key, os.getpid(), taken_up))
+        # A name of its own: the front door takes whoever comes under a worker's name for that worker, started again.
+        # Machines may share a key and be called alike, as containers are.
+        name = f"{platform.node()[:100]} {token_hex(8)}"
+        child = Child("worker", _worker_elsewhere, (settings, key, name, taken_up))
         try:
             while not signals.count:
                 publisher.look()
@@ -261,7 +265,8 @@ def _taken_up(settings: Settings) -> bool:
 # What the processes do
 
 
-def _front_door(settings: Settings, problems: Connection) -> None:
+def be_front_door(settings: Settings, problems: Connection) -> None:
+    """What the front door's process does, until SIGTERM. What is wrong goes to ``problems``: code, message and fix."""
     begin_process()
     try:
         with held(settings.state, "the front door of a server", ".door", wait_s=2 * LEFT_S):
@@ -327,7 +332,7 @@ def _worker(settings: Settings, number: int) -> None:
     worker.run()
 
 
-def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, number: int, taken_up: Event) -> None:
+def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, name: str, taken_up: Event) -> None:
     begin_process()
     from delineate.compute import plan_compute
     from delineate.serving.worker import Worker
@@ -337,7 +342,7 @@ def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, number: int, taken
     )  # fmt: skip
     worker = Worker(
         key.address,
-        f"{platform.node()[:100]} {number}",
+        name,
         settings.models,
         key=key,
         plan=plan,
@@ -363,7 +368,8 @@ def _replicas(settings: Settings, problems: Connection) -> None:
         raise SystemExit(1) from error
 
 
-def _gateway(settings: Settings, listener: socket.socket) -> None:
+def be_gateway(settings: Settings, listener: socket.socket) -> None:
+    """What the HTTP gateway's process does, until SIGTERM; ``listener`` is of :func:`listen`."""
     begin_process()
     from delineate.serving.http.gateway import Gateway
 

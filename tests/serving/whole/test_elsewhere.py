@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -24,18 +26,21 @@ def kill_all(running) -> None:
         process.kill()
 
 
+def alike() -> tuple[str, ...]:
+    """A command that runs others as containers do, with process numbers of their own; nothing if that is forbidden."""
+    command = ("unshare", "--pid", "--fork")
+    try:
+        return command if subprocess.run([*command, "true"], capture_output=True).returncode == 0 else ()
+    except OSError:
+        return ()
+
+
 def test_workers_elsewhere_do_the_jobs_of_a_server_without_any(drivers, bundles, large, small, tmp_path) -> None:
+    """They share a key, and their machines are called alike: that is two workers, and not one that starts again."""
     server = drivers.serve(bundles.folders, plain=False, workers=0, limits={"silence_s": 9.0})
     client_key = make_key(server, "anna", "client", tmp_path)
-    workers = [
-        drivers.start(
-            wait=False,
-            elsewhere=True,
-            key=make_key(server, name, "worker", tmp_path),
-            bundles=list(bundles.folders.values()),
-        )
-        for name in ("w1", "w2")
-    ]
+    settings = {"key": make_key(server, "gpus", "worker", tmp_path), "bundles": list(bundles.folders.values())}
+    workers = [drivers.start(wait=False, elsewhere=True, within=alike(), **settings) for _ in range(2)]
     refused = drivers.start(elsewhere=True, key=client_key, bundles=[], state=tmp_path / "refused")
     assert refused.about["code"] == ServingError.code
     for worker in workers:
@@ -51,7 +56,10 @@ def test_workers_elsewhere_do_the_jobs_of_a_server_without_any(drivers, bundles,
             client.fetch(job, tmp_path / f"{number}.nii.gz")
             assert (tmp_path / f"{number}.nii.gz").read_bytes() == scan.label
     [left] = [one for one in workers if one is not has]
-    assert left.end() == 0
+    started = psutil.Process(left.process.pid)
+    [driver] = started.children() if alike() else [started]
+    driver.send_signal(signal.SIGTERM)
+    assert left.process.wait(30) == 0
     assert not list((left.state / "scratch").glob("*"))
 
 

@@ -80,6 +80,12 @@ def test_the_replica_after_one_that_died_has_its_place_and_its_name(tmp_path, mo
     assert (again, same) == (first, name)
     os.close(lock)
     os.close(other_lock)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "another node, called alike"))
+    Path(tempfile.tempdir).mkdir()
+    _, lock, elsewhere = _place("server")
+    assert elsewhere not in (name, other_name)
+    os.close(lock)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     other.parent.chmod(0o755)
     with pytest.raises(OutputError, match="is not this user's alone"):
         _place("server")

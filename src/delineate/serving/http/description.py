@@ -61,7 +61,13 @@ def _content(kind: type) -> dict[str, Any]:
 def described(app: FastAPI) -> dict[str, Any]:
     """The description of the gateway, with the schemas of what it answers."""
     if app.openapi_schema is None:
-        described = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        described = get_openapi(
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+            servers=[{"url": "."}],  # beside the description itself, wherever a proxy serves it
+        )
         _, schemas = msgspec.json.schema_components(list(_SAMPLES), ref_template="#/components/schemas/{name}")
         described["components"]["schemas"] = schemas
         for methods in described["paths"].values():

@@ -147,7 +147,9 @@ async def send(request: Request, desk: TheDesk, owner: Owner, wish: Annotated[Wi
     To be able to repeat it without a second job, choose the id yourself, and PUT.
     """
     request.state.job = new_job()
-    return await _received(request, desk, owner, request.state.job, wish, again=False)
+    answer = await _received(request, desk, owner, request.state.job, wish, again=False)
+    answer.headers["Location"] = f"jobs/{request.state.job}"  # relative: a proxy may serve all of this under a prefix
+    return answer
 
 
 @_ROUTES.put(
@@ -159,7 +161,9 @@ async def send(request: Request, desk: TheDesk, owner: Owner, wish: Annotated[Wi
 )
 async def put(request: Request, desk: TheDesk, owner: Owner, job: JobId, wish: Annotated[Wish, Query()]) -> Response:
     """As POST, but it may be repeated, whatever failed: the same scan under the same id is the same job."""
-    return await _received(request, desk, owner, job, wish, again=True)
+    answer = await _received(request, desk, owner, job, wish, again=True)
+    answer.headers["Location"] = job
+    return answer
 
 
 async def _received(request: Request, desk: Desk, owner: str, job: str, wish: Wish, *, again: bool) -> Response:
@@ -182,7 +186,7 @@ async def _received(request: Request, desk: Desk, owner: str, job: str, wish: Wi
             raise
         commit = Commit(job=job, sha256=digests, owner=owner)
         progress, _ = await desk.ask(commit, Progress, seconds=_COMMIT_S)
-    return as_json(status_of(progress), 201, {"Location": f"/v1/jobs/{job}"})
+    return as_json(status_of(progress), 201)
 
 
 async def _sent_on(body: Body, desk: Desk, asked: Open, received: tuple[int, ...]) -> tuple[str, ...]:
@@ -253,6 +257,7 @@ async def delete(desk: TheDesk, owner: Owner, job: JobId) -> Response:
     responses={**answers(JobStatus, 400, 401, 404), **FILE},
 )
 async def output(
+    request: Request,
     desk: TheDesk,
     owner: Owner,
     job: JobId,
@@ -267,7 +272,7 @@ async def output(
         while here:
             yield here
             offset += len(here)
-            if offset >= first.size:
+            if offset >= first.size or hasattr(request.state, "head"):
                 return
             _, here = await desk.ask(replace(asked, offset=offset), Data)
 

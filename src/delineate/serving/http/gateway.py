@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,9 @@ _CHANGING = ("send", "put", "delete")
 _PROBES = ("livez", "readyz", "metrics")
 """Endpoints that something asks every few seconds."""
 
+_FORWARDED = (b"forwarded", b"via", b"x-real-ip")
+"""What proxies add to requests that they pass on, besides ``X-Forwarded-…``."""
+
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'; sandbox"),
@@ -56,19 +59,31 @@ class _Gate:
             await self._app(scope, receive, send)
             return
         began, status = time.perf_counter(), 0
+        if scope["method"] == "HEAD":  # answered as GET is; uvicorn sends no body
+            scope = {**scope, "method": "GET", "state": {**scope["state"], "head": True}}
+
+        whole, kept_back = not _has_body(scope["headers"]), False
+
+        async def receiving() -> Message:
+            nonlocal whole
+            event = await receive()
+            whole = whole or not event.get("more_body", False)
+            return event
 
         async def sending(event: Message) -> None:
-            nonlocal status
+            nonlocal status, kept_back
             if event["type"] == "http.response.start":
                 status = event["status"]
                 event["headers"] = [*event.get("headers", ()), *_HEADERS]
+            elif not event.get("more_body", False) and not whole:
+                event, kept_back = {**event, "more_body": True}, True
             async with asyncio.timeout(self._desk.limits.patience_s):
                 await send(event)
 
         self._now += 1
         try:
             refused = self._refused(scope)
-            await (self._app if refused is None else refused.response())(scope, receive, sending)
+            await (self._app if refused is None else refused.response())(scope, receiving, sending)
         except (TimeoutError, ClientDisconnect):
             _LOG.info("an HTTP client has gone, or does not read")
         except (DelineateError, Refused) as error:
@@ -78,6 +93,14 @@ class _Gate:
         finally:
             self._now -= 1
             self._note(scope, status, time.perf_counter() - began)
+        if kept_back:
+            # All of the answer has gone, but not that it has ended: hanging up on somebody who is still sending would
+            # make TCP throw away what they have not read. nginx says "502 Bad Gateway" to that.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._desk.limits.idle_s):
+                    while not whole:
+                        await receiving()
+                await send({"type": "http.response.body"})  # without it, uvicorn hangs up
 
     def _refused(self, scope: Scope) -> Refused | None:
         """Why a request does not reach the application."""
@@ -99,11 +122,18 @@ class _Gate:
             _LOG.info("HTTP %s %s: %d after %.3f s", endpoint, scope["state"].get("job", "-"), status, seconds)
 
 
-def _is_from_here(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+def _has_body(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    return any(name in (b"content-length", b"transfer-encoding") and value != b"0" for name, value in headers)
+
+
+def _is_from_here(headers: Sequence[tuple[bytes, bytes]]) -> bool:
     """Whether a browser would send this only for a page of this very gateway, under a name that is surely its own.
 
-    A page from elsewhere can make a browser ask 127.0.0.1, under a name of its own (DNS rebinding) or not.
+    A page from elsewhere can make a browser ask 127.0.0.1, under a name of its own (DNS rebinding) or not. A proxy on
+    this machine may ask for somebody elsewhere, who chooses the name; it says so.
     """
+    if any(name in _FORWARDED or name.startswith(b"x-forwarded-") for name, _ in headers):
+        return False
     hosts = [value.lower() for name, value in headers if name == b"host"]
     origins = [value.lower() for name, value in headers if name == b"origin"]
     if len(hosts) != 1 or not re.fullmatch(rb"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", hosts[0]):
@@ -159,10 +189,8 @@ class _Connection(H11Protocol):
         self.transport.close()
 
     def _watch(self) -> None:
-        """Close the connection in a while if a request's head, or the rest of a refused body, has not come by then."""
-        head = self.conn.their_state is h11.IDLE
-        rest = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
-        if not (head or rest):
+        """Close the connection in a while if a request's head has not come by then."""
+        if self.conn.their_state is not h11.IDLE:
             if self._due is not None:
                 self._due.cancel()
                 self._due = None

@@ -167,7 +167,7 @@ def _file(text: str) -> dict[str, Any]:
     """What ``[CHANNEL:]FORMAT[:SIZE]`` says of a file."""
     words = text.split(":")
     size = {}
-    if len(words) > 1 and re.fullmatch(r"[0-9]{1,15}", words[-1]):
+    if len(words) > 1 and re.fullmatch(r"[0-9]{1,20}", words[-1]):
         size = {"size": int(words.pop())}
     *channel, format = words
     return {"format": format, "channel": ":".join(channel), **size}
