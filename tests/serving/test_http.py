@@ -276,7 +276,9 @@ def test_a_scan_is_sent_watched_fetched_and_let_go(http: httpx.Client, worker: W
     assert said(http.get(f"/v1/jobs/{job['id']}/outputs/label.vtk")) == (404, "E_UNKNOWN_JOB")
 
 
-@pytest.mark.parametrize("name", ["label.nii.gz", "label.png", "label.sr.dcm", "label.seg.nrrd", "label.stl.zip", "label.glb"])
+@pytest.mark.parametrize(
+    "name", ["label.nii.gz", "label.png", "label.sr.dcm", "label.seg.nrrd", "label.stl.zip", "label.glb"]
+)
 def test_an_output_has_its_content_type(http: httpx.Client, worker: Worker, name: str) -> None:
     job = post(http)
     worker.finish(worker.take(job), **{name: b"x"})

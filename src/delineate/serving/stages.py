@@ -174,6 +174,12 @@ def segment(
     about = {
         "notice": NOTICE,
         "weights_sha256": [bundle.weights_sha256 for bundle in predictor.bundles],
+        "computed": {
+            "engines": list(found.engines),
+            "device": str(predictor.plan.device),
+            "precision": predictor.plan.precision,
+            "threads": predictor.plan.threads,
+        },
         "confidence": {target: _finite(values) for target, values in reviewed.targets.items()},
         "no_interval": dict(reviewed.no_interval),
         "unusual": list(reviewed.oddities),

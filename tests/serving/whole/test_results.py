@@ -69,6 +69,7 @@ def test_every_format_asked_for_comes_as_predict_writes_it(server, bundles, scan
             assert (tmp_path / "a2.nii.gz").read_bytes() == expected.with_suffix(".nii.gz").read_bytes()
     assert {name: result.about[name] for name in beside} == beside
     assert result.about["notice"] == "Not for diagnosis."
+    assert result.about["computed"] == {"engines": ["torch"], "device": "cpu", "precision": "fp32", "threads": 1}
     bundle = Bundle.load(bundles.folders["one"])
     picture = picture_of_label(read_volume(scans["mha"]), read_label(tmp_path / "a2.nii.gz"), bundle.targets)
     assert (tmp_path / "a2.png").read_bytes() == picture
