@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from delineate.errors import RecipeError
 from delineate.inference import engines, sliding
 from delineate.io.formats import read_volume
 from delineate.serving import server as of_server
+from delineate.serving.keys import added, new_server_keys
 from delineate.serving.models import offered, publish
 from delineate.serving.networks import Networks
 from delineate.serving.protocol import Options
@@ -69,6 +72,21 @@ def test_a_bundle_that_cannot_be_used_keeps_no_other_from_being_ready(models, ca
     networks.warm_up(["0" * 64, sha256])
     assert "bundle 000000000000 cannot be used" in caplog.text
     assert networks.predictor(sha256, Options()).channels == ("T1", "FLAIR")
+
+
+def test_a_replica_computes_as_its_server_is_told(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("ray", reason="without ray: pip install 'delineate[cluster]'")
+    from delineate.serving.ray import _Replica
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    _, key = added(new_server_keys(), "ray", "worker", "tcp://127.0.0.1:1")
+    replica = _Replica(version("delineate"), key, "cpu", "fp32", "openvino", 1)
+    try:
+        plan = replica._worker._plan
+        assert (plan.device.type, plan.precision, plan.engine, plan.threads) == ("cpu", "fp32", "openvino", 1)
+    finally:
+        replica.__del__()  # as ray calls it
+        del replica._thread  # Python will call it again
 
 
 def test_an_engine_that_is_missing_is_said_before_a_server_starts(bundles, tmp_path, monkeypatch) -> None:
