@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from .errors import DelineateError
 from .serving.client import Client
+from .serving.formats import SUFFIXES
 from .serving.protocol import Progress
 
 
@@ -15,8 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
     parser = ArgumentParser("delineate-send", description="Segment a scan on a server. Not for diagnosis.")
     parser.add_argument("scan", help="a .nii.gz, .nii, .mha or .nrrd file, or the folder or zip of a DICOM series")
-    known = ".nii.gz, .vtk, .vti, .seg.nrrd, .dcm, .rtstruct.dcm or .json"
-    parser.add_argument("-o", "--out", required=True, help=f"a name in {known}")
+    parser.add_argument("-o", "--out", required=True, help=f"a name that ends in {', '.join(SUFFIXES)}")
     parser.add_argument("--key", help="the key file from whoever runs the server")
     parser.add_argument("--address", default="", help="connect to this address instead of the one in the key file")
     parser.add_argument("--model", help="the model to use; not needed if the server has only one")

@@ -134,7 +134,7 @@ def home() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def server(home: Path, bundle: Path) -> Iterator[Serving]:
-    started = Serving(home, bundle, "--http", "127.0.0.1:0")
+    started = Serving(home, bundle, "--http", "127.0.0.1:0", "--engine", "openvino", "--precision", "fp32")
     try:
         yield started
     finally:
@@ -240,6 +240,7 @@ def test_several_scans_go_to_a_folder_and_a_broken_one_stops_none(server: Servin
     done = server.run("send", *files, "-o", tmp_path / "out", "--also", "vtk", "--json", code=1)
     found = json.loads(done.stdout)
     assert [row["scan"] for row in found["results"]] == ["a", "b"]
+    assert all(row["about"]["computed"]["engines"] == ["openvino"] for row in found["results"]), server.logged()
     assert [row["code"] for row in found["failed"]] == ["E_TRUNCATED"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"{name}.{format}" for name in ("a", "b") for format in ("nii.gz", "vtk", "json")
@@ -474,6 +475,8 @@ def test_a_worker_elsewhere_computes_what_a_server_hands_out(
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ready; Ctrl-C stops\n"
         unmanned.run("send", scans / "a.nii.gz", "-o", tmp_path / "a.nii.gz")
+        about = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+        assert about["computed"]["engines"] == ["torch"], "so it is unless another is asked for"
         worker.send_signal(signal.SIGINT)
         _, said = worker.communicate(timeout=MOST_S)
         assert worker.returncode == 0

@@ -47,9 +47,9 @@ class Unknown(nn.Module):
         return torch.linalg.qr(x)[0]
 
 
-def tried(network: nn.Module, engine: str, told: list[Choice]) -> Tried:
+def tried(network: nn.Module, engine: str, told: list[Choice], *, at_once: bool = False) -> Tried:
     plan = replace(PLAN, engine=engine)
-    return Tried(network, network, plan, exclusive=False, told=told.append)
+    return Tried(network, network, plan, exclusive=False, told=told.append, at_once=at_once)
 
 
 def image(batch: int = 2) -> torch.Tensor:
@@ -141,6 +141,36 @@ def test_each_shape_of_input_is_tried_on_its_own() -> None:
     assert len(told) == 2
 
 
+@pytest.mark.parametrize(
+    ("engine", "worth", "chosen"), [("openvino", 1e9, "openvino"), ("auto", 0, "openvino"), ("auto", 1e9, "torch")]
+)
+def test_the_engine_that_a_trial_at_once_chooses_gives_every_answer(
+    engine: str, worth: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "_WORTH", worth)
+    network, told = nn.Conv2d(1, 2, 3, padding=1).eval(), list[Choice]()
+    run = tried(network, engine, told, at_once=True)
+    with torch.inference_mode():
+        answers = []
+        for _ in range(3):
+            answers.append(run(image()))
+            assert run.last == chosen
+        assert all(torch.equal(answer, answers[0]) for answer in answers)
+    assert len(told) == 1
+
+
+def test_what_was_tried_is_kept_for_the_shapes_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_MOST_SHAPES", 2)
+    told: list[Choice] = []
+    run = tried(nn.Conv2d(1, 1, 3, padding=1).eval(), "openvino", told)
+    counts = []
+    with torch.inference_mode():
+        for width in (5, 6, 5, 7, 5, 6):
+            run(image()[..., :width])
+            counts.append(len(told))
+    assert counts == [1, 2, 2, 3, 3, 4], "5 was used after 6, so 6 made room for 7"
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained network; where its targets lie depends on every voxel."""
@@ -186,6 +216,17 @@ def test_an_ensemble_keeps_an_engine_for_each_network(bundle: Path) -> None:
     assert sum(one.why.endswith("decided alike") for one in told) == 2
     alone = Predictor([opened], replace(PLAN, engine="torch")).predict(volume).label.voxels
     assert (label == alone).mean() > 0.999
+
+
+def test_a_prediction_says_which_engines_gave_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_TRIAL_AFTER_S", 0.0)
+    monkeypatch.setattr(engines, "_WORTH", 0.0)
+    opened, grid = Bundle.load(bundle), Grid.of_spacing((16, 16, 8), (1, 1, 3))
+    volume = Volume(np.random.default_rng(0).normal(size=(1, 16, 16, 8)).astype(np.float32), grid)
+    for engine, expected in (("torch", ("torch",)), ("openvino", ("openvino",)), ("auto", ("openvino", "torch"))):
+        predictor = Predictor([opened], replace(PLAN, engine=engine))
+        assert predictor.predict(volume).engines == expected
+    assert predictor.predict(volume).engines == ("openvino",), "the trial was during the scan before"
 
 
 def test_what_is_missing_or_for_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,7 +287,9 @@ def test_head_is_get_without_the_body(http: httpx.Client, worker: Worker) -> Non
         assert asked.headers["content-type"] == got.headers["content-type"]
 
 
-@pytest.mark.parametrize("name", ["label.nii.gz", "label.png", "label.dcm", "label.seg.nrrd"])
+@pytest.mark.parametrize(
+    "name", ["label.nii.gz", "label.png", "label.sr.dcm", "label.seg.nrrd", "label.stl.zip", "label.glb"]
+)
 def test_an_output_has_its_content_type(http: httpx.Client, worker: Worker, name: str) -> None:
     job = post(http)
     worker.finish(worker.take(job), **{name: b"x"})

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from delineate.cli.options import Json, Overwrite
-from delineate.cli.send import STAGES, as_row, places_of, print_results, shows, suffix_of, unknown_format
+from delineate.cli.send import STAGES, as_row, places_of, print_results, shows, unknown_format
 from delineate.cli.servers import Key, ServerAddress, connected, serving
 from delineate.cli.terminal import Terminal, duration, print_json, print_table
 from delineate.core.text import printable
+from delineate.serving.formats import suffix_of
 
 if TYPE_CHECKING:
     from delineate.serving.protocol import Progress
@@ -48,7 +49,7 @@ def jobs(
         if not suffix_of(out):
             raise unknown_format(out)
         used = find_key(key)
-        check_outputs(places_of(out, []), [] if used is None else [used], overwrite=overwrite)
+        check_outputs(places_of(out, [suffix_of(out)[1:]]), [] if used is None else [used], overwrite=overwrite)
     with Terminal() as terminal, connected(terminal, key, address, _ANSWER_S) as client:
         if fetch is not None and out is not None:
             found = client.fetch(fetch, out, on_progress=shows(terminal, "job"), overwrite=overwrite, timeout_s=timeout)

@@ -25,13 +25,11 @@ from delineate.errors import (
     Unreachable,
     VersionError,
 )
+from delineate.serving.formats import OUTPUTS, SUFFIXES, suffix_of, written
 
 if TYPE_CHECKING:
     from delineate.serving.client import Client, OnProgress, Result
     from delineate.serving.protocol import Progress
-
-RESULTS = (".seg.nrrd", ".nii.gz", ".vtk", ".vti", ".rtstruct.dcm", ".dcm", ".png", ".json")
-"""Suffixes of results. The first that a name ends in counts."""
 
 _SCANS = (".nii.gz", ".nii", ".mha", ".nrrd", ".zip")
 _AT_ONCE = 4
@@ -55,8 +53,8 @@ def send(
         typer.Option(
             "--out",
             "-o",
-            help="Write the segmentation to this file: .nii.gz, .vtk, .vti, .seg.nrrd, .dcm, .rtstruct.dcm, .png or "
-            ".json. For several scans, name a folder.",
+            help=f"Write the segmentation to this file, in the format of its suffix: .{', .'.join(OUTPUTS)}. For "
+            "several scans, name a folder.",
         ),
     ],
     scans: Annotated[
@@ -75,8 +73,7 @@ def send(
         list[str] | None,
         typer.Option(
             "--also",
-            help="Write nii.gz, vtk, vti, seg.nrrd, dcm, rtstruct.dcm or png, too, under the same name. Can be "
-            "repeated.",
+            help="Write another of these formats, too, such as vtk or stl.zip, under the same name. Can be repeated.",
         ),
     ] = None,
     channel: Annotated[
@@ -131,7 +128,8 @@ def send(
     """Segment scans on a server, each on its own grid. Not for diagnosis.
 
     A .json of the same name says the volumes in ml, the expected Dice, and anything unusual about the scan. A .vtk
-    comes with a .nii.gz, since it cannot hold directions. If the connection is lost, sending resumes where it stopped.
+    comes with a .nii.gz, since it cannot hold directions, and a .dcm with a report of what was measured, .sr.dcm. If
+    the connection is lost, sending resumes where it stopped.
     """
     with serving():
         from delineate.serving.places import find_key
@@ -353,30 +351,23 @@ def stem_of(scan: Path) -> str:
     return name if scan.is_dir() else name[: len(name) - len(suffix)]
 
 
-def suffix_of(path: Path) -> str:
-    """The suffix of a result; empty for a name of no known format."""
-    return next((one for one in RESULTS if path.name.lower().endswith(one)), "")
-
-
 def _formats(out: Path, also: Sequence[str]) -> list[str]:
     """The formats to ask for; that of the name first."""
-    known = [suffix[1:] for suffix in RESULTS]
     for format in also:
-        if format.removeprefix(".") not in known:
-            raise typer.BadParameter(f"'{format}' is not one of {', '.join(known)}{near(format, known)}")
+        if format.removeprefix(".") not in OUTPUTS:
+            raise typer.BadParameter(f"'{format}' is not one of {', '.join(OUTPUTS)}{near(format, OUTPUTS)}")
     return list(dict.fromkeys([suffix_of(out)[1:], *(format.removeprefix(".") for format in also)]))
 
 
 def unknown_format(out: Path) -> typer.BadParameter:
     """The complaint about a name that does not say its format."""
-    return typer.BadParameter(f"'{out}' does not say in which format; end it in {', '.join(RESULTS)}")
+    return typer.BadParameter(f"'{out}' does not say in which format; end it in {', '.join(SUFFIXES)}")
 
 
 def places_of(out: Path, formats: Sequence[str]) -> list[Path]:
     """The files that a job's results are written to."""
     stem = out.name[: -len(suffix_of(out))]
-    others = [*formats, "json"] + ["nii.gz"] * ("vtk" in formats)
-    return list(dict.fromkeys([out, *(out.with_name(f"{stem}.{format}") for format in others)]))
+    return list(dict.fromkeys([out, *(out.with_name(f"{stem}.{format}") for format in written(formats))]))
 
 
 def _check_model(model: str | None, names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from delineate.cli.options import Device, Json, Precision, Threads
+from delineate.cli.options import Device, Engine, Json, Precision, Threads
 from delineate.cli.servers import State, check_there, log_as_servers_do, serving
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def serve(
     state: State = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    engine: Engine = "torch",
     threads: Threads = None,
     workers: Annotated[
         int | None,
@@ -173,6 +174,7 @@ def serve(
         workers=(0 if ray else 1) if workers is None else workers,
         device=device,
         precision=precision,
+        engine=engine,
         threads=threads,
         drain_s=drain_s,
         replicas=replicas,

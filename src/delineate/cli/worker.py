@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from delineate.cli.options import Device, Json, Precision, Threads
+from delineate.cli.options import Device, Engine, Json, Precision, Threads
 from delineate.cli.servers import check_there, log_as_servers_do, serving
 
 
@@ -27,6 +27,7 @@ def worker(
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    engine: Engine = "torch",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -49,6 +50,7 @@ def worker(
         bundles=tuple(resolved(bundle).absolute() for bundle in bundles),
         device=device,
         precision=precision,
+        engine=engine,
         threads=threads,
     )
     log_as_servers_do()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import sqrt
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ _WORTH = 1.1
 """An engine is used if it is faster by this factor."""
 _TRIAL_AFTER_S = 2.0
 """A trial takes about as long; work that PyTorch does sooner needs none."""
+_MOST_SHAPES = 8
+"""Shapes of input for which what was tried is kept: whole slices may have any size, and a server runs for months."""
 
 Told = Callable[[Choice], object]
 
@@ -80,28 +82,45 @@ class Tried:
 
     ``network`` has the weights, and ``run`` is how PyTorch runs it. The trial compares both on the input at hand. With
     ``exclusive``, the largest output decides about a voxel, otherwise the sign of each. ``told`` hears of the choice.
-    Where the plan asks for OpenVINO, it is tried at once and used however fast it is, unless it decides otherwise.
+    Where the plan asks for OpenVINO, it is used however fast it is, unless it decides otherwise.
+
+    Then, and with ``at_once``, the trial comes before the first answer, so that the engine that it chooses gives all of
+    them. Otherwise PyTorch gives those of the first seconds.
     """
 
-    def __init__(self, network: nn.Module, run: Network, plan: ComputePlan, exclusive: bool, told: Told) -> None:
+    def __init__(
+        self, network: nn.Module, run: Network, plan: ComputePlan, exclusive: bool, told: Told, *, at_once: bool = False
+    ) -> None:
         self._network, self._run, self._plan, self._exclusive, self._told = network, run, plan, exclusive, told
         self._demanded = plan.engine == "openvino"
+        self._at_once = at_once or self._demanded
         self._seconds: dict[tuple[int, ...], float] = defaultdict(float)
         self._engines: dict[tuple[int, ...], OpenVino | None] = {}
+        self.last: Literal["torch", "openvino"] = "torch"
+        """The engine that gave the last answer."""
 
     def __call__(self, x: Tensor) -> Tensor:
         shape = tuple(x.shape[1:])
+        self.last = "torch"
         if shape not in self._engines:
             began = time.perf_counter()
             answer = self._run(x)
             took = time.perf_counter() - began
             self._seconds[shape] += took
-            if self._demanded or self._seconds[shape] > _TRIAL_AFTER_S:
-                self._engines[shape], choice = self._try(x, answer, took)
-                self._told(choice)
-            return answer
-        engine = self._engines[shape]
-        return self._run(x) if engine is None else torch.cat([engine(some) for some in torch.split(x, engine.batch)])
+            if not self._at_once and self._seconds[shape] <= _TRIAL_AFTER_S:
+                return answer
+            found, choice = self._try(x, answer, took)
+            self._told(choice)
+            while len(self._engines) >= _MOST_SHAPES:
+                del self._engines[next(iter(self._engines))]
+            self._engines[shape] = found
+            if not self._at_once or found is None:
+                return answer
+        engine = self._engines[shape] = self._engines.pop(shape)  # the one used last comes last
+        if engine is None:
+            return self._run(x)
+        self.last = "openvino"
+        return torch.cat([engine(some) for some in torch.split(x, engine.batch)])
 
     def _try(self, x: Tensor, answer: Tensor, torch_s: float) -> tuple[OpenVino | None, Choice]:
         try:
@@ -117,20 +136,24 @@ class Tried:
         if count > most + 2 * sqrt(most):  # beyond what is chance in so few voxels
             return None, _pytorch(f"OpenVINO decides otherwise for {share:.2%} of the voxels")
         alike = f"{1 - share:.3%} of the voxels are decided alike"
-        if self._demanded:  # PyTorch's first pass would be no measure of its speed
+        if self._demanded:
             return engine, Choice("engine", "OpenVINO", f"as requested; {alike}")
-        times = []
-        for _ in range(2):
-            began = time.perf_counter()
-            engine(x)
-            times.append(time.perf_counter() - began)
-        why = f"{torch_s / min(times):.1f} times as fast as PyTorch here; {alike}"
-        if torch_s > _WORTH * min(times):
+        if self._at_once:  # PyTorch's first pass is no measure of its speed
+            torch_s = min(_seconds(self._run, x), _seconds(self._run, x))
+        openvino_s = min(_seconds(engine, x), _seconds(engine, x))
+        why = f"{torch_s / openvino_s:.1f} times as fast as PyTorch here; {alike}"
+        if torch_s > _WORTH * openvino_s:
             return engine, Choice("engine", "OpenVINO", why)
         return None, _pytorch(f"OpenVINO is {why}")
 
     def _decisions(self, outputs: Tensor) -> Tensor:
         return outputs.argmax(1) if self._exclusive else outputs > 0
+
+
+def _seconds(run: Network, x: Tensor) -> float:
+    began = time.perf_counter()
+    run(x)
+    return time.perf_counter() - began
 
 
 def _pytorch(why: str) -> Choice:

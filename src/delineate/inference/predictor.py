@@ -37,13 +37,14 @@ CERTAIN = 30.0
 class Prediction:
     """A label on the scan's own grid, the confidence in each target, and the seconds that each stage took.
 
-    ``probabilities`` (T, X, Y, Z) of the targets are kept if they were requested.
+    ``probabilities`` (T, X, Y, Z) of the targets are kept if they were requested. ``engines`` ran the networks.
     """
 
     label: LabelVolume
     seconds: dict[str, float] = field(default_factory=dict)
     confidence: Mapping[str, Confidence] = field(default_factory=dict)
     probabilities: NDArray[np.float16] | None = None
+    engines: tuple[str, ...] = ("torch",)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Predictor:
     ``overlap`` and ``flips`` override the recipe's. ``budget_bytes`` limits the memory that the probabilities
     of one scan may take. With ``mirrored``, each bundle that was trained on mirrored scans also predicts the
     mirror image, and the agreement of both is measured; ``probabilities`` keeps those of the targets. ``told``
-    hears how the plan computes, and later which engine runs a network if that is left to a trial.
+    hears how the plan computes, and later which engine runs a network if that is left to a trial. ``networks`` are
+    the bundles' if they are built already, or what :func:`ready_network` has made of them.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Predictor:
         bundles: Sequence[Bundle],
         plan: ComputePlan,
         *,
-        networks: Sequence[torch.nn.Module] | None = None,
+        networks: Sequence[Network] | None = None,
         overlap: float | None = None,
         flips: Sequence[str] | None = None,
         budget_bytes: int = 2**30,
@@ -111,12 +113,9 @@ class Predictor:
             told(choice)
         for i, bundle in enumerate(bundles):
             network = networks[i] if networks is not None else bundle.trained_network()
-            dimensions = bundle.recipe.network.dimensions
-            placed = plan.place(network, dimensions).eval()
-            run: Network = plan.compiled(placed)
-            self._networks.append(
-                run if plan.engine == "torch" else Tried(placed, run, plan, first.targets.exclusive, told)
-            )
+            if isinstance(network, torch.nn.Module):
+                network = ready_network(network, bundle, plan, told)
+            self._networks.append(network)
             inference = bundle.recipe.inference
             self._sliding.append(
                 Sliding(
@@ -153,7 +152,9 @@ class Predictor:
         check_shows_something("the scan", volume)
         clock = _Clock()
         scores, seams = [], []
-        for bundle, network, sliding in zip(self.bundles, self._networks, self._sliding, strict=True):
+        engines: set[str] = set()
+        networks = [_noting(network, engines) for network in self._networks]
+        for bundle, network, sliding in zip(self.bundles, networks, self._sliding, strict=True):
             prepared, undo = bundle.pipeline.apply(volume)
             clock.lap("preprocess")
             geometry = bundle.geometry_of(prepared.grid.shape)
@@ -184,7 +185,7 @@ class Predictor:
             )
         }
         clock.lap("postprocess")
-        return Prediction(label, clock.seconds, confidence, decision.probabilities)
+        return Prediction(label, clock.seconds, confidence, decision.probabilities, tuple(sorted(engines)))
 
     def _of_targets(self, found: NDArray[np.float16]) -> Iterator[NDArray[np.floating]]:
         """The probabilities of each target, from what a network found (K, X, Y, Z)."""
@@ -229,6 +230,33 @@ class Predictor:
             tuple(mutual_dice([variant[t] for variant in variants]) for t in range(len(names))),
             kept,
         )
+
+
+def ready_network(
+    network: torch.nn.Module,
+    bundle: Bundle,
+    plan: ComputePlan,
+    told: Told = lambda choice: None,
+    *,
+    at_once: bool = False,
+) -> Network:
+    """A bundle's network as the plan runs it. What was tried of its engines stays with it; see :class:`Tried`."""
+    placed = plan.place(network, bundle.recipe.network.dimensions).eval()
+    run: Network = plan.compiled(placed)
+    if plan.engine == "torch":
+        return run
+    return Tried(placed, run, plan, bundle.targets.exclusive, told, at_once=at_once)
+
+
+def _noting(network: Network, engines: set[str]) -> Network:
+    """A network that notes which engine gave each answer."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        answer = network(x)
+        engines.add(network.last if isinstance(network, Tried) else "torch")
+        return answer
+
+    return run
 
 
 class _Link:

@@ -40,6 +40,7 @@ from ..errors import (
     error_of,
 )
 from .calling import ANSWER_S, Caller, Later, Lost, OnWait, Silence
+from .formats import OUTPUTS, written
 from .keys import KeyFile
 from .protocol import (
     CREDIT,
@@ -63,7 +64,7 @@ from .protocol import (
     Progress,
     Status,
 )
-from .results import ABOUT, NAMES, Arriving, Result, places, suffix_of, together
+from .results import ABOUT, NAMES, Arriving, Result, format_of, places, together
 from .sending import Codec, Scan, Sending, SentFile
 
 __all__ = ["AsyncClient", "Client", "Result", "Scan"]
@@ -139,6 +140,7 @@ class _Talker(Caller):
     async def _upload(
         self, job: str, model: str | None, files: list[SentFile], options: Options, told: OnProgress | None
     ) -> Progress:
+        self._check_offered(options.outputs)
         request = Open(job=job, model=self._model(model), parts=tuple(file.part for file in files), options=options)
         again = False
         while True:
@@ -183,6 +185,14 @@ class _Talker(Caller):
                     received[part] = max(received[part], credit.received[part])
                     tell_progress()
 
+    def _check_offered(self, outputs: Iterable[str]) -> None:
+        """Raise :class:`ServingError` for a format that an older server does not know."""
+        assert self._welcome is not None
+        if unknown := [format for format in outputs if format not in self._welcome.outputs]:
+            raise ServingError(
+                f"the server writes no .{unknown[0]}", fix=f"it writes {', '.join(self._welcome.outputs)}; or update it"
+            )
+
     def _model(self, wanted: str | None) -> str:
         assert self._welcome is not None
         models = self._welcome.models
@@ -206,9 +216,9 @@ class _Talker(Caller):
         if out is None:
             about = await self._download_about(job, outputs, told)
         else:
-            if f"label{suffix_of(out)}" not in outputs:
+            if f"label.{(asked := format_of(out))}" not in outputs:
                 raise UnknownJob(
-                    f"job {job} has no {suffix_of(out)}, but {', '.join(outputs)}", fix="choose one of these suffixes"
+                    f"job {job} has no .{asked}, but {', '.join(outputs)}", fix="choose one of these suffixes"
                 )
             formats = [name.removeprefix("label.") for name in outputs]
             placed = places(out, formats, overwrite=overwrite)
@@ -303,7 +313,7 @@ class _Talker(Caller):
         place, id = None if out is None else Path(out), job or new_job()
         options = _options(place, outputs, wanted)
         if place is not None:
-            places(place, _written(options), overwrite=overwrite)
+            places(place, written(options.outputs), overwrite=overwrite)
         with self._within(timeout_s):
             began = time.monotonic()
             try:
@@ -416,9 +426,10 @@ class Client(_Talker):
         """Send a scan, wait, and fetch its segmentation, on the scan's own grid. Not for diagnosis.
 
         ``scan`` is a file, the folder or zip of a DICOM series, or one of these for each channel. ``out`` ends in the
-        format wanted: .nii.gz, .vtk, .vti, .seg.nrrd, .dcm, .rtstruct.dcm, .png or .json; ``outputs`` names more of
-        them. All come with a .json of the same name, and a .vtk with a .nii.gz, too. They appear together, once all are
-        whole. Without ``out``, no file is written; the result's ``about`` says what is in the .json.
+        format wanted, such as .nii.gz, .vtk, .dcm or .stl.zip; ``outputs`` names more. All that there are is in
+        ``delineate.serving.formats.OUTPUTS``. They come with a .json of the same name, a .vtk with a .nii.gz, and a
+        .dcm with its report, .sr.dcm, and appear together, once all are whole. Without ``out``, no file is written; the
+        result's ``about`` says what is in the .json.
 
         ``model`` may be left out if the server has only one. ``options`` are those of ``delineate predict``: overlap,
         flips, mirrored, quantity, margin_mm, threshold. ``job`` resumes the job of that id, or gives a new one this
@@ -603,26 +614,17 @@ def is_local(address: str) -> bool:
 
 def _options(out: Path | None, outputs: Iterable[str], wanted: Wanted) -> Options:
     """What is asked for; the format that ``out`` ends in comes first."""
-    formats = [
-        *([suffix_of(out)[1:]] if out is not None else []),
-        *(name.removeprefix(".") for name in outputs),
-        "json",
-    ]
+    formats = [] if out is None else [format_of(out)]
+    formats += [name.removeprefix(".") for name in outputs]
+    if unknown := [name for name in formats if name not in OUTPUTS]:
+        raise ServingError(f"there is no output '{unknown[0]}'", fix=f"the outputs are {', '.join(OUTPUTS)}")
     known = Wanted.__annotations__
     if unknown := [name for name in wanted if name not in known]:
         raise ServingError(f"there is no option '{unknown[0]}'", fix=f"the options are {', '.join(known)}")
     try:
-        return msgspec.convert({"outputs": list(dict.fromkeys(formats)), **wanted}, Options, strict=True)
+        return msgspec.convert({"outputs": list(dict.fromkeys([*formats, "json"])), **wanted}, Options, strict=True)
     except msgspec.ValidationError as error:
         raise ServingError(f"this cannot be asked for: {error}", fix="see the help of Client.segment") from error
-
-
-def _written(options: Options) -> Iterator[str]:
-    """The formats that a server writes when it is asked for some."""
-    for format in options.outputs:
-        yield format
-        if format == "vtk":  # it cannot hold directions
-            yield "nii.gz"
 
 
 def _wanted_still(credit: Credit) -> Credit:

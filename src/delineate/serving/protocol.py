@@ -37,6 +37,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..errors import ProtocolError
+from .formats import OUTPUTS, OutputFormat
 
 MAGIC = b"DLN1"
 VERSION = 1
@@ -48,9 +49,8 @@ CREDIT = 8
 
 Format = Literal["nii.gz", "nii", "mha", "nrrd", "dicom.zip"]
 """What a part may be: one file each, and a DICOM series as a zip."""
-OutputFormat = Literal["nii.gz", "vtk", "vti", "seg.nrrd", "dcm", "rtstruct.dcm", "png", "json"]
 Codec = Literal["raw", "blosc2"]
-FORMATS, OUTPUTS, CODECS = get_args(Format), get_args(OutputFormat), get_args(Codec)
+FORMATS, CODECS = get_args(Format), get_args(Codec)
 
 # A pattern ends in \Z: before a last line break, $ matches too.
 JobId = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")]

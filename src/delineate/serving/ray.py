@@ -120,7 +120,9 @@ def _deployed(
         health_check_period_s=2.0,
     )
     name = f"delineate-{_short(key)}"
-    bound = deployment.bind(version("delineate"), key, device, settings.precision, replicas.request.cpus)
+    bound = deployment.bind(
+        version("delineate"), key, device, settings.precision, settings.engine, replicas.request.cpus
+    )
     try:
         serve.start(proxy_location="Disabled")
         handle = serve.run(bound, name=name, route_prefix=None)
@@ -227,7 +229,7 @@ def _last_line(error: BaseException) -> str:
 class _Replica:
     """A worker in a process of ray's. Each call of :meth:`take` lets it have one job."""
 
-    def __init__(self, release: str, key: KeyFile, device: Any, precision: Any, threads: int) -> None:
+    def __init__(self, release: str, key: KeyFile, device: Any, precision: Any, engine: Any, threads: int) -> None:
         from delineate.compute import plan_compute
         from delineate.serving.worker import Worker
 
@@ -246,7 +248,7 @@ class _Replica:
             name,
             self._models,
             key=key,
-            plan=plan_compute(device=device, precision=precision, compile="off", threads=threads),
+            plan=plan_compute(device=device, precision=precision, compile="off", threads=threads, engine=engine),
             scratch=self._folder / "scratch",
             permits=0,
             on_end=self._note_end,

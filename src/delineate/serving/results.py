@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import OutputError, Truncated
-from .protocol import OUTPUTS, Output
+from .formats import OUTPUTS, SUFFIXES, suffix_of
+from .protocol import Output
 
 ABOUT = "label.json"
 """The output that says what is known of a result. Others are called the same, with other suffixes."""
 
 NAMES = frozenset(f"label.{format}" for format in OUTPUTS)
 """What outputs can be called: nothing else that a server says becomes part of a path."""
-
-SUFFIXES = tuple(f".{format}" for format in sorted(OUTPUTS, key=len, reverse=True))
-"""Suffixes of results. The first that a name ends in counts."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,11 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def suffix_of(path: Path) -> str:
-    """The suffix of a result. Raises :class:`OutputError` for another."""
-    suffix = next((one for one in SUFFIXES if path.name.lower().endswith(one)), "")
-    if not suffix:
+def format_of(path: Path) -> str:
+    """The format that a name ends in. Raises :class:`OutputError` for a name that says none."""
+    if not (suffix := suffix_of(path)):
         raise OutputError(f"'{path}' has no suffix of a result", fix=f"give one of {', '.join(SUFFIXES)}")
-    return suffix
+    return suffix[1:]
 
 
 def places(out: Path, formats: Iterable[str], *, overwrite: bool) -> dict[str, Path]:
@@ -53,9 +50,9 @@ def places(out: Path, formats: Iterable[str], *, overwrite: bool) -> dict[str, P
     ``out`` is the first. Raises :class:`OutputError` if one of them exists and is not to be replaced, or if the folder
     cannot be written to.
     """
-    asked = suffix_of(out)
-    stem = out.name[: -len(asked)]
-    found = {f"label{asked}": out}
+    asked = format_of(out)
+    stem = out.name[: -len(asked) - 1]
+    found = {f"label.{asked}": out}
     for format in formats:
         found.setdefault(f"label.{format}", out.with_name(f"{stem}.{format}"))
     for place in found.values():

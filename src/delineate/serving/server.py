@@ -33,7 +33,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -58,6 +58,9 @@ from delineate.serving.processes import (
 from delineate.serving.settings import Address, Settings, WorkerSettings, read_address
 from delineate.serving.spool import Spool
 from delineate.serving.store import Store
+
+if TYPE_CHECKING:
+    from delineate.compute import ComputePlan
 
 _LOG = logging.getLogger("delineate.serving")
 _SOURCES_S = 2.0
@@ -107,7 +110,8 @@ class Server:
         self.settings = settings
         self._children: list[Child] = []
         self._signals = Signals()
-        self._publisher = _Publisher(settings.bundles, settings.models, settings.device, settings.store)
+        engine = settings.engine if settings.workers else "torch"  # replicas look for theirs where they run
+        self._publisher = _Publisher(settings.bundles, settings.models, settings.device, engine, settings.store)
 
     def run(self, ready: Callable[[Address], object] = lambda address: None) -> None:
         """Serve until SIGTERM or SIGINT; then drain. ``ready`` is called when scans can come.
@@ -179,7 +183,7 @@ def serve_elsewhere(settings: WorkerSettings, ready: Callable[[], object] = lamb
         )
     with held(settings.state, "a worker"), Signals() as signals:
         bundles = {str(number): path for number, path in enumerate(settings.bundles)}
-        publisher = _Publisher(bundles, settings.models, settings.device)
+        publisher = _Publisher(bundles, settings.models, settings.device, settings.engine)
         taken_up, told = SPAWN.Event(), False
         # A name of its own: the front door takes whoever comes under a worker's name for that worker, started again.
         # Machines may share a key and be called alike, as containers are.
@@ -199,10 +203,15 @@ def serve_elsewhere(settings: WorkerSettings, ready: Callable[[], object] = lamb
 
 
 class _Publisher:
-    """Offers bundles as they are, checked and copied by a process of its own whenever they have changed."""
+    """Offers bundles as they are, checked and copied by a process of its own whenever they have changed.
 
-    def __init__(self, bundles: Mapping[str, Path], models: Path, device: str, store: Path | None = None) -> None:
-        self._bundles, self._arguments = dict(bundles), (dict(bundles), models, device, store)
+    The first time, it also finds out whether this machine has the device and the engine.
+    """
+
+    def __init__(
+        self, bundles: Mapping[str, Path], models: Path, device: str, engine: str, store: Path | None = None
+    ) -> None:
+        self._bundles, self._arguments = dict(bundles), (dict(bundles), models, device, engine, store)
         self.offers = False
         """Whether the bundles have been offered once."""
         self._offered: dict[str, tuple[int, ...]] = {}
@@ -317,15 +326,13 @@ def _run_front_door(settings: Settings) -> None:
 
 def _worker(settings: Settings, number: int) -> None:
     begin_process()
-    from delineate.compute import plan_compute, usable_cores
+    from delineate.compute import usable_cores
     from delineate.serving.worker import Worker
 
     device, threads = _device_of(settings.device, number), settings.threads
     if threads is None and settings.workers > 1:
         threads = max(1, usable_cores() // settings.workers)
-    plan = plan_compute(
-        device=device, precision=settings.precision, compile="off", threads=threads  # type: ignore[arg-type]
-    )  # fmt: skip
+    plan = _plan(settings, device, threads)
     address, name = f"ipc://{settings.socket}", f"worker{number}"
     worker = Worker(address, name, settings.models, plan=plan, cancel_s=settings.limits.cancel_s)
     end_with_parent(worker.stop)
@@ -334,12 +341,9 @@ def _worker(settings: Settings, number: int) -> None:
 
 def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, name: str, taken_up: Event) -> None:
     begin_process()
-    from delineate.compute import plan_compute
     from delineate.serving.worker import Worker
 
-    plan = plan_compute(
-        device=settings.device, precision=settings.precision, compile="off", threads=settings.threads  # type: ignore[arg-type]
-    )  # fmt: skip
+    plan = _plan(settings, settings.device, settings.threads)
     worker = Worker(
         key.address,
         name,
@@ -351,6 +355,14 @@ def _worker_elsewhere(settings: WorkerSettings, key: KeyFile, name: str, taken_u
     )
     end_with_parent(worker.stop)
     worker.run()
+
+
+def _plan(settings: Settings | WorkerSettings, device: str, threads: int | None) -> ComputePlan:
+    from delineate.compute import plan_compute
+
+    return plan_compute(
+        device=device, precision=settings.precision, compile="off", threads=threads, engine=settings.engine  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def _replicas(settings: Settings, problems: Connection) -> None:
@@ -378,13 +390,17 @@ def be_gateway(settings: Settings, listener: socket.socket) -> None:
     gateway.run()
 
 
-def _publish(bundles: dict[str, Path], models: Path, device: str, store: Path | None, answer: Connection) -> None:
+def _publish(
+    bundles: dict[str, Path], models: Path, device: str, engine: str, store: Path | None, answer: Connection
+) -> None:
+    """Check what workers will need, and the bundles; offer these."""
     begin_process()
-    from delineate.compute import check_device
+    from delineate.compute import check_device, plan_compute
     from delineate.serving.models import publish
 
     try:
         check_device(device)
+        plan_compute(device=device, compile="off", engine=engine)  # type: ignore[arg-type]
         publish(bundles, models, _needed(store) if store is not None else ())
         answer.send(None)
     except DelineateError as error:

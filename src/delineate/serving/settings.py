@@ -33,7 +33,8 @@ class Replicas:
 class Settings:
     """What a server is told. ``bundles`` by name; ``bind`` and ``http`` may be empty for none of them.
 
-    ``plain``: no keys, which only a loopback address may do. ``replicas``: workers on a ray cluster, too.
+    ``plain``: no keys, which only a loopback address may do. ``replicas``: workers on a ray cluster, too. ``engine``
+    runs the networks; answers can be repeated to the last bit with ``torch``, whatever else the machine does.
     """
 
     state: Path
@@ -45,6 +46,7 @@ class Settings:
     workers: int = 1
     device: str = "auto"
     precision: str = "auto"
+    engine: str = "torch"
     threads: int | None = None
     drain_s: float = 60.0
     replicas: Replicas | None = None
@@ -90,6 +92,7 @@ class WorkerSettings:
     bundles: tuple[Path, ...]
     device: str = "auto"
     precision: str = "auto"
+    engine: str = "torch"
     threads: int | None = None
 
     @property

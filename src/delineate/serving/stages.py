@@ -8,6 +8,7 @@ Stages leave files to each other, so that a queue holds paths and not arrays::
     FOLDER/decoded/affine.npy
     FOLDER/decoded/quantity.npy       the map (Z, Y, X) of a quantity, if one is measured
     FOLDER/decoded/label.npy          voxels (X, Y, Z)
+    FOLDER/decoded/stl.zip/liver.stl  surfaces, before they are packed
     FOLDER/out/label.…                results
 """
 
@@ -23,6 +24,7 @@ import signal
 import time
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,7 +47,9 @@ from delineate.errors import BadFormat, DelineateError, MissingFile, OutputError
 from delineate.io.exports import check_label_format, export_label, sidecar_of
 from delineate.io.files import Limits
 from delineate.io.formats import is_series
+from delineate.io.surfaces import WRITERS, check_surface_format, surface_files, write_surfaces
 from delineate.metrics.quantities import QuantityMap, quantity_map
+from delineate.serving.formats import written
 from delineate.serving.processes import end_with_parent
 from delineate.serving.protocol import Options, Output, Part, Problem
 
@@ -170,6 +174,12 @@ def segment(
     about = {
         "notice": NOTICE,
         "weights_sha256": [bundle.weights_sha256 for bundle in predictor.bundles],
+        "computed": {
+            "engines": list(found.engines),
+            "device": str(predictor.plan.device),
+            "precision": predictor.plan.precision,
+            "threads": predictor.plan.threads,
+        },
         "confidence": {target: _finite(values) for target, values in reviewed.targets.items()},
         "no_interval": dict(reviewed.no_interval),
         "unusual": list(reviewed.oddities),
@@ -187,7 +197,7 @@ def export(
     folder: Path, parts: tuple[Part, ...], options: Options, bundle: Applied, about: Mapping[str, Any]
 ) -> tuple[Output, ...]:
     """Write the results in all formats asked for; their names, sizes and digests."""
-    from delineate.inference.measurements import measure_label, rows_of
+    from delineate.inference.measurements import by_segment, measure_label, rows_of
 
     with _writing():
         (folder / "out").mkdir(mode=0o700)
@@ -204,9 +214,10 @@ def export(
     measured = measure_label(label, bundle.targets, {one.as_it_is(values): values for one, values in maps.items()})
     rows = rows_of("scan", measured)
     about["measurements"] = [_finite({name: row[name] for name in row if name != "subject"}) for row in rows]
-    for format in options.outputs:
+    formats = written(options.outputs)
+    for format in formats:
         path = folder / "out" / f"label.{format}"
-        if format == "json" or path.exists():  # some formats come with others
+        if format in ("json", "sr.dcm") or path.exists():  # these come last, and some come with others
             continue
         if format == "png":
             from delineate.reporting.overlays import picture_of_label
@@ -214,8 +225,15 @@ def export(
             picture = picture_of_label(scan, label, bundle.targets, bundle.legend)
             with _writing():
                 path.write_bytes(picture)
-            continue
-        export_label(path, label, bundle.targets, source=source, legend=bundle.legend)
+        elif (kind := _kind_of_surfaces(format)) is not None:
+            _write_surfaces(path, kind, folder / "decoded" / format, label, bundle)
+        else:
+            export_label(path, label, bundle.targets, source=source, legend=bundle.legend)
+    if "sr.dcm" in formats:
+        from delineate.io.dicom_sr import write_report
+
+        out = folder / "out"
+        write_report(out / "label.sr.dcm", out / "label.dcm", by_segment(measured, bundle.channels))
     described = sidecar_of(label, bundle.targets) | about
     with _writing():
         text = json.dumps(described, indent=2, allow_nan=False)
@@ -243,11 +261,35 @@ def _source(subject: Subject) -> Path:
     return next(iter(subject.scans.values()))
 
 
+def _kind_of_surfaces(format: str) -> str | None:
+    """``stl`` of ``stl.zip``, and so on; None for a format that is no surface's."""
+    kind = format.removesuffix(".zip")
+    return kind if kind in WRITERS else None
+
+
+def _write_surfaces(path: Path, kind: str, place: Path, label: LabelVolume, bundle: Applied) -> None:
+    """Write the targets' surfaces to one file: a zip, where ``delineate predict`` writes a file for each target.
+
+    ``place`` is a folder for those, to be made.
+    """
+    masks = bundle.targets.masks(label.voxels)
+    if path.suffix != ".zip":
+        write_surfaces(dict.fromkeys(bundle.targets.names, path), masks, label.grid, bundle.legend)
+        return
+    files = surface_files(place, bundle.targets.names, kind)
+    write_surfaces(files, masks, label.grid, bundle.legend)
+    with _writing(), zipfile.ZipFile(path, "w") as packed:
+        for file in files.values():
+            packed.writestr(zipfile.ZipInfo(file.name), file.read_bytes(), zipfile.ZIP_DEFLATED)
+
+
 def _check_outputs(options: Options, bundle: Applied, source: Path) -> None:
     """Raise :class:`BadFormat` for a result that could not be written in the end."""
     for format in options.outputs:
-        if format not in ("json", "png"):
-            check_label_format(format)
+        if (kind := _kind_of_surfaces(format)) is not None:
+            check_surface_format(kind)
+        elif format not in ("json", "png"):
+            check_label_format("dcm" if format == "sr.dcm" else format)
     if any(format.endswith("dcm") for format in options.outputs) and not is_series(source):
         raise BadFormat("a label in DICOM refers to a DICOM series", fix="send the series, or ask for another format")
 

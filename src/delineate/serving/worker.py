@@ -28,21 +28,17 @@ from types import FrameType
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 import zmq
 from msgspec.structs import replace
 
-from delineate.bundle import Bundle
 from delineate.compute import ComputePlan, plan_compute, torch_threads
-from delineate.core.grid import Grid
-from delineate.core.volume import Volume
 from delineate.errors import Cancelled, DelineateError, OutputError, TooLarge, error_of
-from delineate.inference.predictor import Predictor
 from delineate.serving import stages
 from delineate.serving.calling import connect, new_socket
 from delineate.serving.keys import KeyFile
 from delineate.serving.models import bundle_of, changed, offered
+from delineate.serving.networks import Networks
 from delineate.serving.protocol import (
     CREDIT,
     MOST_PAYLOAD,
@@ -80,8 +76,6 @@ _PING_S = 2.0
 _AGAIN_S = 5.0
 _AHEAD_S = 10.0
 """Before a job has less than this to go, the next is not fetched: another worker may be free for it sooner."""
-_WARM = 4
-"""Networks that are kept ready."""
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
@@ -168,7 +162,7 @@ class Worker:
         self._cancel_s, self._on_welcome, self._on_end = cancel_s, on_welcome, on_end
         self._stopping = False
         # The main thread's
-        self._networks: dict[str, tuple[Bundle, torch.nn.Module]] = {}
+        self._networks = Networks(models, self._plan)
         self._offer = -1
         # The talking thread's
         self._tasks: dict[str, _Task] = {}
@@ -272,7 +266,8 @@ class Worker:
                 task.others_s += time.monotonic() - began
 
         try:
-            about, seconds = stages.segment(task.folder, self._predictor(task.work), on_tile)
+            predictor = self._networks.predictor(task.work.model.sha256, task.work.options)
+            about, seconds = stages.segment(task.folder, predictor, on_tile)
         except DelineateError as caught:
             failure = caught
         except Exception as caught:
@@ -302,50 +297,13 @@ class Worker:
             self.stop()
         return failure
 
-    def _predictor(self, work: Work) -> Predictor:
-        options, (bundle, network) = work.options, self._network(work.model.sha256)
-        return Predictor(
-            [bundle],
-            self._plan,
-            networks=[network],
-            overlap=options.overlap,
-            flips=options.flips,
-            mirrored=options.mirrored,
-        )
-
-    def _network(self, sha256: str) -> tuple[Bundle, torch.nn.Module]:
-        """A bundle and its network; the last few are kept."""
-        found = self._networks.pop(sha256, None)
-        if found is None:
-            bundle = bundle_of(self.models, sha256)
-            found = bundle, bundle.trained_network()
-            while len(self._networks) >= _WARM:
-                del self._networks[next(iter(self._networks))]
-            if self._plan.device.type != "cpu":
-                self._try(*found)
-        self._networks[sha256] = found
-        return found
-
-    def _try(self, bundle: Bundle, network: torch.nn.Module) -> None:
-        """Apply a network to noise: the first time, a device takes seconds to choose how to compute."""
-        shape = bundle.geometry.shape
-        noise = np.random.default_rng(0).standard_normal((len(bundle.channels), *shape), dtype=np.float32)
-        with suppress(DelineateError):
-            Predictor([bundle], self._plan, networks=[network]).predict(
-                Volume(noise, Grid.of_spacing(shape, bundle.spacing_mm))
-            )
-
     def _refresh(self) -> None:
         """Get the networks of a changed offer ready before the first scan comes."""
         now = changed(self.models)
         if now == self._offer or self._stopping:
             return
         self._offer, self._own = now, tuple({model.sha256: None for model in offered(self.models).values()})
-        for sha256 in self._own[:_WARM]:
-            try:
-                self._network(sha256)
-            except DelineateError as error:
-                _LOG.warning("bundle %s cannot be used: %s", sha256[:12], error)
+        self._networks.warm_up(self._own)
         if self._key is not None:
             self._post(self._introduce)
 

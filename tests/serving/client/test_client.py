@@ -584,6 +584,14 @@ def test_options_are_checked_here(door, scan: Path) -> None:
             client.submit(scan, overlapp=0.5)  # type: ignore[call-arg]
         with pytest.raises(errors.ServingError, match="cannot be asked for"):
             client.submit(scan, overlap=2.0)
+        with pytest.raises(errors.ServingError, match="there is no output 'stl'") as refused:
+            client.submit(scan, outputs=[".vtk", "stl"])
+        assert "stl.zip" in refused.value.fix
+        client.ping()
+        assert client._welcome is not None
+        client._welcome = replace(client._welcome, outputs=("nii.gz", "json"))  # as an older server says
+        with pytest.raises(errors.ServingError, match=r"the server writes no \.vtk"):
+            client.submit(scan, outputs=["nii.gz", "vtk"])
         with pytest.raises(errors.UnknownModel, match="lung"):
             client.submit(scan, model="lung")
         with pytest.raises(errors.MissingFile):

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import zipfile
 from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom import Dataset, dcmread
 
 from delineate.bundle import Bundle
 from delineate.compute import plan_compute
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
+from delineate.errors import BadFormat
 from delineate.inference.predictor import Predictor
 from delineate.io.formats import read_label, read_volume, write_volume
 from delineate.io.rtstruct import read_structures
 from delineate.reporting.overlays import picture_of_label
 from delineate.serving import stages
+from delineate.serving.formats import OUTPUTS
 from delineate.serving.protocol import Options, Part
 
 SHAPE = (12, 10, 8)
@@ -53,12 +57,11 @@ def test_every_format_is_segmented_as_by_predict(server, bundles, scans, tmp_pat
 
 
 def test_every_format_asked_for_comes_as_predict_writes_it(server, bundles, scans, tmp_path) -> None:
+    wanted = [name for name in OUTPUTS if not name.endswith(("dcm", "json"))]
     with server.client() as client:
-        wanted = ("nii.gz", "vtk", "vti", "seg.nrrd", "png")
         result = client.segment(scans["mha"], tmp_path / "a2.vtk", model="one", outputs=wanted)
-        from_dicom = client.segment(scans["dicom"], tmp_path / "series.dcm", model="one")
     assert sorted(path.name for path in result.files) == sorted(f"a2.{name}" for name in (*wanted, "json"))
-    for format in ("vtk", "vti", "seg.nrrd"):
+    for format in ("mha", "nrrd", "vtk", "vti", "seg.nrrd"):
         [expected] = bundles.predicted("one", scans["mha"], format=format)
         assert (tmp_path / expected.name).read_bytes() == expected.read_bytes()
         if format == "vtk":
@@ -66,12 +69,56 @@ def test_every_format_asked_for_comes_as_predict_writes_it(server, bundles, scan
             assert (tmp_path / "a2.nii.gz").read_bytes() == expected.with_suffix(".nii.gz").read_bytes()
     assert {name: result.about[name] for name in beside} == beside
     assert result.about["notice"] == "Not for diagnosis."
+    assert result.about["computed"] == {"engines": ["torch"], "device": "cpu", "precision": "fp32", "threads": 1}
     bundle = Bundle.load(bundles.folders["one"])
     picture = picture_of_label(read_volume(scans["mha"]), read_label(tmp_path / "a2.nii.gz"), bundle.targets)
     assert (tmp_path / "a2.png").read_bytes() == picture
+
+
+def test_surfaces_are_those_that_predict_writes(server, bundles, scan, tmp_path) -> None:
+    path, names = scan(tmp_path / "a.nii.gz", 5), ["stl.zip", "obj.zip", "vtp.zip"]
+    with server.client() as client:
+        client.segment(path, tmp_path / "out/a.glb", model="one", outputs=names)
+    for kind in ("stl", "obj", "vtp"):
+        [label] = bundles.predicted("one", path, "--surfaces", kind)
+        expected = {file.name: file.read_bytes() for file in (label.parent / "surfaces/a").iterdir()}
+        with zipfile.ZipFile(tmp_path / f"out/a.{kind}.zip") as packed:
+            assert {name: packed.read(name) for name in packed.namelist()} == expected
+        assert set(expected) == {f"liver.{kind}", f"tumour.{kind}"}
+    [label] = bundles.predicted("one", path, "--surfaces", "glb")
+    assert (tmp_path / "out/a.glb").read_bytes() == (label.parent / "surfaces/a.glb").read_bytes()
+
+
+def test_surfaces_without_what_draws_them_are_refused_before_anything_is_computed(
+    scans, predictor, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vtkmodules.vtkFiltersCore", None)
+    with pytest.raises(BadFormat, match="surfaces need") as refused:
+        staged(tmp_path / "job", scans["nii.gz"], "nii.gz", predictor, np.zeros(SHAPE, np.uint8), "stl.zip")
+    assert "delineate[surfaces]" in refused.value.fix
+    assert not (tmp_path / "job/out").exists()
+
+
+def test_a_report_of_what_was_measured_comes_with_a_segmentation_in_dicom(server, bundles, scans, tmp_path) -> None:
+    with server.client() as client:
+        answer = client.segment(scans["dicom"], tmp_path / "series.dcm", model="one")
+        client.segment(scans["dicom"], tmp_path / "again.sr.dcm", model="one")
+    assert answer.seconds.keys() >= {"receive", "wait", "decode", "preprocess", "infer", "undo", "write"}
+    assert {path.name for path in answer.files} == {"series.dcm", "series.sr.dcm", "series.json"}
     [expected] = bundles.predicted("one", scans["dicom"], format="dcm")
-    assert same(read_label(tmp_path / "series.dcm"), read_label(expected))
-    assert from_dicom.seconds.keys() >= {"receive", "wait", "decode", "preprocess", "infer", "undo", "write"}
+    for name in ("series", "again"):
+        segmentation, report = dcmread(tmp_path / f"{name}.dcm"), dcmread(tmp_path / f"{name}.sr.dcm")
+        assert same(read_label(tmp_path / f"{name}.dcm"), read_label(expected))
+        assert lasting(segmentation) == lasting(dcmread(expected))
+        assert lasting(report) == lasting(dcmread(expected.with_suffix(".sr.dcm")))
+        [evidence] = report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
+        [refers] = evidence.ReferencedSOPSequence
+        assert refers.ReferencedSOPInstanceUID == segmentation.SOPInstanceUID
+
+
+def lasting(data: Dataset) -> list[str]:
+    """What a DICOM file says but for times and UIDs, many of which are made anew with each file."""
+    return [str(element) for element in data.iterall() if element.VR not in ("DA", "TM", "DT", "UI", "SQ")]
 
 
 def test_channels_and_a_quantity_are_taken_by_name(server, bundles, scan, tmp_path) -> None:

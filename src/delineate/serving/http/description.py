@@ -13,6 +13,7 @@ from delineate.serving.protocol import Model, Output, Problem
 
 KINDS = {
     "gz": "application/gzip", "json": "application/json", "png": "image/png", "dcm": "application/dicom",
+    "zip": "application/zip", "glb": "model/gltf-binary",
 }  # fmt: skip
 """Content types of outputs, by the last part of their names."""
 

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from delineate.errors import DelineateError, ProtocolError, TooLarge, Truncated
-from delineate.serving.protocol import FORMATS, OUTPUTS, Model, Options, Output, Part, Problem, Progress, State
+from delineate.serving.formats import OUTPUTS
+from delineate.serving.protocol import FORMATS, Model, Options, Output, Part, Problem, Progress, State
 
 _MOST_SIZE = 2**36
 
@@ -85,7 +86,8 @@ class Wish(BaseModel):
     )
     outputs: str = Field(
         "nii.gz,json",
-        description=f"Formats of the result, separated by commas: {', '.join(OUTPUTS)}. A .json always comes along.",
+        description=f"Formats of the result, separated by commas: {', '.join(OUTPUTS)}. A .json always comes along, "
+        "a nii.gz with a vtk, and the report sr.dcm with a dcm.",
     )
     overlap: float | None = Field(None, description="Share by which tiles overlap, 0 to 0.9.")
     flips: str | None = Field(None, description="Axes along which the scan is flipped, too: x, xy, xyz, …")
