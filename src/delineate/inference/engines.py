@@ -1,42 +1,53 @@
-"""Trained networks run by another engine than PyTorch, where a trial shows that it is faster and decides alike."""
+"""Trained networks run by another engine than PyTorch, where a trial shows that it is faster and decides alike.
+
+Both the converted network and what the trial found are kept on the disk, for processes to come.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from math import sqrt
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from delineate.compute import Choice, ComputePlan
+from delineate.inference.converted import Converted, Kept, Trial
 from delineate.inference.sliding import Network
 
 _MOST_OTHERWISE = 1e-4
 """Of so many voxels, an engine may decide otherwise than PyTorch does in float32."""
 _WORTH = 1.1
 """An engine is used if it is faster by this factor."""
-_TRIAL_AFTER_S = 2.0
+_TRIAL_S = 2.0
 """A trial takes about as long; work that PyTorch does sooner needs none."""
 
 Told = Callable[[Choice], object]
 
 
 class OpenVino:
-    """A network compiled by OpenVINO for inputs of one shape: tensors (B, C, *space) like ``example``, or fewer than B.
+    """A network compiled by OpenVINO for inputs of one shape: tensors (B, C, *space) with at most ``batch`` inputs.
 
-    Convolutions run in the plan's precision; inputs and outputs are float32. The network is traced: its path must
-    depend on nothing but the shape. What tracer or engine cannot take raises errors of theirs.
+    Convolutions run in the plan's precision; inputs and outputs are float32.
     """
 
-    def __init__(self, network: nn.Module, example: Tensor, plan: ComputePlan) -> None:
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or it reports each import
-        import openvino
+    def __init__(self, compiled: Any, batch: int) -> None:
+        self._compiled, self.batch = compiled, batch
+
+    @classmethod
+    def converted(cls, network: nn.Module, example: Tensor, plan: ComputePlan) -> Self:
+        """``network`` for inputs like ``example`` (B, C, *space).
+
+        It is traced: its path must depend on nothing but the shape. What tracer or engine cannot take raises errors of
+        theirs.
+        """
+        core = _openvino()
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -46,12 +57,18 @@ class OpenVino:
             front = FrontEndManager().load_by_framework("pytorch")
             model = front.convert(front.load(decoder))
         model.reshape(list(example.shape))
-        settings = {
-            "INFERENCE_PRECISION_HINT": "bf16" if plan.precision == "bf16" else "f32",
-            "INFERENCE_NUM_THREADS": plan.threads,
-        }
-        self._compiled = openvino.Core().compile_model(model, "CPU", settings)
-        self.batch = len(example)
+        return cls(core.compile_model(model, "CPU", _settings(plan)), len(example))
+
+    @classmethod
+    def of_kept(cls, kept: Kept, plan: ComputePlan) -> Self:
+        """What :attr:`exported` was. Raises errors of OpenVINO's."""
+        return cls(_openvino().import_model(kept.exported, "CPU", _settings(plan)), kept.batch)
+
+    @property
+    def exported(self) -> bytes:
+        """The compiled network, for the same version of OpenVINO on the same kind of processor."""
+        exported: bytes = self._compiled.export_model().getvalue()
+        return exported
 
     def __call__(self, x: Tensor) -> Tensor:
         images = np.ascontiguousarray(x.numpy())
@@ -66,31 +83,65 @@ class Tried:
     ``network`` has the weights, and ``run`` is how PyTorch runs it. The trial compares both on the input at hand. With
     ``exclusive``, the largest output decides about a voxel, otherwise the sign of each. ``told`` hears of the choice.
     Where the plan asks for OpenVINO, it is tried at once and used however fast it is, unless it decides otherwise.
+    What was ``converted`` and tried by an earlier process is used at once.
     """
 
-    def __init__(self, network: nn.Module, run: Network, plan: ComputePlan, exclusive: bool, told: Told) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        run: Network,
+        plan: ComputePlan,
+        exclusive: bool,
+        told: Told,
+        converted: Converted | None = None,
+    ) -> None:
         self._network, self._run, self._plan, self._exclusive, self._told = network, run, plan, exclusive, told
-        self._demanded = plan.engine == "openvino"
-        self._seconds: dict[tuple[int, ...], float] = defaultdict(float)
+        self._demanded, self._converted = plan.engine == "openvino", converted
+        self._seconds: dict[tuple[int, ...], list[float]] = {}
         self._engines: dict[tuple[int, ...], OpenVino | None] = {}
+        self._ahead = 0
+
+    def expect(self, passes: int) -> None:
+        """So many passes are ahead, as far as is known, which decides how soon a trial pays."""
+        self._ahead = passes
 
     def __call__(self, x: Tensor) -> Tensor:
         shape = tuple(x.shape[1:])
+        if shape not in self._seconds:  # the first of its kind
+            self._seconds[shape] = []
+            if (engine := self._kept(shape)) is not None:
+                self._engines[shape] = engine
+        self._ahead -= 1
         if shape not in self._engines:
             began = time.perf_counter()
             answer = self._run(x)
-            took = time.perf_counter() - began
-            self._seconds[shape] += took
-            if self._demanded or self._seconds[shape] > _TRIAL_AFTER_S:
-                self._engines[shape], choice = self._try(x, answer, took)
+            seconds = self._seconds[shape]
+            seconds.append(time.perf_counter() - began)
+            if self._demanded or trial_pays(seconds, self._ahead):
+                self._engines[shape], choice = self._try(x, answer, seconds[-1])
                 self._told(choice)
             return answer
         engine = self._engines[shape]
         return self._run(x) if engine is None else torch.cat([engine(some) for some in torch.split(x, engine.batch)])
 
+    def _kept(self, shape: tuple[int, ...]) -> OpenVino | None:
+        """The engine that an earlier process has tried, if it was found to be fast enough."""
+        if self._converted is None or (kept := self._converted.find(shape)) is None:
+            return None
+        trial = kept.trial
+        if not self._demanded and (trial.faster is None or trial.faster <= _WORTH):
+            return None
+        try:
+            engine = OpenVino.of_kept(kept, self._plan)
+        except Exception:  # whatever it was: the network can be converted again
+            return None
+        speed = "as requested" if self._demanded else f"{trial.faster:.1f} times as fast as PyTorch"
+        self._told(Choice("engine", "OpenVINO", f"{speed}; {_alike(trial)}, as an earlier trial found"))
+        return engine
+
     def _try(self, x: Tensor, answer: Tensor, torch_s: float) -> tuple[OpenVino | None, Choice]:
         try:
-            engine = OpenVino(self._network, x, self._plan)
+            engine = OpenVino.converted(self._network, x, self._plan)
         except Exception as error:  # whatever it was: this engine cannot, and the other can
             return None, _pytorch(f"OpenVINO cannot run this network: {' '.join(str(error).split())[-300:]}")
         if self._plan.precision != "fp32":
@@ -101,21 +152,57 @@ class Tried:
         share = count / otherwise.numel()
         if count > most + 2 * sqrt(most):  # beyond what is chance in so few voxels
             return None, _pytorch(f"OpenVINO decides otherwise for {share:.2%} of the voxels")
-        alike = f"{1 - share:.3%} of the voxels are decided alike"
         if self._demanded:  # PyTorch's first pass would be no measure of its speed
-            return engine, Choice("engine", "OpenVINO", f"as requested; {alike}")
-        times = []
-        for _ in range(2):
-            began = time.perf_counter()
-            engine(x)
-            times.append(time.perf_counter() - began)
-        why = f"{torch_s / min(times):.1f} times as fast as PyTorch here; {alike}"
-        if torch_s > _WORTH * min(times):
-            return engine, Choice("engine", "OpenVINO", why)
-        return None, _pytorch(f"OpenVINO is {why}")
+            trial, why = Trial(1 - share), "as requested"
+        else:
+            times = []
+            for _ in range(2):
+                began = time.perf_counter()
+                engine(x)
+                times.append(time.perf_counter() - began)
+            faster = torch_s / min(times)
+            trial, why = Trial(1 - share, faster), f"{faster:.1f} times as fast as PyTorch here"
+            if faster <= _WORTH:
+                return None, _pytorch(f"OpenVINO is {why}; {_alike(trial)}")
+        self._keep(tuple(x.shape[1:]), engine, trial)
+        return engine, Choice("engine", "OpenVINO", f"{why}; {_alike(trial)}")
+
+    def _keep(self, shape: tuple[int, ...], engine: OpenVino, trial: Trial) -> None:
+        if self._converted is None:
+            return
+        with suppress(Exception):  # the next process can convert it again
+            self._converted.keep(shape, Kept(engine.exported, engine.batch, trial))
 
     def _decisions(self, outputs: Tensor) -> Tensor:
         return outputs.argmax(1) if self._exclusive else outputs > 0
+
+
+def trial_pays(seconds: Sequence[float], ahead: int) -> bool:
+    """Whether to try another engine, after passes that took PyTorch so many ``seconds`` and with others ``ahead``.
+
+    It pays once PyTorch has run for as long as a trial takes, or would for what is ahead. The first pass takes longer
+    than the others and is no measure.
+    """
+    return len(seconds) > 1 and max(sum(seconds), seconds[-1] * ahead) > _TRIAL_S
+
+
+def _alike(trial: Trial) -> str:
+    return f"{trial.alike:.3%} of the voxels are decided alike"
+
+
+def _openvino() -> Any:
+    """OpenVINO's core."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or it reports each import
+    import openvino
+
+    return openvino.Core()
+
+
+def _settings(plan: ComputePlan) -> dict[str, Any]:
+    return {
+        "INFERENCE_PRECISION_HINT": "bf16" if plan.precision == "bf16" else "f32",
+        "INFERENCE_NUM_THREADS": plan.threads,
+    }
 
 
 def _pytorch(why: str) -> Choice:

@@ -21,6 +21,7 @@ from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something
 from delineate.errors import BundleError
 from delineate.fingerprint import Oddity, oddities
+from delineate.inference.converted import Converted
 from delineate.inference.engines import Told, Tried
 from delineate.inference.postprocess import postprocess
 from delineate.inference.sliding import Network, Sliding
@@ -107,6 +108,7 @@ class Predictor:
         self.calibration = None if first.folder is None else Calibration.load(first.folder)
         self._sliding = []
         self._networks: list[Network] = []
+        self._scans_ahead = 1
         for choice in plan.choices:
             told(choice)
         for i, bundle in enumerate(bundles):
@@ -114,9 +116,11 @@ class Predictor:
             dimensions = bundle.recipe.network.dimensions
             placed = plan.place(network, dimensions).eval()
             run: Network = plan.compiled(placed)
-            self._networks.append(
-                run if plan.engine == "torch" else Tried(placed, run, plan, first.targets.exclusive, told)
-            )
+            if plan.engine != "torch":
+                exclusive = first.targets.exclusive
+                converted = Converted.of(placed, bundle.recipe.network, plan, exclusive)
+                run = Tried(placed, run, plan, exclusive, told, converted)
+            self._networks.append(run)
             inference = bundle.recipe.inference
             self._sliding.append(
                 Sliding(
@@ -131,6 +135,10 @@ class Predictor:
                     budget_bytes=budget_bytes,
                 )
             )
+
+    def expect(self, scans: int) -> None:
+        """So many scans are ahead. They are taken to be like the first, which decides how soon a trial pays."""
+        self._scans_ahead = scans
 
     def oddities(self, volume: Volume) -> list[Oddity]:
         """Anything unusual about a scan, found before it is segmented."""
@@ -157,6 +165,10 @@ class Predictor:
             prepared, undo = bundle.pipeline.apply(volume)
             clock.lap("preprocess")
             geometry = bundle.geometry_of(prepared.grid.shape)
+            if isinstance(network, Tried):
+                passes = sliding.passes(prepared.grid.shape, geometry) * (2 if self._mirrored else 1)
+                alike = self._scans_ahead if geometry == bundle.geometry else 1
+                network.expect(passes * alike)
             found = sliding.probabilities(network, prepared.voxels, geometry, progress)
             scores.append(_Scores(found, undo))
             if self._mirrored and (axes := tuple(AXES.index(axis) + 1 for axis in _mirrors(bundle))):
@@ -166,6 +178,7 @@ class Predictor:
             clock.lap("network")
             borders = geometry.borders(prepared.grid.shape, sliding.overlap, sliding.advance)
             seams.append([seam_score(p, borders) for p in self._of_targets(found)])
+        self._scans_ahead = max(1, self._scans_ahead - 1)
         decision = self._decide(scores, volume.grid)
         clock.lap("undo")
         masks = postprocess(decision.masks, self.targets, volume.grid, self.bundles[0].recipe.postprocessing)
