@@ -82,7 +82,8 @@ class Tried:
 
     ``network`` has the weights, and ``run`` is how PyTorch runs it. The trial compares both on the input at hand. With
     ``exclusive``, the largest output decides about a voxel, otherwise the sign of each. ``told`` hears of the choice.
-    Where the plan asks for OpenVINO, it is tried at once and used however fast it is, unless it decides otherwise.
+    Where the plan asks for OpenVINO, it is tried at once and used however fast it is, unless it decides otherwise:
+    then all answers are one engine's.
     What was ``converted`` and tried by an earlier process is used at once.
     """
 
@@ -120,7 +121,8 @@ class Tried:
             if self._demanded or trial_pays(seconds, self._ahead):
                 self._engines[shape], choice = self._try(x, answer, seconds[-1])
                 self._told(choice)
-            return answer
+            if not self._demanded or self._engines[shape] is None:
+                return answer
         engine = self._engines[shape]
         return self._run(x) if engine is None else torch.cat([engine(some) for some in torch.split(x, engine.batch)])
 
