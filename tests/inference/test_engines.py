@@ -119,6 +119,27 @@ print(sent)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
+def test_ctrl_c_is_still_heard_after_engines_have_come_and_gone() -> None:
+    """In any order: OpenVINO's own stack for signals, where the processor has AMX, is not to outlive its engine."""
+    code = """
+import signal
+import torch
+from delineate.compute import plan_compute
+from delineate.inference.engines import OpenVino
+plan = plan_compute(device="cpu")
+network = torch.nn.Conv2d(1, 1, 3).eval()
+engines = [OpenVino.converted(network, torch.zeros(1, 1, 8, size), plan) for size in (8, 9)]
+del engines[0]
+del engines[0]
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert (done.stdout, done.returncode) == ("interrupted\n", 0), done.stderr
+
+
 def test_each_shape_of_input_is_tried_on_its_own() -> None:
     network, told = nn.Conv2d(1, 2, 3, padding=1).eval(), list[Choice]()
     run = tried(network, "openvino", told)

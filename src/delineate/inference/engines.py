@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from math import sqrt
 from typing import Any, Self
 
@@ -192,8 +193,14 @@ def _alike(trial: Trial) -> str:
     return f"{trial.alike:.3%} of the voxels are decided alike"
 
 
+@cache
 def _openvino() -> Any:
-    """OpenVINO's core."""
+    """OpenVINO's ``Core``: one, kept to the end of the process.
+
+    Each has a stack of its own for signals, with room for the AMX registers, and lays it down when it goes. Of two that
+    go in the order in which they came, the second gives the process back the first's, which is not there any more, and
+    the next Ctrl-C is a segmentation fault.
+    """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or it reports each import
     import openvino
 

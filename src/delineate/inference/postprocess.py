@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from delineate.core.components import connected_components
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.recipe import PostprocessingSpec
@@ -36,9 +37,7 @@ def postprocess(masks: NDArray[np.bool_], targets: Targets, grid: Grid, spec: Po
 
 
 def _chosen_components(mask: NDArray[np.bool_], *, largest: bool, minimum_voxels: float) -> NDArray[np.bool_]:
-    import cc3d
-
-    components, count = cc3d.connected_components(mask, connectivity=26, return_N=True)
+    components, count = connected_components(mask)
     sizes = np.bincount(components.ravel(), minlength=count + 1)
     sizes[0] = 0
     kept = sizes >= max(minimum_voxels, 1)

@@ -8,6 +8,8 @@ from math import nan
 import numpy as np
 from numpy.typing import NDArray
 
+from delineate.core.components import connected_components
+
 Mask = NDArray[np.bool_]
 
 
@@ -72,9 +74,7 @@ class Lesions:
 
 def _components(mask: Mask, other: Mask) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Sizes of a mask's components, and the fraction of each that lies in the other mask."""
-    import cc3d  # slow to import
-
-    labels, count = cc3d.connected_components(mask, connectivity=26, return_N=True)
+    labels, count = connected_components(mask)
     inside = labels[mask]  # only the mask's voxels: a fraction of the volume
     sizes = np.bincount(inside, minlength=count + 1)[1:]
     covered = np.bincount(inside, weights=other[mask], minlength=count + 1)[1:]
