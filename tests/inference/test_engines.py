@@ -204,7 +204,7 @@ def test_an_ensemble_keeps_an_engine_for_each_network(bundle: Path) -> None:
 
 
 def test_how_many_passes_are_ahead_is_known(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two scans of 2 × 2 × 1 tiles, eight in a batch, and one flip: by the end none is ahead."""
+    """Two scans of 2 × 2 × 1 tiles, two in a batch, and one flip: by the end none is ahead."""
     ahead: list[int] = []
     monkeypatch.setattr(engines, "trial_pays", lambda seconds, left: ahead.append(left))
     monkeypatch.setattr(sliding, "VOXELS_PER_BATCH", {"cpu": 2 * 16 * 16 * 8})
