@@ -165,7 +165,7 @@ def bench_pass(quick: bool) -> list[Row]:
     for tiles in (1, 8):
         x = torch.randn(tiles, 1, *sides)
         placed = x.contiguous(memory_format=plan.memory_format(3))
-        engine = OpenVino(network, x, plan)
+        engine = OpenVino.converted(network, x, plan)
 
         def planned(x: Tensor = placed) -> None:
             with plan.autocast():

@@ -51,6 +51,14 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A home folder of the tests' own: the user's prepared scans and converted networks are left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DELINEATE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real labelled volumes; tests that need it skip, saying so, where it is absent."""

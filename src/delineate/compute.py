@@ -321,7 +321,7 @@ def _choose_engine(wanted: Engine, device: torch.device, compile: Compile) -> tu
         return "torch", "compiled, as requested"
     if not there:
         return "torch", "pip install 'delineate[openvino]' may predict faster"
-    return "auto", "a trial will show"
+    return "auto", "a trial shows, or an earlier one has"
 
 
 def _device_name(device: torch.device) -> str:

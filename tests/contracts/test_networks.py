@@ -107,7 +107,7 @@ def test_another_engine_gives_the_same_answer(spec) -> None:
     network, image = spec.build(2, 3).eval(), image_for(spec)
     with torch.inference_mode():
         expected = finest(network(image))
-        found = OpenVino(network, image, plan_compute(device="cpu", precision="fp32", compile="off"))(image)
+        found = OpenVino.converted(network, image, plan_compute(device="cpu", precision="fp32", compile="off"))(image)
     torch.testing.assert_close(found, expected, atol=1e-3 * expected.abs().max().item(), rtol=1e-3)
 
 

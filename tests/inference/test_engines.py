@@ -20,7 +20,7 @@ from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.errors import RecipeError
-from delineate.inference import engines
+from delineate.inference import engines, sliding
 from delineate.inference.engines import Tried
 from delineate.inference.predictor import Predictor
 from delineate.io.formats import read_label, write_volume
@@ -66,12 +66,21 @@ def test_smaller_and_larger_batches_get_the_same_answers() -> None:
     assert "100.000% of the voxels are decided alike" in told[0].why
 
 
+def test_a_trial_begins_as_soon_as_it_pays() -> None:
+    """Two seconds of PyTorch pay for it, past ones or those to come; the first pass is no measure."""
+    assert engines.trial_pays([1.5, 0.6], 0)
+    assert not engines.trial_pays([1.2, 0.6], 0)
+    assert engines.trial_pays([0.9, 0.01], 300)
+    assert not engines.trial_pays([0.9, 0.01], 100)
+    assert not engines.trial_pays([9.0], 1000)
+
+
 @pytest.mark.parametrize(("network", "why"), [(Chaos(), "decides otherwise"), (Unknown(), "cannot run")])
 def test_what_decides_otherwise_or_cannot_run_is_left_to_pytorch(
     network: nn.Module, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch.inference_mode():
-        monkeypatch.setattr(engines, "_TRIAL_AFTER_S", 0.0)
+        monkeypatch.setattr(engines, "_TRIAL_S", 0.0)
         for engine in ("openvino", "auto"):
             told: list[Choice] = []
             run = tried(network, engine, told)
@@ -101,7 +110,7 @@ import torch
 from delineate.compute import plan_compute
 from delineate.inference.engines import OpenVino
 network = torch.nn.Conv2d(1, 1, 3)
-OpenVino(network.eval(), torch.zeros(1, 1, 8, 8), plan_compute(device="cpu"))
+OpenVino.converted(network.eval(), torch.zeros(1, 1, 8, 8), plan_compute(device="cpu"))
 import openvino
 assert sys.modules["openvino_telemetry"] is None
 print(sent)
@@ -119,7 +128,7 @@ from delineate.compute import plan_compute
 from delineate.inference.engines import OpenVino
 plan = plan_compute(device="cpu")
 network = torch.nn.Conv2d(1, 1, 3).eval()
-engines = [OpenVino(network, torch.zeros(1, 1, 8, size), plan) for size in (8, 9)]
+engines = [OpenVino.converted(network, torch.zeros(1, 1, 8, size), plan) for size in (8, 9)]
 del engines[0]
 del engines[0]
 try:
@@ -171,6 +180,11 @@ def test_what_was_tried_is_kept_for_the_shapes_used_last(monkeypatch: pytest.Mon
     assert counts == [1, 2, 2, 3, 3, 4], "5 was used after 6, so 6 made room for 7"
 
 
+def noise(shape: tuple[int, int, int]) -> Volume:
+    voxels = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
+    return Volume(voxels, Grid.of_spacing(shape, (1, 1, 3)))
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained network; where its targets lie depends on every voxel."""
@@ -191,38 +205,52 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_predict_writes_the_same_label_with_either_engine(bundle: Path, tmp_path: Path) -> None:
-    voxels = np.random.default_rng(0).normal(size=(1, 30, 26, 14)).astype(np.float32)
-    write_volume(tmp_path / "scan.nii.gz", Volume(voxels, Grid.of_spacing((30, 26, 14), (1, 1, 3))))
-    labels = []
-    for engine in ("torch", "openvino"):
-        words = ["predict", bundle, tmp_path / "scan.nii.gz", "-o", tmp_path / engine, "--engine", engine]
+def test_predict_writes_the_same_label_with_either_engine(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELINEATE_HOME", str(tmp_path / "home"))
+    write_volume(tmp_path / "scan.nii.gz", noise((30, 26, 14)))
+    labels, said = [], []
+    for out, engine in (("torch", "torch"), ("first", "openvino"), ("again", "openvino")):
+        words = ["predict", bundle, tmp_path / "scan.nii.gz", "-o", tmp_path / out, "--engine", engine]
         done = CliRunner().invoke(app, [*map(str, words), "--device", "cpu", "--precision", "fp32"])
         assert done.exit_code == 0, done.output
-        assert ("engine: OpenVINO (" in done.stderr) == (engine == "openvino")
-        labels.append(read_label(tmp_path / engine / "scan.nii.gz").voxels)
+        said.append(("engine: OpenVINO (" in done.stderr, "as an earlier trial found" in done.stderr))
+        labels.append(read_label(tmp_path / out / "scan.nii.gz").voxels)
+    assert said == [(False, False), (True, False), (True, True)]
     assert len(np.unique(labels[0])) == 3
-    assert (labels[0] == labels[1]).mean() > 0.9999
+    assert all((labels[0] == label).mean() > 0.9999 for label in labels[1:])
 
 
 def test_an_ensemble_keeps_an_engine_for_each_network(bundle: Path) -> None:
     told: list[Choice] = []
     opened = Bundle.load(bundle)
-    volume = Volume(
-        np.random.default_rng(0).normal(size=(1, 16, 16, 8)).astype(np.float32), Grid.of_spacing((16, 16, 8), (1, 1, 3))
-    )
+    volume = noise((16, 16, 8))
     both = Predictor([opened, opened], PLAN, told=told.append)
     label = both.predict(volume).label.voxels
-    assert sum(one.why.endswith("decided alike") for one in told) == 2
+    assert [one.choice for one in told if "decided alike" in one.why] == ["OpenVINO"] * 2
     alone = Predictor([opened], replace(PLAN, engine="torch")).predict(volume).label.voxels
     assert (label == alone).mean() > 0.999
 
 
-def test_a_prediction_says_which_engines_gave_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_TRIAL_AFTER_S", 0.0)
+def test_how_many_passes_are_ahead_is_known(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two scans of 2 × 2 × 1 tiles, two in a batch, and one flip: by the end none is ahead."""
+    ahead: list[int] = []
+    monkeypatch.setattr(engines, "trial_pays", lambda seconds, left: ahead.append(left))
+    monkeypatch.setattr(sliding, "VOXELS_PER_BATCH", {"cpu": 2 * 16 * 16 * 8})
+    predictor = Predictor([Bundle.load(bundle)], replace(PLAN, engine="auto"))
+    predictor.expect(2)
+    for _ in range(2):
+        predictor.predict(noise((20, 20, 8)))
+    assert ahead == [7, 6, 5, 4, 3, 2, 1, 0]
+
+
+def test_a_prediction_says_which_engines_gave_it(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELINEATE_HOME", str(tmp_path))
+    monkeypatch.setattr(engines, "_TRIAL_S", 0.0)
     monkeypatch.setattr(engines, "_WORTH", 0.0)
-    opened, grid = Bundle.load(bundle), Grid.of_spacing((16, 16, 8), (1, 1, 3))
-    volume = Volume(np.random.default_rng(0).normal(size=(1, 16, 16, 8)).astype(np.float32), grid)
+    monkeypatch.setattr(sliding, "VOXELS_PER_BATCH", {"cpu": 1})
+    opened, volume = Bundle.load(bundle), noise((20, 20, 8))
     for engine, expected in (("torch", ("torch",)), ("openvino", ("openvino",)), ("auto", ("openvino", "torch"))):
         predictor = Predictor([opened], replace(PLAN, engine=engine))
         assert predictor.predict(volume).engines == expected

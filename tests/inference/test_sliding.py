@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from delineate.compute import plan_compute
+from delineate.inference import sliding
 from delineate.inference.sliding import Sliding
 from delineate.sampling.tiles import TileGeometry
 
@@ -141,6 +142,46 @@ def test_beyond_the_budget_probabilities_lie_on_disk_and_are_the_same() -> None:
     assert isinstance(on_disk, np.memmap)
     assert not isinstance(in_memory, np.memmap)
     np.testing.assert_array_equal(on_disk, in_memory)
+
+
+@pytest.mark.parametrize("axis", [None, 2])
+def test_background_alone_is_computed_once_and_changes_no_bit(axis, monkeypatch) -> None:
+    """Background is neither zero nor the same in all channels; a box in one corner is anything else."""
+    volume = np.array([-0.7, 0.3], np.float32)[:, None, None, None] * np.ones((40, 40, 12), np.float32)
+    volume[:, :9, :9, :5] = volume_of((9, 9, 5))
+    geometry = TileGeometry((8, 8, 8) if axis is None else (8, 8, 1), slice_axis=axis)
+    monkeypatch.setattr(sliding, "VOXELS_PER_BATCH", {"cpu": 3 * 8**3 if axis is None else 3 * 8**2})
+    torch.manual_seed(0)
+    network = (torch.nn.Conv3d if axis is None else torch.nn.Conv2d)(2, 2, 3, padding=1)
+    runs = []
+
+    def counted(x):
+        runs.append(x)
+        return network(x)
+
+    found = SLIDING.probabilities(counted, volume, geometry)
+    assert sum(bool((x == x[:1, :, :1, :1, :1] if axis is None else x == x[:1, :, :1, :1]).all()) for x in runs) <= 2
+    fewer = len(runs)
+    monkeypatch.setattr(sliding, "_only_value", lambda boxes: None)
+    assert np.array_equal(found, SLIDING.probabilities(counted, volume, geometry))
+    assert fewer < (len(runs) - fewer) / 2
+
+
+def test_tiles_of_different_constants_are_told_apart(monkeypatch) -> None:
+    """Zero and minus zero among them: a network may tell them apart, too."""
+    values = np.array([0.2, 0.2, -0.0, 0.0, 0.9], np.float32)
+    volume = np.repeat(values, 8)[None, None, None, :] * np.ones((1, 8, 8, 1), np.float32)
+    alone = replace(SLIDING, outputs=1, overlap=0.0, weights="uniform")
+    seen = []
+
+    def network(x):
+        seen.append(x.flatten()[0].item())
+        return torch.logit(torch.where(torch.signbit(x), 0.5, x).clamp(1e-4, 1 - 1e-4))
+
+    monkeypatch.setattr(sliding, "VOXELS_PER_BATCH", {"cpu": 8**3})
+    found = alone.probabilities(network, volume, TileGeometry((8, 8, 8)))
+    np.testing.assert_allclose(found[0, 0, 0, ::8], [0.2, 0.2, 0.5, 0.0, 0.9], atol=1e-3)
+    assert len(seen) == 4
 
 
 def test_softmax_where_targets_exclude_each_other() -> None:

@@ -165,8 +165,8 @@ Engine = Annotated[
     Literal["auto", "torch", "openvino"],
     typer.Option(
         "--engine",
-        help="Run the network by this engine (auto: OpenVINO if a trial shows it to be faster). OpenVINO is left out "
-        "where it decides otherwise than PyTorch.",
+        help="Run the network by this engine (auto: OpenVINO if a trial, now or earlier, shows it to be faster). "
+        "OpenVINO is left out where it decides otherwise than PyTorch.",
     ),
 ]
 Memory = Annotated[

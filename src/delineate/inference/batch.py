@@ -300,6 +300,7 @@ def carry_out(
     yield from _draw_predicted(outputs, planned.undrawn)
     if planned.ahead:
         made = predictor()
+        made.expect(len(planned.ahead))
         # These formats hold names and colours themselves.
         if not outputs.suffix.endswith((*DICOM_SUFFIXES, SEGMENTATION_SUFFIX)):
             write_legends(outputs.folder, made.targets, made.bundles[0].recipe.data.legend)

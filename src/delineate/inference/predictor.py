@@ -21,6 +21,7 @@ from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something
 from delineate.errors import BundleError
 from delineate.fingerprint import Oddity, oddities
+from delineate.inference.converted import Converted
 from delineate.inference.engines import Told, Tried
 from delineate.inference.postprocess import postprocess
 from delineate.inference.sliding import Network, Sliding
@@ -109,6 +110,7 @@ class Predictor:
         self.calibration = None if first.folder is None else Calibration.load(first.folder)
         self._sliding = []
         self._networks: list[Network] = []
+        self._scans_ahead = 1
         for choice in plan.choices:
             told(choice)
         for i, bundle in enumerate(bundles):
@@ -130,6 +132,10 @@ class Predictor:
                     budget_bytes=budget_bytes,
                 )
             )
+
+    def expect(self, scans: int) -> None:
+        """So many scans are ahead. They are taken to be like the first, which decides how soon a trial pays."""
+        self._scans_ahead = scans
 
     def oddities(self, volume: Volume) -> list[Oddity]:
         """Anything unusual about a scan, found before it is segmented."""
@@ -153,11 +159,15 @@ class Predictor:
         clock = _Clock()
         scores, seams = [], []
         engines: set[str] = set()
-        networks = [_noting(network, engines) for network in self._networks]
-        for bundle, network, sliding in zip(self.bundles, networks, self._sliding, strict=True):
+        for bundle, ready, sliding in zip(self.bundles, self._networks, self._sliding, strict=True):
+            network = _noting(ready, engines)
             prepared, undo = bundle.pipeline.apply(volume)
             clock.lap("preprocess")
             geometry = bundle.geometry_of(prepared.grid.shape)
+            if isinstance(ready, Tried):
+                passes = sliding.passes(prepared.grid.shape, geometry) * (2 if self._mirrored else 1)
+                alike = self._scans_ahead if geometry == bundle.geometry else 1
+                ready.expect(passes * alike)
             found = sliding.probabilities(network, prepared.voxels, geometry, progress)
             scores.append(_Scores(found, undo))
             if self._mirrored and (axes := tuple(AXES.index(axis) + 1 for axis in _mirrors(bundle))):
@@ -167,6 +177,7 @@ class Predictor:
             clock.lap("network")
             borders = geometry.borders(prepared.grid.shape, sliding.overlap, sliding.advance)
             seams.append([seam_score(p, borders) for p in self._of_targets(found)])
+        self._scans_ahead = max(1, self._scans_ahead - 1)
         decision = self._decide(scores, volume.grid)
         clock.lap("undo")
         masks = postprocess(decision.masks, self.targets, volume.grid, self.bundles[0].recipe.postprocessing)
@@ -245,7 +256,9 @@ def ready_network(
     run: Network = plan.compiled(placed)
     if plan.engine == "torch":
         return run
-    return Tried(placed, run, plan, bundle.targets.exclusive, told, at_once=at_once)
+    exclusive = bundle.targets.exclusive
+    converted = Converted.of(placed, bundle.recipe.network, plan, exclusive)
+    return Tried(placed, run, plan, exclusive, told, converted, at_once=at_once)
 
 
 def _noting(network: Network, engines: set[str]) -> Network:

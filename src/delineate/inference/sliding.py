@@ -55,7 +55,8 @@ class Sliding:
         """Probabilities (K, X, Y, Z) of a prepared volume (C, X, Y, Z), or logits where these are brought back.
 
         Tiles advance along one axis. Only planes within reach of the current tiles are accumulated
-        in float32; finished planes are divided by their sum of weights and stored as float16.
+        in float32; finished planes are divided by their sum of weights and stored as float16. Batches of
+        background alone, where each channel has one value, are answered once.
         """
         shape = volume.shape[1:]
         slow = 2 if geometry.slice_axis is None else geometry.slice_axis
@@ -67,9 +68,16 @@ class Sliding:
         window = _Window(self.outputs, plane, geometry.shape[slow], self.plan.device, finish)
         weight = torch.from_numpy(geometry.weights(self.weights)).to(self.plan.device)
         done = 0
+        background: tuple[bytes, Tensor] | None = None
         with torch.inference_mode(), self.plan.autocast():
             for group in self._groups(tiles, geometry):
-                answers = self._answer(network, volume, geometry, group)
+                boxes = np.stack([geometry.to_network(geometry.read(volume, tile)) for tile in group])
+                value = _only_value(boxes)
+                if value is None or background is None or background[0] != value:
+                    answers = self._answer(network, boxes, geometry)
+                    background = background if value is None else (value, answers)
+                else:  # the same input to the bit
+                    answers = background[1]
                 for tile, answer in zip(group, answers, strict=True):
                     inside, where = _clip(tile, shape)
                     window.advance(where[slow].start, finished)
@@ -85,6 +93,17 @@ class Sliding:
             window.advance(shape[slow], finished)
         return result
 
+    def passes(self, shape: tuple[int, int, int], geometry: TileGeometry) -> int:
+        """How often the network runs for a prepared volume of ``shape``."""
+        tiles = len(geometry.tiles(shape, self.overlap, self.advance))
+        return -(-tiles // self._batch_size(geometry)) * len(self._mirrorings(geometry))
+
+    def _mirrorings(self, geometry: TileGeometry) -> list[tuple[int, ...]]:
+        """The dimensions of the network's input (N, C, …) along which each pass is mirrored; in the first, none."""
+        in_plane = [AXES[axis] for axis in range(3) if axis != geometry.slice_axis]
+        flipped = [in_plane.index(axis) + 2 for axis in self.flips if axis in in_plane]
+        return [dims for count in range(len(flipped) + 1) for dims in combinations(flipped, count)]
+
     def _groups(self, tiles: Sequence[Tile], geometry: TileGeometry) -> Iterator[list[Tile]]:
         size = self._batch_size(geometry)
         for first in range(0, len(tiles), size):
@@ -93,30 +112,26 @@ class Sliding:
     def _batch_size(self, geometry: TileGeometry) -> int:
         return max(1, VOXELS_PER_BATCH.get(self.plan.device.type, 2**17) // int(np.prod(geometry.input_shape)))
 
-    def _answer(
-        self, network: Network, volume: NDArray[np.float32], geometry: TileGeometry, tiles: Sequence[Tile]
-    ) -> Tensor:
-        """Probabilities or logits (N, K, *tile) of tiles, averaged over the flips."""
+    def _answer(self, network: Network, boxes: NDArray[np.float32], geometry: TileGeometry) -> Tensor:
+        """Probabilities or logits (N, K, *tile) of what the network reads for N tiles, averaged over the flips."""
+        count, dimensions = len(boxes), boxes.ndim - 2
         # A batch of another size would be compiled again, so the last one is padded.
-        filling = [tiles[-1]] * (self._batch_size(geometry) - len(tiles) if self.plan.compile else 0)
-        boxes = np.stack([geometry.to_network(geometry.read(volume, tile)) for tile in [*tiles, *filling]])
-        dimensions = boxes.ndim - 2
+        if self.plan.compile and (missing := self._batch_size(geometry) - count):
+            boxes = np.concatenate([boxes, np.repeat(boxes[-1:], missing, axis=0)])
         read = torch.from_numpy(boxes)
         x = standardised(read, geometry.standardise).to(
             self.plan.device, memory_format=self.plan.memory_format(dimensions)
         )
-        in_plane = [AXES[axis] for axis in range(3) if axis != geometry.slice_axis]
-        flipped = [in_plane.index(axis) + 2 for axis in self.flips if axis in in_plane]
         total: Tensor | None = None
-        choices = [dims for count in range(len(flipped) + 1) for dims in combinations(flipped, count)]
-        for dims in choices:
+        mirrorings = self._mirrorings(geometry)
+        for dims in mirrorings:
             p = network(x.flip(dims) if dims else x).float()
             if self.average == "probabilities":
                 p = self._linked(p, 1)
             p = p.flip(dims) if dims else p
             total = p if total is None else total + p
         assert total is not None  # the empty combination is always there
-        mean = total[: len(tiles)] / len(choices)
+        mean = total[:count] / len(mirrorings)
         return mean if geometry.slice_axis is None else mean.unsqueeze(geometry.slice_axis + 2)
 
     def _linked(self, logits: Tensor, classes: int = 0) -> Tensor:
@@ -177,6 +192,13 @@ class _Window:
             sums.zero_()
             sums[..., : rest.shape[-1]] = rest
         self.first = first
+
+
+def _only_value(boxes: NDArray[np.floating]) -> bytes | None:
+    """The values of tiles (N, C, *space) in which each channel has only one, to the bit; None for any others."""
+    bits = boxes.reshape(*boxes.shape[:2], -1).view(f"i{boxes.itemsize}")
+    some, first = bits[..., ::1009], bits[..., :1]  # a few voxels tell of nearly all tiles that they have more
+    return first.tobytes() if (some == first).all() and (bits == first).all() else None
 
 
 def _clip(tile: Tile, shape: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:

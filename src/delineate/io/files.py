@@ -49,7 +49,10 @@ _MOST_FOLDERS = 100_000  # below one folder
 
 
 def home_folder() -> Path:
-    """The folder of prepared scans and imported weights: ``DELINEATE_HOME``, else ``delineate`` in the user's cache."""
+    """The folder of prepared scans, imported weights and converted networks.
+
+    It is ``DELINEATE_HOME``, else ``delineate`` in the user's cache.
+    """
     if named := os.environ.get("DELINEATE_HOME"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "delineate"
