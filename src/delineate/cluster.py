@@ -95,7 +95,7 @@ def connected(address: str) -> Iterator[ModuleType]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what becomes an error below
-            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
+            _connect(ray, address, settings)
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(
             f"ray does not start at {address}: {_said(error)}",
@@ -105,6 +105,16 @@ def connected(address: str) -> Iterator[ModuleType]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _connect(ray: ModuleType, address: str, settings: Mapping[str, Any]) -> None:
+    for tries_left in (2, 1, 0):
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
+            return
+        except ConnectionAbortedError:  # now and then, the process that a busy head starts for its client dies at once
+            if not tries_left:
+                raise
 
 
 def _knock(address: str) -> None:
@@ -139,10 +149,12 @@ def _refusal(place: str) -> tuple[str, str] | None:
     from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
     from ray.exceptions import AuthenticationError
 
-    ping = ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING)
+    messages: Any = ray_client_pb2
+    calls: Any = ray_client_pb2_grpc
+    ping = messages.ClusterInfoRequest(type=messages.ClusterInfoType.PING)
     channel = init_grpc_channel(place)  # with our token, if we have one
     try:
-        ray_client_pb2_grpc.RayletDriverStub(channel).ClusterInfo(ping, timeout=_KNOCK_SECONDS)
+        calls.RayletDriverStub(channel).ClusterInfo(ping, timeout=_KNOCK_SECONDS)
     except (grpc.RpcError, AuthenticationError) as error:
         if isinstance(error, AuthenticationError) or error.code() == grpc.StatusCode.UNAUTHENTICATED:
             return (
