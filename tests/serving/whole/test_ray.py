@@ -81,7 +81,7 @@ def test_replicas_follow_the_queue_and_one_that_is_killed_in_mid_job_is_replaced
         with server.client(key=key, timeout_s=SOON) as client:
             jobs = {client.submit(scan.path, model="one"): scan for scan in (large, *small[:4])}
             [first, *_] = jobs
-            server.until(first, "infer", key=key)
+            wait_until(lambda: client.status(first).stage == "infer")
             [replica] = [one for folder, one in replicas_of(ray).items() if large_one_in(folder)]
             replica.kill()
             for job, scan in jobs.items():
