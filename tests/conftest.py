@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -67,3 +73,44 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real volumes not found: set DELINEATE_DATA to their folder")
     return folder
+
+
+@contextmanager
+def _ray_head(**environment: str) -> Iterator[tuple[str, psutil.Process]]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += ["--port=0", f"--ray-client-server-port={port}", "--include-dashboard=false", "--num-cpus=2"]
+    command += ["--object-store-memory", str(80 * 2**20)]
+    # However busy the machine is.
+    known = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "300"}
+    # Its sockets lie in the folder, and the path of a socket must be short.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        log = Path(folder, "head.log")
+        with log.open("wb") as file:
+            head = psutil.Popen([*command, "--temp-dir", folder], env=known | environment, stdout=file, stderr=file)
+        try:
+            while "Ray runtime started" not in (said := log.read_text(encoding="utf-8", errors="replace")):
+                assert head.poll() is None, said
+                threading.Event().wait(0.05)
+            yield f"ray://127.0.0.1:{port}", head
+        finally:
+            family = [*head.children(recursive=True), head]
+            for process in family:
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    continue
+            head.wait()
+            psutil.wait_procs(family, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def ray_head() -> Iterator[Callable[..., AbstractContextManager[tuple[str, psutil.Process]]]]:
+    """Starts the head of a ray cluster of two CPUs, in processes of its own; its address, and the process.
+
+    For one module of this machine at a time: every head hands out the same ports to its clients, from 23000.
+    """
+    with Path(tempfile.gettempdir(), f"delineate-ray-{os.getuid()}.lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield _ray_head

@@ -7,7 +7,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ from delineate.errors import ClusterError
 
 _STORE_BYTES = 80 * 2**20
 """Shared memory of a ray of our own: what it runs exchanges files, and ray takes no less."""
+_KNOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,11 @@ def connected(address: str) -> Iterator[ModuleType]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what becomes an error below
-            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
+            _connect(ray, address, settings)
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
-        said = str(error).strip().splitlines()
         raise ClusterError(
-            f"ray does not start at {address}: {said[0] if said else type(error).__name__}",
-            fix="see that this machine has the same versions of Python and ray, and the cluster's token",
+            f"ray does not start at {address}: {_said(error)}",
+            fix="install the same versions of Python and ray here and on the cluster",
         ) from error
     try:
         yield ray
@@ -107,23 +107,73 @@ def connected(address: str) -> Iterator[ModuleType]:
         ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """Raise :class:`ClusterError` unless something listens at ``ray://HOST:PORT``; ray itself would try for minutes."""
-    with suppress(ValueError):
-        parts = urlsplit(address)
-        if parts.scheme == "ray" and parts.hostname and parts.port and not parts.path:
-            try:
-                socket.create_connection((parts.hostname, parts.port), timeout=5).close()
-            except OSError as error:
-                raise ClusterError(
-                    f"nothing answers at {address}: {error.strerror or error}",
-                    fix="start ray there (ray start --head), and see that this machine can reach its client's port "
-                    "(10001)",
-                ) from error
+def _connect(ray: ModuleType, address: str, settings: Mapping[str, Any]) -> None:
+    for tries_left in (2, 1, 0):
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
             return
-    raise ClusterError(
-        f"'{address[:100]}' is no address of a cluster", fix="write --cluster ray://HOST:10001 or --cluster local"
-    )
+        except ConnectionAbortedError:  # now and then, the process that a busy head starts for its client dies at once
+            if not tries_left:
+                raise
+
+
+def _knock(address: str) -> None:
+    """Raise :class:`ClusterError` unless a ray that takes our token has its client's port at ``ray://HOST:PORT``.
+
+    Ray itself would try for half a minute, and not say what is wrong.
+    """
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if host is None or port is None or parts.scheme != "ray" or parts.path:
+        raise ClusterError(
+            f"'{address[:100]}' is no address of a cluster", fix="write --cluster ray://HOST:10001 or --cluster local"
+        )
+    try:
+        socket.create_connection((host, port), timeout=_KNOCK_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"nothing answers at {address}: {error.strerror or error}",
+            fix="start ray there (ray start --head), and see that this machine can reach its client's port (10001)",
+        ) from error
+    if problem := _refusal(parts.netloc):
+        raise ClusterError(f"{address} {problem[0]}", fix=problem[1])
+
+
+def _refusal(place: str) -> tuple[str, str] | None:
+    """Why what listens at ``HOST:PORT`` is no cluster for us, and what to do; None if it is one."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
+    from ray.exceptions import AuthenticationError
+
+    messages: Any = ray_client_pb2
+    calls: Any = ray_client_pb2_grpc
+    ping = messages.ClusterInfoRequest(type=messages.ClusterInfoType.PING)
+    channel = init_grpc_channel(place)  # with our token, if we have one
+    try:
+        calls.RayletDriverStub(channel).ClusterInfo(ping, timeout=_KNOCK_SECONDS)
+    except (grpc.RpcError, AuthenticationError) as error:
+        if isinstance(error, AuthenticationError) or error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            return (
+                "does not take this machine's token",
+                "copy ~/.ray/auth_token from the head to this machine, and export RAY_AUTH_MODE=token",
+            )
+        return (
+            f"does not answer as a ray does ({error.code().name.lower().replace('_', ' ')})",
+            "give the client's port of the head: 10001, or what --ray-client-server-port said",
+        )
+    finally:
+        channel.close()
+    return None
+
+
+def _said(error: BaseException) -> str:
+    """What an error of ray's says, in a line: of a traceback within it, the end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[-1:] if any(line.startswith("Traceback") for line in lines) else lines)[:500]
 
 
 def _room(resources: Mapping[str, float], wanted: Mapping[str, float]) -> int:

@@ -144,7 +144,7 @@ def test_the_receptive_field_is_true(spec) -> None:
     """Perturbing one voxel changes nothing outside the declared reach, and reaches its ends."""
     if isinstance(spec, MonaiSpec):
         pytest.skip("another library's network: its layers are not all known")
-    network = spec.build(1, 2).double().eval()
+    network = spec.build(1, 2).eval()
     field = receptive_field(network, 1, spec.divisor)
     if max(widest for _, widest in field) == LENGTH:
         pytest.skip("it sees the whole image")
@@ -166,7 +166,7 @@ def measured_widths(network: nn.Module, spec, axis: int, widest: int) -> list[in
     divisor = spec.divisor[axis]
     sides = list(spec.smallest)
     sides[axis] = -(-(widest + 4 * divisor + 2 * spec.margin[axis]) // divisor) * divisor
-    image = torch.ones(1, 1, *sides, dtype=torch.float64, requires_grad=True)
+    image = torch.ones(1, 1, *sides, requires_grad=True)
     answer = linear(image).sum(dim=[d for d in range(answer_dimensions(spec)) if d != axis + 2])
     widths, middle = [], len(answer) // 2
     for place in range(middle, middle + divisor):

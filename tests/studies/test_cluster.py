@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from secrets import token_hex
 from types import ModuleType
 
 import numpy as np
@@ -21,7 +21,6 @@ from typer.testing import CliRunner
 
 from delineate.cli.app import app
 from delineate.cluster import Request, connected
-from delineate.compute import usable_cores
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import ClusterError
@@ -32,7 +31,7 @@ from delineate.studies.cluster import RayCluster, _look
 from delineate.studies.conducting import conduct
 from delineate.studies.reporting import write_study_report
 from delineate.studies.results import collect
-from delineate.studies.running import Launcher, LocalProcesses, StudyFolder
+from delineate.studies.running import LocalProcesses, StudyFolder
 from delineate.studies.specification import load_study
 
 RECIPE = {
@@ -40,7 +39,7 @@ RECIPE = {
     "data": {"images": "*_image.nii.gz", "labels": "*_label.nii.gz", "targets": {"values": {"ball": 1}}},
     "tiles": {"kind": "patches", "shape": [8, 8, 8]},
     "network": {"kind": "unet", "dimensions": 3, "widths": [4, 4]},
-    "training": {"steps": 200, "validation": {"times": 10, "loss_every": None}},
+    "training": {"steps": 300, "validation": {"times": 15, "loss_every": None}},
 }
 STUDY = {
     "name": "small",
@@ -74,87 +73,126 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def ray(world: Path) -> Iterator[ModuleType]:
-    with connected("local") as ray:
-        yield ray
+def cluster(world: Path, ray_head) -> Iterator[str]:
+    """Address of a cluster in processes of its own."""
+    with ray_head() as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world: Path) -> dict[str, list[dict[str, str]]]:
-    return tables(world, "whole", LocalProcesses())
+def ray(cluster: str) -> Iterator[ModuleType]:
+    with connected(cluster) as ray:
+        yield ray
 
 
-def tables(world: Path, out: str, launcher: Launcher) -> dict[str, list[dict[str, str]]]:
-    """Run the study to its end, and return what it found."""
-    study, folder = load_study(world / "small.yaml"), StudyFolder(world / out)
+def run_whole(world: Path, out: Path) -> None:
+    """Run the study here, undisturbed, as a cluster of one CPU a run does."""
+    study, folder = load_study(world / "small.yaml"), StudyFolder(out)
     datasets = {"scans": load_recipe(world / "tiny.yaml").data.open(world / "data")}
-    options = ["--device", "cpu", "--threads", "1"]
     plan, done = conduct(
-        study, "quick", datasets, {"scans": world / "data"}, folder, launcher, beside=world, jobs=2, options=options
+        study, "quick", datasets, {"scans": world / "data"}, folder, LocalProcesses(),
+        beside=world, jobs=2, options=["--device", "cpu", "--threads", "1"],
     )  # fmt: skip
     assert done
     write_study_report(collect(folder, study, plan.runs), folder.path, size="quick", data_sets={})
-    return {name: read_table(folder.path / f"{name}.csv") for name in ("results", "differences")}
 
 
-def training_in(run: Path, alive: Callable[[], bool] = lambda: True) -> psutil.Process:
-    """The process that trains in a folder, once it is in the middle of it, while what started it is ``alive``."""
-    log, deadline = run.with_suffix(".log"), time.monotonic() + 300
-    while not (log.exists() and "best so far" in log.read_text(encoding="utf-8")):
-        assert time.monotonic() < deadline
-        assert alive()
-        threading.Event().wait(0.01)
-    return psutil.Process(json.loads((run / ".lock").read_text(encoding="utf-8"))["pid"])
+def tables(out: Path) -> dict[str, list[dict[str, str]]]:
+    return {name: read_table(out / f"{name}.csv") for name in ("results", "differences")}
 
 
-def running(process: psutil.Popen, said: Path) -> bool:
-    if process.poll() is not None:
-        pytest.fail(said.read_text(encoding="utf-8"))
-    return True
+class Driver:
+    """``delineate study run --cluster``, as a process of its own."""
 
-
-def test_a_run_whose_worker_is_killed_resumes_and_the_tables_are_the_same(
-    world: Path, ray: ModuleType, undisturbed: dict
-) -> None:
-    folder = StudyFolder(world / "lost")
-
-    def kill() -> psutil.Process:
-        training = training_in(folder.run(PLAIN))
-        worker = training.parent()
-        assert worker is not None
-        assert worker.name().startswith("ray::")
-        worker.kill()
-        return training
-
-    with ThreadPoolExecutor(1) as pool:
-        killed = pool.submit(kill)
-        found = tables(world, "lost", RayCluster(ray, Request()))
-    assert not killed.result().is_running(), "what its worker ran ended with it"
-    log = folder.log(PLAIN).read_text(encoding="utf-8")
-    assert log.count("the worker of this run was lost; it is repeated elsewhere") == 1
-    assert "resum" in log, "not begun anew"
-    assert found == undisturbed
-    assert {row["runs"] for row in found["results"]} == {"plain", "fast"}
-
-
-def test_a_study_killed_beside_its_ray_resumes_on_another_with_the_same_tables(
-    world: Path, ray: ModuleType, undisturbed: dict
-) -> None:
-    command = ["study", "run", str(world / "small.yaml"), "--data", str(world / "data"), "--out", str(world / "killed")]
-    said = world / "driver.log"
-    with said.open("wb") as file:
-        driver = psutil.Popen(
-            [sys.executable, "-m", "delineate", *command, "--device", "cpu", "--cluster", "local"],
-            stdout=file,
-            stderr=subprocess.STDOUT,
+    def __init__(self, world: Path, out: Path, cluster: str, *, before: str = "", **environment: str) -> None:
+        self.run, self._said = out / "runs" / PLAIN, out.with_suffix(".said")
+        words = ["delineate", "study", "run", world / "small.yaml", "--data", world / "data", "--out", out]
+        words += ["--device", "cpu", "--cluster", cluster]
+        script = (
+            f"import sys; sys.argv = {list(map(str, words))}; {before}\nfrom delineate.__main__ import main; main()"
         )
-    training = training_in(world / "killed" / "runs" / PLAIN, lambda: running(driver, said))
-    family = driver.children(recursive=True)
+        with self._said.open("wb") as file:
+            self.process = psutil.Popen(
+                [sys.executable, "-c", script], env={**os.environ, **environment}, stdout=file, stderr=file
+            )
+        self._validated = self._validations()
+
+    @property
+    def log(self) -> str:
+        path = self.run.with_suffix(".log")
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def _validations(self) -> int:
+        return self.log.count("validation Dice")
+
+    def training(self) -> psutil.Process:
+        """The process that trains, once it is in the middle of it."""
+        while self._validations() == self._validated:
+            assert self.process.poll() is None, self._said.read_text(encoding="utf-8")
+            threading.Event().wait(0.01)
+        return psutil.Process(json.loads((self.run / ".lock").read_text(encoding="utf-8"))["pid"])
+
+    def end(self) -> tuple[int, str]:
+        """Its exit status, and what it said."""
+        return self.process.wait(), self._said.read_text(encoding="utf-8")
+
+
+def test_a_study_killed_and_a_worker_killed_resume_with_the_tables_of_an_undisturbed_study(
+    world: Path, cluster: str
+) -> None:
+    out = world / "killed"
+    driver = Driver(world, out, "local")
+    training = driver.training()
+    family = driver.process.children(recursive=True)
     assert training in family
-    driver.kill()
-    driver.wait()
-    assert tables(world, "killed", RayCluster(ray, Request())) == undisturbed
-    assert psutil.wait_procs(family, timeout=60)[1] == [], "nothing of it is left running"
+    driver.process.kill()
+    driver.process.wait()
+    agents = [one for one in family if one.is_running() and one.name().endswith("Agent")]
+    assert len(agents) == 2, "ray's own, which look for a minute for somebody to tell that the rest is gone"
+    for agent in agents:
+        agent.kill()
+    assert psutil.wait_procs(family, timeout=60)[1] == [], "nothing else of it, or of its ray, is left running"
+    again = Driver(world, out, cluster)
+    training = again.training()
+    worker = training.parent()
+    assert worker is not None
+    assert worker.name().startswith("ray::")
+    worker.kill()
+    assert again.end()[0] == 0
+    assert not training.is_running(), "what its worker ran ended with it"
+    assert again.log.count("the worker of this run was lost; it is repeated elsewhere") == 1
+    assert again.log.count("resum") == 2, "not begun anew"
+    run_whole(world, world / "whole")
+    assert tables(out) == tables(world / "whole")
+    assert {row["runs"] for row in tables(out)["results"]} == {"plain", "fast"}
+
+
+def test_another_version_of_ray_is_refused(world: Path, cluster: str, tmp_path: Path) -> None:
+    status, said = Driver(world, tmp_path / "old", cluster, before="import ray; ray.__version__ = '2.9'").end()
+    assert status == 1
+    assert "E_CLUSTER" in said
+    assert "Version mismatch" in said
+    assert "Ray: 2.9" in said
+
+
+def test_a_cluster_without_our_token_or_without_delineate_is_refused(world: Path, ray_head, tmp_path: Path) -> None:
+    (tmp_path / "bare/delineate").mkdir(parents=True)
+    (tmp_path / "bare/delineate/__init__.py").touch()
+    for name in ("theirs", "ours"):
+        (tmp_path / name).write_text(token_hex(32), encoding="ascii")
+    theirs = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "theirs")}
+    other = {**theirs, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "ours")}
+    with ray_head(**theirs, PYTHONPATH=str(tmp_path / "bare")) as (bare, _):
+        drivers = {
+            "does not take this machine's token": Driver(world, tmp_path / "none", bare),
+            f"{bare} does not take this machine's token": Driver(world, tmp_path / "wrong", bare, **other),
+            "cannot run delineate": Driver(world, tmp_path / "bare", bare, **theirs),
+        }
+        ends = {words: driver.end() for words, driver in drivers.items()}
+    for words, (status, said) in ends.items():
+        assert status == 1, said
+        assert "E_CLUSTER" in said
+        assert words in " ".join(said.split())
 
 
 def test_stopping_ends_what_runs_and_begins_nothing_more(world: Path, ray: ModuleType) -> None:
@@ -181,7 +219,7 @@ def test_what_no_node_can_give_is_refused_at_once(ray: ModuleType, much: Request
 def test_a_run_is_told_to_use_what_it_asked_for(ray: ModuleType) -> None:
     assert RayCluster(ray, Request(gpus=0)).options("auto") == ["--device", "cpu", "--threads", "1"]
     assert RayCluster(ray, Request(gpus=0)).options("cuda") == ["--device", "cuda", "--threads", "1"]
-    assert RayCluster(ray, Request()).room == usable_cores()
+    assert RayCluster(ray, Request()).room == 2
 
 
 def test_every_node_must_see_the_folders(world: Path, ray: ModuleType, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def _deployed(
     try:
         serve.start(proxy_location="Disabled")
         handle = serve.run(bound, name=name, route_prefix=None)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, ImportError) as error:
         raise ClusterError(
             f"the replicas do not start: {_last_line(error)}",
             fix="install the same delineate on all nodes; ray's dashboard shows more",

@@ -23,6 +23,7 @@ from delineate.studies.processes import Ended, end_of, ending_with_us, start
 
 _ANSWER_SECONDS = 120
 _TICK_SECONDS = 1.0
+_INSTALL = "install the same delineate there, for the Python that ray uses"
 
 
 class RayCluster:
@@ -63,6 +64,8 @@ class RayCluster:
                 asked[host, node] = task.remote(str(token), word, [str(place) for place in data])
             for (host, _), answer in asked.items():
                 self._judge(host, answer)
+        except ImportError as error:  # a head unpacks what its clients send
+            raise ClusterError(f"the head cannot run delineate: {error}", fix=_INSTALL) from error
         finally:
             for path in out.glob(f"{token.name}*"):
                 with suppress(OSError):
@@ -78,7 +81,7 @@ class RayCluster:
             said = str(error).strip().splitlines()
             raise ClusterError(
                 f"'{host}' cannot run delineate: {said[-1] if said else type(error).__name__}",
-                fix="install the same delineate there, for the Python that ray uses",
+                fix=_INSTALL,
             ) from error
         if problem:
             raise ClusterError(

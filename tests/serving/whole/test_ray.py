@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -27,10 +30,10 @@ def key_of_a_client(server, folder: Path) -> Path:
     return folder / "anna.key"
 
 
-def replicas_of(server) -> dict[Path, psutil.Process]:
-    """The replicas of a server that are ready, by their folders."""
+def replicas_of(ray: psutil.Process) -> dict[Path, psutil.Process]:
+    """The replicas that are ready, by their folders; ``ray`` is the process that started the ray they are on."""
     found = {}
-    for process in psutil.Process(server.process.pid).children(recursive=True):
+    for process in ray.children(recursive=True):
         try:
             if "Replica" in process.name():
                 found |= {
@@ -45,29 +48,53 @@ def large_one_in(folder: Path) -> bool:
     return any(path.stat().st_size > 10_000 for path in folder.rglob("scan.npy"))
 
 
+@pytest.mark.parametrize(
+    "local",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif("DELINEATE_THOROUGH" not in os.environ, reason="only with DELINEATE_THOROUGH=1"),
+        ),
+    ],
+    ids=["ray://", "local"],
+)
 def test_replicas_follow_the_queue_and_one_that_is_killed_in_mid_job_is_replaced(
-    drivers, bundles, scan, small, wait_until, tmp_path
+    local, drivers, bundles, scan, small, ray_head, wait_until, tmp_path
 ) -> None:
-    pytest.importorskip("ray.serve", reason="without Ray Serve: pip install 'delineate[cluster]'")
+    if find_spec("ray") is None:
+        pytest.skip("without Ray Serve: pip install 'delineate[cluster]'")
     asked = {"at_least": 0, "at_most": 2, "idle_s": 3.0}
     path = scan(tmp_path / "large.nii.gz", 5, (56, 56, 24))
     large = replace(small[0], path=path, label=bundles.predicted("one", path)[0].read_bytes())
-    server = drivers.serve(bundles.folders, plain=False, workers=0, replicas=asked)
-    key = key_of_a_client(server, tmp_path)
-    with server.client(key=key, timeout_s=SOON) as client:
-        jobs = {client.submit(scan.path, model="one"): scan for scan in (large, *small[:4])}
-        [first, *_] = jobs
-        server.until(first, "infer", key=key)
-        [replica] = [one for folder, one in replicas_of(server).items() if large_one_in(folder)]
-        replica.kill()
-        for job, scan in jobs.items():
-            client.fetch(job, tmp_path / f"{job}.nii.gz")
-            assert (tmp_path / f"{job}.nii.gz").read_bytes() == scan.label
-        wait_until(lambda: not replicas_of(server))
-    ray = [one for one in psutil.Process(server.process.pid).children(recursive=True) if "raylet" in one.name()]
-    assert ray
-    assert server.end() == 0
-    assert psutil.wait_procs(ray, timeout=30)[1] == []
+    with ExitStack() as stack:
+        if local:
+            server = drivers.serve(bundles.folders, plain=False, workers=0, replicas=asked)
+            ray = psutil.Process(server.process.pid)
+        else:
+            cluster, ray = stack.enter_context(ray_head())
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                reach = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+            asked |= {"cluster": cluster, "reach": reach}
+            server = drivers.serve(bundles.folders, plain=False, bind=reach, workers=0, replicas=asked)
+        key = key_of_a_client(server, tmp_path)
+        with server.client(key=key, timeout_s=SOON) as client:
+            jobs = {client.submit(scan.path, model="one"): scan for scan in (large, *small[:4])}
+            [first, *_] = jobs
+            wait_until(lambda: client.status(first).stage == "infer")
+            [replica] = [one for folder, one in replicas_of(ray).items() if large_one_in(folder)]
+            replica.kill()
+            for job, scan in jobs.items():
+                client.fetch(job, tmp_path / f"{job}.nii.gz")
+                assert (tmp_path / f"{job}.nii.gz").read_bytes() == scan.label
+            wait_until(lambda: not replicas_of(ray))
+        raylets = [one for one in ray.children(recursive=True) if "raylet" in one.name()]
+        assert raylets
+        assert server.end() == 0
+        if local:
+            assert psutil.wait_procs(raylets, timeout=30)[1] == []
+        else:
+            assert all(one.is_running() for one in raylets), "the cluster is not the server's"
 
 
 def test_the_replica_after_one_that_died_has_its_place_and_its_name(tmp_path, monkeypatch) -> None:
