@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument(
         "--only", type=some_of(PARTS), default=list(PARTS), help="these parts, such as steps,prediction"
     )
-    parser.add_argument("--sets", type=some_of(SETS), default=list(SETS), help="these data sets (default: all three)")
+    parser.add_argument("--sets", type=some_of(SETS), default=list(SETS), help="these data sets (default: all four)")
     parser.add_argument("--peers", type=some_of(PEERS), default=list(PEERS), help="beside these (default: both)")
     parser.add_argument("--minutes", type=numbers, default=[10.0, 30.0], help="budgets of dice (default: 10,30)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"runs of each case and tool (default: {ROUNDS})")
@@ -112,12 +112,15 @@ class Results:
         """Refuse to mix what was measured under other conditions."""
         for what, now in (("machine", machine), ("versions", versions)):
             before = self.content[what]
-            differing = [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
+            both = before.keys() & now.keys()
+            differing = [
+                f"{name} {before[name]}, now {now[name]}" for name in sorted(both) if before[name] != now[name]
+            ]
             if self.content["runs"] and differing:
                 sys.exit(
                     f"'{self.path}' was measured with {'; '.join(differing)}; use another --out, or the same again"
                 )
-            self.content[what] = now
+            self.content[what] = {**before, **now}
 
     def done(self) -> set[tuple[str, int]]:
         return {(run["key"], run["round"]) for run in self.content["runs"]}
@@ -148,6 +151,12 @@ def versions(bench: Bench) -> dict[str, str]:
     return {"Python": platform.python_version(), **found}
 
 
+def commit() -> str:
+    """The commit of this checkout, with a + if files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def turns(cases: Iterable[Case], rounds: int, done: set[tuple[str, int]]) -> Iterator[tuple[int, Case]]:
     """The runs that are missing: each case once with every tool, then all of them again."""
     cases = list(cases)
@@ -168,7 +177,7 @@ def planned(cases: dict[str, list[Case]], rounds: int, done: set[tuple[str, int]
 
 def measure(bench: Bench, results: Results, cases: dict[str, list[Case]], rounds: int, end: float) -> list[str]:
     """Make the missing runs until ``end``; returns what failed."""
-    failed = []
+    failed, code = [], commit()
     for number, case in planned(cases, rounds, results.done()):
         left = end - time.monotonic()
         if left < 1:
@@ -199,7 +208,7 @@ def measure(bench: Bench, results: Results, cases: dict[str, list[Case]], rounds
                 **{"key": case.key, "part": case.part, "what": [case.what, *case.also], "tool": case.tool},
                 **{"round": number, "started": started, "seconds": watched.seconds, "peak_gb": watched.peak_gb},
                 **{"others_percent": watched.others_percent, "values": values},
-                **{"command": bench.shown(case.command), "log": str(kept.relative_to(bench.base))},
+                **{"command": bench.shown(case.command), "log": str(kept.relative_to(bench.base)), "commit": code},
             }
         )
         print(f"{number}. {case.key}: {watched.seconds:.1f} s, {watched.peak_gb:.2f} GB {values or ''}", flush=True)

@@ -160,12 +160,14 @@ def conditions(results: dict[str, Any]) -> list[str]:
     days = sorted({run["started"][:10] for run in runs})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     others = max(run["others_percent"] for run in runs)
+    commits = sorted({run["commit"] for run in runs})
     about = f"{machine['cores']} cores ({machine['processor']}), {machine['memory, GiB']} GiB, {machine['system']}"
     return [
         "## Conditions",
         "",
         f"{about}; {when}. Programs other than those measured took at most {others:g} % of the cores' time during "
-        f"a run. Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}.",
+        f"a run. Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}; Delineate at commit "
+        f"{', '.join(commits)}.",
     ]
 
 

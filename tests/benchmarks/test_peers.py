@@ -141,7 +141,7 @@ def measured(tool: str, round: int, seconds: float, part: str = "preparation", *
     return {
         **{"key": f"{part}: a: {tool}", "part": part, "what": ["a"], "tool": tool, "round": round, "values": values},
         **{"started": "2026-01-02T03:04:05+00:00", "seconds": seconds, "peak_gb": 1.0, "others_percent": 2.5},
-        **{"command": f"{tool} --run", "log": "log"},
+        **{"command": f"{tool} --run", "log": "log", "commit": "abc1234"},
     }
 
 
