@@ -82,7 +82,9 @@ class Bench:
     def variables(self, command: Sequence[str], more: Mapping[str, str]) -> dict[str, str]:
         """The environment variables of a command."""
         folders = {f"nnUNet_{name}": str(self.base / name) for name in ("raw", "preprocessed", "results")}
-        found = {**os.environ, "DELINEATE_HOME": str(self.base / "home"), **folders, **more}
+        # nnU-Net starts eight processes unless it is told.
+        own = {"DELINEATE_HOME": str(self.base / "home"), "nnUNet_def_n_proc": str(os.cpu_count() or 1)}
+        found = {**os.environ, **own, **folders, **more}
         if str(self.environments) in shlex.join(command):
             found.pop("PYTHONPATH", None)  # a peer's packages are those of its own environment
         return found

@@ -129,7 +129,7 @@ def table(part: str, rows: Sequence[Row]) -> list[str]:
     first = columns[0]
     head = ["", "", *(column.title for column in columns)]
     relative = first.name in ("seconds", "steps_per_second")
-    head += ["Delineate is faster"] * relative + ["runs"]
+    head += ["Delineate's speed"] * relative + ["runs"]
     lines = [_line(head), _line(["---"] * len(head))]
     named = ""
     for row in sorted(rows, key=lambda row: [r.what for r in rows].index(row.what)):
@@ -143,7 +143,7 @@ def table(part: str, rows: Sequence[Row]) -> list[str]:
 
 
 def times(row: Row, same: Sequence[Row], column: Column) -> str:
-    """How many times as fast each of Delineate's rows is as a peer's."""
+    """How many times as fast as a peer's row each of Delineate's rows is."""
     ours = [r for r in same if r.ours]
     if row.ours or not ours:
         return ""
