@@ -42,13 +42,14 @@ Values = dict[str, Any]
 class Case:
     """A command of one tool. ``what`` is the same for those that are compared; ``also`` names other such rows.
 
-    ``read`` returns what was measured besides time and memory, once the command has ended.
+    A command that depends on the machine's speed is a function, called just before it runs. ``read`` returns what was
+    measured besides time and memory, once the command has ended.
     """
 
     part: str
     what: str
     tool: str
-    command: tuple[str, ...]
+    command: tuple[str, ...] | Callable[[], tuple[str, ...]]
     read: Callable[[], Values] = dict
     variables: Mapping[str, str] = field(default_factory=dict)
     also: tuple[str, ...] = ()
@@ -353,12 +354,9 @@ def dice(bench: Bench, sets: Sequence[str], minutes: Sequence[float]) -> Iterato
             }
             own = {}
             for recipe in ("auto", name):
-                left = budget - overhead(bench, name, recipe)
-                words = ("train", recipe, "--data", raw, "--fold", 0, "--split", raw / "split.json")
-                ends = ("--minutes", f"{left:.3f}", "--no-evaluate")
                 own[f"delineate {recipe}"] = Case(
                     *("dice", what, f"Delineate, {recipe}"),
-                    bench.delineate(*words, *ends, "--out", scratch / "run", "--cache", scratch / "cache"),
+                    lambda name=name, recipe=recipe, budget=budget: delineate_trains(bench, name, recipe, budget),
                     lambda name=name: held_out_dice(bench, name, delineate_predicts(bench, name)),
                 )
             yield from bench.of({**own, **cases})
@@ -366,6 +364,13 @@ def dice(bench: Bench, sets: Sequence[str], minutes: Sequence[float]) -> Iterato
 
 def _until(minutes: float, spare: int) -> str:
     return f"until=$(($(date +%s) + {round(60 * minutes)} - {spare}))"
+
+
+def delineate_trains(bench: Bench, name: str, recipe: str, budget: float) -> tuple[str, ...]:
+    raw, scratch = bench.raw(name), bench.scratch
+    left = max(0.01, budget - overhead(bench, name, recipe))
+    words = ("train", recipe, "--data", raw, "--fold", 0, "--split", raw / "split.json", "--minutes", f"{left:.3f}")
+    return bench.delineate(*words, "--no-evaluate", "--out", scratch / "run", "--cache", scratch / "cache")
 
 
 def overhead(bench: Bench, name: str, recipe: str) -> float:
@@ -488,7 +493,8 @@ def prediction(bench: Bench, sets: Sequence[str]) -> Iterator[Case]:
                     read.of("monai"),
                 ),
             }
-            cases += bench.of({**engines, **theirs})
+            # nnU-Net first, whose labels the others' are compared with.
+            cases += bench.of({"nnunet": theirs["nnunet"], **engines, "monai": theirs["monai"]})
         read = Agreement(bench, usual, count)
         defaults += bench.of(
             {

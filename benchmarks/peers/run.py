@@ -187,7 +187,8 @@ def measure(bench: Bench, results: Results, cases: dict[str, list[Case]], rounds
         bench.scratch.mkdir(parents=True)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         log = bench.scratch / "log.txt"
-        watched = watch(case.command, log, bench.variables(case.command, case.variables), min(left, LONGEST_SECONDS))
+        command = case.command if isinstance(case.command, tuple) else case.command()
+        watched = watch(command, log, bench.variables(command, case.variables), min(left, LONGEST_SECONDS))
         name = f"{len(results.content['runs']) + 1:04}_{case.part}_{case.tool}_{number}.txt"
         kept = bench.base / "logs" / name.replace(" ", "_").replace(",", "")
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +209,7 @@ def measure(bench: Bench, results: Results, cases: dict[str, list[Case]], rounds
                 **{"key": case.key, "part": case.part, "what": [case.what, *case.also], "tool": case.tool},
                 **{"round": number, "started": started, "seconds": watched.seconds, "peak_gb": watched.peak_gb},
                 **{"others_percent": watched.others_percent, "values": values},
-                **{"command": bench.shown(case.command), "log": str(kept.relative_to(bench.base)), "commit": code},
+                **{"command": bench.shown(command), "log": str(kept.relative_to(bench.base)), "commit": code},
             }
         )
         print(f"{number}. {case.key}: {watched.seconds:.1f} s, {watched.peak_gb:.2f} GB {values or ''}", flush=True)

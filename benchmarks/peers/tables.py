@@ -132,7 +132,8 @@ def table(part: str, rows: Sequence[Row]) -> list[str]:
     head += ["Delineate's speed"] * relative + ["runs"]
     lines = [_line(head), _line(["---"] * len(head))]
     named = ""
-    for row in sorted(rows, key=lambda row: [r.what for r in rows].index(row.what)):
+    order = [row.what for row in rows]
+    for row in sorted(rows, key=lambda row: (order.index(row.what), not row.ours)):
         cells = [row.what if row.what != named else "", row.tool]
         named = row.what
         cells += [row.text(column.name, column.form) for column in columns]
