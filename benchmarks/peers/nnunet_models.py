@@ -1,8 +1,8 @@
 """Tiny models of each kind, trained for a few steps with nnU-Net, and nnU-Net's own predictions of two more scans.
 
-Runs in the environment that `environment.sh` makes, which has no Delineate:
+Runs in the environment that `environments.py` makes, which has no Delineate:
 
-    ENV/bin/python benchmarks/peers/nnunet_models.py OUT [KIND …]
+    ENV/nnunet/bin/python benchmarks/peers/nnunet_models.py OUT [KIND …]
 
     OUT/KIND/model/      what nnU-Net leaves: plans.json, dataset.json, fold_*/checkpoint_final.pth
     OUT/KIND/scans/      two scans that the model has not seen
