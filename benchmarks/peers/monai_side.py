@@ -203,7 +203,8 @@ def train(options: argparse.Namespace) -> None:
     def progress() -> float:
         if options.steps is not None:
             return len(ended) / options.steps
-        return (time.time() - started) / (options.until - started)
+        now = time.time()
+        return 1.0 if now >= options.until else (now - started) / (options.until - started)
 
     network.train()
     for data in endless(loader):

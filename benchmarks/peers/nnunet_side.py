@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 import time
 from pathlib import Path
 
@@ -36,7 +37,8 @@ class Timed(nnUNetTrainer):
     def progress(self) -> float:
         if self.steps is not None:
             return len(self.ended) / self.steps
-        return (time.time() - self.started) / (self.until - self.started)
+        now = time.time()
+        return 1.0 if now >= self.until else (now - self.started) / (self.until - self.started)
 
     def train_step(self, batch: dict) -> dict:
         for group in self.optimizer.param_groups:
@@ -47,6 +49,8 @@ class Timed(nnUNetTrainer):
 
     def run_training(self) -> None:
         """nnU-Net's own loop, except for when it ends."""
+        if self.progress() >= 1:
+            sys.exit("preparing took all the time; none is left to train")
         self.on_train_start()
         while self.progress() < 1:
             self.on_epoch_start()
