@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -317,6 +318,7 @@ def _size(study: Study, name: str) -> Size:
 
 def _places(study: Study, given: list[str] | None, phantom: bool, size: Size, simulated: Path) -> dict[str, Path]:
     """The folder of each data set: as given, or simulated if ``phantom``."""
+    from delineate.cli.terminal import Terminal
     from delineate.errors import StudyError
     from delineate.studies.phantoms import simulate
 
@@ -341,7 +343,9 @@ def _places(study: Study, given: list[str] | None, phantom: bool, size: Size, si
                 f"study '{study.name}' does not say which scans to simulate for '{name}'", fix="give --data"
             )
         places[name] = simulated / name if len(study.data) > 1 else simulated
-        simulate(data.phantom, size, name, places[name])
+        with Terminal() as terminal:
+            told = partial(terminal.progress, f"simulating '{name}'" if len(study.data) > 1 else "simulating")
+            simulate(data.phantom, size, name, places[name], told)
     return {name: places[name] for name in study.data}
 
 

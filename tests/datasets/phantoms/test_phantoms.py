@@ -355,6 +355,30 @@ def test_chosen_sites_have_the_patients_of_the_whole_set_who_are_imaged_there(tm
     assert json.loads((tmp_path / "two/simulated.json").read_text(encoding="utf-8"))["sites"] == ["scanner2"]
 
 
+def test_what_was_interrupted_goes_on_where_it_stopped_and_ends_as_if_it_had_not(tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_phantoms(tmp_path / "cut", 5, "liver-fat", seed=3, coarse=8, progress=interrupt)
+    rows = (tmp_path / "cut/truth.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 3, "a head and two patients"
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cut").rglob(f"*{rows[1].split(',')[0]}*.nii.gz")}
+    assert kept
+
+    counted: list[int] = []
+    write_phantoms(tmp_path / "cut", 5, "liver-fat", seed=3, coarse=8, progress=lambda done, _: counted.append(done))
+    assert counted == [3, 4, 5]
+    assert kept == {file: file.stat().st_mtime_ns for file in kept}, "written once"
+    write_phantoms(tmp_path / "whole", 5, "liver-fat", seed=3, coarse=8)
+    cut, whole = (
+        {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (tmp_path / "cut", tmp_path / "whole")
+    )
+    assert cut == whole
+
+
 def test_a_site_that_there_is_not_and_a_factor_out_of_range_are_refused(tmp_path: Path) -> None:
     for sites, message in (
         (["site1", "site9"], "no site 'site9'; its sites are site1, site2, site3, external"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from delineate.errors import OutputError, RecipeError
 from delineate.io.files import writing_beside
 from delineate.io.formats import write_label, write_volume
 from delineate.io.overwriting import check_folder
-from delineate.io.tables import write_table
+from delineate.io.tables import read_table, write_table
 
 
 def write_phantoms(
@@ -38,7 +41,8 @@ def write_phantoms(
 ) -> Dataset:
     """Write ``n`` simulated patients of a kind, in its usual ``layout`` or another that can hold it.
 
-    Patient i is a function of kind, seed and i, so more can be added later. With ``sites``, the patients who are
+    Patient i is a function of kind, seed and i, so more can be added later: patients in the folder's ``truth.csv`` stay
+    as they are, so that what was interrupted goes on where it stopped. With ``sites``, the patients who are
     imaged elsewhere are left out, so sets of different sites have no patient in common. ``coarse`` divides the
     number of voxels along each axis over the same field of view, down to 8. ``truth.csv`` holds each patient's true
     values: millilitres of the reference, and a liver's fat fraction. Raises :class:`RecipeError` for an unknown kind
@@ -56,7 +60,7 @@ def write_phantoms(
         raise RecipeError(
             f"layout '{name}' cannot hold simulated scans of kind '{kind}'", fix=f"{', '.join(holding)} can{hint}"
         )
-    arrangement, rows = ARRANGEMENTS[name], []
+    arrangement = ARRANGEMENTS[name]
     drawn = {
         "kind": kind,
         "seed": seed,
@@ -66,13 +70,29 @@ def write_phantoms(
     _check_alike(out, drawn, chosen.sites)
     # First, so that no folder of simulated scans is ever taken for patients.
     _write_json(out / SIMULATED, {"simulated": True, "description": chosen.description, **drawn, "patients": n})
-    for done, i in enumerate(numbers, start=1):
+    truth = out / "truth.csv"
+    there = read_table(truth) if truth.exists() else []
+    known: dict[str, Mapping[str, object]] = {row["subject"]: row for row in there}
+
+    def write(i: int) -> Mapping[str, object]:
         scan, label, anatomy = chosen.simulate(seed, i)
-        subject, site = arrangement.subject(chosen, i), chosen.scanner_of(i).name
         arrangement.write(out, chosen, i, scan, label)
-        rows.append({"subject": subject, "site": site, **_truth(chosen, label, anatomy)})
-        progress(done, n)
-    write_table(out / "truth.csv", list(rows[0]), rows)
+        site = chosen.scanner_of(i).name
+        return {"subject": arrangement.subject(chosen, i), "site": site, **_truth(chosen, label, anatomy)}
+
+    def note() -> list[Mapping[str, object]]:
+        rows = [known[subject] for i in numbers if (subject := arrangement.subject(chosen, i)) in known]
+        if rows:
+            write_table(truth, list(rows[0]), rows)
+        return rows
+
+    missing = [i for i in numbers if arrangement.subject(chosen, i) not in known]
+    try:
+        for done, row in enumerate(_each(write, missing), start=n - len(missing) + 1):
+            known[str(row["subject"])] = row
+            progress(done, n)
+    finally:
+        rows = note()
     if not arrangement.sites_are_folders:
         write_table(out / "sites.csv", ("subject", "site"), rows)
     if arrangement.describe is not None:
@@ -81,6 +101,16 @@ def write_phantoms(
     if arrangement.by_patterns:
         return open_dataset(out, images=f"*/{chosen.channels[0]}.nii", labels="*/label.nii")
     return open_dataset(out)
+
+
+def _each(work: Callable[[int], Mapping[str, object]], numbers: Sequence[int]) -> Iterator[Mapping[str, object]]:
+    """What ``work`` makes of each number, as they are done, by as many threads as there are cores."""
+    ahead, threads = iter(numbers), os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        running: set[Future[Mapping[str, object]]] = set()
+        while running := running | {pool.submit(work, i) for i in islice(ahead, threads - len(running))}:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (one.result() for one in done)
 
 
 _COARSEST = 16
