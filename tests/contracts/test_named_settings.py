@@ -33,14 +33,14 @@ FILES = (".csv", ".json", ".md", ".yaml", ".txt", ".safetensors", ".py", ".npy")
 OF_EXAMPLES = {("extending.md", "network.filters")}
 """Fields of parts that a page defines itself."""
 OF_OTHERS = {
-    "--array", "--ntasks", "--time", "--gres", "--signal", "--repetitions", "--logdir", "--c", "--disable", "--verify",
+    "--array", "--ntasks", "--time", "--gres", "--signal", "--logdir", "--c", "--disable", "--verify",
     "--ml", "--roi", "--statistics", "--preview", "--fast",
-    "--head", "--address", "--disable-usage-stats", "--generate",
+    "--head", "--address", "--disable-usage-stats", "--generate", "--ray-client-server-port",
     "--rm", "--network", "--user", "--memory", "--cpuset-cpus", "--cpus", "--gpus",
     "--cap-drop", "--name", "--read-only", "--restart", "--security-opt", "--stop-timeout", "--tmpfs",
-    "--home-dir", "--now", "--shell", "--system", "--force-reinstall",
+    "--home-dir", "--now", "--shell", "--system", "--force-reinstall", "--config",
 }  # fmt: skip
-"""Options of SLURM, a benchmark, TensorBoard, nnU-Net, TotalSegmentator, ray, Docker, systemd, useradd and pip."""
+"""Options of SLURM, TensorBoard, nnU-Net, TotalSegmentator, ray, Docker, systemd, useradd, pip and Caddy."""
 
 
 def literals(file: Path) -> Iterator[str]:
@@ -129,7 +129,9 @@ def options(command: Any) -> Iterator[str]:
 
 
 def test_options_that_are_named_exist() -> None:
-    known = {*options(typer.main.get_command(app)), "--help", *OF_OTHERS}
+    scripts = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "benchmarks").rglob("*.py"))
+    ours = re.findall(r"add_argument\(\s*\"(--[a-z-]+)\"", scripts)
+    known = {*options(typer.main.get_command(app)), "--help", *ours, *OF_OTHERS}
     named = {(where, found.group()) for where, text in texts() for found in OPTION.finditer(text)}
     assert len({option for _, option in named}) > 20
     assert sorted((where, option) for where, option in named if option not in known) == []

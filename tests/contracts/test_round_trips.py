@@ -231,6 +231,7 @@ LEAST: dict[str, list[dict[str, Any]]] = {
     "ExportedTiles": [TILES],
     "RegionSpec": [{"loss": DICE, "within": ["liver"]}],
     "DeepSupervisionSpec": [{"loss": DICE}],
+    "_Head": [{"name": "0f" * 16, "batch": 2, "trial": {"alike": 1 / 3, "faster": 6.1}}],
     "MonaiSpec": [{"dimensions": 3, "name": "SegResNet", "arguments": {"init_filters": 8}}],
 }
 """Fields of classes that no packaged recipe has and that are not made of defaults."""
