@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -529,6 +530,9 @@ class Agreement:
         found = sorted((self.bench.scratch / "predicted").glob("*.nii.gz"))
         if len(found) != self.count:
             raise CaseFailed(f"{len(found)} of {self.count} scans were predicted")
+        log = (self.bench.scratch / "log.txt").read_text(encoding="utf-8", errors="replace")
+        if tool == "delineate_openvino" and (refused := re.search(r"^engine: PyTorch .*", log, re.MULTILINE)):
+            raise CaseFailed(refused[0])  # a time of PyTorch's is none of OpenVINO's
         kept = self.bench.base / "labels" / self.what.replace(",", "").replace(" ", "_")
         if tool == "nnunet":
             shutil.rmtree(kept, ignore_errors=True)
