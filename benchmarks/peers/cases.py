@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -378,8 +379,6 @@ def overhead(bench: Bench, name: str, recipe: str) -> float:
     """Minutes of a training besides ``--minutes``: starting up, preparation, writing. A very short one tells."""
     file = bench.base / "overhead" / f"{name}_{recipe}.json"
     if not file.exists():
-        import time
-
         raw, run, cache = bench.raw(name), bench.base / "overhead" / "run", bench.base / "overhead" / "cache"
         for folder in (run, cache):
             shutil.rmtree(folder, ignore_errors=True)

@@ -224,7 +224,7 @@ def predict_and_measure(
         precision=precision,
         compile=compile,
         threads=threads,
-        expected_seconds=float(len(planned.ahead)),  # about a second per scan
+        expected_seconds=planned.expected_seconds,
         engine=engine,
     )
 

@@ -187,7 +187,7 @@ def predict(
             precision=precision,
             compile=compile,
             threads=threads,
-            expected_seconds=float(len(planned.ahead)),  # about a second per scan
+            expected_seconds=planned.expected_seconds,
             engine=engine,
         )
 

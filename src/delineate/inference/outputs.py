@@ -61,6 +61,11 @@ class Planned(NamedTuple):
         """Number of subjects that are not done."""
         return len(self.ahead) + len(self.failed) + len(self.unmeasured) + len(self.undrawn)
 
+    @property
+    def expected_seconds(self) -> float:
+        """About how long the networks will compute: a second a scan. It decides whether compiling pays."""
+        return float(len(self.ahead))
+
 
 @dataclass(frozen=True)
 class Outputs:

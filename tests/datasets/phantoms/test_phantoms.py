@@ -355,7 +355,7 @@ def test_chosen_sites_have_the_patients_of_the_whole_set_who_are_imaged_there(tm
     assert json.loads((tmp_path / "two/simulated.json").read_text(encoding="utf-8"))["sites"] == ["scanner2"]
 
 
-def test_what_was_interrupted_goes_on_where_it_stopped_and_ends_as_if_it_had_not(tmp_path: Path) -> None:
+def test_what_was_interrupted_resumes_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     def interrupt(done: int, total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt

@@ -177,9 +177,8 @@ def chunk(content: bytes) -> bytes:
 
 
 def test_a_scan_is_sent_watched_and_fetched(https, bundles, large) -> None:
-    while (answer := https.get("/readyz")).status_code == 503:  # its workers are starting
-        threading.Event().wait(0.05)
-    assert answer.json() == {"status": "ready"}
+    until(lambda: https.get("/readyz").status_code != 503, "its workers have started")
+    assert https.get("/readyz").json() == {"status": "ready"}
     assert https.head("/livez").status_code == 200
     answer = https.post("/v1/jobs", params={"input": "nii.gz", "outputs": "nii.gz"}, content=large.path.read_bytes())
     assert answer.status_code == 201, answer.text

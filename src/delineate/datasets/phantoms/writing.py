@@ -42,7 +42,7 @@ def write_phantoms(
     """Write ``n`` simulated patients of a kind, in its usual ``layout`` or another that can hold it.
 
     Patient i is a function of kind, seed and i, so more can be added later: patients in the folder's ``truth.csv`` stay
-    as they are, so that what was interrupted goes on where it stopped. With ``sites``, the patients who are
+    as they are, so that what was interrupted resumes. With ``sites``, the patients who are
     imaged elsewhere are left out, so sets of different sites have no patient in common. ``coarse`` divides the
     number of voxels along each axis over the same field of view, down to 8. ``truth.csv`` holds each patient's true
     values: millilitres of the reference, and a liver's fat fraction. Raises :class:`RecipeError` for an unknown kind
@@ -80,19 +80,16 @@ def write_phantoms(
         site = chosen.scanner_of(i).name
         return {"subject": arrangement.subject(chosen, i), "site": site, **_truth(chosen, label, anatomy)}
 
-    def note() -> list[Mapping[str, object]]:
-        rows = [known[subject] for i in numbers if (subject := arrangement.subject(chosen, i)) in known]
-        if rows:
-            write_table(truth, list(rows[0]), rows)
-        return rows
-
-    missing = [i for i in numbers if arrangement.subject(chosen, i) not in known]
+    subjects = {arrangement.subject(chosen, i): i for i in numbers}
+    missing = [i for subject, i in subjects.items() if subject not in known]
     try:
         for done, row in enumerate(_each(write, missing), start=n - len(missing) + 1):
             known[str(row["subject"])] = row
             progress(done, n)
     finally:
-        rows = note()
+        rows = [known[subject] for subject in subjects if subject in known]
+        if rows:
+            write_table(truth, list(rows[0]), rows)
     if not arrangement.sites_are_folders:
         write_table(out / "sites.csv", ("subject", "site"), rows)
     if arrangement.describe is not None:
@@ -104,8 +101,8 @@ def write_phantoms(
 
 
 def _each(work: Callable[[int], Mapping[str, object]], numbers: Sequence[int]) -> Iterator[Mapping[str, object]]:
-    """What ``work`` makes of each number, as they are done, by as many threads as there are cores."""
-    ahead, threads = iter(numbers), os.cpu_count() or 1
+    """What ``work`` makes of each number, as they are done, by a thread a core, at most eight: each holds a scan."""
+    ahead, threads = iter(numbers), min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         running: set[Future[Mapping[str, object]]] = set()
         while running := running | {pool.submit(work, i) for i in islice(ahead, threads - len(running))}:
