@@ -1,10 +1,14 @@
-"""How much memory this process has taken."""
+"""How much memory this process has taken, and keeps."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""As glibc's malloc.h numbers them."""
 
 
 def memory_bytes() -> int:
@@ -24,3 +28,15 @@ def peak_memory_bytes() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_freed_memory() -> bool:
+    """From now on, memory that this process frees stays with it, for what it takes next; returns whether it will.
+
+    By default, glibc gives large blocks back to the system at once, and each training step takes its activations anew:
+    on two cores, half a million page faults a step, which took up to a third of its time. The process keeps the size
+    of its peak, and blocks of 1 GiB are still given back. Other C libraries are left as they are.
+    """
+    if not sys.platform.startswith("linux") or not hasattr(library := ctypes.CDLL(None), "mallopt"):
+        return False
+    return bool(library.mallopt(_M_MMAP_THRESHOLD, 2**30) and library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from delineate.bundle import Bundle, is_whole, save_weights
 from delineate.calibration import LEVEL, Calibration, Intervals, check_intervals
 from delineate.compute import Choice, ComputePlan, plan_compute
+from delineate.core.memory import keep_freed_memory
 from delineate.core.subject import Subject
 from delineate.core.targets import SharedTargets
 from delineate.datasets.dataset import Dataset
@@ -170,6 +171,8 @@ def _run(
     for choice in plan.choices:
         report(f"{choice.what}: {choice.choice} ({choice.why})")
     torch.set_num_threads(threads_of(plan, options))
+    if plan.device.type == "cpu":
+        keep_freed_memory()
     bundle, prepared = prepared_bundle(recipe, dataset, targets, inspection, roles, options, plan, report)
     if first and not (folder / "bundle" / "bundle.json").exists():
         largest = max((grid.shape for grid in prepared.training.grids), key=prod)
