@@ -32,6 +32,24 @@ def test_instance_norm_keeps_precision_in_bfloat16() -> None:
     assert y.float().mean().item() == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("far", [0, 5, 1000])
+def test_instance_norm_gives_a_compiler_and_others_the_same(samples, dtype, far) -> None:
+    torch.manual_seed(0)
+    norm = InstanceNorm(4)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (torch.randn(samples, 4, 6, 5, 4) + far).to(dtype, memory_format=torch.channels_last_3d)
+    traced = torch.jit.trace(norm, (x,), check_trace=False)
+    plain = norm(x)
+    assert plain.dtype == dtype
+    assert plain.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(plain, traced(x), rtol=0.02, atol=0.02 if dtype == torch.bfloat16 else 1e-3)
+    assert "var_mean" in str(traced.graph)
+    assert norm(x[..., :1, :1, :1]).isfinite().all()  # a single voxel
+
+
 def test_linear_upsampling_keeps_a_constant() -> None:
     up = LinearUpsample(3, 2, 2, (2, 2, 1))
     nn.init.eye_(up.project.weight[:, :, 0, 0, 0].data)

@@ -18,9 +18,9 @@ ActivationKind = Literal["relu", "leaky_relu", "prelu"]
 class InstanceNorm(nn.Module):
     """Normalisation of each sample and channel over space, with scale and shift.
 
-    Written as two moments and one multiply-add: a compiler fuses the multiply-add with the
-    activation that follows, and the memory format is kept (torch's own layer converts
-    channels-last tensors on the CPU). Moments are float32 whatever the input's type.
+    For a compiler, it is two moments and one multiply-add, which fuses with the activation that follows. On a CPU
+    without one, it is torch's normalisation of batches, of one sample each, several times as fast. Both keep the
+    memory format, which torch's own layer does not on a CPU, and have float32 moments whatever the input's type.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -30,11 +30,19 @@ class InstanceNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        read_by_another = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if x.device.type == "cpu" and not read_by_another:
+            each = [self._alone(sample) for sample in torch.split(x, 1)]
+            return each[0] if len(each) == 1 else torch.cat(each)
         space = tuple(range(2, x.ndim))
         variance, mean = torch.var_mean(x.float(), dim=space, correction=0, keepdim=True)
         shape = (1, -1, *[1] * len(space))
         scale = self.weight.view(shape) * torch.rsqrt(variance + self.eps)
         return torch.addcmul(self.bias.view(shape) - mean * scale, x, scale).to(x.dtype)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        # The function behind F.batch_norm, which refuses a single voxel.
+        return torch.batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps, False)
 
 
 def convolution(
