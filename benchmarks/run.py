@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from delineate.bundle import Bundle
 from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
 from delineate.core.grid import Grid
+from delineate.core.memory import keep_freed_memory
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.inference.engines import OpenVino
@@ -120,11 +122,13 @@ def machine_rates(plan: ComputePlan) -> dict[str, tuple[Callable[[], object], fl
 
 
 def bench_step(quick: bool) -> list[Row]:
+    keep_freed_memory()  # in one process all cases have it
     plan = plan_compute(compile="off" if quick else "on")
     rates = machine_rates(plan)
     cases: dict[str, Callable[[], object]] = {
         "PyTorch's defaults": training_step(None, quick=quick),
         "compute plan": training_step(plan, quick=quick),
+        "compute plan, not compiled": training_step(replace(plan, compile=False), quick=quick),
         "compute plan, BatchNorm": training_step(plan, norm="batch", quick=quick),
         "compute plan, no normalisation": training_step(plan, norm="none", quick=quick),
         "compute plan, no loss": training_step(plan, with_loss=False, quick=quick),
@@ -360,7 +364,7 @@ def bench_memory(quick: bool) -> list[Row]:
 # ---- the reports' networks -----------------------------------------------------------------------------------------
 
 
-def network_steps(name: str, planned: bool, quick: bool) -> None:
+def network_steps(name: str, how: str, quick: bool) -> None:
     """Print milliseconds and batch size of a training step of a packaged network at its report's input.
 
     At most two tiles: a step with the reports' batches takes minutes on two cores.
@@ -373,7 +377,10 @@ def network_steps(name: str, planned: bool, quick: bool) -> None:
     while batch > 1 and cost.memory_gb > 0.6 * available_memory_bytes() / 1e9:
         batch //= 2
         cost = step_cost(spec, configuration.inputs, configuration.outputs, sides, batch)
-    plan = plan_compute(compile="off" if quick else "on") if planned else None
+    plan = None
+    if how != "defaults":
+        keep_freed_memory()
+        plan = plan_compute(compile="on" if how == "plan" and not quick else "off")
     torch.manual_seed(0)
     network = spec.build(configuration.inputs, configuration.outputs)
     targets = Targets({f"t{i}": (i + 1,) for i in range(configuration.outputs)}, "overlapping")
@@ -384,7 +391,7 @@ def network_steps(name: str, planned: bool, quick: bool) -> None:
     if plan is not None:
         plan.place(network, spec.dimensions)
         image = image.contiguous(memory_format=plan.memory_format(spec.dimensions))
-    optimiser = torch.optim.Adam(network.parameters(), lr=1e-4, fused=planned)
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-4, fused=plan is not None)
 
     def judged(x: Tensor, y: Tensor) -> Tensor:
         return loss(network(x), y, x)
@@ -406,10 +413,10 @@ def bench_networks(quick: bool) -> list[Row]:
     rows = []
     for name in list(CONFIGURATIONS)[:1] if quick else CONFIGURATIONS:
         row: Row = {"case": name}
-        for label, planned in (("defaults", False), ("plan", True)):
-            printed, peak = process_of(f"import run; run.network_steps({name!r}, {planned}, {quick})")
+        for how in ("defaults", "not compiled", "plan"):
+            printed, peak = process_of(f"import run; run.network_steps({name!r}, {how!r}, {quick})")
             measured = json.loads(printed.splitlines()[-1])
-            row |= {"batch": measured["batch"], f"{label}, ms": measured["ms"], f"{label}, peak GB": peak}
+            row |= {"batch": measured["batch"], f"{how}, ms": measured["ms"], f"{how}, peak GB": peak}
         row["times faster"] = row["defaults, ms"] / row["plan, ms"]
         rows.append(row)
         print(row, file=sys.stderr, flush=True)

@@ -170,24 +170,28 @@ class Bench:
         return self.nnunet("nnUNetv2_plan_and_preprocess", *words)
 
     def need_model(self, name: str) -> Path:
-        """A model that nnU-Net trained for a few steps, and its bundle. Its time does not depend on how good it is."""
+        """A model that nnU-Net trained for minutes, and its bundle.
+
+        Its time does not depend on how good it is. But a network of few steps is undecided about many voxels, and
+        OpenVINO refuses to run one that it decides otherwise for.
+        """
         self.need_plans(name)
         bundle = self.base / "bundles" / f"{name}_nnunet"
         if not bundle.exists():
             # Small batches and patches: a step of the plans' own takes most of a minute on a CPU.
             small = ("--patch", 64, 64, 64) if name == LARGE else ()
-            steps = 2 if self.quick else 10
+            steps = 2 if self.quick else 150
             number = NUMBERS[name]
             self.do(f"model of {name}", *self.nnunet_side(number, "--steps", steps, "--batch", 2, *small))
             self.do(f"bundle of {name}", *self.delineate("import", "nnunet", self.model(name), "-o", bundle))
         return bundle
 
     def need_own(self, name: str) -> Path:
-        """A bundle of the recipe that Delineate derives, likewise trained for a few steps."""
+        """A bundle of the recipe that Delineate derives, likewise trained for minutes."""
         raw, run = self.need_raw(name), self.base / "bundles" / f"{name}_auto"
         if not (run / "report.html").exists():
             words = ("train", "auto", "--data", raw, "--fold", 0, "--split", raw / "split.json", "--out", run)
-            short = ("--steps", 2 if self.quick else 10, "--compile", "off", "--no-evaluate")
+            short = ("--steps", 2 if self.quick else 300, "--compile", "off", "--no-evaluate")
             self.do(f"Delineate's own model of {name}", *self.delineate(*words, *short))
         return run / "bundle"
 
