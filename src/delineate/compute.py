@@ -30,8 +30,8 @@ COMPILE_SECONDS_A_CONVOLUTION = 0.8
 """Measured on two cores: 10 s for 18 convolutions, 35 s for 23, 69 s for 92 and 79 s for 147."""
 
 COMPILE_PAYS_AFTER_TIMES = {"cpu": 30, "cuda": 6}
-"""Compiling must be so small a part of the run. On two cores (AMD EPYC), compiled steps of eight networks were .8 to 1.5
-times as fast as others, in the median 1.02 times."""
+"""Compiling must be so small a part of the run. On two cores (AMD EPYC), compiled steps of eight networks were .8 to
+1.5 times as fast as others, in the median 1.02 times."""
 
 
 @dataclass(frozen=True)
