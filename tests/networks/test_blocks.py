@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from delineate.networks.blocks import InstanceNorm, KerasTransposed, LinearUpsample
+from delineate.networks.blocks import GroupNorm, InstanceNorm, KerasTransposed, LinearUpsample
 
 
 @pytest.mark.parametrize("d", [2, 3])
@@ -48,6 +48,18 @@ def test_instance_norm_gives_a_compiler_and_others_the_same(samples, dtype, far)
     torch.testing.assert_close(plain, traced(x), rtol=0.02, atol=0.02 if dtype == torch.bfloat16 else 1e-3)
     assert "var_mean" in str(traced.graph)
     assert norm(x[..., :1, :1, :1]).isfinite().all()  # a single voxel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_is_right_where_the_mean_is_far_from_zero(dtype) -> None:
+    torch.manual_seed(0)
+    norm = GroupNorm(2, 4)
+    x = (torch.randn(2, 4, 16, 16, 16) + 200).to(dtype, memory_format=torch.channels_last_3d)
+    y = norm(x)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    exact = nn.GroupNorm(2, 4).double()(x.double().contiguous())
+    torch.testing.assert_close(y.double(), exact, rtol=0.01, atol=0.02 if dtype == torch.bfloat16 else 1e-3)
 
 
 def test_linear_upsampling_keeps_a_constant() -> None:

@@ -56,6 +56,7 @@ class Reach:
         return self.shape if axis is None else self.shape[axis]
 
     dtype = torch.float32
+    device = torch.device("meta")
 
     def float(self) -> Reach:
         return self
