@@ -44,9 +44,10 @@ def write_phantoms(
     Patient i is a function of kind, seed and i, so more can be added later: patients in the folder's ``truth.csv`` stay
     as they are, so that what was interrupted resumes. With ``sites``, the patients who are imaged elsewhere are left
     out, so sets of different sites have no patient in common. ``coarse`` divides the number of voxels along each axis
-    over the same field of view, down to 8. ``truth.csv`` holds each patient's true values: millilitres of the reference, and a liver's fat fraction. Raises :class:`RecipeError` for an unknown kind
-    or site, a factor that is not from 1 to 16, or a layout that cannot hold the kind, :class:`OutputError` where
-    ``out`` holds anything but simulated patients of this kind, seed, sites and factor.
+    over the same field of view, down to 8. ``truth.csv`` holds each patient's true values: millilitres of the
+    reference, and a liver's fat fraction. Raises :class:`RecipeError` for an unknown kind or site, a factor that is
+    not from 1 to 16, or a layout that cannot hold the kind, :class:`OutputError` where ``out`` holds anything but
+    simulated patients of this kind, seed, sites and factor.
     """
     chosen = kind_named(kind)
     if not 1 <= coarse <= _COARSEST:
