@@ -8,6 +8,7 @@ import pytest
 
 from delineate.errors import RecipeError
 from delineate.sampling.samplers import (
+    ROUNDS,
     AllTiles,
     ChosenSlices,
     ClassBalancedTiles,
@@ -55,6 +56,45 @@ def test_the_tiles_of_a_subject_may_follow_each_other(subjects) -> None:
         orders.append(list(dict.fromkeys(index for index, _ in drawn)))
         assert drawn == [(i, t) for i in orders[-1] for t in GEOMETRY.tiles(subjects[i].image.shape[1:], 0.0)]
     assert len({tuple(order) for order in orders}) > 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "geometry"),
+    [
+        (AllTiles(overlap=0.5), CUBES),
+        (AllTiles(by_subject=True), CUBES),
+        (RandomTiles(), CUBES),
+        (ClassBalancedTiles(), CUBES),
+        (ClassCentredTiles(), CUBES),
+        (ChosenSlices(with_target=2, adjacent=1), SLICES),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("at_a_time", [1, 2, 5, 9])
+def test_where_not_all_are_at_hand_a_few_give_their_samples_before_the_next(
+    spec, geometry, at_a_time, subjects
+) -> None:
+    """All in turn, each as often as without; subjects are fetched as many samples ahead as a group gives."""
+    sampler, listed = Sampler(spec, subjects, geometry, 3, at_a_time), spec.listed(subjects, geometry)
+    turn = sampler.pass_length if listed else ROUNDS * len(subjects)
+    for number in range(3):
+        samples = [sampler.draw(number * turn + j) for j in range(turn)]
+        drawn = [sample.subject for sample in samples]
+        assert drawn == [sampler.subject_of(number * turn + j) for j in range(turn)]
+        if listed:
+            assert sorted(sample[:2] for sample in samples) == sorted(listed)
+        else:
+            assert sorted(drawn) == sorted([*range(len(subjects))] * ROUNDS)
+        order = list(dict.fromkeys(drawn))
+        groups = [set(order[i : i + at_a_time]) for i in range(0, len(order), at_a_time)]
+        for group in groups:
+            where = [place for place, subject in enumerate(drawn) if subject in group]
+            assert where == list(range(where[0], where[-1] + 1)), "no other subject between"
+            if not listed:  # all of the group in each round
+                rounds = [drawn[where[0] + k : where[0] + k + len(group)] for k in range(0, len(where), len(group))]
+                assert all(set(one) == group for one in rounds)
+    assert sampler.ahead == turn * min(at_a_time, len(subjects)) // len(subjects)
+    assert Sampler(spec, subjects, geometry, 3).ahead == 0
 
 
 class TestClassCentred:

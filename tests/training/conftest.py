@@ -19,12 +19,16 @@ from delineate.recipe import Recipe, recipe_from
 @pytest.fixture(scope="session")
 def balls(tmp_path_factory) -> Dataset:
     """Six scans of 16 × 16 × 12 voxels, each with a bright ball, in slightly different places."""
-    root = tmp_path_factory.mktemp("balls")
-    write_balls(root, 6)
-    return open_dataset(root, images="*_image.nii.gz", labels="*_label.nii.gz", targets=Targets({"ball": (1,)}))
+    return written_balls(tmp_path_factory.mktemp("balls"), 6)
 
 
-def write_balls(root: Path, n: int) -> None:
+@pytest.fixture(scope="session")
+def twelve_balls(tmp_path_factory) -> Dataset:
+    """Twelve such scans."""
+    return written_balls(tmp_path_factory.mktemp("balls"), 12)
+
+
+def written_balls(root: Path, n: int) -> Dataset:
     rng = np.random.default_rng(0)
     index = np.stack(np.meshgrid(*[np.arange(s) for s in (16, 16, 12)], indexing="ij"))
     grid = Grid.of_spacing((16, 16, 12), (1, 1, 1.5))
@@ -34,6 +38,7 @@ def write_balls(root: Path, n: int) -> None:
         voxels = (ball * 3 + rng.standard_normal(ball.shape)).astype(np.float32)
         write_volume(root / f"case{i}_image.nii.gz", Volume(voxels[None], grid))
         write_label(root / f"case{i}_label.nii.gz", LabelVolume(ball.astype(np.uint8), grid))
+    return open_dataset(root, images="*_image.nii.gz", labels="*_label.nii.gz", targets=Targets({"ball": (1,)}))
 
 
 @pytest.fixture(scope="session")

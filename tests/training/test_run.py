@@ -166,6 +166,30 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(recipe, balls, tmp
         )
 
 
+def test_with_room_for_a_few_subjects_a_stopped_run_goes_on_to_the_same_weights(
+    recipe, twelve_balls, tmp_path, monkeypatch
+) -> None:
+    """Of seven subjects, one is there at a time."""
+    balls = twelve_balls
+    monkeypatch.setattr("delineate.preprocessing.cache.budget_in_memory", lambda: 0)
+    a_subject = 16 * 16 * 12 * 3 + 3 * 128 + 2000  # float16 and uint8, the files' headers, and points
+    limit = {"cache_gb": 5.9 * a_subject / 1e9}
+    whole = Reporter()
+    run(recipe, balls, tmp_path / "whole", whole, **limit)
+    [told] = [text for text in whole.messages if text.startswith("prepared subjects take")]
+    assert "training goes round 1 of 7 at a time, 8 tiles of each" in told
+    assert 2 <= len(list((tmp_path / "cache").glob("*/image.npy"))) <= 5
+    stop = tmp_path / "parts/stop"
+    assert not run(recipe, balls, tmp_path / "parts", Reporter(lambda text: stop.touch()), **limit).finished
+    other = Reporter()
+    run(recipe, balls, tmp_path / "parts", other, evaluate=False, **limit)
+    assert not any("was started with" in text for text in other.messages)
+    one, two = weights_of(tmp_path / "whole/last"), weights_of(tmp_path / "parts/last")
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    run(recipe, balls, tmp_path / "parts", other, evaluate=False)
+    assert any("was started with subjects at a time 1, now all" in text for text in other.messages)
+
+
 @pytest.mark.parametrize("stop", [Stop.INTERRUPT, Stop.TERMINATE])
 def test_a_signal_ends_after_the_step_and_the_run_resumes(stop, recipe, balls, tmp_path) -> None:
     number = stop - 128

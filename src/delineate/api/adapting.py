@@ -50,6 +50,7 @@ def adapt(
     folds: int = 3,
     changes: Changes = (),
     cache: str | Path | None = None,
+    cache_gb: float | None = None,
     leave_out_broken: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
@@ -75,7 +76,8 @@ def adapt(
     it, and a last training takes all. Each training takes ``minutes`` or ``steps`` (200 if neither is given).
     ``changes`` may change the recipe's training, augmentation, sampler and loss.
 
-    Call it again with the same arguments to resume; ``cancel``, ``progress`` and ``say`` are those of :func:`train`.
+    Call it again with the same arguments to resume; ``cache``, ``cache_gb``, ``cancel``, ``progress`` and ``say`` are
+    those of :func:`train`.
 
     Raises :class:`~delineate.errors.DatasetError` if the data do not fit the bundle, or ``out`` holds another
     adaptation, :class:`~delineate.errors.UnknownKey` if it cannot be known which original subjects the bundle was
@@ -89,6 +91,7 @@ def adapt(
     folder = Path(out)
     options = RunOptions(
         cache=None if cache is None else Path(cache),
+        cache_gb=cache_gb,
         leave_out_broken=leave_out_broken,
         device=device,
         precision=precision,

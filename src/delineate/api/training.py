@@ -78,6 +78,7 @@ def train(
     changes: Changes = (),
     split: str | Path | None = None,
     cache: str | Path | None = None,
+    cache_gb: float | None = None,
     leave_out_broken: bool = False,
     evaluate: bool = True,
     device: str = "auto",
@@ -104,8 +105,10 @@ def train(
     ``recipe`` is the name of a packaged recipe, a YAML file, a :class:`Recipe`, or ``"auto"`` to derive it from the
     data. ``fold`` is held out; None trains on every subject. ``minutes``, ``steps`` or ``epochs`` replace the recipe's
     budget, ``changes`` single fields: ``{"training.batch_size": 4}``. ``split`` is a split file to use, or to write
-    for later runs; ``cache`` is where prepared subjects are kept. ``memory_gb`` is what training may take (default:
-    what is free, or the GPU's). If the recipe takes more, ``fit`` trains the variant of it that changes least and fits.
+    for later runs; ``cache`` is where prepared subjects are kept. They may take ``cache_gb`` there (default: no
+    limit); where that is too little for all, training goes round some of them at a time. ``memory_gb`` is what training
+    may take (default: what is free, or the GPU's). If the recipe takes more, ``fit`` trains the variant of it that
+    changes least and fits.
 
     Call it again with the same arguments to resume a stopped run. Setting ``cancel`` stops it after the current
     step without losing anything, which ``stopped`` then says; before training has begun, it raises
@@ -125,6 +128,7 @@ def train(
         fold=fold,
         split_file=None if split is None else Path(split),
         cache=None if cache is None else Path(cache),
+        cache_gb=cache_gb,
         leave_out_broken=leave_out_broken,
         evaluate=evaluate,
         device=device,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from delineate.cli.options import (
+    Cache,
+    CacheGb,
     Compile,
     Data,
     Device,
@@ -73,12 +75,8 @@ def adapt(
     precision: Precision = "auto",
     compile: Compile = "auto",
     threads: Threads = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            "--cache", help="Keep prepared subjects in this folder, which runs can share (default: your cache)."
-        ),
-    ] = None,
+    cache: Cache = None,
+    cache_gb: CacheGb = None,
     json: Json = False,
 ) -> None:
     """Adapt a bundle to a new scanner with one to ten labelled scans, and measure what that gained and what it cost.
@@ -94,6 +92,7 @@ def adapt(
 
     options = RunOptions(
         cache=cache,
+        cache_gb=cache_gb,
         leave_out_broken=leave_out_broken,
         device=device,
         precision=precision,

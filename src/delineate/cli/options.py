@@ -172,6 +172,20 @@ Engine = Annotated[
 Memory = Annotated[
     str | None, typer.Option("--memory", help="Keep within this, such as 8GB (default: what is free, or the GPU's).")
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Keep prepared subjects in this folder, which runs can share (default: your cache)."),
+]
+CacheGb = Annotated[
+    float | None,
+    typer.Option(
+        "--cache-gb",
+        min=0.001,
+        max=1_000_000,
+        envvar="DELINEATE_CACHE_GB",
+        help="Let prepared subjects take so many GB there; those used least recently go first (default: no limit).",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from delineate.cli.options import (
+    Cache,
+    CacheGb,
     Compile,
     Data,
     Device,
@@ -80,12 +82,8 @@ def train(
     precision: Precision = "auto",
     compile: Compile = "auto",
     threads: Threads = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            "--cache", help="Keep prepared subjects in this folder, which runs can share (default: your cache)."
-        ),
-    ] = None,
+    cache: Cache = None,
+    cache_gb: CacheGb = None,
     memory: Memory = None,
     fit: Annotated[
         bool,
@@ -116,6 +114,7 @@ def train(
         fold=None if fold == "all" else _fold(fold),
         split_file=split,
         cache=cache,
+        cache_gb=cache_gb,
         leave_out_broken=leave_out_broken,
         evaluate=evaluate,
         device=device,

@@ -4,7 +4,8 @@ A subject is in a folder named by a key of everything it depends on: the bytes o
 fitted pipeline, the targets, how files were read. So a folder never goes stale, and several recipes
 can share a cache. It holds ``image.npy`` (C, X, Y, Z) float16, ``target.npy`` (T, X, Y, Z) uint8 and
 ``points.npy`` (n, 3), all Fortran-ordered, and ``meta.json``. Each file appears whole or not at
-all, ``meta.json`` last: a folder that has it is complete, however many runs write at once.
+all, ``meta.json`` last: a folder that has it is complete, however many runs write at once. Where the disk may take
+only so much (:class:`~delineate.preprocessing.room.Room`), arrays come and go, and ``meta.json`` stays.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -30,20 +32,24 @@ from delineate.core.subject import Subject, files_of
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import load_label, load_scan
-from delineate.errors import MissingFile, RecipeError, Truncated
+from delineate.errors import MissingFile, OutputError, RecipeError, Truncated
 from delineate.io.files import content_hash, writing_beside
 from delineate.io.formats import parts_of
 from delineate.plugins import requirement_of
 from delineate.preprocessing.pipeline import Pipeline
+from delineate.preprocessing.room import ARRAYS, META, SUBJECT, Room, is_whole, used
 
 FORMAT = 1
 """Part of every key; increased whenever prepared subjects would come out differently."""
 
 POINTS_PER_TARGET = 20_000
 _ABANDONED_S = 3600
-_SUBJECT = re.compile(r"[0-9a-f]{32}")
 _HALF_WRITTEN = re.compile(r"\.[0-9a-f]{8}-(image\.npy|target\.npy|points\.npy|meta\.json)")
 _OPEN_SUBJECTS = 32
+_PARTS_OF_ROOM = 3
+"""Into how many parts the room for training subjects is divided: those in use, those to come, and those before them,
+whose files take their space until the last reader closes them."""
+_TRIES = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,14 +78,20 @@ class PreparedDataset(Sequence[PreparedSubject]):
     """Prepared subjects by their folders; a subject's arrays are mapped when it is accessed.
 
     Few stay open: each memory map holds a file descriptor, and cohorts outnumber those. Pickled for
-    another process, it carries only the folders; processes share the pages that the system caches.
+    another process, it carries no voxels; processes share the pages that the system caches.
+
+    With ``preparation``, subjects that made room for others are prepared again when they are accessed.
     """
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(self, folders: Sequence[Path], preparation: Preparation | None = None) -> None:
         self.folders = tuple(folders)
+        self._preparation = preparation
         self._entries = tuple(_Entry.read(folder) for folder in self.folders)
         self._loaded: tuple[PreparedSubject, ...] | None = None
-        self._mapped = lru_cache(maxsize=_OPEN_SUBJECTS)(lambda entry: entry.open(mmap_mode="r"))
+        self._keep_open(_OPEN_SUBJECTS)
+
+    def _keep_open(self, most: int) -> None:
+        self._mapped = lru_cache(maxsize=most)(lambda entry: self._opened(entry, "r"))
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -103,17 +115,59 @@ class PreparedDataset(Sequence[PreparedSubject]):
         """This data set with all arrays in memory if they fit the budget (:func:`budget_in_memory`), else itself."""
         if self.nbytes > (budget_in_memory() if budget_bytes is None else budget_bytes):
             return self
-        dataset = PreparedDataset(self.folders)
-        dataset._loaded = tuple(entry.open(mmap_mode=None) for entry in self._entries)
+        dataset = self._of(range(len(self)))
+        dataset._loaded = tuple(self._opened(entry, None) for entry in self._entries)
         return dataset
 
     def repeated(self, counts: Sequence[int]) -> PreparedDataset:
         """This data set with each subject as many times as ``counts`` says, sharing its arrays."""
-        places = [place for place, count in enumerate(counts) for _ in range(count)]
-        dataset = PreparedDataset([self.folders[place] for place in places])
-        dataset._entries = tuple(self._entries[place] for place in places)
-        dataset._loaded = None if self._loaded is None else tuple(self._loaded[place] for place in places)
-        return dataset
+        return self._of([place for place, count in enumerate(counts) for _ in range(count)])
+
+    def at_a_time(self, beside: PreparedDataset) -> int | None:
+        """How many subjects training should go round before the next, so that those to come can be prepared meanwhile.
+
+        None if all are at hand: in memory, or within what the disk may take together with those ``beside``, which stay.
+        Raises :class:`OutputError` if the disk may not take enough.
+        """
+        room = None if self._preparation is None else self._preparation.room
+        if room is None or room.most_bytes is None or self._loaded is not None:
+            return None
+        sizes = {entry.folder: entry.nbytes for entry in self._entries}
+        others = {entry.folder: entry.nbytes for entry in beside._entries if beside._loaded is None}
+        if sum((sizes | others).values()) <= room.most_bytes:
+            return None
+        least = sum(others.values()) + _PARTS_OF_ROOM * max(sizes.values())
+        if least > room.most_bytes:
+            raise OutputError(
+                f"{room.most_bytes / 1e9:g} GB are too little for prepared subjects: the largest takes "
+                f"{max(sizes.values()) / 1e9:.2g} GB, and those for validation {sum(others.values()) / 1e9:.2g} GB",
+                fix=f"let them take at least {ceil(least / 1e7) / 100:g} GB (--cache-gb)",
+            )
+        room.kept = frozenset(others)
+        many = (room.most_bytes - sum(others.values())) // (_PARTS_OF_ROOM * max(sizes.values()))
+        self._keep_open(min(many, _OPEN_SUBJECTS))
+        return int(many)
+
+    def fetch(self, index: int) -> None:
+        """Prepare a subject again if it made room for others, and count it as used."""
+        if self._loaded is None and self._preparation is not None:
+            self._preparation.have(self.folders[index])
+
+    def _of(self, places: Sequence[int]) -> PreparedDataset:
+        """The subjects at these places, sharing what is in memory."""
+        part = PreparedDataset((), self._preparation)
+        part.folders = tuple(self.folders[place] for place in places)
+        part._entries = tuple(self._entries[place] for place in places)
+        part._loaded = None if self._loaded is None else tuple(self._loaded[place] for place in places)
+        return part
+
+    def _opened(self, entry: _Entry, mmap_mode: Literal["r"] | None) -> PreparedSubject:
+        for _ in range(_TRIES):
+            if self._preparation is not None:
+                self._preparation.have(entry.folder)
+            with suppress(FileNotFoundError):  # another process has just removed it
+                return entry.open(mmap_mode)
+        raise _damaged(entry.folder)
 
     def __len__(self) -> int:
         return len(self.folders)
@@ -124,13 +178,62 @@ class PreparedDataset(Sequence[PreparedSubject]):
     def __getitem__(self, index: slice) -> PreparedDataset: ...
     def __getitem__(self, index: int | slice) -> PreparedSubject | PreparedDataset:
         if isinstance(index, slice):
-            part = PreparedDataset(self.folders[index])
-            part._loaded = None if self._loaded is None else self._loaded[index]
-            return part
+            return self._of(range(len(self))[index])
         return self._mapped(self._entries[index]) if self._loaded is None else self._loaded[index]
 
-    def __reduce__(self) -> tuple[type[PreparedDataset], tuple[tuple[Path, ...]]]:
-        return PreparedDataset, (self.folders,)
+    def __reduce__(self) -> tuple[type[PreparedDataset], tuple[tuple[Path, ...], Preparation | None]]:
+        return PreparedDataset, (self.folders, self._preparation)
+
+
+@dataclass(frozen=True, eq=False)
+class Preparation:
+    """How subjects are prepared into ``room``, and which of them lies in which folder there."""
+
+    pipeline: Pipeline
+    targets: Targets
+    room: Room
+    channels: Sequence[str] | None
+    nan: Literal["refuse", "fill"]
+    orientation: Literal["refuse", "sform", "qform"]
+    hashes: FileHashes
+    subjects: dict[Path, Subject]
+
+    def place_of(self, subject: Subject) -> Path:
+        """The folder of a subject, by all that its content depends on."""
+        files = _hashes_of(subject, self.channels, self.targets, self.hashes)
+        rules = [self.nan, self.orientation, subject.resample]
+        # Another version of a package's step may prepare differently.
+        foreign = [found for step in self.pipeline.steps if (found := requirement_of(type(step)))]
+        pipeline = self.pipeline.model_dump(mode="json")
+        parts = [FORMAT, subject.id, files, pipeline, self.targets.as_dict(), *rules, *foreign]
+        # Keys of JSON objects stay in order: that of the targets is the order of the classes.
+        key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        return self.room.folder / key
+
+    def have(self, place: Path) -> None:
+        """Prepare the subject of a folder unless its arrays are there, and count it as used.
+
+        Raises :class:`MissingFile` if its files are not what they were.
+        """
+        if not is_whole(place):
+            with self.room.turn(place):
+                if not is_whole(place):
+                    subject = self.subjects[place]
+                    if self.place_of(subject) != place:
+                        raise MissingFile(
+                            f"the files of '{subject.id}' are not what they were when it was prepared first",
+                            fix="restore them, or start another run",
+                        )
+                    self.write(place)
+        used(place)
+
+    def write(self, place: Path) -> None:
+        """Prepare the subject of a folder."""
+        subject = self.subjects[place]
+        scan = load_scan(subject, self.channels, nan=self.nan, orientation=self.orientation)
+        label = load_label(subject, self.targets, scan.grid, orientation=self.orientation)
+        prepared, encoded, _ = self.pipeline.apply_with_label(scan, self.targets.encode(label.voxels))
+        _write(place, subject.id, prepared, encoded, self.targets, self.room)
 
 
 def prepare(
@@ -141,13 +244,15 @@ def prepare(
     *,
     channels: Sequence[str] | None = None,
     threads: int = 2,
+    most_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     nan: Literal["refuse", "fill"] = "refuse",
     orientation: Literal["refuse", "sform", "qform"] = "refuse",
 ) -> PreparedDataset:
     """Prepare labelled subjects into ``folder``, reusing those already there.
 
-    ``channels`` are read in that order (by default all). Each thread holds one subject in memory.
+    ``channels`` are read in that order (by default all). Each thread holds one subject in memory. All that is prepared
+    in ``folder`` may take ``most_bytes``: beyond that, what was used least recently is removed, whoever prepared it.
     ``progress(done, total)`` is called after each subject. If it is interrupted, the same call resumes
     after the subjects that were finished.
 
@@ -158,21 +263,14 @@ def prepare(
         raise RecipeError("the preprocessing is not fitted", fix="fit it on the training subjects before preparing")
     _sweep(folder)
     hashes = FileHashes(folder / "hashes.json")
-    # Another version of a package's step may prepare differently.
-    foreign = [found for step in pipeline.steps if (found := requirement_of(type(step)))]
+    how = Preparation(pipeline, targets, Room(folder, most_bytes), channels, nan, orientation, hashes, {})
 
     def prepare_one(subject: Subject) -> Path:
-        files = _hashes_of(subject, channels, targets, hashes)
-        rules = [nan, orientation, subject.resample]
-        parts = [FORMAT, subject.id, files, pipeline.model_dump(mode="json"), targets.as_dict(), *rules, *foreign]
-        # Keys of JSON objects stay in order: that of the targets is the order of the classes.
-        key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-        place = folder / key
-        if not (place / "meta.json").exists():
-            scan = load_scan(subject, channels, nan=nan, orientation=orientation)
-            label = load_label(subject, targets, scan.grid, orientation=orientation)
-            prepared, encoded, _ = pipeline.apply_with_label(scan, targets.encode(label.voxels))
-            _write(place, subject.id, prepared, encoded, targets, seed=int(key, 16))
+        place = how.place_of(subject)
+        how.subjects[place] = subject
+        if not (place / META).exists():
+            how.write(place)
+        used(place)
         return place
 
     with ThreadPoolExecutor(threads) as pool:
@@ -185,7 +283,7 @@ def prepare(
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             hashes.save()
-    return PreparedDataset([future.result() for future in futures])
+    return PreparedDataset([future.result() for future in futures], how)
 
 
 class FileHashes:
@@ -198,6 +296,9 @@ class FileHashes:
         # Only a cache: if it cannot be read, start again.
         with suppress(OSError, ValueError):
             self._known = json.loads(path.read_text(encoding="utf-8"))
+
+    def __reduce__(self) -> tuple[type[FileHashes], tuple[Path]]:
+        return FileHashes, (self._path,)
 
     def of(self, file: Path) -> str:
         """BLAKE2b of the file's bytes, as 32 hexadecimal digits."""
@@ -234,7 +335,7 @@ class _Entry:
     @classmethod
     def read(cls, folder: Path) -> Self:
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            meta = json.loads((folder / META).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise _damaged(folder) from error
         counts = {int(target): n for target, n in meta["counts"].items()}
@@ -246,6 +347,8 @@ class _Entry:
                 np.asarray(np.load(self.folder / name, mmap_mode=mmap_mode))
                 for name in ("image.npy", "target.npy", "points.npy")
             )
+        except FileNotFoundError:
+            raise
         except (OSError, ValueError) as error:
             raise _damaged(self.folder) from error
         numbers = sorted(self.counts)[1:]  # without 0, the background
@@ -265,22 +368,20 @@ def _hashes_of(
     return [[name, *map(hashes.of, parts_of(file))] for name, file in files]
 
 
-def _write(folder: Path, id: str, prepared: Volume, encoded: NDArray[np.uint8], targets: Targets, seed: int) -> None:
+def _write(folder: Path, id: str, prepared: Volume, encoded: NDArray[np.uint8], targets: Targets, room: Room) -> None:
     largest = max(-float(prepared.voxels.min()), float(prepared.voxels.max()))
     if largest > float(np.finfo(np.float16).max):
         raise RecipeError(
             f"prepared intensities of '{id}' reach {largest:.4g}, beyond half precision (65504)",
             fix="add a normalise step to the preprocessing",
         )
-    points, counts = _draw_points(encoded, targets, np.random.default_rng(seed))
-    arrays: dict[str, NDArray] = {
-        "image.npy": np.asfortranarray(prepared.voxels, dtype=np.float16),
-        "target.npy": np.asfortranarray(encoded),
-        "points.npy": points,
-    }
-    for name, array in arrays.items():
-        with writing_beside(folder / name) as beside:
-            np.save(beside, array)
+    points, counts = _draw_points(encoded, targets, np.random.default_rng(int(folder.name, 16)))
+    image, target = np.asfortranarray(prepared.voxels, dtype=np.float16), np.asfortranarray(encoded)
+    arrays: dict[str, NDArray] = dict(zip(ARRAYS, (points, target, image), strict=True))
+    with room.taking(sum(array.nbytes for array in arrays.values())):
+        for name, array in arrays.items():
+            with writing_beside(folder / name) as beside:
+                np.save(beside, array)
     meta = {
         "id": id,
         "shape": prepared.grid.shape,
@@ -288,7 +389,7 @@ def _write(folder: Path, id: str, prepared: Volume, encoded: NDArray[np.uint8], 
         "counts": counts,
         "nbytes": sum(array.nbytes for array in arrays.values()),
     }
-    with writing_beside(folder / "meta.json") as beside:
+    with writing_beside(folder / META) as beside:
         beside.write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -317,7 +418,7 @@ def _sweep(folder: Path) -> None:
     everything else in it is the user's.
     """
     for leftover in folder.glob("*/.*"):
-        if not (_SUBJECT.fullmatch(leftover.parent.name) and _HALF_WRITTEN.fullmatch(leftover.name)):
+        if not (SUBJECT.fullmatch(leftover.parent.name) and _HALF_WRITTEN.fullmatch(leftover.name)):
             continue
         with suppress(FileNotFoundError):  # its run has just finished it
             if time.time() - leftover.stat().st_mtime > _ABANDONED_S:

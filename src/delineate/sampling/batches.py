@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from delineate.core.grid import AXES
-from delineate.preprocessing.cache import PreparedSubject
+from delineate.preprocessing.cache import PreparedDataset, PreparedSubject
 from delineate.sampling.augmentation import AugmentationSpec, augment, context_voxels
 from delineate.sampling.samplers import Sampler
 from delineate.sampling.tiles import TileGeometry, standardised
@@ -65,6 +65,20 @@ class BatchSource:
         """Numbers of the samples in batch ``i``."""
         first = (i * self.world + self.rank) * self.batch_size
         return list(range(first, first + self.batch_size))
+
+    @property
+    def ahead(self) -> int:
+        """How many batches ahead :meth:`fetch` should be called; 0 if all subjects are at hand."""
+        return -(-self.sampler.ahead // (self.batch_size * self.world))
+
+    def fetch(self, i: int) -> None:
+        """Have the subjects of all processes' batches ``i`` prepared, as far as they are this one's to prepare."""
+        subjects = self.subjects
+        assert isinstance(subjects, PreparedDataset)
+        first = i * self.world * self.batch_size
+        for index in {self.sampler.subject_of(j) for j in range(first, first + self.world * self.batch_size)}:
+            if index % self.world == self.rank:
+                subjects.fetch(index)
 
     def batch(self, i: int) -> Batch:
         """Batch ``i``, read with the context that augmentation needs."""

@@ -174,14 +174,32 @@ class Draw(NamedTuple):
     rng: np.random.Generator
 
 
+ROUNDS = 8
+"""Tiles that are drawn from a subject while it is at hand, where not all subjects are at a time.
+
+Preparing a subject takes as long as a few training steps, so that one tile of each would leave the network waiting.
+"""
+
+
 class Sampler:
-    """Draws samples 0, 1, 2, … from prepared subjects; independent of what was drawn before."""
+    """Draws samples 0, 1, 2, … from prepared subjects; independent of what was drawn before.
+
+    ``at_a_time``: so many subjects, drawn anew in each turn, give their samples before the next ones do: all their
+    tiles in a pass, or :data:`ROUNDS` of them if the sampler draws one from each. By default, all subjects mix.
+    """
 
     def __init__(
-        self, spec: SamplerSpecification, subjects: Sequence[PreparedSubject], geometry: TileGeometry, seed: int
+        self,
+        spec: SamplerSpecification,
+        subjects: Sequence[PreparedSubject],
+        geometry: TileGeometry,
+        seed: int,
+        at_a_time: int | None = None,
     ) -> None:
         self.spec, self.subjects, self.geometry, self.seed = spec, subjects, geometry, seed
+        self.at_a_time = None if at_a_time is None else min(at_a_time, len(subjects))
         self._tiles = spec.listed(subjects, geometry)
+        self._turn_length = self.pass_length * (1 if self._tiles or self.at_a_time is None else ROUNDS)
         self._order = lru_cache(maxsize=4)(self._shuffle)
 
     @property
@@ -189,18 +207,38 @@ class Sampler:
         """Samples in one pass over the data."""
         return len(self._tiles) or len(self.subjects)
 
+    @property
+    def ahead(self) -> int:
+        """How many samples ahead subjects should be fetched: as many as those at hand give. 0 if all are at hand."""
+        return 0 if self.at_a_time is None else self._turn_length * self.at_a_time // len(self.subjects)
+
+    def subject_of(self, j: int) -> int:
+        """The number of the subject that sample ``j`` is drawn from."""
+        item = self._item(j)
+        return self._tiles[item][0] if self._tiles else item
+
     def draw(self, j: int) -> Draw:
         """Sample ``j``."""
-        rng = np.random.default_rng((self.seed, 1, j))
-        item = int(self._order(j // self.pass_length)[j % self.pass_length])
+        rng, item = np.random.default_rng((self.seed, 1, j)), self._item(j)
         if self._tiles:
             index, tile = self._tiles[item]
             return Draw(index, tile, rng)
         return Draw(item, self.spec.draw(self.subjects[item], self.geometry, rng), rng)
 
-    def _shuffle(self, pass_number: int) -> np.ndarray:
-        rng = np.random.default_rng((self.seed, 0, pass_number))
-        return self.spec.order(self._tiles, rng) if self._tiles else rng.permutation(self.pass_length)
+    def _item(self, j: int) -> int:
+        return int(self._order(j // self._turn_length)[j % self._turn_length])
+
+    def _shuffle(self, turn: int) -> NDArray[np.integer]:
+        rng = np.random.default_rng((self.seed, 0, turn))
+        if self.at_a_time is None:
+            return self.spec.order(self._tiles, rng) if self._tiles else rng.permutation(self.pass_length)
+        subjects = rng.permutation(len(self.subjects))
+        if not self._tiles:
+            groups = np.split(subjects, range(self.at_a_time, len(subjects), self.at_a_time))
+            return np.concatenate([rng.permutation(group) for group in groups for _ in range(ROUNDS)])
+        group = np.argsort(subjects) // self.at_a_time
+        order = self.spec.order(self._tiles, rng)
+        return order[np.argsort(group[[self._tiles[item][0] for item in order]], kind="stable")]
 
 
 def drawn(subject: PreparedSubject, geometry: TileGeometry, rng: np.random.Generator) -> Tile:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from delineate.bundle import Bundle
-from delineate.compute import ComputePlan
+from delineate.compute import ComputePlan, usable_cores
 from delineate.errors import OutOfMemory, RecipeError, TrainingError
 from delineate.fitting import judged_in_parts, more_parts
 from delineate.losses.content import adversaries
@@ -73,8 +73,15 @@ class Foreground(NamedTuple):
         return Foreground(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+_MOST_PREPARING = 8
+"""Threads that prepare subjects to come; each holds one in memory."""
+
+
 class BatchStream(IterableDataset):
-    """Batches from the current step on; the next is read while the network works on this one."""
+    """Batches from the current step on; the next is read while the network works on this one.
+
+    Subjects that are not at hand, since the disk may not hold all, are prepared long before they are needed.
+    """
 
     def __init__(self, module: Delineator) -> None:
         self.module = module
@@ -82,12 +89,21 @@ class BatchStream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         # The step of a resumed training is known only once Lightning has restored it.
         i, source = self.module.global_step, self.module.source
-        with ThreadPoolExecutor(max_workers=1) as reader:
+        threads = max(1, min(_MOST_PREPARING, usable_cores() - 1))
+        with ThreadPoolExecutor(max_workers=1) as reader, ThreadPoolExecutor(threads) as preparing:
             following = reader.submit(source.batch, i)
-            while True:
-                batch, i = following.result(), i + 1
-                following = reader.submit(source.batch, i)
-                yield batch
+            # What fails here fails again, and is raised, once the subject is read.
+            for soon in range(i + 1, i + source.ahead):
+                preparing.submit(source.fetch, soon)
+            try:
+                while True:
+                    batch, i = following.result(), i + 1
+                    following = reader.submit(source.batch, i)
+                    if source.ahead:
+                        preparing.submit(source.fetch, i + source.ahead)
+                    yield batch
+            finally:
+                preparing.shutdown(wait=True, cancel_futures=True)
 
 
 class Delineator(lightning.LightningModule):

@@ -41,14 +41,16 @@ class RunOptions:
     """How a recipe is run, apart from what the recipe itself says.
 
     ``fold`` is held out and never seen in training; ``None`` trains on all but the locked test set.
-    ``cache`` holds prepared subjects, shared by runs. ``split_file`` is reused by later runs. ``memory_gb`` is what
-    training may take, by default what is free, or the GPU's; if it is infinite, nothing is counted. A recipe whose
-    steps would take more is refused or, to ``fit``, replaced by a variant that takes less.
+    ``cache`` holds prepared subjects, shared by runs; all of them may take ``cache_gb``. ``split_file`` is reused by
+    later runs. ``memory_gb`` is what training may take, by default what is free, or the GPU's; if it is infinite,
+    nothing is counted. A recipe whose steps would take more is refused or, to ``fit``, replaced by a variant that takes
+    less.
     """
 
     fold: int | None = 0
     split_file: Path | None = None
     cache: Path | None = None
+    cache_gb: float | None = None
     leave_out_broken: bool = False
     evaluate: bool = True
     device: str = "auto"

@@ -37,7 +37,7 @@ from delineate.preprocessing.cache import PreparedDataset, prepare
 from delineate.preprocessing.spatial import Reorient
 from delineate.preprocessing.step import Step
 from delineate.recipe import Recipe, apply_changes, load_recipe, recipe_from, to_yaml
-from delineate.sampling.samplers import ChosenSlices
+from delineate.sampling.samplers import ROUNDS, ChosenSlices
 from delineate.sampling.tiles import Slices, geometry_for, with_slice_axis
 from delineate.training.events import Warned
 from delineate.training.options import Reporter, RunOptions
@@ -274,10 +274,14 @@ def conditions(plan: ComputePlan, options: RunOptions) -> dict[str, str | int]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prepared subjects by role."""
+    """Prepared subjects by role.
+
+    ``at_a_time``: how many training subjects to go round before the next, where the disk may not hold all.
+    """
 
     training: PreparedDataset
     validation: PreparedDataset
+    at_a_time: int | None
 
 
 def prepared_bundle(
@@ -300,9 +304,16 @@ def prepared_bundle(
         targets,
         cache,
         threads=plan.threads,
+        most_bytes=None if options.cache_gb is None else int(1e9 * options.cache_gb),
         progress=lambda done, total: report.progress("preparing", done, total),
     )
-    training, validation = both[: len(roles.training)], both[len(roles.training) :]
+    training, validation = both[: len(roles.training)].in_memory(), both[len(roles.training) :].in_memory()
+    at_a_time = training.at_a_time(beside=validation)
+    if at_a_time is not None:
+        report(
+            f"prepared subjects take {both.nbytes / 1e9:.3g} GB, more than the {options.cache_gb:g} GB that they may: "
+            f"training goes round {at_a_time} of {len(training)} at a time, {ROUNDS} tiles of each"
+        )
     spacing = np.median([grid.spacing_mm for grid in training.grids], axis=0)
     spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     largest = np.max([grid.shape for grid in training.grids], axis=0)
@@ -333,10 +344,10 @@ def prepared_bundle(
             left_out=hidden(sorted(inspection.broken)),
             versions=versions(),
             requires=recipe.requires,
-            computed=conditions(plan, options),
+            computed=conditions(plan, options) | {"subjects at a time": at_a_time or "all"},
         ),
     )
-    return bundle, Prepared(training.in_memory().repeated(roles.repeats), validation.in_memory())
+    return bundle, Prepared(training.repeated(roles.repeats), validation, at_a_time)
 
 
 def subjects_of(dataset: Dataset, inspection: Inspection, roles: Roles, options: RunOptions) -> RunSubjects:

@@ -183,7 +183,7 @@ def _run(
     subjects = subjects_of(dataset, inspection, roles, options)
     _check_same_subjects(subjects, folder)
     _compare_conditions(bundle, folder, report)
-    sampler = Sampler(recipe.sampler, prepared.training, bundle.geometry, recipe.training.seed)
+    sampler = Sampler(recipe.sampler, prepared.training, bundle.geometry, recipe.training.seed, prepared.at_a_time)
     source = BatchSource(sampler, recipe.augmentation, recipe.training.batch_size)
     planned = _planned(recipe, source.for_process(0, options.devices))
     report.event(planned)
