@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -23,6 +25,51 @@ Network = Callable[[Tensor], Tensor]
 
 VOXELS_PER_BATCH = {"cpu": 2**17, "cuda": 2**22, "mps": 2**20}
 """Input voxels per batch; larger batches gain nothing on that kind of device."""
+
+
+class Sampling:
+    """Within it, a network runs for ``seconds`` in each volume, and for the other tiles its last answer is taken again.
+
+    So a trial does all that a prediction does, of any length. ``skipped`` are the moments at which tiles were skipped,
+    and the seconds that they would have taken. It holds for the whole process.
+    """
+
+    _current: ClassVar[Sampling | None] = None
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.skipped: list[tuple[float, float]] = []
+
+    def __enter__(self) -> Self:
+        Sampling._current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Sampling._current = None
+
+    @classmethod
+    def of(cls, network: Network) -> Network:
+        """``network``, or a sample of it in a trial."""
+        return network if cls._current is None else cls._current._sample(network)
+
+    def _sample(self, network: Network) -> Network:
+        took: list[float] = []
+        last = torch.empty(0)
+
+        def answer(x: Tensor) -> Tensor:
+            nonlocal last
+            # The first pass allocates memory, and may compile.
+            if sum(took[1:]) > self.seconds and len(last) == len(x):
+                self.skipped.append((time.time(), sum(took[1:]) / len(took[1:])))
+                return last
+            start = time.perf_counter()
+            last = network(x)
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)  # the pass has only been queued
+            took.append(time.perf_counter() - start)
+            return last
+
+        return answer
 
 
 @dataclass(frozen=True)
@@ -58,7 +105,7 @@ class Sliding:
         in float32; finished planes are divided by their sum of weights and stored as float16. Batches of
         background alone, where each channel has one value, are answered once.
         """
-        shape = volume.shape[1:]
+        shape, network = volume.shape[1:], Sampling.of(network)
         slow = 2 if geometry.slice_axis is None else geometry.slice_axis
         tiles = sorted(geometry.tiles(shape, self.overlap, self.advance), key=lambda tile: tile.start[slow])
         result = self._allocate((self.outputs, *shape))

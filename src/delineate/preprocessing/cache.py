@@ -215,6 +215,7 @@ class Preparation:
 
         Raises :class:`MissingFile` if its files are not what they were.
         """
+        used(place)  # first, so that nobody removes it while it is written
         if not is_whole(place):
             with self.room.turn(place):
                 if not is_whole(place):
@@ -225,7 +226,6 @@ class Preparation:
                             fix="restore them, or start another run",
                         )
                     self.write(place)
-        used(place)
 
     def write(self, place: Path) -> None:
         """Prepare the subject of a folder."""

@@ -73,7 +73,8 @@ def try_recipe(
     """Train for a few steps in a process of its own, validate, predict a held-out subject, and leave nothing behind.
 
     It is the real training, compiled if the whole run would be, but on the smallest and the largest training subject
-    and on the largest of the others in each role. Of the rest, only the scans' headers are read.
+    and on the largest of the others in each role. Of the rest, only the scans' headers are read. In a volume that takes
+    long to predict, the network runs for some seconds, and the tiles that are left count as if they took as long.
 
     ``memory_gb``: its process gets no more than this, where the system can limit it (Linux).
 

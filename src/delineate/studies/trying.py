@@ -25,6 +25,7 @@ from delineate.core.memory import peak_memory_bytes
 from delineate.core.subject import Subject
 from delineate.datasets.splits import Split, check_split, save_split
 from delineate.errors import DelineateError, OutOfMemory
+from delineate.inference.sliding import Sampling
 from delineate.io.files import writing_beside
 from delineate.io.formats import read_header
 from delineate.networks.cost import count_convolutions, count_parameters
@@ -39,6 +40,9 @@ from delineate.training.module import Budget
 from delineate.training.options import Reporter, RunOptions, check_possible
 from delineate.training.preparation import Roles, assign_roles, expected_seconds
 from delineate.training.run import train
+
+_PREDICTING_SECONDS = 10.0
+"""The network runs for so long in each volume that a trial predicts; the rest takes as long in proportion."""
 
 
 def answer() -> None:
@@ -106,7 +110,9 @@ def tried(request: Request, folder: Path) -> Trial:
     check_possible(options)
     some = replace(dataset, subjects=tuple(subject for subject in dataset.subjects if subject.id in split.subjects))
     steps = _StepTimes(plan.device)
-    result = train(_shortened(recipe, request.steps), some, folder / "run", options, Reporter(progress=steps.progress))
+    short, report = _shortened(recipe, request.steps), Reporter(progress=steps.progress)
+    with Sampling(_PREDICTING_SECONDS) as sampled:
+        result = train(short, some, folder / "run", options, report)
     if result.stopped is not None:
         sys.exit(result.stopped)
     if divided := [event for event in read_events(folder / "run" / "logs") if isinstance(event, Divided)]:
@@ -116,7 +122,8 @@ def tried(request: Request, folder: Path) -> Trial:
         )
     measured = time.time()
     write_run_report(folder / "run", some)
-    took = _Took.of(read_events(folder / "run" / "logs"), steps.ends, request.asked, began, measured)
+    events = read_events(folder / "run" / "logs")
+    took = _Took.of(events, steps.ends, request.asked, began, measured, sampled.skipped)
     return _expected(recipe, roles, few, sizes, took, plan, folder, program)
 
 
@@ -181,10 +188,20 @@ class _Took:
     reporting: float
 
     @classmethod
-    def of(cls, events: Sequence[Event], steps: Sequence[float], asked: float, began: float, measured: float) -> _Took:
-        """From a run's events, when each of its steps ended, and when the held-out subjects were ``measured``."""
+    def of(
+        cls,
+        events: Sequence[Event],
+        steps: Sequence[float],
+        asked: float,
+        began: float,
+        measured: float,
+        skipped: Sequence[tuple[float, float]],
+    ) -> _Took:
+        """From a run's events, when each of its steps ended, when the held-out subjects were ``measured``, and what was
+        skipped when: tiles in predictions."""
         at = {type(event): event.at.timestamp() for event in events}
         step = (steps[-2] - steps[0]) / (len(steps) - 2)
+        in_training = sum(seconds for when, seconds in skipped if when <= at[Trained])
         return cls(
             steps=len(steps),
             starting=began - asked,
@@ -192,9 +209,9 @@ class _Took:
             preparing=at[Planned] - at[Started],
             first_step=steps[0] - at[Planned],
             step=step,
-            validating=max(0.0, steps[-1] - steps[-2] - step),
+            validating=max(0.0, steps[-1] - steps[-2] - step) + in_training,
             keeping=at[Trained] - steps[-1],
-            predicting=measured - at[Trained],
+            predicting=measured - at[Trained] + sum(seconds for _, seconds in skipped) - in_training,
             reporting=time.time() - measured,
         )
 
