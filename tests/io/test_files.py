@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
 
 from delineate.errors import OutputError
-from delineate.io.files import appending, reserve, writing_beside
+from delineate.io.files import appending, free_bytes, reserve, writing_beside
 
 
 def test_a_file_appears_whole_in_a_new_folder(tmp_path: Path) -> None:
@@ -103,3 +104,9 @@ def test_what_cannot_be_appended_whole_leaves_the_file_as_it_was(tmp_path: Path)
 def test_what_the_disk_cannot_promise_is_said_before_it_is_mapped(tmp_path: Path) -> None:
     with (tmp_path / "file").open("w+b") as file, pytest.raises(OutputError, match="cannot be written"):
         reserve(file, 2**60)
+
+
+def test_free_space_is_known_before_a_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, tmp_path / "not" / "yet", Path("not/yet")):
+        assert free_bytes(folder) == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)

@@ -148,6 +148,7 @@ def _plain(sizes: Sizes) -> dict[str, Any]:
 
 def _print(sizes: Sizes, batch: int, device: str) -> None:
     from delineate.cli.terminal import print_table
+    from delineate.io.files import free_bytes, home_folder
     from delineate.studies.sizing import Guess
     from delineate.studies.trials import Trial, duration
 
@@ -171,7 +172,7 @@ def _print(sizes: Sizes, batch: int, device: str) -> None:
             ["preparing", duration(trial.preparing_seconds)],
             ["a validation", duration(trial.validating_seconds)],
             ["measuring", f"{duration(trial.predicting_seconds)} for each held-out subject"],
-            ["disk", f"{trial.prepared_gb:.2g} GB of prepared subjects"],
+            ["disk", _disk(trial.prepared_gb, free_bytes(home_folder()) / 1e9)],
             ["sees", _seen(sizes.recipe)],
         ]
         print_table("on this machine, by three steps", ["", ""], rows)
@@ -207,6 +208,14 @@ def _print(sizes: Sizes, batch: int, device: str) -> None:
         settings = " ".join(f"--set '{change}'" for change in chosen.changes)
         settings += "" if chosen.precision is None else f"--precision {chosen.precision}"
         typer.echo(f"add to train, for {chosen.what}:\n  {settings}")
+
+
+def _disk(prepared_gb: float, free_gb: float) -> str:
+    """What prepared subjects take, and what to do if there is too little room."""
+    taken = f"{prepared_gb:.2g} GB of prepared subjects"
+    return (
+        taken if prepared_gb <= free_gb else f"{taken}, {free_gb:.2g} GB are free: --cache-gb trains on some at a time"
+    )
 
 
 def _span(guess: Guess) -> str:

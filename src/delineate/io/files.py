@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -46,6 +47,12 @@ MOST_TEXT = 2**26
 """Most bytes of a text file that is read as a whole, such as a table or a description."""
 
 _MOST_FOLDERS = 100_000  # below one folder
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk of a folder, which need not exist yet."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
 
 
 def home_folder() -> Path:
