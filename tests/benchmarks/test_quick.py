@@ -20,6 +20,26 @@ def test_every_benchmark_runs(tmp_path) -> None:
     assert all(rows.values())
 
 
+def test_growth_is_measured_kept_and_written(tmp_path) -> None:
+    page, place = tmp_path / "docs/growth.md", tmp_path / "out"
+    (tmp_path / "docs/images").mkdir(parents=True)
+    page.write_text((ROOT / "docs/growth.md").read_text(encoding="utf-8"), encoding="utf-8")
+    command = [sys.executable, ROOT / "benchmarks/growth.py", place]
+    for words in (["volume", "disk", "--quick"], ["volume", "--quick"], ["--write", page]):
+        done = subprocess.run([*command, *words], capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        printed = "" if "disk" not in words else done.stdout
+        assert done.stdout == printed, "what is measured is not measured again"
+    measured = json.loads((place / "growth.json").read_text(encoding="utf-8"))["parts"]
+    assert set(measured["disk"]) == {"all prepared", "a third, 100 MB/s, 8 at a time", "a third, 100 MB/s, 1 at a time"}
+    limited = measured["disk"]["a third, 100 MB/s, 8 at a time"]
+    assert 0 < limited["GB"] <= 0.35 * measured["disk"]["all prepared"]["GB"]
+    text = page.read_text(encoding="utf-8")
+    assert "| 64×64×64 |" in text
+    assert "| 512×512×600 |" not in text, "tables replace those that were there"
+    assert (tmp_path / "docs/images/growth.webp").stat().st_size > 1000
+
+
 def test_plans_are_compared_with_trainings(tmp_path) -> None:
     command = [
         sys.executable,

@@ -213,9 +213,9 @@ def _print(sizes: Sizes, batch: int, device: str) -> None:
 def _disk(prepared_gb: float, free_gb: float) -> str:
     """What prepared subjects take, and what to do if there is too little room."""
     taken = f"{prepared_gb:.2g} GB of prepared subjects"
-    return (
-        taken if prepared_gb <= free_gb else f"{taken}, {free_gb:.2g} GB are free: --cache-gb trains on some at a time"
-    )
+    if prepared_gb <= free_gb:
+        return taken
+    return f"{taken}, {free_gb:.2g} GB are free: --cache-gb trains on some at a time"
 
 
 def _span(guess: Guess) -> str:
