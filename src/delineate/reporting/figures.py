@@ -252,6 +252,7 @@ def curve_chart(curves: Mapping[str, Sequence[tuple[float, Estimate]]], axis: st
     """Means and their 95 % intervals over what is counted along ``axis``, a line for each of ``curves``."""
 
     label = METRICS[metric].title
+    rows = 1 if sum(len(name) + 4 for name in curves) < _WIDTH * 9 else len(curves)
 
     def draw(axes: Axes) -> None:
         for (name, points), colour in zip(curves.items(), cycle(SERIES), strict=False):
@@ -261,14 +262,15 @@ def curve_chart(curves: Mapping[str, Sequence[tuple[float, Estimate]]], axis: st
             axes.plot(x, means, "o-", color=colour, markersize=4, label=name)
         axes.set(xlabel=f"{axis}{COUNT}", ylabel=_measured(metric, label))
         axes.set_xticks(sorted({count for points in curves.values() for count, _ in points}))
-        if len(curves) > 1:
-            axes.legend(loc="lower right", fontsize=9)
+        if len(curves) > 1:  # above the axes: inside, it would lie on one of the bands
+            columns = len(curves) // rows
+            axes.get_figure().legend(loc="outside upper right", ncols=columns, fontsize=9)  # type: ignore[union-attr]
 
     reading = (
         "Each point is the mean over held-out patients, its band the 95 % interval; overlapping bands settle nothing."
     )
     said = f"{label} over {axis}, with 95 % intervals"
-    return _chart(draw, f"{METRICS[metric].label} over {axis}", reading, said, height=3.0)
+    return _chart(draw, f"{METRICS[metric].label} over {axis}", reading, said, height=2.8 + 0.2 * rows)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
