@@ -308,11 +308,12 @@ def prepared_bundle(
         progress=lambda done, total: report.progress("preparing", done, total),
     )
     training, validation = both[: len(roles.training)].in_memory(), both[len(roles.training) :].in_memory()
-    at_a_time = training.at_a_time(beside=validation)
+    drawn_from = training.repeated(roles.repeats)
+    at_a_time = drawn_from.at_a_time(beside=validation)
     if at_a_time is not None:
         report(
             f"prepared subjects take {both.nbytes / 1e9:.3g} GB, more than the {options.cache_gb:g} GB that they may: "
-            f"training goes round {at_a_time} of {len(training)} at a time, {ROUNDS} tiles of each"
+            f"training goes round {at_a_time} of {len(drawn_from)} at a time, {ROUNDS} tiles of each"
         )
     spacing = np.median([grid.spacing_mm for grid in training.grids], axis=0)
     spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
@@ -347,7 +348,7 @@ def prepared_bundle(
             computed=conditions(plan, options) | {"subjects at a time": at_a_time or "all"},
         ),
     )
-    return bundle, Prepared(training.repeated(roles.repeats), validation, at_a_time)
+    return bundle, Prepared(drawn_from, validation, at_a_time)
 
 
 def subjects_of(dataset: Dataset, inspection: Inspection, roles: Roles, options: RunOptions) -> RunSubjects:
