@@ -224,21 +224,30 @@ class _Window:
         if gone <= 0:
             return
         stop = min(self.first + gone, finished.shape[-1])
-        mean = self.total[..., : stop - self.first] / self.weight[..., : stop - self.first]
-        if not torch.isfinite(mean).all():
-            raise BundleError(
-                "the network's output is not finite",
-                fix=(
-                    "predict with --precision fp32; if that does not help, the scan is beyond what the network can "
-                    "handle, or its training has diverged"
-                ),
-            )
-        finished[..., self.first : stop] = (mean if self.finish is None else self.finish(mean)).cpu().numpy()
-        for sums in (self.total, self.weight):
+        weight, written = self.weight[..., : stop - self.first], finished[..., self.first : stop]
+        if self.finish is None:  # class by class: all together would be a second copy of the sums
+            for k, total in enumerate(self.total):
+                written[k] = _finite(total[..., : stop - self.first] / weight).cpu().numpy()
+        else:
+            written[:] = self.finish(_finite(self.total[..., : stop - self.first] / weight)).cpu().numpy()
+        for sums in (*self.total, self.weight):
             rest = sums[..., gone:].clone()
             sums.zero_()
             sums[..., : rest.shape[-1]] = rest
         self.first = first
+
+
+def _finite(mean: Tensor) -> Tensor:
+    """What a network found, unless it is not finite."""
+    if not torch.isfinite(mean).all():
+        raise BundleError(
+            "the network's output is not finite",
+            fix=(
+                "predict with --precision fp32; if that does not help, the scan is beyond what the network can "
+                "handle, or its training has diverged"
+            ),
+        )
+    return mean
 
 
 def _only_value(boxes: NDArray[np.floating]) -> bytes | None:
