@@ -8,7 +8,7 @@ import torch
 
 from delineate.compute import plan_compute
 from delineate.inference import sliding
-from delineate.inference.sliding import Sampling, Sliding
+from delineate.inference.sliding import Abridged, Sliding
 from delineate.sampling.tiles import TileGeometry
 
 PLAN = plan_compute(device="cpu", precision="fp32", compile="off")
@@ -228,7 +228,7 @@ def test_logits_of_tiles_become_probabilities_once_they_are_averaged(exclusive) 
 
 
 def test_a_trial_runs_the_network_for_a_while_and_counts_what_it_skips() -> None:
-    """Everything else is done: each tile has an answer, and each volume a sample of its own."""
+    """Everything else is done: each tile has an answer, and each volume a part of its own."""
     volume, geometry = volume_of((64, 64, 64)), TileGeometry((8, 8, 8))
     calls: list[int] = []
 
@@ -239,14 +239,14 @@ def test_a_trial_runs_the_network_for_a_while_and_counts_what_it_skips() -> None
     mirrored = replace(SLIDING, flips=("x",))
     whole = mirrored.probabilities(network, volume, geometry)
     passes = len(calls)
-    with Sampling(0.0) as sampled:
+    with Abridged(0.0) as abridged:
         for _ in range(2):
             calls.clear()
-            sample = mirrored.probabilities(network, volume, geometry)
-            assert sample.shape == whole.shape
-            assert np.isfinite(sample).all()
+            found = mirrored.probabilities(network, volume, geometry)
+            assert found.shape == whole.shape
+            assert np.isfinite(found).all()
             # The first pass, which may compile, tells nothing of the others; the last batch may have another size.
             assert 2 <= len(calls) <= 4 < passes
-    assert len(sampled.skipped) == 2 * (passes - len(calls))
-    assert all(seconds > 0 for _, seconds in sampled.skipped)
+    assert len(abridged.skipped) == 2 * (passes - len(calls))
+    assert all(seconds > 0 for _, seconds in abridged.skipped)
     np.testing.assert_array_equal(mirrored.probabilities(network, volume, geometry), whole)

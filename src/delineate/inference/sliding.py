@@ -27,32 +27,32 @@ VOXELS_PER_BATCH = {"cpu": 2**17, "cuda": 2**22, "mps": 2**20}
 """Input voxels per batch; larger batches gain nothing on that kind of device."""
 
 
-class Sampling:
+class Abridged:
     """Within it, a network runs for ``seconds`` in each volume, and for the other tiles its last answer is taken again.
 
     So a trial does all that a prediction does, of any length. ``skipped`` are the moments at which tiles were skipped,
     and the seconds that they would have taken. It holds for the whole process.
     """
 
-    _current: ClassVar[Sampling | None] = None
+    _current: ClassVar[Abridged | None] = None
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.skipped: list[tuple[float, float]] = []
 
     def __enter__(self) -> Self:
-        Sampling._current = self
+        Abridged._current = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        Sampling._current = None
+        Abridged._current = None
 
     @classmethod
     def of(cls, network: Network) -> Network:
-        """``network``, or a sample of it in a trial."""
-        return network if cls._current is None else cls._current._sample(network)
+        """``network``, or its abridged form in a trial."""
+        return network if cls._current is None else cls._current._abridge(network)
 
-    def _sample(self, network: Network) -> Network:
+    def _abridge(self, network: Network) -> Network:
         took: list[float] = []
         last = torch.empty(0)
 
@@ -105,7 +105,7 @@ class Sliding:
         in float32; finished planes are divided by their sum of weights and stored as float16. Batches of
         background alone, where each channel has one value, are answered once.
         """
-        shape, network = volume.shape[1:], Sampling.of(network)
+        shape, network = volume.shape[1:], Abridged.of(network)
         slow = 2 if geometry.slice_axis is None else geometry.slice_axis
         tiles = sorted(geometry.tiles(shape, self.overlap, self.advance), key=lambda tile: tile.start[slow])
         result = self._allocate((self.outputs, *shape))

@@ -25,7 +25,7 @@ from delineate.core.memory import peak_memory_bytes
 from delineate.core.subject import Subject
 from delineate.datasets.splits import Split, check_split, save_split
 from delineate.errors import DelineateError, OutOfMemory
-from delineate.inference.sliding import Sampling
+from delineate.inference.sliding import Abridged
 from delineate.io.files import writing_beside
 from delineate.io.formats import read_header
 from delineate.networks.cost import count_convolutions, count_parameters
@@ -111,7 +111,7 @@ def tried(request: Request, folder: Path) -> Trial:
     some = replace(dataset, subjects=tuple(subject for subject in dataset.subjects if subject.id in split.subjects))
     steps = _StepTimes(plan.device)
     short, report = _shortened(recipe, request.steps), Reporter(progress=steps.progress)
-    with Sampling(_PREDICTING_SECONDS) as sampled:
+    with Abridged(_PREDICTING_SECONDS) as abridged:
         result = train(short, some, folder / "run", options, report)
     if result.stopped is not None:
         sys.exit(result.stopped)
@@ -123,7 +123,7 @@ def tried(request: Request, folder: Path) -> Trial:
     measured = time.time()
     write_run_report(folder / "run", some)
     events = read_events(folder / "run" / "logs")
-    took = _Took.of(events, steps.ends, request.asked, began, measured, sampled.skipped)
+    took = _Took.of(events, steps.ends, request.asked, began, measured, abridged.skipped)
     return _expected(recipe, roles, few, sizes, took, plan, folder, program)
 
 
