@@ -15,7 +15,9 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -98,9 +100,8 @@ class Sent:
     committed: bool = False
     """The server has said so."""
     end: Progress | None = None
-    fetched: bool = False
-    gone: tuple[str, ...] = ("E_UNKNOWN_JOB",)
-    """With what another fetch is refused then."""
+    fetched: bool | None = False
+    """Whether the server has taken their acknowledgement; None if it died before it answered."""
 
     @property
     def request(self) -> Open:
@@ -330,8 +331,10 @@ class Serving(RuleBasedStateMachine):
                 answer = self.ask(job.owner, Fetch(job=job.id, output=output.name, offset=len(found), count=2))
                 if answer is None:
                     return
+                if job.fetched is None:
+                    job.fetched = isinstance(answer, Err)
                 if job.fetched:
-                    assert answer.problem.code in job.gone
+                    assert answer.problem.code == "E_UNKNOWN_JOB"
                     break
                 found += b"".join(self.payloads)
             else:
@@ -340,9 +343,7 @@ class Serving(RuleBasedStateMachine):
         if acknowledge:
             answer = self.ask(job.owner, Ack(job=job.id))
             assert isinstance(answer, Ack | None)
-            job.fetched = True
-            # A server that dies in between has removed the result, and not yet written down that nobody wants it.
-            job.gone = ("E_UNKNOWN_JOB",) if answer is not None else ("E_UNKNOWN_JOB", "E_TRUNCATED")
+            job.fetched = job.fetched or (True if answer is not None else None)
 
     @rule(owner=st.sampled_from(OWNERS))
     def list_jobs(self, owner) -> None:
@@ -548,6 +549,22 @@ class Serving(RuleBasedStateMachine):
         assert figures["spool bytes"] == self.engine.spool.total_bytes
         places = sorted(place for place, _ in self.engine._places().values() if place)
         assert places == list(range(1, states["queued"] + 1))
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_server_that_dies_within_an_acknowledgement_has_the_whole_result_or_none(after: bool) -> None:
+    state = Serving()
+    state.upload(id=IDS[0], lost=False, owner="A", size=1)
+    state.work(number=0)
+    state.list_jobs(owner="A")
+    [job] = state.sent.values()
+    only = SimpleNamespace(draw=lambda _: job)
+    state.store.dies, state.store.after = 0, after
+    state.fetch(data=only, acknowledge=True, lost=False)
+    assert job.fetched is None
+    state.fetch(data=only, acknowledge=False, lost=False)
+    assert job.fetched == after
+    state.teardown()
 
 
 TestServing = Serving.TestCase

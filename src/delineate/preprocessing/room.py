@@ -12,6 +12,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 ARRAYS = ("points.npy", "target.npy", "image.npy")
@@ -88,11 +89,13 @@ class Room:
         return held
 
 
+@dataclass(frozen=True)
 class _Found:
     """A prepared subject on the disk: how much it takes, and when it was used last."""
 
-    def __init__(self, place: Path, nbytes: int, used_ns: int) -> None:
-        self.place, self.nbytes, self.used_ns = place, nbytes, used_ns
+    place: Path
+    nbytes: int
+    used_ns: int
 
     @classmethod
     def of(cls, meta: Path) -> _Found:

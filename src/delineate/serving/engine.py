@@ -382,8 +382,7 @@ class Engine:
             case Ack(job=str(id)):
                 job = self._job_of(owner, id)
                 if job.over and not job.fetched:
-                    self.spool.remove(job.key)  # first: if the disk is full, there is room to write it down now
-                    self._change(job, Acknowledged(now=now))
+                    self._acknowledge(job, now)
                 yield Answer(to, Ack(job=id, re=message.id))
             case Cancel(job=str(id)):
                 job = self._job_of(owner, id)
@@ -503,6 +502,14 @@ class Engine:
                 "what arrived is not what was sent", fix="open the job again, and send it from the beginning"
             )
         return self._change(job, Committed(now=now, sha256=digests))
+
+    def _acknowledge(self, job: Job, now: float) -> None:
+        """Nobody wants a job's results any more. Written down first: until then, they can be fetched again."""
+        try:
+            self._change(job, Acknowledged(now=now))
+        except OutputError:  # on a full disk, there is room to write it down once they are gone
+            self.spool.remove(job.key)
+            self._change(job, Acknowledged(now=now))
 
     def _fetch(self, to: bytes, job: Job, name: str, message: Fetch) -> Iterable[Answer]:
         found = [output for output in job.outputs if output.name == name]
