@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,13 @@ class Running:
         self.process.send_signal(number)
         return self.process.wait(30)
 
+    def kill(self) -> None:
+        """End it and all that it has started, as if its machine had lost its power."""
+        started = psutil.Process(self.process.pid)
+        for process in [started, *started.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):  # some end with those before them
+                process.kill()
+
 
 def _role(process: psutil.Process, command: str, supervisor: int) -> str:
     """What a process of a server does; multiprocessing gives no names, so by its open files and its parent."""
@@ -176,12 +184,7 @@ class Drivers:
     def end(self) -> None:
         for running in self._running:
             if running.process.poll() is None:
-                group = psutil.Process(running.process.pid).children(recursive=True)
-                for process in [psutil.Process(running.process.pid), *group]:
-                    try:
-                        process.kill()
-                    except psutil.NoSuchProcess:
-                        continue
+                running.kill()
             running.process.wait(10)
             assert running.process.stdout is not None
             running.process.stdout.close()

@@ -20,12 +20,6 @@ def make_key(server, name: str, role: str, folder: Path) -> Path:
     return folder / f"{name}.key"
 
 
-def kill_all(running) -> None:
-    """End a driver and all that it has started, as if its machine had lost its power."""
-    for process in [psutil.Process(running.process.pid), *psutil.Process(running.process.pid).children(recursive=True)]:
-        process.kill()
-
-
 def alike() -> tuple[str, ...]:
     """A command that runs others as containers do, with process numbers of their own; nothing if that is forbidden."""
     command = ("unshare", "--pid", "--fork")
@@ -51,7 +45,7 @@ def test_workers_elsewhere_do_the_jobs_of_a_server_without_any(drivers, bundles,
         server.until(first, "infer", key=client_key)
         jobs |= {client.submit(scan.path, model="one", outputs=("vtk", "nii.gz")): scan for scan in small[:3]}
         [has] = [one for one in workers if (one.state / "models").exists() and scratch_of(one, 10_000)]
-        kill_all(has)
+        has.kill()
         for number, (job, scan) in enumerate(jobs.items()):
             client.fetch(job, tmp_path / f"{number}.nii.gz")
             assert (tmp_path / f"{number}.nii.gz").read_bytes() == scan.label
