@@ -33,8 +33,9 @@ from data_side import write_cohort
 from measuring import process_of
 
 from delineate.bundle import Bundle
-from delineate.compute import plan_compute, usable_cores
+from delineate.compute import plan_compute
 from delineate.core.grid import Grid
+from delineate.core.limits import usable_cores
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.layouts import open_dataset

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from delineate.bundle import Bundle
-from delineate.compute import ComputePlan, available_memory_bytes, plan_compute
+from delineate.compute import ComputePlan, plan_compute
 from delineate.core.grid import Grid
+from delineate.core.limits import available_memory_bytes
 from delineate.core.memory import keep_freed_memory
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume

@@ -81,7 +81,7 @@ def connected(address: str) -> Iterator[ModuleType]:
     except ImportError as error:
         raise ClusterError("a cluster needs ray, which is missing", fix="pip install 'delineate[cluster]'") from error
     if address == "local":
-        from delineate.compute import usable_cores
+        from delineate.core.limits import usable_cores
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send them over the internet
         settings: dict[str, Any] = {

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from delineate.core.limits import usable_cores
 from delineate.errors import RecipeError
 from delineate.io.documents import Document
 
@@ -207,30 +208,6 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def usable_cores() -> int:
-    """Number of cores this process may run on, which containers and schedulers often limit."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def available_memory_bytes() -> int:
-    """Memory available for new work: what the system reports as available, capped by the container's limit."""
-    free = int(4e9)
-    if os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo", encoding="utf-8") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    limit = "/sys/fs/cgroup/memory.max"
-    if os.path.exists(limit):
-        with open(limit, encoding="utf-8") as file:
-            text = file.read().strip()
-        if text.isdigit():
-            free = min(free, int(text))
-    return free
 
 
 def check_device(device: str, count: int = 1) -> None:

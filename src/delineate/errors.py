@@ -388,7 +388,7 @@ class Denied(ServingError):
 
 
 class Busy(ServingError):
-    """The server's queue or its disk is full; try again later."""
+    """The server is full, or starting or stopping; try again later."""
 
     code = "E_BUSY"
 

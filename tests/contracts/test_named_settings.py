@@ -36,7 +36,7 @@ OF_OTHERS = {
     "--array", "--ntasks", "--time", "--gres", "--signal", "--logdir", "--c", "--disable", "--verify",
     "--ml", "--roi", "--statistics", "--preview", "--fast",
     "--head", "--address", "--disable-usage-stats", "--generate", "--ray-client-server-port",
-    "--rm", "--network", "--user", "--memory", "--cpuset-cpus", "--cpus", "--gpus",
+    "--rm", "--network", "--user", "--memory", "--build-arg", "--cpuset-cpus", "--cpus", "--gpus",
     "--cap-drop", "--name", "--read-only", "--restart", "--security-opt", "--stop-timeout", "--tmpfs",
     "--home-dir", "--now", "--shell", "--system", "--force-reinstall", "--config",
 }  # fmt: skip

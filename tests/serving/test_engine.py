@@ -385,6 +385,14 @@ def test_a_job_waits_for_a_worker_that_has_its_model(house) -> None:
     assert house.take(peer=near).job == id
 
 
+def test_who_sends_a_scan_before_any_model_is_on_offer_is_told_to_try_again(house) -> None:
+    offer, house.engine.models = house.engine.models, {}
+    refused = house.open()
+    assert (refused.problem.code, refused.retryable) == ("E_BUSY", True)
+    house.engine.models = offer
+    assert house.state(house.open()) == "receiving"
+
+
 def test_a_model_that_is_replaced_is_that_of_the_jobs_that_come_after(house) -> None:
     before = house.open()
     house.engine.models = {"liver": Model(name="liver", sha256="3" * 64, channels=("T1",), targets=("liver",))}

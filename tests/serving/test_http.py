@@ -79,7 +79,8 @@ class Place:
     def __init__(self, state: Path, *, plain: bool = True, models: tuple[Model, ...] = (LIVER,), **limits: int) -> None:
         bind = "" if plain else "tcp://127.0.0.1:*"
         known = DoorLimits(disk_share=1.0, **limits)
-        self.settings = Settings(state=state, bind=bind, plain=plain, limits=known, drain_s=20)
+        bundles = {name: state / name for name in ("liver", "spleen")}
+        self.settings = Settings(state, bundles, bind=bind, plain=plain, limits=known, drain_s=20)
         prepare(self.settings)
         self.offer(*models)
         self.problems, theirs = SPAWN.Pipe(duplex=False)
@@ -351,6 +352,10 @@ def test_the_model_may_be_left_out_if_there_is_one(http: httpx.Client, place: Pl
     place.offer(LIVER, replace_model("spleen"))
     until(lambda: len(http.get("/v1/models").json()["models"]) == 2)
     assert said(http.post("/v1/jobs?input=nii.gz", content=SCAN)) == (404, "E_UNKNOWN_MODEL")
+    place.offer()  # as when a server starts
+    until(lambda: not http.get("/v1/models").json()["models"])
+    assert said(http.post("/v1/jobs?input=nii.gz", content=SCAN)) == (429, "E_BUSY")
+    assert said(http.post("/v1/jobs?input=nii.gz&model=liver", content=SCAN)) == (429, "E_BUSY")
     place.offer(LIVER)
     until(lambda: len(http.get("/v1/models").json()["models"]) == 1)
 

@@ -111,7 +111,7 @@ def _memory_gb(device: torch.device) -> float:
     """The GPU's memory, or what is free of the machine's."""
     import torch
 
-    from delineate.compute import available_memory_bytes
+    from delineate.core.limits import available_memory_bytes
 
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 1e9

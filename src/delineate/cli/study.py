@@ -188,7 +188,8 @@ def run(
     from contextlib import ExitStack
 
     from delineate.cli.terminal import Terminal, print_json
-    from delineate.compute import check_device, usable_cores
+    from delineate.compute import check_device
+    from delineate.core.limits import usable_cores
     from delineate.studies.conducting import conduct
     from delineate.studies.planning import Plan, plan_runs
     from delineate.studies.reporting import draw_pictures, write_study_report
@@ -403,7 +404,7 @@ def _tried(
 
 def _room(tried: dict[str, Trial | DelineateError]) -> int:
     """How many runs fit into what is free of this machine's memory, and its cores, by trials of their arms."""
-    from delineate.compute import available_memory_bytes, usable_cores
+    from delineate.core.limits import available_memory_bytes, usable_cores
     from delineate.studies.trials import Trial, jobs_within
 
     good = [trial for trial in tried.values() if isinstance(trial, Trial)]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
+from delineate.core.limits import total_memory_bytes
 from delineate.core.subject import Subject, files_of
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
@@ -430,8 +430,5 @@ def _damaged(folder: Path) -> Truncated:
 
 
 def budget_in_memory() -> int:
-    """How many bytes of prepared subjects stay in memory: a quarter of the machine's, or of its container's if less."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    container = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
-    return (machine if container == "max" else min(machine, int(container))) // 4
+    """How many bytes of prepared subjects stay in memory: a quarter of what this process may take."""
+    return total_memory_bytes() // 4

@@ -63,6 +63,7 @@ from .protocol import (
     Ping,
     Progress,
     Status,
+    starting,
 )
 from .results import ABOUT, NAMES, Arriving, Result, format_of, places, together
 from .sending import Codec, Scan, Sending, SentFile
@@ -196,8 +197,11 @@ class _Talker(Caller):
     def _model(self, wanted: str | None) -> str:
         assert self._welcome is not None
         models = self._welcome.models
+        if wanted is None and not models:
+            self._welcome = None  # the next one may name them
+            raise Later(starting(), 1.0)
         if wanted is None and len(models) != 1:
-            names = ", ".join(model.name for model in models) or "none"
+            names = ", ".join(model.name for model in models)
             raise UnknownModel(f"the server has {len(models)} models: {names}", fix="name one of them")
         return models[0].name if wanted is None else wanted
 

@@ -89,6 +89,7 @@ from delineate.serving.protocol import (
     Take,
     Welcome,
     Work,
+    starting,
     to_json,
 )
 from delineate.serving.spool import Spool, disk_used, job_key
@@ -401,6 +402,8 @@ class Engine:
             if known.request != wanted:
                 raise Conflict(f"job {message.job} exists, and is another", fix="give each scan a job id of its own")
             return self._credit(known, message.id)
+        if not self.models:
+            raise starting()
         model = self.models.get(message.model)
         if model is None or message.model_sha256 not in (None, model.sha256):
             raise UnknownModel(

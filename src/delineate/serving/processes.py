@@ -52,6 +52,8 @@ class Child:
     def __init__(self, name: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         self.name, self._target, self._arguments = name, target, arguments
         self._rest, self._began, self._next = 0.1, 0.0, 0.0
+        self.ends: list[int | None] = []
+        """The exit status of each time that it ended by itself."""
         self.process: BaseProcess | None = None
         self._start()
 
@@ -64,6 +66,7 @@ class Child:
         """Start it again if it has ended, after a rest that grows with each time."""
         if self.process is not None and not self.process.is_alive():
             _LOG.error("the %s ended with status %s", self.name, self.process.exitcode)
+            self.ends.append(self.process.exitcode)
             self.process.close()
             self.process = None
             lived = time.monotonic() - self._began

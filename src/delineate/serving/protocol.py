@@ -36,7 +36,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-from ..errors import ProtocolError
+from ..errors import Busy, ProtocolError
 from .formats import OUTPUTS, OutputFormat
 
 MAGIC = b"DLN1"
@@ -374,6 +374,11 @@ def _check_size(body: int, payload: int) -> None:
             f"a message has {body:,} bytes of JSON and {payload:,} of payload",
             fix=f"send at most {MOST_JSON:,} and {MOST_PAYLOAD:,}",
         )
+
+
+def starting() -> Busy:
+    """What is said to who sends a scan before any model is on offer."""
+    return Busy("the server has just been started, and is reading its models", fix="try again in some seconds")
 
 
 def to_json(value: Any) -> bytes:

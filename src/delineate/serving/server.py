@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("delineate.serving")
 _SOURCES_S = 2.0
+_MOST_FALSE_STARTS = 3
+"""So often a process may end before scans can come; then it would never live."""
 
 
 def prepare(settings: Settings) -> None:
@@ -152,6 +154,12 @@ class Server:
                     ready(read_address(settings.state))
                 for child in self._children:
                     child.look()
+                    if not told and len(child.ends) >= _MOST_FALSE_STARTS:
+                        raise ServingError(
+                            f"the {child.name} ended with status {child.ends[-1]} before scans could come",
+                            fix="the log says why; a service may be forbidden what the server needs: "
+                            "compare examples/serving/delineate.service",
+                        )
                 time.sleep(LOOK_S)
             door.terminate()
             door.join(settings.drain_s + LEFT_S, self._signals)
@@ -297,7 +305,9 @@ def _run_front_door(settings: Settings) -> None:
             now = changed(settings.models)
             if now != last:
                 last = now
-                engine.models = offered(settings.models)
+                # The last server in this folder may have had others.
+                known = offered(settings.models).items()
+                engine.models = {name: model for name, model in known if name in settings.bundles}
                 if address is not None:
                     announce(address)
 
@@ -326,7 +336,7 @@ def _run_front_door(settings: Settings) -> None:
 
 def _worker(settings: Settings, number: int) -> None:
     begin_process()
-    from delineate.compute import usable_cores
+    from delineate.core.limits import usable_cores
     from delineate.serving.worker import Worker
 
     device, threads = _device_of(settings.device, number), settings.threads

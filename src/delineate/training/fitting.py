@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from delineate.bundle import Bundle
-from delineate.compute import ComputePlan, available_memory_bytes
+from delineate.compute import ComputePlan
+from delineate.core.limits import available_memory_bytes
 from delineate.core.memory import memory_bytes
 from delineate.errors import OutOfMemory
 from delineate.estimation import estimate_step

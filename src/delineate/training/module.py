@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from delineate.bundle import Bundle
-from delineate.compute import ComputePlan, usable_cores
+from delineate.compute import ComputePlan
+from delineate.core.limits import usable_cores
 from delineate.errors import OutOfMemory, RecipeError, TrainingError
 from delineate.fitting import judged_in_parts, more_parts
 from delineate.losses.content import adversaries

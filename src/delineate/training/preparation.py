@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from delineate.bundle import Bundle, Provenance, hidden, versions
-from delineate.compute import ComputePlan, available_memory_bytes, convolution_gflops, plan_compute
+from delineate.compute import ComputePlan, convolution_gflops, plan_compute
 from delineate.core.grid import AXES, Grid
+from delineate.core.limits import available_memory_bytes
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset, load_scan, read_numbered

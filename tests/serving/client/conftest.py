@@ -33,8 +33,13 @@ from delineate.serving.store import Store
 state, bind, keys, limits = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 store = Store(state / "jobs.sqlite")
 engine = Engine(store, Spool(state / "spool"), Limits(**{"disk_share": 1.0, **limits}), now=time.time())
-engine.models = {"liver": Model(name="liver", sha256="0" * 64, channels=("ct",), targets=("liver",))}
-door = FrontDoor(engine, state / "door.sock", bind=bind, keys=Path(keys) if keys else None)
+liver = Model(name="liver", sha256="0" * 64, channels=("ct",), targets=("liver",))
+
+def refresh():
+    engine.models = {} if (state / "starting").exists() else {"liver": liver}
+
+refresh()
+door = FrontDoor(engine, state / "door.sock", bind=bind, keys=Path(keys) if keys else None, refresh=refresh)
 print(door.address, flush=True)
 try:
     door.run(0)

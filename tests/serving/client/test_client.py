@@ -175,6 +175,22 @@ def test_a_download_resumes_after_the_front_door_was_killed(new_door, working, s
     assert out.read_bytes() == content
 
 
+@pytest.mark.parametrize("model", [None, "liver"])
+def test_a_server_that_has_just_been_started_is_waited_for(model: str | None, new_door, scan: Path) -> None:
+    door, waited = new_door(), []
+    door.kill()
+    (door.state / "starting").touch()
+    door.start()
+
+    def wait(error: errors.DelineateError, seconds: float) -> None:
+        waited.append(error.code)
+        (door.state / "starting").unlink(missing_ok=True)
+
+    with Client(address=door.address, on_wait=wait) as client:
+        assert client.status(client.submit(scan, model=model)).state == "queued"
+    assert set(waited) == {"E_BUSY"}
+
+
 def test_a_full_server_is_waited_for(new_door, scan: Path, caplog: pytest.LogCaptureFixture, wait_until) -> None:
     door = new_door(queue=1)
     caplog.set_level("INFO", "delineate.serving")

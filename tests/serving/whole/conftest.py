@@ -30,6 +30,7 @@ from delineate.io.formats import write_volume
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
 from delineate.serving.client import Client
+from delineate.serving.keys import added, read_server_keys, write_key
 
 SAME = {"device": "cpu", "precision": "fp32", "threads": 1}
 """How servers and ``predict`` compute alike."""
@@ -95,6 +96,13 @@ class Running:
     @property
     def address(self) -> str:
         return self.about["zmq"]
+
+    def make_key(self, name: str, role: str, folder: Path) -> Path:
+        """A key file; the server takes it up within a second."""
+        keys, own = added(read_server_keys(self.state / "server.json"), name, role, self.address)
+        write_key(self.state / "server.json", keys)
+        write_key(folder / f"{name}.key", own)
+        return folder / f"{name}.key"
 
     def client(self, **settings: Any) -> Client:
         return Client(address=self.address, **{"timeout_s": 60.0, **settings})

@@ -9,15 +9,6 @@ from pathlib import Path
 import psutil
 
 from delineate.errors import ServingError
-from delineate.serving.keys import added, read_server_keys, write_key
-
-
-def make_key(server, name: str, role: str, folder: Path) -> Path:
-    """A key file; the server takes it up within a second."""
-    keys, own = added(read_server_keys(server.state / "server.json"), name, role, server.address)
-    write_key(server.state / "server.json", keys)
-    write_key(folder / f"{name}.key", own)
-    return folder / f"{name}.key"
 
 
 def alike() -> tuple[str, ...]:
@@ -32,8 +23,8 @@ def alike() -> tuple[str, ...]:
 def test_workers_elsewhere_do_the_jobs_of_a_server_without_any(drivers, bundles, large, small, tmp_path) -> None:
     """They share a key, and their machines are called alike: that is two workers, and not one that starts again."""
     server = drivers.serve(bundles.folders, plain=False, workers=0, limits={"silence_s": 9.0})
-    client_key = make_key(server, "anna", "client", tmp_path)
-    settings = {"key": make_key(server, "gpus", "worker", tmp_path), "bundles": list(bundles.folders.values())}
+    client_key = server.make_key("anna", "client", tmp_path)
+    settings = {"key": server.make_key("gpus", "worker", tmp_path), "bundles": list(bundles.folders.values())}
     workers = [drivers.start(wait=False, elsewhere=True, within=alike(), **settings) for _ in range(2)]
     refused = drivers.start(elsewhere=True, key=client_key, bundles=[], state=tmp_path / "refused")
     assert refused.about["code"] == ServingError.code

@@ -16,18 +16,10 @@ from typer.testing import CliRunner
 
 from delineate.cli.app import app
 from delineate.errors import OutputError, ServingError
-from delineate.serving.keys import added, read_server_keys, write_key
 from delineate.serving.ray import _place, check
 from delineate.serving.settings import Replicas, Settings
 
 SOON = 90.0
-
-
-def key_of_a_client(server, folder: Path) -> Path:
-    keys, own = added(read_server_keys(server.state / "server.json"), "anna", "client", server.address)
-    write_key(server.state / "server.json", keys)
-    write_key(folder / "anna.key", own)
-    return folder / "anna.key"
 
 
 def replicas_of(ray: psutil.Process) -> dict[Path, psutil.Process]:
@@ -77,7 +69,7 @@ def test_replicas_follow_the_queue_and_one_that_is_killed_in_mid_job_is_replaced
                 reach = f"tcp://127.0.0.1:{free.getsockname()[1]}"
             asked |= {"cluster": cluster, "reach": reach}
             server = drivers.serve(bundles.folders, plain=False, bind=reach, workers=0, replicas=asked)
-        key = key_of_a_client(server, tmp_path)
+        key = server.make_key("anna", "client", tmp_path)
         with server.client(key=key, timeout_s=SOON) as client:
             jobs = {client.submit(scan.path, model="one"): scan for scan in (large, *small[:4])}
             [first, *_] = jobs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from delineate.core.limits import usable_cores
 from delineate.core.text import near
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import Dataset
@@ -102,7 +102,7 @@ def write_phantoms(
 
 def _each(work: Callable[[int], Mapping[str, object]], numbers: Sequence[int]) -> Iterator[Mapping[str, object]]:
     """What ``work`` makes of each number, as they are done, by a thread a core, at most eight: each holds a scan."""
-    ahead, threads = iter(numbers), min(8, os.cpu_count() or 1)
+    ahead, threads = iter(numbers), min(8, usable_cores())
     with ThreadPoolExecutor(threads) as pool:
         running: set[Future[Mapping[str, object]]] = set()
         while running := running | {pool.submit(work, i) for i in islice(ahead, threads - len(running))}:

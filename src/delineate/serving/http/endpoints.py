@@ -51,6 +51,7 @@ from delineate.serving.protocol import (
     Progress,
     Stats,
     Status,
+    starting,
 )
 
 _COMMIT_S = 120.0
@@ -218,8 +219,10 @@ async def _sent_on(body: Body, desk: Desk, asked: Open, received: tuple[int, ...
 async def _only_model(desk: Desk) -> str:
     known, _ = await desk.ask(Stats(), Figures)
     names = [model.name for model in known.models]
+    if not names:
+        raise starting()
     if len(names) != 1:
-        raise UnknownModel(f"the server has {len(names)} models: {', '.join(names) or 'none'}", fix="name one: model=")
+        raise UnknownModel(f"the server has {len(names)} models: {', '.join(names)}", fix="name one: model=")
     return names[0]
 
 
