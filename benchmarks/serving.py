@@ -24,10 +24,12 @@ import zmq
 from run import saved_bundle
 from scipy.ndimage import gaussian_filter, zoom
 
+from delineate.bundle import Bundle
 from delineate.compute import plan_compute, torch_threads
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.inference.batch import find_subjects, predict_subjects
+from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Predictor
 from delineate.io.formats import read_label, read_volume, write_volume
 from delineate.sampling.tiles import TileGeometry
@@ -153,10 +155,10 @@ def main() -> None:
         print(f"{name:60} {seconds:8.2f} s")
 
 
-def measured(root: Path, settings: Settings, bundle: object, scan: Volume, repetitions: int) -> list[tuple[str, float]]:
+def measured(root: Path, settings: Settings, bundle: Bundle, scan: Volume, repetitions: int) -> list[tuple[str, float]]:
     """All figures, the cases in turns."""
     plan = plan_compute(compile="off")
-    predictor = Predictor([bundle], plan)  # type: ignore[list-item]
+    predictor = Predictor([bundle], plan)
     deadline = time.monotonic() + 60
     while not settings.address.exists():
         assert time.monotonic() < deadline
@@ -169,8 +171,11 @@ def measured(root: Path, settings: Settings, bundle: object, scan: Volume, repet
         for stage, value in seconds.items():
             stages.setdefault(f"{case}: {stage}", []).append(value)
 
+    outputs = Outputs(root / "offline", bundles=[bundle])  # label and measurements, as the server's and `predict`'s
+
     def offline(suffix: str) -> None:
-        [outcome] = predict_subjects(predictor, find_subjects([root / f"scan{suffix}"], ("CT",)), root / "offline")
+        subjects = find_subjects([root / f"scan{suffix}"], ("CT",))
+        [outcome] = predict_subjects(predictor, subjects, outputs.folder, outputs=outputs)
         note(f"in process, {suffix}", outcome.seconds)
 
     with Client(own, read_address(settings.state).zmq) as client, torch_threads(plan.threads):

@@ -42,9 +42,13 @@ def test_overlapping_targets_become_planes() -> None:
 )
 def test_written_labels_read_back_as_the_same_masks(targets: Targets) -> None:
     label = np.array([0, *sorted(targets.known_values - {0})]).reshape(-1, 1, 1)
-    masks = np.stack(list(targets.masks(label).values()))
-    again = targets.masks(targets.decode(masks))
-    np.testing.assert_array_equal(masks, np.stack(list(again.values())))
+    encoded = targets.encode(label)
+    again = targets.decode(encoded)
+    np.testing.assert_array_equal(targets.encode(again), encoded)
+    for index, name in enumerate(targets.names):
+        mask = targets.masks(label)[name]
+        np.testing.assert_array_equal(mask, targets.masks(again)[name])
+        np.testing.assert_array_equal(mask, targets.mask(encoded, index))
 
 
 EVERY = {frozenset(one) for n in range(1, 5) for one in combinations("abcd", n)}

@@ -8,7 +8,7 @@ import torch
 
 from delineate.compute import plan_compute
 from delineate.inference import sliding
-from delineate.inference.sliding import Abridged, Sliding
+from delineate.inference.sliding import Abridged, Scores, Sliding
 from delineate.sampling.tiles import TileGeometry
 
 PLAN = plan_compute(device="cpu", precision="fp32", compile="off")
@@ -135,13 +135,30 @@ def test_flips_average_and_turn_back() -> None:
     np.testing.assert_allclose(result[:, 1:-1], 0, atol=1e-3)
 
 
-def test_beyond_the_budget_probabilities_lie_on_disk_and_are_the_same() -> None:
-    volume = volume_of((13, 17, 11))
-    in_memory = SLIDING.probabilities(logits_of, volume, TileGeometry((8, 8, 8)))
-    on_disk = replace(SLIDING, budget_bytes=100).probabilities(logits_of, volume, TileGeometry((8, 8, 8)))
-    assert isinstance(on_disk, np.memmap)
-    assert not isinstance(in_memory, np.memmap)
-    np.testing.assert_array_equal(on_disk, in_memory)
+@pytest.mark.parametrize("shape", [(40, 9, 11), (9, 40, 11), (11, 9, 40)])
+@pytest.mark.parametrize("finish", ["probabilities", "tile_logits"])
+def test_the_budget_decides_where_probabilities_lie_and_how_tiles_advance_but_not_what_they_are(shape, finish) -> None:
+    """With a budget of nothing, tiles advance along the longest axis: sums are added in another order."""
+    volume, sliding = volume_of(shape), replace(SLIDING, average=finish)
+    in_memory = sliding.probabilities(logits_of, volume, TileGeometry((8, 8, 8)))
+    on_disk = replace(sliding, budget_bytes=0).probabilities(logits_of, volume, TileGeometry((8, 8, 8)))
+    np.testing.assert_allclose(on_disk, in_memory, atol=1e-3)
+    if shape[2] == 40:
+        np.testing.assert_array_equal(on_disk, in_memory)
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+@pytest.mark.parametrize("budget_bytes", [0, 10**6])
+def test_scores_are_read_as_they_were_written(slow: int, budget_bytes: int, rng) -> None:
+    written = rng.random((3, 7, 6, 5)).astype(np.float16)
+    scores = Scores(3, (7, 6, 5), slow, budget_bytes)
+    along = np.moveaxis(written, slow + 1, -1)
+    for first in range(0, scores.planes, 2):
+        for k in range(3):
+            scores.write(k, first, along[k, :, :, first : first + 2])
+    assert len(scores) == 3
+    np.testing.assert_array_equal(list(scores), written)
+    assert scores[1].flags.f_contiguous
 
 
 @pytest.mark.parametrize("axis", [None, 2])

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from delineate.compute import plan_compute
 from delineate.errors import OutputError
-from delineate.inference.sliding import Sliding
+from delineate.inference.sliding import Scores
 from delineate.preprocessing.cache import prepare
 from delineate.preprocessing.intensity import Normalise
 from delineate.preprocessing.pipeline import Pipeline
@@ -106,8 +105,7 @@ def test_preparing_on_a_full_disk_resumes(recipe, balls, tmp_path, disk) -> None
 
 
 def test_probabilities_beyond_memory_on_a_full_disk_are_refused_not_fatal(disk, monkeypatch) -> None:
-    """Writing through a memory map to a file with holes would end the process."""
+    """Before the network runs for minutes, and not in the middle."""
     monkeypatch.setattr(tempfile, "tempdir", str(disk))
-    sliding = Sliding(plan_compute(device="cpu"), True, 2, 0.25, "gaussian", budget_bytes=0)
     with pytest.raises(OutputError, match="free some space"):
-        sliding._allocate((2, 64, 64, 64))
+        Scores(2, (64, 64, 64), 2, budget_bytes=0)

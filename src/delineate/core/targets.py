@@ -213,17 +213,25 @@ class Targets:
         """Voxels of a label that are not ignored."""
         return ~_among(label, self.ignore)
 
-    def decode(self, masks: NDArray) -> NDArray[np.unsignedinteger]:
-        """Label values (X, Y, Z) from target masks (T, X, Y, Z), T in the order of ``names``.
+    def mask(self, encoded: NDArray[np.uint8], index: int) -> NDArray[np.bool_]:
+        """The mask (X, Y, Z) of the target of this index in a label as :meth:`encode` gives it."""
+        return encoded[0] == index + 1 if self.exclusive else encoded[index] == 1
+
+    def decode(self, encoded: NDArray[np.uint8]) -> NDArray[np.unsignedinteger]:
+        """Label values (X, Y, Z) from a label as :meth:`encode` gives it, in which nothing is ignored.
 
         Each target writes the value that :meth:`written_value` gives; later targets lie on top, so list
         the larger target first (liver before tumour). Reading the label back gives the same masks as
         long as an inner target lies within the outer one, which lists the inner one's values too.
         """
-        largest = max(self.written_value(name) for name in self.names)
-        label = np.zeros(masks.shape[1:], dtype=np.uint8 if largest < 256 else np.uint16)
-        for mask, name in zip(masks, self.names, strict=True):
-            label[mask] = self.written_value(name)
+        values = [0, *(self.written_value(name) for name in self.names)]
+        table = np.array(values, np.uint8 if max(values) < 256 else np.uint16)
+        label: NDArray[np.unsignedinteger]
+        if self.exclusive:
+            return table[encoded[0]]
+        label = np.zeros_like(encoded[0], table.dtype)
+        for plane, value in zip(encoded, table[1:], strict=True):
+            np.copyto(label, value, where=plane == 1)
         return label
 
     def written_value(self, name: str) -> int:

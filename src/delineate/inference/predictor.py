@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from delineate.bundle import Bundle
 from delineate.calibration import Calibration, Confidence, expected_dice, mutual_dice
 from delineate.compute import ComputePlan
-from delineate.core.grid import AXES, Grid
+from delineate.core.grid import AXES
+from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something
 from delineate.errors import BundleError
@@ -24,8 +25,9 @@ from delineate.fingerprint import Oddity, oddities
 from delineate.inference.converted import Converted
 from delineate.inference.engines import Told, Tried
 from delineate.inference.postprocess import postprocess
-from delineate.inference.sliding import Network, Sliding
+from delineate.inference.sliding import Network, Scores, Sliding
 from delineate.metrics.reliability import seam_score
+from delineate.preprocessing.spatial import value_counts
 from delineate.preprocessing.step import Undo
 
 Progress = Callable[[int, int], None]
@@ -49,18 +51,23 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class _Scores:
+class _Variant:
     """One variant's probabilities (K, X, Y, Z) on its prepared grid, or logits, and the way back."""
 
-    values: NDArray[np.float16]
+    scores: Scores
     undo: Undo
+    mirrored: tuple[int, ...] = ()
+
+    def plane(self, k: int) -> NDArray[np.float16]:
+        """Class k (X, Y, Z), the right way round."""
+        return np.flip(self.scores[k], self.mirrored)
 
 
 @dataclass(frozen=True, eq=False)
 class _Decision:
-    """The variants' joint decision before postprocessing: masks (T, X, Y, Z) and the confidence in them."""
+    """The variants' joint decision before postprocessing, a label as targets encode it, and the confidence in it."""
 
-    masks: NDArray[np.bool_]
+    encoded: NDArray[np.uint8]
     expected_dice: tuple[float, ...]
     mutual_dice: tuple[float, ...]
     probabilities: NDArray[np.float16] | None
@@ -157,7 +164,8 @@ class Predictor:
             )
         check_shows_something("the scan", volume)
         clock = _Clock()
-        scores, seams = [], []
+        variants: list[_Variant] = []
+        seams = []
         engines: set[str] = set()
         for bundle, ready, sliding in zip(self.bundles, self._networks, self._sliding, strict=True):
             network = _noting(ready, engines)
@@ -168,27 +176,29 @@ class Predictor:
                 passes = sliding.passes(prepared.grid.shape, geometry) * (2 if self._mirrored else 1)
                 alike = self._scans_ahead if geometry == bundle.geometry else 1
                 ready.expect(passes * alike)
-            found = sliding.probabilities(network, prepared.voxels, geometry, progress)
-            scores.append(_Scores(found, undo))
-            if self._mirrored and (axes := tuple(AXES.index(axis) + 1 for axis in _mirrors(bundle))):
-                flipped = np.ascontiguousarray(np.flip(prepared.voxels, axes))
-                mirror = sliding.probabilities(network, flipped, geometry, progress)
-                scores.append(_Scores(np.flip(mirror, axes), undo))
+            found = sliding.scores(network, prepared.voxels, geometry, progress)
+            variants.append(_Variant(found, undo))
+            if self._mirrored and (axes := tuple(AXES.index(axis) for axis in _mirrors(bundle))):
+                flipped = np.ascontiguousarray(np.flip(prepared.voxels, tuple(axis + 1 for axis in axes)))
+                variants.append(_Variant(sliding.scores(network, flipped, geometry, progress), undo, axes))
             clock.lap("network")
             borders = geometry.borders(prepared.grid.shape, sliding.overlap, sliding.advance)
             seams.append([seam_score(p, borders) for p in self._of_targets(found)])
         self._scans_ahead = max(1, self._scans_ahead - 1)
-        decision = self._decide(scores, volume.grid)
+        decision = self._decide(variants)
         clock.lap("undo")
-        masks = postprocess(decision.masks, self.targets, volume.grid, self.bundles[0].recipe.postprocessing)
-        label = LabelVolume(self.targets.decode(masks), volume.grid)
+        encoded = postprocess(decision.encoded, self.targets, volume.grid, self.bundles[0].recipe.postprocessing)
+        label = LabelVolume(self.targets.decode(encoded), volume.grid)
         # Volumes are those of the label as written: where targets overlap, tumour also counts as liver.
-        written = masks if self.targets.exclusive else self.targets.masks(label.voxels).values()
+        if self.targets.exclusive:
+            voxels = value_counts(encoded[0])[1:].tolist()
+        else:
+            voxels = [np.count_nonzero(mask) for mask in self.targets.masks(label.voxels).values()]
         confidence = {
-            name: Confidence(int(np.count_nonzero(mask)) * volume.grid.voxel_ml, expected, mutual, seam)
-            for name, mask, expected, mutual, seam in zip(
+            name: Confidence(count * volume.grid.voxel_ml, expected, mutual, seam)
+            for name, count, expected, mutual, seam in zip(
                 self.targets.names,
-                written,
+                voxels[: len(self.targets.names)],
                 decision.expected_dice,
                 decision.mutual_dice,
                 map(_mean_of_defined, zip(*seams, strict=True)),
@@ -198,48 +208,46 @@ class Predictor:
         clock.lap("postprocess")
         return Prediction(label, clock.seconds, confidence, decision.probabilities, tuple(sorted(engines)))
 
-    def _of_targets(self, found: NDArray[np.float16]) -> Iterator[NDArray[np.floating]]:
+    def _of_targets(self, found: Scores) -> Iterator[NDArray[np.floating]]:
         """The probabilities of each target, from what a network found (K, X, Y, Z)."""
         link = self._link()
         if self._logits and self.targets.exclusive:
             for plane in found:
                 link.add(plane.astype(np.float32))
-        return (link(plane) for plane in found[-len(self.targets.names) :])
+        return (link(found[k]) for k in range(len(found) - len(self.targets.names), len(found)))
 
     def _link(self) -> _Link:
         return _Link("given" if not self._logits else "softmax" if self.targets.exclusive else "sigmoid")
 
-    def _planes(self, scores: Sequence[_Scores], k: int) -> Iterator[NDArray[np.float32]]:
+    def _planes(self, variants: Sequence[_Variant], k: int) -> Iterator[NDArray[np.float32]]:
         """Each variant's probabilities of class k on the scan's grid, or logits."""
         background = self.targets.exclusive and k == 0
         outside = 1.0 if background else 0.0
         if self._logits:
             outside = CERTAIN if background else -CERTAIN
-        return (score.undo.scores(score.values[k].astype(np.float32), outside) for score in scores)
+        return (one.undo.scores(one.plane(k).astype(np.float32), outside) for one in variants)
 
-    def _decide(self, scores: Sequence[_Scores], grid: Grid) -> _Decision:
-        """Masks on the scan's grid, one class at a time so that memory stays small."""
+    def _decide(self, variants: Sequence[_Variant]) -> _Decision:
+        """The label on the scan's grid, one class at a time so that memory stays small."""
         exclusive, names = self.targets.exclusive, self.targets.names
         first = 1 if exclusive else 0  # the targets' first class
-        everyone = _Winners(exclusive, len(names), grid.shape)
-        each = [_Winners(exclusive, len(names), grid.shape) for _ in scores] if len(scores) > 1 else []
-        kept = np.empty((len(names), *grid.shape), np.float16) if self._keep else None
+        everyone, each = _Winners(self.targets), [_Winners(self.targets) for _ in variants if len(variants) > 1]
+        kept: list[NDArray[np.float16]] = []
         link, links = self._link(), [self._link() for _ in each]
         if self._logits and exclusive:  # a class's probability depends on the logits of all
             for k in range(first + len(names)):
-                link.add(_mean(self._planes(scores, k), [one.add for one in links]))
+                link.add(_mean(self._planes(variants, k), [one.add for one in links]))
         votes = [lambda plane, one=one, to=to: one.add(to(plane)) for one, to in zip(each, links, strict=True)]
         for k in range(first + len(names)):
-            mean = link(_mean(self._planes(scores, k), votes))
+            mean = link(_mean(self._planes(variants, k), votes))
             everyone.add(mean)
-            if kept is not None and k >= first:
-                kept[k - first] = mean
-        masks, variants = everyone.masks, [one.masks for one in each]
+            if self._keep and k >= first:
+                kept.append(mean.astype(np.float16))
         return _Decision(
-            masks,
-            tuple(everyone.expected_dice(masks)),
-            tuple(mutual_dice([variant[t] for variant in variants]) for t in range(len(names))),
-            kept,
+            everyone.encoded,
+            tuple(everyone.expected_dice()),
+            tuple(mutual_dice([self.targets.mask(one.encoded, t) for one in each]) for t in range(len(names))),
+            np.stack(kept) if self._keep else None,
         )
 
 
@@ -312,12 +320,12 @@ def _mean(
 
 
 class _Winners:
-    """Which target each voxel belongs to, found class by class."""
+    """Which target each voxel belongs to, found class by class; a label as targets encode it."""
 
-    def __init__(self, exclusive: bool, targets: int, shape: tuple[int, int, int]) -> None:
-        self.exclusive, self.targets = exclusive, targets
+    def __init__(self, targets: Targets) -> None:
+        self.targets = targets
         self._best: NDArray[np.float32] | None = None
-        self._winner = np.zeros(shape, np.uint8) if exclusive else np.zeros((targets, *shape), np.bool_)
+        self._planes: list[NDArray[np.uint8]] = []
         self._sums: list[float] = []
         self._within: list[float] = []
 
@@ -325,31 +333,40 @@ class _Winners:
         """Add the next class's probability (X, Y, Z); background comes first if targets are exclusive."""
         k = len(self._sums)
         self._sums.append(float(probability.sum(dtype=np.float64)))
-        if not self.exclusive:
-            self._winner[k] = probability > 0.5
-            self._within.append(float(probability[self._winner[k]].sum(dtype=np.float64)))
+        if not self.targets.exclusive:
+            inside = probability > 0.5
+            self._planes.append(inside.view(np.uint8))
+            self._within.append(float(probability.sum(dtype=np.float64, where=inside)))
         elif self._best is None:
             self._best = np.array(probability)
+            self._planes.append(np.zeros_like(self._best, np.uint8))
         else:
-            self._winner[probability > self._best] = k
+            np.copyto(self._planes[0], k, where=probability > self._best)
             np.maximum(self._best, probability, out=self._best)
 
     @property
-    def masks(self) -> NDArray[np.bool_]:
-        """Masks (T, X, Y, Z) of the targets."""
-        if self.exclusive:
-            return np.stack([self._winner == k for k in range(1, self.targets + 1)])
-        return self._winner.astype(np.bool_, copy=False)
+    def encoded(self) -> NDArray[np.uint8]:
+        """The label (T, X, Y, Z), as :meth:`Targets.encode` gives it."""
+        return self._planes[0][None] if self.targets.exclusive else np.stack(self._planes)
 
-    def expected_dice(self, masks: NDArray[np.bool_]) -> Iterator[float]:
-        """Expected Dice of each target, given its mask in ``masks``."""
-        for t, mask in enumerate(masks):
-            if self.exclusive:
-                assert self._best is not None
-                within, total = float(self._best[mask].sum(dtype=np.float64)), self._sums[t + 1]
-            else:
-                within, total = self._within[t], self._sums[t]
-            yield expected_dice(total, within, int(np.count_nonzero(mask)))
+    def expected_dice(self) -> Iterator[float]:
+        """Expected Dice of each target."""
+        if self._best is not None:
+            voxels = value_counts(self._planes[0]).tolist()[: len(self._sums)]
+            within = _sums_by_value(self._planes[0], self._best, len(self._sums))
+        else:
+            voxels, within = [int(np.count_nonzero(plane)) for plane in self._planes], self._within
+        first = len(self._sums) - len(self.targets.names)
+        for found in zip(self._sums[first:], within[first:], voxels[first:], strict=True):
+            yield expected_dice(*found)
+
+
+def _sums_by_value(values: NDArray[np.uint8], weights: NDArray[np.float32], count: int) -> list[float]:
+    """The sum of the weights (X, Y, Z) of the voxels that have each value below ``count``."""
+    sums = np.zeros(count)
+    for z in range(values.shape[2]):  # `bincount` makes copies of eight bytes a voxel
+        sums += np.bincount(values[..., z].ravel(order="K"), weights[..., z].ravel(order="K"), minlength=count)
+    return sums.tolist()
 
 
 def _mean_of_defined(values: Sequence[float]) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import ClassVar, Self
+from pathlib import Path
+from typing import IO, ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor
 from delineate.compute import ComputePlan
 from delineate.core.grid import AXES
 from delineate.errors import BundleError
-from delineate.io.files import reserve
+from delineate.io.files import refused, reserve
 from delineate.recipe import Average
 from delineate.sampling.tiles import Advance, Tile, TileGeometry, Weighting, standardised
 
@@ -99,17 +102,26 @@ class Sliding:
         geometry: TileGeometry,
         progress: Callable[[int, int], None] | None = None,
     ) -> NDArray[np.float16]:
-        """Probabilities (K, X, Y, Z) of a prepared volume (C, X, Y, Z), or logits where these are brought back.
+        """Probabilities (K, X, Y, Z) of a prepared volume (C, X, Y, Z), or logits where these are brought back."""
+        return np.stack(list(self.scores(network, volume, geometry, progress)))
+
+    def scores(
+        self,
+        network: Network,
+        volume: NDArray[np.float32],
+        geometry: TileGeometry,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Scores:
+        """What :meth:`probabilities` gives, class by class.
 
         Tiles advance along one axis. Only planes within reach of the current tiles are accumulated
         in float32; finished planes are divided by their sum of weights and stored as float16. Batches of
         background alone, where each channel has one value, are answered once.
         """
         shape, network = volume.shape[1:], Abridged.of(network)
-        slow = 2 if geometry.slice_axis is None else geometry.slice_axis
+        slow = self._slow_axis(shape, geometry)
         tiles = sorted(geometry.tiles(shape, self.overlap, self.advance), key=lambda tile: tile.start[slow])
-        result = self._allocate((self.outputs, *shape))
-        finished = np.moveaxis(result, slow + 1, -1)  # (K, A, B, slow)
+        result = Scores(self.outputs, shape, slow, self.budget_bytes)
         plane = [n for axis, n in enumerate(shape) if axis != slow]
         finish = self._linked if self.average == "tile_logits" else None
         window = _Window(self.outputs, plane, geometry.shape[slow], self.plan.device, finish)
@@ -127,7 +139,7 @@ class Sliding:
                     answers = background[1]
                 for tile, answer in zip(group, answers, strict=True):
                     inside, where = _clip(tile, shape)
-                    window.advance(where[slow].start, finished)
+                    window.advance(where[slow].start, result)
                     window.add(
                         (answer * weight)[(slice(None), *inside)].movedim(slow + 1, -1),
                         weight[inside].movedim(slow, -1),
@@ -137,8 +149,18 @@ class Sliding:
                 done += len(group)
                 if progress is not None:
                     progress(done, len(tiles))
-            window.advance(shape[slow], finished)
+            window.advance(shape[slow], result)
         return result
+
+    def _slow_axis(self, shape: Sequence[int], geometry: TileGeometry) -> int:
+        """The axis along which tiles advance: z, or the one with the smallest window if that of z is beyond the budget.
+
+        Tiles of slices advance from slice to slice.
+        """
+        if geometry.slice_axis is not None:
+            return geometry.slice_axis
+        window = [4 * self.outputs * int(np.prod(shape)) // n * m for n, m in zip(shape, geometry.shape, strict=True)]
+        return 2 if window[2] <= self.budget_bytes else int(np.argmin(window))
 
     def passes(self, shape: tuple[int, int, int], geometry: TileGeometry) -> int:
         """How often the network runs for a prepared volume of ``shape``."""
@@ -185,13 +207,61 @@ class Sliding:
         """Probabilities of logits, whose classes lie along a dimension."""
         return torch.softmax(logits, classes) if self.exclusive else torch.sigmoid(logits)
 
-    def _allocate(self, shape: tuple[int, ...]) -> NDArray[np.float16]:
-        size = int(np.prod(shape)) * 2
-        if size <= self.budget_bytes:
-            return np.empty(shape, dtype=np.float16)
-        with tempfile.TemporaryFile(prefix="delineate-") as file:  # freed with the last reference to the array
-            reserve(file, size)
-            return np.memmap(file, dtype=np.float16, mode="w+", shape=shape)
+
+class Scores:
+    """Probabilities or logits (K, X, Y, Z) of a volume as float16, read class by class.
+
+    Beyond ``budget_bytes`` they lie in a temporary file, which is read and written instead of mapped: pages of a map
+    count as this process's memory. ``slow`` is the axis along which planes are written.
+    """
+
+    def __init__(self, outputs: int, shape: Sequence[int], slow: int, budget_bytes: int) -> None:
+        # As scans lie in memory: x is the fastest axis, but for the slow one.
+        self._axes = [slow, *(axis for axis in (2, 1, 0) if axis != slow)]
+        self._stored = [shape[axis] for axis in self._axes]
+        self._outputs, self._bytes = outputs, 2 * math.prod(shape)
+        self._array: NDArray[np.float16] | None = None
+        self._file: IO[bytes] | None = None
+        if outputs * self._bytes <= budget_bytes:
+            self._array = np.empty((outputs, *self._stored), np.float16)
+        else:
+            self._file = tempfile.TemporaryFile(prefix="delineate-")  # noqa: SIM115 - open as long as this lives
+            weakref.finalize(self, self._file.close)
+            reserve(self._file, outputs * self._bytes)
+
+    @property
+    def planes(self) -> int:
+        """How many planes there are to be written of each class."""
+        return self._stored[0]
+
+    def __len__(self) -> int:
+        return self._outputs
+
+    def __getitem__(self, k: int) -> NDArray[np.float16]:
+        """Class k (X, Y, Z), Fortran-ordered."""
+        if self._array is not None:
+            stored = self._array[k]
+        else:
+            assert self._file is not None
+            self._file.seek(k * self._bytes)
+            stored = np.fromfile(self._file, np.float16, self._bytes // 2).reshape(self._stored)
+        return np.asfortranarray(stored.transpose(np.argsort(self._axes)))
+
+    def __iter__(self) -> Iterator[NDArray[np.float16]]:
+        return (self[k] for k in range(self._outputs))
+
+    def write(self, k: int, first: int, planes: NDArray[np.floating]) -> None:
+        """Store planes (A, B, planes) of class k from the first on; A and B are the other axes in their order."""
+        stored = planes.T
+        if self._array is not None:
+            self._array[k, first : first + len(stored)] = stored
+        else:
+            assert self._file is not None
+            self._file.seek(k * self._bytes + first * self._bytes // self._stored[0])
+            try:
+                np.ascontiguousarray(stored, np.float16).tofile(self._file)
+            except OSError as error:
+                raise refused(Path(tempfile.gettempdir()), error) from error
 
 
 class _Window:
@@ -218,18 +288,19 @@ class _Window:
         self.total[(slice(None), *where, local)] += answer
         self.weight[(*where, local)] += weight
 
-    def advance(self, first: int, finished: NDArray) -> None:
+    def advance(self, first: int, finished: Scores) -> None:
         """Write out the planes before ``first``, which no tile reaches any more, and move on."""
         gone = min(first - self.first, self.total.shape[-1])
         if gone <= 0:
             return
-        stop = min(self.first + gone, finished.shape[-1])
-        weight, written = self.weight[..., : stop - self.first], finished[..., self.first : stop]
-        if self.finish is None:  # class by class: all together would be a second copy of the sums
-            for k, total in enumerate(self.total):
-                written[k] = _finite(total[..., : stop - self.first] / weight).cpu().numpy()
-        else:
-            written[:] = self.finish(_finite(self.total[..., : stop - self.first] / weight)).cpu().numpy()
+        done = min(gone, finished.planes - self.first)
+        weight = self.weight[..., :done]
+        # Class by class, if none needs the others: all together would be a second copy of the sums.
+        means = (_finite(total[..., :done] / weight) for total in self.total)
+        if self.finish is not None:
+            means = iter(self.finish(torch.stack(list(means))))
+        for k, mean in enumerate(means):
+            finished.write(k, self.first, mean.cpu().numpy())
         for sums in (*self.total, self.weight):
             rest = sums[..., gone:].clone()
             sums.zero_()

@@ -203,7 +203,7 @@ def writing_beside(path: Path) -> Iterator[Path]:
         if os.name == "posix":  # elsewhere folders cannot be opened
             sync_to_disk(path.parent)
     except OSError as error:
-        raise _refused(path, error) from error
+        raise refused(path, error) from error
     finally:
         with suppress(OSError):
             beside.unlink()
@@ -219,31 +219,29 @@ def appending(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         before = path.stat().st_size if path.exists() else None
     except OSError as error:
-        raise _refused(path, error) from error
+        raise refused(path, error) from error
     try:
         with path.open("ab") as file:
             yield file
     except OSError as error:
         with suppress(OSError):
             path.unlink() if before is None else os.truncate(path, before)
-        raise _refused(path, error) from error
+        raise refused(path, error) from error
 
 
 def reserve(file: IO[bytes], size: int) -> None:
-    """Reserve ``size`` bytes on disk for ``file``. Raises :class:`OutputError`.
-
-    Writing through a memory map to a sparse file kills the process when the disk is full.
-    """
+    """Reserve ``size`` bytes on disk for a temporary ``file``, where that can be done. Raises :class:`OutputError`."""
     if not hasattr(os, "posix_fallocate"):
         return
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot reserve
-            raise _refused(Path(tempfile.gettempdir()), error) from error
+            raise refused(Path(tempfile.gettempdir()), error) from error
 
 
-def _refused(path: Path, reason: OSError) -> OutputError:
+def refused(path: Path, reason: OSError) -> OutputError:
+    """The error of a file that cannot be written, with what to do."""
     # numpy says only how many bytes were written, and leaves errno unset.
     fix = _FIXES.get(reason.errno or 0, "free some space, or choose another place")
     return OutputError(f"'{path}' cannot be written: {reason.strerror or reason}", fix=fix)

@@ -166,26 +166,38 @@ def measure_box(
         inner = inside
         if quantity.margin_mm > 0:
             inner = _inside(inside, steps_of(steps_mm, 3), quantity.margin_mm, axes)
-        # Transposed: scans lie in memory with x as their fastest axis.
-        found = values[box].T[inner.T].astype(np.float64)
+        # Transposed: scans lie in memory with x as their fastest axis; from one dimension, numpy picks much faster.
+        found = np.compress(inner.T.ravel(), values[box].T.ravel())
         if not found.size:
             measurements.append(Measurement(whole_ml, 0.0, nan, nan, nan, nan, low, high))
             continue
         above = nan if quantity.threshold is None else 100 * float(np.mean(found >= quantity.threshold))
-        mean, median, sd = float(found.mean()), float(np.median(found)), float(found.std())
+        mean, sd = float(found.mean(dtype=np.float64)), float(found.std(dtype=np.float64))
+        median = _median(found)
         measured_ml = found.size * grid.voxel_ml
         measurements.append(Measurement(whole_ml, measured_ml, mean, median, sd, above, low, high))
     return measurements
 
 
+def _median(values: NDArray) -> float:
+    """The median in double precision; integers are far faster to order as they are. Orders ``values`` anew."""
+    middle = [(values.size - 1) // 2, values.size // 2]
+    values.partition(middle)
+    return float(values[middle].mean(dtype=np.float64))
+
+
 def _extent_ras_mm(inside: NDArray[np.bool_], box: tuple[slice, ...], grid: Grid) -> tuple[Millimetres, Millimetres]:
     """Lowest and highest coordinates of a mask's voxels in the patient, on a grid that may be oblique."""
-    # Coordinates change linearly along a line of voxels: they are extreme at the ends of lines.
-    hit = inside.any(axis=2)
-    first = inside.argmax(axis=2)[hit]
-    last = inside.shape[2] - 1 - inside[:, :, ::-1].argmax(axis=2)[hit]
-    lines = np.argwhere(hit)
-    index = np.concatenate([np.c_[lines, first], np.c_[lines, last]]) + [part.start for part in box]
+    # Coordinates change linearly along a line of voxels: they are extreme at the ends of lines. Lines of neighbours in
+    # memory are searched several times as fast.
+    along = int(np.argmin(np.abs(inside.strides)))
+    lines = np.moveaxis(inside, along, 2)
+    hit = lines.any(axis=2)
+    first = lines.argmax(axis=2)[hit]
+    last = inside.shape[along] - 1 - lines[:, :, ::-1].argmax(axis=2)[hit]
+    places = np.argwhere(hit)
+    index = np.concatenate([np.insert(places, along, ends, axis=1) for ends in (first, last)])
+    index += [part.start for part in box]
     centres = grid.world(index.astype(np.float64))
     half_a_voxel = np.abs(grid.affine[:3, :3]).sum(axis=1) / 2
     (x, y, z), (to_x, to_y, to_z) = (centres.min(0) - half_a_voxel).tolist(), (centres.max(0) + half_a_voxel).tolist()
