@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from delineate.bundle import Bundle
 from delineate.calibration import Calibration, Confidence, expected_dice, mutual_dice
 from delineate.compute import ComputePlan
-from delineate.core.grid import AXES
+from delineate.core.grid import AXES, Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something
@@ -28,7 +28,7 @@ from delineate.inference.postprocess import postprocess
 from delineate.inference.sliding import Network, Scores, Sliding
 from delineate.metrics.reliability import seam_score
 from delineate.preprocessing.spatial import value_counts
-from delineate.preprocessing.step import Undo
+from delineate.preprocessing.step import Undo, empty_channels
 
 Progress = Callable[[int, int], None]
 
@@ -185,7 +185,7 @@ class Predictor:
             borders = geometry.borders(prepared.grid.shape, sliding.overlap, sliding.advance)
             seams.append([seam_score(p, borders) for p in self._of_targets(found)])
         self._scans_ahead = max(1, self._scans_ahead - 1)
-        decision = self._decide(variants)
+        decision = self._decide(variants, volume.grid)
         clock.lap("undo")
         encoded = postprocess(decision.encoded, self.targets, volume.grid, self.bundles[0].recipe.postprocessing)
         label = LabelVolume(self.targets.decode(encoded), volume.grid)
@@ -227,12 +227,13 @@ class Predictor:
             outside = CERTAIN if background else -CERTAIN
         return (one.undo.scores(one.plane(k).astype(np.float32), outside) for one in variants)
 
-    def _decide(self, variants: Sequence[_Variant]) -> _Decision:
+    def _decide(self, variants: Sequence[_Variant], grid: Grid) -> _Decision:
         """The label on the scan's grid, one class at a time so that memory stays small."""
         exclusive, names = self.targets.exclusive, self.targets.names
         first = 1 if exclusive else 0  # the targets' first class
-        everyone, each = _Winners(self.targets), [_Winners(self.targets) for _ in variants if len(variants) > 1]
-        kept: list[NDArray[np.float16]] = []
+        everyone = _Winners(self.targets, grid)
+        each = [_Winners(self.targets, grid) for _ in variants] if len(variants) > 1 else []
+        kept = empty_channels(len(names), grid.shape, np.float16) if self._keep else None
         link, links = self._link(), [self._link() for _ in each]
         if self._logits and exclusive:  # a class's probability depends on the logits of all
             for k in range(first + len(names)):
@@ -241,13 +242,13 @@ class Predictor:
         for k in range(first + len(names)):
             mean = link(_mean(self._planes(variants, k), votes))
             everyone.add(mean)
-            if self._keep and k >= first:
-                kept.append(mean.astype(np.float16))
+            if kept is not None and k >= first:
+                kept[k - first] = mean
         return _Decision(
             everyone.encoded,
             tuple(everyone.expected_dice()),
             tuple(mutual_dice([self.targets.mask(one.encoded, t) for one in each]) for t in range(len(names))),
-            np.stack(kept) if self._keep else None,
+            kept,
         )
 
 
@@ -322,10 +323,11 @@ def _mean(
 class _Winners:
     """Which target each voxel belongs to, found class by class; a label as targets encode it."""
 
-    def __init__(self, targets: Targets) -> None:
+    def __init__(self, targets: Targets, grid: Grid) -> None:
         self.targets = targets
+        self.encoded = empty_channels(1 if targets.exclusive else len(targets.names), grid.shape, np.uint8)
+        """The label (T, X, Y, Z), as :meth:`Targets.encode` gives it."""
         self._best: NDArray[np.float32] | None = None
-        self._planes: list[NDArray[np.uint8]] = []
         self._sums: list[float] = []
         self._within: list[float] = []
 
@@ -335,27 +337,22 @@ class _Winners:
         self._sums.append(float(probability.sum(dtype=np.float64)))
         if not self.targets.exclusive:
             inside = probability > 0.5
-            self._planes.append(inside.view(np.uint8))
+            self.encoded[k] = inside
             self._within.append(float(probability.sum(dtype=np.float64, where=inside)))
         elif self._best is None:
             self._best = np.array(probability)
-            self._planes.append(np.zeros_like(self._best, np.uint8))
+            self.encoded[0] = 0
         else:
-            np.copyto(self._planes[0], k, where=probability > self._best)
+            np.copyto(self.encoded[0], k, where=probability > self._best)
             np.maximum(self._best, probability, out=self._best)
-
-    @property
-    def encoded(self) -> NDArray[np.uint8]:
-        """The label (T, X, Y, Z), as :meth:`Targets.encode` gives it."""
-        return self._planes[0][None] if self.targets.exclusive else np.stack(self._planes)
 
     def expected_dice(self) -> Iterator[float]:
         """Expected Dice of each target."""
         if self._best is not None:
-            voxels = value_counts(self._planes[0]).tolist()[: len(self._sums)]
-            within = _sums_by_value(self._planes[0], self._best, len(self._sums))
+            voxels = value_counts(self.encoded[0]).tolist()[: len(self._sums)]
+            within = _sums_by_value(self.encoded[0], self._best, len(self._sums))
         else:
-            voxels, within = [int(np.count_nonzero(plane)) for plane in self._planes], self._within
+            voxels, within = [int(np.count_nonzero(plane)) for plane in self.encoded], self._within
         first = len(self._sums) - len(self.targets.names)
         for found in zip(self._sums[first:], within[first:], voxels[first:], strict=True):
             yield expected_dice(*found)

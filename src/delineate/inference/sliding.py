@@ -81,8 +81,8 @@ class Sliding:
 
     ``flips`` are axes (x, y, z) mirrored at test time: the probabilities of all combinations are
     averaged. ``budget_bytes`` limits the memory that the probabilities of one volume may take;
-    beyond it they are kept in a temporary file. ``weights``, ``average`` and ``advance`` are as in
-    :class:`~delineate.recipe.InferenceSpec`.
+    beyond it they are kept in a temporary file, and what is summed up at a time is as little as can
+    be. ``weights``, ``average`` and ``advance`` are as in :class:`~delineate.recipe.InferenceSpec`.
     """
 
     plan: ComputePlan
