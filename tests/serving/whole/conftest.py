@@ -285,6 +285,6 @@ def broken_files() -> Any:
 
 
 @pytest.fixture(scope="session")
-def wait_until() -> Callable[[Callable[[], Any]], Any]:
+def wait_until() -> Callable[..., Any]:
     """Waits until a condition is true."""
-    return lambda condition: wait_for(condition, "it never came true", 90.0)
+    return lambda condition, seconds=90.0: wait_for(condition, "it never came true", seconds)
