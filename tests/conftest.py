@@ -93,6 +93,9 @@ def _ray_head(**environment: str) -> Iterator[tuple[str, psutil.Process]]:
             while "Ray runtime started" not in (said := log.read_text(encoding="utf-8", errors="replace")):
                 assert head.poll() is None, said
                 threading.Event().wait(0.05)
+            while not _listens(port):  # what serves clients may come up later than the rest
+                assert head.poll() is None, log.read_text(encoding="utf-8", errors="replace")
+                threading.Event().wait(0.05)
             yield f"ray://127.0.0.1:{port}", head
         finally:
             family = [*head.children(recursive=True), head]
@@ -103,6 +106,11 @@ def _ray_head(**environment: str) -> Iterator[tuple[str, psutil.Process]]:
                     continue
             head.wait()
             psutil.wait_procs(family, timeout=30)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(port))) == 0
 
 
 @pytest.fixture(scope="module")

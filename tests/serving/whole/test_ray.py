@@ -57,7 +57,7 @@ def test_replicas_follow_the_queue_and_one_that_is_killed_in_mid_job_is_replaced
     if find_spec("ray") is None:
         pytest.skip("without Ray Serve: pip install 'delineate[cluster]'")
     asked = {"at_least": 0, "at_most": 2, "idle_s": 3.0}
-    path = scan(tmp_path / "large.nii.gz", 5, (56, 56, 24))
+    path = scan(tmp_path / "large.nii.gz", 5, (72, 72, 36))
     large = replace(small[0], path=path, label=bundles.predicted("one", path)[0].read_bytes())
     with ExitStack() as stack:
         if local:
