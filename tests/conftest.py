@@ -109,8 +109,9 @@ def _ray_head(**environment: str) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def _listens(port: int) -> bool:
+    """Whether something answers at a port of this machine."""
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", int(port))) == 0
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(scope="module")
