@@ -6,7 +6,8 @@ import yaml
 
 from delineate.compute import convolution_gflops, plan_compute
 from delineate.core.targets import Targets
-from delineate.derivation import LEAST_STEPS, DataSummary, derive_recipe, step_seconds
+from delineate.derivation import LEAST_STEPS, AutoSpec, DataSummary, derive_recipe, step_seconds
+from delineate.errors import RecipeError
 from delineate.recipe import recipe_from, to_yaml
 from delineate.sampling.tiles import geometry_for
 
@@ -109,6 +110,25 @@ def test_a_fast_machine_and_a_budget_of_steps_keep_the_usual_network() -> None:
     assert derived(data, steps=5, gflops=1.0)[0] == derived(data, steps=5)[0]
     slow = derived(data, minutes=0.75, gflops=60.0)[0]
     assert slow.network.widths[0] < derived(data, minutes=0.75)[0].network.widths[0]
+
+
+@pytest.mark.parametrize("data", [summary((240, 240, 155)), summary((256, 256, 20), (0.9, 0.9, 6.5))])
+def test_wider_networks_and_smaller_tiles_are_multiples_of_the_usual(data) -> None:
+    usual, _ = derived(data)
+    wide, narrow = (derived(data, auto=AutoSpec(widths=share), steps=5)[0].network.widths for share in (1.5, 0.5))
+    assert [w / u for w, u in zip(wide, usual.network.widths, strict=True)][:3] == [1.5] * 3
+    assert [w / u for w, u in zip(narrow, usual.network.widths, strict=True)][:3] == [0.5] * 3
+    tiles = derived(data, auto=AutoSpec(voxels=0.5), steps=5)[0]
+    voxels = [np.prod(recipe.tiles.shape) * recipe.training.batch_size for recipe in (tiles, usual)]
+    assert 0.3 < voxels[0] / voxels[1] < 0.7
+
+
+def test_changes_to_auto_are_told_from_those_to_the_recipe() -> None:
+    changes = ["auto.widths=1.5", "training.batch_size=4", "auto.voxels=2"]
+    assert AutoSpec.of_changes(changes) == (AutoSpec(widths=1.5, voxels=2), ["training.batch_size=4"])
+    for wrong in ("auto.width=2", "auto.widths=0", "auto.widths=wide", "auto=2"):
+        with pytest.raises(RecipeError, match="width" if "." in wrong else "auto"):
+            AutoSpec.of_changes([wrong])
 
 
 def test_the_machines_rate_is_a_number() -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.datasets.inspection import SubjectRow
 from delineate.networks.cost import step_cost
-from delineate.recipe import Recipe, TargetsSpec, recipe_from
+from delineate.recipe import Recipe, TargetsSpec, group_of, recipe_from
+from delineate.specification import Specification
+
+AUTO = "auto"
+"""What stands for a recipe that is derived, and the group of :class:`AutoSpec`."""
 
 THICK = 3.0
 """Ratio of slice spacing to in-plane spacing from which nothing is interpolated across slices."""
@@ -44,6 +49,21 @@ CONVOLVING_SHARE = 0.5
 
 BYTES_PER_VOXEL_AND_WIDTH = 60
 """Memory of a training step per voxel of a tile and channel of the first level; 42 measured in bf16."""
+
+
+_Multiple = Annotated[float, Field(ge=0.125, le=8)]
+
+
+class AutoSpec(Specification):
+    """Multiples of what would be derived: of the network's ``widths``, and of the ``voxels`` of a step's tiles."""
+
+    widths: _Multiple = 1.0
+    voxels: _Multiple = 1.0
+
+    @classmethod
+    def of_changes(cls, changes: Sequence[str]) -> tuple[AutoSpec, list[str]]:
+        """What ``changes`` say of ``auto.widths`` and ``auto.voxels``, and those that are to the recipe itself."""
+        return group_of(cls, AUTO, changes)
 
 
 @dataclass(frozen=True)
@@ -113,21 +133,23 @@ def derive_recipe(
     steps: int | None = None,
     epochs: int | None = None,
     gflops: float | None = None,
+    auto: AutoSpec | None = None,
 ) -> tuple[Recipe, dict[str, str]]:
     """The recipe and, by dotted path, the reason for each choice.
 
     ``device`` is cpu, cuda or mps; ``memory_bytes`` is how much of its memory training may use, ``gflops`` the rate of
     its convolutions. If the minutes would pay for few steps at that rate, the network is narrower or its tiles smaller.
     """
+    auto = auto or AutoSpec()
     for widths, voxels in SCALES:
-        size = _Size(device, memory_bytes, widths, voxels)
+        size = _Size(device, memory_bytes, widths * auto.widths, voxels * auto.voxels)
         recipe, reasons = _derived(summary, targets, size, minutes, steps, epochs)
         if gflops is None or minutes is None:
             break
         affordable = int(60 * minutes / step_seconds(recipe, targets, gflops))
         if affordable >= LEAST_STEPS:
             break
-    if size.reduced:
+    if (widths, voxels) != SCALES[0]:
         reasons["network.widths"] += f"; small, so that {minutes:g} min pay for about {affordable} steps"
     return recipe, reasons
 
@@ -146,17 +168,13 @@ class _Size:
 
     device: str
     memory_bytes: int
-    width_share: float = 1.0
-    voxel_share: float = 1.0
-
-    @property
-    def reduced(self) -> bool:
-        return min(self.width_share, self.voxel_share) < 1
+    width_share: float
+    voxel_share: float
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Channels of the first two levels."""
-        first, second = (max(8, int(width * self.width_share)) for width in FIRST_WIDTHS[self.device])
+        """Channels of the first two levels, in eights, which convolutions are fastest with."""
+        first, second = (max(8, 8 * round(width * self.width_share / 8)) for width in FIRST_WIDTHS[self.device])
         return first, second
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -104,11 +104,7 @@ class DataSpec(Specification):
     @classmethod
     def of_changes(cls, changes: Sequence[str]) -> DataSpec:
         """The ``data`` group that ``changes`` alone define; changes to other groups are ignored."""
-        of_data = [change for change in changes if change.startswith("data.")]
-        try:
-            return cls.model_validate(apply_changes({}, of_data).get("data", {}))
-        except ValidationError as error:
-            raise RecipeError("the data settings are not valid:\n" + explained(error, Recipe)) from error
+        return group_of(cls, "data", changes)[0]
 
     def open(self, path: Path) -> Dataset:
         """Open the data set at ``path`` as these fields say."""
@@ -116,6 +112,19 @@ class DataSpec(Specification):
 
         targets = None if self.targets is None else self.targets.targets()
         return open_dataset(path, layout=self.layout, images=self.images, labels=self.labels, targets=targets)
+
+
+_Group = TypeVar("_Group", bound=Specification)
+
+
+def group_of(kind: type[_Group], name: str, changes: Sequence[str]) -> tuple[_Group, list[str]]:
+    """The group of fields that ``changes`` alone define, and the changes to other groups."""
+    own = [change for change in changes if change.partition("=")[0].strip().partition(".")[0] == name]
+    try:
+        group = kind.model_validate(apply_changes({}, own).get(name, {}))
+    except ValidationError as error:
+        raise RecipeError(f"the {name} settings are not valid:\n" + explained(error, kind)) from error
+    return group, [change for change in changes if change not in own]
 
 
 class OptimiserSpec(Specification):
@@ -240,6 +249,11 @@ class TrainingSpec(Specification):
     keep: Literal["best", "last"] = "best"
     frozen: Names = ()
     always_train_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @classmethod
+    def of_changes(cls, changes: Sequence[str]) -> TrainingSpec:
+        """The ``training`` group that ``changes`` alone define; changes to other groups are ignored."""
+        return group_of(cls, "training", changes)[0]
 
     @model_validator(mode="after")
     def _held_out_chooses_nothing(self) -> TrainingSpec:

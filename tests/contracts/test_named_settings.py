@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 import delineate
 from delineate.cli.app import app
+from delineate.derivation import AUTO, AutoSpec
 from delineate.errors import RecipeError
 from delineate.recipe import Recipe, apply_changes, load_recipe, packaged_recipes, recipe_from
 from delineate.specification import Kinds
@@ -71,8 +72,10 @@ def models(annotation: Any) -> set[type[BaseModel]]:
 
 def exists(path: str) -> bool:
     """Whether some recipe has a field at ``path``; keys of mappings and numbers of lists are anything."""
-    here: set[type[BaseModel]] = {Recipe}
     keys = path.split(".")
+    if keys[0] == AUTO:
+        return ".".join(keys[1:]) in AutoSpec.model_fields
+    here: set[type[BaseModel]] = {Recipe}
     for i, key in enumerate(keys):
         if key.isdecimal() and i:
             continue
@@ -85,7 +88,7 @@ def exists(path: str) -> bool:
     return True
 
 
-GROUPS = "|".join(name for name, field in Recipe.model_fields.items() if models(field.annotation))
+GROUPS = "|".join([AUTO, *(name for name, field in Recipe.model_fields.items() if models(field.annotation))])
 SETTING = re.compile(rf"(?<![\w./-])(?:{GROUPS})(?:\.\w+)+")
 
 
@@ -113,7 +116,7 @@ def test_some_packaged_recipe_takes_each_change_that_is_named(change: str) -> No
     refused = None
     for name in packaged_recipes():
         try:
-            recipe_from(apply_changes(load_recipe(name).as_dict(), [change]))
+            recipe_from(apply_changes(load_recipe(name).as_dict(), AutoSpec.of_changes([change])[1]))
             return
         except RecipeError as error:
             refused = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
+from delineate.derivation import AutoSpec
 from delineate.errors import DelineateError, RecipeError, StudyError
+from delineate.recipe import Recipe, load_recipe
 from delineate.studies.designs import PlannedRun, in_turn
 from delineate.studies.planning import plan_runs
 from delineate.studies.specification import MovedSubjects, Size, Study, load_study, packaged_studies
@@ -154,6 +157,11 @@ def test_any_beginning_of_the_order_has_each_sites_share(a: int, b: int, seed: i
         assert abs(sites[:n].count("A") - n * a / (a + b)) <= 1
 
 
+def derived(name: str, people: Dataset, changes: Sequence[str]) -> Recipe:
+    """What `auto` might derive if there were scans."""
+    return load_recipe("generic_3d", AutoSpec.of_changes(changes)[1])
+
+
 @pytest.mark.parametrize("name", packaged_studies())
 def test_a_packaged_study_has_both_sizes_and_plans_different_runs(name: str) -> None:
     packaged = load_study(name)
@@ -164,7 +172,7 @@ def test_a_packaged_study_has_both_sizes_and_plans_different_runs(name: str) -> 
     sites = {"A": moved[0].source or "A", "B": moved[0].target or "B"} if moved else {"A": "A", "B": "B"}
     people = dataset(*(replace(one, site=sites[one.site]) for one in subjects(110, 110)))
     for size in packaged.sizes.values():
-        runs = planned(packaged, size, people)
+        runs = planned(packaged, size, people, derive=derived)
         assert len({run.name for run in runs}) == len(runs)
         minutes = [run.recipe.training.minutes for run in runs]
         assert size is not packaged.sizes["quick"] or sum(m or 0 for m in minutes) <= 12, "a quarter of an hour"

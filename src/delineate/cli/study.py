@@ -93,15 +93,17 @@ def plan(
 
     from delineate.cli.terminal import Terminal, print_json, print_table
     from delineate.compute import check_device
+    from delineate.studies.deriving import Derived
     from delineate.studies.planning import plan_runs
 
     check_device(device)
-
     chosen, beside = _load(study)
     known = _size(chosen, size)
     with TemporaryDirectory() as scratch:
         places = _places(chosen, data, phantom, known, Path(scratch))
-        planned = plan_runs(chosen, known, _opened(chosen, beside, places), beside, final=final)
+        with Terminal() as terminal:
+            derive = Derived(device=device, progress=terminal.progress)
+            planned = plan_runs(chosen, known, _opened(chosen, beside, places), beside, final=final, derive=derive)
         tried: list[dict[str, Any]] = []
         if trial:
             with Terminal() as terminal:
@@ -191,6 +193,7 @@ def run(
     from delineate.compute import check_device
     from delineate.core.limits import usable_cores
     from delineate.studies.conducting import conduct
+    from delineate.studies.deriving import Derived
     from delineate.studies.planning import Plan, plan_runs
     from delineate.studies.reporting import draw_pictures, write_study_report
     from delineate.studies.results import collect
@@ -208,11 +211,12 @@ def run(
     known, at_once = _size(chosen, size), _jobs(jobs, cluster)
     with Terminal() as terminal, ExitStack() as stack:
         launcher: Launcher
+        derive = Derived(folder.path, device, terminal.progress)
         if cluster is None:
             places = _places(chosen, data, phantom, known, out / "data")
             launcher = LocalProcesses()
             if at_once is None:
-                first = plan_runs(chosen, known, _opened(chosen, beside, places), beside)
+                first = plan_runs(chosen, known, _opened(chosen, beside, places), beside, derive=derive)
                 at_once = _room(_tried(first.runs, places, device, terminal))
                 terminal.say(f"runs at a time that this machine has room for: {at_once}")
             options = ["--device", device]
@@ -258,6 +262,7 @@ def run(
                 folder,
                 launcher,
                 beside=beside,
+                derive=derive,
                 final=final,
                 only=only,
                 jobs=at_once,
@@ -352,20 +357,18 @@ def _places(study: Study, given: list[str] | None, phantom: bool, size: Size, si
 
 def _opened(study: Study, beside: Path, places: dict[str, Path]) -> dict[str, Dataset]:
     """The data sets, each read as the recipe of the first arm on it says."""
-    from delineate.studies.planning import arm_recipe
-    from delineate.studies.specification import Size
+    from delineate.studies.planning import data_of_arm
 
     found: dict[str, Dataset] = {}
     for stage in study.parts:
         for arm in stage.compared.values():
             name = study.data_of(stage, arm)
             if name not in found and arm.weights_of is None:
-                found[name] = arm_recipe(study, stage, arm, Size(), beside).data.open(places[name])
+                found[name] = data_of_arm(study, stage, arm, beside).open(places[name])
     for name, place in places.items():  # only tested on
         if name not in found:
             first = study.parts[0]
-            recipe = arm_recipe(study, first, next(iter(first.compared.values())), Size(), beside)
-            found[name] = recipe.data.open(place)
+            found[name] = data_of_arm(study, first, next(iter(first.compared.values())), beside).open(place)
     return found
 
 

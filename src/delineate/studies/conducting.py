@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from delineate.datasets.dataset import Dataset
+from delineate.studies.deriving import Derive, Derived
 from delineate.studies.designs import PlannedRun
 from delineate.studies.ordering import by_distance, by_uncertainty
 from delineate.studies.planning import Plan, plan_runs
@@ -23,6 +24,7 @@ def conduct(
     launcher: Launcher,
     *,
     beside: Path = Path(),
+    derive: Derive | None = None,
     final: bool = False,
     only: str | None = None,
     jobs: int = 1,
@@ -33,9 +35,11 @@ def conduct(
     """Run a study as far as it goes: the plan in the end, and whether all of its runs are done.
 
     Stages, trials and orders of subjects that build on results are planned from the scores and rankings that the folder
-    keeps, so that a study that is resumed makes the same choices. ``on_plan`` is called with each plan that has new
-    runs; for the rest, see :func:`~delineate.studies.running.run_study`.
+    keeps, so that a study that is resumed makes the same choices. By default, it keeps what ``derive`` makes as well.
+    ``on_plan`` is called with each plan that has new runs; for the rest, see
+    :func:`~delineate.studies.running.run_study`.
     """
+    derive = derive or Derived(folder.path)
     scores, rankings = folder.scores(), folder.rankings()
     names = {name: dataset.name for name, dataset in datasets.items()}
     locked = study.locked_stages
@@ -43,7 +47,7 @@ def conduct(
     finished = True
     while True:
         known = study.sizes[size]  # type: ignore[index]
-        plan = plan_runs(study, known, datasets, beside, scores=scores, rankings=rankings, final=final)
+        plan = plan_runs(study, known, datasets, beside, scores=scores, rankings=rankings, final=final, derive=derive)
         folder.begin(study, size, names, plan.runs, scores, rankings)
         if plan.comparisons:
             rankings |= {one.name: by_distance(one, datasets[one.data]) for one in plan.comparisons}

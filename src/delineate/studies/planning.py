@@ -12,9 +12,11 @@ from types import MappingProxyType
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.splits import Split, make_split
+from delineate.derivation import AUTO
 from delineate.errors import StudyError
 from delineate.metrics.catalogue import METRICS
-from delineate.recipe import Recipe, StartSpec, load_recipe, packaged_recipes
+from delineate.recipe import DataSpec, Recipe, StartSpec, load_recipe, packaged_recipes
+from delineate.studies.deriving import Derive, Derived
 from delineate.studies.designs import (
     FIRST_FOLD,
     Draw,
@@ -72,18 +74,20 @@ def plan_runs(
     scores: Scores = MappingProxyType({}),
     rankings: Rankings = MappingProxyType({}),
     final: bool = False,
+    derive: Derive | None = None,
 ) -> Plan:
     """The runs of a study at a size.
 
     Stages that build on the best arm of another, and searches, have more runs once ``scores`` tell how the arms
     before did, and designs that order subjects once ``rankings`` tell the order; each plan has the runs of the one
     before. The locked test is planned only if ``final``, and once nothing else waits for results. Recipe paths are
-    relative to ``beside``. A function of its arguments and, for recipes that sample a limited number of slices, of the
-    labels, which say which subjects these come from. Raises :class:`StudyError` if a data set does not fit the design,
+    relative to ``beside``. ``derive`` makes the recipes of arms whose recipe is ``auto``, by default for this machine.
+    A function of its arguments and, for recipes that sample a limited number of slices, of the labels, which say which
+    subjects these come from. Raises :class:`StudyError` if a data set does not fit the design,
     and :class:`RecipeError` for a wrong change.
     """
     limited = {name: _limited(data, size) for name, data in datasets.items()}
-    planning = _Planning(study, size, limited, beside, scores, rankings)
+    planning = _Planning(study, size, limited, beside, scores, rankings, derive or Derived())
     locked = study.locked_stages
     for stage in (one for one in study.parts if one.name not in locked):
         if not planning.decided(stage):
@@ -103,11 +107,25 @@ def plan_runs(
     return Plan(tuple(planning.runs.values()), tuple(planning.pending), tuple(planning.comparisons))
 
 
-def arm_recipe(study: Study, stage: Stage, arm: Arm, size: Size, beside: Path, label: str = "") -> Recipe:
-    """The recipe of an arm: changed by the study, the stage, the arm, and the size, in this order."""
-    name = arm.recipe or study.recipe
+def data_of_arm(study: Study, stage: Stage, arm: Arm, beside: Path) -> DataSpec:
+    """How an arm reads its data set."""
+    changes = _changes(study, stage, arm, Size())
+    if _recipe_name(study, arm) == AUTO:
+        return DataSpec.of_changes(changes)
+    return _loaded(_recipe_name(study, arm), changes, beside).data
+
+
+def _recipe_name(study: Study, arm: Arm) -> str:
+    return arm.recipe or study.recipe
+
+
+def _changes(study: Study, stage: Stage, arm: Arm, size: Size, label: str = "") -> list[str]:
+    """What an arm changes in its recipe: by the study, the stage, the arm, and the size, in this order."""
+    return [*study.set, *stage.set, *arm.set, *size.set, *size.changes_to(label)]
+
+
+def _loaded(name: str, changes: Sequence[str], beside: Path) -> Recipe:
     own = name not in packaged_recipes() and (beside / name).is_file()
-    changes = [*study.set, *stage.set, *arm.set, *size.set, *size.changes_to(label)]
     return load_recipe(beside / name if own else name, changes)
 
 
@@ -129,6 +147,7 @@ class _Planning:
     beside: Path
     scores: Scores
     rankings: Rankings
+    derive: Derive
     runs: dict[str, PlannedRun] = field(default_factory=dict)
     pending: list[str] = field(default_factory=list)
     comparisons: list[ScanComparison] = field(default_factory=list)
@@ -182,19 +201,21 @@ class _Planning:
         self.runs[run.name] = run
 
     def _recipe(self, stage: Stage, arm: Arm, label: str, data: str) -> Recipe:
-        recipe = arm_recipe(self.study, stage, arm, self.size, self.beside, label)
+        dataset, name = self.datasets[data], _recipe_name(self.study, arm)
+        changes = _changes(self.study, stage, arm, self.size, label)
+        if name == AUTO:
+            recipe = self.derive(data, replace(dataset, subjects=tuple(self._free(data))), changes)
+        else:
+            recipe = _loaded(name, changes, self.beside)
         if self.size.gflop is None:
             return recipe
-        dataset = self.datasets[data]
         outputs = None if dataset.targets is None else dataset.targets.outputs
         steps = steps_for_gflop(recipe, len(dataset.channels), self.size.gflop, outputs=outputs)
         training = recipe.training.model_copy(update={"steps": steps, "minutes": None, "epochs": None})
         return recipe.model_copy(update={"training": training})
 
     def _designed(self, stage: Stage, data: str, recipes: dict[str, Recipe]) -> Iterable[PlannedRun]:
-        subjects = self.datasets[data].subjects
-        locked = self._locked(data)
-        free = [subject for subject in subjects if subject.id not in locked]
+        free = self._free(data)
         match stage.design:
             case CrossValidation() as design:
                 runs = cross_validation(design, self.size, free, recipes)
@@ -208,7 +229,7 @@ class _Planning:
             case MovedSubjects() as design:
                 runs = self._moved_subjects(stage, design, data, free, recipes)
             case LockedTest():
-                split = Split((tuple(sorted(subject.id for subject in free)),), tuple(sorted(locked)))
+                split = Split((tuple(sorted(subject.id for subject in free)),), tuple(sorted(self._locked(data))))
                 runs = fixed_split(self.size, split, recipes)
         prefix = f"{stage.name}-" if stage.name else ""
         for run in runs:
@@ -276,6 +297,11 @@ class _Planning:
         for subject in sorted(draw.candidates, key=lambda one: rank.get(one.id, len(rank))):
             scans[subject.patient].append(subject)
         return list(scans.values())
+
+    def _free(self, data: str) -> list[Subject]:
+        """The subjects of a data set that are not locked."""
+        locked = self._locked(data)
+        return [subject for subject in self.datasets[data].subjects if subject.id not in locked]
 
     def _locked(self, data: str) -> frozenset[str]:
         """The subjects of a data set that are for the locked test alone."""

@@ -6,6 +6,7 @@ A study folder::
         plan.json             the study, its size and its runs
         recipes/NAME.yaml     the recipe of each run
         splits/NAME.json      and its split
+        auto/DATA-BUDGET.yaml what `auto` derived, with the reasons
         runs/NAME/            what `delineate train` or `delineate test` writes
         runs/NAME.json        the state of the run, and why it failed
         runs/NAME.log         its messages

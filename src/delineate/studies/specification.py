@@ -357,8 +357,9 @@ class DataSet(Specification):
 class Study(Specification):
     """A question, and the runs that answer it.
 
-    ``recipe`` is the name of a packaged recipe, or a path relative to the study's file; ``set`` changes it for every
-    arm. A study has either ``stages`` or, with a single one, its ``arms`` (or ``factors``) and ``design``. Without
+    ``recipe`` is the name of a packaged recipe, a path relative to the study's file, or ``auto``: a recipe derived from
+    the machine and from those subjects of each data set that are not locked. ``set`` changes it for every arm. A study
+    has either ``stages`` or, with a single one, its ``arms`` (or ``factors``) and ``design``. Without
     arms, the recipe itself is studied. A ``quick`` size takes about a quarter of an hour on two
     cores, a ``paper`` size what the report or a careful answer needs.
 

@@ -29,7 +29,7 @@ from delineate.datasets.splits import (
     make_split,
     save_split,
 )
-from delineate.derivation import derive_recipe, summarise
+from delineate.derivation import AutoSpec, derive_recipe, summarise
 from delineate.errors import BadSplit, BrokenSubjects, DelineateError, RecipeError
 from delineate.fingerprint import fingerprint_of
 from delineate.io.files import home_folder, writing_beside
@@ -72,7 +72,11 @@ def derived_recipe(
     epochs: int | None = None,
     changes: Sequence[str] = (),
 ) -> Derived:
-    """The recipe derived from ``dataset`` and this machine. Raises :class:`BrokenSubjects` as training does."""
+    """The recipe derived from ``dataset`` and this machine, as ``changes`` to ``auto`` say; others apply to it.
+
+    Raises :class:`BrokenSubjects` as training does.
+    """
+    auto, changes = AutoSpec.of_changes(changes)
     dataset, targets = without_descriptions(dataset), dataset.targets
     if targets is None:
         raise RecipeError(
@@ -97,6 +101,7 @@ def derived_recipe(
         steps=steps,
         epochs=epochs,
         gflops=None if minutes is None else convolution_gflops(plan),
+        auto=auto,
     )
     recipe = recipe_from(apply_changes(recipe.as_dict(), changes))
     for field_, reason in reasons.items():
@@ -121,7 +126,8 @@ def auto_recipe(
     """
     path = folder / "recipe.yaml"
     if path.exists():
-        return load_recipe(path, [*budget_changes(minutes, steps, epochs), *changes]), None
+        _, own = AutoSpec.of_changes(changes)
+        return load_recipe(path, [*budget_changes(minutes, steps, epochs), *own]), None
     derived = derived_recipe(dataset, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changes)
     with writing_beside(path) as temporary:
         temporary.write_text(to_yaml(derived.recipe.as_dict(), derived.reasons), encoding="utf-8")
