@@ -24,6 +24,15 @@ def test_a_short_run_is_not_compiled_and_says_why() -> None:
     assert "150 convolutions" in {c.what: c.why for c in deep.choices}["compile"]
 
 
+def test_predictions_on_a_cpu_are_compiled_only_on_request() -> None:
+    assert plan_compute(device="cpu").compile
+    for engine in ("torch", "auto"):
+        plan = plan_compute(device="cpu", engine=engine)
+        assert not plan.compile
+        assert "predictions" in {c.what: c.why for c in plan.choices}["compile"]
+    assert plan_compute(device="cpu", engine="torch", compile="on").compile
+
+
 def test_without_a_compiler_it_falls_back_and_says_so(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
@@ -21,8 +24,8 @@ from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import read_table
 from delineate.recipe import Recipe, apply_changes, recipe_from
 from delineate.studies.trials import ANSWER, REQUEST, Request, Trial, duration, jobs_within, steps_for_gflop, try_recipe
-from delineate.studies.trying import tried
-from delineate.training.events import Finished, Planned, Started, Validated, read_events
+from delineate.studies.trying import _Took, _Watch, tried
+from delineate.training.events import Finished, Planned, Started, Trained, Validated, read_events
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.run import train
 
@@ -77,7 +80,7 @@ def test_the_steps_are_taken_validated_and_the_held_out_predicted(trial: tuple[T
     assert found.steps == len(losses) == 3
     assert all(map(math.isfinite, losses))
     assert events[Validated].step == 3
-    assert events[Finished].measured == 1
+    assert events[Finished].measured == 2
     assert found.peak_gb > 0
     assert min(found.seconds_a_step, found.preparing_seconds, found.predicting_seconds) > 0
 
@@ -99,10 +102,10 @@ def test_a_trial_that_takes_far_too_much_is_stopped_and_says_so(data: Path, spli
     assert left_in(places) == []
 
 
-def test_only_two_training_subjects_and_one_of_each_other_role_are_prepared(trial: tuple[Trial, Path]) -> None:
+def test_only_two_training_subjects_and_one_to_validate_are_prepared(trial: tuple[Trial, Path]) -> None:
     _, folder = trial
     started = next(event for event in read_events(folder / "run" / "logs") if isinstance(event, Started))
-    assert (started.training, started.validation, started.held_out) == (2, 1, 1)
+    assert (started.training, started.validation, started.held_out) == (2, 1, 2)
     assert len(list((folder / "cache").glob("*/meta.json"))) == 3
 
 
@@ -134,6 +137,29 @@ def planned(whole: Recipe, data: Path, split: Split, folder: Path) -> int | None
         train(whole, whole.data.open(data), folder / "run", options, Reporter(until_planned))
     [event] = [event for event in read_events(folder / "run" / "logs") if isinstance(event, Planned)]
     return event.steps
+
+
+@given(
+    once=st.tuples(*[st.floats(0, 100)] * 3),
+    a_voxel=st.floats(1e-6, 1e-3),
+    held_out=st.tuples(st.integers(1, 10**5), st.integers(1, 10**5)).map(sorted),
+    skipped=st.floats(0, 0.9),
+)
+def test_what_comes_once_is_told_from_what_each_held_out_subject_takes(
+    once: tuple[float, float, float], a_voxel: float, held_out: list[int], skipped: float
+) -> None:
+    watch = _Watch(torch.device("cpu"))
+    watch.steps = [10.0, 11.0, 12.0, 13.0]
+    first = 14 + once[1] + a_voxel * held_out[0]
+    last = a_voxel * held_out[1]
+    watch.predicted = [first, first + (1 - skipped) * last]
+    measured = watch.predicted[1] + once[2]
+    at = {Started: 5.0, Planned: 9.0, Trained: 14.0}
+    tiles = [(float(np.mean(watch.predicted)), skipped * last)]
+    took = _Took.of(at, watch, once[0], 0.0, measured, held_out, tiles)
+    assert took.predicting == pytest.approx(last, abs=1e-9)
+    assert took.once == pytest.approx(sum(once), abs=1e-9)
+    assert took.step == 1.0
 
 
 @pytest.fixture

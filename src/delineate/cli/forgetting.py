@@ -48,6 +48,7 @@ def forgetting(
         compile=compile,
         threads=threads,
         expected_seconds=2.0 * len(source.subjects),
+        engine="torch",
     )
     with Terminal() as terminal, torch_threads(plan.threads):
         found = measure_forgetting(

@@ -23,6 +23,7 @@ from delineate.bundle import Bundle
 from delineate.compute import ComputePlan, plan_compute
 from delineate.core.memory import peak_memory_bytes
 from delineate.core.subject import Subject
+from delineate.datasets.dataset import Dataset
 from delineate.datasets.splits import Split, check_split, save_split
 from delineate.errors import DelineateError, OutOfMemory
 from delineate.inference.sliding import Abridged
@@ -38,8 +39,8 @@ from delineate.studies.trials import ANSWER, REQUEST, Request, Trial
 from delineate.training.events import Divided, Event, Planned, Started, Trained, read_events
 from delineate.training.module import Budget
 from delineate.training.options import Reporter, RunOptions, check_possible
-from delineate.training.preparation import Roles, assign_roles, expected_seconds
-from delineate.training.run import train
+from delineate.training.preparation import Roles, assign_roles, expected_seconds, inspected
+from delineate.training.run import PREDICTING, train
 
 _PREDICTING_SECONDS = 10.0
 """The network runs for so long in each volume that a trial predicts; the rest takes as long in proportion."""
@@ -83,10 +84,11 @@ def _end_with_the_asker(folder: Path) -> None:
 
 def tried(request: Request, folder: Path) -> Trial:
     """Try a recipe in this process; the run is left in ``folder/run``, its prepared subjects in ``folder/cache``."""
-    recipe, began, program = request.recipe, time.time(), peak_memory_bytes()
+    recipe, program = request.recipe, peak_memory_bytes()
     dataset = recipe.data.open(request.data)
     check_split(request.split, dataset)
     roles = assign_roles(dataset.subjects, request.split, request.fold, recipe)
+    starting = time.time() - request.asked
     sizes = {subject.id: _voxels(subject) for subject in dataset.subjects}
     few = _few_of(roles, sizes)
     split = Split((_names(few.held_out), _names(few.training)), validation=_names(few.validation))
@@ -108,9 +110,11 @@ def tried(request: Request, folder: Path) -> Trial:
         memory_gb=inf,  # a trial is there to see what it takes
     )
     check_possible(options)
-    some = replace(dataset, subjects=tuple(subject for subject in dataset.subjects if subject.id in split.subjects))
-    steps = _StepTimes(plan.device)
-    short, report = _shortened(recipe, request.steps), Reporter(progress=steps.progress)
+    chosen = [subject for subject in dataset.subjects if subject.id in split.subjects]
+    some = replace(dataset, subjects=tuple(sorted(chosen, key=lambda subject: sizes[subject.id])))
+    first_use, inspecting = _inspection(recipe, some, sizes, options)
+    watch, began = _Watch(plan.device), time.time()
+    short, report = _shortened(recipe, request.steps), Reporter(progress=watch.progress)
     with Abridged(_PREDICTING_SECONDS) as abridged:
         result = train(short, some, folder / "run", options, report)
     if result.stopped is not None:
@@ -122,9 +126,26 @@ def tried(request: Request, folder: Path) -> Trial:
         )
     measured = time.time()
     write_run_report(folder / "run", some)
+    reporting = time.time() - measured
     events = read_events(folder / "run" / "logs")
-    took = _Took.of(events, steps.ends, request.asked, began, measured, abridged.skipped)
+    at = {type(event): event.at.timestamp() for event in events}
+    once = starting + first_use + max(0.0, at[Started] - began - inspecting) + reporting
+    tested = [sizes[subject.id] for subject in few.held_out]
+    took = _Took.of(at, watch, once, inspecting, measured, tested, abridged.skipped)
     return _expected(recipe, roles, few, sizes, took, plan, folder, program)
+
+
+def _inspection(recipe: Recipe, some: Dataset, sizes: Mapping[str, int], options: RunOptions) -> tuple[float, float]:
+    """Seconds that the libraries' first use takes in inspecting, and that inspecting these subjects takes then."""
+    first = some.subjects[:1]
+    moments = [time.time()]
+    inspected(recipe, replace(some, subjects=first), None, replace(options, fold=None), Reporter())
+    moments.append(time.time())
+    inspected(recipe, some, None, options, Reporter())
+    moments.append(time.time())
+    alone, together = np.diff(moments)
+    share = sizes[first[0].id] / max(1, sum(sizes[subject.id] for subject in some.subjects))
+    return max(0.0, alone - share * together), together
 
 
 def _voxels(subject: Subject) -> int:
@@ -134,13 +155,13 @@ def _voxels(subject: Subject) -> int:
 
 
 def _few_of(roles: Roles, sizes: Mapping[str, int]) -> Roles:
-    """The smallest and the largest training subject, and the largest one in each other role."""
+    """The smallest and the largest subject of those for training and of those held out, and the largest to validate."""
     training, validation, held_out = (
         tuple(sorted(part, key=lambda subject: sizes[subject.id]))
         for part in (roles.training, roles.validation, roles.held_out)
     )
-    few = (*training[:1], *training[1:][-1:])
-    return Roles(few, validation[-1:], held_out[-1:], repeats=(1,) * len(few))
+    few, tested = ((*part[:1], *part[1:][-1:]) for part in (training, held_out))
+    return Roles(few, validation[-1:], tested, repeats=(1,) * len(few))
 
 
 def _names(subjects: Sequence[Subject]) -> tuple[str, ...]:
@@ -154,30 +175,34 @@ def _shortened(recipe: Recipe, steps: int) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=budget)})
 
 
-class _StepTimes:
-    """Notes when each training step ended."""
+class _Watch:
+    """Notes when each training step ended, and when each held-out subject had been predicted."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.ends: list[float] = []
+        self.steps: list[float] = []
+        self.predicted: list[float] = []
 
     def progress(self, stage: str, done: int, total: int) -> None:
         if stage == "training":
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # the step has only been queued
-            self.ends.append(time.time())
+            self.steps.append(time.time())
+        elif stage == PREDICTING:
+            self.predicted.append(time.time())
 
 
 @dataclass(frozen=True)
 class _Took:
     """Seconds that the parts of a shortened run took.
 
-    ``first_step`` includes building the network. ``keeping``: statistics and files of weights to keep, once;
-    ``validating`` includes it, too.
+    ``once``: what comes once however many subjects there are, besides the rest. ``first_step`` includes building the
+    network. ``keeping``: statistics and files of weights to keep, once; ``validating`` includes it, too.
+    ``predicting``: the largest held-out subject.
     """
 
     steps: int
-    starting: float
+    once: float
     inspecting: float
     preparing: float
     first_step: float
@@ -185,34 +210,46 @@ class _Took:
     validating: float
     keeping: float
     predicting: float
-    reporting: float
 
     @classmethod
     def of(
         cls,
-        events: Sequence[Event],
-        steps: Sequence[float],
-        asked: float,
-        began: float,
+        at: Mapping[type[Event], float],
+        watch: _Watch,
+        once: float,
+        inspecting: float,
         measured: float,
+        held_out: Sequence[int],
         skipped: Sequence[tuple[float, float]],
     ) -> _Took:
-        """From a run's events, when each of its steps ended, when the held-out subjects were ``measured``, and what was
-        skipped when: tiles in predictions."""
-        at = {type(event): event.at.timestamp() for event in events}
+        """From the moments of a run's events, of its steps and predictions, when the subjects ``held_out`` (their
+        sizes) were ``measured``, and what was skipped when: tiles in predictions.
+        """
+
+        def between(start: float, end: float) -> float:
+            """Seconds, as if nothing had been skipped."""
+            return end - start + sum(seconds for when, seconds in skipped if start < when <= end)
+
+        steps = watch.steps
         step = (steps[-2] - steps[0]) / (len(steps) - 2)
-        in_training = sum(seconds for when, seconds in skipped if when <= at[Trained])
+        in_training = between(0, at[Trained]) - at[Trained]
+        predicting = between(at[Trained], measured)
+        if len(held_out) > 1:
+            # What comes once lies before the first has been predicted and after the last.
+            first, last = watch.predicted
+            predicting = between(first, last)
+            before = between(at[Trained], first) - predicting * held_out[0] / max(1, held_out[1])
+            once += max(0.0, before) + measured - last
         return cls(
             steps=len(steps),
-            starting=began - asked,
-            inspecting=at[Started] - began,
+            once=once,
+            inspecting=inspecting,
             preparing=at[Planned] - at[Started],
             first_step=steps[0] - at[Planned],
             step=step,
             validating=max(0.0, steps[-1] - steps[-2] - step) + in_training,
             keeping=at[Trained] - steps[-1],
-            predicting=measured - at[Trained] + sum(seconds for _, seconds in skipped) - in_training,
-            reporting=time.time() - measured,
+            predicting=predicting,
         )
 
 
@@ -269,8 +306,9 @@ def _expected(
     limits = [] if spec.minutes is None else [60 * spec.minutes + validating]
     if total_steps is not None:
         limits.append(total_steps * took.step + min(spec.validation.times, total_steps) * validating)
-    others = took.starting + max(0.0, took.first_step - took.step) + took.keeping + took.reporting
-    seconds = preparing + min(limits) + took.predicting * held_out.times() + others
+    others = took.once + max(0.0, took.first_step - took.step) + took.keeping
+    predicting = took.predicting * sum(held_out.all) / max((1, *held_out.few))
+    seconds = preparing + min(limits) + predicting + others
     prepared = [(trained_on, training), (validated_on, validation)]
     more = sum(_more_in_memory(some, part) for some, part in prepared)
     with torch.device("meta"):
@@ -281,7 +319,7 @@ def _expected(
         seconds_a_step=took.step,
         preparing_seconds=preparing,
         validating_seconds=validating,
-        predicting_seconds=took.predicting * held_out.times() / max(1, len(held_out.all)),
+        predicting_seconds=predicting / max(1, len(held_out.all)),
         peak_gb=(peak_memory_bytes() + more) / 1e9,
         program_gb=program / 1e9,
         data_gb=(sum(some.nbytes for some, _ in prepared) + more) / 1e9,

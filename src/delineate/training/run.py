@@ -96,6 +96,9 @@ from delineate.training.preparation import (
 from delineate.training.start import starting_network
 from delineate.training.subjects import RunSubjects
 
+PREDICTING = "predicting held-out subjects"
+"""The stage of a run in which it reports each held-out subject as progress."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -427,7 +430,7 @@ def _evaluate_held_out(
             raise outcome.error
         if outcome.error is not None:
             raise TrainingError(f"held-out subject '{outcome.subject.id}' could not be predicted: {outcome.error}")
-        report.progress("predicting held-out subjects", done, len(chosen))
+        report.progress(PREDICTING, done, len(chosen))
 
     try:
         evaluation, pairs, outcomes = measure_outcomes(
