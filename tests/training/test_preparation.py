@@ -33,7 +33,7 @@ def test_a_target_that_means_other_values_than_the_data_set_s_is_warned_of(balls
 def test_one_sound_subject_is_too_few_and_is_counted(balls) -> None:
     alone = replace(balls, subjects=balls.subjects[:1])
     with pytest.raises(BrokenSubjects, match="1 usable subject is left; training needs at least two"):
-        derived_recipe(alone, RunOptions(device="cpu"), Reporter(), steps=2)
+        derived_recipe(alone, RunOptions(device="cpu"), Reporter(), ["training.steps=2"])
 
 
 @pytest.mark.parametrize(("always", "others"), [(1, 5), (2, 4), (5, 1), (3, 3)])

@@ -143,9 +143,7 @@ def train(
     named = None if recipe == "auto" else _recipe(recipe, changed)
     dataset = _dataset(data, named.data if named else DataSpec.of_changes(changed))
     report = reporter(progress, say, cancel, folder)
-    result = train_and_report(
-        named, dataset, folder, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changed
-    )
+    result = train_and_report(named, dataset, folder, options, report, changed)
     return Run(folder, result.steps, result.evaluation, result.stopped)
 
 
@@ -155,15 +153,11 @@ def train_and_report(
     folder: Path,
     options: RunOptions,
     report: Reporter,
-    *,
-    minutes: float | None = None,
-    steps: int | None = None,
-    epochs: int | None = None,
     changes: Sequence[str] = (),
 ) -> RunResult:
     """Train ``recipe``, or if it is None one derived from ``dataset``; write the report once the run is complete.
 
-    ``minutes``, ``steps``, ``epochs`` and ``changes`` apply to the derived recipe. Raises what :func:`train` raises.
+    ``changes`` say for which budget it is derived, and apply to it. Raises what :func:`train` raises.
     """
     from delineate.reporting.run import write_run_report
     from delineate.training.folder import check_run_folder
@@ -175,9 +169,7 @@ def train_and_report(
     with holding(folder):
         inspection = None
         if recipe is None:
-            recipe, inspection = auto_recipe(
-                dataset, folder, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changes
-            )
+            recipe, inspection = auto_recipe(dataset, folder, options, report, changes)
         result = run(recipe, dataset, folder, options, report, inspection)
         if result.finished and not result.helper:
             write_run_report(folder, dataset)
@@ -208,13 +200,13 @@ def auto(
     finds errors, unless ``leave_out_broken``.
     """
     from delineate.training.options import RunOptions
-    from delineate.training.preparation import derived_recipe
+    from delineate.training.preparation import budget_changes, derived_recipe
 
     check(cancel)
-    changed = as_texts(changes)
+    changed = [*budget_changes(minutes, steps, epochs), *as_texts(changes)]
     options = RunOptions(leave_out_broken=leave_out_broken, device=device)
     dataset, report = _dataset(data, DataSpec.of_changes(changed)), reporter(progress, say, cancel)
-    return derived_recipe(dataset, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changed).recipe
+    return derived_recipe(dataset, options, report, changed).recipe
 
 
 class Tiles(TorchDataset):

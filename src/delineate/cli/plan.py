@@ -76,9 +76,7 @@ def plan(
             dataset = DataSpec.of_changes(changes).open(data)
             reporter = Reporter(terminal.say, terminal.progress, status=terminal.status)
             options = RunOptions(device=device, threads=threads)
-            named = derived_recipe(
-                dataset, options, reporter, minutes=minutes, steps=steps, epochs=epochs, changes=changes
-            ).recipe
+            named = derived_recipe(dataset, options, reporter, changes).recipe
         else:
             named = load_recipe(recipe, changes)
             dataset = named.data.open(data)

@@ -131,9 +131,7 @@ def train(
     dataset = (named.data if named else DataSpec.of_changes(changes)).open(data)
     with Terminal() as terminal:
         report = Reporter(terminal.say, terminal.progress, status=terminal.status)
-        result = train_and_report(
-            named, dataset, out, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changes
-        )
+        result = train_and_report(named, dataset, out, options, report, changes)
     if result.helper:
         return  # with status 0 even if stopped: the first process would take any other for a failure
     if json:

@@ -38,12 +38,13 @@ class Derived:
     def __call__(self, name: str, dataset: Dataset, changes: Sequence[str]) -> Recipe:
         budget = TrainingSpec.of_changes(changes)
         auto, others = AutoSpec.of_changes(changes)
-        given = {"minutes": budget.minutes, "steps": budget.steps, "epochs": budget.epochs, **auto.model_dump()}
-        usual = AutoSpec().model_dump()
-        said = [f"{number:g}-{what}" for what, number in given.items() if number != usual.get(what)]
-        key = "-".join([name, *said])
+        of_budget = budget.model_dump(include={"minutes", "steps", "epochs"}, exclude_defaults=True)
+        of_auto = auto.model_dump(exclude_defaults=True)
+        key = "-".join([name, *(f"{number:g}-{what}" for what, number in {**of_budget, **of_auto}.items())])
         if key not in self.known:
-            self.known[key] = self._kept(key) or self._derived(key, dataset, budget, auto)
+            decisive = [f"training.{unit}={number}" for unit, number in of_budget.items()]
+            decisive += [f"{AUTO}.{what}={multiple}" for what, multiple in of_auto.items()]
+            self.known[key] = self._kept(key) or self._derived(key, dataset, decisive)
         return recipe_from(apply_changes(self.known[key].as_dict(), others))
 
     def _kept(self, key: str) -> Recipe | None:
@@ -53,16 +54,8 @@ class Derived:
     def _path(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / "auto" / f"{key}.yaml"
 
-    def _derived(self, key: str, dataset: Dataset, budget: TrainingSpec, auto: AutoSpec) -> Recipe:
-        derived = derived_recipe(
-            dataset,
-            RunOptions(device=self.device),
-            Reporter(progress=self.progress),
-            minutes=budget.minutes,
-            steps=budget.steps,
-            epochs=budget.epochs,
-            changes=[f"{AUTO}.{field_}={multiple}" for field_, multiple in auto.model_dump().items()],
-        )
+    def _derived(self, key: str, dataset: Dataset, changes: Sequence[str]) -> Recipe:
+        derived = derived_recipe(dataset, RunOptions(device=self.device), Reporter(progress=self.progress), changes)
         if (path := self._path(key)) is not None:
             with writing_beside(path) as beside:
                 beside.write_text(to_yaml(derived.recipe.as_dict(), derived.reasons), encoding="utf-8")

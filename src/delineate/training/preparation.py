@@ -37,7 +37,7 @@ from delineate.io.pseudonyms import key_id
 from delineate.preprocessing.cache import PreparedDataset, prepare
 from delineate.preprocessing.spatial import Reorient
 from delineate.preprocessing.step import Step
-from delineate.recipe import Recipe, apply_changes, load_recipe, recipe_from, to_yaml
+from delineate.recipe import Recipe, TrainingSpec, apply_changes, load_recipe, recipe_from, to_yaml
 from delineate.sampling.samplers import ROUNDS, ChosenSlices
 from delineate.sampling.tiles import Slices, geometry_for, with_slice_axis
 from delineate.training.events import Warned
@@ -62,21 +62,14 @@ class Derived:
     inspection: Inspection
 
 
-def derived_recipe(
-    dataset: Dataset,
-    options: RunOptions,
-    report: Reporter,
-    *,
-    minutes: float | None = None,
-    steps: int | None = None,
-    epochs: int | None = None,
-    changes: Sequence[str] = (),
-) -> Derived:
-    """The recipe derived from ``dataset`` and this machine, as ``changes`` to ``auto`` say; others apply to it.
+def derived_recipe(dataset: Dataset, options: RunOptions, report: Reporter, changes: Sequence[str] = ()) -> Derived:
+    """The recipe derived from ``dataset`` and this machine, for the budget that ``changes`` name.
 
-    Raises :class:`BrokenSubjects` as training does.
+    Those to ``auto`` change what is derived, all others what comes of it. Raises :class:`BrokenSubjects` as training
+    does.
     """
     auto, changes = AutoSpec.of_changes(changes)
+    budget = TrainingSpec.of_changes(changes)
     dataset, targets = without_descriptions(dataset), dataset.targets
     if targets is None:
         raise RecipeError(
@@ -97,10 +90,10 @@ def derived_recipe(
         targets,
         device=plan.device.type,
         memory_bytes=memory,
-        minutes=minutes,
-        steps=steps,
-        epochs=epochs,
-        gflops=None if minutes is None else convolution_gflops(plan),
+        minutes=budget.minutes,
+        steps=budget.steps,
+        epochs=budget.epochs,
+        gflops=None if budget.minutes is None else convolution_gflops(plan),
         auto=auto,
     )
     recipe = recipe_from(apply_changes(recipe.as_dict(), changes))
@@ -110,15 +103,7 @@ def derived_recipe(
 
 
 def auto_recipe(
-    dataset: Dataset,
-    folder: Path,
-    options: RunOptions,
-    report: Reporter,
-    *,
-    minutes: float | None = None,
-    steps: int | None = None,
-    epochs: int | None = None,
-    changes: Sequence[str] = (),
+    dataset: Dataset, folder: Path, options: RunOptions, report: Reporter, changes: Sequence[str] = ()
 ) -> tuple[Recipe, Inspection | None]:
     """:func:`derived_recipe`, written to ``folder`` with its reasons.
 
@@ -127,8 +112,8 @@ def auto_recipe(
     path = folder / "recipe.yaml"
     if path.exists():
         _, own = AutoSpec.of_changes(changes)
-        return load_recipe(path, [*budget_changes(minutes, steps, epochs), *own]), None
-    derived = derived_recipe(dataset, options, report, minutes=minutes, steps=steps, epochs=epochs, changes=changes)
+        return load_recipe(path, own), None
+    derived = derived_recipe(dataset, options, report, changes)
     with writing_beside(path) as temporary:
         temporary.write_text(to_yaml(derived.recipe.as_dict(), derived.reasons), encoding="utf-8")
     return derived.recipe, derived.inspection
