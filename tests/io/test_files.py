@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import resource
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,22 @@ def test_a_file_appears_whole_in_a_new_folder(tmp_path: Path) -> None:
         assert not path.exists()
     assert path.read_bytes() == b"voxels"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_of_those_that_write_a_file_first_one_is_first_and_all_see_its_file(tmp_path: Path) -> None:
+    path, written = tmp_path / "recipe.yaml", threading.Barrier(4)
+
+    def write(text: str) -> str:
+        with writing_beside(path, first=True) as beside:
+            beside.write_text(text, encoding="utf-8")
+            written.wait()
+        return path.read_text(encoding="utf-8")
+
+    texts = ["a", "bb", "ccc", "dddd"]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        [seen] = set(pool.map(write, texts))
+    assert seen in texts
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])

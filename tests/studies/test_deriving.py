@@ -17,7 +17,7 @@ from delineate.datasets.dataset import Dataset
 from delineate.errors import RecipeError
 from delineate.io.formats import write_label, write_volume
 from delineate.recipe import DataSpec, load_recipe
-from delineate.studies.deriving import Derived
+from delineate.studies.deriving import AutoRecipes
 from delineate.studies.planning import plan_runs
 from delineate.studies.specification import Size, Study
 
@@ -54,13 +54,13 @@ def dataset(scans: Path) -> Dataset:
 
 def test_locked_subjects_do_not_shape_the_recipe_that_all_arms_and_folds_start_from(dataset: Dataset) -> None:
     study = Study.model_validate(STUDY)
-    derive = Derived(device="cpu")
+    derive = AutoRecipes(device="cpu")
     runs = plan_runs(study, Size(set=("training.steps=2",)), {"scans": dataset}, derive=derive).runs
     assert len(derive.known) == 1
     [split] = {run.split for run in runs}
     seen = replace(dataset, subjects=tuple(one for one in dataset.subjects if one.id in split.subjects))
     assert len(seen.subjects) == 6
-    expected = Derived(device="cpu")("scans", seen, [*READ, "training.steps=2"])
+    expected = AutoRecipes(device="cpu")("scans", seen, [*READ, "training.steps=2"])
     assert [run.recipe for run in runs if run.arm == "derived"] == [expected] * 2
     slower = expected.training.optimiser.model_copy(update={"learning_rate": 1e-4})
     assert [run.recipe.training.optimiser for run in runs if run.arm == "slower"] == [slower] * 2
@@ -70,7 +70,7 @@ def test_locked_subjects_do_not_shape_the_recipe_that_all_arms_and_folds_start_f
 def test_each_budget_is_derived_once_and_what_is_kept_is_what_a_resumed_study_uses(
     dataset: Dataset, tmp_path: Path
 ) -> None:
-    derive = Derived(tmp_path, "cpu")
+    derive = AutoRecipes(tmp_path, "cpu")
     for changes in (
         ["training.steps=5"],
         ["training.epochs=3", "training.batch_size=1"],
@@ -86,14 +86,14 @@ def test_each_budget_is_derived_once_and_what_is_kept_is_what_a_resumed_study_us
     assert load_recipe(kept["scans-5-steps.yaml"]).training.batch_size == 2
     # As another machine would have derived it.
     kept["scans-5-steps.yaml"].write_text(text.replace("batch_size: 2", "batch_size: 7"), encoding="utf-8")
-    later = Derived(tmp_path, "cpu")
+    later = AutoRecipes(tmp_path, "cpu")
     assert later("scans", dataset, [*READ, "training.steps=5"]).training.batch_size == 7
     assert later("scans", dataset, [*READ, "training.steps=5", "training.batch_size=4"]).training.batch_size == 4
 
 
 def test_a_budget_that_is_none_is_refused_before_anything_is_read(dataset: Dataset) -> None:
     with pytest.raises(RecipeError, match="training"):
-        Derived(device="cpu")("scans", dataset, ["training.minutes=soon"])
+        AutoRecipes(device="cpu")("scans", dataset, ["training.minutes=soon"])
 
 
 def test_a_study_of_auto_is_planned_without_a_trace_and_run(scans: Path, tmp_path: Path) -> None:

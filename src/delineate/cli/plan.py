@@ -45,7 +45,7 @@ def plan(
 ) -> None:
     """Show what a training will take before it starts: memory, time and disk space on this machine.
 
-    Trains for three steps of the full size on a few subjects, validates, predicts one, and leaves nothing behind.
+    Trains for three steps of the full size on a few subjects, validates, predicts two, and leaves nothing behind.
     If the training does not fit into memory, tries the batch in parts, activations computed again, bfloat16, smaller
     batches, smaller tiles, minicubes, 2.5D and 2D, and says what each would take and how far its network sees.
 

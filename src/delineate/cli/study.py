@@ -93,7 +93,7 @@ def plan(
 
     from delineate.cli.terminal import Terminal, print_json, print_table
     from delineate.compute import check_device
-    from delineate.studies.deriving import Derived
+    from delineate.studies.deriving import AutoRecipes
     from delineate.studies.planning import plan_runs
 
     check_device(device)
@@ -102,7 +102,7 @@ def plan(
     with TemporaryDirectory() as scratch:
         places = _places(chosen, data, phantom, known, Path(scratch))
         with Terminal() as terminal:
-            derive = Derived(device=device, progress=terminal.progress)
+            derive = AutoRecipes(device=device, progress=terminal.progress)
             planned = plan_runs(chosen, known, _opened(chosen, beside, places), beside, final=final, derive=derive)
         tried: list[dict[str, Any]] = []
         if trial:
@@ -193,7 +193,7 @@ def run(
     from delineate.compute import check_device
     from delineate.core.limits import usable_cores
     from delineate.studies.conducting import conduct
-    from delineate.studies.deriving import Derived
+    from delineate.studies.deriving import AutoRecipes
     from delineate.studies.planning import Plan, plan_runs
     from delineate.studies.reporting import draw_pictures, write_study_report
     from delineate.studies.results import collect
@@ -211,7 +211,7 @@ def run(
     known, at_once = _size(chosen, size), _jobs(jobs, cluster)
     with Terminal() as terminal, ExitStack() as stack:
         launcher: Launcher
-        derive = Derived(folder.path, device, terminal.progress)
+        derive = AutoRecipes(folder.path, device, terminal.progress)
         if cluster is None:
             places = _places(chosen, data, phantom, known, out / "data")
             launcher = LocalProcesses()

@@ -185,12 +185,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 @contextmanager
-def writing_beside(path: Path) -> Iterator[Path]:
+def writing_beside(path: Path, *, first: bool = False) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to, with the same suffixes; rename it at the end.
 
     The folder is created. The file is flushed to disk before it takes its name, so that at any moment,
     power cuts included, ``path`` is the old file, or the new one, or absent. If anything goes wrong,
     nothing of the new file remains. :class:`OutputError` says why a file cannot be written.
+
+    ``first``: a file that another process has written meanwhile stays.
     """
     # Hidden, so that no listing takes it for a scan; with only the end of the name, since a name may be
     # as long as the disk allows.
@@ -199,7 +201,11 @@ def writing_beside(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         sync_to_disk(beside)
-        beside.replace(path)
+        if first:
+            with suppress(FileExistsError):  # unlike a rename, a link never replaces
+                os.link(beside, path)
+        else:
+            beside.replace(path)
         if os.name == "posix":  # elsewhere folders cannot be opened
             sync_to_disk(path.parent)
     except OSError as error:

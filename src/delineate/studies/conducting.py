@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from delineate.datasets.dataset import Dataset
-from delineate.studies.deriving import Derive, Derived
+from delineate.studies.deriving import Derive, AutoRecipes
 from delineate.studies.designs import PlannedRun
 from delineate.studies.ordering import by_distance, by_uncertainty
 from delineate.studies.planning import Plan, plan_runs
@@ -39,7 +39,7 @@ def conduct(
     ``on_plan`` is called with each plan that has new runs; for the rest, see
     :func:`~delineate.studies.running.run_study`.
     """
-    derive = derive or Derived(folder.path)
+    derive = derive or AutoRecipes(folder.path)
     scores, rankings = folder.scores(), folder.rankings()
     names = {name: dataset.name for name, dataset in datasets.items()}
     locked = study.locked_stages

@@ -12,7 +12,7 @@ from delineate.derivation import AUTO, AutoSpec
 from delineate.io.files import writing_beside
 from delineate.recipe import Recipe, TrainingSpec, apply_changes, load_recipe, recipe_from, to_yaml
 from delineate.training.options import Progress, Reporter, RunOptions
-from delineate.training.preparation import derived_recipe
+from delineate.training.preparation import Derived, derived_recipe
 
 
 class Derive(Protocol):
@@ -23,7 +23,7 @@ class Derive(Protocol):
 
 
 @dataclass
-class Derived:
+class AutoRecipes:
     """Derives recipes for ``device`` of this machine.
 
     With a study's ``folder``, what is derived is kept there with its reasons, so that a study that is resumed, perhaps
@@ -44,7 +44,7 @@ class Derived:
         if key not in self.known:
             decisive = [f"training.{unit}={number}" for unit, number in of_budget.items()]
             decisive += [f"{AUTO}.{what}={multiple}" for what, multiple in of_auto.items()]
-            self.known[key] = self._kept(key) or self._derived(key, dataset, decisive)
+            self.known[key] = self._kept(key) or self._keep(key, self._derived(dataset, decisive))
         return recipe_from(apply_changes(self.known[key].as_dict(), others))
 
     def _kept(self, key: str) -> Recipe | None:
@@ -54,9 +54,13 @@ class Derived:
     def _path(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / "auto" / f"{key}.yaml"
 
-    def _derived(self, key: str, dataset: Dataset, changes: Sequence[str]) -> Recipe:
-        derived = derived_recipe(dataset, RunOptions(device=self.device), Reporter(progress=self.progress), changes)
-        if (path := self._path(key)) is not None:
-            with writing_beside(path) as beside:
-                beside.write_text(to_yaml(derived.recipe.as_dict(), derived.reasons), encoding="utf-8")
-        return derived.recipe
+    def _keep(self, key: str, made: Derived) -> Recipe:
+        path = self._path(key)
+        if path is None:
+            return made.recipe
+        with writing_beside(path, first=True) as beside:
+            beside.write_text(to_yaml(made.recipe.as_dict(), made.reasons), encoding="utf-8")
+        return load_recipe(path)  # perhaps that of another part of the study, which began at the same moment
+
+    def _derived(self, dataset: Dataset, changes: Sequence[str]) -> Derived:
+        return derived_recipe(dataset, RunOptions(device=self.device), Reporter(progress=self.progress), changes)

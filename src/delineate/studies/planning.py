@@ -16,7 +16,7 @@ from delineate.derivation import AUTO
 from delineate.errors import StudyError
 from delineate.metrics.catalogue import METRICS
 from delineate.recipe import DataSpec, Recipe, StartSpec, load_recipe, packaged_recipes
-from delineate.studies.deriving import Derive, Derived
+from delineate.studies.deriving import Derive, AutoRecipes
 from delineate.studies.designs import (
     FIRST_FOLD,
     Draw,
@@ -87,7 +87,7 @@ def plan_runs(
     and :class:`RecipeError` for a wrong change.
     """
     limited = {name: _limited(data, size) for name, data in datasets.items()}
-    planning = _Planning(study, size, limited, beside, scores, rankings, derive or Derived())
+    planning = _Planning(study, size, limited, beside, scores, rankings, derive or AutoRecipes())
     locked = study.locked_stages
     for stage in (one for one in study.parts if one.name not in locked):
         if not planning.decided(stage):
