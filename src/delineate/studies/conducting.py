@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from delineate.datasets.dataset import Dataset
-from delineate.studies.deriving import Derive, AutoRecipes
+from delineate.studies.deriving import AutoRecipes, Derive
 from delineate.studies.designs import PlannedRun
 from delineate.studies.ordering import by_distance, by_uncertainty
 from delineate.studies.planning import Plan, plan_runs

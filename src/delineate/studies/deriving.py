@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Protocol
 
 from delineate.datasets.dataset import Dataset
+from delineate.datasets.inspection import Inspection
 from delineate.derivation import AUTO, AutoSpec
 from delineate.io.files import writing_beside
 from delineate.recipe import Recipe, TrainingSpec, apply_changes, load_recipe, recipe_from, to_yaml
 from delineate.training.options import Progress, Reporter, RunOptions
-from delineate.training.preparation import Derived, derived_recipe
+from delineate.training.preparation import derived_recipe
 
 
 class Derive(Protocol):
@@ -34,6 +35,7 @@ class AutoRecipes:
     device: str = "auto"
     progress: Progress = lambda stage, done, total: None
     known: dict[str, Recipe] = field(default_factory=dict)
+    inspected: dict[str, Inspection] = field(default_factory=dict)
 
     def __call__(self, name: str, dataset: Dataset, changes: Sequence[str]) -> Recipe:
         budget = TrainingSpec.of_changes(changes)
@@ -44,23 +46,18 @@ class AutoRecipes:
         if key not in self.known:
             decisive = [f"training.{unit}={number}" for unit, number in of_budget.items()]
             decisive += [f"{AUTO}.{what}={multiple}" for what, multiple in of_auto.items()]
-            self.known[key] = self._kept(key) or self._keep(key, self._derived(dataset, decisive))
+            self.known[key] = self._derived(key, name, dataset, decisive)
         return recipe_from(apply_changes(self.known[key].as_dict(), others))
 
-    def _kept(self, key: str) -> Recipe | None:
-        path = self._path(key)
-        return load_recipe(path) if path is not None and path.exists() else None
-
-    def _path(self, key: str) -> Path | None:
-        return None if self.folder is None else self.folder / "auto" / f"{key}.yaml"
-
-    def _keep(self, key: str, made: Derived) -> Recipe:
-        path = self._path(key)
-        if path is None:
-            return made.recipe
-        with writing_beside(path, first=True) as beside:
-            beside.write_text(to_yaml(made.recipe.as_dict(), made.reasons), encoding="utf-8")
+    def _derived(self, key: str, name: str, dataset: Dataset, changes: Sequence[str]) -> Recipe:
+        path = None if self.folder is None else self.folder / "auto" / f"{key}.yaml"
+        if path is None or not path.exists():
+            report = Reporter(progress=self.progress)
+            options = RunOptions(device=self.device)
+            made = derived_recipe(dataset, options, report, changes, self.inspected.get(name))
+            self.inspected[name] = made.inspection
+            if path is None:
+                return made.recipe
+            with writing_beside(path, first=True) as beside:
+                beside.write_text(to_yaml(made.recipe.as_dict(), made.reasons), encoding="utf-8")
         return load_recipe(path)  # perhaps that of another part of the study, which began at the same moment
-
-    def _derived(self, dataset: Dataset, changes: Sequence[str]) -> Derived:
-        return derived_recipe(dataset, RunOptions(device=self.device), Reporter(progress=self.progress), changes)

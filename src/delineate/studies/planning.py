@@ -16,7 +16,7 @@ from delineate.derivation import AUTO
 from delineate.errors import StudyError
 from delineate.metrics.catalogue import METRICS
 from delineate.recipe import DataSpec, Recipe, StartSpec, load_recipe, packaged_recipes
-from delineate.studies.deriving import Derive, AutoRecipes
+from delineate.studies.deriving import AutoRecipes, Derive
 from delineate.studies.designs import (
     FIRST_FOLD,
     Draw,

@@ -62,11 +62,17 @@ class Derived:
     inspection: Inspection
 
 
-def derived_recipe(dataset: Dataset, options: RunOptions, report: Reporter, changes: Sequence[str] = ()) -> Derived:
+def derived_recipe(
+    dataset: Dataset,
+    options: RunOptions,
+    report: Reporter,
+    changes: Sequence[str] = (),
+    inspection: Inspection | None = None,
+) -> Derived:
     """The recipe derived from ``dataset`` and this machine, for the budget that ``changes`` name.
 
-    Those to ``auto`` change what is derived, all others what comes of it. Raises :class:`BrokenSubjects` as training
-    does.
+    Those to ``auto`` change what is derived, all others what comes of it. The data set is inspected if no
+    ``inspection`` is given. Raises :class:`BrokenSubjects` as training does.
     """
     auto, changes = AutoSpec.of_changes(changes)
     budget = TrainingSpec.of_changes(changes)
@@ -75,7 +81,7 @@ def derived_recipe(dataset: Dataset, options: RunOptions, report: Reporter, chan
         raise RecipeError(
             f"data set '{dataset.name}' does not name its targets", fix="name them, for example --targets liver=1"
         )
-    inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
+    inspection = inspection or _inspection(dataset, targets, report)
     sound = [row for row in inspection.rows if row.subject not in inspection.broken]
     if inspection.broken and not options.leave_out_broken:
         raise BrokenSubjects(broken_message(inspection))
@@ -186,8 +192,7 @@ def inspected(
         )
     if recipe.data.resample_channels:
         dataset = replace(dataset, subjects=tuple(replace(s, resample=True) for s in dataset.subjects))
-    if inspection is None:
-        inspection = inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
+    inspection = inspection or _inspection(dataset, targets, report)
     if inspection.broken:
         if not options.leave_out_broken:
             raise BrokenSubjects(broken_message(inspection))
@@ -196,6 +201,10 @@ def inspected(
         dataset = replace(dataset, subjects=kept)
     _check_enough(len(dataset.subjects), least=1 if options.fold is None else 2)
     return dataset, targets, inspection
+
+
+def _inspection(dataset: Dataset, targets: Targets, report: Reporter) -> Inspection:
+    return inspect(dataset, targets=targets, progress=lambda done, n: report.progress("inspecting", done, n))
 
 
 def _warn_of_other_values(targets: Targets, dataset: Dataset, report: Reporter) -> None:
