@@ -46,7 +46,7 @@ CASES = (
     Case("hippocampus", "hippocampus", 60, ("training.batch_size=8", "training.accumulate=4")),
     Case("generic_3d", "hippocampus", 40, ("training.checkpoint_activations=true",)),
     Case("generic_2d", "hippocampus", 60),
-    Case("prostate", "prostate", 40),
+    Case("prostate_unet", "prostate", 40, ("tiles.shape=[64, 64, 16]", "training.batch_size=2")),
     Case("generic_3d", "prostate", 40),
     Case("generic_2.5d", "prostate", 60),
     Case("wmh", "wmh/Tabriz", 60),

@@ -50,8 +50,8 @@ def jobs() -> dict[str, Job]:
     whole = ("--targets", "whole=1+2+3+4")
     dense = packaged["wmh-dense"] | {"vgg_input": None}  # sees neighbouring slices here, which are standardised
     found = {
-        "prostate-unet-3d": Job(packaged["prostate-unet-3d"], "prostate", "prostate", patches(64, 64, 16)),
-        "prostate-deeplab": Job(packaged["prostate-deeplab"], "prostate", "prostate", slices(6, [64, 64]), batch=6),
+        "prostate-unet-3d": Job(packaged["prostate-unet-3d"], "prostate", "generic_3d", patches(64, 64, 16)),
+        "prostate-deeplab": Job(packaged["prostate-deeplab"], "prostate", "generic_3d", slices(6, [64, 64]), batch=6),
         "brain-2d": Job(packaged["brain-2d"], "brats", "brats", slices(0, [160, 192]), batch=4, options=whole),
         "brain-3d-context": Job(packaged["brain-3d-context"], "brats", "brats", patches(40, 40, 40), 1, whole),
         "brain-3d-small": Job(packaged["brain-3d-small"], "brats", "brats", patches(64, 64, 64), 2, whole),
@@ -80,7 +80,7 @@ def jobs() -> dict[str, Job]:
     }
     for name, network in packaged.items():
         if name.startswith("prostate-tiramisu"):
-            found[name] = Job(network, "prostate", "prostate", patches(32, 32, 16), batch=1)
+            found[name] = Job(network, "prostate", "generic_3d", patches(32, 32, 16), batch=1)
         if name.startswith("liver-unet"):
             if network["kind"] == "vgg_unet":
                 network = {**network, "weights": "random"}

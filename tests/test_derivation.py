@@ -123,6 +123,17 @@ def test_wider_networks_and_smaller_tiles_are_multiples_of_the_usual(data) -> No
     assert 0.3 < voxels[0] / voxels[1] < 0.7
 
 
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 1.0, 3.3), (7.0, 0.9, 0.9)])
+def test_coarser_voxels_show_more_and_thick_slices_stay(spacing) -> None:
+    data = summary((240, 240, 155), spacing)
+    usual, coarse = (derived(data, auto=AutoSpec(spacing=share), steps=5)[0] for share in (1, 1.5))
+    before, after = (recipe.preprocessing[1].spacing_mm for recipe in (usual, coarse))
+    assert [None if b is None else round(1.5 * b, 3) for b in before] == list(after)
+    assert coarse.tiles.kind == usual.tiles.kind
+    sees = [np.prod(r.tiles.shape) * np.prod([s for s in r.preprocessing[1].spacing_mm if s]) for r in (usual, coarse)]
+    assert sees[1] > sees[0]
+
+
 def test_changes_to_auto_are_told_from_those_to_the_recipe() -> None:
     changes = ["auto.widths=1.5", "training.batch_size=4", "auto.voxels=2"]
     assert AutoSpec.of_changes(changes) == (AutoSpec(widths=1.5, voxels=2), ["training.batch_size=4"])

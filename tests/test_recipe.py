@@ -16,7 +16,7 @@ from delineate.recipe import ScheduleSpec, apply_changes, load_recipe, packaged_
 
 def test_the_packaged_recipes_are_all_found() -> None:
     assert set(packaged_recipes()) == {
-        "brats", "demo", "generic_2.5d", "generic_2d", "generic_3d", "hippocampus", "prostate", "sarcoma", "wmh",
+        "brats", "demo", "generic_2.5d", "generic_2d", "generic_3d", "hippocampus", "sarcoma", "wmh",
         "liver_tumour_a", "liver_tumour_b", "liver_tumour_c", "liver_tumour_lits", "liver_volume",
         "liver_fat_fraction", "prostate_deeplab",
         "prostate_tiramisu", "prostate_tiramisu_p3b", "prostate_tiramisu_p4a", "prostate_unet", "wmh_dice",
@@ -197,8 +197,8 @@ def test_packaged_recipes_codes_are_the_dictionarys() -> None:
 
 
 def test_codes_travel_in_the_recipe() -> None:
-    recipe = load_recipe("prostate")
+    recipe = load_recipe("prostate_unet")
     assert recipe_from(yaml.safe_load(to_yaml(recipe.as_dict()))).data.legend.codes == recipe.data.legend.codes
     assert recipe.data.legend.codes["prostate"].type == Code("41216001", "SCT", "Prostate")
     with pytest.raises(RecipeError, match="codes"):
-        load_recipe("prostate", ["data.codes={prostate: {category: {value: 1}, type: {meaning: x}}}"])
+        load_recipe("prostate_unet", ["data.codes={prostate: {category: {value: 1}, type: {meaning: x}}}"])

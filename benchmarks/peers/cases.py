@@ -22,6 +22,7 @@ from raw import NUMBERS, folder_name, link_scans, write_moved, write_raw
 
 from delineate.datasets.layouts import open_dataset
 from delineate.io.formats import read_label
+from delineate.recipe import packaged_recipes
 
 HERE = Path(__file__).parent
 CONFIGURATION = "3d_fullres"
@@ -359,7 +360,7 @@ def dice(bench: Bench, sets: Sequence[str], minutes: Sequence[float]) -> Iterato
                 ),
             }
             own = {}
-            for recipe in ("auto", name):
+            for recipe in ("auto", *({name} & packaged_recipes().keys())):
                 own[f"delineate {recipe}"] = Case(
                     *("dice", what, f"Delineate, {recipe}"),
                     lambda name=name, recipe=recipe, budget=budget: delineate_trains(bench, name, recipe, budget),

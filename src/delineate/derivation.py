@@ -55,10 +55,15 @@ _Multiple = Annotated[float, Field(ge=0.125, le=8)]
 
 
 class AutoSpec(Specification):
-    """Multiples of what would be derived: of the network's ``widths``, and of the ``voxels`` of a step's tiles."""
+    """Multiples of what would be derived.
+
+    Of the network's ``widths``, of the ``voxels`` of a step's tiles, and of the voxels' ``spacing``, which thick slices
+    keep.
+    """
 
     widths: _Multiple = 1.0
     voxels: _Multiple = 1.0
+    spacing: _Multiple = 1.0
 
     @classmethod
     def of_changes(cls, changes: Sequence[str]) -> tuple[AutoSpec, list[str]]:
@@ -142,7 +147,7 @@ def derive_recipe(
     """
     auto = auto or AutoSpec()
     for widths, voxels in SCALES:
-        size = _Size(device, memory_bytes, widths * auto.widths, voxels * auto.voxels)
+        size = _Size(device, memory_bytes, widths * auto.widths, voxels * auto.voxels, auto.spacing)
         recipe, reasons = _derived(summary, targets, size, minutes, steps, epochs)
         if gflops is None or minutes is None:
             break
@@ -164,12 +169,13 @@ def step_seconds(recipe: Recipe, targets: Targets, gflops: float) -> float:
 
 @dataclass(frozen=True)
 class _Size:
-    """How large networks and tiles may be: for a device and its memory, and in which shares of that."""
+    """How large networks, tiles and voxels may be: for a device and its memory, and in which shares of the usual."""
 
     device: str
     memory_bytes: int
     width_share: float
     voxel_share: float
+    spacing_share: float
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -197,6 +203,8 @@ def _derived(
     c.set("description", f"Derived from {summary.subjects} inspected subjects.")
     c.set("data.targets", TargetsSpec.of(targets).model_dump(mode="json"))
     spacing, thick_axis, ratio = _spacing(summary)
+    coarser = np.where((np.arange(3) == thick_axis) & (ratio >= THICK), 1.0, size.spacing_share)
+    spacing = np.round(spacing * coarser, 3)
     shape = np.percentile(summary.shapes * summary.spacings_mm / spacing, 90, axis=0)
     cropped = summary.foreground_share < 0.7
     if cropped:

@@ -79,7 +79,8 @@ def derived_recipe(
     dataset, targets = without_descriptions(dataset), dataset.targets
     if targets is None:
         raise RecipeError(
-            f"data set '{dataset.name}' does not name its targets", fix="name them, for example --targets liver=1"
+            f"data set '{dataset.name}' does not name its targets",
+            fix="name them, for example --targets liver=1, or in a study set: ['data.targets={values: {liver: 1}}']",
         )
     inspection = inspection or _inspection(dataset, targets, report)
     sound = [row for row in inspection.rows if row.subject not in inspection.broken]
