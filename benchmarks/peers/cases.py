@@ -21,6 +21,7 @@ from environments import make, python_of
 from raw import NUMBERS, folder_name, link_scans, write_moved, write_raw
 
 from delineate.datasets.layouts import open_dataset
+from delineate.evaluation.table import Evaluation
 from delineate.io.formats import read_label
 from delineate.recipe import packaged_recipes
 
@@ -424,7 +425,8 @@ def held_out_dice(bench: Bench, name: str, predict: tuple[str, ...]) -> Values:
     predicted, tables = references_named(bench, name, bench.scratch / "predicted"), bench.scratch / "tables"
     evaluate = ("evaluate", predicted, bench.raw(name) / "labelsTr", "-o", tables)
     bench.do(f"evaluation of {name}", *bench.delineate(*evaluate, "--targets", targets(bench, name)))
-    return means(tables)
+    low, high = Evaluation.read(tables).overall()["dice"].ci95
+    return {**means(tables), "dice_from": low, "dice_to": high}
 
 
 def references_named(bench: Bench, name: str, predicted: Path) -> Path:

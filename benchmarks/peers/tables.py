@@ -67,7 +67,16 @@ HD95 = Column("hd95_mm", "HD95, mm", ".2f")
 COLUMNS = {
     "preparation": (SECONDS, MEMORY),
     "steps": (RATE, MEMORY),
-    "dice": (DICE, Column("hd95_mm", "HD95, mm", ".2f", more=False), Column("minutes", "minutes", ".1f"), MEMORY),
+    "dice": (
+        DICE,
+        Column("dice_from", "95 %, from", ".3f"),
+        Column("dice_to", "to", ".3f"),
+        Column("subjects", "n", ".0f"),
+        Column("hd95_mm", "HD95, mm", ".2f", more=False),
+        Column("hd95_mm_undefined", "targets without HD95", ".0f"),
+        Column("minutes", "minutes", ".1f"),
+        MEMORY,
+    ),
     "prediction": (SECONDS, MEMORY, Column("least_same_voxels", "least same voxels", ".4%")),
     "evaluation": (SECONDS, MEMORY, Column("dice", "Dice", ".4f"), HD95),
 }
