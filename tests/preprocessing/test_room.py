@@ -6,7 +6,9 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from delineate.io.formats import write_label, write_volume
 from delineate.preprocessing.cache import PreparedDataset, prepare
 from delineate.preprocessing.intensity import Normalise
 from delineate.preprocessing.pipeline import Pipeline
-from delineate.preprocessing.room import ARRAYS, Room, is_whole, used
+from delineate.preprocessing.room import ARRAYS, META, Room, is_whole, used
 from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.batches import BatchSource
 from delineate.sampling.samplers import ClassBalancedTiles, Sampler
@@ -71,6 +73,28 @@ def test_subjects_that_made_room_are_prepared_again_to_the_last_bit(subjects, wh
                 assert_array_equal(getattr(dataset[i], name), getattr(whole[i], name))
             assert_array_equal(dataset[i].points[1], whole[i].points[1])
         assert sum(map(is_whole, few.folders)) <= 4
+
+
+class Watched(Room):
+    """Counts, as each subject is written, those that another thread which makes room then would not see."""
+
+    unseen = 0
+
+    @contextmanager
+    def taking(self, nbytes: int) -> Iterator[None]:
+        with super().taking(nbytes):
+            yield
+        self.unseen += sum(not (image.parent / META).exists() for image in self.folder.glob("*/image.npy"))
+
+
+def test_what_has_been_written_is_seen_by_whoever_makes_room(subjects, whole, tmp_path) -> None:
+    room = Watched(tmp_path / "few")
+    how = replace(whole._preparation, room=room, subjects={})
+    for subject in subjects:
+        how.subjects[place := how.place_of(subject)] = subject
+        how.write(place)
+    assert room.unseen == 0
+    assert sum(map(is_whole, how.subjects)) == PEOPLE
 
 
 def test_what_was_used_least_recently_goes_first_and_what_is_kept_stays(subjects, whole, tmp_path) -> None:

@@ -378,19 +378,20 @@ def _write(folder: Path, id: str, prepared: Volume, encoded: NDArray[np.uint8], 
     points, counts = _draw_points(encoded, targets, np.random.default_rng(int(folder.name, 16)))
     image, target = np.asfortranarray(prepared.voxels, dtype=np.float16), np.asfortranarray(encoded)
     arrays: dict[str, NDArray] = dict(zip(ARRAYS, (points, target, image), strict=True))
-    with room.taking(sum(array.nbytes for array in arrays.values())):
-        for name, array in arrays.items():
-            with writing_beside(folder / name) as beside:
-                np.save(beside, array)
+    nbytes = sum(array.nbytes for array in arrays.values())
     meta = {
         "id": id,
         "shape": prepared.grid.shape,
         "affine": prepared.grid.affine.tolist(),
         "counts": counts,
-        "nbytes": sum(array.nbytes for array in arrays.values()),
+        "nbytes": nbytes,
     }
-    with writing_beside(folder / META) as beside:
-        beside.write_text(json.dumps(meta), encoding="utf-8")
+    with room.taking(nbytes):
+        for name, array in arrays.items():
+            with writing_beside(folder / name) as beside:
+                np.save(beside, array)
+        with writing_beside(folder / META) as beside:  # by which others who make room see the arrays
+            beside.write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _draw_points(
