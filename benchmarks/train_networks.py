@@ -53,6 +53,7 @@ def jobs() -> dict[str, Job]:
         "prostate-unet-3d": Job(packaged["prostate-unet-3d"], "prostate", "generic_3d", patches(64, 64, 16)),
         "prostate-deeplab": Job(packaged["prostate-deeplab"], "prostate", "generic_3d", slices(6, [64, 64]), batch=6),
         "brain-2d": Job(packaged["brain-2d"], "brats", "brats", slices(0, [160, 192]), batch=4, options=whole),
+        "brain-3d": Job(packaged["brain-3d"], "brats", "brats", patches(40, 40, 40), 1, whole),
         "brain-3d-context": Job(packaged["brain-3d-context"], "brats", "brats", patches(40, 40, 40), 1, whole),
         "brain-3d-small": Job(packaged["brain-3d-small"], "brats", "brats", patches(64, 64, 64), 2, whole),
         "brain-3d-padded": Job(packaged["brain-3d-padded"], "brats", "brats", patches(64, 64, 64), 2, whole),

@@ -67,7 +67,7 @@ class AutoSpec(Specification):
 
     @classmethod
     def of_changes(cls, changes: Sequence[str]) -> tuple[AutoSpec, list[str]]:
-        """What ``changes`` say of ``auto.widths`` and ``auto.voxels``, and those that are to the recipe itself."""
+        """What ``changes`` say of ``auto``, and those that are to the recipe itself."""
         return group_of(cls, AUTO, changes)
 
 

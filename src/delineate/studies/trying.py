@@ -24,6 +24,7 @@ from delineate.compute import ComputePlan, plan_compute
 from delineate.core.memory import peak_memory_bytes
 from delineate.core.subject import Subject
 from delineate.datasets.dataset import Dataset
+from delineate.datasets.inspection import Inspection
 from delineate.datasets.splits import Split, check_split, save_split
 from delineate.errors import DelineateError, OutOfMemory
 from delineate.inference.sliding import Abridged
@@ -112,11 +113,11 @@ def tried(request: Request, folder: Path) -> Trial:
     check_possible(options)
     chosen = [subject for subject in dataset.subjects if subject.id in split.subjects]
     some = replace(dataset, subjects=tuple(sorted(chosen, key=lambda subject: sizes[subject.id])))
-    first_use, inspecting = _inspection(recipe, some, sizes, options)
+    first_use, inspecting, inspection = _inspection(recipe, some, sizes, options)
     watch, began = _Watch(plan.device), time.time()
     short, report = _shortened(recipe, request.steps), Reporter(progress=watch.progress)
     with Abridged(_PREDICTING_SECONDS) as abridged:
-        result = train(short, some, folder / "run", options, report)
+        result = train(short, some, folder / "run", options, report, inspection)
     if result.stopped is not None:
         sys.exit(result.stopped)
     if divided := [event for event in read_events(folder / "run" / "logs") if isinstance(event, Divided)]:
@@ -129,23 +130,28 @@ def tried(request: Request, folder: Path) -> Trial:
     reporting = time.time() - measured
     events = read_events(folder / "run" / "logs")
     at = {type(event): event.at.timestamp() for event in events}
-    once = starting + first_use + max(0.0, at[Started] - began - inspecting) + reporting
+    once = starting + first_use + at[Started] - began + reporting
     tested = [sizes[subject.id] for subject in few.held_out]
     took = _Took.of(at, watch, once, inspecting, measured, tested, abridged.skipped)
     return _expected(recipe, roles, few, sizes, took, plan, folder, program)
 
 
-def _inspection(recipe: Recipe, some: Dataset, sizes: Mapping[str, int], options: RunOptions) -> tuple[float, float]:
-    """Seconds that the libraries' first use takes in inspecting, and that inspecting these subjects takes then."""
+def _inspection(
+    recipe: Recipe, some: Dataset, sizes: Mapping[str, int], options: RunOptions
+) -> tuple[float, float, Inspection]:
+    """Seconds that the libraries' first use takes in inspecting, and that inspecting these subjects takes then.
+
+    Also what it found.
+    """
     first = some.subjects[:1]
     moments = [time.time()]
     inspected(recipe, replace(some, subjects=first), None, replace(options, fold=None), Reporter())
     moments.append(time.time())
-    inspected(recipe, some, None, options, Reporter())
+    *_, found = inspected(recipe, some, None, options, Reporter())
     moments.append(time.time())
     alone, together = np.diff(moments)
     share = sizes[first[0].id] / max(1, sum(sizes[subject.id] for subject in some.subjects))
-    return max(0.0, alone - share * together), together
+    return max(0.0, alone - share * together), together, found
 
 
 def _voxels(subject: Subject) -> int:
