@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -79,6 +80,12 @@ def test_a_bundle_reads_back_as_it_was_saved(saved) -> None:
     )
     assert loaded.metadata == {"step": "7"}
     assert loaded.channels == ("T1",)
+
+
+def test_several_threads_may_load_bundles(saved) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(Bundle.load, [saved] * 40))
+    assert {bundle.weights_sha256 for bundle in loaded} == {Bundle.load(saved).weights_sha256}
 
 
 def test_whoever_may_read_one_of_its_files_may_read_all(saved) -> None:

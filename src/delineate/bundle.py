@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -609,10 +610,12 @@ def _tensor(known: tuple[tuple[int, ...], str] | None) -> str:
 @contextmanager
 def _at_most(parameters: int) -> Iterator[None]:
     """Stop building a network as soon as it has more than ``parameters`` tensors."""
-    count = 0
+    count, here = 0, threading.get_ident()
 
     def counted(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal count
+        if threading.get_ident() != here:  # torch calls this for the networks of all threads
+            return
         count += parameter is not None
         if count > parameters:
             raise BundleError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
+from delineate.core.warning_filters import filtered_warnings
 from delineate.errors import ClusterError
 
 _STORE_BYTES = 80 * 2**20
@@ -93,8 +93,7 @@ def connected(address: str) -> Iterator[ModuleType]:
         _knock(address)
         settings = {}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what becomes an error below
+        with filtered_warnings("ignore"):  # of what becomes an error below
             _connect(ray, address, settings)
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,14 @@ def test_pixels_read_back(suffix: str, tmp_path: Path) -> None:
     assert read_header(path).dtype == back.voxels.dtype == np.uint16
     write_label(path, LabelVolume((PIXELS > 9000).astype(np.uint8), Grid.of_spacing(PIXELS.shape)))
     assert np.array_equal(read_label(path).voxels, PIXELS > 9000)
+
+
+def test_pictures_that_threads_read_leave_no_filter_of_warnings(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((600, 600), np.uint8)).save(tmp_path / "a.png")
+    before = list(warnings.filters)  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read_volume, [tmp_path / "a.png"] * 100))
+    assert warnings.filters == before  # type: ignore[attr-defined]
 
 
 def test_the_first_row_is_at_the_front(tmp_path: Path) -> None:

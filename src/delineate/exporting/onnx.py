@@ -9,7 +9,6 @@ scan's header and voxels.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from delineate.bundle import Bundle
 from delineate.core.grid import Shape3
+from delineate.core.warning_filters import filtered_warnings
 from delineate.errors import CannotExport
 from delineate.exporting.description import Description, describe, free_axes
 from delineate.io.files import writing_beside
@@ -199,8 +199,7 @@ def _quiet() -> Iterator[None]:
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with filtered_warnings("ignore"):
             yield
     finally:
         logger.setLevel(before)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from delineate.compute import Choice, ComputePlan
+from delineate.core.warning_filters import filtered_warnings
 from delineate.inference.converted import Converted, Kept, Trial
 from delineate.inference.sliding import Network
 
@@ -247,10 +247,9 @@ def _pytorch(why: str) -> Choice:
 def _plain_torch() -> Iterator[None]:
     """PyTorch as a tracer needs it: without gradients, inference tensors or autocast, and silent about constants."""
     with (
-        warnings.catch_warnings(),
+        filtered_warnings("ignore"),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
     ):
-        warnings.simplefilter("ignore")  # every shape that becomes a constant is warned of; there is only one shape
         yield

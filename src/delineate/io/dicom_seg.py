@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -22,6 +21,7 @@ from delineate.core.grid import Grid, permute_axes
 from delineate.core.legend import PLAIN, RGB, Code, Coding, Legend
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume
+from delineate.core.warning_filters import filtered_warnings
 from delineate.errors import BadFormat, BadLabelValue, GridMismatch, RecipeError
 from delineate.io.dicom import check_size, describe_series, frames_of
 from delineate.io.dicom_series import Instance, Series, parsing
@@ -45,9 +45,13 @@ _MAY_BE_EMPTY = (
 
 @contextmanager
 def copying(source: object) -> Iterator[None]:
-    """Guard copying header fields into what is made from a scan: the library's errors may quote the patient."""
+    """Guard copying header fields into what is made from a scan: the library's errors may quote the patient.
+
+    So does its warning about an unusual name.
+    """
     try:
-        yield
+        with filtered_warnings("ignore", "The string .* person name"):
+            yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadFormat(
             f"in the headers of {source}, fields that a result has to copy are missing or garbled "
@@ -108,34 +112,31 @@ def write_segmentation(
         slice_thickness=grid.spacing_mm[2],
         spacing_between_slices=grid.spacing_mm[2],
     )
-    with warnings.catch_warnings():
-        # The library's warning about an unusual name prints the patient's name.
-        warnings.filterwarnings("ignore", message="The string .* person name", category=UserWarning)
-        with copying(source):
-            segmentation = highdicom.seg.Segmentation(
-                source_images=headers,
-                pixel_array=pixels,
-                segmentation_type=kind,
-                segment_descriptions=[
-                    _description(number, name, legend.codes.get(name, REGION), colour)
-                    for number, (name, colour) in enumerate(legend.colours_of([*masks]).items(), start=1)
-                ],
-                series_instance_uid=highdicom.UID(),
-                series_number=source.number + 1000,
-                sop_instance_uid=highdicom.UID(),
-                instance_number=1,
-                manufacturer="Delineate",
-                manufacturer_model_name="Delineate",
-                software_versions=version("delineate"),
-                device_serial_number=version("delineate"),  # required; the closest thing that a program has
-                plane_positions=positions,
-                pixel_measures=measures,
-                omit_empty_frames=False,
-                transfer_syntax_uid=ExplicitVRLittleEndian,
-                content_label="SEGMENTATION",
-                specific_character_set=UTF_8,  # targets may have any names, whatever the scanner writes
-                series_description="Delineate: not for diagnosis",
-            )
+    with copying(source):
+        segmentation = highdicom.seg.Segmentation(
+            source_images=headers,
+            pixel_array=pixels,
+            segmentation_type=kind,
+            segment_descriptions=[
+                _description(number, name, legend.codes.get(name, REGION), colour)
+                for number, (name, colour) in enumerate(legend.colours_of([*masks]).items(), start=1)
+            ],
+            series_instance_uid=highdicom.UID(),
+            series_number=source.number + 1000,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="Delineate",
+            manufacturer_model_name="Delineate",
+            software_versions=version("delineate"),
+            device_serial_number=version("delineate"),  # required; the closest thing that a program has
+            plane_positions=positions,
+            pixel_measures=measures,
+            omit_empty_frames=False,
+            transfer_syntax_uid=ExplicitVRLittleEndian,
+            content_label="SEGMENTATION",
+            specific_character_set=UTF_8,  # targets may have any names, whatever the scanner writes
+            series_description="Delineate: not for diagnosis",
+        )
     with writing_beside(path) as beside:
         segmentation.save_as(beside, enforce_file_format=True)
 

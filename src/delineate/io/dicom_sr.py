@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -78,11 +77,8 @@ def write_report(path: Path, segmentation: Path, readings: Mapping[str, Readings
     """
     with open_file(segmentation) as file:
         seg = dcmread(file, stop_before_pixels=True)
-    with warnings.catch_warnings():
-        # The library's warning about an unusual name prints the patient's name.
-        warnings.filterwarnings("ignore", message="The string .* person name", category=UserWarning)
-        with copying(segmentation):
-            report = _report(seg, readings)
+    with copying(segmentation):
+        report = _report(seg, readings)
     with writing_beside(path) as beside:
         report.save_as(beside, enforce_file_format=True)
 

@@ -7,7 +7,6 @@ columns running to the patient's left and rows to the back. TIFF may state its s
 from __future__ import annotations
 
 import struct
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from delineate.core.grid import Grid
+from delineate.core.warning_filters import filtered_warnings
 from delineate.errors import BadFormat, BadShape, TooLarge, Truncated
 from delineate.io.files import Limits, open_file
 from delineate.io.voxels import check_spacing
@@ -32,7 +32,7 @@ def read_picture(path: Path, limits: Limits) -> tuple[NDArray, Grid]:
     """
     try:
         with (
-            warnings.catch_warnings(action="error"),
+            filtered_warnings("error", module=r"PIL\."),
             open_file(path) as file,
             Image.open(file, formats=("PNG", "TIFF")) as picture,
         ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -20,10 +19,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
+from delineate.core.warning_filters import filtered_warnings
 from delineate.evaluation.agreement import Agreeing, Compared
 from delineate.evaluation.table import LESION_SIZES_ML, Evaluation
 from delineate.metrics.catalogue import METRICS
 from delineate.metrics.statistics import Estimate
+from delineate.reporting.overlays import UNFITTING
 
 # Drawn in these colours, written as CSS variables that fall back on them outside the page.
 INK, MUTED, LINE = "#1b2024", "#5a656e", "#d9dee2"
@@ -626,10 +627,8 @@ def density_chart(
 def _chart(draw: Callable[[Axes], None], title: str, reading: str, said: str, height: float) -> Chart:
     """One pair of axes, ``height`` in inches; ``said`` and what its axes show are its alternative text."""
     # The salt goes into every id: charts on one page must not share any.
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": said}), warnings.catch_warnings():
-        # The page's fonts draw the text; glyphs missing from the font that measures it here do not matter.
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        warnings.filterwarnings("ignore", "constrained_layout not applied")  # names longer than the chart is wide
+    # The page's fonts draw the text; glyphs missing from the font that measures it here do not matter.
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": said}), filtered_warnings("ignore", UNFITTING):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.subplots()
         draw(axes)

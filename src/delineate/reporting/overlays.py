@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,6 +21,7 @@ from delineate.core.legend import PLAIN, Legend
 from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
+from delineate.core.warning_filters import filtered_warnings
 from delineate.datasets.dataset import check_grids
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation
@@ -38,6 +38,9 @@ COLOURS: dict[Palette, dict[int, str]] = {
     "purple": {1: "#8a2be2", 2: "#ff2020", 3: "#2040ff", 4: "#ffffff"},
 }
 """Colours of the marks: colour-blind safe (Okabe & Ito 2008), or purple for agreement and red and blue for errors."""
+
+UNFITTING = "Glyph .* missing|constrained_layout not applied"
+"""Warnings of names with letters that the font lacks, or longer than what they are written beside is wide."""
 
 MOST_PICTURES = 40
 """Most subjects that a page shows in pictures; of more, it shows the best, the median and the worst."""
@@ -178,9 +181,7 @@ def comparison_picture(
     for axes in figure.axes[len(views) :]:
         axes.set_axis_off()
     written = BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        warnings.filterwarnings("ignore", "constrained_layout not applied")
+    with filtered_warnings("ignore", UNFITTING):
         figure.savefig(written, format="webp", dpi=100, pil_kwargs={"quality": 82})
     return written.getvalue()
 
@@ -272,9 +273,7 @@ def picture_of_label(scan: Volume, label: LabelVolume, targets: Targets, legend:
     shades = legend.colours_of(targets.names).values()
     colours = {number: "#{:02x}{:02x}{:02x}".format(*shade) for number, shade in enumerate(shades, start=1)}
     written = BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name with letters that the font lacks
-        warnings.filterwarnings("ignore", "constrained_layout not applied")  # names longer than the views are wide
+    with filtered_warnings("ignore", UNFITTING):
         _side_by_side(views_of_label(scan, label, targets), colours, names).savefig(written, format="png", dpi=100)
     return written.getvalue()
 

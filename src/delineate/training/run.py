@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -34,6 +33,7 @@ from delineate.compute import Choice, ComputePlan, plan_compute
 from delineate.core.memory import keep_freed_memory
 from delineate.core.subject import Subject
 from delineate.core.targets import SharedTargets
+from delineate.core.warning_filters import filtered_warnings
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.inspection import Inspection
 from delineate.errors import BundleError, OutputError, RecipeError, TrainingError
@@ -320,9 +320,8 @@ def _fit(
     if first:
         # Lightning may have read another rank from what a launcher left in the environment.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
-    with warnings.catch_warnings(), stopper:
-        # Lightning warns about endless streams of batches and reading in the main process: both are intended.
-        warnings.filterwarnings("ignore", module="lightning")
+    # Lightning warns about endless streams of batches and reading in the main process: both are intended.
+    with filtered_warnings("ignore", module="lightning"), stopper:
         try:
             trainer.fit(
                 module,
