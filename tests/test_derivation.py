@@ -6,7 +6,17 @@ import yaml
 
 from delineate.compute import convolution_gflops, plan_compute
 from delineate.core.targets import Targets
-from delineate.derivation import LEAST_STEPS, AutoSpec, DataSummary, derive_recipe, step_seconds
+from delineate.datasets.examination import SubjectRow
+from delineate.datasets.measuring import Intensity, Piece
+from delineate.derivation import (
+    LEAST_LABELS,
+    LEAST_STEPS,
+    AutoSpec,
+    DataSummary,
+    derive_recipe,
+    step_seconds,
+    summarise,
+)
 from delineate.errors import RecipeError
 from delineate.recipe import recipe_from, to_yaml
 from delineate.sampling.tiles import geometry_for
@@ -73,6 +83,49 @@ def test_ct_is_normalised_over_the_cohort_and_mr_by_scan() -> None:
     ct, mr = derived(summary(lowest=-1024))[0], derived(summary())[0]
     assert [s.scope for s in ct.preprocessing[2:]] == ["cohort", "cohort"]
     assert [s.scope for s in mr.preprocessing[2:]] == ["patient", "patient"]
+
+
+@pytest.mark.parametrize(
+    ("extents", "times"),
+    [
+        ({}, 1.0),
+        ({"organ": (40, 40, 40)}, 1.0),  # a tile holds it as it is
+        ({"organ": (90, 20, 20)}, None),
+        ({"organ": (400, 400, 400)}, 2.0),  # no more than twice
+        ({"organ": (400, 400, 400), "lesion": (16, 30, 30)}, 16 / 12),  # which would vanish
+        ({"organ": (20, 20, 400)}, 1.0),  # along thick slices, which stay
+    ],
+)
+def test_voxels_are_longer_where_a_tile_holds_no_target(extents, times) -> None:
+    extents_mm = {name: np.array([mm] * 5, dtype=float) for name, mm in extents.items()}
+    recipe, reasons = derived(summary((240, 240, 60), (1.0, 1.0, 3.0), extents_mm=extents_mm))
+    across, _, thick = recipe.preprocessing[1].spacing_mm
+    assert thick is None
+    if times is not None:
+        assert across == pytest.approx(times, abs=1e-3)
+    else:
+        assert 1.1 <= across < 2
+        assert recipe.tiles.shape[0] * across == pytest.approx(90, rel=0.15)
+    assert ("as long" in reasons["preprocessing.1.kind"]) == (across > 1)
+
+
+def test_what_is_one_piece_in_many_labels_keeps_its_largest() -> None:
+    for labels, kept in ((LEAST_LABELS, ("lesion",)), (LEAST_LABELS - 1, ())):
+        recipe, reasons = derived(summary(labels_in_one_piece={"lesion": labels}))
+        assert recipe.postprocessing.largest_component == kept
+        assert ("postprocessing.largest_component" in reasons) == bool(kept)
+
+
+def test_a_target_of_several_pieces_in_any_label_is_not_one_piece() -> None:
+    def one(**shares: float) -> SubjectRow:
+        intensity = Intensity(0, 0, 1, 2, 3, 1, 1, 0.9)
+        return SubjectRow(
+            "a", "", "a", (9, 9, 9), (1, 1, 1), "RAS", ("MR",), "int16", {"MR": intensity}, (9, 9, 9),
+            {0: 700, 1: 29}, {}, (3, 3, 3), {}, {name: Piece(share, (3, 3, 3)) for name, share in shares.items()},
+        )  # fmt: skip
+
+    rows = [one(organ=1.0, lesion=1.0), one(organ=0.995, lesion=0.8), one(organ=1.0)]
+    assert summarise(rows).labels_in_one_piece == {"organ": 3}
 
 
 def test_rare_targets_are_sampled_more_and_whole_volumes_at_random() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -37,6 +37,18 @@ LARGEST_WIDTH = 320
 
 LEAST_SIDE = 6
 """Fewest voxels that halving may leave along a side; below this there is nothing left to convolve."""
+
+LEAST_ACROSS = 12
+"""Voxels across the smallest target's largest piece that coarser voxels have to leave."""
+
+MOST_TIMES_COARSER = 2.0
+"""How much longer than in the scans voxels may be, so that a tile holds a target."""
+
+SPECK = 0.01
+"""Share of a target's voxels that may lie apart from its largest piece in a label of what is one piece."""
+
+LEAST_LABELS = 8
+"""Labels that have to agree before all but a target's largest piece is removed."""
 
 LEAST_STEPS = 150
 """Steps that a budget of minutes should pay for: fewer teach even a good network little."""
@@ -84,6 +96,10 @@ class DataSummary:
     target_share: float
     modality: str
     subjects: int
+    labels_in_one_piece: Mapping[str, int] = field(default_factory=dict)
+    """Targets that are in one piece wherever they are labelled, and in how many labels."""
+    extents_mm: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """The extent of each target's largest piece, one row per label that has it."""
 
 
 @dataclass
@@ -112,6 +128,12 @@ def summarise(rows: Sequence[SubjectRow], modality: str = "") -> DataSummary:
         spacings.append([row.spacing_mm[axis] for axis in order])
     channels = [channel for row in rows for channel in row.intensities.values()]
     voxels = [float(np.prod(row.shape)) for row in rows]
+    largest: dict[str, list[float]] = {}
+    extents: dict[str, list[NDArray[np.float64]]] = {}
+    for row, mm in zip(rows, spacings, strict=True):
+        for name, piece in row.largest_pieces.items():
+            largest.setdefault(name, []).append(piece.share)
+            extents.setdefault(name, []).append(np.array(piece.shape)[_ras_order(row.orientation)] * mm)
     labelled = [sum(n for value, n in row.label_voxels.items() if value != 0) for row in rows]
     return DataSummary(
         shapes=np.array(shapes, dtype=float),
@@ -125,6 +147,8 @@ def summarise(rows: Sequence[SubjectRow], modality: str = "") -> DataSummary:
         target_share=float(np.mean([n / v for n, v in zip(labelled, voxels, strict=True)])),
         modality=modality,
         subjects=len(rows),
+        labels_in_one_piece={n: len(shares) for n, shares in largest.items() if min(shares) > 1 - SPECK},
+        extents_mm={name: np.array(those) for name, those in extents.items()},
     )
 
 
@@ -203,13 +227,15 @@ def _derived(
     c.set("description", f"Derived from {summary.subjects} inspected subjects.")
     c.set("data.targets", TargetsSpec.of(targets).model_dump(mode="json"))
     spacing, thick_axis, ratio = _spacing(summary)
-    coarser = np.where((np.arange(3) == thick_axis) & (ratio >= THICK), 1.0, size.spacing_share)
-    spacing = np.round(spacing * coarser, 3)
-    shape = np.percentile(summary.shapes * summary.spacings_mm / spacing, 90, axis=0)
     cropped = summary.foreground_share < 0.7
+    shape = np.percentile(summary.shapes * summary.spacings_mm / spacing, 90, axis=0)
     if cropped:
         shape = shape * summary.foreground_share ** (1 / 3)
-    _choose_preprocessing(c, summary, spacing, thick_axis, ratio, cropped)
+    free = (np.arange(3) != thick_axis) | (ratio < THICK)
+    times = 1.0 if ratio >= VERY_THICK else _times_coarser(summary, shape, spacing, free, size)
+    coarser = np.where(free, size.spacing_share * times, 1.0)
+    spacing, shape = np.round(spacing * coarser, 3), shape / coarser
+    _choose_preprocessing(c, summary, spacing, thick_axis, ratio, cropped, times)
     if ratio >= VERY_THICK:
         side, network_reason = _choose_slices(c, shape, thick_axis, ratio, size)
         dims = [axis for axis in range(3) if axis != thick_axis]
@@ -220,6 +246,7 @@ def _derived(
     coverage = float(np.prod(np.minimum(np.array(side)[dims], shape[dims]) / shape[dims]))
     _choose_sampler(c, coverage, summary.target_share, sliced=len(dims) == 2)
     _choose_augmentation(c, thick_axis, ratio, float(spacing.min()))
+    _choose_postprocessing(c, summary)
     rate = 3e-3 if len(dims) == 3 else 2e-3
     c.set("training.optimiser.learning_rate", rate, "high, since short budgets need large steps; it decays to zero")
     c.set("training.optimiser.weight_decay", 0.01)
@@ -248,7 +275,13 @@ def _spacing(summary: DataSummary) -> tuple[NDArray[np.float64], int, float]:
 
 
 def _choose_preprocessing(
-    c: _Choices, summary: DataSummary, spacing: NDArray[np.float64], thick: int, ratio: float, cropped: bool
+    c: _Choices,
+    summary: DataSummary,
+    spacing: NDArray[np.float64],
+    thick: int,
+    ratio: float,
+    cropped: bool,
+    times: float,
 ) -> None:
     target: list[float | None] = [float(s) for s in spacing]
     steps: list[dict[str, Any]] = [{"kind": "reorient", "to": "RAS"}]
@@ -258,6 +291,8 @@ def _choose_preprocessing(
         reasons.append(f"slice spacing is {ratio:.1f} × the pixel spacing: median spacing in plane only")
     else:
         reasons.append("median spacing of the scans")
+    if times > 1:
+        reasons[-1] += f", {times:.1f} × as long, so that a tile holds nine in ten of the largest target's pieces"
     steps.append({"kind": "resample", "spacing_mm": target})
     if cropped:
         steps.append({"kind": "crop_background", "threshold": "minimum"})
@@ -297,10 +332,8 @@ def _choose_slices(
     return side, "2D, for slices"
 
 
-def _choose_patches(
-    c: _Choices, shape: NDArray[np.float64], spacing: NDArray[np.float64], ratio: float, size: _Size
-) -> tuple[list[int], str]:
-    """3D: the largest patch with the scans' proportions that fits the budget."""
+def _sides(shape: NDArray[np.float64], spacing: NDArray[np.float64], size: _Size) -> tuple[list[int], bool]:
+    """Sides of the largest patch with the scans' proportions that fits the budget, and whether it holds whole scans."""
     budget = size.voxels / 2  # two tiles per step
     side = [_round_up(n, 4) for n in shape]
     whole = float(np.prod(side)) <= budget
@@ -308,7 +341,35 @@ def _choose_patches(
         # Shrink the axis along which the patch is longest in millimetres.
         axis = int(np.argmax([n * s if n > 16 else 0 for n, s in zip(side, spacing, strict=True)]))
         side[axis] -= 4
-    side = [_round_up(n, 8) if n >= 48 else n for n in side]
+    return [_round_up(n, 8) if n >= 48 else n for n in side], whole
+
+
+def _times_coarser(
+    summary: DataSummary,
+    shape: NDArray[np.float64],
+    spacing: NDArray[np.float64],
+    free: NDArray[np.bool_],
+    size: _Size,
+) -> float:
+    """How much longer voxels should be, along the axes that are ``free`` to change, for a patch to hold a target.
+
+    Nine in ten pieces of the largest target should fit, and half of those of the smallest keep enough voxels.
+    """
+    side, whole = _sides(shape, spacing, size)
+    if whole or not summary.extents_mm:
+        return 1.0
+    seen_mm = np.array(side) * spacing
+    wanted = max(float((np.percentile(mm, 90, axis=0) / seen_mm)[free].max()) for mm in summary.extents_mm.values())
+    bearable = min(float((np.median(mm, axis=0) / spacing)[free].min()) for mm in summary.extents_mm.values())
+    times = min(wanted, bearable / LEAST_ACROSS, MOST_TIMES_COARSER)
+    return 1.0 if times < 1.1 else times
+
+
+def _choose_patches(
+    c: _Choices, shape: NDArray[np.float64], spacing: NDArray[np.float64], ratio: float, size: _Size
+) -> tuple[list[int], str]:
+    """3D: the largest patch with the scans' proportions that fits the budget."""
+    side, whole = _sides(shape, spacing, size)
     c.set("tiles.kind", "patches", f"slice spacing is {ratio:.1f} × the pixel spacing: 3D")
     reason = "fits nine scans in ten whole" if whole else "as large as a step of about a second allows"
     c.set("tiles.shape", side, reason)
@@ -368,6 +429,16 @@ def _choose_augmentation(c: _Choices, thick: int, ratio: float, finest_mm: float
     c.set("augmentation.spatial.elastic_mm", round(1.5 * finest_mm, 2), "one and a half voxels in plane")
     c.set("augmentation.spatial.mirror", [], "none: left and right may be different organs")
     c.set("augmentation.intensity.probability", 0.4)
+
+
+def _choose_postprocessing(c: _Choices, summary: DataSummary) -> None:
+    single = {name: n for name, n in summary.labels_in_one_piece.items() if n >= LEAST_LABELS}
+    if single:
+        c.set(
+            "postprocessing.largest_component",
+            list(single),
+            f"in one piece in all {min(single.values())} labels: what is apart from the largest is an error",
+        )
 
 
 def _round_up(n: float, to: int) -> int:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import threading
 from base64 import b64decode
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchio
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
@@ -38,6 +42,28 @@ def test_a_run_s_folder_stands_for_its_bundle(here) -> None:
     a, b = delineate.load("run"), delineate.load("run/bundle")
     assert a.folders == b.folders == (Path("run/bundle"),)
     assert delineate.load(here / "run").channels == ("image",)
+
+
+def test_threads_share_a_bundle_and_each_gets_what_it_asked_for(here) -> None:
+    asked = [{"flips": flips, "overlap": overlap} for flips in ("", "xyz") for overlap in (0.0, 0.5)]
+    bundle = delineate.load("run", engine="torch")
+
+    def probabilities(settings: dict[str, Any]) -> NDArray | None:
+        return bundle.predict("scan.nii.gz", probabilities=True, **settings).probabilities
+
+    alone = [probabilities(settings) for settings in asked]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(probabilities, asked * 4))
+    for found, wanted in zip(together, alone * 4, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert not np.array_equal(alone[0], alone[-1])
+
+
+def test_a_bundle_may_be_sent_to_another_process(here) -> None:
+    bundle = delineate.load("run")
+    wanted = bundle.predict("scan.nii.gz").label.voxels
+    sent = pickle.loads(pickle.dumps(bundle))
+    np.testing.assert_array_equal(sent.predict("scan.nii.gz").label.voxels, wanted)
 
 
 def test_whatever_holds_the_scan_the_label_is_the_same(here) -> None:

@@ -13,6 +13,7 @@ from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.inspection import Inspection, inspect
 from delineate.datasets.layouts import open_dataset
+from delineate.datasets.measuring import Piece
 
 SHAPE = (6, 5, 4)
 ORGAN = Targets({"organ": (1,)})
@@ -54,6 +55,20 @@ class TestRows:
         assert (intensity.min, intensity.p50, intensity.max) == (0, 0, 18)
         assert (intensity.mean, intensity.std) == (pytest.approx(scan.mean()), pytest.approx(scan.std()))
         assert intensity.nonzero == pytest.approx(18 / 120)
+
+    def test_the_largest_piece_of_each_target_is_measured(self, save_scan, save_label, scan) -> None:
+        label = np.zeros(SHAPE, dtype=np.uint8)
+        label[0:2, 0, 0] = 1
+        label[2, 1, 1] = 1  # touches it by a corner
+        label[5, 4, 3] = 1
+        label[2:4, 0, 0] = 2  # touches the other target
+        label[0, 4, 0] = 9
+        subject = Subject("a", {"MR": save_scan("a.nii", scan)}, save_label("l.nii", label))
+        pieces = {"organ": Piece(0.75, (3, 2, 2)), "lesion": Piece(1.0, (2, 1, 1))}
+        for mode, both in (("exclusive", {}), ("overlapping", {"both": (1, 2)})):
+            targets = Targets({"organ": (1,), "lesion": (2,), "absent": (3,), **both}, mode=mode, ignore=(9,))
+            (row,) = inspect(dataset(subject, targets=targets)).rows
+            assert row.largest_pieces == pieces | dict.fromkeys(both, Piece(5 / 6, (4, 2, 2)))
 
     def test_the_background_of_a_masked_scan_is_what_its_corners_hold(self, save_scan, scan) -> None:
         masked = np.full(SHAPE, -3.5, dtype=np.float32)

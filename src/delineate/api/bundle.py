@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -78,7 +79,8 @@ class Bundle:
     >>> type(bundle.network).__module__.split(".")[0]
     'delineate'
 
-    The network is built for the first prediction and kept for later ones.
+    The network is built for the first prediction and kept for later ones. Several threads may use one bundle: it
+    segments one scan at a time.
     """
 
     def __init__(
@@ -92,6 +94,13 @@ class Bundle:
         self._opened = tuple(opened)
         self._device, self._precision, self._engine = device, precision, engine
         self._last: tuple[dict[str, Any], Predictor] | None = None
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_last": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -168,7 +177,7 @@ class Bundle:
         """
         check(cancel)
         volume, files = _as_volume(scan, self.channels, resample=self.recipe.data.resample_channels)
-        with torch_threads(self._plan.threads):
+        with self._lock, torch_threads(self._plan.threads):
             predictor = self._predictor(overlap=overlap, flips=flips, mirrored=mirrored, probabilities=probabilities)
             odd = predictor.oddities(volume)
             found = predictor.predict(volume, counting("tiles", progress, cancel))
@@ -365,7 +374,7 @@ def predict(
     def predictor() -> Predictor:
         return bundle._predictor(**settings, probabilities=probabilities)
 
-    with torch_threads(bundle._plan.threads):
+    with bundle._lock, torch_threads(bundle._plan.threads):
         outcomes = carry_out(planned, outputs, predictor, on_tile=counting("tiles", None, cancel))
         for done, outcome in enumerate(outcomes, start=1):
             if outcome.error is not None:

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from delineate.core.grid import Grid, Shape3
+from delineate.core.grid import Grid, Shape3, box_around
 from delineate.core.subject import Subject, files_of
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
@@ -28,11 +28,12 @@ from delineate.datasets.dataset import (
 from delineate.datasets.measuring import (
     Foreground,
     Intensity,
-    box_shape,
+    Piece,
     count_values,
     find_foreground,
     in_grey,
     label_hash,
+    largest_pieces,
     measure_intensity,
     scan_hash,
 )
@@ -65,7 +66,7 @@ class SubjectRow:
     ``foreground_shape`` is the shape of the box around voxels above the background in any channel,
     ``label_box_shape`` that of the box around the targets, (0, 0, 0) if there are none. ``hashes`` are
     BLAKE2b hashes of the files' bytes, by channel and "label"; masks have one for all that are
-    read. ``acquisition`` is how it was scanned.
+    read. ``largest_pieces`` are those of known targets that the label has. ``acquisition`` is how it was scanned.
     """
 
     subject: str
@@ -82,6 +83,7 @@ class SubjectRow:
     volume_ml: Mapping[str, float]
     label_box_shape: Shape3
     hashes: Mapping[str, str]
+    largest_pieces: Mapping[str, Piece] = field(default_factory=dict)
     acquisition: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -117,6 +119,7 @@ class Examination:
     grey: list[NDArray[np.uint8]] = field(default_factory=list)
     label_voxels: dict[int, int] = field(default_factory=dict)
     label_box: Shape3 = (0, 0, 0)
+    largest_pieces: dict[str, Piece] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -213,7 +216,11 @@ class Examination:
             self.note("W_EMPTY_LABEL", "the label marks nothing", "check that this is right", "warning")
             return
         marked = np.isin(label.voxels, list(wanted))
-        self.label_box = box_shape(marked)
+        box = box_around(marked)
+        assert box is not None
+        x, y, z = label.voxels[box].shape
+        self.label_box = x, y, z
+        self.largest_pieces = largest_pieces(label.voxels[box], targets) if targets else {}
         share = self.foreground.share_of(marked) if self.foreground else 1.0
         if share < LEAST_ON_IMAGE:
             message = f"only {share:.0%} of the label lies where the image shows something"
@@ -256,6 +263,7 @@ class Examination:
             label_voxels=self.label_voxels,
             volume_ml=volume_ml if self.label_voxels else {},
             label_box_shape=self.label_box,
+            largest_pieces=self.largest_pieces,
             hashes=self.hashes,
             acquisition=self.subject.acquisition,
         )

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from delineate.core.components import connected_components, sizes_and_boxes
 from delineate.core.grid import Shape3
+from delineate.core.targets import IGNORED, Targets
 from delineate.io.files import content_hash
 from delineate.io.formats import parts_of
 
@@ -120,9 +122,31 @@ def find_foreground(voxels: NDArray, intensity: Intensity) -> Foreground:
     return Foreground(_occupied(voxels != background), coarse, (step_x, step_y, step_z))
 
 
-def box_shape(mask: NDArray[np.bool_]) -> Shape3:
-    """Shape of the smallest box around ``mask`` (X, Y, Z); (0, 0, 0) if it is empty."""
-    return _box(_occupied(mask))
+@dataclass(frozen=True)
+class Piece:
+    """A target's largest piece in a label: its share of the target's voxels, and the shape of the box around it."""
+
+    share: float
+    shape: Shape3
+
+
+def largest_pieces(label: NDArray, targets: Targets) -> dict[str, Piece]:
+    """The largest piece of each target that is in a label (X, Y, Z)."""
+    planes = targets.encode(label)
+    np.copyto(planes, 0, where=planes == IGNORED)
+    largest: dict[str, Piece] = {}
+    for names, plane in zip([targets.names] if targets.exclusive else zip(targets.names), planes, strict=True):
+        pieces, count = connected_components(plane)
+        sizes, boxes = sizes_and_boxes(pieces)
+        target_of = np.zeros(count + 1, np.uint8)
+        target_of[pieces] = plane
+        for number, name in enumerate(names, start=1):
+            own = np.flatnonzero(target_of == number)
+            if own.size:
+                first = own[sizes[own].argmax()]
+                x, y, z = (box.stop - box.start for box in boxes[first])
+                largest[name] = Piece(float(sizes[first] / sizes[own].sum()), (x, y, z))
+    return largest
 
 
 def count_values(label: NDArray) -> dict[int, int]:
