@@ -36,6 +36,28 @@ def test_one_sound_subject_is_too_few_and_is_counted(balls) -> None:
         derived_recipe(alone, RunOptions(device="cpu"), Reporter(), ["training.steps=2"])
 
 
+@pytest.mark.parametrize(
+    ("change", "gone"),
+    [
+        ("sampler={kind: class_balanced}", "sampler.kind"),
+        ("preprocessing=[]", "preprocessing.1.kind"),
+        ("augmentation.spatial=null", "augmentation.spatial.mirror"),
+        ("tiles.shape=[8,8,8]", "tiles.shape"),
+        ("training.optimiser.learning_rate=0.001", "training.optimiser.learning_rate"),
+    ],
+)
+def test_what_a_change_gives_has_no_reason(balls, change: str, gone: str) -> None:
+    said = {}
+    for changes in ((), (change,)):
+        report = Reporter()
+        derived = derived_recipe(balls, RunOptions(device="cpu"), report, ["training.steps=2", *changes])
+        said[changes] = derived.reasons
+        assert [path for path in derived.reasons if f"auto: {path} = " not in "\n".join(report.messages)] == []
+    assert said[change,].items() < said[()].items()
+    assert gone not in said[change,]
+    assert "network.widths" in said[change,]
+
+
 @pytest.mark.parametrize(("always", "others"), [(1, 5), (2, 4), (5, 1), (3, 3)])
 def test_subjects_always_trained_on_get_their_share_of_the_samples(balls, recipe, always, others) -> None:
     names = [subject.id for subject in balls.subjects]

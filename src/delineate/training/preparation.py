@@ -92,7 +92,7 @@ def derived_recipe(
     if plan.device.type == "cuda":
         memory = torch.cuda.get_device_properties(plan.device).total_memory
     summary = summarise(sound, dataset.modality)
-    recipe, reasons = derive_recipe(
+    found, reasons = derive_recipe(
         summary,
         targets,
         device=plan.device.type,
@@ -103,9 +103,13 @@ def derived_recipe(
         gflops=None if budget.minutes is None else convolution_gflops(plan),
         auto=auto,
     )
-    recipe = recipe_from(apply_changes(recipe.as_dict(), changes))
-    for field_, reason in reasons.items():
-        report(f"auto: {field_} = {_value_at(recipe.as_dict(), field_)} ({reason})")
+    before = found.as_dict()
+    recipe = recipe_from(apply_changes(before, changes))
+    after = recipe.as_dict()
+    # A value that was given has not been derived, for whatever reason.
+    reasons = {path: reason for path, reason in reasons.items() if _value_at(after, path) == _value_at(before, path)}
+    for path, reason in reasons.items():
+        report(f"auto: {path} = {_value_at(after, path)} ({reason})")
     return Derived(recipe, reasons, inspection)
 
 
@@ -127,8 +131,12 @@ def auto_recipe(
 
 
 def _value_at(values: Any, path: str) -> Any:
+    """The value at a dotted path; None if there is none."""
     for key in path.split("."):
-        values = values[int(key)] if isinstance(values, list) else values[key]
+        try:
+            values = values[int(key)] if isinstance(values, list) else values[key]
+        except (LookupError, TypeError):
+            return None
     return values
 
 
