@@ -437,7 +437,7 @@ def _choose_postprocessing(c: _Choices, summary: DataSummary) -> None:
         c.set(
             "postprocessing.largest_component",
             list(single),
-            f"in one piece in all {min(single.values())} labels: what is apart from the largest is an error",
+            f"in one piece in all {min(single.values())} labels: others are taken for errors",
         )
 
 

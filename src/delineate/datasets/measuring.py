@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from delineate.core.components import connected_components, sizes_and_boxes
 from delineate.core.grid import Shape3
-from delineate.core.targets import IGNORED, Targets
+from delineate.core.targets import Targets
 from delineate.io.files import content_hash
 from delineate.io.formats import parts_of
 
@@ -132,15 +132,15 @@ class Piece:
 
 def largest_pieces(label: NDArray, targets: Targets) -> dict[str, Piece]:
     """The largest piece of each target that is in a label (X, Y, Z)."""
-    planes = targets.encode(label)
-    np.copyto(planes, 0, where=planes == IGNORED)
     largest: dict[str, Piece] = {}
-    for names, plane in zip([targets.names] if targets.exclusive else zip(targets.names), planes, strict=True):
+    # Targets that may overlap one after another: together they would take a volume each.
+    for values in [targets.values] if targets.exclusive else [{name: v} for name, v in targets.values.items()]:
+        (plane,) = Targets(values).encode(label)
         pieces, count = connected_components(plane)
         sizes, boxes = sizes_and_boxes(pieces)
         target_of = np.zeros(count + 1, np.uint8)
         target_of[pieces] = plane
-        for number, name in enumerate(names, start=1):
+        for number, name in enumerate(values, start=1):
             own = np.flatnonzero(target_of == number)
             if own.size:
                 first = own[sizes[own].argmax()]
