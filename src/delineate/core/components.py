@@ -23,7 +23,7 @@ def connected_components(mask: NDArray[np.bool_ | np.unsignedinteger]) -> tuple[
 
 
 def sizes_and_boxes(pieces: NDArray[Any]) -> tuple[NDArray[Any], list[tuple[slice, slice, slice]]]:
-    """The voxels of each piece that :func:`connected_components` numbers, and the box around it; the rest is number 0."""
+    """The voxels of each piece that :func:`connected_components` numbers, and the box around it; 0 is the rest."""
     import cc3d  # slow to import
 
     found = cc3d.statistics(pieces)
