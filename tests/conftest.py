@@ -82,8 +82,8 @@ def _ray_head(**environment: str) -> Iterator[tuple[str, psutil.Process]]:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += ["--port=0", f"--ray-client-server-port={port}", "--include-dashboard=false", "--num-cpus=2"]
     command += ["--object-store-memory", str(80 * 2**20)]
-    # However busy the machine is.
-    known = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "300"}
+    # However busy the machine is; where that is not why nothing comes, another process is tried.
+    known = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "60"}
     # Its sockets lie in the folder, and the path of a socket must be short.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         log = Path(folder, "head.log")

@@ -111,7 +111,7 @@ def _connect(ray: ModuleType, address: str, settings: Mapping[str, Any]) -> None
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **settings)
             return
-        except ConnectionAbortedError:  # now and then, the process that a busy head starts for its client dies at once
+        except ConnectionError:  # now and then, the process that a head starts for its client dies, or never answers
             if not tries_left:
                 raise
 
