@@ -235,7 +235,10 @@ def _derived(
     times = 1.0 if ratio >= VERY_THICK else _times_coarser(summary, shape, spacing, free, size)
     coarser = np.where(free, size.spacing_share * times, 1.0)
     spacing, shape = np.round(spacing * coarser, 3), shape / coarser
-    _choose_preprocessing(c, summary, spacing, thick_axis, ratio, cropped, times)
+    _choose_preprocessing(c, summary, spacing, thick_axis, ratio, cropped)
+    if times > 1:
+        longer = f", {times:.1f} × as long, so that a tile holds nine in ten of the largest target's pieces"
+        c.reasons["preprocessing.1.kind"] += longer
     if ratio >= VERY_THICK:
         side, network_reason = _choose_slices(c, shape, thick_axis, ratio, size)
         dims = [axis for axis in range(3) if axis != thick_axis]
@@ -275,13 +278,7 @@ def _spacing(summary: DataSummary) -> tuple[NDArray[np.float64], int, float]:
 
 
 def _choose_preprocessing(
-    c: _Choices,
-    summary: DataSummary,
-    spacing: NDArray[np.float64],
-    thick: int,
-    ratio: float,
-    cropped: bool,
-    times: float,
+    c: _Choices, summary: DataSummary, spacing: NDArray[np.float64], thick: int, ratio: float, cropped: bool
 ) -> None:
     target: list[float | None] = [float(s) for s in spacing]
     steps: list[dict[str, Any]] = [{"kind": "reorient", "to": "RAS"}]
@@ -291,8 +288,6 @@ def _choose_preprocessing(
         reasons.append(f"slice spacing is {ratio:.1f} × the pixel spacing: median spacing in plane only")
     else:
         reasons.append("median spacing of the scans")
-    if times > 1:
-        reasons[-1] += f", {times:.1f} × as long, so that a tile holds nine in ten of the largest target's pieces"
     steps.append({"kind": "resample", "spacing_mm": target})
     if cropped:
         steps.append({"kind": "crop_background", "threshold": "minimum"})
@@ -437,7 +432,7 @@ def _choose_postprocessing(c: _Choices, summary: DataSummary) -> None:
         c.set(
             "postprocessing.largest_component",
             list(single),
-            f"in one piece in all {min(single.values())} labels: others are taken for errors",
+            f"in one piece in all {min(single.values())} labels: smaller pieces are taken for errors",
         )
 
 

@@ -26,6 +26,15 @@ def test_blocks_may_end_in_any_order(first_ends_first: bool) -> None:
     assert warnings.filters == before  # type: ignore[attr-defined]
 
 
+def test_a_filter_that_is_there_already_stays() -> None:
+    for message in ("", "stale"):
+        warnings.filterwarnings("ignore", message)
+        before = list(warnings.filters)  # type: ignore[attr-defined]
+        with filtered_warnings("ignore", message):
+            told()
+        assert warnings.filters == before  # type: ignore[attr-defined]
+
+
 def test_one_library_s_warnings_are_refused_and_no_others() -> None:
     with filtered_warnings("ignore"), filtered_warnings("error", module="a_library"):
         told()

@@ -41,6 +41,7 @@ def test_one_sound_subject_is_too_few_and_is_counted(balls) -> None:
     [
         ("sampler={kind: class_balanced}", "sampler.kind"),
         ("preprocessing=[]", "preprocessing.1.kind"),
+        ("preprocessing.1.spacing_mm=[2,2,2]", "preprocessing.1.kind"),
         ("augmentation.spatial=null", "augmentation.spatial.mirror"),
         ("tiles.shape=[8,8,8]", "tiles.shape"),
         ("training.optimiser.learning_rate=0.001", "training.optimiser.learning_rate"),

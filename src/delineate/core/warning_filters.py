@@ -21,7 +21,8 @@ def filtered_warnings(action: Literal["error", "ignore"], message: str = "", mod
     filter of one stays for good. Here each block takes away what it has added.
     """
     with _LOCK:
-        warnings.filterwarnings(action, message, module=module)
+        # In a group, so that it equals no filter of anybody else's: Python would take that one out.
+        warnings.filterwarnings(action, f"(?:{message})", module=module)
         filter = warnings.filters[0]
         _IN_USE[filter] += 1
     try:

@@ -107,7 +107,9 @@ def derived_recipe(
     recipe = recipe_from(apply_changes(before, changes))
     after = recipe.as_dict()
     # A value that was given has not been derived, for whatever reason.
-    reasons = {path: reason for path, reason in reasons.items() if _value_at(after, path) == _value_at(before, path)}
+    reasons = {
+        path: why for path, why in reasons.items() if _value_at(after, _of(path)) == _value_at(before, _of(path))
+    }
     for path, reason in reasons.items():
         report(f"auto: {path} = {_value_at(after, path)} ({reason})")
     return Derived(recipe, reasons, inspection)
@@ -128,6 +130,11 @@ def auto_recipe(
     with writing_beside(path) as temporary:
         temporary.write_text(to_yaml(derived.recipe.as_dict(), derived.reasons), encoding="utf-8")
     return derived.recipe, derived.inspection
+
+
+def _of(path: str) -> str:
+    """What the reason at a dotted path is of: beside the kind of a step of preprocessing, the whole step."""
+    return path.removesuffix(".kind") if path.startswith("preprocessing.") else path
 
 
 def _value_at(values: Any, path: str) -> Any:
