@@ -141,7 +141,8 @@ class Tried:
         if engine is None:
             return self._run(x)
         self.last = "openvino"
-        return torch.cat([engine(some) for some in torch.split(x, engine.batch)])
+        answers = [engine(some) for some in torch.split(x, engine.batch)]
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
 
     def _remember(self, shape: tuple[int, ...], engine: OpenVino | None) -> None:
         while len(self._engines) >= _MOST_SHAPES:

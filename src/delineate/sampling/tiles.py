@@ -12,7 +12,6 @@ from itertools import product
 from typing import Annotated, Literal, NamedTuple, Protocol
 
 import numpy as np
-import scipy  # loads its submodules on first use
 import torch
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
@@ -178,7 +177,8 @@ class TileGeometry:
         ``nnunet``: the Gaussian is highest at voxel n // 2, is ten there, and has 16 bits, as in nnU-Net v2.
         ``monai``: the Gaussian has its floor in the whole tile rather than along each axis, as in MONAI.
         """
-        weights = np.einsum("x,y,z->xyz", *self.axis_weights(kind))
+        x, y, z = self.axis_weights(kind)
+        weights = x[:, None, None] * y[:, None] * z
         if kind == "nnunet":
             weights = (10 * weights).astype(np.float16)
             weights[weights == 0] = weights[weights > 0].min()
@@ -298,10 +298,9 @@ def _axis_weights(n: int, kind: Weighting) -> NDArray[np.float64]:
     if kind == "uniform":
         return np.ones(n)
     if kind == "nnunet":
-        peak = np.zeros(n)
-        peak[n // 2] = 1
-        blurred: NDArray[np.float64] = scipy.ndimage.gaussian_filter1d(peak, n / 8, mode="constant")
-        return blurred / blurred.max()
+        offset = np.arange(n) - n // 2
+        # Cut off where scipy's filter, by which nnU-Net blurs a peak, ends.
+        return np.where(np.abs(offset) <= int(0.5 * n + 0.5), np.exp(-0.5 * (offset / (n / 8)) ** 2), 0.0)
     offset = (np.arange(n) - (n - 1) / 2) / max(n / 8, 1e-6)
     weights = np.exp(-0.5 * offset**2)
     # A floor keeps the sum of weights away from zero where only one tile covers a voxel.
