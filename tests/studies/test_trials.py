@@ -20,11 +20,12 @@ from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.splits import Split, make_split, save_split
 from delineate.errors import OutOfMemory, RecipeError, StudyError, TrainingError
+from delineate.inference.sliding import Abridged
 from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import read_table
 from delineate.recipe import Recipe, apply_changes, recipe_from
 from delineate.studies.trials import ANSWER, REQUEST, Request, Trial, duration, jobs_within, steps_for_gflop, try_recipe
-from delineate.studies.trying import _Took, _Watch, tried
+from delineate.studies.trying import _Again, _Took, _Watch, tried
 from delineate.training.events import Finished, Planned, Started, Trained, Validated, read_events
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.run import train
@@ -150,15 +151,19 @@ def test_what_comes_once_is_told_from_what_each_held_out_subject_takes(
 ) -> None:
     watch = _Watch(torch.device("cpu"))
     watch.steps = [10.0, 11.0, 12.0, 13.0]
-    first = 14 + once[1] + a_voxel * held_out[0]
-    last = a_voxel * held_out[1]
-    watch.predicted = [first, first + (1 - skipped) * last]
-    measured = watch.predicted[1] + once[2]
+    first, last = (a_voxel * voxels for voxels in held_out)
+    abridged = Abridged(10.0)
+    # The first is written while the second is predicted, and both are told of together.
+    abridged.began = [12.5, 14 + once[1], 14 + once[1] + first]
+    end = abridged.began[-1] + (1 - skipped) * last
+    watch.predicted = [end, end]
+    abridged.skipped = [((abridged.began[-1] + end) / 2, skipped * last)]
     at = {Started: 5.0, Planned: 9.0, Trained: 14.0}
-    tiles = [(float(np.mean(watch.predicted)), skipped * last)]
-    took = _Took.of(at, watch, once[0], 0.0, measured, held_out, tiles)
+    again = _Again(measuring=3.0, drawing=0.5)
+    took = _Took.of(at, watch, once[0], 0.0, end + once[2] + again.measuring, held_out, abridged, again)
     assert took.predicting == pytest.approx(last, abs=1e-9)
     assert took.once == pytest.approx(sum(once), abs=1e-9)
+    assert (took.measuring, took.drawing) == (3.0, 0.5)
     assert took.step == 1.0
 
 

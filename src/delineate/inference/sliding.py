@@ -33,14 +33,16 @@ VOXELS_PER_BATCH = {"cpu": 2**17, "cuda": 2**22, "mps": 2**20}
 class Abridged:
     """Within it, a network runs for ``seconds`` in each volume, and for the other tiles its last answer is taken again.
 
-    So a trial does all that a prediction does, of any length. ``skipped`` are the moments at which tiles were skipped,
-    and the seconds that they would have taken. It holds for the whole process.
+    So a trial does all that a prediction does, of any length. ``began`` are the moments at which volumes were begun,
+    ``skipped`` those at which tiles were skipped, and the seconds that they would have taken. It holds for the whole
+    process.
     """
 
     _current: ClassVar[Abridged | None] = None
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+        self.began: list[float] = []
         self.skipped: list[tuple[float, float]] = []
 
     def __enter__(self) -> Self:
@@ -56,6 +58,7 @@ class Abridged:
         return network if cls._current is None else cls._current._abridge(network)
 
     def _abridge(self, network: Network) -> Network:
+        self.began.append(time.time())
         took: list[float] = []
         last = torch.empty(0)
 

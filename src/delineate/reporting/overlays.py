@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
@@ -12,9 +13,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from delineate.core.grid import box_around, permute_axes
 from delineate.core.legend import PLAIN, Legend
@@ -56,7 +58,9 @@ MOST_SLICES = 16
 """Most slices to scroll through."""
 MOST_SLICE_BYTES = 140_000
 """Most bytes of all slices of one subject; embedded in a page, they take a third more."""
-_SLICE_PIXELS = 320
+_VIEW_PIXELS, _SLICE_PIXELS = 380, 320
+_PLACES = (0.04, 0.5), (0.96, 0.5), (0.5, 0.05), (0.5, 0.95)
+"""Where the letters of a view stand: shares of its width, and of its height from the top."""
 _PANELS_A_ROW = 4
 
 
@@ -298,13 +302,23 @@ def _side_by_side(views: Sequence[View], colours: Mapping[int, str], names: Mapp
 
 
 def picture(view: View, palette: Palette = "distinct") -> bytes:
-    """One view as a WebP image, its longer side 380 pixels."""
-    height, width = view.size_mm
-    scale = 3.8 / max(height, width)
-    figure = Figure((scale * width, scale * height), facecolor="black")
-    _draw(figure.add_axes((0, 0, 1, 1)), view, COLOURS[palette])
+    """One view as a WebP image with its letters. By Pillow, a sixth of matplotlib's time: a page has 120 of them."""
+    image = _blended(view, COLOURS[palette], _VIEW_PIXELS)
+    draw = ImageDraw.Draw(image)
+    for letter, (x, y) in zip(view.edges, _PLACES, strict=True):
+        place = x * image.width, y * image.height
+        draw.text(place, letter, "white", _font(), anchor="mm", stroke_width=1, stroke_fill="black")
+    return _webp(image, 82)
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(findfont("DejaVu Sans"), 13)
+
+
+def _webp(image: Image.Image, quality: int) -> bytes:
     written = BytesIO()
-    figure.savefig(written, format="webp", dpi=100, pil_kwargs={"quality": 82})
+    image.save(written, "webp", quality=quality, method=2)  # a third of the usual time, a twentieth more bytes
     return written.getvalue()
 
 
@@ -312,26 +326,25 @@ def slice_pictures(slices: Sequence[View], palette: Palette = "distinct") -> lis
     """Slices as WebP images without letters, together within :data:`MOST_SLICE_BYTES`: coarser, then fewer, to fit."""
     while True:
         for quality in (75, 55, 35):
-            drawn = [(view, _blended(view, COLOURS[palette], quality)) for view in slices]
+            drawn = [(view, _webp(_blended(view, COLOURS[palette], _SLICE_PIXELS), quality)) for view in slices]
             if sum(len(picture) for _, picture in drawn) <= MOST_SLICE_BYTES or len(slices) == 1:
                 return drawn
         slices = slices[::2]
 
 
-def _blended(view: View, colours: Mapping[int, str], quality: int) -> bytes:
+def _blended(view: View, colours: Mapping[int, str], pixels: int) -> Image.Image:
+    """A view with its marks and without letters, its longer side so many pixels."""
     height, width = view.size_mm
-    scale = _SLICE_PIXELS / max(height, width)
+    scale = pixels / max(height, width)
     size = max(1, round(scale * width)), max(1, round(scale * height))
-    grey = np.asarray(Image.fromarray(view.image).resize(size, Image.Resampling.BILINEAR), float)
+    grey = np.asarray(Image.fromarray(view.image).resize(size, Image.Resampling.BILINEAR))
     marks = np.asarray(Image.fromarray(view.agreement).resize(size, Image.Resampling.NEAREST))
-    table = np.zeros((max(colours) + 1, 4))
+    shades = np.zeros((max(colours) + 1, 4), np.float32)
     for mark, colour in colours.items():
-        table[mark] = to_rgba(colour, _OPACITY)
-    shade = table[marks]
-    mixed = grey[..., None] * (1 - shade[..., 3:]) + 255 * shade[..., :3] * shade[..., 3:]
-    written = BytesIO()
-    Image.fromarray(mixed.round().astype(np.uint8)).save(written, "webp", quality=quality)
-    return written.getvalue()
+        shades[mark] = to_rgba(colour, _OPACITY)
+    opacity = shades[:, 3:]
+    mixed = grey[..., None] * (1 - opacity)[marks] + (255 * shades[:, :3] * opacity)[marks]
+    return Image.fromarray(mixed.round().astype(np.uint8))
 
 
 def _draw(axes: Axes, view: View, colours: Mapping[int, str]) -> None:
@@ -343,9 +356,9 @@ def _draw(axes: Axes, view: View, colours: Mapping[int, str]) -> None:
         table[mark] = to_rgba(colour, _OPACITY)
     axes.imshow(table[view.agreement], extent=extent, interpolation="nearest")
     axes.set_axis_off()
-    for letter, (x, y) in zip(view.edges, ((0.04, 0.5), (0.96, 0.5), (0.5, 0.95), (0.5, 0.05)), strict=True):
+    for letter, (x, y) in zip(view.edges, _PLACES, strict=True):
         axes.text(
-            x, y, letter, color="white", fontsize=9, ha="center", va="center", transform=axes.transAxes,
+            x, 1 - y, letter, color="white", fontsize=9, ha="center", va="center", transform=axes.transAxes,
             path_effects=[withStroke(linewidth=2, foreground="black")],
         )  # fmt: skip
 

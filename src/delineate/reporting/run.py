@@ -7,7 +7,6 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pandas as pd
 
@@ -29,7 +28,7 @@ from delineate.reporting.cautions import Training, cautions
 from delineate.reporting.classes import class_rows
 from delineate.reporting.composite import composite_picture
 from delineate.reporting.html import RunReport, write_report
-from delineate.reporting.overlays import overlays_of
+from delineate.reporting.overlays import Overlay, overlays_of
 from delineate.training.events import Collapsed, Divided, Event, Fitted, Planned, Warned, read_events, without_undone
 from delineate.training.subjects import RunSubjects
 
@@ -58,7 +57,7 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
         validation=validation,
         validation_loss=_curve(folder / "logs" / "validation_loss.csv"),
         evaluation=evaluation,
-        overlays=[] if evaluation is None else _overlays(folder, bundle, dataset, evaluation),
+        overlays=[] if evaluation is None else held_out_overlays(folder, bundle, dataset, evaluation),
         recipe_yaml=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         plan=PlanFile.read(folder / "plan.json").choices,
         provenance=_provenance(bundle, subjects) | _epochs(planned, _curve(folder / "logs" / "epochs.csv")),
@@ -83,13 +82,19 @@ def write_run_report(folder: Path, dataset: Dataset) -> Path:
     return path
 
 
-def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evaluation) -> list[Any]:
+def held_out_pairs(folder: Path, dataset: Dataset, evaluation: Evaluation) -> list[Pair]:
+    """A run's predictions of its held-out subjects with their references."""
     subjects = {subject.id: subject for subject in dataset.subjects}
-    pairs = [
+    return [
         Pair(name, folder / "predictions" / f"{name}.nii.gz", label, subjects[name])
         for name in evaluation.subjects
         if (label := subjects[name].label) is not None
     ]
+
+
+def held_out_overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evaluation) -> list[Overlay]:
+    """What the page shows of a run's held-out subjects."""
+    subjects = {subject.id: subject for subject in dataset.subjects}
 
     def scan(name: str) -> Volume:
         # The pictures show the first channel.
@@ -97,7 +102,7 @@ def _overlays(folder: Path, bundle: Bundle, dataset: Dataset, evaluation: Evalua
         first = bundle.channels[0] if bundle.channels[0] in subject.scans else subject.channels[0]
         return load_scan(subject, [first])
 
-    return overlays_of(evaluation, scan, pairs, bundle.targets)
+    return overlays_of(evaluation, scan, held_out_pairs(folder, dataset, evaluation), bundle.targets)
 
 
 def _subjects(folder: Path) -> RunSubjects:

@@ -298,9 +298,9 @@ def _axis_weights(n: int, kind: Weighting) -> NDArray[np.float64]:
     if kind == "uniform":
         return np.ones(n)
     if kind == "nnunet":
-        offset = np.arange(n) - n // 2
+        away = np.arange(n) - n // 2
         # Cut off where scipy's filter, by which nnU-Net blurs a peak, ends.
-        return np.where(np.abs(offset) <= int(0.5 * n + 0.5), np.exp(-0.5 * (offset / (n / 8)) ** 2), 0.0)
+        return np.where(np.abs(away) <= int(0.5 * n + 0.5), np.exp(-0.5 * (away / (n / 8)) ** 2), 0.0)
     offset = (np.arange(n) - (n - 1) / 2) / max(n / 8, 1e-6)
     weights = np.exp(-0.5 * offset**2)
     # A floor keeps the sum of weights away from zero where only one tile covers a voxel.

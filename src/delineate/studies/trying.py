@@ -27,13 +27,16 @@ from delineate.datasets.dataset import Dataset
 from delineate.datasets.inspection import Inspection
 from delineate.datasets.splits import Split, check_split, save_split
 from delineate.errors import DelineateError, OutOfMemory
+from delineate.evaluation.measure import evaluate
+from delineate.evaluation.table import Evaluation
 from delineate.inference.sliding import Abridged
 from delineate.io.files import writing_beside
 from delineate.io.formats import read_header
 from delineate.networks.cost import count_convolutions, count_parameters
 from delineate.preprocessing.cache import PreparedDataset, budget_in_memory
 from delineate.recipe import Recipe
-from delineate.reporting.run import write_run_report
+from delineate.reporting.overlays import MOST_PICTURES, picture
+from delineate.reporting.run import held_out_overlays, held_out_pairs, write_run_report
 from delineate.sampling.samplers import ChosenSlices
 from delineate.sampling.tiles import TileGeometry
 from delineate.studies.trials import ANSWER, REQUEST, Request, Trial
@@ -41,7 +44,7 @@ from delineate.training.events import Divided, Event, Planned, Started, Trained,
 from delineate.training.module import Budget
 from delineate.training.options import Reporter, RunOptions, check_possible
 from delineate.training.preparation import Roles, assign_roles, expected_seconds, inspected
-from delineate.training.run import PREDICTING, train
+from delineate.training.run import PREDICTING, held_out_measuring, train
 
 _PREDICTING_SECONDS = 10.0
 """The network runs for so long in each volume that a trial predicts; the rest takes as long in proportion."""
@@ -128,11 +131,12 @@ def tried(request: Request, folder: Path) -> Trial:
     measured = time.time()
     write_run_report(folder / "run", some)
     reporting = time.time() - measured
+    again = _Again.of(folder / "run", some)
     events = read_events(folder / "run" / "logs")
     at = {type(event): event.at.timestamp() for event in events}
-    once = starting + first_use + at[Started] - began + reporting
+    once = starting + first_use + at[Started] - began + max(0.0, reporting - again.drawing)
     tested = [sizes[subject.id] for subject in few.held_out]
-    took = _Took.of(at, watch, once, inspecting, measured, tested, abridged.skipped)
+    took = _Took.of(at, watch, once, inspecting, measured, tested, abridged, again)
     return _expected(recipe, roles, few, sizes, took, plan, folder, program)
 
 
@@ -152,6 +156,29 @@ def _inspection(
     alone, together = np.diff(moments)
     share = sizes[first[0].id] / max(1, sum(sizes[subject.id] for subject in some.subjects))
     return max(0.0, alone - share * together), together, found
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Seconds that measuring and drawing the held-out subjects of a run take once the libraries have been used."""
+
+    measuring: float = 0.0
+    drawing: float = 0.0
+
+    @classmethod
+    def of(cls, run: Path, some: Dataset) -> _Again:
+        if not (run / "evaluation" / "metrics.csv").exists():
+            return cls()
+        bundle, evaluation = Bundle.load(run / "bundle"), Evaluation.read(run / "evaluation")
+        moments = [time.time()]
+        pairs = held_out_pairs(run, some, evaluation)
+        evaluate(pairs, bundle.targets, held_out_measuring(run, bundle.recipe))
+        moments.append(time.time())
+        for overlay in held_out_overlays(run, bundle, some, evaluation):
+            for view in overlay.views:
+                picture(view)
+        moments.append(time.time())
+        return cls(*np.diff(moments).tolist())
 
 
 def _voxels(subject: Subject) -> int:
@@ -182,7 +209,10 @@ def _shortened(recipe: Recipe, steps: int) -> Recipe:
 
 
 class _Watch:
-    """Notes when each training step ended, and when each held-out subject had been predicted."""
+    """Notes when each training step ended, and when each held-out subject's prediction had been written.
+
+    The next one is being predicted meanwhile, so what lies between two of these moments is not what one takes.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -204,7 +234,7 @@ class _Took:
 
     ``once``: what comes once however many subjects there are, besides the rest. ``first_step`` includes building the
     network. ``keeping``: statistics and files of weights to keep, once; ``validating`` includes it, too.
-    ``predicting``: the largest held-out subject.
+    ``predicting``: the largest held-out subject. ``measuring`` and ``drawing``: those that the trial held out.
     """
 
     steps: int
@@ -216,6 +246,8 @@ class _Took:
     validating: float
     keeping: float
     predicting: float
+    measuring: float
+    drawing: float
 
     @classmethod
     def of(
@@ -226,26 +258,28 @@ class _Took:
         inspecting: float,
         measured: float,
         held_out: Sequence[int],
-        skipped: Sequence[tuple[float, float]],
+        abridged: Abridged,
+        again: _Again,
     ) -> _Took:
-        """From the moments of a run's events, of its steps and predictions, when the subjects ``held_out`` (their
-        sizes) were ``measured``, and what was skipped when: tiles in predictions.
+        """From the moments of a run's events, of its steps and predictions, and when the subjects ``held_out`` (their
+        sizes, the largest last) were ``measured``. Tiles that were skipped in predictions count.
         """
 
         def between(start: float, end: float) -> float:
             """Seconds, as if nothing had been skipped."""
-            return end - start + sum(seconds for when, seconds in skipped if start < when <= end)
+            return end - start + sum(seconds for when, seconds in abridged.skipped if start < when <= end)
 
         steps = watch.steps
         step = (steps[-2] - steps[0]) / (len(steps) - 2)
         in_training = between(0, at[Trained]) - at[Trained]
-        predicting = between(at[Trained], measured)
-        if len(held_out) > 1:
-            # What comes once lies before the first has been predicted and after the last.
-            first, last = watch.predicted
-            predicting = between(first, last)
-            before = between(at[Trained], first) - predicting * held_out[0] / max(1, held_out[1])
-            once += max(0.0, before) + measured - last
+        predicting = 0.0
+        if held_out:
+            # A subject is one volume or, in an ensemble or mirrored, several.
+            volumes = [moment for moment in abridged.began if moment > at[Trained]]
+            largest, last = volumes[len(volumes) * (len(held_out) - 1) // len(held_out)], watch.predicted[-1]
+            predicting = between(largest, last)
+            others = predicting * sum(held_out[:-1]) / max(1, held_out[-1])
+            once += max(0.0, between(at[Trained], largest) - others) + max(0.0, measured - last - again.measuring)
         return cls(
             steps=len(steps),
             once=once,
@@ -256,6 +290,8 @@ class _Took:
             validating=max(0.0, steps[-1] - steps[-2] - step) + in_training,
             keeping=at[Trained] - steps[-1],
             predicting=predicting,
+            measuring=again.measuring,
+            drawing=again.drawing,
         )
 
 
@@ -313,8 +349,9 @@ def _expected(
     if total_steps is not None:
         limits.append(total_steps * took.step + min(spec.validation.times, total_steps) * validating)
     others = took.once + max(0.0, took.first_step - took.step) + took.keeping
-    predicting = took.predicting * sum(held_out.all) / max((1, *held_out.few))
-    seconds = preparing + min(limits) + predicting + others
+    predicting = took.predicting * sum(held_out.all) / max((1, *held_out.few)) + took.measuring * held_out.times()
+    drawn = min(1.0, MOST_PICTURES / max(1, len(held_out.all)))
+    seconds = preparing + min(limits) + predicting + drawn * took.drawing * held_out.times() + others
     prepared = [(trained_on, training), (validated_on, validation)]
     more = sum(_more_in_memory(some, part) for some, part in prepared)
     with torch.device("meta"):

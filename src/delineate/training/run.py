@@ -407,6 +407,13 @@ def _has_more(budget: Budget, state: Path) -> bool:
     return spent.progress(int(saved["global_step"])) < 0.99
 
 
+def held_out_measuring(folder: Path, recipe: Recipe) -> Measuring:
+    """What a run in ``folder`` measures in its predictions of the held-out subjects."""
+    quantity = None if recipe.quantity is None else recipe.quantity.map()
+    probabilities = folder / "predictions" / "probabilities"
+    return Measuring(",".join(recipe.metrics), quantity=quantity, probabilities=probabilities)
+
+
 class _Stopped(Exception):
     """The run's stop file was found between two predictions."""
 
@@ -418,9 +425,7 @@ def _evaluate_held_out(
     bundle = Bundle.load(folder / "bundle")
     predictor = Predictor([bundle], replace(plan, compile=False), probabilities=True)
     chosen = [subject.with_channels(bundle.channels) for subject in subjects]
-    probabilities = folder / "predictions" / "probabilities"
-    quantity = None if bundle.recipe.quantity is None else bundle.recipe.quantity.map()
-    measuring = Measuring(",".join(bundle.recipe.metrics), quantity=quantity, probabilities=probabilities)
+    measuring = held_out_measuring(folder, bundle.recipe)
 
     def watch(outcome: Outcome, done: int) -> None:
         if stop_file(folder).exists():
@@ -433,7 +438,7 @@ def _evaluate_held_out(
 
     try:
         evaluation, pairs, outcomes = measure_outcomes(
-            predict_subjects(predictor, chosen, folder / "predictions", probabilities=probabilities),
+            predict_subjects(predictor, chosen, folder / "predictions", probabilities=measuring.probabilities),
             chosen,
             SharedTargets.of(bundle.targets, bundle.targets),
             measuring,
