@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from io import BytesIO
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from delineate.core.grid import Grid, permute_axes
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import GridMismatch
-from delineate.reporting.overlays import Overlay, agreement, save_overlay, views_of
+from delineate.reporting.overlays import COLOURS, Overlay, View, agreement, picture, save_overlay, views_of
 
 TARGETS = Targets({"a": (1,), "b": (2,)}, ignore=(9,))
 
@@ -52,3 +55,18 @@ def test_an_overlay_is_saved_as_a_picture(tmp_path, rng) -> None:
     views = views_of(Volume(rng.random((1, *grid.shape)), grid), label, label, TARGETS, subject="s")
     save_overlay(tmp_path / "overlay.png", Overlay("s", "best", 1.0, views))
     assert (tmp_path / "overlay.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("palette", ["distinct", "purple"])
+def test_a_picture_is_to_scale_and_shows_marks_and_letters(palette) -> None:
+    marks = np.zeros((10, 40), np.uint8)
+    marks[:, 20:] = 1
+    view = View("axial", np.zeros(marks.shape, np.uint8), marks, (60.0, 120.0), "RLAP", 0.0)
+    shown = np.asarray(Image.open(BytesIO(picture(view, palette))).convert("RGB")).astype(int)
+    assert shown.shape == (190, 380, 3)
+    wanted = [0.55 * int(COLOURS[palette][1][i : i + 2], 16) for i in (1, 3, 5)]
+    assert np.abs(shown[40:60, 250:340] - wanted).max() < 12
+    assert shown[40:60, 40:130].max() < 12
+    for x, y in ((0.04, 0.5), (0.96, 0.5), (0.5, 0.05), (0.5, 0.95)):
+        place = slice(int(190 * y) - 7, int(190 * y) + 7), slice(int(380 * x) - 7, int(380 * x) + 7)
+        assert shown[place].min(axis=2).max() > 180, "a white letter"
