@@ -334,6 +334,18 @@ def test_differences_that_are_all_one_have_one_line() -> None:
     assert not any("e−" in text for text in texts)
 
 
+@pytest.mark.parametrize("outliers", [1, 2, 3])
+def test_names_of_neighbours_stand_one_above_the_other(outliers) -> None:
+    true = np.linspace(10, 11, 60 + outliers)
+    said = true * np.r_[np.full(outliers, 1.5), np.tile([0.99, 1.01], 30)]
+    rows = {"subject": [f"s{i:02}" for i in range(len(true))], "site": "", "target": "organ"}
+    [agreeing] = Evaluation(pd.DataFrame(rows).assign(volume_ml=said, reference_volume_ml=true)).agreements
+    drawn = re.findall(r'<text[^>]* y="([\d.]+)"[^>]*>(s\d\d)</text>', agreement_chart(agreeing).svg)
+    assert [name for _, name in drawn] == [f"s{i:02}" for i in range(outliers)]
+    heights = sorted(float(y) for y, _ in drawn)
+    assert np.all(np.diff(heights) >= 8), "letters are 8 points high"
+
+
 def test_powers_of_ten_are_written_as_such(tmp_path) -> None:
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", class_chart(with_probabilities()).svg)
     assert "10³" in texts

@@ -52,6 +52,8 @@ _STYLE: dict[Any, Any] = {
     "legend.labelcolor": MUTED,
     "lines.linewidth": 1.6,
 }
+_NAME_HEIGHT = 0.065
+"""Of a small letter with some space, as a share of the axes' height."""
 _WIDTH = 4.8  # inches: at half the page's width, the text is as large as the page's
 _MOST_POINTS = 400
 NO_UNIT, COUNT, UNKNOWN = " (no unit)", " (count)", " (unit not known)"
@@ -307,6 +309,21 @@ def _count_others(axes: Axes, row: int, values: NDArray[np.float64]) -> None:
         )  # fmt: skip
 
 
+def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Write names beside points (name, x, y), inside the axes, and one above the other where points are neighbours."""
+    middle, (bottom, top) = sum(axes.get_xlim()) / 2, axes.get_ylim()
+    step = _NAME_HEIGHT * (top - bottom)
+    for left in (True, False):
+        at = -np.inf
+        for name, x, y in sorted(points, key=lambda point: point[2]):
+            if (x < middle) == left:
+                at = max(y, at + step)
+                axes.annotate(
+                    name, (x, at), (5 if left else -5, 0), textcoords="offset points",
+                    ha="left" if left else "right", va="center", fontsize=8, annotation_clip=False,
+                )  # fmt: skip
+
+
 def _site_colours(sites: Collection[str]) -> dict[str, str]:
     """A colour for each site, if there are two to six; else none."""
     return dict(zip(sorted(set(sites)), SERIES, strict=False)) if 1 < len(set(sites)) <= len(SERIES) else {}
@@ -360,14 +377,8 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
             )  # fmt: skip
         shades = [colours.get(site, INK) for site, use in zip(agreeing.sites, drawn, strict=True) if use]
         axes.scatter(true[drawn], difference[drawn], s=14, c=shades, alpha=0.7, linewidths=0)
-        middle = (true[drawn].min() + true[drawn].max()) / 2
-        for i in found.outliers[:6]:
-            left = true[i] < middle  # keeps names inside the axes
-            axes.annotate(
-                agreeing.subjects[i], (true[i], difference[i]), (5 if left else -5, 0), textcoords="offset points",
-                ha="left" if left else "right", va="center", fontsize=8,
-            )  # fmt: skip
         axes.margins(y=0.12)
+        _name_points(axes, [(agreeing.subjects[i], true[i], difference[i]) for i in found.outliers[:6]])
         if without:
             axes.set_title(without, loc="left", fontsize=9, color=MUTED)
         axes.set(

@@ -196,7 +196,8 @@ def _notes(events: Sequence[Event], subjects: RunSubjects, problems: Sequence[Pr
         if problem.severity == "warning":
             counts.setdefault(problem.code, []).append(problem)
     for code, found in counts.items():
-        first = f"{found[0].subject}: {found[0].message}" if found[0].subject else found[0].message
+        said = found[0].message
+        first = f"{found[0].subject}: {said}" if found[0].subject else said[:1].upper() + said[1:]
         more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
         notes.append(f"{first}{more} ({code}).")
     return notes
