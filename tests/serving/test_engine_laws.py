@@ -66,6 +66,8 @@ OWNERS = ("A", "B", "C")
 """A and B have keys of their own; the gateway speaks for C."""
 IDS = tuple(f"00000000-0000-4000-8000-{number:012d}" for number in range(4))
 """Owners choose the same ids: it does not matter."""
+QUESTIONS = {"any": 1, "small": 2}
+"""The id of a worker's question for a job, by its lane: a job answers it, perhaps long after it was asked."""
 IN_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 """A folder where to wait for the disk costs nothing."""
 
@@ -231,7 +233,7 @@ class Serving(RuleBasedStateMachine):
             for job in self.engine._jobs.values()
             if job.owner == given.owner and job.state == "queued" and job.queued < given.queued
         ]
-        assert not older or (self.lane == "small" and work.small)
+        assert not older or (work.re == QUESTIONS["small"] and work.small)
 
     # What owners do
 
@@ -384,9 +386,8 @@ class Serving(RuleBasedStateMachine):
     @rule(number=st.integers(0, 2), lane=st.sampled_from(["any", "small"]), undelivered=st.sampled_from([0, 0, 1]))
     def take(self, number, lane, undelivered) -> None:
         hand = self.hands[number]
-        self.lane = lane
         before = set(hand.held)
-        self.tell(hand, Take(lane=lane))
+        self.tell(hand, Take(lane=lane, id=QUESTIONS[lane]))
         for lease in set(hand.held) - before if undelivered else ():
             try:
                 self.engine.unsent(hand.peer.id, hand.held.pop(lease), self.now)
@@ -458,7 +459,6 @@ class Serving(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 16.0, 61.0, 400.0]))
     def pass_time(self, seconds) -> None:
-        self.lane = "any"
         self.now += seconds
         try:
             self.travelled(self.engine.tick(self.now))
