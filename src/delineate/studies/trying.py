@@ -49,6 +49,9 @@ from delineate.training.run import PREDICTING, held_out_measuring, train
 _PREDICTING_SECONDS = 10.0
 """The network runs for so long in each volume that a trial predicts; the rest takes as long in proportion."""
 
+_FIRST_USE_S = 5.0
+"""More than the first use of the libraries that measure takes."""
+
 
 def answer() -> None:
     """Answer the request in the folder that the command line names: all that a trial's process does."""
@@ -131,7 +134,7 @@ def tried(request: Request, folder: Path) -> Trial:
     measured = time.time()
     write_run_report(folder / "run", some)
     reporting = time.time() - measured
-    again = _Again.of(folder / "run", some)
+    again = _Again.of(folder / "run", some, measured - watch.predicted[-1] if watch.predicted else 0.0)
     events = read_events(folder / "run" / "logs")
     at = {type(event): event.at.timestamp() for event in events}
     once = starting + first_use + at[Started] - began + max(0.0, reporting - again.drawing)
@@ -160,25 +163,29 @@ def _inspection(
 
 @dataclass(frozen=True)
 class _Again:
-    """Seconds that measuring and drawing the held-out subjects of a run take once the libraries have been used."""
+    """Seconds that measuring and drawing the held-out subjects of a run take once the libraries have been used.
+
+    Measuring that took much longer at first than their first use does is not repeated.
+    """
 
     measuring: float = 0.0
     drawing: float = 0.0
 
     @classmethod
-    def of(cls, run: Path, some: Dataset) -> _Again:
+    def of(cls, run: Path, some: Dataset, measuring: float) -> _Again:
         if not (run / "evaluation" / "metrics.csv").exists():
             return cls()
         bundle, evaluation = Bundle.load(run / "bundle"), Evaluation.read(run / "evaluation")
-        moments = [time.time()]
-        pairs = held_out_pairs(run, some, evaluation)
-        evaluate(pairs, bundle.targets, held_out_measuring(run, bundle.recipe))
-        moments.append(time.time())
+        if measuring < _FIRST_USE_S:
+            began = time.time()
+            pairs = held_out_pairs(run, some, evaluation)
+            evaluate(pairs, bundle.targets, held_out_measuring(run, bundle.recipe))
+            measuring = time.time() - began
+        began = time.time()
         for overlay in held_out_overlays(run, bundle, some, evaluation):
             for view in overlay.views:
                 picture(view)
-        moments.append(time.time())
-        return cls(*np.diff(moments).tolist())
+        return cls(measuring, time.time() - began)
 
 
 def _voxels(subject: Subject) -> int:
