@@ -302,7 +302,7 @@ def _side_by_side(views: Sequence[View], colours: Mapping[int, str], names: Mapp
 
 
 def picture(view: View, palette: Palette = "distinct") -> bytes:
-    """One view as a WebP image with its letters. By Pillow, a third of matplotlib's time: a page has 120 of them."""
+    """One view as a WebP image with its letters. By Pillow, a quarter of matplotlib's time: a page has 120 of them."""
     image = _blended(view, COLOURS[palette], _VIEW_PIXELS)
     draw = ImageDraw.Draw(image)
     for letter, (x, y) in zip(view.edges, _PLACES, strict=True):
