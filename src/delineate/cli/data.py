@@ -337,7 +337,14 @@ def phantom(
             autocompletion=phantoms,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Write the data set to this new folder.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Write the data set to this new folder, or complete one of the same kind, seed, sites and --coarse.",
+        ),
+    ],
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Simulate this many patients.")] = 20,
     layout: Annotated[
         str | None,

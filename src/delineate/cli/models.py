@@ -76,7 +76,9 @@ def show(
 def fetch_model(
     source: Annotated[
         str,
-        typer.Argument(help="An installed model's name, a packed model, or the address of one."),
+        typer.Argument(
+            help="An installed model's name, a run, its bundle/ folder, a packed model, or the address of one."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write the bundle to this folder.")],
     sha256: Annotated[

@@ -35,7 +35,8 @@ Fold = Annotated[
     typer.Option("--fold", help="Hold out this fold (for a split without folds, 0 is its test set), or train on all."),
 ]
 Minutes = Annotated[
-    float | None, typer.Option("--minutes", min=0.01, help="Train for this many minutes (default: the recipe's).")
+    float | None,
+    typer.Option("--minutes", min=0.01, help="Train for this many minutes (default: the recipe's; auto: 60)."),
 ]
 Steps = Annotated[
     int | None, typer.Option("--steps", min=1, help="Train for this many optimiser steps (default: the recipe's).")
