@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import yaml
@@ -7,8 +9,11 @@ import yaml
 from delineate.compute import convolution_gflops, plan_compute
 from delineate.core.targets import Targets
 from delineate.datasets.examination import SubjectRow
+from delineate.datasets.inspection import inspect
+from delineate.datasets.layouts import open_dataset
 from delineate.datasets.measuring import Intensity, Piece
 from delineate.derivation import (
+    AIR,
     LEAST_LABELS,
     LEAST_STEPS,
     AutoSpec,
@@ -80,9 +85,20 @@ def test_less_memory_means_smaller_tiles() -> None:
 
 
 def test_ct_is_normalised_over_the_cohort_and_mr_by_scan() -> None:
-    ct, mr = derived(summary(lowest=-1024))[0], derived(summary())[0]
+    ct, mr = derived(summary(modality="", lowest=-1024))[0], derived(summary(modality="", lowest=-20))[0]
+    assert derived(summary(lowest=-1024))[0] == derived(summary())[0], "MR, as somebody has said"
+    assert derived(summary(modality="CT"))[0].preprocessing == ct.preprocessing
     assert [s.scope for s in ct.preprocessing[2:]] == ["cohort", "cohort"]
     assert [s.scope for s in mr.preprocessing[2:]] == ["patient", "patient"]
+
+
+def test_resampled_mr_scans_are_not_taken_for_ct(real_data) -> None:
+    """Those of one site reach below −700 in a few voxels; simulated CTs hold air."""
+    resampled = open_dataset(real_data / "wmh/Tabriz")
+    some = replace(resampled, subjects=tuple(s for s in resampled.subjects if "ms10" in s.id)[:3])
+    rows = inspect(some).rows
+    assert min(intensity.min for row in rows for intensity in row.intensities.values()) < -700
+    assert summarise(rows).lowest > AIR / 5
 
 
 @pytest.mark.parametrize(

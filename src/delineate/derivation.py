@@ -24,6 +24,9 @@ AUTO = "auto"
 THICK = 3.0
 """Ratio of slice spacing to in-plane spacing from which nothing is interpolated across slices."""
 
+AIR = -500.0
+"""The 0.5th percentile from which scans whose modality nobody states are CTs: MR scans have no such values."""
+
 VERY_THICK = 5.0
 """Ratio from which neighbouring slices have too little in common for 3D convolutions."""
 
@@ -142,7 +145,7 @@ def summarise(rows: Sequence[SubjectRow], modality: str = "") -> DataSummary:
             np.median([np.prod(row.foreground_shape) / n for row, n in zip(rows, voxels, strict=True)])
         ),
         nonzero_share=float(np.median([c.nonzero for c in channels])),
-        lowest=float(np.median([c.min for c in channels])),
+        lowest=float(np.median([c.p0_5 for c in channels])),
         far_maximum=float(max((c.max - c.p50) / max(c.p99_5 - c.p50, 1e-6) for c in channels)),
         target_share=float(np.mean([n / v for n, v in zip(labelled, voxels, strict=True)])),
         modality=modality,
@@ -293,7 +296,8 @@ def _choose_preprocessing(
         steps.append({"kind": "crop_background", "threshold": "minimum"})
         reasons.append(f"only {summary.foreground_share:.0%} of a typical scan contains signal")
     within = "nonzero" if summary.nonzero_share < 0.7 else "all"
-    if summary.modality == "CT" or summary.lowest <= -500:
+    # Resampled MR scans overshoot far below 0, in a few voxels. Taken for CT, they could not be compared.
+    if summary.modality == "CT" or (not summary.modality and summary.lowest <= AIR):
         steps.append({"kind": "clip_percentiles", "lower": 0.5, "upper": 99.5, "scope": "cohort"})
         reasons.append("CT numbers mean the same in every scan: one range for all scans")
         steps.append({"kind": "normalise", "method": "zscore", "scope": "cohort"})
