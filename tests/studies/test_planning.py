@@ -249,6 +249,26 @@ def test_a_stage_builds_on_the_best_of_another_and_the_locked_subjects_are_seen_
         plan_runs(what, Size(), {"scans": people}, scores=dict.fromkeys(["first/base", "first/E", "first/W"]))
 
 
+def test_a_network_of_other_data_is_tested_on_locked_subjects_by_a_locked_test_alone() -> None:
+    sets = {"old": dataset(*subjects(10, 0)), "new": dataset(*subjects(20, 10))}
+    stages = [
+        {"name": "before", "arms": {"a": {}}, "data": "old", "design": {"kind": "cross_validation", "folds": 2}},
+        {"name": "tests", "data": "new", "design": {"kind": "cross_validation", "folds": 2}, "arms": {
+            "elsewhere": {"weights_of": "before/a"}, "b": {}, "held-out": {"weights_of": "b"}}},
+        {"name": "final", "data": "new", "design": {"kind": "locked_test"}, "arms": {
+            "elsewhere": {"weights_of": "before/a"}, "held-out": {"weights_of": "tests/b"}}},
+    ]  # fmt: skip
+    values = {**STAGED, "data": {"old": {}, "new": {"locked": 0.2}}, "stages": stages}
+    runs = plan_runs(Study.model_validate(values), Size(), sets, final=True).runs
+    locked = {name for run in runs if run.stage == "final" for name in run.split.test}
+    assert len(locked) == 6
+    for run in runs:
+        tested = set(run.split.held_out(run.fold))
+        assert tested
+        if run.data == "new":
+            assert tested == locked if run.stage == "final" else not tested & locked
+
+
 def test_the_locked_test_waits_until_nothing_else_does_and_the_best_arm_keeps_what_the_size_changed_in_it() -> None:
     base = {"name": "base", "arms": {"plain": {}}, "design": {"kind": "locked_test"}}
     what = Study.model_validate({**STAGED, "stages": [base, *STAGED["stages"]]})  # type: ignore[misc]
@@ -360,6 +380,8 @@ def test_a_search_draws_the_same_trials_from_the_same_scores() -> None:
     ("change", "says"),
     [
         ({"metric": "dicee"}, "did you mean 'dice'"),
+        ({"metric": "volume_error_ml"}, "neither which arm is better"),
+        ({"metric": "assd_mm"}, "does not measure: its metrics are standard"),
         ({"recipe": "hippocampuss"}, "did you mean 'hippocampus'"),
         ({"arms": {"../x": {}}}, "arms"),
         ({"claims": [{"text": "x", "better": "a", "worse": "b"}]}, "the arms are base"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 
 import pandas as pd
@@ -101,6 +102,18 @@ def test_peak_memory_is_the_gpu_s_where_a_run_trained_on_one(
 ) -> None:
     append_event(tmp_path / "logs", Trained(step=4, minutes=1, gpu_gb=gpu_gb))
     assert measure_run(tmp_path, read_curves(tmp_path), peak_gb=2.0)["peak_gb"] == peak_gb
+
+
+def test_an_arm_does_not_score_by_what_it_misses() -> None:
+    """Far off in every scan, close in the one that it did not miss, all missed, and nothing to measure."""
+    hd95 = {"far": [20.0] * 10, "one": [1.0] + [inf] * 9, "none": [inf] * 10, "undefined": [nan] * 10}
+    arms = {
+        name: (run(name), Evaluation(table(NAMES[10:], 0.5).table.assign(hd95_mm=values)))
+        for name, values in hd95.items()
+    }
+    scores = results(study(arms={name: {} for name in hd95}, metric="hd95_mm"), **arms).scores(())
+    assert scores["undefined"] is None
+    assert scores["far"] == 20 < scores["one"] < scores["none"] < inf
 
 
 def test_what_more_subjects_bring_is_paired_by_patient() -> None:

@@ -129,6 +129,7 @@ def test_a_failing_run_stops_no_other_and_is_run_again(world: Path, monkeypatch)
     states = json.loads(done.stdout)["runs"]
     assert states == {"lost-fold1-seed0": "failed", "plain-fold1-seed0": "done"}
     failed = StudyFolder(world / "out").status("lost-fold1-seed0")
+    assert failed.failure.startswith("error E_")
     assert "nowhere" in failed.failure
     page = (world / "out" / "report.html").read_text(encoding="utf-8")
     assert "1 run failed" in page

@@ -14,7 +14,7 @@ from delineate.datasets.dataset import Dataset
 from delineate.datasets.splits import Split, make_split
 from delineate.derivation import AUTO
 from delineate.errors import StudyError
-from delineate.metrics.catalogue import METRICS
+from delineate.metrics.catalogue import METRICS, metric_names
 from delineate.recipe import DataSpec, Recipe, StartSpec, load_recipe, packaged_recipes
 from delineate.studies.deriving import AutoRecipes, Derive
 from delineate.studies.designs import (
@@ -207,6 +207,12 @@ class _Planning:
             recipe = self.derive(data, replace(dataset, subjects=tuple(self._free(data))), changes)
         else:
             recipe = _loaded(name, changes, self.beside)
+        if self.study.metric not in metric_names(",".join(recipe.metrics)):
+            raise StudyError(
+                f"the study compares '{self.study.metric}', which recipe '{recipe.name}' of arm '{label}' does not "
+                f"measure: its metrics are {', '.join(recipe.metrics)}",
+                fix=f'add it: set: ["metrics=[{", ".join((*recipe.metrics, self.study.metric))}]"]',
+            )
         if self.size.gflop is None:
             return recipe
         outputs = None if dataset.targets is None else dataset.targets.outputs
@@ -341,7 +347,9 @@ class _Planning:
         data = self.study.data_of(stage, arm)
         read = next((run.recipe.data for run in self._trained_on(data)), None)
         for trained in self._runs_of(stage, arm.weights_of):
-            split = Split(((),), tuple(sorted(self._unseen(trained, data))))
+            locked = isinstance(stage.design, LockedTest)
+            judged = self._locked(data) if locked else self._unseen(trained, data)
+            split = Split(((),), tuple(sorted(judged)))
             recipe = trained.recipe if read is None else trained.recipe.model_copy(update={"data": read})
             self._put(
                 replace(
@@ -365,11 +373,12 @@ class _Planning:
     def _unseen(self, trained: PlannedRun, data: str) -> Iterable[str]:
         """The subjects of a data set that a run's network is tested on.
 
-        Those held out from it or from what it started from, if that was on this data set, otherwise all. Where runs on
-        this data set keep to their recipe's split, they are the ones that none of these runs was trained on, so that
-        networks which have seen the data set are compared with others, and on more than what the split holds out.
+        Those held out from it or from what it started from, if that was on this data set, otherwise all that are not
+        locked. Where runs on this data set keep to their recipe's split, they are the ones that none of these runs was
+        trained on, so that networks which have seen the data set are compared with others, and on more than what the
+        split holds out.
         """
-        there = {subject.id for subject in self.datasets[data].subjects}
+        there = {subject.id for subject in self._free(data)}
         chain = [trained]
         while (needed := chain[-1].needs) is not None:
             chain.append(self.runs[needed])
@@ -377,7 +386,7 @@ class _Planning:
         fixed = [run for run in self._trained_on(data) if self._keeps_the_split(run)]
         if fixed and all(self._keeps_the_split(run) for run in on_this):
             used = {name for run in fixed for name in (*run.split.training_of(run.fold), *run.split.validation)}
-            return there - used - self._locked(data)
+            return there - used
         return on_this[0].split.held_out(on_this[0].fold) if on_this else there
 
     def _keeps_the_split(self, run: PlannedRun) -> bool:

@@ -47,17 +47,13 @@ def write_study_report(results: StudyResults, folder: Path, *, size: str, data_s
 def draw_pictures(results: StudyResults, folder: StudyFolder, datasets: Mapping[str, Dataset]) -> None:
     """Draw one subject under every arm of each stage, if the arms have a held-out subject in common."""
     for place, runs in _places(results).items():
-        first = _first_runs(run for run in runs if run.name in results.curves)
-        held_out = [set(run.split.held_out(run.fold)) for run in first.values()]
-        common = sorted(set.intersection(*held_out)) if held_out else []
+        first, pictured = _first_runs(results, runs), _pictured(results, runs)
         subjects = {subject.id: subject for subject in datasets[place[1]].subjects}
         targets = datasets[place[1]].targets
-        predictions = {
-            arm: folder.run(run.name) / "predictions" / f"{common[0]}.nii.gz" for arm, run in first.items() if common
-        }
-        if not predictions or targets is None or not all(path.exists() for path in predictions.values()):
+        predictions = {arm: folder.run(run.name) / "predictions" / f"{pictured}.nii.gz" for arm, run in first.items()}
+        if not pictured or targets is None or not all(path.exists() for path in predictions.values()):
             continue
-        subject = subjects[common[0]]
+        subject = subjects[pictured]
         scan = load_scan(subject, subject.channels[:1])
         labels = {arm: read_label(path) for arm, path in predictions.items()}
         written = comparison_picture(scan, load_label(subject, targets, scan.grid), labels, targets, subject.id)
@@ -77,12 +73,19 @@ def _places(results: StudyResults) -> dict[tuple[str, str], list[PlannedRun]]:
     return places
 
 
-def _first_runs(runs: Iterable[PlannedRun]) -> dict[str, PlannedRun]:
-    """One run of each arm."""
+def _first_runs(results: StudyResults, runs: Iterable[PlannedRun]) -> dict[str, PlannedRun]:
+    """One run of each arm that has finished any."""
     first: dict[str, PlannedRun] = {}
     for run in runs:
-        first.setdefault(run.arm, run)
+        if run.name in results.curves:
+            first.setdefault(run.arm, run)
     return first
+
+
+def _pictured(results: StudyResults, runs: Iterable[PlannedRun]) -> str:
+    """The subject that is shown under every arm: the first that all of :func:`_first_runs` held out; "" if none."""
+    held_out = [set(run.split.held_out(run.fold)) for run in _first_runs(results, runs).values()]
+    return min(set.intersection(*held_out), default="") if held_out else ""
 
 
 def _rows(results: StudyResults) -> list[dict[str, object]]:
@@ -157,7 +160,7 @@ def _section(results: StudyResults, folder: Path, stage: str, data: str, runs: l
             curves.setdefault(point.curve, []).append((point.count, point.estimate))
     labels = dict.fromkeys(run.label for run in runs)
     picture = _picture(folder, stage, data)
-    pictured = sorted(set.intersection(*(set(run.split.held_out(run.fold)) for run in _first_runs(runs).values())))
+    pictured = _pictured(results, runs)
     return StudySection(
         title=f"{stage}, {data}" if several else stage,
         evaluations={group: results.pooled[group] for group in groups},
@@ -167,7 +170,7 @@ def _section(results: StudyResults, folder: Path, stage: str, data: str, runs: l
         learning={what: means for what, name in _LEARNING.items() if (means := _mean_curves(results, runs, name))},
         measures=_measures(results, list(labels)),
         picture=picture.read_bytes() if picture.exists() and pictured else None,
-        pictured=pictured[0] if pictured else "",
+        pictured=pictured if picture.exists() else "",
     )
 
 

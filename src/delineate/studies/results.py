@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from math import isnan
+from math import isnan, nan
 from typing import Literal
 
 import pandas as pd
@@ -25,6 +25,8 @@ from delineate.studies.specification import Arm, Claim, Stage, Study
 Ruling = Literal["held", "did not hold", "too few to tell"]
 
 
+_FAILED = 1e6
+"""What a failed scan counts as where arms are ranked, such as by a distance in mm."""
 _MOST_ARMS_COMPARED = 5
 """Of stages with more arms, pairs stand in the table of differences alone."""
 
@@ -323,7 +325,7 @@ class StudyResults:
         return (summary or {}).get(metric)
 
     def scores(self, attempted: Collection[str]) -> dict[str, float | None]:
-        """The study's metric of each arm all of whose runs have ended; None where one of them failed.
+        """The study's metric of each arm all of whose runs have ended; None where one of them failed or measured none.
 
         A failed run counts as ended if it was ``attempted``.
         """
@@ -336,8 +338,8 @@ class StudyResults:
             failed = any(self.statuses[run.name].state == "failed" and run.name in attempted for run in runs)
             if states == {"done"}:
                 groups = list(dict.fromkeys(run.group for run in runs if not run.ranks))
-                means = [self.pooled[group].overall()[self.study.metric].mean for group in groups]
-                found[label] = sum(means) / len(means)
+                scores = [_score(self.pooled[group], self.study.metric) for group in groups]
+                found[label] = None if any(map(isnan, scores)) else sum(scores) / len(scores)
             elif failed and states <= {"done", "failed"}:
                 found[label] = None
         return found
@@ -351,6 +353,19 @@ class StudyResults:
             if run.group in self.pooled and (name not in among or (run.count or 0) > (among[name].count or 0)):
                 among[name] = run
         return {place: {name: self.pooled[run.group] for name, run in among.items()} for place, among in last.items()}
+
+
+def _score(evaluation: Evaluation, metric: str) -> float:
+    """A mean in which a scan that failed is worse than any that did not: arms do not gain by what they miss.
+
+    NaN where nothing was measured.
+    """
+    estimate = evaluation.overall().get(metric)
+    if estimate is None or not estimate.n + estimate.failed:
+        return nan
+    failed = -_FAILED if METRICS[metric].better == "higher" else _FAILED
+    measured = estimate.mean * estimate.n if estimate.n else 0.0
+    return (measured + failed * estimate.failed) / (estimate.n + estimate.failed)
 
 
 def collect(folder: StudyFolder, study: Study, runs: Sequence[PlannedRun]) -> StudyResults:

@@ -66,6 +66,10 @@ _WRITTEN = (
 )
 
 
+_MOST_SAID = 500
+"""Characters of a run's error that a study repeats."""
+
+
 class StudyPlan(Document):
     """A study folder's ``plan.json``: the study, its size, its data sets by name, and the runs in order.
 
@@ -90,7 +94,7 @@ class FinalTest(Document):
 class RunStatus(Document):
     """The state of a run.
 
-    ``failure`` is the last line that a failed run printed; ``seconds`` is the time of all its attempts, ``peak_gb``
+    ``failure`` is what the last error of a failed run said; ``seconds`` is the time of all its attempts, ``peak_gb``
     the most memory that its process held.
     """
 
@@ -309,7 +313,7 @@ def run_study(
         changes = {
             "state": state,
             "seconds": before.seconds + time.monotonic() - began,
-            "failure": _last_line(log, ended.code) if state == "failed" else "",
+            "failure": _last_words(log, ended.code) if state == "failed" else "",
             "peak_gb": max(before.peak_gb, ended.peak_gb),
         }
         _change(run, before.model_copy(update=changes))
@@ -372,9 +376,13 @@ def _written(rule: str | SeriesRule) -> str:
     return rule if isinstance(rule, str) else rule.model_dump_json(exclude_defaults=True)
 
 
-def _last_line(log: Path, code: int) -> str:
+def _last_words(log: Path, code: int) -> str:
+    """What a run's last error said, or else its last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), f"it ended with status {code}")
+    errors = [i for i, line in enumerate(lines) if line.startswith("error E_")]
+    said = " ".join(" ".join(lines[errors[-1] if errors else -1 :]).split())
+    said = said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID]} …"
+    return said or f"it ended with status {code}"
 
 
 @contextmanager

@@ -414,6 +414,8 @@ class Study(Specification):
             raise ValueError("arms and factors belong to a stage where there are stages")
         if self.metric not in METRICS:
             raise ValueError(f"'{self.metric}' is no metric{near(self.metric, METRICS)}")
+        if METRICS[self.metric].better is None:
+            raise ValueError(f"'{self.metric}' says neither which arm is better nor what to average over targets")
         self._check_stages()
         labels = self.labels
         for claim in self.claims:
