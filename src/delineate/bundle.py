@@ -389,6 +389,11 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[
     replace_file(folder, WEIGHTS, _writer(weights, metadata))
 
 
+def replace_recipe(folder: Path, recipe: Recipe) -> None:
+    """Replace a bundle's recipe, by one of another budget; the bundle is complete at every moment."""
+    replace_file(folder, RECIPE, _text_writer(to_yaml(recipe.as_dict())))
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors as safetensors, to a temporary file that is then renamed."""
     with writing_beside(path) as temporary:

@@ -220,6 +220,11 @@ def check_device(device: str, count: int = 1) -> None:
     chosen, _ = _choose_device(device)
     if chosen.type == "cpu":
         return
+    if chosen.index is not None and count > 1:
+        raise RecipeError(
+            f"device '{device}' is one device, and training is to use {count}",
+            fix=f"use --device {chosen.type}, and CUDA_VISIBLE_DEVICES to choose among more",
+        )
     wanted = max(count, (chosen.index or 0) + 1)
     there = torch.cuda.device_count() if chosen.type == "cuda" else 1
     if wanted > there:
@@ -250,7 +255,7 @@ def _choose_precision(precision: Precision, device: torch.device) -> tuple[Liter
     if precision != "auto":
         return precision, "as requested"
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
             return "bf16", "the GPU supports bfloat16 natively"
         return "fp16", "this GPU has no bfloat16; fp16 with loss scaling instead"
     if device.type == "cpu" and _cpu_has_bf16():
@@ -276,6 +281,8 @@ def _choose_compile(
             return False, "no C++ compiler found; install g++ or clang for faster training"
     elif device.type == "mps":
         return False, "not yet reliable on Apple GPUs"
+    elif lacking := _triton_lacks(device):
+        return False, lacking
     if wanted == "on":
         return True, "as requested"
     if expected_seconds < COMPILE_PAYS_AFTER_SECONDS:
@@ -288,6 +295,17 @@ def _choose_compile(
             f"{expected_seconds:.0f} s, which would not pay off",
         )
     return True, "a long run earns back the time spent compiling"
+
+
+def _triton_lacks(device: torch.device) -> str:
+    """What torch's compiler for GPUs needs and does not find; empty if it finds everything."""
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < (7, 0):
+        return "compiling needs a GPU of compute capability 7.0 or later"
+    if importlib.util.find_spec("triton") is None:
+        return "no Triton found; install triton for faster training"
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
+        return "no C compiler found; install gcc or clang for faster training"
+    return ""
 
 
 _ENGINES = {"torch": "PyTorch", "openvino": "OpenVINO", "auto": "PyTorch, then OpenVINO if that is faster"}

@@ -28,7 +28,7 @@ from delineate.evaluation.card_facts import CardFacts
 from delineate.io.formats import read_header, read_label, write_label
 from delineate.metrics.quantities import QuantityMap
 from delineate.networks import unet
-from delineate.recipe import QuantitySpec, recipe_from, to_yaml
+from delineate.recipe import QuantitySpec, load_recipe, recipe_from, to_yaml
 from delineate.reporting.run import write_run_report
 from delineate.training.options import Reporter, RunOptions, Stop
 from delineate.training.preparation import assign_roles, new_split
@@ -292,6 +292,13 @@ def test_patience_ends_a_run_that_gets_no_better(recipe, balls, tmp_path) -> Non
     assert result.finished
     assert result.steps < 50
     assert any("no improvement in 2 validations" in text for text in report.messages)
+    again = Reporter()
+    assert run(recipe_from(values), balls, tmp_path / "run", again, evaluate=False).steps == result.steps
+    assert any("already complete" in text for text in again.messages)
+    (tmp_path / "run/last/weights.safetensors").unlink()  # as if it had been killed before it had ended
+    assert run(recipe_from(values), balls, tmp_path / "run", evaluate=False).steps == result.steps
+    values["training"]["steps"] = 300
+    assert run(recipe_from(values), balls, tmp_path / "run", evaluate=False).steps > result.steps
 
 
 def test_a_time_budget_ends_the_run(recipe, balls, tmp_path) -> None:
@@ -397,10 +404,28 @@ def test_the_same_folder_refuses_another_fold(recipe, balls, tmp_path) -> None:
         run(recipe, balls, tmp_path / "run", fold=1)
 
 
-def test_a_raised_budget_goes_on(recipe, balls, tmp_path) -> None:
+def test_a_raised_budget_goes_on_validates_and_is_written_down(recipe, balls, tmp_path) -> None:
     run(recipe, balls, tmp_path / "run", evaluate=False)
+    path = tmp_path / "run/recipe.yaml"
+    why = path.read_text(encoding="utf-8").replace("batch_size: 2", "batch_size: 2  # two fit")
+    assert "two fit" in why
+    path.write_text(why, encoding="utf-8")
     longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": 18})})
     assert run(longer, balls, tmp_path / "run", evaluate=False).steps == 18
+    assert pd.read_csv(tmp_path / "run/logs/validation.csv")["step"].tolist() == [4, 8, 12, 18]
+    assert path.read_text(encoding="utf-8") == why.replace("steps: 12", "steps: 18")
+    assert all(Bundle.load(tmp_path / "run" / name).recipe == longer for name in ("bundle", "last"))
+    # A smaller one asks for nothing, and what was trained stays as it is said to be.
+    assert run(recipe, balls, tmp_path / "run", evaluate=False).steps == 18
+    assert load_recipe(path) == longer
+
+
+def test_one_more_step_is_more(recipe, balls, tmp_path) -> None:
+    """However many came before it."""
+    values = recipe.as_dict()
+    for steps in (150, 151):
+        values["training"] |= {"steps": steps, "validation": {"times": 1}}
+        assert run(recipe_from(values), balls, tmp_path / "run", evaluate=False).steps == steps
 
 
 def test_broken_subjects_stop_training_before_it_starts(recipe, balls, tmp_path) -> None:
@@ -518,6 +543,21 @@ def test_few_labelled_subjects_are_trained_on_however_many_are_held_out(balls, r
     roles = assign_roles(subjects, split, 0, recipe)
     assert len(roles.validation) == min(recipe.training.validation.subjects, max(1, labelled // 9))
     assert len(roles.training) + len(roles.validation) == labelled
+
+
+@pytest.mark.parametrize("scans", [(3, 3), (1, 20), (4, 1, 1), (5,)])
+def test_patients_of_many_scans_leave_some_to_train_on(balls, recipe, scans: tuple[int, ...]) -> None:
+    """Whoever is validated on, with all scans, is not trained on."""
+    people = [f"p{i}" for i, count in enumerate((2, *scans)) for _ in range(count)]
+    subjects = [replace(balls.subjects[0], id=f"s{i:02}", patient=name) for i, name in enumerate(people)]
+    split = make_split(subjects, folds=len(set(people)))
+    for fold in range(len(set(people))):
+        roles = assign_roles(subjects, split, fold, recipe)
+        trained, validated = ({s.patient for s in part} for part in (roles.training, roles.validation))
+        assert trained
+        assert not trained & validated
+    with pytest.raises(BadSplit, match="no subject is left to train on: 2 are held out"):
+        assign_roles(subjects[:2], Split((("s00", "s01"), ("s02",))), 0, recipe)
 
 
 def test_roles_are_disjoint_and_leave_the_locked_test_set_alone(recipe, balls) -> None:

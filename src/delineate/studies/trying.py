@@ -58,10 +58,10 @@ def answer() -> None:
     folder = Path(sys.argv[1])
     threading.Thread(target=_end_with_the_asker, args=(folder,), daemon=True).start()
     request: Request = pickle.loads((folder / REQUEST).read_bytes())
-    if request.memory_gb is not None:
-        _take_no_more_than(request.memory_gb)
     found: Trial | DelineateError
     try:
+        if request.memory_gb is not None:
+            _take_no_more_than(request.memory_gb, plan_compute(device=request.device).device)
         found = tried(request, folder)
     except DelineateError as error:
         found = error
@@ -72,12 +72,16 @@ def answer() -> None:
 _SLACK_GB = 1.0
 
 
-def _take_no_more_than(memory_gb: float) -> None:
+def _take_no_more_than(memory_gb: float, device: torch.device) -> None:
     """Let allocations far beyond a limit fail, where that is possible, so that a trial does not take the machine down.
 
-    The system counts what is allocated, used or not, so there is some slack: what was used is known afterwards.
+    The limit is of the device's own memory. The system counts what is allocated, used or not, so there is some slack:
+    what was used is known afterwards.
     """
-    if sys.platform == "linux":  # elsewhere, the limit does not count what is allocated in large pieces
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / total), device.index or 0)
+    elif sys.platform == "linux":  # elsewhere, the limit does not count what is allocated in large pieces
         most = int((memory_gb + _SLACK_GB) * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 

@@ -46,10 +46,15 @@ class Keeper(lightning.Callback):
 
 
 class Validator(lightning.Callback):
-    """Validates at even shares of the budget, keeps the best weights (or the last), and ends a run that stalls."""
+    """Validates at even shares of the budget, keeps the best weights (or the last), and ends a run that stalls.
 
-    def __init__(self, subjects: Sequence[PreparedSubject], folder: Path, report: Reporter) -> None:
-        self.subjects, self.folder, self.report = subjects, folder, report
+    ``raised``: the training had ended, and now has a larger budget.
+    """
+
+    def __init__(
+        self, subjects: Sequence[PreparedSubject], folder: Path, report: Reporter, *, raised: bool = False
+    ) -> None:
+        self.subjects, self.folder, self.report, self.raised = subjects, folder, report, raised
         self.best, self.best_step, self.last_step, self.done, self.since_best = -math.inf, -1, -1, 0, 0
         self.score = math.nan
         self._taken, self._ended = 0.0, -math.inf
@@ -63,9 +68,24 @@ class Validator(lightning.Callback):
         self.done, self.since_best = int(state_dict["done"]), int(state_dict["since_best"])
         self.last_step = int(state_dict.get("last_step", -1))  # states of earlier versions lack it
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: lightning.Trainer, module: Delineator) -> None:  # type: ignore[override]
         spec = module.spec.validation
-        due = int(module.progress * spec.times + 1e-9)
+        module.update_progress(trainer.global_step)
+        # Of a budget that was raised, a smaller share is spent than when it was validated last.
+        self.done = min(self.done, self._due(module))
+        if spec.patience is not None and self.since_best >= spec.patience:
+            if self.raised:
+                self.since_best = 0
+            else:  # stopped between giving up and its end
+                trainer.should_stop = True
+
+    @staticmethod
+    def _due(module: Delineator) -> int:
+        """How many validations the share of the budget that is spent pays for."""
+        return int(module.progress * module.spec.validation.times + 1e-9)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Delineator, *_: Any) -> None:  # type: ignore[override]
+        spec, due = module.spec.validation, self._due(module)
         if due <= self.done or not self.subjects or self._too_soon(module):
             return
         self.done = due

@@ -12,7 +12,7 @@ from delineate.io.overwriting import check_folder
 from delineate.training.events import EVENTS, MESSAGES
 
 _WRITTEN = ("bundle", "last", "logs", "predictions", "evaluation", "plan.json", "data.json", "report.html", "card.html")
-"""What a run writes. An existing recipe.yaml or split.json is used and left unchanged."""
+"""What a run writes. An existing recipe.yaml or split.json is used; of the recipe, only the budget may be replaced."""
 
 
 def check_run_folder(folder: Path, dataset: Dataset) -> None:

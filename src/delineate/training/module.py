@@ -181,7 +181,8 @@ class Delineator(lightning.LightningModule):
         source = self.source.for_process(0, 1)
         with torch.no_grad(), self.plan.autocast():
             for i in range(min(32, max(4, -(-64 // source.batch_size)))):
-                kept(self._seen(source, source.batch(i))[0])
+                for some in self._seen(source, source.batch(i))[0].chunk(self.parts):
+                    kept(some)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for module, training in zip(kept.modules(), was_training, strict=True):
@@ -194,7 +195,9 @@ class Delineator(lightning.LightningModule):
         return image.contiguous(memory_format=self.plan.memory_format(self.dimensions)), target
 
     def loss_on(self, source: BatchSource, i: int) -> float:
-        """The loss of the current weights on batch ``i`` of ``source``, for comparison with the training loss.
+        """The loss of the current weights on batch ``i`` of ``source``, in as many parts as training divides one into.
+
+        It is for comparison with the training loss.
 
         Dropout is off, and BatchNorms use batch statistics as in training: their moving statistics
         lag behind and would make the loss of a good network look bad.
@@ -207,13 +210,13 @@ class Delineator(lightning.LightningModule):
             norm.track_running_stats = False
         with torch.no_grad(), self.plan.autocast():
             # Not the compiled graph, which would be compiled again for evaluation mode.
-            logits = self.network(image)
-            loss = float(self.loss(logits, target, image))
+            parts = zip(image.chunk(self.parts), target.chunk(self.parts), strict=True)
+            losses = [float(self.loss(self.network(some), reference, some)) for some, reference in parts]
         for norm in norms:
             norm.track_running_stats = True
         self.network.train()
         hold_frozen_norms(self.network)
-        return loss
+        return sum(losses) / len(losses)
 
     @property
     def progress(self) -> float:
@@ -330,7 +333,7 @@ class Delineator(lightning.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         # Lightning refuses to clip with any fused optimiser, although without loss scaling nothing is unscaled.
         if self.spec.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.spec.clip_norm, foreach=True)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.spec.clip_norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["spent_seconds"] = self.budget.elapsed()

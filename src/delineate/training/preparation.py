@@ -249,7 +249,8 @@ def broken_message(inspection: Inspection) -> str:
     lines = [f"  {p.subject}: {p.code}: {p.message}; {p.fix}" for p in inspection.errors]
     return (
         f"{len(inspection.broken)} subjects cannot be used for training:\n" + "\n".join(lines) + "\n"
-        "Fix them, or add --leave-out-broken to train on the others"
+        "Fix them; or train on the others, with --leave-out-broken (`train`, `adapt`), or on the copy without them "
+        "that `delineate data inspect … --repair NEW` writes"
     )
 
 
@@ -414,7 +415,10 @@ class Roles:
 
 
 def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, recipe: Recipe) -> Roles:
-    """Roles for a fold. Validation subjects are those in the split, or else whole patients from the other folds."""
+    """Roles for a fold. Validation subjects are those in the split, or else whole patients from the other folds.
+
+    Raises :class:`BadSplit` where nothing is left to train on.
+    """
     present = {subject.id for subject in subjects}
     held = present.intersection(() if fold is None else split.held_out(fold))
     pool = present.intersection(split.training_of(fold))
@@ -424,8 +428,14 @@ def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, re
         # With one of ten folds held out, a ninth of the rest is a tenth of all.
         wanted = min(spec.subjects, max(1, len(pool) // 9))
         drawable = [s for s in subjects if s.id in pool and s.id not in split.always_train]
-        chosen = set(drawn_over_sites(drawable, wanted, np.random.default_rng((recipe.training.seed, 4))))
+        drawn = set(drawn_over_sites(drawable, wanted, np.random.default_rng((recipe.training.seed, 4))))
+        chosen = drawn if drawn < pool else set()  # few patients of many scans each: training comes first
     training = tuple(s for s in subjects if s.id in pool - chosen)
+    if not training:
+        raise BadSplit(
+            f"no subject is left to train on: {len(held)} are held out and {len(chosen)} are for validation",
+            fix="use another --fold or --split, or more subjects",
+        )
     always = [s.id in split.always_train for s in training]
     return Roles(
         training=training,

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -27,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from delineate.bundle import Bundle, is_whole, save_weights
+from delineate.bundle import Bundle, is_whole, replace_recipe, save_weights
 from delineate.calibration import LEVEL, Calibration, Intervals, check_intervals
 from delineate.compute import Choice, ComputePlan, plan_compute
 from delineate.core.memory import keep_freed_memory
@@ -48,7 +49,7 @@ from delineate.io.files import writing_beside
 from delineate.losses.content import has_random_features
 from delineate.metrics.catalogue import targets_of
 from delineate.networks.cost import count_convolutions
-from delineate.recipe import Recipe, load_recipe, to_yaml
+from delineate.recipe import Recipe, TrainingSpec, load_recipe, to_yaml
 from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.batches import BatchSource
 from delineate.sampling.samplers import Sampler
@@ -95,6 +96,8 @@ from delineate.training.preparation import (
 )
 from delineate.training.start import starting_network
 from delineate.training.subjects import RunSubjects
+
+_BUDGET = ("minutes", "steps", "epochs")
 
 PREDICTING = "predicting held-out subjects"
 """The stage of a run in which it reports each held-out subject as progress."""
@@ -226,7 +229,7 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     before = load_recipe(path).as_dict()
     now = recipe.as_dict()
     for values in (before, now):
-        values["training"] = {k: v for k, v in values["training"].items() if k not in ("minutes", "steps", "epochs")}
+        values["training"] = {k: v for k, v in values["training"].items() if k not in _BUDGET}
     if before != now:
         differing = [key for key in now if before.get(key) != now[key]]
         raise RecipeError(
@@ -271,8 +274,24 @@ def _write_decisions(folder: Path, recipe: Recipe, bundle: Bundle, plan: Compute
 
 
 def _write_recipe(folder: Path, recipe: Recipe) -> None:
-    with writing_beside(folder / "recipe.yaml") as path:
-        path.write_text(to_yaml(recipe.as_dict()), encoding="utf-8")
+    """Write the recipe, with the comments of the one that was there beside what has not changed."""
+    lines = to_yaml(recipe.as_dict()).splitlines(keepends=True)
+    path = folder / "recipe.yaml"
+    before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    if len(before) == len(lines):
+        lines = [
+            old if old.partition("  # ")[0].rstrip() == new.rstrip() else new
+            for old, new in zip(before, lines, strict=True)
+        ]
+    with writing_beside(path) as beside:
+        beside.write_text("".join(lines), encoding="utf-8")
+
+
+def _write_budget(folder: Path, recipe: Recipe) -> None:
+    """Write a recipe whose budget is not the one that the run was started with."""
+    if load_recipe(folder / "recipe.yaml") != recipe:
+        _write_recipe(folder, recipe)
+        replace_recipe(folder / "bundle", recipe)
 
 
 def _fit(
@@ -290,16 +309,19 @@ def _fit(
     """Train until the budget is spent; returns the steps done and why the run should end here, if it should."""
     spec, state = bundle.recipe.training, folder / "last" / "state.safetensors"
     budget, resumed_from = Budget.of(spec, planned.steps_an_epoch), steps_done(state)
-    if is_whole(folder / "last") and not _has_more(budget, state):
+    ended = is_whole(folder / "last")
+    if ended and (_ended_with(spec, folder / "last") or not _has_more(budget, state)):
         report(f"training is already complete, after {resumed_from} steps")
         return resumed_from, None
+    if first:
+        _write_budget(folder, bundle.recipe)
     network = starting_network(bundle, report, resumed=resumed_from > 0)
     module = Delineator(bundle, network, plan, source, budget, report)
     if has_random_features(module.loss):
         report.event(Warned(message="the content loss uses random features, not those of VGG19"))
     if resumed_from:
         report.event(Resumed(step=resumed_from))
-    validator = Validator(prepared.validation, folder / "bundle", report)
+    validator = Validator(prepared.validation, folder / "bundle", report, raised=ended)
     stopper = Stopper(stop_file(folder), report)
     callbacks: list[lightning.Callback] = [
         validator,
@@ -365,6 +387,7 @@ def _trainer(
         EventLogger(logs / "tensorboard"),
     ]
     if options.mlflow is not None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would tell its makers of its use
         from lightning.pytorch.loggers import MLFlowLogger
 
         try:
@@ -400,11 +423,17 @@ def _trainer(
     )
 
 
+def _ended_with(spec: TrainingSpec, last: Path) -> bool:
+    """Whether the training that left its last weights ended with this budget: spent, or given up before."""
+    before = Bundle.load(last).recipe.training
+    return all(getattr(before, name) == getattr(spec, name) for name in _BUDGET)
+
+
 def _has_more(budget: Budget, state: Path) -> bool:
     """Whether the budget has been raised beyond what the finished training spent."""
     saved = SafeCheckpointIO().load_checkpoint(state)
     spent = replace(budget, spent_seconds=float(saved["spent_seconds"]))
-    return spent.progress(int(saved["global_step"])) < 0.99
+    return spent.progress(int(saved["global_step"])) < 1
 
 
 def held_out_measuring(folder: Path, recipe: Recipe) -> Measuring:

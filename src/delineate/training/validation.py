@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ def validate(
     targets, inference = bundle.targets, bundle.recipe.inference
     # Half the usual overlap needs a fraction of the tiles and ranks weights just as well.
     overlap = min(inference.overlap, 0.25)
+    plan = replace(plan, compile=False)  # the network that is kept is not compiled
     sliding = Sliding(plan, targets.exclusive, targets.outputs, overlap, inference.weights)
     was_training = network.training
     network.eval()
