@@ -267,6 +267,8 @@ def test_methods_are_compared_in_words(tmp_path) -> None:
     assert "Dice: new is better than old" in page
     assert 'aria-label="Dice of every subject, by method. Horizontal axis: Dice (no unit).' in page
     delineate("compare", tmp_path / "old", code=2)
+    twice = delineate("compare", tmp_path / "old", f"new={tmp_path / 'new'}", f"new={tmp_path / 'old'}", code=2)
+    assert "two evaluations have the name 'new'" in " ".join(twice.stderr.split())
     assert "E_MISSING" in delineate("compare", tmp_path / "old", tmp_path / "none", code=1).stderr
 
 

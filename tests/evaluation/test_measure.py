@@ -22,6 +22,7 @@ from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, averaged
 from delineate.io.formats import write_label, write_volume
 from delineate.metrics.catalogue import METRICS
 from delineate.metrics.quantities import QuantityMap
+from delineate.reporting.html import EvaluationReport, write_report
 
 TARGETS = Targets({"liver": (1, 2), "tumour": (2,)}, mode="overlapping", ignore=(9,))
 GRID = Grid.of_spacing((12, 10, 8), (1, 2, 5))
@@ -229,6 +230,18 @@ class TestWriting:
         pd.testing.assert_frame_equal(back.table, evaluation.table)
         assert back.unpaired == evaluation.unpaired
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.csv", "summary.json"]
+
+    def test_what_an_earlier_evaluation_left_is_not_read(self, folders: tuple[Path, Path], tmp_path: Path) -> None:
+        pairs = pair_files(*folders).pairs
+        evaluate(pairs, TARGETS, Measuring("lesion_recall")).write(tmp_path / "out")
+        assert len(Evaluation.read(tmp_path / "out").lesions)
+        evaluate(pairs, TARGETS).write(tmp_path / "out")
+        assert not len(Evaluation.read(tmp_path / "out").lesions)
+
+    def test_volumes_alone_are_not_averaged_over_targets(self, folders: tuple[Path, Path], tmp_path: Path) -> None:
+        volumes = evaluate(pair_files(*folders).pairs, TARGETS, Measuring("volume_ml"))
+        assert volumes.overall() == {}
+        write_report(tmp_path / "page.html", EvaluationReport("Volumes", "Of two targets.", volumes))
 
     def test_json_is_valid_and_keeps_the_undefined(self, folders: tuple[Path, Path]) -> None:
         content = evaluate(pair_files(*folders).pairs, TARGETS).as_dict()

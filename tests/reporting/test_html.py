@@ -403,3 +403,7 @@ def test_intervals_and_the_crop_have_their_place(report, tmp_path) -> None:
     assert re.findall(r"<td>(all|A|B)</td>", rows[0]) == ["all", "A", "B"]
     assert "90 % of scans of the same kind" in page
     assert "data:image/webp;base64,cGljdHVyZQ==" in page
+    unknown = replace(intervals.rows[0], site="C", dice_width=None, volume_width=None, rank=None)
+    nowhere = Intervals(level=0.9, rows=(unknown,))
+    page = page_of(replace(report, intervals=nowhere), tmp_path)
+    assert re.findall(r"<td>C</td>.*?</tr>", page, re.DOTALL)[0].count("–") >= 3

@@ -21,8 +21,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main() -> None:
     """Entry point of ``delineate``.
 
-    Exit status 0 done, 1 the work failed, 2 wrong usage, 130, 141 and 143 by signals. With ``--json`` an error is JSON
-    on standard output, ``{"error": {"code": …, "message": …, "fix": …}}``, as well as a line on standard error.
+    Exit status 0 done, 1 the work failed, 2 wrong usage or recipe, 130, 141 and 143 by signals. With ``--json`` an
+    error is JSON on standard output, ``{"error": {"code": …, "message": …, "fix": …}}``, as well as a line on standard
+    error.
     """
     from delineate.cli.terminal import guard
 

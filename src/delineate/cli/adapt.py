@@ -81,8 +81,8 @@ def adapt(
 ) -> None:
     """Adapt a bundle to a new scanner with one to ten labelled scans, and measure what that gained and what it cost.
 
-    Run the same command again to resume. Exit status: 0 complete, 1 failed, 2 wrong usage, 3 stopped by the file
-    OUT/stop, 130 by Ctrl-C, 143 by SIGTERM.
+    Run the same command again to resume. Exit status: 0 complete, 1 failed, 2 wrong usage or recipe, 3 stopped by the
+    file OUT/stop, 130 by Ctrl-C, 143 by SIGTERM.
     """
     from delineate.api.adapting import adapt_and_report
     from delineate.cli.parsing import data_changes

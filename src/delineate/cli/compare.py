@@ -48,9 +48,12 @@ def compare(
                 f"'{folder}' holds no metrics.csv", fix="give a run, or a folder written by `delineate evaluate -o`"
             )
         inputs += [inside / file for file in FILES]
-        named[name if equals else folder.name] = Evaluation.read(inside)
+        name = name if equals else folder.name
+        if name in named:
+            raise typer.BadParameter(f"two evaluations have the name '{name}'; name them, such as a=RUN1 b=RUN2")
+        named[name] = Evaluation.read(inside)
     if len(named) < 2:
-        raise typer.BadParameter("give at least two evaluations with different names, such as a=RUN1 b=RUN2")
+        raise typer.BadParameter("give at least two evaluations, such as a=RUN1 b=RUN2")
     check_outputs([report] if report is not None else [], inputs, overwrite=overwrite)
     found = compare_methods(named, None if metrics is None else metric_names(metrics))
     if report is not None:

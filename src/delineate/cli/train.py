@@ -96,7 +96,7 @@ def train(
     """Train on a folder of scans, measure the held-out fold and write a report.
 
     Run the same command again to resume a run that was stopped. Exit status: 0 complete (even if stopped early for
-    lack of progress), 1 failed, 2 wrong usage, 3 stopped by the file OUT/stop, 130 by Ctrl-C, 143 by SIGTERM.
+    lack of progress), 1 failed, 2 wrong usage or recipe, 3 stopped by the file OUT/stop, 130 by Ctrl-C, 143 by SIGTERM.
     """
     from delineate.api.training import train_and_report
     from delineate.cli.parsing import data_changes, gigabytes

@@ -148,8 +148,11 @@ class Evaluation:
         return summary
 
     def overall(self, site: str | None = None) -> dict[str, Estimate]:
-        """The row of :meth:`summary` for all targets together: their mean, or the only target."""
-        return self.summary(site)[self.overall_name]
+        """The row of :meth:`summary` for all targets together: their mean, or the only target.
+
+        Empty where there are several, and nothing was measured that is averaged over them.
+        """
+        return self.summary(site).get(self.overall_name, {})
 
     @property
     def overall_name(self) -> str:
@@ -164,12 +167,14 @@ class Evaluation:
     def write(self, folder: Path) -> None:
         """Write the table (``metrics.csv``), the summaries (``summary.json``) and the other tables that are not empty.
 
-        Those are ``lesions.csv``, ``confusion.csv`` and ``reliability.csv``.
+        Those are ``lesions.csv``, ``confusion.csv`` and ``reliability.csv``; what an earlier evaluation left goes.
         """
         for name in ("metrics", *_MORE):
             table = self.table if name == "metrics" else getattr(self, name)
             if len(table):
                 write_table(folder / f"{name}.csv", list(table.columns), table.to_dict("records"))
+            else:
+                (folder / f"{name}.csv").unlink(missing_ok=True)
         with writing_beside(folder / "summary.json") as path:
             text = json.dumps(plain(self._summaries()), indent=2, allow_nan=False) + "\n"
             path.write_text(text, encoding="utf-8")

@@ -265,7 +265,7 @@ def _measured(
     if evaluation is None:
         return {"measured": None}
     summary = evaluation.summary()
-    dice = summary[evaluation.overall_name].get("dice")
+    dice = summary.get(evaluation.overall_name, {}).get("dice")
     shown = [
         (overlay, [_picture(overlay, view, palette) for view in overlay.views], _slices(overlay, palette))
         for overlay in overlays
