@@ -57,6 +57,7 @@ def test_every_recipe_of_a_report_says_what_it_does_not_do_as_the_report_did(tmp
             said = yaml.safe_load(packaged_recipes()[said["extends"]].read_text(encoding="utf-8"))
         assert isinstance(said["deviates"], list), path.name
         assert all(text.endswith(".") for text in load_recipe(path.stem).deviates), path.name
+        assert any("16 bits" in text for text in load_recipe(path.stem).deviates), "which the machine decides"
     assert not any(load_recipe(name).deviates for name, path in packaged_recipes().items() if path not in reports)
     mine = tmp_path / "mine.yaml"
     mine.write_text("extends: liver_tumour_a\n", encoding="utf-8")

@@ -134,5 +134,5 @@ def test_a_sub_volume_has_one_mean_and_one_deviation(name) -> None:
 @pytest.mark.parametrize("name", PAPER)
 def test_what_is_not_known_is_said(name) -> None:
     said = " ".join(load_recipe(name).deviates)
-    for unknown in ("validates", "epoch", "GPUs", "evenly", "half precision"):
+    for unknown in ("validates", "epoch", "GPUs", "evenly", "half precision", "epsilon"):
         assert unknown in said

@@ -1,4 +1,4 @@
-"""The five reports' networks as described there, by name."""
+"""The five reports' networks by name: as described there, as variants that the text allows, and peers they discuss."""
 
 from __future__ import annotations
 
