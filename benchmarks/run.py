@@ -29,6 +29,7 @@ from delineate.core.limits import available_memory_bytes
 from delineate.core.memory import keep_freed_memory
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
+from delineate.exporting.onnx import export_onnx
 from delineate.inference.engines import OpenVino
 from delineate.io.formats import write_volume
 from delineate.losses.pixelwise import CrossEntropySpec
@@ -156,6 +157,8 @@ def bench_step(quick: bool) -> list[Row]:
 
 def bench_pass(quick: bool) -> list[Row]:
     """The same network without gradients, on one tile of 40×56×40 and on eight."""
+    import onnxruntime
+
     plan = plan_compute(device="cpu", compile="off")
     widths, sides = ((8, 16), (8, 8, 8)) if quick else (WIDTHS, SIDES)
     torch.manual_seed(0)
@@ -164,13 +167,19 @@ def bench_pass(quick: bool) -> list[Row]:
     blocks.InstanceNorm = TorchInstanceNorm  # type: ignore[assignment, misc]
     default = UNetSpec(dimensions=3, widths=widths).build(1, 3).eval()
     blocks.InstanceNorm = ours  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as folder:
+        unet = {"kind": "unet", "dimensions": 3, "widths": widths}
+        saved_bundle(Path(folder, "bundle"), {"network": unet}, ("T1",), TileGeometry(sides))
+        export_onnx([Path(folder, "bundle")], Path(folder, "network.onnx"))
+        session = onnxruntime.InferenceSession(Path(folder, "network.onnx"), providers=["CPUExecutionProvider"])
     plan.place(network, 3)
     rates = {name: rate for name, rate in machine_rates(plan).items() if name.endswith("forward")}
     rows: list[Row] = []
     for tiles in (1, 8):
         x = torch.randn(tiles, 1, *sides)
         placed = x.contiguous(memory_format=plan.memory_format(3))
-        engine = OpenVino.converted(network, x, plan)
+        engine, exact = (OpenVino.converted(network, x, replace(plan, precision=p)) for p in (plan.precision, "fp32"))
+        tile = {"tile": x.numpy()}
 
         def planned(x: Tensor = placed) -> None:
             with plan.autocast():
@@ -183,6 +192,8 @@ def bench_pass(quick: bool) -> list[Row]:
             "PyTorch's defaults": usual,
             "PyTorch, as planned": planned,
             "OpenVINO": lambda engine=engine, x=x: engine(x),
+            "OpenVINO, float32": lambda exact=exact, x=x: exact(x),
+            "ONNX Runtime, float32": lambda tile=tile: session.run(None, tile),
             **{name: work for name, (work, _) in rates.items()},
         }
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
