@@ -204,6 +204,15 @@ def _with_right_gradients(function: Callable) -> Callable:
     return careful
 
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, PyTorch's on a GPU, or that of its allocator on a CPU."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY))
+
+
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """Let torch use ``count`` threads within the block."""

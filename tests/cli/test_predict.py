@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from delineate.core.targets import Targets
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import check_shows_something
-from delineate.errors import BadShape, ConstantScan, DelineateError, OutputError
+from delineate.errors import BadShape, ConstantScan, DelineateError, OutputError, TooLarge
 from delineate.inference.batch import find_subjects, predict_subjects
 from delineate.inference.outputs import Outputs
 from delineate.inference.predictor import Predictor
@@ -356,6 +357,26 @@ def test_a_label_that_cannot_be_written_is_one_failed_row(predictor: Predictor, 
     found = rows(outputs.folder)
     assert found["large"]["error"].startswith("E_OUTPUT")
     assert not found["small"]["error"]
+
+
+def beyond_a_gpu() -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**50), lambda: np.empty(2**50), beyond_a_gpu])
+def test_a_scan_beyond_the_memory_fails_alone(
+    allocate: Callable[[], object], predictor: Predictor, scans: Path, tmp_path: Path
+) -> None:
+    network, passes = predictor.bundles[0].trained_network(), count()
+    greedy = Predictor(
+        predictor.bundles, predictor.plan, networks=[lambda x: network(x) if next(passes) else allocate()]
+    )
+    outputs = Outputs(tmp_path / "out", bundles=predictor.bundles)
+    first, *others = predict_subjects(greedy, find_subjects([scans], ("MR",)), outputs.folder, outputs=outputs)
+    assert isinstance(first.error, TooLarge)
+    assert first.error.__cause__ is first.error.__context__ is first.error.__traceback__ is None, "they hold memory"
+    assert [outcome.error for outcome in others] == [None, None]
+    assert [row["error"][:11] for row in rows(outputs.folder).values()] == ["E_TOO_LARGE", "", ""]
 
 
 @pytest.fixture

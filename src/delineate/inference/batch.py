@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from delineate.bundle import Bundle
 from delineate.calibration import Confidence
+from delineate.compute import ran_out_of_memory
 from delineate.core.subject import Subject
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume, Volume
@@ -27,7 +28,16 @@ from delineate.datasets.dataset import (
     with_maps,
 )
 from delineate.datasets.series_rules import Images
-from delineate.errors import BadFormat, Cancelled, DatasetError, DelineateError, MissingFile, OutputError, RecipeError
+from delineate.errors import (
+    BadFormat,
+    Cancelled,
+    DatasetError,
+    DelineateError,
+    MissingFile,
+    OutputError,
+    RecipeError,
+    TooLarge,
+)
 from delineate.fingerprint import Oddity
 from delineate.inference.measurements import (
     Measured,
@@ -185,7 +195,8 @@ def predict_subjects(
     probabilities: Path | None = None,
     outputs: Outputs | None = None,
 ) -> Iterator[Outcome]:
-    """Predict each subject to ``folder/<id><suffix>``; one that cannot be read or written does not stop the rest.
+    """Predict each subject to ``folder/<id><suffix>``; one that cannot be read or written, or is too large for the
+    memory, does not stop the rest.
 
     ``.dcm`` is a DICOM-SEG that refers to the subject's first channel, which must be a DICOM series.
     ``on_oddities`` is called with anything unusual about a scan before it is segmented. ``probabilities`` is a
@@ -232,18 +243,17 @@ def predict_subjects(
                 _record(where, subject, measured)
         return _Written(path, reviewed, measured)
 
-    def failed(subject: Subject, error: DelineateError) -> Outcome:
-        if _disk_is_full(error):
-            raise error
-        reviewed = Review.of_failure(subject.id, error)
+    def failed(subject: Subject, error: Exception) -> Outcome:
+        failure = _failure_of_one(error)
+        reviewed = Review.of_failure(subject.id, failure)
         if outputs is not None:
             write_queue(outputs.review, [reviewed])
-        return Outcome(subject, None, {}, error, reviewed)
+        return Outcome(subject, None, {}, failure, reviewed)
 
     def written(subject: Subject, prediction: Prediction, writing: Future[_Written]) -> Outcome:
         try:
             done = writing.result()
-        except DelineateError as error:
+        except Exception as error:
             return failed(subject, error)
         return Outcome(
             subject,
@@ -261,6 +271,7 @@ def predict_subjects(
         while upcoming is not None:
             subject, reading = upcoming
             upcoming = _submit_next(reader, read, queue)
+            failure: Outcome | None = None
             try:
                 read_now = reading.result()
                 subject = read_now.subject
@@ -268,10 +279,10 @@ def predict_subjects(
                 if odd:
                     on_oddities(subject, odd)
                 prediction = predictor.predict(read_now.scan, on_tile)
-            except Cancelled:  # by ``on_tile``: stops everything and is not a failure of this subject
-                raise
-            except DelineateError as error:
-                yield failed(subject, error)
+            except Exception as error:
+                failure = failed(subject, error)
+            if failure is not None:
+                yield failure
                 continue
             if writing is not None:
                 yield written(*writing)
@@ -318,12 +329,10 @@ def _measure_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterato
             scan, label = _read_back(outputs, chosen, "measure")
             measured = measure_label(label, first.targets, _maps_of(chosen, scan, outputs))
             _record(outputs, chosen, measured)
-        except DelineateError as error:
-            if _disk_is_full(error):
-                raise
-            yield Outcome(subject, None, {}, error)
-        else:
-            yield Outcome(subject, outputs.label(chosen), {}, measured=measured)
+            outcome = Outcome(subject, outputs.label(chosen), {}, measured=measured)
+        except Exception as error:
+            outcome = Outcome(subject, None, {}, _failure_of_one(error))
+        yield outcome
 
 
 def _draw_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterator[Outcome]:
@@ -333,12 +342,10 @@ def _draw_predicted(outputs: Outputs, subjects: Sequence[Subject]) -> Iterator[O
         try:
             scan, label = _read_back(outputs, chosen, "draw")
             _draw(outputs, subject, label, scan)
-        except DelineateError as error:
-            if _disk_is_full(error):
-                raise
-            yield Outcome(subject, None, {}, error)
-        else:
-            yield Outcome(subject, outputs.label(subject), {})
+            outcome = Outcome(subject, outputs.label(subject), {})
+        except Exception as error:
+            outcome = Outcome(subject, None, {}, _failure_of_one(error))
+        yield outcome
 
 
 def _read_back(outputs: Outputs, subject: Subject, to: str) -> tuple[Volume, LabelVolume]:
@@ -426,6 +433,19 @@ def _nothing_left_of(files: Sequence[Path]) -> Iterator[None]:
                 f"'{printable(str(files[0]))}' cannot be written: {error}", fix="choose another place"
             ) from error
         raise
+
+
+def _failure_of_one(error: Exception) -> DelineateError:
+    """What an error says of its subject alone. One that ends the batch is raised: a full disk, a wish, a defect."""
+    if ran_out_of_memory(error):
+        # Without the error as its cause, which would keep what had been allocated.
+        return TooLarge(
+            "the scan needs more memory than there is",
+            fix="end other programs, use a machine with more memory or another --device, or predict a part of it",
+        )
+    if not isinstance(error, DelineateError) or isinstance(error, Cancelled) or _disk_is_full(error):
+        raise error
+    return error
 
 
 def _disk_is_full(error: BaseException) -> bool:

@@ -32,7 +32,7 @@ import torch
 import zmq
 from msgspec.structs import replace
 
-from delineate.compute import ComputePlan, plan_compute, torch_threads
+from delineate.compute import ComputePlan, plan_compute, ran_out_of_memory, torch_threads
 from delineate.errors import Cancelled, DelineateError, OutputError, TooLarge, error_of
 from delineate.serving import stages
 from delineate.serving.calling import connect, new_socket
@@ -76,7 +76,6 @@ _PING_S = 2.0
 _AGAIN_S = 5.0
 _AHEAD_S = 10.0
 """Before a job has less than this to go, the next is not fetched: another worker may be free for it sooner."""
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
@@ -285,8 +284,7 @@ class Worker:
 
     def _failure(self, task: _Task, error: Exception) -> DelineateError:
         """What an error that is not one of ours means for a job, and for the worker."""
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if known or (isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)):
+        if ran_out_of_memory(error):
             if self._plan.device.type == "cuda":
                 torch.cuda.empty_cache()
             return TooLarge("the scan needs more memory than the server has", fix="send a smaller part of it")
