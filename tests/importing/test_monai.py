@@ -309,6 +309,23 @@ def test_its_settings_are_those_of_the_configuration(tmp_path) -> None:
     assert (slices.geometry.slice_axis, slices.geometry.shape) == (1, (16, 1, 24))
 
 
+def inline(entries: Any) -> None:
+    """The transforms where the data set is, as MONAI's bundles may have them."""
+    entries["dataset"] = {"_target_": "Dataset", "data": "$@datalist", "transform": entries.pop("preprocessing")}
+    entries["postprocessing"]["transforms"][1] = {**INVERT, "transform": "@dataset::transform"}
+
+
+def test_transforms_may_be_part_of_the_data_set(model, tmp_path) -> None:
+    """They were left out without a word."""
+    file = model / "configs/inference.json"
+    before = import_model(model, tmp_path / "a").bundle
+    changed(file, inline)
+    assert import_model(model, tmp_path / "b").bundle.recipe == before.recipe
+    for same in ("@dataset::transform", "@dataset#transform"):
+        changed(file, lambda entries, same=same: entries.update(preprocessing=same))
+        assert import_model(model, tmp_path / "b").bundle.recipe == before.recipe
+
+
 def test_a_configuration_in_yaml_is_the_same(model, tmp_path) -> None:
     before = import_model(model, tmp_path / "a").bundle
     file = model / "configs/inference.json"
@@ -383,6 +400,12 @@ LARGEST = {"_target_": "KeepLargestConnectedComponentd", "keys": "pred"}
         (instead(4, "CropForegroundd", source_key="image", margin=3), "margin without allow_smaller"),
         (instead(4, "ScaleIntensityRangePercentilesd", lower=1, upper=99, b_min=0, b_max=1), "clip: false"),
         (instead(0, "Orientationd", axcodes="RAS"), "begins with Orientationd"),
+        (without("preprocessing"), "neither preprocessing nor dataset::transform"),
+        (
+            lambda entries: entries["preprocessing"].update(transforms=[]),
+            "neither preprocessing nor dataset::transform",
+        ),
+        (lambda entries: entries.update(dataset={"transform": [*LOAD]}), "not the same as preprocessing"),
         (tiled(_target_="SlidingWindowHoVerNetInferer"), "inferer 'SlidingWindowHoVerNetInferer' of a 3D network"),
         (tiled(sigma_scale=0.2), "sigma_scale"),
         (tiled(overlap=[0.5, 0.5, 0.25]), "overlap"),

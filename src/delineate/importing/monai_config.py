@@ -146,9 +146,9 @@ class Config:
             raise CannotImport(f"'{printable(place)}' has a _mode_, which is not known", fix=_FIX)
         return Component(name, {key: one for key, one in value.items() if key not in _ABOUT}, place, self)
 
-    def composed(self, name: str) -> Iterator[Component]:
-        """The components of a ``Compose``, or of a list, at the top level; none if it is not there."""
-        value, place = self._followed(self.entries.get(name), name)
+    def composed(self, value: Any, place: str) -> Iterator[Component]:
+        """The components of a ``Compose``, or of a list, that an entry describes; none if it is null."""
+        value, place = self._followed(value, place)
         if isinstance(value, dict) and "_target_" in value:
             compose = self.component(value, place)
             if compose is None:

@@ -169,7 +169,7 @@ def preprocessing(config: Config, channels: int, after: After) -> Iterator[Step]
         "DivisiblePad": _divisible_pad,
     }
     key: str | None = None
-    for component in config.composed("preprocessing"):
+    for component in _of_the_scan(config):
         name = _base_name(component)
         if key is None:
             if name != "LoadImage":
@@ -180,6 +180,24 @@ def preprocessing(config: Config, channels: int, after: After) -> Iterator[Step]
         if name not in known:
             raise unknown("preprocessing", f"{component.name} ({component.place})")
         yield from known[name](component, key, channels, after)
+
+
+def _of_the_scan(config: Config) -> list[Component]:
+    """The transforms that a bundle reads its scans with: MONAI runs those of the data set, which most call by name."""
+    dataset = config.entries.get("dataset")
+    inline = dataset.get("transform") if isinstance(dataset, Mapping) else None
+    named = [*config.composed(config.entries.get("preprocessing"), "preprocessing")]
+    used = [*config.composed(inline, "dataset::transform")]
+    if named and used and [(one.name, one.arguments) for one in named] != [(one.name, one.arguments) for one in used]:
+        raise CannotImport(
+            "dataset::transform is not the same as preprocessing, and MONAI applies the former",
+            fix="remove the one that the network was not trained with",
+        )
+    if not named and not used:
+        raise CannotImport(
+            "the configuration has neither preprocessing nor dataset::transform", fix="add them, LoadImaged first"
+        )
+    return named or used
 
 
 def _orientation(component: Component, key: str, channels: int, after: After) -> Iterator[Step]:
@@ -319,6 +337,10 @@ def _step(kind: type[Step], fields: Mapping[str, Any], component: Component) -> 
         ) from error
 
 
+_PREPARATION = ("@preprocessing", "@dataset::transform", "@dataset#transform")
+"""How the transforms of the scan are referred to."""
+
+
 class _Activations(Arguments):
     sigmoid: bool = False
     softmax: bool = False
@@ -363,7 +385,7 @@ def postprocessing(config: Config, named: bool) -> After:
     back: Literal["linear", "nearest"] | None = None
     linked_first = decided_first = False
     largest: tuple[int, ...] | None = ()
-    for component in config.composed("postprocessing"):
+    for component in config.composed(config.entries.get("postprocessing"), "postprocessing"):
         name = _base_name(component)
         if name in _PLAIN or (component.keys and "pred" not in component.keys):
             continue
@@ -380,7 +402,7 @@ def postprocessing(config: Config, named: bool) -> After:
             decided_first = back is None
         elif name == "Invert":
             nearest = component.read(_Invert, "pred").nearest_interp
-            if back is not None or component.arguments.get("transform") != "@preprocessing":
+            if back is not None or component.arguments.get("transform") not in _PREPARATION:
                 raise unknown("postprocessing", f"{component.name} of anything but @preprocessing")
             back = "nearest" if nearest else "linear"
         elif name == "KeepLargestConnectedComponent" and decision is not None:
