@@ -192,6 +192,26 @@ def test_other_settings_of_prediction_leave_the_network_as_it_is(saved, scan) ->
         bundle.with_settings(["postprocessing.minimum_ml.spleen=1"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"flips": "xq"}, "'q' is not one of x, y, z"),
+        ({"flips": "xx"}, "x, x names an axis twice"),
+        ({"overlap": 1}, "0.95"),
+    ],
+)
+def test_settings_that_no_prediction_can_have_are_refused(saved, settings, said) -> None:
+    """Unknown axes were left out without a word."""
+    with pytest.raises(RecipeError, match=said):
+        Predictor([Bundle.load(saved)], PLAN, **settings)
+
+
+@pytest.mark.parametrize("change", ["inference.flips=[x, x]", "augmentation.spatial.mirror=[y, x, y]"])
+def test_no_axis_is_mirrored_twice(change) -> None:
+    with pytest.raises(RecipeError, match="names an axis twice"):
+        load_recipe("generic_3d", [change])
+
+
 def test_new_weights_leave_the_rest_as_it_is(saved) -> None:
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     save_weights(saved, small_bundle().network().state_dict(), {"step": 9})

@@ -26,7 +26,16 @@ from delineate.preprocessing.pipeline import Pipeline, StepSpec
 from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.samplers import ClassBalancedTiles, SamplerSpec
 from delineate.sampling.tiles import Advance, TileSpec, Weighting
-from delineate.specification import Names, PositiveWeight, Specification, Text, Weight, explained, specifications_in
+from delineate.specification import (
+    Axes,
+    Names,
+    PositiveWeight,
+    Specification,
+    Text,
+    Weight,
+    explained,
+    specifications_in,
+)
 
 if TYPE_CHECKING:
     from delineate.datasets.dataset import Dataset
@@ -296,7 +305,16 @@ class InferenceSpec(Specification):
     weights: Weighting = "gaussian"
     average: Average = "probabilities"
     advance: Advance = "whole"
-    flips: Annotated[tuple[Literal["x", "y", "z"], ...], Field(max_length=3)] = ()
+    flips: Axes = ()
+
+    def changed(self, overlap: float | None = None, flips: Sequence[str] | None = None) -> InferenceSpec:
+        """These settings with others for a prediction; None changes nothing. Raises :class:`RecipeError`."""
+        asked = {"overlap": overlap, "flips": None if flips is None else tuple(flips)}
+        changes = {name: value for name, value in asked.items() if value is not None}
+        try:
+            return InferenceSpec.model_validate({**self.model_dump(), **changes})
+        except ValidationError as error:
+            raise RecipeError("the prediction's settings are not valid:\n" + explained(error, InferenceSpec)) from error
 
 
 class PostprocessingSpec(Specification):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 from delineate.core.text import near
@@ -153,3 +153,12 @@ Names = Annotated[tuple[str, ...], Field(max_length=256)]
 Layers = Annotated[int, Field(ge=1, le=64)]
 Filters = Annotated[int, Field(ge=1, le=2**14)]
 Side = Annotated[int, Field(ge=1, le=4096)]
+
+
+def _each_once(axes: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{', '.join(axes)} names an axis twice")
+    return axes
+
+
+Axes = Annotated[tuple[Literal["x", "y", "z"], ...], Field(max_length=3), AfterValidator(_each_once)]

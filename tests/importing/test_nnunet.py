@@ -280,6 +280,11 @@ def test_the_command_says_what_it_made_and_overwrites_only_when_asked(unpacked, 
     assert "3d_fullres of nnUNetTrainer_5epochs, fold 1" in again.stdout
 
 
+def test_axes_that_are_named_twice_are_mirrored_once(model, tmp_path) -> None:
+    change_checkpoint(model, lambda content: content.update(inference_allowed_mirroring_axes=(2, 0, 2)))
+    assert import_model(model, tmp_path / "bundle").bundle.recipe.inference.flips == ("x", "z")
+
+
 def test_a_folder_of_version_1_is_refused_by_name(tmp_path) -> None:
     (tmp_path / "plans.pkl").write_bytes(b"")
     with pytest.raises(CannotImport, match="nnU-Net version 1"):

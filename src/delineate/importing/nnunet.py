@@ -426,9 +426,9 @@ def _with_written_values(regions: Mapping[str, tuple[int, ...]], order: Sequence
 def _mirrored(read: Sequence[Mapping[str, Any]], dimensions: int) -> tuple[str, ...]:
     """The axes of prepared scans that nnU-Net mirrors when it predicts: those of the first fold, as it does."""
     axes = read[0].get("inference_allowed_mirroring_axes") or ()
-    if not isinstance(axes, tuple | list) or not all(axis in range(dimensions) for axis in axes):
+    if not isinstance(axes, tuple | list) or not all(isinstance(a, int) and a in range(dimensions) for a in axes):
         raise CannotImport(f"the checkpoint mirrors axes {axes!r:.80} of {dimensions}", fix=_DAMAGED)
-    return tuple(AXES[axis + 3 - dimensions] for axis in axes)
+    return tuple(AXES[axis + 3 - dimensions] for axis in sorted({*axes}))
 
 
 def _recipe(

@@ -76,11 +76,13 @@ class _Decision:
 class Predictor:
     """Applies bundles to scans. Several bundles form an ensemble: the mean of their probabilities, or logits.
 
-    ``overlap`` and ``flips`` override the recipe's. ``budget_bytes`` limits the memory that the probabilities
-    of one scan may take. With ``mirrored``, each bundle that was trained on mirrored scans also predicts the
-    mirror image, and the agreement of both is measured; ``probabilities`` keeps those of the targets. ``told``
-    hears how the plan computes, and later which engine runs a network if that is left to a trial. ``networks`` are
-    the bundles' if they are built already, or what :func:`ready_network` has made of them.
+    ``overlap`` and ``flips`` override the recipe's, whose limits they keep. ``budget_bytes`` limits the memory that
+    the probabilities of one scan may take. With ``mirrored``, each bundle that was trained on mirrored scans also
+    predicts the mirror image, and the agreement of both is measured; ``probabilities`` keeps those of the targets.
+    ``told`` hears how the plan computes, and later which engine runs a network if that is left to a trial.
+    ``networks`` are the bundles' if they are built already, or what :func:`ready_network` has made of them. Raises
+    :class:`BundleError` for bundles that are no ensemble, and :class:`RecipeError` for an overlap or flips that no
+    recipe could have.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Predictor:
                 fix="give all of them the same inference.average, or predict with them one by one",
             )
         self._logits = kinds == {"logits"}
+        settings = [bundle.recipe.inference.changed(overlap, flips) for bundle in bundles]
         self.bundles, self.plan, self.targets, self.channels = list(bundles), plan, first.targets, first.channels
         # The first bundle's calibration, if it has one; read before any network is built.
         self.calibration = None if first.folder is None else Calibration.load(first.folder)
@@ -120,22 +123,21 @@ class Predictor:
         self._scans_ahead = 1
         for choice in plan.choices:
             told(choice)
-        for i, bundle in enumerate(bundles):
+        for i, (bundle, inference) in enumerate(zip(bundles, settings, strict=True)):
             network = networks[i] if networks is not None else bundle.trained_network()
             if isinstance(network, torch.nn.Module):
                 network = ready_network(network, bundle, plan, told)
             self._networks.append(network)
-            inference = bundle.recipe.inference
             self._sliding.append(
                 Sliding(
                     plan,
                     first.targets.exclusive,
                     first.targets.outputs,
-                    overlap=inference.overlap if overlap is None else overlap,
+                    overlap=inference.overlap,
                     weights=inference.weights,
                     average=inference.average,
                     advance=inference.advance,
-                    flips=tuple(inference.flips if flips is None else flips),
+                    flips=inference.flips,
                     budget_bytes=budget_bytes,
                 )
             )

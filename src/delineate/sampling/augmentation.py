@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
 from delineate.core.grid import AXES
-from delineate.specification import Specification
+from delineate.specification import Axes, Specification
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Degrees = Annotated[float, Field(ge=-360, le=360)]
@@ -41,7 +41,7 @@ class SpatialSpec(Specification):
     elastic_mm: Annotated[float, Field(ge=0, le=1000)] = 0.0
     elastic_voxels: Annotated[float, Field(ge=0, le=1000)] = 0.0
     elastic_points: Annotated[int, Field(ge=2, le=64)] = 5
-    mirror: Annotated[tuple[Literal["x", "y", "z"], ...], Field(max_length=3)] = ()
+    mirror: Axes = ()
 
     @model_validator(mode="after")
     def _has_one_unit(self) -> SpatialSpec:
