@@ -192,6 +192,18 @@ def test_other_settings_of_prediction_leave_the_network_as_it_is(saved, scan) ->
         bundle.with_settings(["postprocessing.minimum_ml.spleen=1"])
 
 
+def test_a_copy_keeps_the_text_of_its_own_author_and_of_no_other(saved, tmp_path) -> None:
+    copy, card = tmp_path / "copy", tmp_path / "copy/card.md"
+    torch.manual_seed(1)
+    small_bundle().save(copy, small_bundle().network().state_dict(), {})
+    card.write_text("Of another network.", encoding="utf-8")
+    Bundle.load(saved).save_copy(copy)
+    assert not card.exists()
+    card.write_text("Of this one.", encoding="utf-8")
+    Bundle.load(saved).save_copy(copy)
+    assert card.exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

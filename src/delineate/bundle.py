@@ -248,21 +248,28 @@ class Bundle:
         return weights
 
     def save(self, folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write the whole bundle. A killed process leaves the previous bundle, this one, or one marked incomplete."""
+        """Write the whole bundle. A killed process leaves the previous bundle, this one, or one marked incomplete.
+
+        What an author has written into ``card.md`` stays, since training writes the same bundle again and again.
+        """
         self._seal(folder, {WEIGHTS: _writer(weights, metadata)})
-        # Left over from another bundle.
-        for name in (CALIBRATION, CARD_FACTS):
-            (folder / name).unlink(missing_ok=True)
+        _remove(folder, CALIBRATION, CARD_FACTS)
+
+    def save_anew(self, folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Write the whole bundle in place of any other model's: nothing of that is left, its author's text included."""
+        self.save(folder, weights, metadata)
+        _remove(folder, CARD)
 
     def save_copy(self, folder: Path) -> Bundle:
         """Write this bundle, as it is now, to another folder; the file of weights stays the same to the byte.
 
-        Calibration and card are not part of the copy. Raises :class:`BundleError` where the weights were replaced.
+        Calibration and card are not part of the copy; what an author has written into ``card.md`` of an earlier copy
+        stays. Raises :class:`BundleError` where the weights were replaced.
         """
-        source = self._weights_file
+        source, there = self._weights_file, folder / WEIGHTS
+        other = not there.exists() or Stamp.of(there) != self.weights
         self._seal(folder, {WEIGHTS: lambda path: shutil.copyfile(source, path)})
-        for name in (CALIBRATION, CARD_FACTS):
-            (folder / name).unlink(missing_ok=True)
+        _remove(folder, CALIBRATION, CARD_FACTS, *[CARD] * other)
         copy = Bundle.load(folder)
         if copy.weights != self.weights:
             raise BundleError(f"'{source}' was replaced after the bundle was opened", fix="run the command again")
@@ -382,6 +389,12 @@ class _Description(Specification):
             calibrated=self.calibrated,
             folder=folder,
         )
+
+
+def _remove(folder: Path, *names: str) -> None:
+    """Remove files that are left over from another bundle."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

@@ -510,4 +510,6 @@ def test_the_command_says_what_it_made_and_overwrites_only_when_asked(tmp_path) 
     assert (made["network"], made["targets"]) == ("UNet", ["whole", "core", "enhancing"])
     assert made["weights_sha256"] == Bundle.load(tmp_path / "bundle").weights_sha256
     assert isinstance(run().exception, OutputError)
+    (tmp_path / "bundle/card.md").write_text("Of the earlier model.", encoding="utf-8")
     assert "UNet in 3D" in run("--overwrite", "--entry", "inferer::overlap=0").stdout
+    assert not (tmp_path / "bundle/card.md").exists()

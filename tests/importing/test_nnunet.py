@@ -276,8 +276,10 @@ def test_the_command_says_what_it_made_and_overwrites_only_when_asked(unpacked, 
     assert (made["folds"], made["targets"], made["channels"]) == (["0", "1"], ["organ", "lesion"], ["MRI"])
     assert made["weights_sha256"] == Bundle.load(tmp_path / "bundle").weights_sha256
     assert isinstance(run().exception, OutputError)
+    (tmp_path / "bundle/card.md").write_text("Of the earlier model.", encoding="utf-8")
     again = run("--overwrite", "--fold", "1")
     assert "3d_fullres of nnUNetTrainer_5epochs, fold 1" in again.stdout
+    assert not (tmp_path / "bundle/card.md").exists()
 
 
 def test_axes_that_are_named_twice_are_mirrored_once(model, tmp_path) -> None:

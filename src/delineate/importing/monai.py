@@ -98,7 +98,7 @@ def import_model(
     recipe = _recipe(config, metadata, network, steps, after, decided)
     bundle = _bundle(recipe, decided.targets, network)
     weights = _weights(bundle, network, file, decided.order)
-    bundle.save(out, weights, {"imported": "MONAI", "network": network.name})
+    bundle.save_anew(out, weights, {"imported": "MONAI", "network": network.name})
     return Imported(network.name, Bundle.load(out))
 
 

@@ -168,7 +168,8 @@ def import_model(
     recipe = recipe.model_copy(update={"name": f"nnunet_{name}", "description": f"Imported from nnU-Net: {trainer}."})
     bundle = _bundle(recipe, plans, configuration, targets)
     about = {"imported": "nnU-Net", "trainer": trainer, "configuration": name, "folds": ", ".join(found)}
-    bundle.save(out, _weights(bundle, [one["network_weights"] for one in read], list(found.values())), about)
+    weights = _weights(bundle, [one["network_weights"] for one in read], list(found.values()))
+    bundle.save_anew(out, weights, about)
     return Imported(name, trainer, tuple(found), Bundle.load(out))
 
 
