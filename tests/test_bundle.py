@@ -24,6 +24,7 @@ from delineate.core.volume import Volume
 from delineate.errors import BundleError, RecipeError, UnknownKey
 from delineate.fingerprint import Fingerprint, Range
 from delineate.inference.predictor import Predictor
+from delineate.inference.review import review
 from delineate.io.pseudonyms import key_id
 from delineate.io.sealed import replace_file
 from delineate.recipe import load_recipe, packaged_recipes, recipe_from
@@ -190,6 +191,17 @@ def test_other_settings_of_prediction_leave_the_network_as_it_is(saved, scan) ->
             bundle.with_settings([change])
     with pytest.raises(RecipeError, match="unknown targets"):
         bundle.with_settings(["postprocessing.minimum_ml.spleen=1"])
+
+
+def test_a_target_that_postprocessing_has_removed_was_not_found(saved, scan) -> None:
+    bundle = Bundle.load(saved)
+    cleaned = bundle.with_settings(["postprocessing.minimum_ml={liver: 100000}"])
+    before, after = (Predictor([one] * 2, PLAN).predict(scan).confidence["liver"] for one in (bundle, cleaned))
+    assert before.volume_ml > 0
+    assert 0 < before.expected_dice < before.mutual_dice
+    assert after.volume_ml == 0
+    assert np.isnan([after.expected_dice, after.mutual_dice]).all()
+    assert review("scan", {"liver": after}, [], None).need == 1
 
 
 def test_a_copy_keeps_the_text_of_its_own_author_and_of_no_other(saved, tmp_path) -> None:

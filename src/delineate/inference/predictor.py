@@ -197,7 +197,7 @@ class Predictor:
         else:
             voxels = [np.count_nonzero(mask) for mask in self.targets.masks(label.voxels).values()]
         confidence = {
-            name: Confidence(count * volume.grid.voxel_ml, expected, mutual, seam)
+            name: _confidence(count * volume.grid.voxel_ml, expected, mutual, seam)
             for name, count, expected, mutual, seam in zip(
                 self.targets.names,
                 voxels[: len(self.targets.names)],
@@ -371,6 +371,13 @@ def _sums_by_value(values: NDArray[np.uint8], weights: NDArray[np.float32], coun
 def _mean_of_defined(values: Sequence[float]) -> float:
     defined = [value for value in values if value == value]
     return sum(defined) / len(defined) if defined else nan
+
+
+def _confidence(volume_ml: float, expected: float, mutual: float, seam: float) -> Confidence:
+    """The confidence in a target as it is written; the Dice that is expected of what was decided is known."""
+    if not volume_ml and expected == expected:  # postprocessing has removed all of it: nothing was found
+        expected = mutual = nan
+    return Confidence(volume_ml, expected, mutual, seam)
 
 
 def _mirrors(bundle: Bundle) -> tuple[str, ...]:
