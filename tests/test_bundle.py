@@ -144,6 +144,19 @@ def test_averaged_logits_become_probabilities_on_the_scan_s_grid(mode, scan) -> 
     assert all(0 <= one.expected_dice <= 1 for one in found.confidence.values())
 
 
+@pytest.mark.parametrize("mode", ["exclusive", "overlapping"])
+@pytest.mark.parametrize("budget_bytes", [0, 2**20])
+def test_logits_beyond_float16_still_decide(mode, budget_bytes, scan) -> None:
+    bundle = replace(small_bundle(inference={"average": "logits"}), targets=Targets({"a": (1,), "b": (2,)}, mode))
+    network = torch.nn.Conv3d(1, bundle.targets.outputs, 1)
+    torch.nn.init.zeros_(network.weight)
+    network.bias.data = torch.tensor([-1e5, 1e5, -1e5][-bundle.targets.outputs :])
+    predictor = Predictor([bundle], PLAN, networks=[network], budget_bytes=budget_bytes, probabilities=True)
+    found = predictor.predict(scan)
+    np.testing.assert_array_equal(found.label.voxels, 1)
+    np.testing.assert_array_equal(found.probabilities[:, 8, 6, 3], [1, 0])
+
+
 def test_what_a_crop_cut_off_is_background_where_logits_are_averaged(scan) -> None:
     recipe = {"preprocessing": [{"kind": "crop_or_pad", "shape": [8, 8, 4]}], "inference": {"average": "logits"}}
     bundle = small_bundle(**recipe)

@@ -30,6 +30,9 @@ VOXELS_PER_BATCH = {"cpu": 2**17, "cuda": 2**22, "mps": 2**20}
 """Input voxels per batch; larger batches gain nothing on that kind of device."""
 
 
+_LARGEST = float(np.finfo(np.float16).max)
+
+
 class Abridged:
     """Within it, a network runs for ``seconds`` in each volume, and for the other tiles its last answer is taken again.
 
@@ -255,7 +258,8 @@ class Scores:
 
     def write(self, k: int, first: int, planes: NDArray[np.floating]) -> None:
         """Store planes (A, B, planes) of class k from the first on; A and B are the other axes in their order."""
-        stored = planes.T
+        # A logit beyond float16 would be infinite, and probabilities, of differences of infinities, undefined.
+        stored = planes.T.clip(-_LARGEST, _LARGEST)
         if self._array is not None:
             self._array[k, first : first + len(stored)] = stored
         else:
