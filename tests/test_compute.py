@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from delineate.compute import plan_compute, torch_threads
+from delineate.core.limits import usable_cores
 from delineate.errors import RecipeError
 
 
@@ -47,6 +48,16 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RecipeError, match="--device auto"):
             plan_compute(device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("said", "threads"),
+    [("3", 3), (" 3 ", 3), ("3,2", 3), *((odd, usable_cores()) for odd in ("", "0", "-1", "many", ",2", "2.5"))],
+)
+def test_threads_follow_openmp_s_variable_if_it_says_a_number(said, threads, monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert plan_compute(device="cpu").threads == threads
+    assert plan_compute(device="cpu", threads=5).threads == 5
 
 
 def test_threads_are_given_back() -> None:

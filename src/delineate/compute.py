@@ -122,7 +122,7 @@ def plan_compute(
     else:
         compiling, why_compile = _choose_compile(compile, target, expected_seconds, convolutions)
     # Two threads on one core (SMT) only compete for its vector units.
-    count = threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or usable_cores()
+    count = threads or _openmp_threads() or usable_cores()
     choices = (
         Choice("device", _device_name(target), why_device),
         Choice("precision", chosen_precision, why_precision),
@@ -315,6 +315,12 @@ def _triton_lacks(device: torch.device) -> str:
     if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
         return "no C compiler found; install gcc or clang for faster training"
     return ""
+
+
+def _openmp_threads() -> int:
+    """What ``OMP_NUM_THREADS`` says of the outermost level, such as 4 of ``4,2``; 0 if it is no positive number."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
 
 
 _ENGINES = {"torch": "PyTorch", "openvino": "OpenVINO", "auto": "PyTorch, then OpenVINO if that is faster"}
