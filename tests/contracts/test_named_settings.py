@@ -30,7 +30,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 GAP = "\0"
 """Where a message has something filled in."""
 
-FILES = (".csv", ".json", ".md", ".yaml", ".txt", ".safetensors", ".py", ".npy")
+FILES = (".csv", ".json", ".md", ".yaml", ".txt", ".safetensors", ".py", ".npy", ".pkl")
 OF_EXAMPLES = {("extending.md", "network.filters")}
 """Fields of parts that a page defines itself."""
 OF_OTHERS = {

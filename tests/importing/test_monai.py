@@ -464,7 +464,7 @@ def test_no_code_of_the_weights_runs(where, model, tmp_path, monkeypatch) -> Non
     monkeypatch.chdir(tmp_path)
     tensors = torch.load(model / "models/model.pt", weights_only=True)
     torch.save({**tensors, "more": Runs()} if where == "beside" else Runs(), model / "models/model.pt")
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with pytest.raises(WeightsError, match=r"would run .*mkdir, which no weights need"):
         import_model(model, tmp_path / "bundle")
     assert not (tmp_path / "ran").exists()
 

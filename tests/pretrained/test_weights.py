@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from delineate.errors import WeightsError
 from delineate.pretrained import weights as store
@@ -111,6 +113,38 @@ def test_files_that_run_code_are_not_read(tmp_path) -> None:
     torch.save(torch.nn.Linear(1, 1), path)
     with pytest.raises(WeightsError, match="read safely"):
         store.import_weights(path, "vgg11")
+
+
+class Allocates:
+    """Takes memory when it is unpickled, as much as its pickle says; a few bytes here."""
+
+    def __reduce__(self):
+        return bytearray, (16,)
+
+
+@pytest.mark.parametrize("today", [True, False])
+def test_files_that_only_take_memory_are_not_read(tensors, today, tmp_path) -> None:
+    """PyTorch's own reader makes byte arrays of any size."""
+    torch.save({**tensors, "more": Allocates()}, tmp_path / "a.pth", _use_new_zipfile_serialization=today)
+    torch.save({"weights": tensors, "more": [Allocates()]}, tmp_path / "b.pth")
+    with pytest.raises(WeightsError, match=r"would run builtins\.bytearray, .*read safely"):
+        store.read_tensors(tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=r"would run builtins\.bytearray, "):
+        store.read_checkpoint(tmp_path / "b.pth", "weights", ())
+
+
+@pytest.mark.parametrize("today", [True, False])
+def test_whatever_holds_tensors_alone_is_read(today, tmp_path) -> None:
+    kinds = (torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float64)
+    state = OrderedDict({str(kind): torch.ones(3).to(kind) for kind in kinds})
+    state["parameter"] = nn.Parameter(torch.ones(2, 3).T)
+    optimiser = torch.optim.Adam([state["parameter"]])
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [1, 2])
+    about = {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(), "shape": state["parameter"].shape}
+    torch.save({"state_dict": state, **about}, tmp_path / "a.pth", _use_new_zipfile_serialization=today)
+    read = store.read_tensors(tmp_path / "a.pth")
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in state.items())
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights"])

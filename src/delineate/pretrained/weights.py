@@ -9,6 +9,7 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,6 +28,18 @@ PUBLISHED: dict[str, str] = {
 """Download addresses; the digits before the suffix are the first of the file's SHA-256."""
 SECONDS_TO_ANSWER = 20.0
 _FIX = "it cannot be read safely; give a safetensors file or a state dict"
+
+_OF_TENSORS = {
+    *("collections.OrderedDict", "collections.Counter", "torch.Size", "torch.device", "torch.nn.parameter.Parameter"),
+    *(f"torch._utils._rebuild_{what}" for what in ("tensor", "tensor_v2", "parameter")),
+    *(
+        f"torch.{kind}Storage"
+        for kind in ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double")
+    ),
+    *map(str, (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)),
+    *map(str, (torch.float16, torch.bfloat16, torch.float32, torch.float64)),
+}
+"""What tensors are made of in a file of PyTorch's. Its own reader allows more, such as arrays of any size."""
 
 
 class Entry(Document):
@@ -100,7 +113,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise WeightsError(f"no file {file}", fix="give the path of a weight file")
     with parsing(file.name, WeightsError, fix=_FIX):
         size, _ = _checked(file)
-        loaded = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        if file.suffix == ".safetensors":
+            loaded: Any = load_file(file)
+        else:
+            _refuse_others(file, _named_in(file) - _OF_TENSORS, _FIX)
+            loaded = torch.load(file, "cpu", weights_only=True)
         for name in ("state_dict", "model"):
             if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
                 loaded = loaded[name]
@@ -134,13 +151,13 @@ def read_checkpoint(file: Path, tensors: str, leave_out: Sequence[str]) -> dict[
         size, packed = _checked(file)
         if not packed:
             raise WeightsError(f"'{file}' is not a checkpoint of PyTorch 1.6 or later", fix="give one that is")
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        if foreign := sorted(set(named) - set(leave_out)):
-            raise WeightsError(
-                f"'{file}' would run {', '.join(name[:80] for name in foreign[:5])}, which no weights need",
-                fix="do not open it with other software either, unless you know who made it",
-            )
-        with torch.serialization.safe_globals([(_LeftOut, name) for name in named]):
+        others = _named_in(file) - _OF_TENSORS - {"_codecs.encode"}  # which gives an object left out its bytes
+        _refuse_others(
+            file,
+            others - set(leave_out),
+            "do not open it with other software either, unless you know who made it",
+        )
+        with torch.serialization.safe_globals([(_LeftOut, name) for name in others]):
             loaded = torch.load(file, "cpu", weights_only=True, mmap=True)
         found = loaded.get(tensors) if isinstance(loaded, dict) else None
         if not isinstance(found, Mapping) or not all(
@@ -150,6 +167,25 @@ def read_checkpoint(file: Path, tensors: str, leave_out: Sequence[str]) -> dict[
         for name, tensor in found.items():
             _check_plain(file, name, tensor, size)
     return dict(loaded)
+
+
+def _named_in(file: Path) -> set[str]:
+    """The classes and functions that a file of PyTorch's names, of its form today or that before 1.6."""
+    from torch._weights_only_unpickler import get_globals_in_pkl  # reads as PyTorch's reader itself does
+
+    with open_file(file) as stream:
+        packed = stream.read(4) == b"PK\3\4"  # as PyTorch tells the forms apart
+        stream.seek(0)
+        if packed:
+            return get_globals_in_pkl(BytesIO(torch._C.PyTorchFileReader(stream).get_record("data.pkl")))
+        # A magic number, the version, sizes of numbers, the content, and the names of storages.
+        return {name for _ in range(5) for name in get_globals_in_pkl(stream)}
+
+
+def _refuse_others(file: Path, others: set[str], fix: str) -> None:
+    if others:
+        named = ", ".join(name[:80] for name in sorted(others)[:5])
+        raise WeightsError(f"'{file}' would run {named}, which no weights need", fix=fix)
 
 
 def _checked(file: Path) -> tuple[int, bool]:
