@@ -191,6 +191,31 @@ def test_what_is_packed_is_fetched_as_it_was_and_packs_to_the_same_file(bundle: 
     assert pack(tmp_path / "again", tmp_path / "two.zip") == sha256
 
 
+@pytest.mark.parametrize("name", ["card.md", WEIGHTS])
+def test_what_a_link_leads_to_is_never_given_away(name: str, bundle: Path, tmp_path: Path) -> None:
+    """The text of a card has no digest, so it could be any file that its owner may read."""
+    private, path = tmp_path / "private", bundle / name
+    private.write_bytes(path.read_bytes() if path.exists() else b"of nobody else's business")
+    path.unlink(missing_ok=True)
+    path.symlink_to(private)
+    with pytest.raises(BundleError, match=f"{name}' is a link"):
+        pack(bundle, tmp_path / "one.zip")
+    with pytest.raises(BundleError, match=f"{name}' is a link"):
+        fetch(str(bundle), tmp_path / "out")
+    assert not (tmp_path / "one.zip").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_fetched_as_its_bundle(bundle: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    bundle.rename(run_folder / "bundle")
+    run("models", "fetch", run_folder, "-o", tmp_path / "out")
+    assert replace(Bundle.load(tmp_path / "out"), folder=None) == replace(
+        Bundle.load(run_folder / "bundle"), folder=None
+    )
+
+
 def entries(packed: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(packed) as archive:
         return {name: archive.read(name) for name in archive.namelist()}

@@ -21,9 +21,9 @@ from tempfile import TemporaryDirectory
 from typing import Final
 from urllib.parse import urlsplit
 
-from delineate.bundle import FILES, Bundle
+from delineate.bundle import FILES, Bundle, bundle_folder
 from delineate.errors import BundleError, CannotFetch, OutputError
-from delineate.installed import named_models, resolved
+from delineate.installed import named_models
 from delineate.io.files import open_file, parsing, sync_to_disk, writing_beside
 from delineate.io.overwriting import check_folder, check_outputs
 from delineate.io.sealed import MANIFEST
@@ -45,7 +45,7 @@ def pack(folder: Path, path: Path) -> str:
     _check_whole(folder)
     with writing_beside(path) as beside:
         with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
-            for name in (name for name in FILES if (folder / name).is_file()):
+            for name in _files_of(folder):
                 entry = zipfile.ZipInfo(name, _MADE)
                 entry.external_attr = (stat.S_IFREG | 0o644) << 16
                 with open_file(folder / name) as file, archive.open(entry, "w", force_zip64=True) as packed:
@@ -57,7 +57,8 @@ def pack(folder: Path, path: Path) -> str:
 
 
 def fetch(source: str, out: Path, *, sha256: str | None = None, overwrite: bool = False) -> Bundle:
-    """Put a bundle into the folder ``out``: that of an installed model, of a packed file, or of one at an address.
+    """Put a bundle into the folder ``out``: that of a run or an installed model, of a packed file, or of one at an
+    address.
 
     What is packed is checked against ``sha256`` before anything of it is read; an address needs one. ``out`` is the
     whole bundle or, if anything goes wrong, what it was. Raises :class:`CannotFetch`, :class:`BundleError` and
@@ -73,11 +74,11 @@ def fetch(source: str, out: Path, *, sha256: str | None = None, overwrite: bool 
             _download(source, packed)
             _unpack_checked(packed, beside / "bundle", sha256)
         return Bundle.load(out)
-    given = resolved(Path(source))
+    given = bundle_folder(Path(source))
     if not given.exists():
         raise CannotFetch(
             f"there is no file '{source}', nor a model of that name",
-            fix=f"give a packed model, its address with --sha256, or a name ({named_models()})",
+            fix=f"give a run, a packed model, its address with --sha256, or a name ({named_models()})",
         )
     _check_out(out, given.iterdir() if given.is_dir() else [given], overwrite=overwrite)
     with _arriving(out) as beside:
@@ -87,9 +88,17 @@ def fetch(source: str, out: Path, *, sha256: str | None = None, overwrite: bool 
             raise CannotFetch(f"'{source}' is a folder, which has no SHA-256", fix="leave --sha256 out")
         else:
             (beside / "bundle").mkdir()
-            for name in (name for name in FILES if (given / name).is_file()):
+            for name in _files_of(given):
                 shutil.copyfile(given / name, beside / "bundle" / name)
     return Bundle.load(out)
+
+
+def _files_of(folder: Path) -> list[str]:
+    """Names of the files that a bundle has. Raises :class:`BundleError` for a link: what it leads to is not its own."""
+    for path in (folder / name for name in FILES):
+        if path.is_symlink():
+            raise BundleError(f"'{path}' is a link, and what it leads to may be private", fix="put a file in its place")
+    return [name for name in FILES if (folder / name).is_file()]
 
 
 def _check_whole(folder: Path) -> None:
