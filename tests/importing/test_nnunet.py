@@ -165,6 +165,10 @@ def configuration(**changes: object) -> Callable[[Any], None]:
     return lambda plans: plans["configurations"]["3d_lowres"].update(changes)
 
 
+def resampling(**changes: object) -> Callable[[Any], None]:
+    return lambda plans: plans["configurations"]["3d_fullres"]["resampling_fn_data_kwargs"].update(changes)
+
+
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
@@ -189,6 +193,13 @@ def configuration(**changes: object) -> Callable[[Any], None]:
         (lambda plans: plans.pop("configurations"), "configurations"),
         (lambda plans: plans["configurations"].pop("3d_fullres"), "does not define the configuration '3d_fullres'"),
         (configuration(inherits_from="3d_lowres"), "does not define the configuration '3d_lowres'"),
+        (configuration(inherits_from=["3d_fullres"]), r"does not define the configuration '\['3d_fullres'\]'"),
+        *((architecture(**{name: []}), name) for name in ("strides", "features_per_stage", "kernel_sizes")),
+        (architecture(strides=[[]] * 3), "strides"),
+        *(
+            (resampling(**{name: odd}), name)
+            for name, odd in (("force_separate_z", []), ("order", [3]), ("is_seg", {}))
+        ),
     ],
 )
 def test_what_a_bundle_cannot_hold_is_refused_by_name(edit, said, model, tmp_path) -> None:

@@ -223,7 +223,7 @@ def _configuration(plans: _Plans, name: str) -> _Configuration:
     inherited: Any = name
     seen: set[str] = set()
     while inherited is not None:
-        if inherited in seen or inherited not in plans.configurations:
+        if not isinstance(inherited, str) or inherited in seen or inherited not in plans.configurations:
             raise CannotImport(
                 f"plans.json does not define the configuration '{printable(str(inherited))}'", fix=_DAMAGED
             )
@@ -270,8 +270,8 @@ def _architecture_of_old_plans(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 Level = Annotated[int, Field(ge=1, le=2**14)]
-Levels = Annotated[tuple[Level, ...], Field(max_length=12)]
-Sides = Annotated[tuple[Annotated[tuple[Level, ...], Field(max_length=3)], ...], Field(max_length=12)]
+Levels = Annotated[tuple[Level, ...], Field(min_length=1, max_length=12)]
+Sides = Annotated[tuple[Annotated[tuple[Level, ...], Field(max_length=3)], ...], Field(min_length=1, max_length=12)]
 
 
 class _OldNetwork(_Read):
@@ -489,20 +489,32 @@ def _spatial(plans: _Plans, configuration: _Configuration) -> Iterator[Step]:
     yield Resample.model_validate({"spacing_mm": spacing, "order": order, "across": across})
 
 
+class _Resampling(_Read):
+    """The arguments of nnU-Net's functions that resample, with their defaults."""
+
+    is_seg: bool = False
+    order: int = 3
+    order_z: int = 0
+    force_separate_z: bool | None
+    separate_z_anisotropy_threshold: Number = 3
+    mode: Short = "linear"
+    aniso_axis_mode: Short = "nearest-exact"
+
+
 def _resampling(function: str, settings: Mapping[str, Any]) -> tuple[str, str]:
     """How a function of nnU-Net's resamples: its order, and what it does across thick slices."""
-    separate = {None: "nearest", False: "interpolate"}.get(settings.get("force_separate_z", False))
-    known = {1: "linear", 3: "cubic"}
-    order = known.get(settings.get("order", 3))
-    if function == "resample_torch_fornnunet":
-        separate = {None: "nearest", False: "interpolate"}.get(settings.get("force_separate_z"))
-        order = "linear" if settings.get("mode", "linear") == "linear" else None
-        across = settings.get("aniso_axis_mode", "nearest-exact") == "nearest-exact"
-    elif function in ("resample_data_or_seg_to_shape", "resample_data_or_seg_to_spacing"):
-        across = settings.get("order_z", 0) == 0
+    by_torch = function == "resample_torch_fornnunet"
+    default = {"force_separate_z": None if by_torch else False}
+    read = _validated(_Resampling, {**default, **settings}, f"resampling by {printable(function)}")
+    separate = {None: "nearest", False: "interpolate"}.get(read.force_separate_z)
+    if by_torch:
+        order = "linear" if read.mode == "linear" else None
+        across = read.aniso_axis_mode == "nearest-exact"
     else:
-        across = False
-    if settings.get("is_seg", False) or settings.get("separate_z_anisotropy_threshold", 3) != 3:
+        order = {1: "linear", 3: "cubic"}.get(read.order)
+        known = function in ("resample_data_or_seg_to_shape", "resample_data_or_seg_to_spacing")
+        across = known and read.order_z == 0
+    if read.is_seg or read.separate_z_anisotropy_threshold != 3:
         across = False
     if order is None or separate is None or not across:
         given = ", ".join(f"{name}: {value}" for name, value in settings.items())
