@@ -164,6 +164,18 @@ def test_resampling_keeps_millimetres(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(back, ramp[2:7, 3:8, 1:6])
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_scan_reaches_to_the_borders_of_its_outer_voxels_and_no_further(order: int) -> None:
+    ones = np.ones(GRID.shape, np.float32)
+    turn = np.eye(4)
+    turn[:3, :3] = np.linalg.qr(np.array([[3.0, 1, 0.4], [-1, 3, 0.3], [0.2, -0.5, 2]]))[0]
+    for grid in (GRID, Grid(GRID.shape, turn @ GRID.affine)):
+        for shape in (grid.shape, [2 * n for n in grid.shape], [n // 2 for n in grid.shape], (7, 41, 13)):
+            assert (resample_onto(ones, grid, grid.resample(shape), order=order) == 1).all()
+        wider = resample_onto(ones, grid, grid.crop((-2, -1, -3), [n + 4 for n in grid.shape]), order=order)
+        assert np.array_equal(wider, np.pad(ones, ((2, 2), (1, 3), (3, 1))))
+
+
 def test_repairing_reads_back_labels_that_were_nearly_whole(data: Path, tmp_path: Path) -> None:
     near = organ().astype(np.float32) * 0.99999994
     write_volume(data / "good_label.nii.gz", Volume(near[None], GRID))

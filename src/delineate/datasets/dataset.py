@@ -25,6 +25,9 @@ SAME_GRID_MM = 0.1
 program differ by up to some hundredths of a millimetre (32-bit quaternions, rounded offsets), which
 is negligible; a label drawn on another grid is off by voxels."""
 
+_ROUNDED = 1e-3
+"""Voxels by which a place may lie beyond a scan's border and still count as on it: affines are rounded."""
+
 Orientation = Literal["refuse", "sform", "qform"]
 NonFinite = Literal["refuse", "fill"]
 
@@ -312,12 +315,20 @@ def _reoriented(grid: Grid) -> Grid:
 
 
 def resample_onto(voxels: NDArray, source: Grid, target: Grid, *, order: int) -> NDArray:
-    """Voxels (X, Y, Z) resampled from one grid to another, linearly (order 1) or nearest (0); 0 outside."""
+    """Voxels (X, Y, Z) resampled from one grid to another, linearly (order 1) or nearest (0).
+
+    Between the centres and the borders of the outer voxels, these continue; beyond the borders is 0.
+    """
     from scipy.ndimage import affine_transform  # slow to import
 
     back = np.linalg.inv(source.affine) @ target.affine
     kind = voxels.dtype if order == 0 else np.float32
     moved: NDArray = affine_transform(
-        voxels.astype(kind, copy=False), back[:3, :3], back[:3, 3], target.shape, order=order, mode="constant"
+        voxels.astype(kind, copy=False), back[:3, :3], back[:3, 3], target.shape, order=order, mode="nearest"
     )
+    y, z = np.ogrid[: target.shape[1], : target.shape[2]]
+    for x, plane in enumerate(moved):
+        for n, (along_x, along_y, along_z, start) in zip(source.shape, back[:3], strict=True):
+            at = along_x * x + along_y * y + along_z * z + start
+            plane[abs(at - (n - 1) / 2) > n / 2 + _ROUNDED] = 0
     return moved

@@ -201,7 +201,8 @@ class Preparation:
     def place_of(self, subject: Subject) -> Path:
         """The folder of a subject, by all that its content depends on."""
         files = _hashes_of(subject, self.channels, self.targets, self.hashes)
-        rules = [self.nan, self.orientation, subject.resample]
+        # 2, since border voxels were cut in half when it was True; the keys of all other subjects stay.
+        rules = [self.nan, self.orientation, subject.resample and 2]
         # Another version of a package's step may prepare differently.
         foreign = [found for step in self.pipeline.steps if (found := requirement_of(type(step)))]
         pipeline = self.pipeline.model_dump(mode="json")
