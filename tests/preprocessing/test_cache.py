@@ -140,6 +140,22 @@ class TestReuse:
         places.append(place())
         assert len(set(places)) == len(places)
 
+    def test_a_files_channels_named_otherwise_are_read_again(self, subjects: list[Subject], tmp_path: Path) -> None:
+        """As after dataset.json was corrected: the names are the same, and so is every byte of the scan."""
+        voxels = load_scan(subjects[0])
+        write_volume(tmp_path / "scans" / "both.nii.gz", voxels)
+        both = dict.fromkeys(("flair", "t1"), tmp_path / "scans" / "both.nii.gz")
+        told = replace(subjects[0], scans=both, file_channels=("flair", "t1"))
+        corrected = replace(told, file_channels=("t1", "flair"))
+        for channels in (None, ("t1",)):
+            before, after = (
+                prepare([subject], PIPELINE, TARGETS, tmp_path / "cache", channels=channels)[0].image
+                for subject in (told, corrected)
+            )
+            fresh = prepare([corrected], PIPELINE, TARGETS, tmp_path / "fresh", channels=channels)[0].image
+            assert_array_equal(after, fresh)
+            assert (after != before).any()
+
     def test_moving_or_touching_files_changes_nothing(self, subjects: list[Subject], tmp_path: Path) -> None:
         before = prepare(subjects, PIPELINE, TARGETS, tmp_path / "cache")
         shutil.copytree(tmp_path / "scans", tmp_path / "elsewhere")

@@ -31,7 +31,7 @@ from delineate.core.limits import total_memory_bytes
 from delineate.core.subject import Subject, files_of
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
-from delineate.datasets.dataset import load_label, load_scan
+from delineate.datasets.dataset import channels_in, load_label, load_scan
 from delineate.errors import MissingFile, OutputError, RecipeError, Truncated
 from delineate.io.files import content_hash, writing_beside
 from delineate.io.formats import parts_of
@@ -360,13 +360,21 @@ class _Entry:
 
 def _hashes_of(
     subject: Subject, channels: Sequence[str] | None, targets: Targets, hashes: FileHashes
-) -> list[list[str]]:
-    """The name and content hash of each channel, then of the label or of each target's mask."""
-    wanted = subject.channels if channels is None else channels
-    files = [(name, subject.scans[name]) for name in wanted if name in subject.scans]
-    if subject.label is not None:
-        files += files_of(subject.label, targets.names).items()
-    return [[name, *map(hashes.of, parts_of(file))] for name, file in files]
+) -> list[list[str | int]]:
+    """The name and content hash of each channel, then of the label or of each target's mask.
+
+    A channel of a file that holds several is followed by its place there, which only the data set's description tells.
+    """
+    found: list[list[str | int]] = []
+    for name in subject.channels if channels is None else channels:
+        if name in subject.scans:
+            held = channels_in(subject, subject.scans[name])
+            place = [held.index(name)] if len(held) > 1 else []
+            found.append([name, *map(hashes.of, parts_of(subject.scans[name])), *place])
+    label = {} if subject.label is None else files_of(subject.label, targets.names)
+    for name, file in label.items():
+        found.append([name, *map(hashes.of, parts_of(file))])
+    return found
 
 
 def _write(folder: Path, id: str, prepared: Volume, encoded: NDArray[np.uint8], targets: Targets, room: Room) -> None:
