@@ -118,9 +118,7 @@ def test_a_broken_data_set_is_reported_whole_with_status_1(balls, tmp_path) -> N
 def test_a_split_file_is_made_once(balls, tmp_path) -> None:
     delineate("data", "split", balls, "--out", tmp_path / "split.json", "--folds", 4, "--test-fraction", 0.25)
     before = (tmp_path / "split.json").read_bytes()
-    again = json.loads(
-        delineate("data", "split", balls, "--out", tmp_path / "split.json", "--folds", 4, "--json").stdout
-    )
+    again = json.loads(delineate("data", "split", balls, "--out", tmp_path / "split.json", "--json").stdout)
     assert (tmp_path / "split.json").read_bytes() == before
     assert len(again["test"]) == 2
     assert len(again["folds"]) == 4

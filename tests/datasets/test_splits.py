@@ -139,6 +139,23 @@ def test_moved_subjects_are_trained_on_in_every_fold() -> None:
         split.with_always_train(["s099"])
 
 
+@pytest.mark.parametrize(("test", "validation"), [(0.2, 0.2), (0.5, 0.4), (0.1, 0.5)])
+@pytest.mark.parametrize("sites", ["ABCDEFGHIJ", "ABCDE", "AAAAAAABCD"])
+def test_every_part_has_its_share_however_few_patients_a_site_has(sites: str, test: float, validation: float) -> None:
+    split = make_split(many(10, sites), 1, test, validation_fraction=validation)
+    assert (len(split.test), len(split.validation)) == (round(10 * test), round(10 * validation))
+
+
+def test_moving_all_of_a_part_to_training_is_refused() -> None:
+    split = make_split(many(20, "AB"), 4, 0.2, validation_fraction=0.1)
+    for part, name in ((split.folds[1], "fold 1"), (split.test, "the test set"), (split.validation, "validation")):
+        assert split.with_always_train(part[1:]).subjects == split.subjects
+        with pytest.raises(BadSplit, match=f"leaves nobody in {name}"):
+            split.with_always_train(part)
+    fixed = make_split(many(10), 1, 0.2)
+    assert fixed.with_always_train(fixed.folds[0]).training_of(0) == fixed.folds[0], "they are all trained on"
+
+
 def test_another_seed_is_another_split() -> None:
     assert make_split(many(30), seed=0) != make_split(many(30), seed=1)
 

@@ -87,8 +87,13 @@ def split(
         Path, typer.Option("--out", "-o", help="Write this split file; an existing one is checked and kept.")
     ],
     folds: Annotated[
-        int, typer.Option("--folds", min=1, help="Make this many folds; 1: train on everything except the test set.")
-    ] = 5,
+        int | None,
+        typer.Option(
+            "--folds",
+            min=1,
+            help="Make this many folds (default: 5); 1: train on everything except the test set.",
+        ),
+    ] = None,
     test_fraction: Annotated[
         float,
         typer.Option("--test-fraction", min=0, max=0.9, help="Lock this share of the patients away as a test set."),

@@ -64,7 +64,7 @@ class Split:
     def with_always_train(self, names: Iterable[str]) -> Split:
         """The same split with these subjects moved to ``always_train``: in training whichever fold is held out.
 
-        Raises :class:`BadSplit` for names that the split does not have.
+        Raises :class:`BadSplit` for names that the split does not have, and where they are all that is held out.
         """
         moved = set(names)
         if strangers := sorted(moved - self.subjects):
@@ -72,8 +72,14 @@ class Split:
                 f"{', '.join(strangers)} cannot always be trained on: they are not in the split",
                 fix="check the subjects' names",
             )
-        left = [tuple(name for name in part if name not in moved) for part in self._parts.values()]
-        *folds, test, validation, always = left
+        left = {part: tuple(name for name in names if name not in moved) for part, names in self._parts.items()}
+        kept = ("the training set", "always_train")
+        if emptied := [part for part, names in self._parts.items() if names and not left[part] and part not in kept]:
+            raise BadSplit(
+                f"training always on {', '.join(sorted(moved))[:300]} leaves nobody in {', '.join(emptied)}",
+                fix="draw with another seed, or ask for larger parts or fewer folds",
+            )
+        *folds, test, validation, always = left.values()
         return Split(tuple(folds), test, self.seed, validation, tuple(sorted({*always, *moved})))
 
     @property
@@ -123,8 +129,8 @@ def make_split(
     rest = [subject for subject in subjects if subject.id not in test]
     by_site = _permuted(rest, rng)
     patients_of = {site: len(groups) for site, groups in by_site.items()}
-    test += _taken(by_site, _shares(patients_of, test_fraction))
-    validation = _taken(by_site, _shares(patients_of, validation_fraction))
+    test += _taken(by_site, patients_of, test_fraction)
+    validation = _taken(by_site, patients_of, validation_fraction)
     left = sum(map(len, by_site.values()))
     if left < folds:
         raise BadSplit(f"{left} patients are left for {folds} folds", fix="ask for fewer folds or a smaller test set")
@@ -153,7 +159,7 @@ def drawn_over_sites(subjects: Sequence[Subject], wanted: int, rng: np.random.Ge
     for patients in range(1, sum(counts.values()) + 1):
         if len(names) >= wanted:
             break
-        shares = _shares(counts, patients / sum(counts.values()))
+        shares = _shares(counts, patients / sum(counts.values()), counts)
         names = [name for site, share in shares.items() for group in by_site[site][:share] for name in group]
     return tuple(sorted(names))
 
@@ -310,8 +316,9 @@ def _permuted(subjects: Sequence[Subject], rng: np.random.Generator) -> dict[str
     return {site: [groups[i] for i in rng.permutation(len(groups))] for site, groups in _patients(subjects).items()}
 
 
-def _taken(by_site: dict[str, list[list[str]]], shares: dict[str, int]) -> list[str]:
-    """Remove the first patients of each site, as many as its share, and return their subjects' names."""
+def _taken(by_site: dict[str, list[list[str]]], counts: dict[str, int], fraction: float) -> list[str]:
+    """Remove the first patients of each site, a fraction of its ``counts``, and return their subjects' names."""
+    shares = _shares(counts, fraction, {site: len(groups) for site, groups in by_site.items()})
     taken = [name for site, share in shares.items() for group in by_site[site][:share] for name in group]
     for site, share in shares.items():
         del by_site[site][:share]
@@ -334,12 +341,13 @@ def _last(subjects: Sequence[Subject], count: int) -> list[str]:
     return [subject.id for subject in last]
 
 
-def _shares(counts: dict[str, int], fraction: float) -> dict[str, int]:
-    """How many from each site, rounded so that the sum is right, too (largest remainders)."""
+def _shares(counts: dict[str, int], fraction: float, room: dict[str, int]) -> dict[str, int]:
+    """How many from each site, rounded so that the sum is right, too (largest remainders), if there is room for it."""
     exact = {site: count * fraction for site, count in counts.items()}
     shares = {site: int(share) for site, share in exact.items()}
     # Any fraction above 0 takes at least one patient.
     missing = max(round(sum(exact.values())), 1 if fraction else 0) - sum(shares.values())
-    for site in sorted(exact, key=lambda site: exact[site] - shares[site], reverse=True)[:missing]:
-        shares[site] += 1
+    for _ in range(missing):
+        if open_sites := [site for site in exact if shares[site] < room[site]]:
+            shares[max(open_sites, key=lambda site: exact[site] - shares[site])] += 1
     return shares
