@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -70,3 +72,19 @@ def test_nothing_marked_is_nothing() -> None:
     empty = label(np.zeros(GRID.shape))
     for method in ("majority", "staple"):
         assert not consensus([empty, empty], method).voxels.any()
+
+
+@pytest.mark.parametrize("method", ["majority", "staple"])
+def test_memory_does_not_grow_with_the_number_of_values(method) -> None:
+    grid = Grid.of_spacing((64, 64, 48))
+    peaks = []
+    for count in (4, 32):
+        voxels = np.arange(np.prod(grid.shape), dtype=np.uint8).reshape(grid.shape) % count
+        labels = [LabelVolume(voxels, grid)] * 3
+        tracemalloc.start()
+        try:
+            assert np.array_equal(consensus(labels, method).voxels, voxels)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]

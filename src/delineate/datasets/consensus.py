@@ -34,19 +34,22 @@ def consensus(labels: Sequence[LabelVolume], method: Method = "majority", *, sub
     for number, other in enumerate(labels[1:], start=2):
         check_grids(subject, f"label of annotator {number}", other.grid, "that of the first", first.grid)
     values = sorted({int(v) for label in labels for v in np.unique(label.voxels)} - {0})
-    votes = {value: [label.voxels == value for label in labels] for value in values}
     chosen = np.zeros(first.grid.shape, dtype=np.min_scalar_type(max(values, default=0)))
-    if method == "majority":
-        best = np.sum([label.voxels == 0 for label in labels], axis=0)
-        scores = {value: np.sum(masks, axis=0) for value, masks in votes.items()}
-    else:
-        best = np.full(first.grid.shape, 0.5)
-        scores = {value: _staple(masks) for value, masks in votes.items()}
-    for value, score in scores.items():
+    best: NDArray = _votes(labels, 0) if method == "majority" else np.full(first.grid.shape, 0.5)
+    for value in values:  # one at a time: labels may have hundreds
+        score = _votes(labels, value) if method == "majority" else _staple([one.voxels == value for one in labels])
         better = score > best
         chosen[better] = value
-        best = np.where(better, score, best)
+        best[better] = score[better]
     return LabelVolume(chosen, first.grid)
+
+
+def _votes(labels: Sequence[LabelVolume], value: int) -> NDArray[np.unsignedinteger]:
+    """How many annotators gave each voxel this value."""
+    votes = np.zeros_like(labels[0].voxels, np.min_scalar_type(len(labels)))
+    for label in labels:
+        votes += label.voxels == value
+    return votes
 
 
 def _staple(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.float64]:
