@@ -108,6 +108,24 @@ def test_values_are_rescaled(dicom) -> None:
     assert np.array_equal(pet.voxels[0], VOXELS * np.float32(0.5) + 2)
 
 
+def test_slices_stored_in_different_bits_keep_their_values(dicom) -> None:
+    voxels = (VOXELS * 150).astype(np.uint16)  # up to 31350
+
+    def stored(header: pydicom.Dataset, k: int) -> None:
+        plane = voxels[:, :, k].T.astype(np.int32) - 4000 * (k == 3)  # one slice has signs, another few bits
+        header.PixelRepresentation = int(k == 3)
+        if k == 0:
+            plane %= 256
+            header.BitsStored, header.HighBit = 8, 7
+        expected[:, :, k] = plane.T
+        header.PixelData = np.ascontiguousarray(plane.astype("<i2" if k == 3 else "<u2")).tobytes()
+
+    expected = np.empty(SHAPE, np.int32)
+    folder = change(dicom.write("a", voxels, STRAIGHT), stored)
+    assert np.array_equal(read_volume(folder).voxels[0], expected)
+    assert read_header(folder).dtype == read_volume(folder).voxels.dtype == np.int32
+
+
 @pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
 def test_compressed_pixels(dicom, syntax) -> None:
     large = np.tile(VOXELS.astype(np.uint16), (10, 10, 1))  # codecs want some pixels to work on

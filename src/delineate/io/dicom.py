@@ -77,7 +77,8 @@ def _dtype(frames: Sequence[Frame]) -> np.dtype:
     slope, inter = next(iter(scales))
     if len(scales) > 1 or slope != 1 or not float(inter).is_integer():
         return np.dtype(np.float32)
-    least, most = (value + int(inter) for value in frames[0].value_range)
+    lowest, highest = zip(*(frame.value_range for frame in frames), strict=True)
+    least, most = min(lowest) + int(inter), max(highest) + int(inter)
     kinds = ("u1", "u2", "u4") if least >= 0 else ("i1", "i2", "i4")
     return next((np.dtype(t) for t in kinds if _fits(np.dtype(t), least, most)), np.dtype(np.int64))
 
