@@ -358,3 +358,35 @@ def test_the_real_mask_goes_there_and_back(real_data: Path, tmp_path: Path) -> N
     placed = LabelVolume(mask.voxels, read_volume(image).grid)
     export_label(tmp_path / "seg.dcm", placed, Targets({"tumour": (1,)}), source=image)
     assert np.array_equal(read_label(tmp_path / "seg.dcm").voxels, mask.voxels)
+
+
+@pytest.mark.parametrize("ending", [".mha", ".nii.gz", ".nrrd", ".vtk", ".vti"])
+@pytest.mark.parametrize("values", [(0,), (0, -1, 3), range(300)], ids=["none", "negative", "many"])
+def test_labels_that_no_targets_can_name_are_converted_by_their_values(tmp_path: Path, values, ending: str) -> None:
+    voxels = np.resize(np.array(values, np.int16), (10, 8, 5))
+    write_label(tmp_path / "a.mha", LabelVolume(voxels, Grid.of_spacing(voxels.shape)))
+    done = CliRunner().invoke(
+        app, ["data", "convert", "--label", str(tmp_path / "a.mha"), str(tmp_path / f"b{ending}")]
+    )
+    assert done.exit_code == 0, done.output
+    if ending != ".vti":  # which nothing here reads
+        assert np.array_equal(read_label(tmp_path / ("b.nii.gz" if ending == ".vtk" else f"b{ending}")).voxels, voxels)
+
+
+def test_a_format_that_names_segments_asks_for_targets(tmp_path: Path) -> None:
+    write_label(tmp_path / "a.mha", LabelVolume(np.zeros(SHAPE, np.uint8), Grid.of_spacing(SHAPE)))
+    done = CliRunner().invoke(
+        app, ["data", "convert", "--label", str(tmp_path / "a.mha"), str(tmp_path / "b.seg.nrrd")]
+    )
+    assert isinstance(done.exception, BadFormat)
+    assert "--targets" in str(done.exception)
+
+
+def test_whole_numbers_of_64_bits_are_written_to_legacy_vtk_with_32(tmp_path: Path) -> None:
+    grid = Grid.of_spacing(SHAPE)
+    for values in (np.array([-5, 2**31 - 1]), np.array([0, 2**32 - 1], np.uint64), np.array([7, 2**32 - 1])):
+        write_volume(tmp_path / "a.vtk", Volume(np.resize(values, SHAPE)[None], grid))
+        there = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "a.vtk")))
+        assert set(np.unique(there).tolist()) == set(values.tolist())
+    with pytest.raises(BadFormat, match="from -1 to 2147483648 do not fit"):
+        write_volume(tmp_path / "a.vtk", Volume(np.resize(np.array([-1, 2**31]), SHAPE)[None], grid))

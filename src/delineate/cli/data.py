@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,6 +14,8 @@ from delineate.cli.commands import Commands
 from delineate.cli.options import Images, Json, Labels, Layout, Overwrite, RulesFile, TargetsOption, layouts, phantoms
 
 if TYPE_CHECKING:
+    from delineate.core.targets import Targets
+    from delineate.core.volume import LabelVolume
     from delineate.datasets.dicom_labels import Candidate
     from delineate.datasets.inspection import Inspection
     from delineate.io.dicom_series import Series
@@ -271,20 +274,30 @@ def convert(
     check_writable(out, segments=segmentation)
     place = path if pick is None else the_series(path, pick).instances[0].path
     if segmentation:
-        import numpy as np
-
         named, segments = parse_targets(targets), segments_in(place)
-        if named is None and segments is not None:
+        if named is None and segments is not None and segments.names:
             own = dict(zip(segments.names, ((value,) for value in segments.values), strict=False))
             named = Targets(own) if own else numbered_targets(segments.names)
         read = read_numbered(place, named, str(path))
-        named = named or Targets({f"label {v}": (int(v),) for v in np.unique(read.voxels) if v})
+        named = named or _by_value(read)
         of = source if source is not None or out.suffix.lower() in DICOM_SUFFIXES else place
         written = export_label(out, read, named, source=of, kind=kind)
     else:
         write_volume(out, read_volume(place), like=place)
         written = [out]
     typer.echo("\n".join(map(str, written)))
+
+
+def _by_value(label: LabelVolume) -> Targets | None:
+    """A target for each value of a label; None where there are none, or some that cannot be targets."""
+    import numpy as np
+
+    from delineate.core.targets import Targets
+    from delineate.errors import RecipeError
+
+    with suppress(RecipeError):
+        return Targets({f"label {value}": (int(value),) for value in np.unique(label.voxels) if value})
+    return None
 
 
 @app.command("consensus")

@@ -61,7 +61,7 @@ def exported_files(path: Path) -> list[Path]:
 def export_label(
     path: Path,
     label: LabelVolume,
-    targets: Targets,
+    targets: Targets | None,
     *,
     source: Path | None = None,
     kind: SegmentationKind = "BINARY",
@@ -76,9 +76,10 @@ def export_label(
     ``about``. A ``.dcm`` is a DICOM-SEG that refers to the series at ``source`` and says with
     ``legend`` what the targets are; a ``.rtstruct.dcm`` does so with contours, as an RT Structure Set.
     A ``.seg.nrrd`` names its segments, as 3D Slicer does, in several layers where they overlap. All three have colours,
-    and NIfTI labels have names and colours in their headers.
+    and NIfTI labels have names and colours in their headers. Without targets, a label is its values alone.
 
-    Raises :class:`BadFormat` where the DICOM series is missing, and what writing raises.
+    Raises :class:`BadFormat` where the DICOM series is missing, or targets for a format that names them, and what
+    writing raises.
     """
     check_writable(path, segments=True)
     suffix = path.suffix.lower()
@@ -90,7 +91,7 @@ def export_label(
         check_installed(suffix)
         from delineate.io.dicom_series import the_series
 
-        masks, series = targets.masks(label.voxels), the_series(source)
+        masks, series = _to_name(path, targets).masks(label.voxels), the_series(source)
         if path.name.lower().endswith(STRUCTURES_SUFFIX):
             from delineate.io.rtstruct import write_structures
 
@@ -103,6 +104,7 @@ def export_label(
     if path.name.lower().endswith(SEGMENTATION_SUFFIX):
         from delineate.io.nrrd import write_segments
 
+        targets = _to_name(path, targets)
         with writing_beside(path) as beside:
             values = {name: targets.written_value(name) for name in targets.names}
             write_segments(beside, targets.masks(label.voxels), values, label.grid, legend)
@@ -117,19 +119,31 @@ def export_label(
         elif suffix_of(file) in NIFTI_SUFFIXES:
             from delineate.io.nifti_names import CODE, names_and_colours  # imports nibabel
 
-            write_label(file, label, like=source, extension=(CODE, names_and_colours(targets, legend)))
+            names = None if targets is None else (CODE, names_and_colours(targets, legend))
+            write_label(file, label, like=source, extension=names)
         else:
             write_label(file, label, like=source)
     return written
 
 
-def sidecar_of(label: LabelVolume, targets: Targets) -> dict[str, Any]:
+def _to_name(path: Path, targets: Targets | None) -> Targets:
+    """The targets for a format that names them."""
+    if targets is None:
+        raise BadFormat(
+            f"'{path}' would name what the label marks, but no targets are given",
+            fix="name them (--targets 'liver=1,tumour=2'), or write .nii.gz",
+        )
+    return targets
+
+
+def sidecar_of(label: LabelVolume, targets: Targets | None) -> dict[str, Any]:
     """What a label's format may not hold: its affine and shape, and the targets with their values and volumes."""
     voxel_ml = label.grid.voxel_ml
-    volumes = {name: int(np.count_nonzero(m)) * voxel_ml for name, m in targets.masks(label.voxels).items()}
+    masks = {} if targets is None else targets.masks(label.voxels)
+    volumes = {name: int(np.count_nonzero(mask)) * voxel_ml for name, mask in masks.items()}
     return {
         "affine_ras_mm": label.grid.affine.tolist(),
         "shape": list(label.grid.shape),
-        "targets": {name: list(values) for name, values in targets.values.items()},
+        "targets": {} if targets is None else {name: list(values) for name, values in targets.values.items()},
         "volume_ml": volumes,
     }

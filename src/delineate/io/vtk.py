@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delineate.core.grid import Grid, permute_axes
+from delineate.errors import BadFormat
 from delineate.io.voxels import LPS_TO_RAS
 
 # ITK reads `unsigned_char` as labels; VTK's own writer says COLOR_SCALARS, which ITK scales to 0…1.
@@ -31,6 +32,7 @@ def write_legacy(path: Path, voxels: NDArray, grid: Grid) -> None:
     order, flip = grid.axes_to("LPS")
     turned, lps = permute_axes(voxels, order, flip), grid.permute(order, flip)
     x, y, z = lps.shape
+    stored = _narrow(turned)
     header = (
         "# vtk DataFile Version 3.0\n"
         "delineate\n"
@@ -40,12 +42,12 @@ def write_legacy(path: Path, voxels: NDArray, grid: Grid) -> None:
         f"SPACING {_numbers(lps.spacing_mm)}\n"
         f"ORIGIN {_numbers(LPS_TO_RAS * lps.affine[:3, 3] + 0.0)}\n"
         f"POINT_DATA {x * y * z}\n"
-        f"SCALARS voxels {_LEGACY[voxels.dtype.str[1:]]} 1\n"
+        f"SCALARS voxels {_LEGACY[stored.dtype.str[1:]]} 1\n"
         "LOOKUP_TABLE default\n"
     )
     with path.open("wb") as file:
         file.write(header.encode("ascii"))
-        file.write(turned.astype(turned.dtype.newbyteorder(">")).tobytes(order="F"))
+        file.write(stored.astype(stored.dtype.newbyteorder(">")).tobytes(order="F"))
         file.write(b"\n")
 
 
@@ -73,6 +75,17 @@ def write_xml(path: Path, voxels: NDArray, grid: Grid) -> None:
         file.write(len(data).to_bytes(8, "little"))
         file.write(data)
         file.write(b"\n  </AppendedData>\n</VTKFile>\n")
+
+
+def _narrow(voxels: NDArray) -> NDArray:
+    """Integers of 64 bits, which legacy VTK does not have, as some of 32."""
+    if voxels.dtype.kind not in "iu" or voxels.dtype.itemsize < 8:
+        return voxels
+    least, most = voxels.min(), voxels.max()
+    for narrow in (np.int32, np.uint32):
+        if np.iinfo(narrow).min <= least and most <= np.iinfo(narrow).max:
+            return voxels.astype(narrow)
+    raise BadFormat(f"values from {least} to {most} do not fit into legacy VTK", fix="write .vti, .mha or .nii.gz")
 
 
 def _numbers(values: object) -> str:
