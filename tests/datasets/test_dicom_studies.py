@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 from pydicom import dcmread
 from pydicom.uid import generate_uid
+from typer.testing import CliRunner
 
+from delineate.cli.app import app
+from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import load_label, load_scan
 from delineate.datasets.inspection import inspect
 from delineate.datasets.layouts import open_dataset
-from delineate.errors import SeveralSeries, UnknownLayout
+from delineate.errors import BadPath, MissingFile, SeveralSeries, UnknownLayout
 from delineate.inference.batch import find_subjects
-from delineate.io.dicom_series import find_series, fits
+from delineate.io.dicom_series import check_together, find_series, fits
+from delineate.io.formats import read_volume
 
 PATTERNS = {"T1": "*t1pre*", "T1c": "*t1post*", "T2": "t2*", "FLAIR": "*flair*"}
 
@@ -109,6 +113,57 @@ def test_studies_of_a_patient_follow_each_other_in_order_of_date(tmp_path: Path,
     assert not [mark for mark in ("20180301", "2018", "Canary", "4711", "1789", "'b'") if mark in told]
     save_series("all/b/20170101/t1", np.ones((3, 3, 2)), study="0", PatientID="b", StudyDate="")
     assert dict(open_dataset(tmp_path / "all").subjects[0].acquisition) == {"study": "1 of 4"}
+
+
+def test_a_series_in_several_folders_is_read_whole_or_refused(tmp_path: Path, save_series) -> None:
+    grid = Grid((5, 4, 6), np.diag([-1.0, -1.0, 2.0, 1.0]))
+    voxels = np.arange(120).reshape(grid.shape)
+    for name, start in (("A1", 0), ("A2", 3)):
+        half = grid.crop((0, 0, start), (5, 4, 3))
+        save_series(f"ann/{name}", voxels[:, :, start : start + 3], half, series="A", SeriesDescription="A")
+    [subject] = open_dataset(tmp_path / "ann", images={"A": "A"}).subjects
+    assert np.array_equal(load_scan(subject).voxels[0], voxels)
+    save_series("ann/B", voxels, grid)
+    [subject] = open_dataset(tmp_path / "ann", images={"B": "B"}).subjects
+    assert np.array_equal(load_scan(subject).voxels[0], voxels)
+    part = tmp_path / "ann" / "A1" / "IM000.dcm"
+    for refused in (
+        lambda: open_dataset(tmp_path / "ann", images={"A": "A"}),
+        lambda: find_subjects([part], ["A"]),
+        lambda: check_together(part),
+    ):
+        with pytest.raises(BadPath, match=r"series A lies in 2 folders: .*A1, .*A2; put its files into one folder"):
+            refused()
+    for command in (["data", "convert", str(part)], ["data", "convert", "--series", "A", str(tmp_path / "ann")]):
+        done = CliRunner().invoke(app, [*command, str(tmp_path / "out.mha")])
+        assert isinstance(done.exception, BadPath)
+    find_subjects([tmp_path / "ann" / "B" / "IM000.dcm"], ["B"])
+
+
+def test_folders_that_each_hold_all_places_of_a_series_stand_alone(tmp_path: Path, save_series) -> None:
+    for echo in ("e1", "e2"):
+        save_series(f"bob/{echo}", np.ones((4, 4, 3)), series="E")
+    [subject] = find_subjects([tmp_path / "bob" / "e1" / "IM000.dcm"], ["T2"])
+    assert load_scan(subject).voxels.shape == (1, 4, 4, 3)
+
+
+def test_series_in_a_zip_are_picked_by_their_patterns(tmp_path: Path, save_series) -> None:
+    voxels = np.arange(60).reshape(5, 4, 3)
+    for name, factor in (("t1", 1), ("flair", 2)):
+        save_series(f"ann/{name}", factor * voxels)
+    packed = Path(shutil.make_archive(str(tmp_path / "ann"), "zip", tmp_path / "ann"))
+    [subject] = find_subjects([packed], ["T1", "FLAIR"], {"T1": "t1", "FLAIR": "fl*"})
+    assert subject.id == "ann"
+    assert np.array_equal(load_scan(subject).voxels, [voxels, 2 * voxels])
+    with pytest.raises(UnknownLayout, match="descriptions there are"):
+        find_subjects([packed], ["T1"], {"T1": "*pet*"})
+    for options in ([], ["--label"]):
+        out = tmp_path / f"out{len(options)}.mha"
+        done = CliRunner().invoke(app, ["data", "convert", *options, "--series", "*fl*", str(packed), str(out)])
+        assert done.exit_code == 0, done.output
+        assert np.array_equal(read_volume(out).voxels[0], 2 * voxels)
+    with pytest.raises(MissingFile, match="holds no DICOM"):
+        read_volume(packed / "t1" / "IM999.dcm")
 
 
 def test_numbers_have_the_same_length_so_that_names_sort_as_dates_do(tmp_path: Path, save_series) -> None:

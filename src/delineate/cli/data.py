@@ -259,7 +259,7 @@ def convert(
     from delineate.cli.parsing import parse_targets
     from delineate.core.targets import Targets
     from delineate.datasets.dataset import numbered_targets, read_numbered
-    from delineate.io.dicom_series import the_series
+    from delineate.io.dicom_series import check_together, file_of, the_series
     from delineate.io.exports import check_installed, export_label, exported_files
     from delineate.io.formats import check_writable, read_volume, write_volume
     from delineate.io.overwriting import check_outputs
@@ -272,7 +272,8 @@ def convert(
         exported_files(out) if segmentation else [out], [path, *([source] if source else [])], overwrite=overwrite
     )
     check_writable(out, segments=segmentation)
-    place = path if pick is None else the_series(path, pick).instances[0].path
+    check_together(path)
+    place = path if pick is None else file_of(the_series(path, pick))
     if segmentation:
         named, segments = parse_targets(targets), segments_in(place)
         if named is None and segments is not None and segments.names:

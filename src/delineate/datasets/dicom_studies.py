@@ -56,7 +56,7 @@ class Study:
         several: dict[str, tuple[object, ...]] = {
             name: series for name, series in self.channels.items() if len(series) > 1
         }
-        joined = len(self.label) < 2 or label_of(self.label, _one_file) is not None
+        joined = len(self.label) < 2 or label_of(self.label, lambda series: series.instances[0].path) is not None
         return several if joined else {**several, LABEL: self.label}
 
     @property
@@ -122,15 +122,16 @@ def find_studies(root: Path, images: Images | None = None, labels: Rule | None =
 
 
 def read_studies(root: Path, images: Images | None = None, labels: Rule | None = None) -> Dataset | None:
-    """Every study below ``root`` as a subject; None if there is no DICOM.
+    """Every study below ``root``, or in a zip, as a subject; None for a folder without DICOM.
 
     ``images`` has a pattern or a :class:`SeriesRule` for each channel, such as ``{"T1": "*t1*pre*", "FLAIR":
     {"description": "*flair*", "number": 3}}``; without it every series is a channel named by its description. A study
     of which nothing is picked is left out. A subject is named after the folders that hold its files, whichever of them
     is the root, never after a person in a header, nor after a date. Raises :class:`SeveralSeries` where a rule picks
-    several series of a study, :class:`UnknownLayout` where it picks none in any study.
+    several series of a study, :class:`UnknownLayout` where it picks none in any study, :class:`BadPath` where one that
+    is picked lies in several folders, with others around it.
     """
-    if not first_dicom(root):
+    if root.is_dir() and not first_dicom(root):
         return None
     from delineate.io.dicom_series import find_series
 
@@ -198,21 +199,19 @@ def _picked_by(rule: SeriesRule, found: Sequence[Candidate]) -> list[Series]:
     return [series for part in parts for series in part.series.values()]
 
 
-def _one_file(series: Series) -> Path:
-    return series.instances[0].path
-
-
 def _places(studies: Sequence[Study]) -> Callable[[Series], Path]:
     """A path that stands for a series: its folder, or one of its files if the folder holds other series too.
 
-    Contours are a file.
+    Contours are a file. It raises :class:`BadPath` for a series in several folders that hold other series too.
     """
+    from delineate.io.dicom_series import file_of
+
     folders = Counter(series.folder for study in studies for series in study.series)
     above = {parent for folder in folders for parent in folder.parents}
 
     def place(series: Series) -> Path:
         alone = folders[series.folder] == 1 and series.folder not in above
-        return series.folder if alone and series.slices else _one_file(series)
+        return series.folder if alone and series.slices else file_of(series)
 
     return place
 

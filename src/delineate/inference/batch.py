@@ -83,8 +83,9 @@ def find_subjects(
     ``images`` are patterns or rules as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
     lacks a channel is returned as it is; :func:`predict_subjects` reports it. A ``quantity`` is added as a
     separate channel. Raises :class:`MissingFile` for an input that does not exist, or if every subject lacks
-    a channel.
+    a channel, and :class:`BadPath` for a file of a DICOM series that goes on in other folders.
     """
+    from delineate.datasets.dicom_studies import read_studies
     from delineate.datasets.layouts import open_dataset
 
     found: list[Subject] = []
@@ -96,7 +97,14 @@ def find_subjects(
         if path.is_dir():
             # A label without its scan cannot be predicted.
             found += [subject for subject in open_dataset(path, images=images).subjects if subject.scans]
+        elif images is not None and path.is_file() and path.suffix.lower() == ".zip":
+            studies = read_studies(path, images)
+            found += [subject for subject in studies.subjects if subject.scans] if studies is not None else []
         elif path.exists() and (suffix_of(path) or is_series(path)):
+            if is_series(path):
+                from delineate.io.dicom_series import check_together  # pydicom takes a while to import
+
+                check_together(path)
             # One file: all channels in it (4D), or the only channel there is.
             found.append(Subject(_name_of(path), dict.fromkeys(channels, path)))
         else:

@@ -13,8 +13,8 @@ import stat
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -22,6 +22,7 @@ from typing import BinaryIO
 from delineate.errors import (
     BadFormat,
     BadPath,
+    DelineateError,
     MissingFile,
     SeveralSeries,
     TooLarge,
@@ -29,6 +30,7 @@ from delineate.errors import (
 from delineate.io import files
 from delineate.io.files import Limits, open_file, walk
 from delineate.io.pseudonyms import pseudonym
+from delineate.io.suffixes import is_dicom, zip_around
 
 try:
     from pydicom import Dataset, dcmread
@@ -40,6 +42,7 @@ except ModuleNotFoundError as error:
 logging.getLogger("pydicom").addHandler(logging.NullHandler())
 
 _MOST_FILES = 100_000
+_SHOWN = 8
 _LEVELS = 4  # folders up, to look for what contours were drawn on
 _RATIO, _RATIO_FROM = 100, 2**28
 """How many times its own size a zip of scans may unpack to, and up to how many bytes any ratio is allowed."""
@@ -81,6 +84,11 @@ class Instance:
                     f"'{self}' has {size / 2**30:.1f} GiB", fix=f"give a scan of less than {limits.max_bytes // 2**29}"
                 )
             return dcmread(file if self.archive is None else io.BytesIO(file.read()))
+
+    @property
+    def place(self) -> Path:
+        """The path that stands for it: that of the file, or of the member as if the zip were a folder."""
+        return self.path / self.member.replace("\\", "/") if self.member else self.path
 
     @property
     def folder(self) -> str:
@@ -149,8 +157,8 @@ class Series:
 def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa: B008 - frozen
     """Every series of images in a folder and those below it, in a zip, or beside one of its files.
 
-    Sorted by study and series number; files that are not DICOM, and objects without images, are
-    skipped. A series whose folders each hold an image for the same places, such as one for each echo,
+    A path may lead into a zip. Sorted by study and series number; files that are not DICOM, and objects without images,
+    are skipped. A series whose folders each hold an image for the same places, such as one for each echo,
     is one series for each folder. Raises :class:`BadPath` and :class:`TooLarge` for a zip that would
     leave its folder or unpack to too much, and :class:`MissingFile` where nothing is found.
     """
@@ -161,23 +169,53 @@ def find_series(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa:
 
 def find_objects(path: Path, limits: Limits = Limits()) -> list[Series]:  # noqa: B008 - frozen
     """As :func:`find_series`, with contours as series without slices; none where there is no DICOM."""
+    inside = zip_around(path)
+    given, path = path, inside or path
     if not path.exists():
         raise MissingFile(f"'{path}' does not exist", fix="check the name")
-    found: dict[str, list[tuple[Instance, Dataset]]] = defaultdict(list)
     if not (path.is_dir() or path.is_file()):
         raise BadFormat(f"'{path}' is neither a file nor a folder", fix="give the folder, or the zip, of a series")
-    for instance in _instances(path, limits):
-        with parsing(instance):
-            header = _header(instance, limits)
-            if header is not None and ("Rows" in header or header.get("Modality") == CONTOURS):
-                found[str(header.get("SeriesInstanceUID", ""))].append((instance, header))
-    series = []
-    for uid, members in found.items():
-        with parsing(members[0][0]):
-            series += [_described(uid, part) for part in _apart(members)]
-    if path.is_file() and path.suffix.lower() != ".zip":
-        series = [s for s in series if any(instance.path == path for instance in s.instances)]
+    series = _series_of(_instances(path, limits), limits)
+    if inside is not None or (path.is_file() and path.suffix.lower() != ".zip"):
+        series = [s for s in series if any(instance.place == given for instance in s.instances)]
     return sorted(series, key=lambda s: (s.date, s.study, s.number, s.description, s.uid, str(s.instances[0])))
+
+
+def file_of(series: Series) -> Path:
+    """The path of a file that stands for all of its series: for those beside it, or in the same zip.
+
+    Raises :class:`BadPath` where some lie elsewhere.
+    """
+    folders = sorted({str(instance.path.parent) for instance in series.instances})
+    if len(folders) > 1:
+        raise BadPath(
+            f"{series.name} lies in {len(folders)} folders: {', '.join(folders[:_SHOWN])}",
+            fix="put its files into one folder",
+        )
+    return series.instances[0].place
+
+
+def check_together(file: Path, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen
+    """Raise :class:`BadPath` where folders beside a file's own hold more of its series, which would not be read.
+
+    The first file of each tells whose it is: programs that divide a series put nothing else there.
+    """
+    if not is_dicom(file):
+        return
+    try:
+        own, folder = the_series(file.absolute(), limits=limits), file.absolute().parent
+    except DelineateError:
+        return  # reading it will say what is wrong
+    together = [*own.instances]
+    for place, names in walk(folder.parent, 1, links=False):
+        inside = [Instance(place / name) for name in names if place != folder and name != "DICOMDIR"]
+        first = [one for one in inside[:_SHOWN] if is_dicom(one.path)][:1]
+        with suppress(DelineateError):  # what is wrong with other series does not matter
+            if [series.uid for series in _series_of(first, limits)] == [own.uid]:
+                together += inside
+    for series in _series_of(together, limits) if len(together) > len(own.instances) else []:
+        if own.instances[0] in series.instances:
+            file_of(series)
 
 
 def the_series(path: Path, pattern: str | None = None, limits: Limits = Limits()) -> Series:  # noqa: B008
@@ -229,6 +267,21 @@ def fits(series: Series, pattern: str) -> bool:
     from fnmatch import fnmatch
 
     return series.uid == pattern or fnmatch(series.description.lower(), pattern.lower())
+
+
+def _series_of(instances: Iterable[Instance], limits: Limits) -> list[Series]:
+    """The series that files belong to."""
+    found: dict[str, list[tuple[Instance, Dataset]]] = defaultdict(list)
+    for instance in instances:
+        with parsing(instance):
+            header = _header(instance, limits)
+            if header is not None and ("Rows" in header or header.get("Modality") == CONTOURS):
+                found[str(header.get("SeriesInstanceUID", ""))].append((instance, header))
+    series = []
+    for uid, members in found.items():
+        with parsing(members[0][0]):
+            series += [_described(uid, part) for part in _apart(members)]
+    return series
 
 
 def _apart(members: list[tuple[Instance, Dataset]]) -> list[list[tuple[Instance, Dataset]]]:

@@ -27,6 +27,7 @@ from delineate.io.suffixes import (
     is_dicom,
     is_stack,
     pictures_in,
+    zip_around,
 )
 from delineate.io.voxels import Orientation, Stored, check_complete, check_grid, check_shape, read_voxels
 from delineate.plugins import Parts
@@ -157,14 +158,14 @@ def names_segments(path: Path) -> bool:
 
 
 def is_series(path: Path) -> bool:
-    """Whether a path stands for a DICOM series: its folder, a zip, or any one of its files."""
+    """Whether a path stands for a DICOM series: its folder, a zip, or any one of its files, also one in a zip."""
     if suffix_of(path):
         return False
     if path.is_dir():
         return not is_stack(path)
     if path.name.lower().endswith((*DICOM_SUFFIXES, ".zip")):
         return True
-    return path.is_file() and is_dicom(path)
+    return is_dicom(path) if path.is_file() else zip_around(path) is not None
 
 
 def read_header(path: Path, limits: Limits = _LIMITS, *, orientation: Orientation = "refuse") -> Header:

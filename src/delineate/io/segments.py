@@ -13,6 +13,7 @@ from delineate.core.grid import Grid
 from delineate.errors import BadFormat, BadLabelValue, MissingFile
 from delineate.io.files import Limits, parsing
 from delineate.io.formats import is_series, names_segments, read_label, read_volume
+from delineate.io.suffixes import zip_around
 from delineate.io.voxels import Orientation
 
 Mask = tuple[NDArray[np.bool_], Grid]
@@ -55,7 +56,7 @@ def segments_in(path: Path, limits: Limits = _LIMITS) -> Segments | None:
 
     Raises what :func:`~delineate.io.formats.read_header` raises.
     """
-    if not path.exists():
+    if not path.exists() and zip_around(path) is None:
         raise MissingFile(f"'{path}' does not exist", fix="restore it, or leave the subject out")
     with parsing(path, BadFormat, fix=_FIX):
         if names_segments(path):

@@ -35,6 +35,11 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
+def zip_around(path: Path) -> Path | None:
+    """The zip that a path leads into; None for any other path."""
+    return next((above for above in path.parents if above.suffix.lower() == ".zip" and above.is_file()), None)
+
+
 def is_picture(path: Path) -> bool:
     """Whether a file is a picture that may hold a slice: neither hidden nor a preview."""
     name = path.name.lower()
