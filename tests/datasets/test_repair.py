@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -19,7 +20,7 @@ from delineate.datasets.layouts import open_dataset
 from delineate.datasets.mirroring import suspicion
 from delineate.datasets.repair import repair
 from delineate.errors import GridMismatch, OutputError
-from delineate.io.formats import read_label, read_volume, write_label, write_volume
+from delineate.io.formats import read_header, read_label, read_volume, write_label, write_volume
 
 GRID = Grid((24, 20, 10), np.diag([-1.0, 1.0, 3.0, 1.0]))
 
@@ -162,6 +163,22 @@ def test_resampling_keeps_millimetres(rng: np.random.Generator) -> None:
     ramp = np.broadcast_to(np.arange(24, dtype=np.float32)[:, None, None], GRID.shape)
     back = resample_onto(ramp, GRID, GRID.crop((2, 3, 1), (5, 5, 5)), order=1)
     np.testing.assert_allclose(back, ramp[2:7, 3:8, 1:6])
+
+
+@pytest.mark.parametrize("orientation", ["sform", "qform"])
+def test_files_with_two_orientations_get_the_one_that_is_chosen(data: Path, tmp_path: Path, orientation) -> None:
+    for name in ("good_image.nii.gz", "good_label.nii.gz"):
+        image = nibabel.load(data / name)
+        image.set_qform(np.diag([1.0, -1.0, 1.0, 1.0]) @ image.affine, 1)
+        nibabel.save(image, data / name)
+    dataset = open_dataset(data, **PATTERNS)
+    assert "E_AMBIGUOUS_ORIENTATION" in {p.code for p in inspect(dataset).problems}
+    done = {r.file: r.done for r in repair(dataset, tmp_path / "mended", orientation=orientation)}
+    assert done["good_image.nii.gz"] == done["good_label.nii.gz"] == "repaired"
+    for name in ("good_image.nii.gz", "good_label.nii.gz"):
+        chosen = read_header(data / name, orientation=orientation).grid
+        assert read_header(tmp_path / "mended" / name).grid.matches(chosen, 1e-4)
+    assert not inspect(open_dataset(tmp_path / "mended", **PATTERNS)).errors
 
 
 @pytest.mark.parametrize("order", [0, 1])

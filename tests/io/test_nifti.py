@@ -99,7 +99,7 @@ def test_qform_against_sform_is_refused_until_one_is_chosen(path: Path) -> None:
     header.set_qform(mirrored, 1)
     save(path, header)
     for read in (read_header, read_volume, read_label):
-        with pytest.raises(AmbiguousOrientation, match="choose orientation sform or qform"):
+        with pytest.raises(AmbiguousOrientation, match="--orientation sform"):
             read(path)
         assert read(path, orientation="sform").grid.orientation == "LSA"
         assert read(path, orientation="qform").grid.orientation == "RSA"

@@ -142,10 +142,17 @@ def test_empty_and_surplus_axes_are_refused(shape: tuple[int, ...]) -> None:
         check_shape(HERE, shape, 2, Limits())
 
 
-@pytest.mark.parametrize("shape", [(30000, 30000, 30000), (1025, 1, 1), (1024, 1024, 1024), (512, 512, 512, 9)])
+@pytest.mark.parametrize("shape", [(30000, 30000, 30000), (4097, 1, 1), (1024, 1024, 1024), (512, 512, 512, 9)])
 def test_sizes_beyond_the_limits_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(TooLarge, match="crop the scan, or raise the limits"):
+    with pytest.raises(TooLarge, match="crop the scan"):
         check_shape(HERE, shape, 4, Limits())
+
+
+def test_long_scans_are_within_the_limits() -> None:
+    assert check_shape(HERE, (512, 512, 1100), 2, Limits()) == ((512, 512, 1100), 1)
+    assert check_shape(HERE, (512, 512, 4096), 2, Limits()) == ((512, 512, 4096), 1)
+    with pytest.raises(TooLarge):
+        check_shape(HERE, (512, 512, 4096), 4, Limits())
 
 
 @pytest.mark.parametrize("spacing", [0, -1, 0.009, 101, np.nan, np.inf])

@@ -18,9 +18,9 @@ from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import SAME_GRID_MM, Dataset, Orientation, resample_onto
 from delineate.datasets.mirroring import Suspicion, suspicion
-from delineate.errors import BadPath, DelineateError, OutputError
+from delineate.errors import AmbiguousOrientation, BadPath, DelineateError, OutputError
 from delineate.io.files import writing_beside
-from delineate.io.formats import is_series, parts_of, read_label, read_volume, write_label, write_volume
+from delineate.io.formats import is_series, parts_of, read_header, read_label, read_volume, write_label, write_volume
 from delineate.io.overwriting import check_folder
 from delineate.io.segments import segments_in
 
@@ -163,7 +163,8 @@ def _label_repaired(
 
     def onto(path: Path) -> tuple[LabelVolume, str]:
         one = read(path)
-        return _label_onto(one, grid, mirrored if one.grid.matches(first.grid, SAME_GRID_MM) else None)
+        moved, why = _label_onto(one, grid, mirrored if one.grid.matches(first.grid, SAME_GRID_MM) else None)
+        return moved, _joined(_ambiguity(path), why)
 
     segmentations = [path for path in paths_of(label) if not is_series(path) and segments_in(path) is not None]
     for path in segmentations:
@@ -178,6 +179,16 @@ def _label_repaired(
     mirrored = suspicion(shown, grid, mask, first.grid)
     for path in plain:
         yield path, partial(lambda path: onto(path)[0], path), onto(path)[1]
+
+
+def _ambiguity(path: Path) -> str:
+    """What is said of a file with two orientations, which copying would keep; nothing of others."""
+    if path.is_file():  # not a folder of pictures
+        try:
+            read_header(path)
+        except AmbiguousOrientation as error:
+            return str(error)
+    return ""
 
 
 def _check_segments_on(path: Path, grid: Grid) -> None:

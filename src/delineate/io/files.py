@@ -36,10 +36,11 @@ _FIXES = {
 class Limits:
     """What a scan's header may ask for; checked before anything is allocated.
 
-    ``max_axis`` voxels or channels along one axis, ``max_bytes`` of stored voxels.
+    ``max_axis`` voxels or channels along one axis, ``max_bytes`` of stored voxels. As many slices of 512 × 512 and two
+    bytes as a body has at half a millimetre reach both: fewer voxels along an axis would refuse real scans.
     """
 
-    max_axis: int = 1024
+    max_axis: int = 4096
     max_bytes: int = 2 * 2**30
 
 

@@ -442,7 +442,10 @@ def _finite(path: Path, voxels: NDArray, nan: Literal["refuse", "fill"]) -> NDAr
         return voxels
     count = f"{finite.size - np.count_nonzero(finite)} of {finite.size} voxels that are not finite"
     if nan == "refuse":
-        raise BadVoxels(f"'{path}' has {count}", fix="export the scan again, or fill them (nan: fill)")
+        raise BadVoxels(
+            f"'{path}' has {count}",
+            fix="export the scan again, or have them filled: delineate data inspect FOLDER --repair NEW",
+        )
     for channel, good in zip(voxels, finite, strict=True):
         if not good.any():
             raise BadVoxels(f"'{path}' has {count}, a whole channel among them", fix="leave the scan out")

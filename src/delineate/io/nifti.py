@@ -211,7 +211,8 @@ def _grid(path: Path, header: Nifti1Header, shape: Shape3, orientation: Orientat
             raise AmbiguousOrientation(
                 f"'{path}' has two positions: sform ({first.orientation}) and qform ({other.orientation}) differ by "
                 f"{first.corner_distance_mm(other):.3g} mm",
-                fix="check which is right, and choose orientation sform or qform",
+                fix="check which is right, and have it written as the only one: "
+                "delineate data inspect FOLDER --repair NEW --orientation sform (or qform)",
             )
     return first
 

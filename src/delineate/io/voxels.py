@@ -79,7 +79,7 @@ def check_shape(path: Path, shape: Sequence[int], itemsize: int, limits: Limits)
         raise TooLarge(
             f"'{path}' claims {text} voxels of {itemsize} bytes; the limits are {limits.max_axis} along an axis "
             f"and {limits.max_bytes / 2**30:g} GiB",
-            fix="crop the scan, or raise the limits",
+            fix="crop the scan",
         )
     x, y, z, channels, *more = (*shape, 1, 1, 1)
     if any(n != 1 for n in more):
