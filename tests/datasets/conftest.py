@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from numpy.typing import NDArray
 
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
-from delineate.io.formats import write_label, write_volume
+from delineate.datasets.dataset import Dataset
+from delineate.datasets.layouts import open_dataset
+from delineate.datasets.repair import repair
+from delineate.io.formats import parts_of, write_label, write_volume
 
 SHAPE = (6, 5, 4)
 
@@ -119,3 +123,38 @@ def save_pictures(tmp_path: Path) -> Save:
         return tmp_path / path
 
     return save
+
+
+@pytest.fixture
+def check_copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Checks the law of repair: a copy is the same data set, without the subject that had to be left out."""
+
+    def told(dataset: Dataset) -> list[object]:
+        subjects = [
+            (
+                s.id,
+                s.channels,
+                s.patient,
+                s.site,
+                s.attributes,
+                s.acquisition,
+                [f.relative_to(dataset.root) for f in s.files],
+            )
+            for s in dataset.subjects
+        ]
+        about = (dataset.layout, dataset.channels, dataset.targets, dataset.modality, dataset.simulated)
+        return [*about, *subjects]
+
+    def check(root: Path, **patterns: Any) -> None:
+        dataset = open_dataset(root, **patterns)
+        *_, torn = dataset.subjects
+        copies = [tmp_path_factory.mktemp("copies") / root.name for _ in range(2)]
+        repair(dataset, copies[0])
+        assert told(open_dataset(copies[0], **patterns)) == told(dataset)
+        largest = max(parts_of(torn.files[0]), key=lambda file: file.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:-4])
+        repair(dataset, copies[1])
+        without = replace(dataset, subjects=dataset.subjects[:-1])
+        assert told(open_dataset(copies[1], **patterns)) == told(without)
+
+    return check

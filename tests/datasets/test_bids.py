@@ -57,6 +57,19 @@ def test_channels_sessions_sites_and_targets_are_as_named(bids) -> None:
     assert not dataset.notes
 
 
+def test_a_repaired_copy_is_what_the_data_set_was(bids, check_copy) -> None:
+    root = bids(
+        *(f"sub-{n}/ses-a/anat/sub-{n}_ses-a_{kind}" for n in (1, 2, 3) for kind in ("T1w", "FLAIR")),
+        *(f"{MANUAL}/sub-{n}/ses-a/anat/sub-{n}_ses-a_dseg" for n in (1, 2, 3)),
+        participants="participant_id site age\nsub-1 Utrecht 70\nsub-2 Oslo 61\nsub-3 Oslo 50\n",
+    )
+    (root / MANUAL / "dseg.tsv").write_text("index\tname\n1\tlesion\n", encoding="utf-8")
+    (root / "FLAIR.json").write_text('{"MagneticFieldStrength": 3}', encoding="utf-8")
+    own = root / "sub-1/ses-a/anat/sub-1_ses-a_T1w.json"
+    own.write_text('{"EchoTime": 0.004}', encoding="utf-8")
+    check_copy(root)
+
+
 def test_a_mask_is_named_by_its_label_and_raw_data_alone_are_scans(bids) -> None:
     root = bids("sub-1/anat/sub-1_T1w")
     assert [subject.label for subject in open_dataset(root).subjects] == [None]

@@ -236,6 +236,13 @@ def test_a_copy_is_repaired_mask_by_mask(arranged, tmp_path_factory) -> None:
     assert (load_label(copies.subjects[0], copies.targets, None).voxels == 2).sum() > 1
 
 
+@pytest.mark.parametrize("patterns", ARRANGED.values(), ids=ARRANGED)
+def test_a_repaired_copy_is_what_the_data_set_was(arranged, patterns: tuple[str, str], check_copy) -> None:
+    root = arranged(*patterns)
+    (root / "meta.csv").write_text("image_id;institute\ns01;site A\ns02;site B\n", encoding="utf-8")
+    check_copy(root)
+
+
 def written_as_masks(dataset: Dataset, targets: Targets, root: Path) -> None:
     """The data set's first subjects as TotalSegmentator would have them."""
     for subject in dataset.subjects[:2]:

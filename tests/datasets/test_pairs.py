@@ -121,3 +121,10 @@ def test_real_hippocampi_arranged_so_are_the_same_subjects(real_data: Path, tmp_
         assert found.id == same.id
         np.testing.assert_array_equal(load_scan(found).voxels, load_scan(same).voxels)
         np.testing.assert_array_equal(read_label(found.label).voxels, read_label(same.label).voxels)
+
+
+@pytest.mark.parametrize("patterns", ARRANGED.values(), ids=ARRANGED)
+def test_a_repaired_copy_is_what_the_data_set_was(arranged, patterns, check_copy) -> None:
+    root = arranged(*patterns)
+    (root / "sites.csv").write_text("subject,site,patient\nanna,A,p1\nben,B,p2\n", encoding="utf-8")
+    check_copy(root)

@@ -16,7 +16,7 @@ from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets import layouts
 from delineate.datasets.dataset import Dataset
-from delineate.datasets.folder import bare_name, looks_like_label
+from delineate.datasets.folder import SIMULATED, bare_name, looks_like_label
 from delineate.datasets.inspection import inspect
 from delineate.datasets.layouts import open_dataset
 from delineate.datasets.phantoms.kinds import KINDS
@@ -56,10 +56,14 @@ def write_set(root: Path, layout: str, *, described: bool = True) -> Path:
 
 
 def opened(root: Path, layout: str) -> Dataset:
-    if layout == "cases":
-        kind = next(kind for kind in KINDS.values() if ARRANGEMENTS["cases"].holds(kind))
-        return open_dataset(root, images=f"*/{kind.channels[0]}.nii", labels="*/label.nii")
-    return open_dataset(root)
+    return open_dataset(root, **patterns_of(layout))
+
+
+def patterns_of(layout: str) -> dict[str, str]:
+    if layout != "cases":
+        return {}
+    kind = next(kind for kind in KINDS.values() if ARRANGEMENTS["cases"].holds(kind))
+    return {"images": f"*/{kind.channels[0]}.nii", "labels": "*/label.nii"}
 
 
 def told(path: Path) -> str:
@@ -94,6 +98,13 @@ def assert_no_label_is_a_scan(root: Path, labels: set[bytes]) -> None:
 
 
 LAYOUTS = ["msd", "nnunet", "promise12", "wmh2017", "lits", "brats", "cases", "flat"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_repaired_copy_is_what_the_data_set_was(tmp_path: Path, layout: str, check_copy) -> None:
+    root = write_set(tmp_path / "set", layout)
+    _write_json(root / SIMULATED, {"simulated": True})
+    check_copy(root, **patterns_of(layout))
 
 
 def drop_description(root: Path) -> Path:

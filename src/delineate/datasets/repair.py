@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,24 @@ from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import SAME_GRID_MM, Dataset, Orientation, resample_onto
 from delineate.datasets.mirroring import Suspicion, suspicion
-from delineate.errors import AmbiguousOrientation, BadPath, DelineateError, OutputError
-from delineate.io.files import writing_beside
-from delineate.io.formats import is_series, parts_of, read_header, read_label, read_volume, write_label, write_volume
+from delineate.errors import AmbiguousOrientation, BadPath, DelineateError, OutputError, UnknownLayout
+from delineate.io.files import read_json, walk, writing_beside
+from delineate.io.formats import (
+    is_series,
+    name_of,
+    parts_of,
+    read_header,
+    read_label,
+    read_volume,
+    write_label,
+    write_volume,
+)
 from delineate.io.overwriting import check_folder
 from delineate.io.segments import segments_in
 
 MANIFEST = "repairs.json"
+_DESCRIPTIONS = (".json", ".csv", ".tsv")
+"""Suffixes of files that say what the scans are: their layout, names, sites, how they were made or simulated."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +61,50 @@ def repair(
     another grid is resampled to it (channels linearly, labels to the nearest voxel); a label whose
     border shows that it is mirrored is flipped back; voxels that are not finite become the smallest
     finite value; a label's values are rounded. A file with two orientations is repaired if
-    ``orientation`` chooses one. A subject with anything that cannot be repaired is left out. Raises
-    :class:`OutputError` where ``out`` is not empty.
+    ``orientation`` chooses one. A subject with anything that cannot be repaired is left out. What describes the data
+    set (:data:`_DESCRIPTIONS`) is copied. Raises :class:`OutputError` where ``out`` is not empty.
     """
     check_new(out)
+    descriptions = _descriptions_of(dataset.root, out)
     found: list[Repair] = []
     for done, subject in enumerate(dataset.subjects, start=1):
         found += _repair_subject(subject, dataset.root, out, dataset.targets, orientation)
         if progress is not None:
             progress(done, len(dataset.subjects))
-    for name in ("dataset.json", "sites.csv", "meta.csv"):
-        if (dataset.root / name).is_file():
-            _copy(dataset.root / name, out / name)
+    for file in descriptions:
+        _copy(file, out / _below(dataset.root, file))
+    left = {one.subject for one in found if one.done == "left out"}
+    if left and (out / "dataset.json").is_file():
+        _unlist(left, out / "dataset.json")
     with writing_beside(out / MANIFEST) as beside:
         beside.write_text(json.dumps([asdict(r) for r in found], indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def _descriptions_of(root: Path, out: Path) -> list[Path]:
+    """Files that describe a data set, wherever they lie in it, before there is anything in ``out``."""
+    places = ((place, names) for place, names in walk(root) if not place.resolve().is_relative_to(out.resolve()))
+    files = (place / name for place, names in places for name in names)
+    return [file for file in files if file.name.lower().endswith(_DESCRIPTIONS) and file.name != MANIFEST]
+
+
+def _unlist(left: Set[str], description: Path) -> None:
+    """Take subjects that were left out from the lists and numbers in a dataset.json."""
+    about = read_json(description, UnknownLayout)
+    for part, number in (("training", "numTraining"), ("test", "numTest")):
+        if isinstance(about.get(part), list):
+            about[part] = [entry for entry in about[part] if _subject_of(entry) not in left]
+            about |= {number: len(about[part])} if number in about else {}
+        elif part == "training" and isinstance(about.get(number), int):
+            about[number] = max(0, about[number] - len(left))  # nnU-Net has no lists
+    with writing_beside(description) as beside:
+        beside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _subject_of(entry: object) -> str:
+    """Whose scan an entry in a list of dataset.json is."""
+    image = entry.get("image") if isinstance(entry, Mapping) else entry
+    return name_of(Path(image)) if isinstance(image, str) else ""
 
 
 def check_new(folder: Path) -> None:
