@@ -51,7 +51,7 @@ from delineate.serving.protocol import (
     decode,
     encode,
 )
-from delineate.serving.spool import Spool
+from delineate.serving.spool import Spool, job_key
 from delineate.serving.store import Store
 
 LIVER = Model(name="liver", sha256="1" * 64, channels=("T1",), targets=("liver",))
@@ -469,6 +469,27 @@ def test_a_job_that_never_reached_its_worker_goes_back_and_nobody_is_to_blame(ho
         assert house.state(id) == "queued"
     house.finish(house.take())
     assert house.state(id) == "done"
+
+
+def test_a_job_whose_scan_is_gone_fails_and_the_next_one_is_done(house) -> None:
+    """The jobs were restored from a copy, and the spool was not."""
+    lost, other = house.commit("A"), house.commit("B")
+    shutil.rmtree(house.engine.spool.folder(job_key("A", lost)))
+    assert house.take().job == other
+    told = house.ask("A", Status(job=lost))
+    assert (told.state, told.problem.code) == ("failed", "E_TRUNCATED")
+
+
+def test_a_job_that_cannot_be_lent_stays_queued_and_the_next_one_is_done(house) -> None:
+    stuck, other = house.commit("A"), house.commit("B")
+    folder, aside = house.engine.spool.folder(job_key("A", stuck)), house.folder / "aside"
+    folder.rename(aside)
+    folder.touch()
+    assert house.take().job == other
+    assert house.state(stuck) == "queued"
+    folder.unlink()
+    aside.rename(folder)
+    assert house.take().job == stuck
 
 
 def test_no_job_is_given_to_a_worker_that_has_not_been_heard_of(house) -> None:

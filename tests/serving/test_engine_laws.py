@@ -484,6 +484,13 @@ class Serving(RuleBasedStateMachine):
         if how in ("now", "chunk"):
             self.killed()
 
+    @precondition(lambda self: any(job.state == "queued" for job in self.engine._jobs.values()))
+    @rule(data=st.data())
+    def lose_a_scan(self, data) -> None:
+        """As when the jobs are restored from a copy, and the spool is not."""
+        queued = sorted(job.key for job in self.engine._jobs.values() if job.state == "queued")
+        shutil.rmtree(self.engine.spool.folder(data.draw(st.sampled_from(queued))), ignore_errors=True)
+
     # What always holds
 
     def any_job(self) -> st.SearchStrategy[Sent]:
@@ -516,7 +523,8 @@ class Serving(RuleBasedStateMachine):
             if job.end is not None:
                 assert (kept.state, kept.outputs) == (job.end.state, job.end.outputs)
             if kept is not None and kept.state == "failed":
-                assert kept.losses == 2 if kept.problem.code == "E_QUARANTINED" else kept.problem.code == "E_FORMAT"
+                code = kept.problem.code
+                assert kept.losses == 2 if code == "E_QUARANTINED" else code in ("E_FORMAT", "E_TRUNCATED")
 
     @invariant()
     def memory_and_disk_agree(self) -> None:

@@ -43,9 +43,9 @@ from delineate.serving.jobs import (
     Cancelled,
     Committed,
     Event,
-    Expired,
     Failed,
     Finished,
+    GivenUp,
     Job,
     Leased,
     Lost,
@@ -248,14 +248,14 @@ class Engine:
             self._forget(job)
         elif job.state == "queued" and now - job.queued > limits.keep_s:
             waited = f"no worker took the job within {limits.keep_s:.0f} s"
-            self._change(job, Expired(now=now, problem=Problem("E_DEADLINE", waited, "ask who runs the server")))
+            self._change(job, GivenUp(now=now, problem=Problem("E_DEADLINE", waited, "ask who runs the server")))
         elif job.state == "running":
             self.spool.measure(job.key)
             if late > 0 or (job.cancelling and now - job.changed > 2 * limits.cancel_s):
                 self._change(job, Lost(now=now, lease=job.lease))
             elif now - job.began > limits.job_s and not job.cancelling:
                 ran = f"the job ran for more than {limits.job_s:.0f} s"
-                self._change(job, Expired(now=now, problem=Problem("E_DEADLINE", ran, "send a smaller scan")))
+                self._change(job, GivenUp(now=now, problem=Problem("E_DEADLINE", ran, "send a smaller scan")))
                 return self._stop(job)
         return ()
 
@@ -604,6 +604,7 @@ class Engine:
         """Queued jobs for the workers that wait."""
         if self.draining:
             return
+        failed: set[str] = set()
         held: dict[str, list[Job]] = {}
         for running in self._jobs.values():
             if running.state == "running":
@@ -614,16 +615,30 @@ class Engine:
                 continue
             has = held.setdefault(_worker_of(connection), [])
             for lane in [lane for lane in _LANES if lane in connection.lanes]:
-                job = next((one for one in self._queue() if self._fits(one, connection, lane)), None)
-                if job is None or (has and (job.losses or any(one.losses for one in has))):
-                    continue  # a job that has ended a worker is alone with the next, or others would share the blame
-                try:
-                    work = self._lend(job, connection, now)
-                except DelineateError as error:  # the disk is full: it stays queued, and the worker waits
-                    self._count(f"refused {error.code}")
-                    return
+                if (work := self._next_work(connection, lane, has, failed, now)) is not None:
+                    yield Answer(connection.peer.id, replace(work, re=connection.lanes.pop(lane)))
+
+    def _next_work(
+        self, connection: _Connection, lane: Lane, has: list[Job], failed: set[str], now: float
+    ) -> Work | None:
+        """The next job for a worker that waits in a lane, added to those that it has. Those ``failed`` wait."""
+        for job in self._queue():
+            if job.key in failed or not self._fits(job, connection, lane):
+                continue
+            if has and (job.losses or any(one.losses for one in has)):
+                break  # a job that has ended a worker is alone with the next, or others would share the blame
+            try:
+                work = self._lend(job, connection, now)
+            except DelineateError as error:  # a full disk: it stays queued, and is tried again with the next tick
+                self._count(f"refused {error.code}")
+                failed.add(job.key)
+                if isinstance(error, Truncated):  # what is gone does not come back, and others wait behind it
+                    with self._trying():
+                        self._change(job, GivenUp(now=now, problem=Problem(error.code, error.message, error.fix)))
+            else:
                 has.append(job)
-                yield Answer(connection.peer.id, replace(work, re=connection.lanes.pop(lane)))
+                return work
+        return None
 
     def _lend(self, job: Job, connection: _Connection, now: float) -> Work:
         """Give a job to a worker."""

@@ -5,7 +5,7 @@
     receiving ─Committed→ queued ─Leased→ running ─Finished→ done
                             ↑                │ ├─Failed→ failed
                             └── Lost, Released ┘ └─Lost twice→ failed (E_QUARANTINED)
-    queued, running ─Expired→ failed (E_DEADLINE)
+    queued, running ─GivenUp→ failed (E_DEADLINE, E_TRUNCATED)
     receiving, queued ─Cancelled→ cancelled
     running ─Cancelled→ running, and cancelled as soon as its worker says anything of an end, or is lost
 
@@ -120,8 +120,8 @@ class Lost(Event, frozen=True, kw_only=True):
     lease: str
 
 
-class Expired(Event, frozen=True, kw_only=True):
-    """It has waited, or run, for too long."""
+class GivenUp(Event, frozen=True, kw_only=True):
+    """It has waited, or run, for too long, or its input is gone."""
 
     problem: Problem
 
@@ -154,7 +154,7 @@ def after(job: Job, event: Event) -> Job:
             return _over(job, event, "done", stage="", fraction=1.0)
         case Failed() if _holds(job, event.lease):
             return _failed(job, event, event.problem)
-        case Expired() if job.state in ("queued", "running"):
+        case GivenUp() if job.state in ("queued", "running"):
             return _failed(job, event, event.problem)
         case Released() if _holds(job, event.lease):
             return _again(job, event)

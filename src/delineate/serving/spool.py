@@ -140,12 +140,18 @@ class Spool:
     # Attempts, and what they leave
 
     def lend(self, key: str, lease: str, parts: int) -> Path:
-        """A folder for one attempt of a worker on this machine, with the parts in it. Raises :class:`OutputError`."""
+        """A folder for one attempt of a worker on this machine, with the parts in it.
+
+        Raises :class:`Truncated` if they have gone, as when `jobs.sqlite` was restored alone, and :class:`OutputError`.
+        """
         folder = self.path / key / lease
         with _writing(folder):
-            folder.mkdir(mode=0o700)
-            for index in range(parts):
-                os.link(self.part(key, index), folder / f"in{index}")
+            try:
+                folder.mkdir(mode=0o700)
+                for index in range(parts):
+                    os.link(self.part(key, index), folder / f"in{index}")
+            except FileNotFoundError as error:
+                raise Truncated("the scan is not on the server any more", fix="send it again") from error
         return folder
 
     def withdraw(self, key: str, lease: str) -> None:
