@@ -371,11 +371,10 @@ def places_of(out: Path, formats: Sequence[str]) -> list[Path]:
 
 
 def _check_model(model: str | None, names: Sequence[str]) -> None:
+    """Raise :class:`UnknownModel` for what the server does not offer. It offers nothing while it reads its models."""
+    if not names:
+        return
     if model is None and len(names) != 1:
-        raise UnknownModel(
-            f"the server has {len(names)} models: {', '.join(names) or 'none'}", fix="choose one with --model"
-        )
+        raise UnknownModel(f"the server has {len(names)} models: {', '.join(names)}", fix="choose one with --model")
     if model is not None and model not in names:
-        raise UnknownModel(
-            f"the server has no model '{model}'{near(model, names)}", fix=f"it has {', '.join(names) or 'none'}"
-        )
+        raise UnknownModel(f"the server has no model '{model}'{near(model, names)}", fix=f"it has {', '.join(names)}")
