@@ -171,6 +171,8 @@ class _Scan:
     job: str
     how: str
     """The options by which it is sent, as typed."""
+    failed: bool = False
+    """Whether the server has said why there is no result."""
 
     @property
     def fetching(self) -> str:
@@ -234,11 +236,17 @@ class _Batch:
             self.sent.append(scan)
 
     def _fetch(self, scan: _Scan) -> None:
+        show = shows(self._terminal, scan.name)
+
+        def told(progress: Progress) -> None:
+            scan.failed = progress.problem is not None
+            show(progress)
+
         with self._noting(scan):
             found = self._client.fetch(
                 scan.job,
                 scan.out,
-                on_progress=shows(self._terminal, scan.name),
+                on_progress=told,
                 overwrite=self._overwrite,
                 timeout_s=max(1.0, self._deadlines[scan.job] - time.monotonic()),
             )
@@ -257,7 +265,8 @@ class _Batch:
         except DelineateError as error:
             self.failed.append({"scan": scan.name, "job": scan.job, **_as_dict(error)})
             self._terminal.say_failure(f"{printable(scan.name)}: {printable(str(error))}")
-            if isinstance(error, DeadlinePassed | OutputError):
+            # Time, or the disk, ran out here: the server has both of its own, and the same codes for them.
+            if isinstance(error, DeadlinePassed | OutputError) and scan in self.sent and not scan.failed:
                 self._terminal.say_failure(f"    its result stays on the server; fetch it: {scan.fetching}")
 
 

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from delineate.cli.app import app
+from delineate.serving.client import new_job
 from delineate.serving.keys import KeyFile, write_key
 
 STAYS = "its result stays on the server; fetch it: delineate jobs --fetch"
@@ -32,3 +33,27 @@ def test_a_server_that_still_reads_its_models_is_waited_for(words: list[str], ne
     (door.state / "starting").touch()
     door.start()
     assert "scan: E_BUSY: " in send(own, door.address, tmp_path, "--timeout", "1", *words)
+
+
+def test_a_result_that_is_not_waited_for_any_longer_stays_on_the_server(new_door, keys, tmp_path: Path) -> None:
+    known, own = keys
+    said = send(own, new_door(known).address, tmp_path, "--timeout", "1")
+    assert "scan: E_DEADLINE: " in said
+    assert STAYS in said
+
+
+def test_of_a_job_that_failed_no_result_is_said_to_stay(new_door, keys, tmp_path: Path) -> None:
+    """It fails by a code that the command itself has, too."""
+    known, own = keys
+    said = send(own, new_door(known, keep_s=2).address, tmp_path)
+    assert "scan: E_DEADLINE: no worker took the job" in said
+    assert STAYS not in said
+
+
+def test_of_a_scan_that_was_never_sent_no_result_is_said_to_stay(new_door, keys, tmp_path: Path) -> None:
+    known, own = keys
+    door, job = new_door(known), new_job()
+    door.part(job, owner="anna").parent.touch()  # where the server's folder for it should be
+    said = send(own, door.address, tmp_path, "--job", job, "--timeout", "1")
+    assert "scan: E_OUTPUT: " in said
+    assert STAYS not in said
