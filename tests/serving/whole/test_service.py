@@ -44,3 +44,8 @@ def test_a_server_that_may_not_do_what_it_needs_says_so_and_ends(drivers, bundle
     assert server.about["code"] == ServingError.code
     assert "the front door ended with status -6" in server.about["message"]
     assert server.process.wait(30) == 0
+
+
+def test_a_worker_that_takes_too_much_memory_ends_alone() -> None:
+    """systemd's own default is to stop the service."""
+    assert re.findall(r"^OOMPolicy=(.*)", UNIT.read_text(encoding="utf-8"), re.M) == ["continue"]
