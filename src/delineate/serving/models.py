@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -63,6 +64,11 @@ def changed(models: Path) -> int:
         return os.stat(models / OFFER).st_mtime_ns
     except FileNotFoundError:
         return 0
+
+
+def kept(models: Path) -> set[str]:
+    """The digests of all bundles that are there, also of those that are on offer no more."""
+    return {place.name for place in models.iterdir() if re.fullmatch("[0-9a-f]{64}", place.name)}
 
 
 def bundle_of(models: Path, sha256: str) -> Bundle:

@@ -46,6 +46,8 @@ MOST_PAYLOAD = 2**20
 """Bytes of a payload: in frames of this size, CURVE costs hardly more than plain TCP."""
 CREDIT = 8
 """Chunks that may be on their way at once."""
+MOST_BUNDLES = 64
+"""A worker names so many of those that it has."""
 
 Format = Literal["nii.gz", "nii", "mha", "nrrd", "dicom.zip"]
 """What a part may be: one file each, and a DICOM series as a zip."""
@@ -139,7 +141,7 @@ class Hello(_Body, frozen=True, kw_only=True):
     client: Label = ""
     role: Role = "client"
     leases: Annotated[tuple[Lease, ...], Meta(max_length=64)] = ()
-    models: Annotated[tuple[Sha256, ...], Meta(max_length=64)] = ()
+    models: Annotated[tuple[Sha256, ...], Meta(max_length=MOST_BUNDLES)] = ()
 
 
 class Welcome(_Body, frozen=True, kw_only=True):

@@ -15,7 +15,6 @@ import hashlib
 import logging
 import os
 import platform
-import re
 import shutil
 import signal
 import tempfile
@@ -37,7 +36,7 @@ from delineate.io.locks import lock_file
 from delineate.serving.client import AsyncClient
 from delineate.serving.front_door import is_loopback
 from delineate.serving.keys import KeyFile
-from delineate.serving.models import OFFER
+from delineate.serving.models import OFFER, kept
 from delineate.serving.places import EVERYWHERE, host_of, reachable, worker_key
 from delineate.serving.protocol import Figures, Model, Stats
 from delineate.serving.settings import Replicas, Settings
@@ -195,12 +194,12 @@ class _Line(AsyncClient):
 
 def _put_models(ray: ModuleType, folder: Path, models: dict[str, Any]) -> None:
     """Have the bundles that the server has, and no others, as objects in ray's store, by their digests."""
-    there = {place.name: place for place in folder.iterdir() if re.fullmatch("[0-9a-f]{64}", place.name)}
-    for sha256 in models.keys() - there.keys():
+    there = kept(folder)
+    for sha256 in models.keys() - there:
         del models[sha256]
-    for sha256 in there.keys() - models.keys():
+    for sha256 in there - models.keys():
         with suppress(FileNotFoundError):  # removed just now
-            models[sha256] = ray.put({path.name: path.read_bytes() for path in there[sha256].iterdir()})
+            models[sha256] = ray.put({path.name: path.read_bytes() for path in (folder / sha256).iterdir()})
 
 
 def _reach(replicas: Replicas, bind: str) -> str:

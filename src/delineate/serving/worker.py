@@ -37,10 +37,11 @@ from delineate.errors import Cancelled, DelineateError, OutputError, TooLarge, e
 from delineate.serving import stages
 from delineate.serving.calling import connect, new_socket
 from delineate.serving.keys import KeyFile
-from delineate.serving.models import bundle_of, changed, offered
+from delineate.serving.models import bundle_of, changed, kept, offered
 from delineate.serving.networks import Networks
 from delineate.serving.protocol import (
     CREDIT,
+    MOST_BUNDLES,
     MOST_PAYLOAD,
     VERSION,
     Ack,
@@ -300,8 +301,10 @@ class Worker:
         now = changed(self.models)
         if now == self._offer or self._stopping:
             return
-        self._offer, self._own = now, tuple({model.sha256: None for model in offered(self.models).values()})
-        self._networks.warm_up(self._own)
+        newest = {model.sha256: None for model in offered(self.models).values()}
+        # Jobs that were accepted for a bundle that was replaced are done with that bundle.
+        self._offer, self._own = now, tuple(newest | dict.fromkeys(kept(self.models)))[:MOST_BUNDLES]
+        self._networks.warm_up(tuple(newest))
         if self._key is not None:
             self._post(self._introduce)
 

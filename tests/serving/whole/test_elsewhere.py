@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import psutil
+import zmq
 
+from delineate.compute import plan_compute
 from delineate.errors import ServingError
+from delineate.serving.keys import added, new_server_keys
+from delineate.serving.models import publish
+from delineate.serving.protocol import decode
+from delineate.serving.worker import Worker
 
 
 def alike() -> tuple[str, ...]:
@@ -51,3 +58,24 @@ def test_workers_elsewhere_do_the_jobs_of_a_server_without_any(drivers, bundles,
 def scratch_of(running, least: int) -> list[Path]:
     """The decoded scans of at least some bytes that a worker has."""
     return [path for path in (running.state / "scratch").rglob("scan.npy") if path.stat().st_size >= least]
+
+
+def test_a_worker_elsewhere_has_the_bundle_that_was_replaced_as_well(bundles, tmp_path) -> None:
+    """A server gives it only jobs of bundles that it names, and some were accepted for the old one."""
+    models, (known, own) = tmp_path / "models", added(new_server_keys(), "gpu", "worker", "tcp://127.0.0.1:1")
+    [old] = publish({"0": bundles.folders["one"]}, models).values()
+    [new] = publish({"0": bundles.save(tmp_path / "new", seed=5)}, models).values()
+    plan = plan_compute(device="cpu", precision="fp32", compile="off", threads=1, engine="torch")
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as door:
+        door.linger, door.rcvtimeo = 0, 60_000
+        door.curve_server, door.curve_secretkey = True, known.secret.encode()
+        port = door.bind_to_random_port("tcp://127.0.0.1")
+        worker = Worker(f"tcp://127.0.0.1:{port}", "gpu", models, key=own, plan=plan, scratch=tmp_path / "scratch")
+        working = threading.Thread(target=worker.run)
+        working.start()
+        try:
+            hello, _ = decode(door.recv_multipart()[1:])
+        finally:
+            worker.stop()
+            working.join()
+    assert hello.models == (new.sha256, old.sha256)
