@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from statistics import median
 
@@ -130,8 +131,11 @@ class House:
         return self.ask(owner, Status(job=id)).state
 
     def tick(self, seconds: float) -> None:
-        self.now += seconds
-        self.engine.tick(self.now)
+        """Time passes, and the front door looks every second, as it does."""
+        steps = max(1, ceil(seconds))
+        for _ in range(steps):
+            self.now += seconds / steps
+            self.engine.tick(self.now)
 
 
 @pytest.fixture
@@ -435,6 +439,20 @@ def test_a_job_stays_with_its_worker_as_long_as_it_reports_and_over_a_restart(ho
             house.restart()
             house.hire(leases=(work.lease,))
     house.finish(work)
+
+
+def test_a_front_door_that_was_held_up_itself_blames_no_worker(house) -> None:
+    """Stopped and continued, or kept waiting by its disk: it has heard nobody meanwhile."""
+    id = house.commit()
+    work = house.take()
+    for _ in range(3):
+        house.now += 60
+        house.tick(1)
+        house.say(WORKER, Report(lease=work.lease, stage="segment"))
+        assert house.state(id) == "running"
+    house.now += 60
+    house.tick(18)
+    assert house.state(id) == "queued", "after that, silence counts"
 
 
 def test_a_job_is_lost_at_once_when_another_process_comes_under_its_workers_name(house) -> None:

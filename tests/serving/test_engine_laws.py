@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -459,6 +460,20 @@ class Serving(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 16.0, 61.0, 400.0]))
     def pass_time(self, seconds) -> None:
+        """The front door looks every other second: later, it would count as held up."""
+        steps = ceil(seconds / 2)
+        for _ in range(steps):
+            self.look(seconds / steps)
+
+    @rule(seconds=st.sampled_from([16.0, 400.0]))
+    def be_held_up(self, seconds) -> None:
+        """The front door is stopped, and goes on: that is nobody's loss."""
+        before = dict(self.engine._jobs)
+        self.look(seconds)
+        for key, job in self.engine._jobs.items():
+            assert job.losses == before[key].losses
+
+    def look(self, seconds: float) -> None:
         self.now += seconds
         try:
             self.travelled(self.engine.tick(self.now))

@@ -322,7 +322,7 @@ def test_whatever_is_said_by_whomever_is_answered_or_refused() -> None:
         engine.models = {"liver": protocol.Model(name="liver", sha256="f" * 64, channels=("T1",), targets=("b",))}
         handled = 0
         for number in range(MUTATIONS // 10 * len(KINDS)):
-            kind = KINDS[number % len(KINDS)]
+            kind, answers = KINDS[number % len(KINDS)], engine.tick(number)
             for peer, role in PEERS:
                 if peer.id not in engine._connections:
                     engine.handle(peer, Hello(versions=(1,), client=peer.id.decode(), role=role), b"", number)
@@ -343,9 +343,7 @@ def test_whatever_is_said_by_whomever_is_answered_or_refused() -> None:
                 continue
             handled += 1
             payload = bytes(rng.integers(9)) if kind is Chunk else b""
-            answers = engine.handle(PEERS[rng.integers(len(PEERS))][0], message, payload, number)
-            if number % 20 == 0:
-                answers += engine.tick(number)
+            answers += engine.handle(PEERS[rng.integers(len(PEERS))][0], message, payload, number)
             for _, answer, content in answers:
                 assert decode(encode(answer, content)) == (answer, content)
         assert handled > 0.2 * number

@@ -108,6 +108,8 @@ _MOST_OWNERS = 1024
 """So many owners' last turns are known."""
 _AT_A_TIME = 32
 """So many expired jobs are removed in one tick: each waits for the disk."""
+_HELD_UP_S = 3.0
+"""A tick that comes so long after the one before comes late: the process was stopped, or kept waiting by its disk."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ class Engine:
         self._jobs = {job.key: job for job in store.unfinished()}
         self._leases = {job.lease: job.key for job in self._jobs.values() if job.lease}
         self._connections: dict[bytes, _Connection] = {}
+        self._ticked = now
         self._until = dict.fromkeys(self._jobs, now)
         """Until when an upload keeps its place, and until when a worker has to say something of its job."""
         self._turn = 0
@@ -230,6 +233,9 @@ class Engine:
     def tick(self, now: float) -> list[Answer]:
         """What the time leads to; to be called every second or so."""
         answers: list[Answer] = []
+        held_up, self._ticked = now - self._ticked, now
+        if held_up > _HELD_UP_S:
+            self._excuse(held_up, now)
         with self._trying():
             for job in self.store.older(now - self.limits.keep_s, _AT_A_TIME):
                 self._forget(job)
@@ -258,6 +264,11 @@ class Engine:
                 self._change(job, GivenUp(now=now, problem=Problem("E_DEADLINE", ran, "send a smaller scan")))
                 return self._stop(job)
         return ()
+
+    def _excuse(self, seconds: float, now: float) -> None:
+        """Wait so much longer for news of every job: the front door was held up itself, and could not hear any."""
+        for key, job in self._jobs.items():
+            self._until[key] = min(self._until[key] + seconds, now + self._patience_s(job))
 
     def gone(self, peer: bytes) -> None:
         """A connection is no more. A worker's jobs stay its own until it has been silent for too long."""
@@ -823,7 +834,11 @@ class Engine:
 
     def _heard_of(self, job: Job, now: float) -> None:
         """An upload, or a worker's job, that there is news of."""
-        self._until[job.key] = now + (self.limits.silence_s if job.state == "running" else self.limits.idle_s)
+        self._until[job.key] = now + self._patience_s(job)
+
+    def _patience_s(self, job: Job) -> float:
+        """For how long nothing need be heard of an upload, or of a worker's job."""
+        return self.limits.silence_s if job.state == "running" else self.limits.idle_s
 
     def _stop(self, job: Job) -> Iterable[Answer]:
         """Tell the worker that has a job to stop."""
