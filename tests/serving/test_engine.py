@@ -479,6 +479,25 @@ def test_nothing_is_left_of_an_attempt_that_failed(house) -> None:
     assert Path(work.folder).exists()
 
 
+def test_nothing_but_results_is_left_of_jobs_that_are_over_whenever_the_server_was_killed(house) -> None:
+    """It may have been killed after it wrote down an end, and before it removed the files."""
+    done, failed, fetched, cancelled = (house.commit() for _ in range(4))
+    works = [house.take() for _ in range(3)]
+    spool, before = house.folder / "spool", house.folder / "before"
+    shutil.copytree(spool, before)
+    for work in (works[0], works[2]):
+        house.finish(work)
+    house.say(WORKER, Fail(lease=works[1].lease, problem=Problem("E_FORMAT", "no")))
+    house.ask("A", Ack(job=fetched))
+    house.ask("A", Cancel(job=cancelled))
+    house.close()
+    shutil.copytree(before, spool, dirs_exist_ok=True)
+    house.start()
+    assert [path for path in spool.rglob("*") if path.is_file()] == [Path(works[0].folder) / "out" / "label.vtk"]
+    assert isinstance(house.ask("A", Fetch(job=done, output="label.vtk")), Data)
+    assert house.state(failed) == "failed"
+
+
 def test_a_job_that_never_reached_its_worker_goes_back_and_nobody_is_to_blame(house) -> None:
     id = house.commit()
     for _ in range(3):

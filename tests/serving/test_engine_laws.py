@@ -556,6 +556,11 @@ class Serving(RuleBasedStateMachine):
         files = [path for path in (self.folder / "spool").rglob("*") if path.is_file()]
         assert engine.spool.total_bytes == sum({path.stat().st_ino: path.stat().st_size for path in files}.values())
         assert {path.relative_to(self.folder / "spool").parts[0] for path in files} <= self.store.keys()
+        for path in files:
+            key, *place = path.relative_to(self.folder / "spool").parts
+            job = self.store.get(key)
+            if job.over:
+                assert (job.state, job.fetched, place[:2]) == ("done", False, [job.taken, "out"])
         assert set(engine.spool._parts) <= set(kept)
         attempts = {
             path.name for path in (self.folder / "spool").glob("*/*") if path.is_dir() and path.parent.name in kept

@@ -202,6 +202,9 @@ class Engine:
             self._heard_of(job, now)
             spool.clean_attempts(job.key, job.lease)
         spool.clean(store.keys().__contains__)
+        for job in filter(None, map(store.get, spool.keys())):
+            if job.over:  # the last process may have been killed before it did this
+                self._clear(job)
 
     # What comes in
 
@@ -818,11 +821,15 @@ class Engine:
         self._jobs.pop(job.key, None)
         self._until.pop(job.key, None)
         self._leases.pop(before.lease, None)
+        self._clear(job)
+        self._ended[job.key] = job
+
+    def _clear(self, job: Job) -> None:
+        """Keep nothing of a job that is over but results that nobody has fetched."""
         if job.state == "done" and not job.fetched:
             self.spool.settle(job.key, job.taken)
         else:
             self.spool.remove(job.key)
-        self._ended[job.key] = job
 
     def _forget(self, job: Job) -> None:
         """Know nothing of a job any more."""

@@ -222,11 +222,15 @@ class Spool:
         shutil.rmtree(self.folder(key), ignore_errors=True)
         self.measure(key)
 
+    def keys(self) -> list[str]:
+        """The jobs that there are folders of."""
+        return [folder.name for folder in self.path.iterdir()]
+
     def clean(self, keep: Callable[[str], bool]) -> None:
         """Throw away folders of jobs that are not kept: a process may have been killed between two steps."""
-        for folder in list(self.path.iterdir()):
-            if not keep(folder.name):
-                self.remove(folder.name)
+        for key in self.keys():
+            if not keep(key):
+                self.remove(key)
 
     def clean_attempts(self, key: str, lease: str) -> None:
         """Throw away all attempts of a job but one."""
