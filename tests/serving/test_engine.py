@@ -618,6 +618,20 @@ def test_every_job_ends_whatever_does_not_come(make) -> None:
     assert house.ask("A", Status(job=upload)).problem.code == "E_UNKNOWN_JOB"
 
 
+def test_a_clock_that_is_put_right_between_two_starts_ends_no_job_early(make) -> None:
+    house = make(keep_s=100, job_s=50)
+    runs = house.commit()
+    work = house.take()
+    waits = house.commit()
+    house.now += 1e6
+    house.restart()
+    house.hire(leases=(work.lease,))
+    house.tick(1)
+    assert (house.state(runs), house.state(waits)) == ("running", "queued")
+    house.tick(101)
+    assert house.ask("A", Status(job=waits)).problem.code == "E_DEADLINE"
+
+
 def test_a_results_bytes_that_are_gone_are_an_error_with_a_code(house) -> None:
     id = house.commit()
     house.finish(house.take())

@@ -184,7 +184,8 @@ class Engine:
         self._jobs = {job.key: job for job in store.unfinished()}
         self._leases = {job.lease: job.key for job in self._jobs.values() if job.lease}
         self._connections: dict[bytes, _Connection] = {}
-        self._ticked = now
+        self._began = self._ticked = now
+        """No job has waited, or run, since before this: the clock may have been put right since the last process."""
         self._until = dict.fromkeys(self._jobs, now)
         """Until when an upload keeps its place, and until when a worker has to say something of its job."""
         self._turn = 0
@@ -255,14 +256,14 @@ class Engine:
         limits, late = self.limits, now - self._until[job.key]
         if job.state == "receiving" and late > limits.keep_s:
             self._forget(job)
-        elif job.state == "queued" and now - job.queued > limits.keep_s:
+        elif job.state == "queued" and now - max(job.queued, self._began) > limits.keep_s:
             waited = f"no worker took the job within {limits.keep_s:.0f} s"
             self._change(job, GivenUp(now=now, problem=Problem("E_DEADLINE", waited, "ask who runs the server")))
         elif job.state == "running":
             self.spool.measure(job.key)
             if late > 0 or (job.cancelling and now - job.changed > 2 * limits.cancel_s):
                 self._change(job, Lost(now=now, lease=job.lease))
-            elif now - job.began > limits.job_s and not job.cancelling:
+            elif now - max(job.began, self._began) > limits.job_s and not job.cancelling:
                 ran = f"the job ran for more than {limits.job_s:.0f} s"
                 self._change(job, GivenUp(now=now, problem=Problem("E_DEADLINE", ran, "send a smaller scan")))
                 return self._stop(job)
