@@ -825,6 +825,19 @@ def test_nothing_is_remembered_of_jobs_that_are_over(make) -> None:
     assert not house.store.keys()
 
 
+def test_whoever_opens_and_cancels_without_end_fills_no_disk(house, monkeypatch) -> None:
+    monkeypatch.setattr("delineate.serving.engine._MOST_CANCELLED", 10)
+    done, others = house.commit("A"), house.open("B")
+    house.finish(house.take())
+    house.ask("B", Cancel(job=others))
+    for _ in range(50):
+        last = house.open("A")
+        house.ask("A", Cancel(job=last))
+    assert len(house.store.keys()) == 10 + 2
+    assert house.ask("A", Cancel(job=last)).state == house.state(last) == "cancelled"
+    assert (house.state(done), house.state(others, "B")) == ("done", "cancelled")
+
+
 def test_a_chunk_costs_the_same_however_many_clients_and_jobs_there_are(make) -> None:
     """50 clients, 32 jobs each of which everybody watches: the engine's own share of a chunk is far below a ms."""
     quiet, crowded = make(queue=100), make(queue=100)

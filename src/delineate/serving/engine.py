@@ -108,6 +108,8 @@ _MOST_OWNERS = 1024
 """So many owners' last turns are known."""
 _AT_A_TIME = 32
 """So many expired jobs are removed in one tick: each waits for the disk."""
+_MOST_CANCELLED = 1000
+"""So many cancelled jobs of an owner are known: whoever opens and cancels without end fills no disk."""
 _HELD_UP_S = 3.0
 """A tick that comes so long after the one before comes late: the process was stopped, or kept waiting by its disk."""
 
@@ -405,6 +407,8 @@ class Engine:
                 if not job.over and not job.cancelling:
                     yield from self._stop(job)
                     job = self._change(job, Cancelled(now=now))
+                    with self._trying():
+                        self.store.remove_cancelled(owner, _MOST_CANCELLED)
                 yield Answer(to, replace(self._progress(job, self._places()), re=message.id))
             case _:
                 raise ProtocolError(f"{type(message).__name__.upper()} names no job")

@@ -94,6 +94,12 @@ class Store:
         marks = ", ".join("?" * len(FINAL))
         return self._jobs(f"WHERE state IN ({marks}) AND changed < ? LIMIT ?", *FINAL, changed, most)
 
+    def remove_cancelled(self, owner: str, most: int) -> None:
+        """Forget all jobs that an owner has cancelled, but the latest."""
+        rest = "SELECT key FROM jobs WHERE owner = ? AND state = 'cancelled' ORDER BY created DESC LIMIT -1 OFFSET ?"
+        with self._using():
+            self._db.execute(f"DELETE FROM jobs WHERE key IN ({rest})", (owner, most))
+
     def keys(self) -> set[str]:
         """The keys of all jobs."""
         with self._using():
