@@ -75,6 +75,7 @@ HELPER_BYTES = 3 * 2**30
 _HELPER_S = 120.0
 _PING_S = 2.0
 _AGAIN_S = 5.0
+_LONGEST_AGAIN_S = 60.0
 _AHEAD_S = 10.0
 """Before a job has less than this to go, the next is not fetched: another worker may be free for it sooner."""
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -104,8 +105,12 @@ class _Task:
     wanted: int = 0
     """Up to which byte it has been asked for."""
     question: int = 0
+    first: int = 0
+    """The first question of the output that is being sent."""
     moved: float = 0.0
     """When it last went on."""
+    patience_s: float = field(default_factory=lambda: _AGAIN_S)
+    """What has not gone on for so long is asked for, or sent, again: after an ever longer time, on a narrow link."""
 
     @property
     def lease(self) -> str:
@@ -387,8 +392,9 @@ class Worker:
                 _LOG.error("job %s does not stop: the worker ends", task.work.job)
                 self._leave()
                 os._exit(71)
-            if task.stage in ("receive", "send") and now - task.moved > _AGAIN_S:  # something got lost
-                self._fetch(task) if task.stage == "receive" else self._send_on(task, 0)
+            if task.stage in ("receive", "send") and now - task.moved > task.patience_s:  # lost, or slow
+                task.patience_s = min(2 * task.patience_s, _LONGEST_AGAIN_S)
+                self._fetch(task) if task.stage == "receive" else self._send_on(task)
         for lease, (answer, since) in list(self._unacknowledged.items()):
             if self._greeted and now - since > _AGAIN_S:
                 self._unacknowledged[lease] = answer, now
@@ -438,8 +444,8 @@ class Worker:
                     self._say_until_heard(Fail(lease=message.lease, released=True))
             case Data(lease=str(lease)) if lease in self._tasks:
                 self._take_in(self._tasks[lease], message, payload)
-            case Credit(lease=str(lease)) if lease in self._tasks and message.re == self._tasks[lease].question:
-                self._send_on(self._tasks[lease], message.received[0])
+            case Credit(lease=str(lease)) if lease in self._tasks:
+                self._arrived(self._tasks[lease], message)
             case Ack(lease=str(lease)):
                 self._unacknowledged.pop(lease, None)
             case Cancel(lease=str(lease)):
@@ -463,7 +469,7 @@ class Worker:
                 self._say_until_heard(Fail(lease=lease, problem=problem))
         elif task is not None and task.stage in ("receive", "send") and message.re == task.question:
             if task.stage == "send" and problem.code == "E_CONFLICT":
-                self._send_on(task, 0)
+                self._send_output(task)
             else:
                 self._failed(task, error_of(problem.code, problem.message, problem.fix))
 
@@ -572,20 +578,34 @@ class Worker:
             return
         task.enter("send")
         task.index = 0
-        self._send_on(task, 0)
+        self._send_output(task)
 
-    def _send_on(self, task: _Task, there: int) -> None:
-        """Send the next bytes of the outputs, one chunk at a time: labels are small."""
-        if there and there >= task.outputs[task.index].size:
-            task.index, there = task.index + 1, 0
-            if task.index == len(task.outputs):
-                self._finish(task)
-                return
+    def _send_output(self, task: _Task) -> None:
+        """Send an output from its beginning."""
+        task.here, task.first = 0, self._ids + 1
+        self._send_on(task)
+
+    def _arrived(self, task: _Task, credit: Credit) -> None:
+        """The front door has more of an output. On a narrow link, it may say so after the same was sent again."""
+        if task.stage != "send" or credit.re < task.first or credit.received[0] <= task.here:
+            return  # of an output before, or said twice
+        task.here = credit.received[0]
+        if task.here < task.outputs[task.index].size:
+            self._send_on(task)
+            return
+        task.index += 1
+        if task.index < len(task.outputs):
+            self._send_output(task)
+        else:
+            self._finish(task)
+
+    def _send_on(self, task: _Task) -> None:
+        """Send the next bytes of an output, one chunk at a time: labels are small."""
         output, task.moved = task.outputs[task.index], time.monotonic()
         with (task.folder / "out" / output.name).open("rb") as file:
-            file.seek(there)
+            file.seek(task.here)
             payload = file.read(MOST_PAYLOAD)
-        task.question = self._send(Chunk(lease=task.lease, output=output.name, offset=there), payload)
+        task.question = self._send(Chunk(lease=task.lease, output=output.name, offset=task.here), payload)
 
     def _finish(self, task: _Task) -> None:
         task.enter("")
