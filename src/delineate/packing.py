@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Final
 from urllib.parse import urlsplit
 
-from delineate.bundle import FILES, Bundle, bundle_folder
+from delineate.bundle import CARD, FILES, Bundle, bundle_folder
 from delineate.errors import BundleError, CannotFetch, OutputError
 from delineate.installed import named_models
 from delineate.io.files import open_file, parsing, sync_to_disk, writing_beside
@@ -94,10 +94,12 @@ def fetch(source: str, out: Path, *, sha256: str | None = None, overwrite: bool 
 
 
 def _files_of(folder: Path) -> list[str]:
-    """Names of the files that a bundle has. Raises :class:`BundleError` for a link: what it leads to is not its own."""
-    for path in (folder / name for name in FILES):
-        if path.is_symlink():
-            raise BundleError(f"'{path}' is a link, and what it leads to may be private", fix="put a file in its place")
+    """Names of the files that a bundle has.
+
+    Raises :class:`BundleError` for a card that is a link: it has no digest, so it could be anybody's file.
+    """
+    if (card := folder / CARD).is_symlink():
+        raise BundleError(f"'{card}' is a link, and what it leads to may be private", fix="put a file in its place")
     return [name for name in FILES if (folder / name).is_file()]
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from delineate.bundle import Bundle
-from delineate.compute import Choice, ComputePlan
+from delineate.compute import Choice, ComputePlan, ran_out_of_memory
 from delineate.core.grid import Grid
 from delineate.core.volume import Volume
 from delineate.errors import DelineateError
@@ -60,7 +60,9 @@ class Networks:
         for sha256 in digests[:_WARM]:
             try:
                 self._get(sha256)
-            except DelineateError as error:
+            except Exception as error:
+                if not isinstance(error, DelineateError) and not ran_out_of_memory(error):
+                    raise
                 _LOG.warning("bundle %s cannot be used: %s", sha256[:12], error)
 
     def _get(self, sha256: str) -> _Ready:

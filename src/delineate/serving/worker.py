@@ -291,6 +291,7 @@ class Worker:
     def _failure(self, task: _Task, error: Exception) -> DelineateError:
         """What an error that is not one of ours means for a job, and for the worker."""
         if ran_out_of_memory(error):
+            error.__traceback__ = None  # its frames hold what had been allocated
             if self._plan.device.type == "cuda":
                 torch.cuda.empty_cache()
             return TooLarge("the scan needs more memory than the server has", fix="send a smaller part of it")
