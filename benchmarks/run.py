@@ -168,8 +168,11 @@ def bench_pass(quick: bool) -> list[Row]:
     default = UNetSpec(dimensions=3, widths=widths).build(1, 3).eval()
     blocks.InstanceNorm = ours  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
-        unet = {"kind": "unet", "dimensions": 3, "widths": widths}
-        saved_bundle(Path(folder, "bundle"), {"network": unet}, ("T1",), TileGeometry(sides))
+        values = {
+            "tiles": {"kind": "patches", "shape": sides},
+            "network": {"kind": "unet", "dimensions": 3, "widths": widths},
+        }
+        saved_bundle(Path(folder, "bundle"), values, ("T1",), TileGeometry(sides))
         export_onnx([Path(folder, "bundle")], Path(folder, "network.onnx"))
         session = onnxruntime.InferenceSession(Path(folder, "network.onnx"), providers=["CPUExecutionProvider"])
     plan.place(network, 3)

@@ -39,7 +39,7 @@ OF_OTHERS = {
     "--head", "--address", "--disable-usage-stats", "--generate", "--ray-client-server-port",
     "--rm", "--network", "--user", "--memory", "--build-arg", "--cpuset-cpus", "--cpus", "--gpus",
     "--cap-drop", "--name", "--read-only", "--restart", "--security-opt", "--stop-timeout", "--tmpfs",
-    "--home-dir", "--now", "--shell", "--system", "--force-reinstall", "--config",
+    "--home-dir", "--now", "--shell", "--system", "--force-reinstall", "--no-deps", "--config",
 }  # fmt: skip
 """Options of SLURM, TensorBoard, nnU-Net, TotalSegmentator, ray, Docker, systemd, useradd, pip and Caddy."""
 
