@@ -36,8 +36,8 @@ _FIXES = {
 class Limits:
     """What a scan's header may ask for; checked before anything is allocated.
 
-    ``max_axis`` voxels or channels along one axis, ``max_bytes`` of stored voxels. As many slices of 512 × 512 and two
-    bytes as a body has at half a millimetre reach both: fewer voxels along an axis would refuse real scans.
+    ``max_axis`` voxels or channels along one axis, ``max_bytes`` of stored voxels. A whole body in slices of half a
+    millimetre, 4096 of 512 × 512 voxels of two bytes, reaches both.
     """
 
     max_axis: int = 4096
