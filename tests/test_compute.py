@@ -67,6 +67,23 @@ def test_threads_are_given_back() -> None:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("channels", [2, 8, 15, 16])
+def test_pixels_that_a_stride_passes_over_have_no_gradient(channels, precision) -> None:
+    """PyTorch's own backward pass of these ends the process where few channels lie last."""
+    plan = plan_compute(device="cpu", precision=precision, compile="off")
+    layer = nn.Conv2d(channels, 32, 1, stride=(2, 3)).to(memory_format=torch.channels_last)
+    image = torch.randn(3, channels, 272, 271).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with plan.autocast():
+        answer = plan.compiled(layer)(image)
+    answer.float().square().sum().backward()
+    exact = layer.double()(image.detach().double())
+    torch.testing.assert_close(answer.double(), exact, rtol=0.02, atol=0.05)
+    seen = image.grad.abs().sum(dim=1) > 0
+    assert seen[:, ::2, ::3].all()
+    assert seen.sum() == answer[:, 0].numel()
+
+
 @pytest.mark.parametrize(("dimensions", "kernel", "size"), [(3, 5, (4, 4, 4)), (3, 3, (2, 3, 2)), (2, 3, (1, 1))])
 def test_gradients_of_images_smaller_than_their_kernel_are_right(dimensions, kernel, size) -> None:
     torch.manual_seed(0)

@@ -83,14 +83,13 @@ class ComputePlan:
 
     def compiled(self, function: Callable) -> Callable:
         """``function``, compiled for fixed shapes if the plan says so; its gradients are correct either way."""
-        if self.device.type == "cpu" and self.precision == "bf16":
+        if self.device.type == "cpu":
             function = _with_right_gradients(function)
         return torch.compile(function, dynamic=False) if self.compile else function
 
     def again(self) -> AbstractContextManager[Any]:
         """Context in which the backward pass computes activations again, as :meth:`compiled` functions did."""
-        careful = self.device.type == "cpu" and self.precision == "bf16"
-        return _SomeConvolutionsInFloat32() if careful else nullcontext()
+        return _CarefulConvolutions() if self.device.type == "cpu" else nullcontext()
 
     def file(self) -> PlanFile:
         """The plan as it is written to a file."""
@@ -164,11 +163,14 @@ def convolution_gflops(plan: ComputePlan) -> float:
     return 3 * forward / fastest
 
 
-class _SomeConvolutionsInFloat32(TorchFunctionMode):
-    """Excludes from autocast the convolutions that PyTorch 2.13 handles badly in bfloat16 on CPUs.
+class _CarefulConvolutions(TorchFunctionMode):
+    """Steps around what PyTorch 2.13 gets wrong in the backward pass of convolutions on CPUs.
 
-    If the image is smaller than the kernel, the kernel's gradient is wrong or NaN. If the convolution is depthwise
-    and dilated, the backward pass takes two to seven times as long as in float32.
+    In bfloat16, if the image is smaller than the kernel, the kernel's gradient is wrong or NaN; if the convolution is
+    depthwise and dilated, it takes two to seven times as long as in float32. These are excluded from autocast.
+
+    In 2D and any precision, a convolution of single pixels with a stride writes beyond its memory where 2 to 15
+    channels lie last, which ends the process. The pixels that it passes over are left out beforehand.
     """
 
     def __torch_function__(
@@ -177,6 +179,8 @@ class _SomeConvolutionsInFloat32(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _CONVOLUTIONS and torch.is_grad_enabled():
             image, kernel, *rest = args
+            if func is torch.conv2d and kernel.shape[2:] == (1, 1) and image.shape[1] < 16:
+                return _of_every(*args, **kwargs)
             small = any(n < k for n, k in zip(image.shape[2:], kernel.shape[2:], strict=True))
             if small or (func in _FORWARD and _is_dilated_by_channel(kernel, *rest, **kwargs)):
                 with torch.autocast("cpu", enabled=False):
@@ -186,6 +190,22 @@ class _SomeConvolutionsInFloat32(TorchFunctionMode):
 
 _FORWARD = {torch.conv2d, torch.conv3d}
 _CONVOLUTIONS = _FORWARD | {torch.conv_transpose2d, torch.conv_transpose3d}
+
+
+def _of_every(
+    image: torch.Tensor,
+    kernel: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """A convolution of single pixels, without a stride: of every so many of them."""
+    down, across = stride if isinstance(stride, Sequence) else (stride, stride)
+    if padding in (0, (0, 0)):
+        image, stride = image[:, :, ::down, ::across], 1
+    return torch.conv2d(image, kernel, bias, stride, padding, dilation, groups)
 
 
 def _is_dilated_by_channel(
@@ -198,7 +218,7 @@ def _is_dilated_by_channel(
 
 def _with_right_gradients(function: Callable) -> Callable:
     def careful(*args: Any, **kwargs: Any) -> Any:
-        with _SomeConvolutionsInFloat32():
+        with _CarefulConvolutions():
             return function(*args, **kwargs)
 
     return careful
