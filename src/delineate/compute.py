@@ -179,7 +179,7 @@ class _CarefulConvolutions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _CONVOLUTIONS and torch.is_grad_enabled():
             image, kernel, *rest = args
-            if func is torch.conv2d and kernel.shape[2:] == (1, 1) and image.shape[1] < 16:
+            if func is torch.conv2d and kernel.shape[2:] == (1, 1) and image.ndim == 4 and image.shape[1] < 16:
                 return _of_every(*args, **kwargs)
             small = any(n < k for n, k in zip(image.shape[2:], kernel.shape[2:], strict=True))
             if small or (func in _FORWARD and _is_dilated_by_channel(kernel, *rest, **kwargs)):
