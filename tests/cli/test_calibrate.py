@@ -21,9 +21,12 @@ from delineate.cli.app import app
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.layouts import open_dataset
 from delineate.errors import BrokenSubjects, BundleError, DatasetError, TooFewSubjects, UnknownKey
+from delineate.evaluation.calibrating import inspected
 from delineate.evaluation.card import card_of
 from delineate.evaluation.card_facts import CardFacts
+from delineate.evaluation.held_out import HeldOut
 from delineate.fingerprint import Fingerprint, Range
 from delineate.io.formats import write_label, write_volume
 from delineate.io.pseudonyms import key_id
@@ -47,20 +50,23 @@ def drawn(rng: np.random.Generator) -> tuple[Volume, LabelVolume]:
     return Volume(scan[None].astype(np.float32), GRID), LabelVolume(label, GRID)
 
 
-def written(root: Path, names: list[str], seed: int = 0) -> Path:
+def written(root: Path, names: list[str], seed: int = 0, channels: tuple[str, ...] = ("MR",)) -> Path:
+    """A data set whose subjects have a file of the first channel."""
     rng = np.random.default_rng(seed)
     for name in names:
         scan, label = drawn(rng)
         write_volume(root / f"imagesTr/{name}_0000.nii.gz", scan)
         write_label(root / f"labelsTr/{name}.nii.gz", label)
-    about = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "block": 1}, "file_ending": ".nii.gz"}
+    named = {str(i): channel for i, channel in enumerate(channels)}
+    about = {"channel_names": named, "labels": {"background": 0, "block": 1}, "file_ending": ".nii.gz"}
     (root / "dataset.json").write_text(json.dumps(about), encoding="utf-8")
     return root
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("data"), NAMES)
+    """Scans whose only channel is not called as the bundle calls its own."""
+    return written(tmp_path_factory.mktemp("data"), NAMES, channels=("knee of Ms Doe",))
 
 
 def trained(folder: Path, provenance: Provenance) -> Path:
@@ -156,6 +162,8 @@ def test_what_was_calibrated_on_is_recorded_without_names(calibrated: Path, own:
     assert about.fingerprint.subjects == 21
     assert Calibration.load(calibrated / "bundle") is not None
     assert Calibration.load(own) is None, "the bundle itself stays as it was"
+    judged = {found.of for found in about.fingerprint.ranges if found.quantity == "contrast"}
+    assert judged == {"MR"}, "by the bundle's name, by which predictions ask for it"
     [result] = CardFacts.of(made).results
     assert (result.kind, result.name, result.subjects) == ("calibration", "Our scanner", 21)
     card = card_of(made)
@@ -163,6 +171,18 @@ def test_what_was_calibrated_on_is_recorded_without_names(calibrated: Path, own:
     assert "Ranges over the 21 calibration scans" in card
     everything = b"".join(path.read_bytes() for path in (calibrated / "bundle").iterdir())
     assert b"case" not in everything
+    assert b"Ms Doe" not in everything
+
+
+def test_a_channel_that_the_bundle_does_not_take_may_be_missing(own: Path, data: Path, tmp_path: Path) -> None:
+    more = written(tmp_path / "more", NAMES, channels=("MR", "T2"))
+    for name in NAMES[:-1]:
+        shutil.copy(data / f"imagesTr/{name}_0000.nii.gz", more / f"imagesTr/{name}_0001.nii.gz")
+    bundle, dataset = Bundle.load(own), open_dataset(more)
+    assert {subject.channels for subject in dataset.subjects} == {("MR", "T2"), ("MR",)}
+    found = inspected(bundle, dataset, HeldOut.of(bundle, dataset))
+    assert len(found.rows) == 21
+    assert {row.channels for row in found.rows} == {("MR",)}
 
 
 def test_the_same_command_resumes_and_makes_the_same(calibrated: Path, own: Path, data: Path, tmp_path: Path) -> None:

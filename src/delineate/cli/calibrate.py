@@ -115,7 +115,7 @@ def calibrate(
     with Terminal() as terminal:
         for note in held_out.notes:
             terminal.say(printable(note))
-        inspection = inspected(dataset, held_out)
+        inspection = inspected(trained, dataset, held_out)
         test.write(out / "calibrate.json")
         evaluation, pairs = predict_and_measure(
             terminal, trained, outputs, planned, held_out, STANDARD, simulated=dataset.simulated,

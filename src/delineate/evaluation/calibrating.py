@@ -36,9 +36,13 @@ def check_enough(subjects: Sequence[Subject]) -> None:
         )
 
 
-def inspected(dataset: Dataset, held_out: HeldOut) -> Inspection:
-    """What the scans to calibrate on look like. Raises :class:`BrokenSubjects` where one cannot be used."""
-    found = inspect(replace(dataset, subjects=held_out.subjects), targets=held_out.shared.of_references)
+def inspected(bundle: Bundle, dataset: Dataset, held_out: HeldOut) -> Inspection:
+    """What the scans to calibrate on look like, in the bundle's channels.
+
+    Raises :class:`BrokenSubjects` where one cannot be used, :class:`MissingFile` where one lacks a channel.
+    """
+    chosen = tuple(subject.with_channels(bundle.channels) for subject in held_out.subjects)
+    found = inspect(replace(dataset, subjects=chosen), targets=held_out.shared.of_references)
     if found.broken:
         raise BrokenSubjects(
             f"{', '.join(found.broken)[:300]} cannot be used: {found.errors[0].message}",
