@@ -12,14 +12,17 @@ import pytest
 from delineate.calibration import Case, Confidence, Intervals, check_intervals
 from delineate.compute import Choice
 from delineate.core.grid import Grid
+from delineate.core.subject import Subject, unnamed
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.inspection import SubjectRow
 from delineate.evaluation.measure import Measuring, measure_prediction
+from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation, reliability_table
+from delineate.io.formats import write_label, write_volume
 from delineate.metrics.quantities import QuantityMap
 from delineate.reporting.classes import class_rows
-from delineate.reporting.evaluation import write_evaluation_report
+from delineate.reporting.evaluation import write_evaluation_report, write_held_out_report
 from delineate.reporting.figures import agreement_chart, class_chart, confusion_chart, density_chart, methods_chart
 from delineate.reporting.html import (
     EvaluationReport,
@@ -320,6 +323,23 @@ def test_a_page_of_fat_fractions_says_what_was_read_in_which_unit(tmp_path) -> N
         "percentage points too low (95 % interval",
     ):
         assert said in page, said
+
+
+def test_pictures_show_the_first_channel_even_where_channels_have_only_numbers(rng, tmp_path) -> None:
+    """As nnU-Net's files have without a dataset.json."""
+    files, reference, page = [tmp_path / f"{i}.nii" for i in range(2)], tmp_path / "label.nii", tmp_path / "page.html"
+    for file in files:
+        write_volume(file, Volume(rng.random((1, *GRID.shape), np.float32), GRID))
+    write_label(reference, label())
+    evaluation = Evaluation(pd.DataFrame(measure_prediction(label(), label(), TARGETS, subject="s0").targets))
+    shown = []
+    for names in (("T1", "FLAIR"), unnamed(2)):
+        pair = Pair("s0", reference, reference, Subject("s0", dict(zip(names, files, strict=True)), reference))
+        write_held_out_report(page, evaluation, [pair], TARGETS, title="a test", channels=("T1", "FLAIR"))
+        shown.append(re.findall('src="data:image/[^"]+"', page.read_text(encoding="utf-8")))
+    by_name, by_number = shown
+    assert by_name
+    assert by_number == by_name
 
 
 def test_differences_that_are_all_one_have_one_line() -> None:

@@ -137,7 +137,7 @@ def calibrate(
             pairs,
             held_out.shared.targets,
             title=f"{trained.recipe.name} on {dataset.name}",
-            channel=trained.channels[0],
+            channels=trained.channels,
             notes=notes,
         )
         card_beside(out, made)

@@ -172,7 +172,7 @@ def measure_held_out(
         shown = targets_of(measuring.wanted, held_out.shared.targets) or held_out.shared.targets
         title = f"{trained.recipe.name} on {dataset.name}"
         write_held_out_report(
-            out / "report.html", evaluation, pairs, shown, title=title, channel=trained.channels[0], notes=notes
+            out / "report.html", evaluation, pairs, shown, title=title, channels=trained.channels, notes=notes
         )
     if json:
         print_json(evaluation.as_dict())

@@ -48,17 +48,18 @@ def write_held_out_report(
     targets: Targets,
     *,
     title: str,
-    channel: str,
+    channels: Sequence[str],
     notes: Sequence[str] = (),
 ) -> None:
     """Write a page about subjects that a bundle had not seen to ``path``.
 
-    The pairs' sources have the scans, of which the pictures show ``channel``. ``notes`` are shown before the numbers.
+    The pairs' sources have the scans. The pictures show the first of ``channels``, which are the bundle's. ``notes``
+    are shown before the numbers.
     """
     sources = {pair.subject: pair.source for pair in pairs if pair.source is not None}
 
     def scan(name: str) -> Volume:
-        return load_scan(sources[name].with_channels([channel]))
+        return load_scan(sources[name].with_channels(channels), channels[:1])
 
     report = EvaluationReport(
         title=title,
