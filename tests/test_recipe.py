@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -9,9 +10,19 @@ import yaml
 from pydicom.sr._concepts_dict import concepts
 from pydicom.sr.codedict import codes
 
+from delineate.cli.parsing import data_changes
 from delineate.core.legend import Code, Coding
 from delineate.errors import RecipeError
-from delineate.recipe import ScheduleSpec, apply_changes, load_recipe, packaged_recipes, recipe_from, to_yaml
+from delineate.recipe import (
+    DataSpec,
+    ScheduleSpec,
+    apply_changes,
+    change_of,
+    load_recipe,
+    packaged_recipes,
+    recipe_from,
+    to_yaml,
+)
 
 
 def test_the_packaged_recipes_are_all_found() -> None:
@@ -112,6 +123,26 @@ def test_the_item_one_beyond_a_list_s_end_is_added() -> None:
     assert apply_changes({"steps": [{"kind": "reorient"}]}, ["steps.1={kind: denoise, width: 3}"])["steps"][1] == step
     with pytest.raises(RecipeError, match="list of 1"):
         apply_changes({"steps": [{"kind": "reorient"}]}, ["steps.2={kind: denoise}"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "\U0001f9e0 liver", "\U0001f468\u200d\U0001f469", "\u3000a\xa0", "\x7f\x85\u2028", "a: b, [c] # d\n", "wait...",
+        "", "null", "1e3", "2026-01-01", None, True, 3, 1e-5, [1, "\x1b"], {"T1": "*t1*", "FLAIR": "*\U0001f9e0*"},
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_a_change_gives_just_the_value_that_it_was_written_for(value) -> None:
+    """In any script, in the same order, and of the same type."""
+    found = apply_changes({}, [change_of("some.field", value)])
+    assert json.dumps(found) == json.dumps({"some": {"field": value}})
+
+
+def test_patterns_and_targets_of_the_command_line_may_have_any_script() -> None:
+    spec = DataSpec.of_changes(data_changes("auto", "*\U0001f9e0*.nii", "\U0001f9e0.nii", "\U0001f9e0=1"))
+    assert spec.targets is not None
+    assert (spec.images, spec.labels, [*spec.targets.values]) == ("*\U0001f9e0*.nii", "\U0001f9e0.nii", ["\U0001f9e0"])
 
 
 def test_a_change_leaves_the_values_it_was_given() -> None:

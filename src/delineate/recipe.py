@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -514,6 +515,14 @@ def apply_changes(values: dict[str, Any], changes: Iterable[str]) -> dict[str, A
     return values
 
 
+def change_of(path: str, value: Any) -> str:
+    """The change that gives the field at ``path`` a value, so that :func:`apply_changes` puts just this value there.
+
+    Raises :class:`TypeError` for what is not plain: numbers, text, lists and dictionaries.
+    """
+    return f"{path}={_scalar(json.loads(json.dumps(value)))}"
+
+
 def _change(values: dict[str, Any], change: str) -> None:
     """Apply one change in place."""
     path, equals, text = change.partition("=")
@@ -568,10 +577,10 @@ def _is_prose(value: Any) -> bool:
 
 def _scalar(value: Any) -> str:
     """A value or a name on one line of YAML that reads back unchanged."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
-    text = text.removesuffix("\n").removesuffix("...").strip()
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True, sort_keys=False)
+    text = text.removesuffix("\n").removesuffix("...").removesuffix("\n")
     if not text.isprintable():  # line breaks or control characters
-        text = yaml.safe_dump(value, default_flow_style=True, default_style='"', width=10**9).strip()
+        text = yaml.safe_dump(value, default_flow_style=True, default_style='"', width=10**9, sort_keys=False).strip()
     return text
 
 

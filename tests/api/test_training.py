@@ -40,10 +40,10 @@ def test_changes_are_a_mapping_or_as_the_command_line_has_them(here) -> None:
     recipe = delineate.auto("scans", steps=3, device="cpu")
     both = [
         delineate.auto("scans", steps=3, device="cpu", changes=changes)
-        for changes in ({"training.ema": 0.5, "name": "a: b"}, ["training.ema=0.5", "name='a: b'"])
+        for changes in ({"training.ema": 0.5, "name": "a: \U0001f9e0"}, ["training.ema=0.5", "name='a: \U0001f9e0'"])
     ]
     assert both[0] == both[1] != recipe
-    assert both[0].name == "a: b"
+    assert both[0].name == "a: \U0001f9e0"
     with pytest.raises(RecipeError, match="no recipe can hold"):
         delineate.auto("scans", changes={"name": object()})
     with pytest.raises(RecipeError, match="did you mean 'batch_size'"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset
 from delineate.errors import RecipeError
 from delineate.evaluation.table import Evaluation
-from delineate.recipe import DataSpec, Recipe, apply_changes, load_recipe, recipe_from
+from delineate.recipe import DataSpec, Recipe, apply_changes, change_of, load_recipe, recipe_from
 
 if TYPE_CHECKING:
     from delineate.sampling.batches import BatchSource
@@ -310,8 +309,7 @@ def as_texts(changes: Changes) -> list[str]:
     if isinstance(changes, str) or not isinstance(changes, Mapping):
         return [changes] if isinstance(changes, str) else list(changes)
     try:
-        # JSON is valid YAML, and quotes every string.
-        return [f"{path}={json.dumps(value)}" for path, value in changes.items()]
+        return [change_of(path, value) for path, value in changes.items()]
     except TypeError as error:
         raise RecipeError(
             f"a change has a value that no recipe can hold: {error}", fix="give numbers, text or lists"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,6 +103,8 @@ def data_changes(
     layout: str, images: str | None, labels: str | None, targets: str | None, rules: Path | None = None
 ) -> list[str]:
     """The options as changes to a recipe's ``data``, so that the recipe alone reproduces the run."""
+    from delineate.recipe import change_of  # imports torch
+
     asked = parse_targets(targets)
     channels, label = parse_reading(images, labels, rules)
     values = {
@@ -114,8 +115,7 @@ def data_changes(
         "labels": _plain(label),
         "targets": None if asked is None else asked.as_dict(),
     }
-    # JSON is valid YAML, and quotes everything that needs quoting.
-    return [f"data.{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
+    return [change_of(f"data.{name}", value) for name, value in values.items() if value is not None]
 
 
 def _plain(rule: Rule | None) -> Any:
