@@ -69,6 +69,13 @@ def test_a_gpu_that_is_not_here_is_estimated_and_says_so(scans: Path) -> None:
     )
 
 
+def test_a_single_channel_may_have_another_name_as_in_training(scans: Path) -> None:
+    command = ["plan", "demo", "--data", str(scans), *SMALL, "--device", "rtx 3060 12gb", "--json"]
+    own, other = (CliRunner().invoke(app, [*command, *more]) for more in ([], ["--set", "data.channels=[T2]"]))
+    assert other.exit_code == 0, other.output
+    assert json.loads(other.stdout) == json.loads(own.stdout)
+
+
 @pytest.mark.parametrize(("recipe", "device"), [("demo", "Voodoo 2 12MB"), ("auto", "A100 40GB")])
 def test_a_gpu_without_figures_or_a_recipe_is_refused(recipe: str, device: str, scans: Path) -> None:
     done = CliRunner().invoke(app, ["plan", recipe, "--data", str(scans), "--device", device])

@@ -91,6 +91,16 @@ def test_each_budget_is_derived_once_and_what_is_kept_is_what_a_resumed_study_us
     assert later("scans", dataset, [*READ, "training.steps=5", "training.batch_size=4"]).training.batch_size == 4
 
 
+def test_what_is_read_otherwise_is_inspected_and_derived_from_anew(dataset: Dataset, tmp_path: Path) -> None:
+    derive = AutoRecipes(tmp_path, "cpu")
+    for changes in ([], ["data.channels=[T1/T2]"], ["data.channels=[T1/T2]", "auto.widths=2"]):
+        made = derive("scans", dataset, [*READ, "training.steps=5", *changes])
+        assert made.data.channels == (("T1/T2",) if changes else None)
+    assert len(list((tmp_path / "auto").iterdir())) == 3
+    channels = [{row.channels for row in found.rows} for found in derive.inspected.values()]
+    assert channels == [{("image",)}, {("T1/T2",)}]
+
+
 def test_a_budget_that_is_none_is_refused_before_anything_is_read(dataset: Dataset) -> None:
     with pytest.raises(RecipeError, match="training"):
         AutoRecipes(device="cpu")("scans", dataset, ["training.minutes=soon"])

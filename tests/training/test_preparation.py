@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from delineate.core.grid import Grid
 from delineate.core.targets import Targets
+from delineate.core.volume import Volume
+from delineate.datasets.dataset import Dataset
 from delineate.datasets.inspection import Inspection
 from delineate.datasets.splits import Split
 from delineate.errors import BrokenSubjects
+from delineate.io.formats import write_volume
 from delineate.recipe import Recipe, apply_changes, recipe_from
 from delineate.training.options import Reporter, RunOptions
-from delineate.training.preparation import assign_roles, derived_recipe, inspected
+from delineate.training.preparation import Derived, assign_roles, derived_recipe, inspected
 
 
 def test_a_target_that_means_other_values_than_the_data_set_s_is_warned_of(balls, recipe: Recipe) -> None:
@@ -34,6 +40,29 @@ def test_one_sound_subject_is_too_few_and_is_counted(balls) -> None:
     alone = replace(balls, subjects=balls.subjects[:1])
     with pytest.raises(BrokenSubjects, match="1 usable subject is left; training needs at least two"):
         derived_recipe(alone, RunOptions(device="cpu"), Reporter(), ["training.steps=2"])
+
+
+def test_a_recipe_is_derived_from_scans_as_training_will_read_them(balls, tmp_path: Path, rng) -> None:
+    """T1 has a grid of its own, and one subject lacks it."""
+    grid, subjects = Grid.of_spacing((8, 8, 6), (2, 2, 3)), []
+    for subject in balls.subjects:
+        [flair] = subject.scans.values()
+        t1 = tmp_path / f"{subject.id}.nii"
+        write_volume(t1, Volume(rng.random((1, *grid.shape), np.float32), grid))
+        subjects.append(replace(subject, scans={"FLAIR": flair, "T1": t1}))
+    both = replace(balls, subjects=tuple(subjects))
+    lacking = replace(both, subjects=(*subjects[:-1], replace(subject, scans={"FLAIR": flair})))
+
+    def derived(dataset: Dataset, *changes: str) -> Derived:
+        return derived_recipe(dataset, RunOptions(device="cpu"), Reporter(), ["training.steps=2", *changes])
+
+    with pytest.raises(BrokenSubjects, match="E_GRID_MISMATCH"):
+        derived(both)
+    resampled = derived(both, "data.resample_channels=true")
+    assert {row.channels for row in resampled.inspection.rows} == {("FLAIR", "T1")}
+    chosen, alone = derived(lacking, "data.channels=[FLAIR]"), derived(balls)
+    assert {row.channels for row in chosen.inspection.rows} == {("FLAIR",)}
+    assert chosen.recipe.preprocessing == alone.recipe.preprocessing
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -11,13 +13,25 @@ from delineate.datasets.dataset import Dataset
 from delineate.datasets.inspection import Inspection
 from delineate.derivation import AUTO, AutoSpec
 from delineate.io.files import writing_beside
-from delineate.recipe import Recipe, TrainingSpec, apply_changes, load_recipe, recipe_from, to_yaml
+from delineate.recipe import (
+    DataSpec,
+    Recipe,
+    TrainingSpec,
+    apply_changes,
+    change_of,
+    load_recipe,
+    recipe_from,
+    to_yaml,
+)
 from delineate.training.options import Progress, Reporter, RunOptions
 from delineate.training.preparation import derived_recipe
 
 
 class Derive(Protocol):
-    """Derives recipes; the same for the same name of a data set, the same budget and the same ``auto`` settings."""
+    """Derives recipes.
+
+    The same for the same name of a data set, read in the same way, the same budget and the same ``auto`` settings.
+    """
 
     def __call__(self, name: str, dataset: Dataset, changes: Sequence[str]) -> Recipe:
         """The recipe that ``auto`` derives from ``dataset`` for the budget that ``changes`` name, with ``changes``."""
@@ -38,26 +52,36 @@ class AutoRecipes:
     inspected: dict[str, Inspection] = field(default_factory=dict)
 
     def __call__(self, name: str, dataset: Dataset, changes: Sequence[str]) -> Recipe:
-        budget = TrainingSpec.of_changes(changes)
+        data, budget = DataSpec.of_changes(changes), TrainingSpec.of_changes(changes)
         auto, others = AutoSpec.of_changes(changes)
+        of_data = data.model_dump(include={"channels", "resample_channels"}, exclude_defaults=True)
         of_budget = budget.model_dump(include={"minutes", "steps", "epochs"}, exclude_defaults=True)
         of_auto = auto.model_dump(exclude_defaults=True)
-        key = "-".join([name, *(f"{number:g}-{what}" for what, number in {**of_budget, **of_auto}.items())])
+        read = f"{name}-read-{_digest(of_data)}" if of_data else name
+        key = "-".join([read, *(f"{number:g}-{what}" for what, number in {**of_budget, **of_auto}.items())])
         if key not in self.known:
-            decisive = [f"training.{unit}={number}" for unit, number in of_budget.items()]
-            decisive += [f"{AUTO}.{what}={multiple}" for what, multiple in of_auto.items()]
-            self.known[key] = self._derived(key, name, dataset, decisive)
+            decisive = [
+                change_of(f"{group}.{what}", value)
+                for group, own in (("data", of_data), ("training", of_budget), (AUTO, of_auto))
+                for what, value in own.items()
+            ]
+            self.known[key] = self._derived(key, read, dataset, decisive)
         return recipe_from(apply_changes(self.known[key].as_dict(), others))
 
-    def _derived(self, key: str, name: str, dataset: Dataset, changes: Sequence[str]) -> Recipe:
+    def _derived(self, key: str, read: str, dataset: Dataset, changes: Sequence[str]) -> Recipe:
         path = None if self.folder is None else self.folder / "auto" / f"{key}.yaml"
         if path is None or not path.exists():
             report = Reporter(progress=self.progress)
             options = RunOptions(device=self.device)
-            made = derived_recipe(dataset, options, report, changes, self.inspected.get(name))
-            self.inspected[name] = made.inspection
+            made = derived_recipe(dataset, options, report, changes, self.inspected.get(read))
+            self.inspected[read] = made.inspection
             if path is None:
                 return made.recipe
             with writing_beside(path, first=True) as beside:
                 beside.write_text(to_yaml(made.recipe.as_dict(), made.reasons), encoding="utf-8")
         return load_recipe(path)  # perhaps that of another part of the study, which began at the same moment
+
+
+def _digest(values: Mapping[str, object]) -> str:
+    """What stands for values in the name of a file: names of channels may be anything."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]

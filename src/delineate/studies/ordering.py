@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite, log
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from delineate.fingerprint import measure_scan
 from delineate.inference.outputs import REVIEW
 from delineate.inference.review import read_confidences
 from delineate.recipe import DataSpec
+from delineate.training.preparation import as_read
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ def by_distance(comparison: ScanComparison, dataset: Dataset) -> tuple[str, ...]
     the greedy solution of the k-centre problem (Sener and Savarese 2018), which leaves no scan far from all labelled
     ones. The most typical candidates would be like one another, and teach little after the first.
     """
-    subjects = {subject.id: subject for subject in dataset.subjects}
-    channels = comparison.reading.channels or dataset.channels
-    rows = []
-    for name in (*comparison.trained, *comparison.candidates):
-        subject = replace(subjects[name], resample=comparison.reading.resample_channels)
-        rows.append(measure_scan(load_scan(subject, channels), channels))
+    dataset = as_read(dataset, comparison.reading)
+    subjects, channels = {subject.id: subject for subject in dataset.subjects}, dataset.channels
+    rows = [
+        measure_scan(load_scan(subjects[name], channels), channels)
+        for name in (*comparison.trained, *comparison.candidates)
+    ]
     features = np.array([[log(max(value, 1e-9)) for value in row.values()] for row in rows])
     spread = features.std(axis=0)
     features = features[:, spread > 1e-6] / spread[spread > 1e-6]

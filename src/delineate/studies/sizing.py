@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from delineate.io.formats import read_header
 from delineate.recipe import Recipe
 from delineate.sampling.tiles import geometry_for
 from delineate.studies.trials import Trial, try_recipe
+from delineate.training.preparation import as_read
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,7 @@ def _largest_prepared(recipe: Recipe, data: Path) -> tuple[tuple[int, ...], tupl
     def voxels(subject: Subject) -> int:
         return prod(read_header(next(iter(subject.scans.values()))).grid.shape)
 
-    dataset = recipe.data.open(data)
-    subject = max((s for s in dataset.subjects if s.scans), key=voxels)
-    scan = load_scan(replace(subject, resample=recipe.data.resample_channels), recipe.data.channels)
+    dataset = as_read(recipe.data.open(data), recipe.data)
+    scan = load_scan(max((s for s in dataset.subjects if s.scans), key=voxels))
     prepared, _ = recipe.pipeline.fit(lambda: [scan]).apply(scan)
     return prepared.grid.shape, prepared.grid.spacing_mm

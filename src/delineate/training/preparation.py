@@ -37,7 +37,7 @@ from delineate.io.pseudonyms import key_id
 from delineate.preprocessing.cache import PreparedDataset, prepare
 from delineate.preprocessing.spatial import Reorient
 from delineate.preprocessing.step import Step
-from delineate.recipe import Recipe, TrainingSpec, apply_changes, load_recipe, recipe_from, to_yaml
+from delineate.recipe import DataSpec, Recipe, TrainingSpec, apply_changes, load_recipe, recipe_from, to_yaml
 from delineate.sampling.samplers import ROUNDS, ChosenSlices
 from delineate.sampling.tiles import Slices, geometry_for, with_slice_axis
 from delineate.training.events import Warned
@@ -71,12 +71,13 @@ def derived_recipe(
 ) -> Derived:
     """The recipe derived from ``dataset`` and this machine, for the budget that ``changes`` name.
 
-    Those to ``auto`` change what is derived, all others what comes of it. The data set is inspected if no
-    ``inspection`` is given. Raises :class:`BrokenSubjects` as training does.
+    Those to ``auto`` change what is derived, all others what comes of it; scans are read as those to ``data`` say. The
+    data set is inspected if no ``inspection`` is given. Raises :class:`BrokenSubjects` and :class:`MissingFile` as
+    training does.
     """
     auto, changes = AutoSpec.of_changes(changes)
     budget = TrainingSpec.of_changes(changes)
-    dataset, targets = without_descriptions(dataset), dataset.targets
+    dataset, targets = as_read(dataset, DataSpec.of_changes(changes)), dataset.targets
     if targets is None:
         raise RecipeError(
             f"data set '{dataset.name}' does not name its targets",
@@ -190,7 +191,7 @@ def _slice_axis(tiles: Slices, preprocessing: Sequence[Step], grid: Grid) -> int
 def inspected(
     recipe: Recipe, dataset: Dataset, inspection: Inspection | None, options: RunOptions, report: Reporter
 ) -> tuple[Dataset, Targets, Inspection]:
-    dataset = without_descriptions(dataset)
+    dataset = as_read(dataset, recipe.data)
     targets = recipe.data.targets.targets() if recipe.data.targets is not None else dataset.targets
     if targets is None:
         raise RecipeError(
@@ -198,16 +199,11 @@ def inspected(
             fix="name them, for example --set 'data.targets.values={liver: 1}'",
         )
     _warn_of_other_values(targets, dataset, report)
-    if recipe.data.channels is not None:
-        channels = recipe.data.channels
-        dataset = replace(dataset, subjects=tuple(s.with_channels(channels) for s in dataset.subjects))
     if recipe.quantity is not None and recipe.quantity.channel not in dataset.channels:
         raise RecipeError(
             f"quantity '{recipe.quantity.channel}' is no channel of the scans; they have {', '.join(dataset.channels)}",
             fix="name one of them in quantity.channel and, where it is given, in data.channels",
         )
-    if recipe.data.resample_channels:
-        dataset = replace(dataset, subjects=tuple(replace(s, resample=True) for s in dataset.subjects))
     inspection = inspection or _inspection(dataset, targets, report)
     if inspection.broken:
         if not options.leave_out_broken:
@@ -380,6 +376,19 @@ def subjects_of(dataset: Dataset, inspection: Inspection, roles: Roles, options:
         left_out=tuple(sorted(inspection.broken)),
         file_hashes={row.subject: dict(row.hashes) for row in sorted(inspection.rows, key=lambda row: row.subject)},
     )
+
+
+def as_read(dataset: Dataset, spec: DataSpec) -> Dataset:
+    """``dataset`` with the channels that ``spec`` names, to be brought to the first one's grid if it says so.
+
+    Raises :class:`MissingFile` for a subject that lacks one of them, and what :func:`without_descriptions` raises.
+    """
+    dataset, channels = without_descriptions(dataset), spec.channels
+    if channels is not None:
+        dataset = replace(dataset, subjects=tuple(s.with_channels(channels) for s in dataset.subjects))
+    if spec.resample_channels:
+        dataset = replace(dataset, subjects=tuple(replace(s, resample=True) for s in dataset.subjects))
+    return dataset
 
 
 def without_descriptions(dataset: Dataset) -> Dataset:
