@@ -117,6 +117,34 @@ def test_channels_go_in_by_name_in_the_bundle_s_order(tmp_path, rng) -> None:
         )
 
 
+def test_channels_on_other_grids_are_resampled_in_memory_as_from_files(tmp_path, rng) -> None:
+    grids = {"T1": Grid.of_spacing((4, 5, 6), (1, 1, 2)), "FLAIR": Grid.of_spacing((8, 5, 3), (0.5, 1, 4))}
+    scans = {name: Volume(rng.random((1, *grid.shape), np.float32), grid) for name, grid in grids.items()}
+    for name, volume in scans.items():
+        delineate.write(tmp_path / f"{name}.nii", volume)
+    files = {name: tmp_path / f"{name}.nii" for name in scans}
+    wanted, _ = _as_volume(files, ("T1", "FLAIR"), resample=True)
+    for scan in (scans, {**scans, "T1": files["T1"]}):
+        found, _ = _as_volume(scan, ("T1", "FLAIR"), resample=True)
+        assert found.grid.matches(grids["T1"], 1e-5)
+        np.testing.assert_allclose(found.voxels, wanted.voxels, atol=1e-5)
+    with pytest.raises(GridMismatch, match="FLAIR"):
+        _as_volume(scans, ("T1", "FLAIR"), resample=False)
+
+
+def test_a_data_set_is_predicted_as_its_folder_is(here, tmp_path) -> None:
+    """A single channel may have any name; a data set none of whose scans can be predicted is refused."""
+    dataset = delineate.open_dataset("scans")
+    first = dataset.subjects[0]
+    [file] = first.scans.values()
+    lacking = replace(first, id="lacking", scans={"T1": file, "T2": file})
+    some = replace(dataset, subjects=(first.with_channels(["T1"]), lacking))
+    found = delineate.predict("run", some, tmp_path / "out")
+    assert (set(found.made), set(found.failed)) == ({first.id}, {"lacking"})
+    with pytest.raises(MissingFile, match="lacks"):
+        delineate.predict("run", replace(dataset, subjects=(lacking,)), tmp_path / "none")
+
+
 def test_what_is_no_scan_is_refused(here) -> None:
     bundle, scan = delineate.load("run"), delineate.read("scan.nii.gz")
     broken = scan.voxels.copy()

@@ -19,11 +19,11 @@ from delineate.core.subject import Subject
 from delineate.core.tables import html_table
 from delineate.core.targets import Targets
 from delineate.core.volume import Volume
-from delineate.datasets.dataset import Dataset, check_grids, load_scan
+from delineate.datasets.dataset import SAME_GRID_MM, Dataset, check_grids, load_scan, resampled
 from delineate.datasets.series_rules import Images
 from delineate.errors import BadVoxels, BundleError, DatasetError, DelineateError, MissingFile, RecipeError
 from delineate.evaluation.card import card_of
-from delineate.inference.batch import carry_out, find_subjects, unseen_by, with_quantity
+from delineate.inference.batch import carry_out, find_subjects, unseen_by, with_bundle_channels
 from delineate.inference.outputs import Outputs, Picture
 from delineate.inference.predictor import Predictor
 from delineate.inference.review import Review
@@ -397,7 +397,7 @@ def _subjects(
     quantity: QuantityMap | None,
 ) -> list[Subject]:
     if isinstance(inputs, Dataset):
-        return with_quantity(inputs.subjects, channels, quantity)
+        return with_bundle_channels(inputs.subjects, channels, quantity)
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     return find_subjects([Path(path) for path in paths], channels, images, quantity)
 
@@ -424,9 +424,13 @@ def _as_volume(scan: Any, channels: Sequence[str], *, resample: bool) -> tuple[V
     if not isinstance(scan, Mapping) or isinstance(scan, TorchIOImage):
         return _checked(volume_of(scan)), ()
     volumes = [_checked(_volume_of_channel(scan[name])) for name in _chosen(scan, channels)]
-    for name, volume in zip(channels, volumes, strict=True):
-        check_grids("the scan", name, volume.grid, channels[0], volumes[0].grid)
-    return Volume(np.concatenate([volume.voxels for volume in volumes]), volumes[0].grid), ()
+    grid = volumes[0].grid
+    for i, name in enumerate(channels):
+        if resample and not volumes[i].grid.matches(grid, SAME_GRID_MM):
+            volumes[i] = resampled(volumes[i], grid)
+        else:
+            check_grids("the scan", name, volumes[i].grid, channels[0], grid)
+    return Volume(np.concatenate([volume.voxels for volume in volumes]), grid), ()
 
 
 def _volume_of_channel(channel: Channel) -> Volume:

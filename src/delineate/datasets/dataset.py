@@ -94,9 +94,7 @@ def load_scan(
     reference, *others = volumes.items()
     for path, volume in others:
         if subject.resample and not volume.grid.matches(reference[1].grid, SAME_GRID_MM):
-            grid = reference[1].grid
-            moved = [resample_onto(channel, volume.grid, grid, order=1) for channel in volume.voxels]
-            volumes[path] = Volume(np.stack(moved), grid)
+            volumes[path] = resampled(volume, reference[1].grid)
             continue
         check_grids(subject.id, f"'{path.name}'", volume.grid, f"'{reference[0].name}'", reference[1].grid)
 
@@ -312,6 +310,11 @@ def check_grids(subject: str, what: str, grid: Grid, other_what: str, other: Gri
 
 def _reoriented(grid: Grid) -> Grid:
     return grid.permute(*grid.axes_to("RAS"))
+
+
+def resampled(volume: Volume, grid: Grid) -> Volume:
+    """A scan on another grid, each channel by :func:`resample_onto`, linearly."""
+    return Volume(np.stack([resample_onto(channel, volume.grid, grid, order=1) for channel in volume.voxels]), grid)
 
 
 def resample_onto(voxels: NDArray, source: Grid, target: Grid, *, order: int) -> NDArray:

@@ -16,7 +16,7 @@ from delineate.core.grid import Grid, permute_axes
 from delineate.core.subject import Label, Masks, Subject, paths_of
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
-from delineate.datasets.dataset import SAME_GRID_MM, Dataset, Orientation, resample_onto
+from delineate.datasets.dataset import SAME_GRID_MM, Dataset, Orientation, resample_onto, resampled
 from delineate.datasets.mirroring import Suspicion, suspicion
 from delineate.errors import AmbiguousOrientation, BadPath, DelineateError, OutputError, UnknownLayout
 from delineate.io.files import read_json, walk, writing_beside
@@ -170,8 +170,7 @@ def _onto(volume: Volume, grid: Grid) -> tuple[Volume, str]:
     turned = _turned(volume, grid)
     if turned is not None:
         return turned
-    voxels = np.stack([resample_onto(channel, volume.grid, grid, order=1) for channel in volume.voxels])
-    return Volume(voxels, grid), f"resampled linearly from {volume.grid} to {grid}"
+    return resampled(volume, grid), f"resampled linearly from {volume.grid} to {grid}"
 
 
 def _turned(volume: Volume, grid: Grid) -> tuple[Volume, str] | None:

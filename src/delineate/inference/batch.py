@@ -114,35 +114,40 @@ def find_subjects(
     names = [printable(subject.id) for subject in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DatasetError(f"several inputs are called {', '.join(twice)}", fix="predict them into separate folders")
-    found = with_quantity(found, channels, quantity)
+    try:
+        return with_bundle_channels(found, channels, quantity)
+    except MissingFile as error:
+        if images is not None or quantity is not None:
+            raise
+        raise MissingFile(
+            error.message,
+            fix=f"name each channel's files, or its DICOM series by their description: --images {channels[0]}='*…*'",
+        ) from error
+
+
+def with_bundle_channels(
+    subjects: Sequence[Subject], channels: Sequence[str], quantity: QuantityMap | None
+) -> list[Subject]:
+    """Subjects with the channels that a bundle takes, in its order, and with a quantity's maps, kept apart or not.
+
+    A subject that lacks a channel is returned as it is. Raises :class:`MissingFile` if every subject does,
+    :class:`RecipeError` if maps would change what the network sees, and whatever
+    :func:`~delineate.datasets.dataset.with_maps` raises.
+    """
+    if quantity is not None and quantity.maps is not None:
+        if quantity.channel in channels:
+            raise RecipeError(f"the bundle itself uses {quantity.channel} from the scans", fix="name only the channel")
+        subjects = with_maps(subjects, quantity.channel, quantity.maps)
     chosen, lacking = [], []
-    for subject in found:
+    for subject in subjects:
         try:
             chosen.append(_with_channels(subject, channels, quantity))
         except MissingFile as error:
             chosen.append(subject)
             lacking.append(error)
-    if lacking and len(lacking) == len(found):
-        if images is not None or quantity is not None:
-            raise lacking[0]
-        raise MissingFile(
-            lacking[0].message,
-            fix=f"name each channel's files, or its DICOM series by their description: --images {channels[0]}='*…*'",
-        ) from lacking[0]
+    if lacking and len(lacking) == len(chosen):
+        raise lacking[0]
     return chosen
-
-
-def with_quantity(subjects: Sequence[Subject], channels: Sequence[str], quantity: QuantityMap | None) -> list[Subject]:
-    """Subjects with a quantity's maps, if kept apart from their scans, for a bundle that takes these channels.
-
-    Raises :class:`RecipeError` if that would change what the network sees, and whatever
-    :func:`~delineate.datasets.dataset.with_maps` raises.
-    """
-    if quantity is None or quantity.maps is None:
-        return list(subjects)
-    if quantity.channel in channels:
-        raise RecipeError(f"the bundle itself uses {quantity.channel} from the scans", fix="name only the channel")
-    return with_maps(subjects, quantity.channel, quantity.maps)
 
 
 def _with_channels(subject: Subject, channels: Sequence[str], quantity: QuantityMap | None) -> Subject:
