@@ -27,7 +27,16 @@ from delineate.api.prediction import Prediction
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.inspection import Inspection, Problem
-from delineate.errors import BadVoxels, BundleError, Cancelled, DatasetError, GridMismatch, MissingFile, OutputError
+from delineate.errors import (
+    BadVoxels,
+    BundleError,
+    Cancelled,
+    DatasetError,
+    GridMismatch,
+    MissingFile,
+    OutputError,
+    RecipeError,
+)
 from delineate.io.legends import ITK_SNAP, SLICER
 
 
@@ -159,6 +168,34 @@ def test_what_is_no_scan_is_refused(here) -> None:
         delineate.predict(bundle, delineate.open_dataset("scans"))  # type: ignore[call-overload]
     with pytest.raises(BundleError):
         delineate.load("scans")
+
+
+@pytest.mark.parametrize(
+    ("asked", "fix"),
+    [
+        ({"device": "cuda"}, "open it with device='cuda'"),
+        ({"device": "cpu", "precision": "bf16", "engine": "torch"}, "open it with precision='bf16', engine='torch'"),
+        ({"margin_mm": 2}, "call its .measure"),
+        ({"threshold": 0.0}, "call its .measure"),
+        ({"maps": "maps"}, "call its .measure"),
+        ({"format": "dcm"}, "out="),
+        ({"images": "*.nii.gz"}, "out="),
+        ({"unseen": True}, "out="),
+        ({"overwrite": True}, "out="),
+    ],
+    ids=str,
+)
+def test_what_would_not_be_heeded_is_refused(here, asked, fix) -> None:
+    with pytest.raises(RecipeError) as refused:
+        delineate.predict(delineate.load("run", device="cpu"), "scan.nii.gz", **asked)
+    assert fix in refused.value.fix
+    assert all(name in str(refused.value) for name in asked if fix == "out=")
+
+
+def test_patterns_are_for_folders(here, tmp_path) -> None:
+    with pytest.raises(RecipeError, match="open_dataset"):
+        delineate.predict("run", delineate.open_dataset("scans"), tmp_path / "out", images="*.nii.gz")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_scan_is_never_written_over(here) -> None:

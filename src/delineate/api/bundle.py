@@ -201,6 +201,15 @@ class Bundle:
         # Compiling takes longer than predicting some hundreds of scans.
         return plan_compute(device=self._device, precision=self._precision, compile="off", engine=self._engine)
 
+    def _check_opened_for(self, **asked: str) -> None:
+        """Raise :class:`RecipeError` for a device, precision or engine other than the one that it was opened for."""
+        own = {"device": self._device, "precision": self._precision, "engine": self._engine}
+        if other := [name for name, value in asked.items() if value not in ("auto", own[name])]:
+            raise RecipeError(
+                f"the bundle is open, with {', '.join(f'{name} {own[name]}' for name in other)}",
+                fix=f"open it with {', '.join(f'{name}={asked[name]!r}' for name in other)}, or give its folder",
+            )
+
     def _predictor(self, **settings: Any) -> Predictor:
         """The last predictor, if the settings are the same: building the networks takes longer than a small scan."""
         if self._last is None or self._last[0] != settings:
@@ -333,19 +342,25 @@ def predict(
     file for each subject. A ``.dcm`` comes with a DICOM report of the measurements.
 
     Once ``cancel`` is set, :class:`~delineate.errors.Cancelled` is raised; labels finished by then are kept,
-    and the next call resumes from there.
+    and the next call resumes from there. What has no meaning, such as ``overwrite`` without ``out`` or another
+    ``device`` for an open bundle, raises :class:`~delineate.errors.RecipeError`.
     """
-    if not isinstance(bundle, Bundle):
+    if isinstance(bundle, Bundle):
+        bundle._check_opened_for(device=device, precision=precision, engine=engine)
+    else:
         folders = [bundle] if isinstance(bundle, str | Path) else list(bundle)
         bundle = load(*folders, device=device, precision=precision, engine=engine)
     settings: dict[str, Any] = {"overlap": overlap, "flips": flips, "mirrored": mirrored}
     if out is None:
         if isinstance(inputs, Dataset):
             raise DatasetError("a data set holds many scans", fix="give the folder for the labels as out=")
-        if quantity is not None:
+        if quantity is not None or maps is not None or threshold is not None or margin_mm:
             raise RecipeError("a quantity is measured in a prediction", fix="call its .measure, or give out=")
         if surfaces is not None or preview:
             raise RecipeError("surfaces and pictures are files", fix="save the prediction as .stl, or give out=")
+        asked = {"format": format != "nii.gz", "images": images is not None, "unseen": unseen, "overwrite": overwrite}
+        if lost := [name for name, given in asked.items() if given]:
+            raise RecipeError(f"{', '.join(lost)} would not be heeded", fix="give the folder for the labels as out=")
         return bundle.predict(inputs, **settings, probabilities=probabilities, progress=progress, cancel=cancel)
     check_label_format(format)
     if surfaces is not None:
@@ -397,6 +412,8 @@ def _subjects(
     quantity: QuantityMap | None,
 ) -> list[Subject]:
     if isinstance(inputs, Dataset):
+        if images is not None:
+            raise RecipeError("images are patterns for a folder's files", fix="give them to delineate.open_dataset")
         return with_bundle_channels(inputs.subjects, channels, quantity)
     paths = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     return find_subjects([Path(path) for path in paths], channels, images, quantity)
