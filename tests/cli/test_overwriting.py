@@ -151,6 +151,7 @@ WRITERS = {
     ),
     "jobs": Writer("jobs", f"--fetch {uuid4()} --key @state/me.key -o OUT/c.nii.gz", "c.nii.gz", ("state/me.key",)),
     "train": Writer("train generic_3d --data @data", "-o OUT", "report.html", flag=False),
+    "train's subjects": Writer("train generic_3d --data @data", "-o OUT", "subjects.json", flag=False),
 }
 writers = pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
 

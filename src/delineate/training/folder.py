@@ -11,7 +11,18 @@ from delineate.errors import OutputError
 from delineate.io.overwriting import check_folder
 from delineate.training.events import EVENTS, MESSAGES
 
-_WRITTEN = ("bundle", "last", "logs", "predictions", "evaluation", "plan.json", "data.json", "report.html", "card.html")
+_WRITTEN = (
+    "bundle",
+    "last",
+    "logs",
+    "predictions",
+    "evaluation",
+    "plan.json",
+    "data.json",
+    "subjects.json",
+    "report.html",
+    "card.html",
+)
 """What a run writes. An existing recipe.yaml or split.json is used; of the recipe, only the budget may be replaced."""
 
 
