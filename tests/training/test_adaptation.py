@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ from delineate.io.formats import read_volume, write_label, write_volume
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import geometry_for
 from delineate.training.adaptation import UNMEASURED_SHARE, chosen_share, mixed
-from delineate.training.options import Reporter, RunOptions
+from delineate.training.adapted import PLAN
+from delineate.training.fine_tuning import adapted_recipe
+from delineate.training.lock import stop_file
+from delineate.training.options import Reporter, RunOptions, Stop
 from delineate.training.run import train
 from delineate.training.subjects import RunSubjects
 
@@ -106,6 +110,14 @@ def test_the_adapted_network_is_fed_as_the_original_one(world, adapted) -> None:
     scan = read_volume(world / "new" / "fresh0_image.nii.gz")
     np.testing.assert_array_equal(before.pipeline.apply(scan)[0].voxels, after.pipeline.apply(scan)[0].voxels)
     assert adapted.bundle.predict(scan).label.voxels.shape == scan.grid.shape
+
+
+def test_the_targets_keep_their_codes_and_colours(world) -> None:
+    values = Bundle.load(world / "run/bundle").recipe.as_dict()
+    code = {"value": "10200004", "meaning": "Ball"}
+    values["data"] |= {"codes": {"ball": {"category": code, "type": code}}, "colours": {"ball": "#dd8265"}}
+    origin = replace(Bundle.load(world / "run/bundle"), recipe=recipe_from(values))
+    assert adapted_recipe(origin, world / "run/bundle").data.legend == origin.recipe.data.legend
 
 
 def test_its_weights_lie_between_the_original_and_the_fine_tuned_ones(world, adapted) -> None:
@@ -198,6 +210,7 @@ def test_the_gain_of_a_single_scan_cannot_be_measured_and_that_is_said(world, tm
     done = CliRunner().invoke(app, [*command, *patterns, "--device", "cpu", "--compile", "off", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
+    assert found["finished"] is True
     assert found["gain"] is None
     assert found["forgetting"] is None
     assert found["share_of_fine_tuned_weights"] == UNMEASURED_SHARE
@@ -207,6 +220,26 @@ def test_the_gain_of_a_single_scan_cannot_be_measured_and_that_is_said(world, tm
     printed = CliRunner().invoke(app, [*command, *patterns, "--device", "cpu", "--compile", "off"])
     assert "what was gained cannot be measured" in printed.stdout
     assert "50% fine-tuned" in printed.stdout
+
+
+def test_a_stopped_adaptation_is_json_too(world, tmp_path) -> None:
+    out, ended = tmp_path / "out", threading.Event()
+
+    def stop() -> None:
+        while not (out / PLAN).exists() and not ended.wait(0.01):
+            pass
+        if not ended.is_set():
+            stop_file(out).touch()
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    command = ["adapt", str(world / "run"), "--data", str(world / "one"), "-o", str(out), "--steps", "1000000"]
+    patterns = ["--images", "*_image.nii.gz", "--labels", "*_label.nii.gz", "--targets", "ball=1"]
+    done = CliRunner().invoke(app, [*command, *patterns, "--device", "cpu", "--compile", "off", "--json"])
+    ended.set()
+    stopping.join()
+    assert done.exit_code == Stop.FILE, done.output
+    assert json.loads(done.stdout)["finished"] is False
 
 
 def test_what_does_not_fit_is_refused_with_the_reason_before_anything_is_written(world, tmp_path) -> None:

@@ -115,11 +115,11 @@ def adapt(
             folds=folds,
             changes=set or [],
         )
-    if found.stopped is not None:
-        raise typer.Exit(found.stopped)
     if json:
         print_json(found.as_dict())
-    else:
+    if found.stopped is not None:
+        raise typer.Exit(found.stopped)
+    if not json:
         _print(found)
 
 

@@ -80,6 +80,7 @@ class Adapted:
         """Plain values for JSON."""
         return {
             "bundle": str(self.folder / "bundle"),
+            "finished": self.stopped is None,
             "share_of_fine_tuned_weights": self.share,
             "gain": None if self.gain is None else self.gain.as_dict(),
             "forgetting": None if self.forgetting is None else self.forgetting.as_dict(),

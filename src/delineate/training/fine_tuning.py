@@ -69,6 +69,7 @@ def adapted_recipe(
             "resample_channels": before.data.resample_channels,
             "targets": origin.targets.as_dict(),
             "codes": values["data"]["codes"],
+            "colours": values["data"]["colours"],
         },
         "preprocessing": origin.pipeline.model_dump(mode="json")["steps"],
         "tiles": origin.tiles.model_dump(mode="json"),
