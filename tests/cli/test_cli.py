@@ -255,19 +255,20 @@ def test_annotators_become_one_label_and_their_agreement_a_table(tmp_path) -> No
 
 def test_methods_are_compared_in_words(tmp_path) -> None:
     table = {"subject": [f"s{i}" for i in range(12)], "site": "", "target": "organ", "case": "both"}
-    for name, dice in (("new", 0.9), ("old", 0.7)):
+    old = tmp_path / "old=1"
+    for folder, dice in ((tmp_path / "new", 0.9), (old, 0.7)):
         values = pd.DataFrame(table | {"dice": dice + np.linspace(0, 0.05, 12)})
-        Evaluation(values).write(tmp_path / name / "evaluation")
-    done = delineate("compare", f"new={tmp_path / 'new'}", tmp_path / "old")
-    assert "Dice: new is better than old (new minus old: 0.200" in done.stdout
-    delineate("compare", f"new={tmp_path / 'new'}", tmp_path / "old", "--report", tmp_path / "page.html")
+        Evaluation(values).write(folder / "evaluation")
+    done = delineate("compare", f"new={tmp_path / 'new'}", old)
+    assert "Dice: new is better than old=1 (new minus old=1: 0.200" in done.stdout
+    delineate("compare", f"new={tmp_path / 'new'}", f"old={old}", "--report", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Dice: new is better than old" in page
     assert 'aria-label="Dice of every subject, by method. Horizontal axis: Dice (no unit).' in page
-    delineate("compare", tmp_path / "old", code=2)
-    twice = delineate("compare", tmp_path / "old", f"new={tmp_path / 'new'}", f"new={tmp_path / 'old'}", code=2)
+    delineate("compare", old, code=2)
+    twice = delineate("compare", old, f"new={tmp_path / 'new'}", f"new={old}", code=2)
     assert "two evaluations have the name 'new'" in " ".join(twice.stderr.split())
-    assert "E_MISSING" in delineate("compare", tmp_path / "old", tmp_path / "none", code=1).stderr
+    assert "E_MISSING" in delineate("compare", old, tmp_path / "none", code=1).stderr
 
 
 def test_patients_are_simulated_in_the_layout_of_their_challenge(tmp_path) -> None:

@@ -40,8 +40,9 @@ def compare(
     named: dict[str, Evaluation] = {}
     inputs: list[Path] = []
     for argument in evaluations:
-        name, equals, place = str(argument).partition("=")
-        folder = Path(place if equals else name)
+        # An existing folder is one, whatever its name.
+        name, equals, place = ("", "", "") if argument.exists() else str(argument).partition("=")
+        folder = Path(place) if equals else argument
         inside = folder / "evaluation" if (folder / "evaluation" / "metrics.csv").exists() else folder
         if not (inside / "metrics.csv").exists():
             raise MissingFile(
