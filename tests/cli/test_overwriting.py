@@ -248,6 +248,14 @@ def test_simulated_patients_are_added_to_their_like_alone(kind: str, seed: int, 
         write_phantoms(tmp_path, 1, kind, seed=seed)
 
 
+def test_a_demo_of_another_number_of_scans_is_refused(tmp_path: Path) -> None:
+    write_phantoms(tmp_path / "simulated_scans", 2, coarse=8.0)
+    before = content(tmp_path)
+    text = refused(["demo", "-o", str(tmp_path), "--subjects", "10", "--minutes", "0.1", "--device", "cpu"])
+    assert "holds 2 simulated scans, not 10" in text
+    assert content(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     "outside", [lambda root: f"../{root.name}_more/s.nii.gz", lambda root: f"{root}_more/s.nii.gz"]
 )

@@ -24,6 +24,7 @@ def demo(
     from delineate.cli.terminal import Terminal
     from delineate.datasets.layouts import open_dataset
     from delineate.datasets.phantoms.writing import write_phantoms
+    from delineate.errors import OutputError
     from delineate.recipe import load_recipe
     from delineate.reporting.run import write_run_report
     from delineate.training.folder import check_run_folder
@@ -38,6 +39,11 @@ def demo(
             terminal.say(f"simulating {subjects} scans of livers with tumours, from two scanners")
             write_phantoms(scans, subjects)
         dataset = open_dataset(scans)
+        if (there := len(dataset.subjects)) != subjects:
+            raise OutputError(
+                f"'{scans}' holds {there} simulated scans, not {subjects}",
+                fix=f"use another --out, or --subjects {there} to go on with these",
+            )
         check_run_folder(out / "run", dataset)
         recipe = load_recipe("demo", [] if minutes is None else [f"training.minutes={minutes}"])
         reporter = Reporter(terminal.say, terminal.progress, status=terminal.status)
