@@ -190,8 +190,8 @@ class Delineator(lightning.LightningModule):
 
     def _seen(self, source: BatchSource, batch: Batch) -> tuple[Tensor, Tensor]:
         """Image and target of a batch as the network sees them: on its device, augmented, in the plan's layout."""
-        on_device = Batch(batch.image.to(self.device), batch.target.to(self.device), batch.number)
-        image, target = source.augmented(on_device, self.spec.seed)
+        image, target, spacing_mm = (part.to(self.device) for part in (batch.image, batch.target, batch.spacing_mm))
+        image, target = source.augmented(Batch(image, target, spacing_mm, batch.number), self.spec.seed)
         return image.contiguous(memory_format=self.plan.memory_format(self.dimensions)), target
 
     def loss_on(self, source: BatchSource, i: int) -> float:
