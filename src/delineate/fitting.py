@@ -74,11 +74,12 @@ def smaller_variants(
     if half and tiles:
         found["half the batch, smaller tiles"] = [*half, *tiles]
     if recipe.network.dimensions == 3 and isinstance(recipe.network, UNetSpec):
+        across = Grid.of_spacing(volume_shape, spacing_mm).slice_axis
         cubes = _in_minicubes(recipe, recipe.network, volume_shape, spacing_mm)
         if cubes:
             found["minicubes with context"] = cubes
-        found["2.5D: slices with their neighbours"] = _in_slices(recipe, recipe.network, spacing_mm, 1)
-        found["2D: single slices"] = _in_slices(recipe, recipe.network, spacing_mm, 0)
+        found["2.5D: slices with their neighbours"] = _in_slices(recipe, recipe.network, across, 1)
+        found["2D: single slices"] = _in_slices(recipe, recipe.network, across, 0)
     return [*variants, *_valid(recipe, found)]
 
 
@@ -170,10 +171,9 @@ def _smaller_tiles(recipe: Recipe, volume_shape: Sequence[int], spacing_mm: Sequ
     return [f"tiles.shape={shorter}"]
 
 
-def _in_slices(recipe: Recipe, network: UNetSpec, spacing_mm: Sequence[float], neighbours: int) -> list[str]:
-    """A 3D U-Net as one for slices across the axis with the widest spacing, with a batch of as many slices."""
-    thick = Grid.of_spacing((1, 1, 1), spacing_mm).slice_axis
-    keep = [axis for axis in range(3) if axis != thick]
+def _in_slices(recipe: Recipe, network: UNetSpec, across: int, neighbours: int) -> list[str]:
+    """A 3D U-Net as one for slices ``across`` an axis, with a batch of as many slices."""
+    keep = [axis for axis in range(3) if axis != across]
     changes = ["network.dimensions=2"]
     for name, steps in (("strides", network.strides), ("kernels", network.kernels)):
         if steps is not None:
@@ -185,7 +185,7 @@ def _in_slices(recipe: Recipe, network: UNetSpec, spacing_mm: Sequence[float], n
     batch = max(8, recipe.training.batch_size)
     if recipe.training.accumulate > 1:
         changes.append("training.accumulate=1")
-    tiles = f"tiles={{kind: slices, axis: {AXES[thick]}, shape: [{text}], neighbours: {neighbours}}}"
+    tiles = f"tiles={{kind: slices, axis: {AXES[across]}, shape: [{text}], neighbours: {neighbours}}}"
     return [*changes, tiles, f"training.batch_size={batch}"]
 
 
