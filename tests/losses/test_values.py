@@ -12,7 +12,7 @@ from delineate.errors import RecipeError
 from delineate.losses.content import SiameseContentSpec
 from delineate.losses.overlap import DiceSpec, FocalTverskySpec, GeneralisedDiceSpec, TverskySpec
 from delineate.losses.pixelwise import CrossEntropySpec, FocalSpec
-from delineate.losses.spec import RegionSpec, SumSpec, WeightedLoss, build_loss
+from delineate.losses.spec import DeepSupervisionSpec, RegionSpec, SumSpec, WeightedLoss, build_loss
 from delineate.pretrained.vgg import VGG19Features
 
 ONE = Targets({"organ": (1,)})
@@ -111,6 +111,19 @@ def test_terms_of_a_sum_are_weighted(case) -> None:
     spec = SumSpec(terms=(WeightedLoss(weight=2, loss=DiceSpec()), WeightedLoss(weight=0.25, loss=CrossEntropySpec())))
     expected = 2 * dice(*case, IMAGE) + 0.25 * entropy(*case, IMAGE)
     torch.testing.assert_close(spec.build(TARGETS)(*case, IMAGE), expected)
+
+
+def test_deep_supervision_is_the_outermost_loss_or_refused() -> None:
+    """Within another loss there is one output, and its weights would be without effect."""
+    deep = DeepSupervisionSpec(loss=DiceSpec(), weights=(0.8, 0.2))
+    build_loss(deep, TARGETS)
+    for outer in (
+        SumSpec(terms=(WeightedLoss(loss=deep),)),
+        RegionSpec(loss=deep, within=("core",)),
+        DeepSupervisionSpec(loss=SumSpec(terms=(WeightedLoss(loss=deep),))),
+    ):
+        with pytest.raises(RecipeError, match=r"deep_supervision lies within.* the outermost loss"):
+            build_loss(outer, TARGETS)
 
 
 # ---- against MONAI ----------------------------------------------------------------------------------------------
