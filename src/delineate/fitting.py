@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def _in_minicubes(
     keeping = ["training.checkpoint_activations=false"] if recipe.training.checkpoint_activations else []
     return [
         f"network={{kind: context_unet, first_filters: {cubes.first_filters}}}",
-        f"tiles={{kind: patches, shape: {[MINICUBE_SIDE] * 3}}}",
+        f"tiles={{kind: patches, shape: {[MINICUBE_SIDE] * 3}{_read_alike(recipe.tiles)}}}",
         *keeping,
     ]
 
@@ -185,8 +186,14 @@ def _in_slices(recipe: Recipe, network: UNetSpec, across: int, neighbours: int) 
     batch = max(8, recipe.training.batch_size)
     if recipe.training.accumulate > 1:
         changes.append("training.accumulate=1")
-    tiles = f"tiles={{kind: slices, axis: {AXES[across]}, shape: [{text}], neighbours: {neighbours}}}"
-    return [*changes, tiles, f"training.batch_size={batch}"]
+    tiles = f"kind: slices, axis: {AXES[across]}, shape: [{text}], neighbours: {neighbours}{_read_alike(recipe.tiles)}"
+    return [*changes, f"tiles={{{tiles}}}", f"training.batch_size={batch}"]
+
+
+def _read_alike(tiles: Patches | Slices | Whole) -> str:
+    """How tiles are read, if not in the usual way, to be added to the settings of others."""
+    how = tiles.model_dump(include={"standardise", "outside"}, exclude_defaults=True)
+    return "".join(f", {name}: {json.dumps(value)}" for name, value in how.items())
 
 
 def sees_mm(recipe: Recipe, volume_shape: Sequence[int], spacing_mm: Sequence[float]) -> list[float] | None:
