@@ -192,11 +192,13 @@ def test_weighted_cross_entropy_equals_torch_s(case) -> None:
     torch.testing.assert_close(ours(logits, target, IMAGE), expected)
 
 
-def test_soft_binary_cross_entropy_equals_torch_s() -> None:
+@pytest.mark.parametrize("soft", [(0.1, 0.9), (0.0, 0.9), (0.1, 0.8)])
+def test_soft_binary_cross_entropy_equals_torch_s(soft) -> None:
     torch.manual_seed(0)
     logits, target = torch.randn(2, 2, 5, 5), torch.randint(0, 2, (2, 2, 5, 5), dtype=torch.uint8)
-    ours = CrossEntropySpec(soft_labels=(0.1, 0.9)).build(OVERLAPPING)
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, 0.1 + 0.8 * target.float())
+    ours = CrossEntropySpec(soft_labels=soft).build(OVERLAPPING)
+    labels = soft[0] + (soft[1] - soft[0]) * target.float()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
     torch.testing.assert_close(ours(logits, target, logits), expected)
 
 
