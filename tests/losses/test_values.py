@@ -323,6 +323,21 @@ def test_a_weight_for_an_unknown_target_is_refused() -> None:
         CrossEntropySpec(weights={"tumor": 2}).build(ONE)
 
 
+@pytest.mark.parametrize(
+    ("spec", "targets", "said"),
+    [
+        (DiceSpec(weights={"background": 2}), ONE, "not included; add include_background: true"),
+        (DiceSpec(weights={"background": 2}), OVERLAPPING, "no background in common"),
+        (TverskySpec(include_background=True), OVERLAPPING, "no background in common"),
+        (FocalTverskySpec(weights={"organ": 0}), ONE, "all weights are 0"),
+        (CrossEntropySpec(weights={"background": 0, "organ": 0}), ONE, "all weights are 0"),
+    ],
+)
+def test_settings_of_classes_that_do_not_count_are_refused(spec, targets, said) -> None:
+    with pytest.raises(RecipeError, match=said):
+        build_loss(spec, targets)
+
+
 # ---- regions -------------------------------------------------------------------------------------------------------
 
 
