@@ -240,17 +240,19 @@ def test_what_is_measured_and_what_is_calibrated_stand_in_columns_of_their_own(
     assert re.fullmatch(r"0\.\d{3} – 0\.\d{3}", cells[1][6])
 
 
-def saved(folder: Path, mirror: list[str], targets: Targets) -> Bundle:
+def saved(folder: Path, mirror: list[str], targets: Targets, *, sliced: bool = False) -> Bundle:
+    tiles = {"kind": "slices", "shape": [8, 8]} if sliced else {"kind": "patches", "shape": [8, 8, 4]}
+    geometry = TileGeometry((8, 8, 1), slice_axis=2) if sliced else TileGeometry((8, 8, 4))
     recipe = recipe_from(
         {
             "name": "small",
             "preprocessing": [{"kind": "normalise"}],
-            "tiles": {"kind": "patches", "shape": [8, 8, 4]},
-            "network": {"kind": "unet", "dimensions": 3, "widths": [4, 8]},
+            "tiles": tiles,
+            "network": {"kind": "unet", "dimensions": 2 if sliced else 3, "widths": [4, 8]},
             "augmentation": {"spatial": {"mirror": mirror}},
         }
     )
-    bundle = Bundle(recipe, recipe.pipeline, targets, ("MR",), TileGeometry((8, 8, 4)), (1.0, 1.0, 3.0))
+    bundle = Bundle(recipe, recipe.pipeline, targets, ("MR",), geometry, (1.0, 1.0, 3.0))
     torch.manual_seed(len(mirror))
     bundle.save(folder, bundle.network().state_dict(), {})
     return Bundle.load(folder)
@@ -284,11 +286,17 @@ def test_probabilities_decide_the_label(targets: Targets, tmp_path: Path) -> Non
         assert found.confidence["a"].expected_dice == pytest.approx(promised, abs=2e-3, nan_ok=True)
 
 
-def test_the_mirror_image_is_asked_only_where_training_had_mirrors(tmp_path: Path) -> None:
-    for mirror in ([], ["x"]):
-        bundle = saved(tmp_path / str(len(mirror)), mirror, EXCLUSIVE)
-        found = Predictor([bundle], PLAN, mirrored=True).predict(SCAN)
-        assert all(isnan(c.mutual_dice) == (not mirror) for c in found.confidence.values())
+@pytest.mark.parametrize(
+    ("mirror", "sliced", "asked"),
+    [([], False, False), (["x"], False, True), (["z"], False, True), (["z"], True, False), (["y", "z"], True, True)],
+)
+def test_the_mirror_image_is_asked_only_where_training_had_mirrors(
+    mirror: list[str], sliced: bool, asked: bool, tmp_path: Path
+) -> None:
+    """Slices had none across themselves, whatever the recipe says."""
+    bundle = saved(tmp_path, mirror, EXCLUSIVE, sliced=sliced)
+    found = Predictor([bundle], PLAN, networks=[OfItsTile()], mirrored=True).predict(SCAN)
+    assert isnan(found.confidence["a"].mutual_dice) != asked
 
 
 def test_mirroring_a_scan_mirrors_its_prediction_where_both_are_asked(tmp_path: Path) -> None:
@@ -310,7 +318,7 @@ class OfItsTile(torch.nn.Module):
     """Brighter than its tile is target: neighbouring tiles disagree where they meet."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bright = 4 * (x - x.mean((1, 2, 3, 4), keepdim=True))
+        bright = 4 * (x - x.mean(tuple(range(1, x.ndim)), keepdim=True))
         return torch.cat([-bright, bright, bright], dim=1)
 
 

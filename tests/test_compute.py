@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from delineate.compute import plan_compute, torch_threads
 from delineate.core.limits import usable_cores
@@ -82,6 +84,47 @@ def test_pixels_that_a_stride_passes_over_have_no_gradient(channels, precision) 
     seen = image.grad.abs().sum(dim=1) > 0
     assert seen[:, ::2, ::3].all()
     assert seen.sum() == answer[:, 0].numel()
+
+
+class _Strides(TorchDispatchMode):
+    """Notes the strides of the convolutions that PyTorch carries out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[list[int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.noted.append(list(args[3]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stride", [2, (2,), [3, 2]])
+@pytest.mark.parametrize("padding", [0, (0,), [0, 0], "valid", 1, (2, 0)])
+def test_single_pixels_are_never_convolved_with_a_stride_where_few_channels_lie_last(stride, padding) -> None:
+    plan = plan_compute(device="cpu", precision="fp32", compile="off")
+    image, kernel = torch.randn(2, 8, 13, 12, dtype=torch.double), torch.randn(5, 8, 1, 1, dtype=torch.double)
+    expected = F.conv2d(image, kernel, None, stride, padding)
+    image = image.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with _Strides() as strides:
+        found = plan.compiled(F.conv2d)(image, kernel, None, stride, padding)
+    assert strides.noted == [[1, 1]]
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    seen = image.grad.abs().sum(dim=1, keepdim=True) > 0
+    torch.testing.assert_close(image.grad, seen * kernel.sum(dim=0))
+    assert 0 < seen.sum() <= found[:, 0].numel()
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 5, 5)])
+def test_a_convolution_s_arguments_may_be_named_and_its_image_alone(kernel) -> None:
+    plan = plan_compute(device="cpu", precision="fp32", compile="off")
+    convolution = F.conv3d if len(kernel) == 3 else F.conv2d
+    image, weight = torch.randn(1, 4, *[4] * len(kernel)), torch.randn(3, 4, *kernel, requires_grad=True)
+    expected = convolution(image, weight, None, 2, 2)
+    torch.testing.assert_close(plan.compiled(convolution)(image, weight=weight, stride=2, padding=2), expected)
+    torch.testing.assert_close(plan.compiled(convolution)(input=image, weight=weight, stride=2, padding=2), expected)
+    torch.testing.assert_close(plan.compiled(convolution)(image[0], weight, None, 2, 2), expected[0])
 
 
 @pytest.mark.parametrize(("dimensions", "kernel", "size"), [(3, 5, (4, 4, 4)), (3, 3, (2, 3, 2)), (2, 3, (1, 1))])

@@ -45,6 +45,16 @@ def test_a_3d_unet_becomes_slices_across_the_thickest_axis() -> None:
     assert (two_and_a_half.recipe.tiles.axis, two_and_a_half.recipe.tiles.neighbours) == ("z", 1)
     assert two.recipe.tiles.neighbours == 0
     assert two.recipe.network.widths == recipe.network.widths
+    assert smaller_variants(recipe, (160, 128, 1), (1.0, 2.5, 1.0))[-1].recipe.tiles.axis == "z"
+
+
+def test_variants_read_their_tiles_as_the_recipe_does() -> None:
+    recipe = load_recipe("generic_3d", ["tiles.standardise=together", "tiles.outside=zero"])
+    variants = smaller_variants(recipe, SHAPE, SPACING_MM)
+    assert {"smaller tiles", "minicubes with context", "2D: single slices"} <= {variant.what for variant in variants}
+    for variant in variants:
+        tiles = variant.recipe.tiles
+        assert (tiles.standardise, tiles.outside) == ("together", "zero"), variant.what
 
 
 def test_a_network_sees_at_most_its_tile_and_across_slices_only_its_neighbours() -> None:

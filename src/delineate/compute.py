@@ -178,18 +178,24 @@ class _CarefulConvolutions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _CONVOLUTIONS and torch.is_grad_enabled():
-            image, kernel, *rest = args
-            if func is torch.conv2d and kernel.shape[2:] == (1, 1) and image.ndim == 4 and image.shape[1] < 16:
-                return _of_every(*args, **kwargs)
-            small = any(n < k for n, k in zip(image.shape[2:], kernel.shape[2:], strict=True))
-            if small or (func in _FORWARD and _is_dilated_by_channel(kernel, *rest, **kwargs)):
-                with torch.autocast("cpu", enabled=False):
-                    return func(image.float(), kernel.float(), *rest, **kwargs)
+            return _convolved(func, *args, **kwargs)
         return func(*args, **kwargs)
 
 
 _FORWARD = {torch.conv2d, torch.conv3d}
 _CONVOLUTIONS = _FORWARD | {torch.conv_transpose2d, torch.conv_transpose3d}
+
+
+def _convolved(func: Callable, input: torch.Tensor, weight: torch.Tensor, *rest: Any, **kwargs: Any) -> Any:
+    """A convolution with a right gradient; takes the arguments of ``func`` under their names there."""
+    if func is torch.conv2d and weight.shape[2:] == (1, 1) and input.ndim == 4 and input.shape[1] < 16:
+        return _of_every(input, weight, *rest, **kwargs)
+    # Counted from the end: there may be no batch.
+    small = any(n < k for n, k in zip(input.shape[2 - weight.ndim :], weight.shape[2:], strict=True))
+    if small or (func in _FORWARD and _is_dilated_by_channel(weight, *rest, **kwargs)):
+        with torch.autocast("cpu", enabled=False):
+            return func(input.float(), weight.float(), *rest, **kwargs)
+    return func(input, weight, *rest, **kwargs)
 
 
 def _of_every(
@@ -202,10 +208,21 @@ def _of_every(
     groups: int = 1,
 ) -> torch.Tensor:
     """A convolution of single pixels, without a stride: of every so many of them."""
-    down, across = stride if isinstance(stride, Sequence) else (stride, stride)
-    if padding in (0, (0, 0)):
-        image, stride = image[:, :, ::down, ::across], 1
+    if padding == "valid":
+        padding = 0
+    if not isinstance(padding, str):  # "same" goes with no stride
+        (down, across), (above, beside) = _each(stride), _each(padding)
+        if above or beside:
+            image = nn.functional.pad(image, (beside, beside, above, above))
+        image, stride, padding = image[:, :, ::down, ::across], 1, 0
     return torch.conv2d(image, kernel, bias, stride, padding, dilation, groups)
+
+
+def _each(value: Any) -> tuple[int, int]:
+    """A convolution's setting along both axes of an image, which may be given once."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    first, last = values if len(values) == 2 else values * 2
+    return first, last
 
 
 def _is_dilated_by_channel(

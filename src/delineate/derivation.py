@@ -275,7 +275,8 @@ def _ras_order(orientation: str) -> list[int]:
 def _spacing(summary: DataSummary) -> tuple[NDArray[np.float64], int, float]:
     """Median spacing (mm), the slice axis, and the ratio of slice spacing to in-plane spacing."""
     spacing = np.round(np.median(summary.spacings_mm, axis=0), 3)
-    thick = Grid.of_spacing((1, 1, 1), spacing.tolist()).slice_axis
+    shape = [int(n) for n in np.median(summary.shapes, axis=0)]
+    thick = Grid.of_spacing(shape, spacing.tolist()).slice_axis
     in_plane = [spacing[axis] for axis in range(3) if axis != thick]
     return spacing, thick, float(spacing[thick] / max(in_plane))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,11 +75,12 @@ def smaller_variants(
     if half and tiles:
         found["half the batch, smaller tiles"] = [*half, *tiles]
     if recipe.network.dimensions == 3 and isinstance(recipe.network, UNetSpec):
+        across = Grid.of_spacing(volume_shape, spacing_mm).slice_axis
         cubes = _in_minicubes(recipe, recipe.network, volume_shape, spacing_mm)
         if cubes:
             found["minicubes with context"] = cubes
-        found["2.5D: slices with their neighbours"] = _in_slices(recipe, recipe.network, spacing_mm, 1)
-        found["2D: single slices"] = _in_slices(recipe, recipe.network, spacing_mm, 0)
+        found["2.5D: slices with their neighbours"] = _in_slices(recipe, recipe.network, across, 1)
+        found["2D: single slices"] = _in_slices(recipe, recipe.network, across, 0)
     return [*variants, *_valid(recipe, found)]
 
 
@@ -145,7 +147,7 @@ def _in_minicubes(
     keeping = ["training.checkpoint_activations=false"] if recipe.training.checkpoint_activations else []
     return [
         f"network={{kind: context_unet, first_filters: {cubes.first_filters}}}",
-        f"tiles={{kind: patches, shape: {[MINICUBE_SIDE] * 3}}}",
+        f"tiles={{kind: patches, shape: {[MINICUBE_SIDE] * 3}{_read_alike(recipe.tiles)}}}",
         *keeping,
     ]
 
@@ -170,10 +172,9 @@ def _smaller_tiles(recipe: Recipe, volume_shape: Sequence[int], spacing_mm: Sequ
     return [f"tiles.shape={shorter}"]
 
 
-def _in_slices(recipe: Recipe, network: UNetSpec, spacing_mm: Sequence[float], neighbours: int) -> list[str]:
-    """A 3D U-Net as one for slices across the axis with the widest spacing, with a batch of as many slices."""
-    thick = Grid.of_spacing((1, 1, 1), spacing_mm).slice_axis
-    keep = [axis for axis in range(3) if axis != thick]
+def _in_slices(recipe: Recipe, network: UNetSpec, across: int, neighbours: int) -> list[str]:
+    """A 3D U-Net as one for slices ``across`` an axis, with a batch of as many slices."""
+    keep = [axis for axis in range(3) if axis != across]
     changes = ["network.dimensions=2"]
     for name, steps in (("strides", network.strides), ("kernels", network.kernels)):
         if steps is not None:
@@ -185,8 +186,14 @@ def _in_slices(recipe: Recipe, network: UNetSpec, spacing_mm: Sequence[float], n
     batch = max(8, recipe.training.batch_size)
     if recipe.training.accumulate > 1:
         changes.append("training.accumulate=1")
-    tiles = f"tiles={{kind: slices, axis: {AXES[thick]}, shape: [{text}], neighbours: {neighbours}}}"
-    return [*changes, tiles, f"training.batch_size={batch}"]
+    tiles = f"kind: slices, axis: {AXES[across]}, shape: [{text}], neighbours: {neighbours}{_read_alike(recipe.tiles)}"
+    return [*changes, f"tiles={{{tiles}}}", f"training.batch_size={batch}"]
+
+
+def _read_alike(tiles: Patches | Slices | Whole) -> str:
+    """How tiles are read, if not in the usual way, to be added to the settings of others."""
+    how = tiles.model_dump(include={"standardise", "outside"}, exclude_defaults=True)
+    return "".join(f", {name}: {json.dumps(value)}" for name, value in how.items())
 
 
 def sees_mm(recipe: Recipe, volume_shape: Sequence[int], spacing_mm: Sequence[float]) -> list[float] | None:

@@ -118,6 +118,15 @@ def test_a_loop_of_one_s_own_learns(here) -> None:
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
+def test_the_loss_takes_all_outputs_of_a_deeply_supervised_network(here) -> None:
+    changes = {"network.widths": [4, 4, 4], "network.deep_supervision": 1}
+    batches = delineate.tiles("tiny.yaml", "scans", batches=1, changes=changes, cache="prepared")
+    image, target = batches[0]
+    logits, loss = batches.network()(image), batches.loss()
+    assert len(logits) == 2
+    assert loss(logits, target, image) != loss(logits[0], target, image)
+
+
 @pytest.mark.parametrize(
     "work",
     [

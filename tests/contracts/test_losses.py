@@ -27,7 +27,7 @@ SPECS = {
     "dice": DiceSpec(),
     "dice over squares": DiceSpec(denominator="squares"),
     "dice of each sample": DiceSpec(over_batch=False),
-    "weighted dice with background": DiceSpec(include_background=True, weights={"background": 1, "a": 3, "b": 5}),
+    "weighted dice": DiceSpec(weights={"a": 3, "b": 5}),
     "generalised dice": GeneralisedDiceSpec(),
     "tversky": TverskySpec(),
     "focal tversky": FocalTverskySpec(),
@@ -73,6 +73,10 @@ def test_it_keeps(law, any_spec, targets) -> None:
     if soft or law.__name__ in SKIPPED.get(type(any_spec), ()):
         pytest.skip("see SKIPPED and NEEDS_HARD")
     law(any_spec, targets)
+
+
+def test_dice_with_the_background_keeps_them_for_exclusive_targets() -> None:
+    check_loss(DiceSpec(include_background=True, weights={"background": 1, "a": 3, "b": 5}), modes=("exclusive",))
 
 
 @pytest.mark.parametrize("name", [name for name in SPECS if "siamese" in name])

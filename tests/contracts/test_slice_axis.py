@@ -18,17 +18,19 @@ from delineate.sampling.tiles import AXES, Slices, with_slice_axis
 SPACINGS = [(1, 1, 1), (1, 1, 6), (6, 1, 1), (1, 6, 1), (1, 1.004, 1), (1.009, 1, 1)]
 
 
+@pytest.mark.parametrize("shape", [(10, 12, 14), (10, 12, 1), (1, 12, 14)])
 @pytest.mark.parametrize("orientation", ["RAS", "SAR", "LSP"])
 @pytest.mark.parametrize("spacing_mm", SPACINGS)
 def test_every_part_slices_across_the_same_axis(
-    rng: np.random.Generator, spacing_mm: tuple[float, float, float], orientation: str
+    rng: np.random.Generator, spacing_mm: tuple[float, float, float], orientation: str, shape: tuple[int, int, int]
 ) -> None:
-    plain = Grid.of_spacing((10, 12, 14), spacing_mm)
+    plain = Grid.of_spacing(shape, spacing_mm)
     plain = plain.permute(*plain.axes_to(orientation))
     for sign in (0, -1, 1):
         grid = Grid(plain.shape, plain.affine * (1 + sign * 1e-6 * rng.random((4, 4))))
         axis = grid.slice_axis
         assert axis == plain.slice_axis
+        assert 1 not in shape or grid.shape[axis] == 1, "a single slice lies across itself, however thin it is"
         volume = Volume(rng.random((1, *grid.shape), dtype=np.float32), grid)
 
         finer = Resample(spacing_mm=0.5, axes="in_plane").apply(volume)[0].grid

@@ -375,6 +375,7 @@ LARGEST = {"_target_": "KeepLargestConnectedComponentd", "keys": "pred"}
         (in_network(_target_="scripts.nets.UNet"), r"scripts\.nets\.UNet, which is not MONAI's own"),
         (in_network(norm="layer"), "a UNet with normalisation layer is not known"),
         (in_network(norm=["instance", {"eps": 0.1}]), "normalisation instance"),
+        (lambda entries: entries.update(network_def=network("SegResNet", norm="")), "SegResNet with no normalisation"),
         (in_network(act="swish"), "a UNet with activation swish is not known"),
         (in_network(act=["leakyrelu", {"negative_slope": 0.1}]), "activation leakyrelu"),
         (in_network(adn_ordering="ADN"), "adn_ordering"),

@@ -12,7 +12,7 @@ from delineate.errors import RecipeError
 from delineate.losses.content import SiameseContentSpec
 from delineate.losses.overlap import DiceSpec, FocalTverskySpec, GeneralisedDiceSpec, TverskySpec
 from delineate.losses.pixelwise import CrossEntropySpec, FocalSpec
-from delineate.losses.spec import RegionSpec, SumSpec, WeightedLoss, build_loss
+from delineate.losses.spec import DeepSupervisionSpec, RegionSpec, SumSpec, WeightedLoss, build_loss
 from delineate.pretrained.vgg import VGG19Features
 
 ONE = Targets({"organ": (1,)})
@@ -113,6 +113,19 @@ def test_terms_of_a_sum_are_weighted(case) -> None:
     torch.testing.assert_close(spec.build(TARGETS)(*case, IMAGE), expected)
 
 
+def test_deep_supervision_is_the_outermost_loss_or_refused() -> None:
+    """Within another loss there is one output, and its weights would be without effect."""
+    deep = DeepSupervisionSpec(loss=DiceSpec(), weights=(0.8, 0.2))
+    build_loss(deep, TARGETS)
+    for outer in (
+        SumSpec(terms=(WeightedLoss(loss=deep),)),
+        RegionSpec(loss=deep, within=("core",)),
+        DeepSupervisionSpec(loss=SumSpec(terms=(WeightedLoss(loss=deep),))),
+    ):
+        with pytest.raises(RecipeError, match=r"deep_supervision lies within.* the outermost loss"):
+            build_loss(outer, TARGETS)
+
+
 # ---- against MONAI ----------------------------------------------------------------------------------------------
 
 
@@ -179,11 +192,13 @@ def test_weighted_cross_entropy_equals_torch_s(case) -> None:
     torch.testing.assert_close(ours(logits, target, IMAGE), expected)
 
 
-def test_soft_binary_cross_entropy_equals_torch_s() -> None:
+@pytest.mark.parametrize("soft", [(0.1, 0.9), (0.0, 0.9), (0.1, 0.8)])
+def test_soft_binary_cross_entropy_equals_torch_s(soft) -> None:
     torch.manual_seed(0)
     logits, target = torch.randn(2, 2, 5, 5), torch.randint(0, 2, (2, 2, 5, 5), dtype=torch.uint8)
-    ours = CrossEntropySpec(soft_labels=(0.1, 0.9)).build(OVERLAPPING)
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, 0.1 + 0.8 * target.float())
+    ours = CrossEntropySpec(soft_labels=soft).build(OVERLAPPING)
+    labels = soft[0] + (soft[1] - soft[0]) * target.float()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
     torch.testing.assert_close(ours(logits, target, logits), expected)
 
 
@@ -306,6 +321,21 @@ def test_soft_labels_ask_for_less_than_certainty(quarters) -> None:
 def test_a_weight_for_an_unknown_target_is_refused() -> None:
     with pytest.raises(RecipeError, match="'tumor'"):
         CrossEntropySpec(weights={"tumor": 2}).build(ONE)
+
+
+@pytest.mark.parametrize(
+    ("spec", "targets", "said"),
+    [
+        (DiceSpec(weights={"background": 2}), ONE, "not included; add include_background: true"),
+        (DiceSpec(weights={"background": 2}), OVERLAPPING, "no background in common"),
+        (TverskySpec(include_background=True), OVERLAPPING, "no background in common"),
+        (FocalTverskySpec(weights={"organ": 0}), ONE, "all weights are 0"),
+        (CrossEntropySpec(weights={"background": 0, "organ": 0}), ONE, "all weights are 0"),
+    ],
+)
+def test_settings_of_classes_that_do_not_count_are_refused(spec, targets, said) -> None:
+    with pytest.raises(RecipeError, match=said):
+        build_loss(spec, targets)
 
 
 # ---- regions -------------------------------------------------------------------------------------------------------

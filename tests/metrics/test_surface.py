@@ -160,6 +160,16 @@ def test_a_third_of_one_slice_ends_above_and_below() -> None:
     assert third.surfaces.from_reference.size == 25
 
 
+def test_a_third_of_one_slice_is_outlined_in_the_scan_s_slices() -> None:
+    """Thick slices across x: in each of three, a line of four voxels has two ends."""
+    mask = np.zeros((5, 6, 3), bool)
+    mask[1:4, 1:5] = True
+    third = Comparison.of(mask, mask, Grid.of_spacing(mask.shape, (5, 1, 1))).part("apex")
+    assert third is not None
+    assert third.grid.shape[2] == 1
+    assert third.outlines.from_reference.size == 6
+
+
 @pytest.mark.parametrize("swap", [False, True])
 def test_one_voxel_is_its_own_surface(swap: bool) -> None:
     voxel = np.ones((1, 1, 1), bool)

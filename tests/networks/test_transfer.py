@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from delineate.errors import RecipeError
+from delineate.networks.minicube import MinicubeNetSpec
+from delineate.networks.monai_unet import MonaiUNetSpec
 from delineate.networks.residual_unet import ResidualUNetSpec
-from delineate.networks.transfer import freeze, hold_frozen_norms, load_what_fits
+from delineate.networks.transfer import freeze, hold_frozen_norms, load_what_fits, output_axes
+from delineate.networks.unet import UNetSpec
+from delineate.networks.vnet import VNetSpec
+from delineate.testing.networks import image_for
 
 SPEC = ResidualUNetSpec(widths=(4, 8))
 
@@ -39,7 +44,7 @@ def test_what_does_not_fit_is_named_and_stays() -> None:
 def test_the_head_s_rows_are_chosen(source) -> None:
     """A network with one output starts as the second of two."""
     network = SPEC.build(1, 1)
-    report = load_what_fits(network, source.state_dict(), rows=[1])
+    report = load_what_fits(network, source.state_dict(), rows=[1], axes=output_axes(SPEC, 1))
     assert sorted(report.adapted) == ["head.bias", "head.weight"]
     assert torch.equal(network.head.weight, source.head.weight[1:])
     assert torch.equal(network.head.bias, source.head.bias[1:])
@@ -48,9 +53,33 @@ def test_the_head_s_rows_are_chosen(source) -> None:
 def test_rows_in_another_order_and_fresh_ones(source) -> None:
     network = SPEC.build(1, 2)
     fresh = network.head.weight[1].clone()
-    load_what_fits(network, source.state_dict(), rows=[1, None])
+    load_what_fits(network, source.state_dict(), rows=[1, None], axes=output_axes(SPEC, 2))
     assert torch.equal(network.head.weight[0], source.head.weight[1])
     assert torch.equal(network.head.weight[1], fresh)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows"),
+    [
+        (UNetSpec(dimensions=2, widths=(4, 8, 16), activation="prelu", deep_supervision=1), [2, 0, 3, 1]),
+        (UNetSpec(dimensions=2, widths=(4, 8), activation="prelu"), [3]),
+        (UNetSpec(dimensions=2, widths=(2, 4), members=2), [1, 3]),
+        (MinicubeNetSpec(), [2, 0, 3, 1]),
+        (MonaiUNetSpec(dimensions=2, widths=(4, 8), norm="batch"), [2, 0, 3, 1]),
+        (VNetSpec(dimensions=2, first_filters=4, stages=(1, 1), decoder_stages=(1,)), [2, 0, 3, 1]),
+    ],
+    ids=lambda value: getattr(value, "kind", str(value)),
+)
+def test_chosen_outputs_are_the_source_s_whatever_the_widths_of_hidden_layers(spec, rows) -> None:
+    """Hidden layers have as many channels as the source has outputs, and one slope is as long as one output."""
+    source, network, image = spec.build(1, 4).double(), spec.build(1, len(rows)).double(), image_for(spec, 1).double()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.normal_()
+        source.train()(image)  # moves the statistics of BatchNorms
+        report = load_what_fits(network, source.state_dict(), rows=rows, axes=output_axes(spec, len(rows)))
+        torch.testing.assert_close(network.eval()(image), source.eval()(image)[:, rows])
+    assert [*report.missing, *report.unexpected, *report.reshaped] == []
 
 
 @pytest.mark.parametrize(("have", "want"), [(1, 3), (3, 1), (2, 5), (6, 2)])

@@ -24,7 +24,7 @@ from delineate.errors import BadLabelValue, MissingFile, OutputError, RecipeErro
 from delineate.io.formats import write_label, write_volume
 from delineate.preprocessing import cache
 from delineate.preprocessing.cache import FileHashes, PreparedDataset, prepare
-from delineate.preprocessing.intensity import Normalise
+from delineate.preprocessing.intensity import ClipPercentiles, Normalise
 from delineate.preprocessing.pipeline import Pipeline
 from delineate.preprocessing.spatial import CropOrPad, Reorient, Resample
 
@@ -286,6 +286,14 @@ class TestRefusals:
         loud = Pipeline(steps=(Normalise(scope="cohort", shift=(0, 0), scale=(1e-4, 1)),))
         with pytest.raises(RecipeError, match=r"beyond half precision.* add a normalise step"):
             prepare(subjects, loud, TARGETS, tmp_path / "cache")
+
+    def test_intensities_that_half_precision_rounds_to_nothing(self, subjects: list[Subject], tmp_path: Path) -> None:
+        """Such as diffusion in m²/s, beside a channel of usual intensities; a channel of zeros is what it is."""
+        quiet = Pipeline(steps=(Normalise(scope="cohort", shift=(0, 0), scale=(1, 1e11)),))
+        with pytest.raises(RecipeError, match=r"too little for half precision.* add a normalise step"):
+            prepare(subjects, quiet, TARGETS, tmp_path / "cache")
+        empty = Pipeline(steps=(ClipPercentiles(scope="cohort", low=(0, 0), high=(1000, 0)),))
+        assert not prepare(subjects, empty, TARGETS, tmp_path / "cache")[0].image[1].any()
 
     def test_values_that_the_targets_do_not_know(self, subjects: list[Subject], tmp_path: Path) -> None:
         with pytest.raises(BadLabelValue, match="s0"):

@@ -144,7 +144,7 @@ def test_elastic_deformation_is_nothing_else_and_in_pixels(name: str) -> None:
         torch.zeros(12, 1, *image.shape[2:], dtype=torch.uint8),
         spec,
         shape=(256, 256),
-        spacing_mm=(3.0, 0.5),  # of no matter
+        spacing_mm=torch.tensor([[3.0, 0.5]] * 12),  # of no matter
         generator=torch.Generator().manual_seed(0),
         axes="xy",
     )

@@ -141,7 +141,7 @@ def test_rotation_is_the_only_augmentation_and_turns_pixels(recipe: Recipe) -> N
         line.to(torch.uint8),
         recipe.augmentation,
         shape=(224, 224),
-        spacing_mm=(0.7, 1.1),
+        spacing_mm=torch.tensor([[0.7, 1.1]] * 60),
         generator=torch.Generator().manual_seed(0),
         axes="xy",
     )

@@ -14,7 +14,7 @@ def varied(image, target, spec, seed=0, spacing=(1.0, 1.0, 1.0), axes="xyz", sha
         target,
         spec,
         shape=shape or image.shape[2:],
-        spacing_mm=spacing,
+        spacing_mm=torch.tensor(spacing).expand(len(image), -1),
         generator=torch.Generator().manual_seed(seed),
         axes=axes,
     )

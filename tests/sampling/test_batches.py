@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from delineate.sampling.augmentation import AugmentationSpec
+from delineate.core.grid import Grid
+from delineate.sampling.augmentation import AugmentationSpec, SpatialSpec
 from delineate.sampling.batches import BatchSource
 from delineate.sampling.samplers import RandomTiles, Sampler
 from delineate.sampling.tiles import TileGeometry
@@ -65,3 +68,23 @@ def test_augmentation_depends_on_seed_process_and_step_alone(subjects) -> None:
     again, first = other.augmented(other.batch(2), seed=5), part.augmented(part.batch(2), seed=5)
     torch.testing.assert_close(again, first, rtol=0, atol=0)
     assert not torch.equal(first[0], part.augmented(part.batch(2), seed=6)[0])
+
+
+@pytest.mark.parametrize("geometry", [TileGeometry((8, 8, 8)), TileGeometry((8, 1, 6), margin=(0, 1, 0), slice_axis=1)])
+def test_each_sample_is_varied_in_its_own_millimetres(subjects, geometry) -> None:
+    """As if all other subjects had its spacing, too."""
+    spec = AugmentationSpec(spatial=SpatialSpec(probability=1, elastic_mm=2), intensity=None)
+
+    def spaced(*spacings_mm: tuple[float, float, float]) -> BatchSource:
+        grids = [Grid.of_spacing(s.grid.shape, mm) for s, mm in zip(subjects, spacings_mm, strict=True)]
+        return source([replace(s, grid=grid) for s, grid in zip(subjects, grids, strict=True)], spec, geometry)
+
+    fine, thick = (1.0, 1.0, 1.0), (0.8, 1.0, 5.0)
+    mixed, alike = spaced(fine, thick, fine, thick, fine), [spaced(*[mm] * 5) for mm in (fine, thick)]
+    for i in range(4):
+        found, as_fine, as_thick = (part.augmented(part.batch(i), seed=0) for part in (mixed, *alike))
+        assert not torch.allclose(as_fine[0], as_thick[0])
+        for place, j in enumerate(mixed.samples(i)):
+            expected = (as_fine, as_thick)[mixed.sampler.draw(j).subject % 2]
+            torch.testing.assert_close(found[0][place], expected[0][place])
+            torch.testing.assert_close(found[1][place], expected[1][place])

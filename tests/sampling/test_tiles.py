@@ -92,6 +92,7 @@ def test_the_thickest_axis_is_sliced() -> None:
     geometry = geometry_for(Slices(axis="thickest"), (20, 8, 30), (1.0, 5.0, 1.0), flat(4))
     assert geometry.slice_axis == 1
     assert geometry.shape == (20, 1, 32)
+    assert geometry_for(Slices(axis="thickest"), (20, 8, 1), (1.0, 5.0, 1.0), flat(4)).slice_axis == 2
 
 
 def test_shapes_are_rounded_up_to_what_the_network_divides() -> None:

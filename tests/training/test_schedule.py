@@ -12,13 +12,17 @@ from torch import nn
 
 import delineate
 from delineate.bundle import Bundle
+from delineate.compute import plan_compute
 from delineate.core.targets import Targets
 from delineate.io.formats import read_label
 from delineate.networks.blocks import CONVOLUTIONS
 from delineate.recipe import OptimiserSpec, load_recipe, packaged_recipes, recipe_from
+from delineate.sampling.batches import BatchSource
+from delineate.sampling.samplers import RandomTiles, Sampler
 from delineate.sampling.tiles import TileGeometry
 from delineate.studies.measures import read_curves
-from delineate.training.module import build_optimiser
+from delineate.testing.samplers import five_subjects
+from delineate.training.module import Budget, Delineator, build_optimiser
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.run import train
 from delineate.training.start import starting_network
@@ -184,6 +188,32 @@ def test_curves_are_of_the_held_out_subjects_where_the_recipe_says_so(recipe, ba
     assert len(pd.read_csv(tmp_path / "run/logs/validation.csv")) == 2
     assert pd.read_csv(tmp_path / "run/logs/validation_loss.csv")["step"].tolist() == [0, 4, 8]
     assert [bundle.seen(name) for name in (*subjects.training, *subjects.held_out)] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_loss_on_other_tiles_is_of_the_outputs_that_training_judges(recipe, members) -> None:
+    """Without dropout it is training's, on the same tiles; and it leaves the network as it was."""
+    values = recipe.as_dict()
+    values["network"] = {"kind": "unet", "dimensions": 3, "widths": [4, 4, 4], "norm": "batch", "dropout": 0.5}
+    values["network"] |= {"deep_supervision": 1, "members": members}
+    geometry = TileGeometry((8, 8, 8))
+    recipe, targets = recipe_from(values), Targets({"a": (1,), "b": (2,)})
+    bundle = Bundle(recipe, recipe.pipeline, targets, ("c",), geometry, (1.0, 1.0, 2.0))
+    plan = plan_compute(device="cpu", precision="fp32", compile="off")
+    source = BatchSource(Sampler(RandomTiles(), five_subjects(), geometry, 0), recipe.augmentation, 2)
+    module = Delineator(bundle, bundle.network(), plan, source, Budget(1, None), Reporter())
+    before = {name: tensor.clone() for name, tensor in module.network.state_dict().items()}
+    found = module.loss_on(source, 3)
+    assert found == module.loss_on(source, 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.network.state_dict().items())
+    assert all(part.training for part in module.network.modules())
+    for part in module.network.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    image, target = source.augmented(source.batch(3), recipe.training.seed)
+    logits = module.network(image)
+    assert len(logits) == 2
+    assert found == pytest.approx(float(module.loss(logits, target, image)), rel=1e-4)
 
 
 REPORTS = [name for name, path in packaged_recipes().items() if path.parent.name == "reports"]

@@ -237,8 +237,10 @@ class Tiles(TorchDataset):
         return network
 
     def loss(self) -> Any:
-        """The recipe's loss, called as ``loss(logits, target, image)``."""
-        return self.recipe.loss.build(self.targets)
+        """The recipe's loss, called as ``loss(logits, target, image)``; it takes all outputs of deep supervision."""
+        from delineate.losses.spec import build_loss
+
+        return build_loss(self.recipe.loss, self.targets)
 
 
 def tiles(

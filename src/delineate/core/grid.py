@@ -67,11 +67,15 @@ class Grid:
 
     @property
     def slice_axis(self) -> int:
-        """The axis across the slices: the one with the largest spacing.
+        """The axis across the slices: that of a single slice, or else the one with the largest spacing.
 
-        Among axes whose spacings are the same within :data:`SAME_SPACING`, it is the one nearest to the body's
-        feet–head axis (then front–back, then the array's last). Rounding in a header does not change it.
+        A single slice has one voxel along this axis alone, however thick it is. Among axes whose spacings are the same
+        within :data:`SAME_SPACING`, it is the one nearest to the body's feet–head axis (then front–back, then the
+        array's last). Rounding in a header does not change it.
         """
+        single = [axis for axis in range(3) if self.shape[axis] == 1]
+        if len(single) == 1:
+            return single[0]
         spacing, cosines = np.array(self.spacing_mm), np.abs(self._cosines)
         axes = [axis for axis in range(3) if spacing[axis] >= (1 - SAME_SPACING) * spacing.max()]
         for world in (2, 1):

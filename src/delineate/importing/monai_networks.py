@@ -146,13 +146,16 @@ def _unet(component: Component) -> Network:
 
 def _segresnet(component: Component) -> Network:
     read = component.read(_SegResNetArguments)
+    norm = _norm(read.norm, component.name)
+    if norm == "none":  # MONAI's activation then overwrites what is added to a block's result
+        raise unknown("a SegResNet", "no normalisation")
     spec = SegResNetSpec.model_validate(
         {
             "dimensions": read.spatial_dims,
             "first_filters": read.init_filters,
             "blocks": read.blocks_down,
             "decoder_blocks": read.blocks_up,
-            "norm": _norm(read.norm, component.name),
+            "norm": norm,
             "activation": _activation(read.act, component.name),
             "dropout": read.dropout_prob or 0.0,
         }

@@ -174,15 +174,16 @@ class Predictor:
             prepared, undo = bundle.pipeline.apply(volume)
             clock.lap("preprocess")
             geometry = bundle.geometry_of(prepared.grid.shape)
+            mirrors = _mirrors(bundle) if self._mirrored else ()
             if isinstance(ready, Tried):
-                passes = sliding.passes(prepared.grid.shape, geometry) * (2 if self._mirrored else 1)
+                passes = sliding.passes(prepared.grid.shape, geometry) * (2 if mirrors else 1)
                 alike = self._scans_ahead if geometry == bundle.geometry else 1
                 ready.expect(passes * alike)
             found = sliding.scores(network, prepared.voxels, geometry, progress)
             variants.append(_Variant(found, undo))
-            if self._mirrored and (axes := tuple(AXES.index(axis) for axis in _mirrors(bundle))):
-                flipped = np.ascontiguousarray(np.flip(prepared.voxels, tuple(axis + 1 for axis in axes)))
-                variants.append(_Variant(sliding.scores(network, flipped, geometry, progress), undo, axes))
+            if mirrors:
+                flipped = np.ascontiguousarray(np.flip(prepared.voxels, tuple(axis + 1 for axis in mirrors)))
+                variants.append(_Variant(sliding.scores(network, flipped, geometry, progress), undo, mirrors))
             clock.lap("network")
             borders = geometry.borders(prepared.grid.shape, sliding.overlap, sliding.advance)
             seams.append([seam_score(p, borders) for p in self._of_targets(found)])
@@ -380,10 +381,11 @@ def _confidence(volume_ml: float, expected: float, mutual: float, seam: float) -
     return Confidence(volume_ml, expected, mutual, seam)
 
 
-def _mirrors(bundle: Bundle) -> tuple[str, ...]:
-    """Axes along which the bundle's training scans were mirrored."""
+def _mirrors(bundle: Bundle) -> tuple[int, ...]:
+    """Axes of an array along which the bundle's training tiles were mirrored: slices only within their plane."""
     spatial = bundle.recipe.augmentation.spatial if bundle.recipe.augmentation else None
-    return tuple(spatial.mirror) if spatial is not None else ()
+    mirrored = () if spatial is None else spatial.mirror
+    return tuple(AXES.index(axis) for axis in mirrored if AXES.index(axis) != bundle.geometry.slice_axis)
 
 
 class _Clock:

@@ -76,10 +76,10 @@ def softened(reference: Tensor, soft: tuple[float, float] | None) -> Tensor:
     return reference if soft is None else soft[0] + (soft[1] - soft[0]) * reference
 
 
-def class_weights(weights: Mapping[str, float] | None, targets: Targets) -> list[float]:
-    """The weights of the background and each target in order; 1 if none is given.
+def class_weights(weights: Mapping[str, float] | None, targets: Targets, *, background: bool = True) -> list[float]:
+    """The weights of the background, unless it does not count, and of each target in order; 1 if none is given.
 
-    Raises :class:`RecipeError` for a name that is not a target's.
+    Raises :class:`RecipeError` for a name that is not a target's, and if all are 0.
     """
     weights = weights or {}
     unknown = set(weights) - {BACKGROUND, *targets.names}
@@ -87,4 +87,7 @@ def class_weights(weights: Mapping[str, float] | None, targets: Targets) -> list
         raise RecipeError(
             f"weights name {sorted(unknown)}, which are not targets", fix=f"known are {[BACKGROUND, *targets.names]}"
         )
-    return [float(weights.get(name, 1.0)) for name in (BACKGROUND, *targets.names)]
+    found = [float(weights.get(name, 1.0)) for name in (*([BACKGROUND] if background else []), *targets.names)]
+    if not any(found):
+        raise RecipeError("all weights are 0: no voxel would count", fix="give a target a weight above 0")
+    return found

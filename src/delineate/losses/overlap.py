@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from delineate.core.targets import Targets
-from delineate.losses.base import Judged, Loss, LossSpecification, class_weights, judged, softened
+from delineate.errors import RecipeError
+from delineate.losses.base import BACKGROUND, Judged, Loss, LossSpecification, class_weights, judged, softened
 from delineate.losses.pixelwise import Soft, Weights
 from delineate.specification import PositiveWeight, Weight
 
@@ -21,8 +22,8 @@ class _Overlap(LossSpecification):
     ``smooth`` is added above and below: a target absent from both reference and prediction gives 0.
     ``over_batch`` pools a target's voxels over the batch before dividing, which is more stable if a tile
     may miss the target; otherwise each sample counts separately. The background is left out unless
-    ``include_background``. ``weights`` by target name (or ``background``) weight the mean over
-    targets. ``soft_labels`` are the reference's values for absent and present.
+    ``include_background``, which is for exclusive targets. ``weights`` by target name (or ``background``, if that is
+    included) weight the mean over targets. ``soft_labels`` are the reference's values for absent and present.
     """
 
     smooth: PositiveWeight = 1.0
@@ -38,10 +39,22 @@ class _Overlap(LossSpecification):
     def by_class(
         self, targets: Targets, score: Callable[[Tensor, Tensor, Tensor], Tensor], *, squares: bool = False
     ) -> Loss:
-        """Weighted mean over classes of ``score(overlap, only predicted, only in the reference)``; see :func:`sums`."""
-        weights = class_weights(self.weights, targets)
-        background = self.include_background and targets.exclusive
-        weights = weights if background else weights[1:]
+        """Weighted mean over classes of ``score(overlap, only predicted, only in the reference)``; see :func:`sums`.
+
+        Raises :class:`RecipeError` for settings of a background that does not count, and for weights that are all 0.
+        """
+        background, weighed = self.include_background, BACKGROUND in (self.weights or {})
+        if (background or weighed) and not targets.exclusive:
+            raise RecipeError(
+                f"loss {self.kind}: overlapping targets have no background in common, so none can be included",
+                fix="remove include_background and the background's weight, or set data.targets.mode: exclusive",
+            )
+        if weighed and not background:
+            raise RecipeError(
+                f"loss {self.kind}: weights name the background, which is not included",
+                fix="add include_background: true, or remove its weight",
+            )
+        weights = class_weights(self.weights, targets, background=background)
 
         def loss(logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
             probability, reference, known = judged(logits, target, targets, self.soft_labels)

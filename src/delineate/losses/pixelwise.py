@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from delineate.core.targets import Targets
-from delineate.losses.base import Loss, LossSpecification, class_weights, full_precision, known_voxels
+from delineate.losses.base import Loss, LossSpecification, class_weights, full_precision, known_voxels, softened
 from delineate.specification import Weight
 
 Soft = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]]
@@ -36,11 +36,14 @@ class CrossEntropySpec(LossSpecification):
         return self.weights is None
 
     def build(self, targets: Targets) -> Loss:
-        weights, soft = class_weights(self.weights, targets), self.soft_labels or (0.0, 1.0)
+        weights, soft = class_weights(self.weights, targets), self.soft_labels
 
         def cross_entropy(logits: Tensor, target: Tensor, image: Tensor) -> Tensor:
             terms = Terms(logits, target, targets, weights)
-            return terms.mean(-(soft[1] * terms.log_present + soft[0] * terms.log_absent) / terms.total(soft))
+            if soft is None:
+                return terms.mean(-terms.log_present)
+            right, wrong = terms.labels(soft)
+            return terms.mean(-(right * terms.log_present + wrong * terms.log_absent))
 
         return cross_entropy
 
@@ -79,7 +82,8 @@ class Terms:
 
     def __init__(self, logits: Tensor, target: Tensor, targets: Targets, weights: list[float]) -> None:
         logits, known = full_precision(logits), known_voxels(target)
-        self.classes = logits.shape[1] if targets.exclusive else 2
+        self.classes = logits.shape[1]
+        self.reference: Tensor | None = None  # of overlapping targets
         table = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
         if targets.exclusive:
             log_probability = F.log_softmax(logits, dim=1)
@@ -89,15 +93,25 @@ class Terms:
             weight = table[index]
         else:
             present = target == 1
-            sign = present.to(logits.dtype) * 2 - 1
+            self.reference = present.to(logits.dtype)
+            sign = self.reference * 2 - 1
             self.log_present, self.log_absent = F.logsigmoid(sign * logits), F.logsigmoid(-sign * logits)
             own = table[1:].view(1, -1, *[1] * (logits.ndim - 2))
             weight = torch.where(present, own, table[0])
         self.weight = weight * known
 
-    def total(self, soft: tuple[float, float]) -> float:
-        """Sum of soft labels over the classes of one voxel."""
-        return soft[1] + (self.classes - 1) * soft[0]
+    def labels(self, soft: tuple[float, float]) -> tuple[Tensor | float, Tensor | float]:
+        """The soft labels that go with :attr:`log_present` and :attr:`log_absent`.
+
+        Those of exclusive targets are scaled to a sum of 1 over a voxel's classes; where an overlapping target
+        has the label s, its absence has 1 - s.
+        """
+        absent, present = soft
+        if self.reference is None:
+            total = present + (self.classes - 1) * absent
+            return present / total, absent / total
+        right = softened(self.reference, (1 - absent, present))
+        return right, 1 - right
 
     def mean(self, loss: Tensor) -> Tensor:
         # If no voxel counts: 0 / 1.

@@ -13,7 +13,7 @@ from delineate.losses.combined import DeepSupervision, Region, Sum, target_indic
 from delineate.losses.content import SiameseContentSpec
 from delineate.losses.overlap import DiceSpec, FocalTverskySpec, GeneralisedDiceSpec, TverskySpec
 from delineate.losses.pixelwise import CrossEntropySpec, FocalSpec
-from delineate.specification import Kinds, PositiveWeight, Specification
+from delineate.specification import Kinds, PositiveWeight, Specification, specifications_in
 
 
 class WeightedLoss(Specification):
@@ -67,7 +67,8 @@ class RegionSpec(LossSpecification):
 class DeepSupervisionSpec(LossSpecification):
     """Sets the ``weights`` of a deeply supervised network's outputs, the finest first.
 
-    Any loss accepts such outputs; without this, each has half the weight of the one before.
+    Any loss accepts such outputs; without this, each has half the weight of the one before. It is the outermost loss:
+    within another, there is only one output left.
     """
 
     kind: Literal["deep_supervision"] = "deep_supervision"
@@ -107,6 +108,15 @@ DICE_AND_CROSS_ENTROPY = SumSpec(terms=(WeightedLoss(loss=DiceSpec()), WeightedL
 
 
 def build_loss(spec: LossSpec, targets: Targets) -> DeepSupervision:
-    """The loss for ``spec``, which also accepts the tuple of outputs from a deeply supervised network."""
+    """The loss for ``spec``, which also accepts the tuple of outputs from a deeply supervised network.
+
+    Raises :class:`RecipeError` for deep supervision within another loss, where its weights would mean nothing.
+    """
+    inner = spec.loss if isinstance(spec, DeepSupervisionSpec) else spec
+    if any(isinstance(part, DeepSupervisionSpec) for part in specifications_in(inner)):
+        raise RecipeError(
+            "loss: deep_supervision lies within another loss, where it sees a single output and its weights do nothing",
+            fix="make it the outermost loss: {kind: deep_supervision, loss: …}",
+        )
     loss = spec.build(targets)
     return loss if isinstance(loss, DeepSupervision) else DeepSupervision(loss, None)

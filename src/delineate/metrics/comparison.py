@@ -25,7 +25,7 @@ class Comparison:
     """Two masks (X, Y, Z) cropped to the box around both, its grid, and the number of known ``voxels`` in the volume.
 
     ``more`` holds values that masks alone cannot give, by metric name. ``axes`` are those along which the whole scan
-    has more than one voxel, and masks have surfaces.
+    has more than one voxel, and masks have surfaces; ``slice_axis`` is the whole scan's.
     """
 
     reference: Mask
@@ -35,6 +35,7 @@ class Comparison:
     minimum_overlap: float = 0.0
     more: Mapping[str, float] = field(default_factory=dict)
     axes: tuple[int, ...] = (0, 1, 2)
+    slice_axis: int = 2
 
     @classmethod
     def of(
@@ -58,7 +59,7 @@ class Comparison:
         box = box_around(reference | prediction) or (slice(0, 1),) * 3
         box = tuple(slice(max(0, b.start - 1), b.stop + 1) for b in box)
         cropped = grid.crop([b.start for b in box], reference[box].shape)
-        return cls(reference[box], prediction[box], cropped, voxels, minimum_overlap, more or {}, axes)
+        return cls(reference[box], prediction[box], cropped, voxels, minimum_overlap, more or {}, axes, grid.slice_axis)
 
     @cached_property
     def overlap(self) -> Overlap:
@@ -78,7 +79,7 @@ class Comparison:
     def outlines(self) -> SurfaceDistances:
         """Distances between outlines in the slices."""
         return surface_distances(
-            self.reference, self.prediction, self._steps_mm, edge="outlines", slice_axis=self.grid.slice_axis
+            self.reference, self.prediction, self._steps_mm, edge="outlines", slice_axis=self.slice_axis
         )
 
     @cached_property
@@ -130,4 +131,6 @@ class Comparison:
         index = tuple(chosen if a == axis else slice(0, n) for a, n in enumerate(self.reference.shape))
         reference, prediction = self.reference[index], self.prediction[index]
         grid = self.grid.crop([s.start for s in index], reference.shape)
-        return Comparison(reference, prediction, grid, self.voxels, self.minimum_overlap, axes=self.axes)
+        return Comparison(
+            reference, prediction, grid, self.voxels, self.minimum_overlap, axes=self.axes, slice_axis=self.slice_axis
+        )

@@ -101,10 +101,10 @@ def normalisation(kind: NormKind, dimensions: int, channels: int) -> nn.Module:
     return nn.Identity()
 
 
-def activation(kind: ActivationKind) -> nn.Module:
+def activation(kind: ActivationKind, *, inplace: bool = True) -> nn.Module:
     if kind == "prelu":
         return nn.PReLU()  # one slope for all channels
-    return nn.LeakyReLU(0.01, inplace=True) if kind == "leaky_relu" else nn.ReLU(inplace=True)
+    return nn.LeakyReLU(0.01, inplace) if kind == "leaky_relu" else nn.ReLU(inplace)
 
 
 class LinearUpsample(nn.Module):

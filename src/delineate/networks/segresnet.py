@@ -89,7 +89,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         d = spec.dimensions
         self.norm1, self.norm2 = normalisation(spec.norm, d, width), normalisation(spec.norm, d, width)
-        self.act1, self.act2 = activation(spec.activation), activation(spec.activation)
+        # Without a normalisation before it, the first would overwrite the input, which is added in the end.
+        self.act1 = activation(spec.activation, inplace=spec.norm != "none")
+        self.act2 = activation(spec.activation)
         self.conv1, self.conv2 = _convolution(d, width, width, 3), _convolution(d, width, width, 3)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from delineate.errors import RecipeError
+from delineate.networks.base import Architecture, Unfilled
 
 Channels = Literal["repeat", "mean"]
 NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
@@ -52,30 +54,37 @@ def load_what_fits(
     weights: Mapping[str, Tensor],
     *,
     rows: Sequence[int | None] = (),
+    axes: Mapping[str, Sequence[int]] | None = None,
     channels: Channels | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> Transfer:
     """Copy ``weights`` into ``network`` where keys and shapes fit.
 
-    ``rows``: for each of the network's outputs, the source's output to start from, or None for a fresh
-    one; applied to tensors that differ only in their first axis, which is as long as ``rows``.
+    ``rows``: for each of the network's outputs, the source's output to start from, or None for a fresh one; applied
+    along ``axes``, those of each tensor along which the outputs lie (:func:`output_axes`).
     ``channels`` converts kernels that differ only in their input channels: ``repeat`` takes the
     source's channels in turn, ``mean`` their mean; both keep the sum over channels.
     Raises :class:`RecipeError` where nothing fits.
     """
     result, own = Transfer(), network.state_dict()
     wanted = set(matching(own, include)) - set(matching(own, exclude))
+    moved = list(rows) != list(range(len(rows)))
     with torch.no_grad():
         for key, tensor in own.items():
+            along = (axes or {}).get(key, ()) if rows else ()
             if key not in wanted:
                 result.left_out.append(key)
             elif key not in weights:
                 result.missing.append(key)
-            elif weights[key].shape == tensor.shape and not _is_reordered(tensor, weights[key], rows):
+            elif weights[key].shape == tensor.shape and not (along and moved):
                 tensor.copy_(weights[key])
                 result.matched.append(key)
-            elif _copy_rows(tensor, weights[key], rows) or _copy_channels(tensor, weights[key], channels):
+            elif (
+                _copy_rows(tensor, weights[key], rows, along)
+                if along
+                else _copy_channels(tensor, weights[key], channels)
+            ):
                 result.adapted.append(key)
             else:
                 result.reshaped.append(key)
@@ -89,19 +98,36 @@ def load_what_fits(
     return result
 
 
-def _is_reordered(tensor: Tensor, source: Tensor, rows: Sequence[int | None]) -> bool:
-    """Whether a tensor with the same shape is nevertheless a head, with its outputs in another order."""
-    return len(rows) > 0 and tensor.ndim > 0 and tensor.shape[0] == len(rows) and list(rows) != list(range(len(rows)))
+def output_axes(spec: Architecture, outputs: int) -> dict[str, tuple[int, ...]]:
+    """The axes of each tensor of a network along which its outputs lie; no entry for a tensor without such axes.
+
+    They are those whose length changes with the number of outputs: a hidden layer may by chance have as many channels.
+    """
+    with torch.device("meta"), Unfilled():
+        network, other = (spec.build(1, n).state_dict() for n in (outputs, 2 if outputs == 1 else 1))
+    axes = {
+        key: tuple(axis for axis, n in enumerate(tensor.shape) if n != other[key].shape[axis])
+        for key, tensor in network.items()
+        if key in other
+    }
+    return {key: found for key, found in axes.items() if found}
 
 
-def _copy_rows(tensor: Tensor, source: Tensor, rows: Sequence[int | None]) -> bool:
-    if tensor.ndim == 0 or tensor.ndim != source.ndim or tensor.shape[1:] != source.shape[1:]:
+def _copy_rows(tensor: Tensor, source: Tensor, rows: Sequence[int | None], axes: Sequence[int]) -> bool:
+    """Copy the chosen outputs, along all ``axes``; False if the shapes do not allow it."""
+    known = [(place, row) for place, row in enumerate(rows) if row is not None]
+    if tensor.ndim != source.ndim:
         return False
-    if len(rows) != tensor.shape[0] or any(row is not None and row >= source.shape[0] for row in rows):
-        return False
-    for place, row in enumerate(rows):
-        if row is not None:
-            tensor[place] = source[row]
+    for axis, (ours, theirs) in enumerate(zip(tensor.shape, source.shape, strict=True)):
+        fits = ours == len(rows) and all(row < theirs for _, row in known) if axis in axes else ours == theirs
+        if not fits:
+            return False
+    for chosen in product(known, repeat=len(axes)):
+        part, whence = tensor, source
+        # The last axis first: those before it keep their numbers.
+        for axis, (place, row) in zip(reversed(axes), chosen, strict=True):
+            part, whence = part.select(axis, place), whence.select(axis, row)
+        part.copy_(whence)
     return True
 
 

@@ -50,6 +50,8 @@ _PARTS_OF_ROOM = 3
 """Into how many parts the room for training subjects is divided: those in use, those to come, and those before them,
 whose files take their space until the last reader closes them."""
 _TRIES = 10
+_LEAST_LARGEST = 1e-4
+"""A channel that reaches less has few digits left in half precision (below 6e-5), or none (below 3e-8)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,7 +260,7 @@ def prepare(
     after the subjects that were finished.
 
     Raises :class:`~delineate.errors.RecipeError` if the pipeline is not fitted or leaves intensities
-    beyond half precision, and whatever reading a subject raises.
+    that half precision cannot hold, and whatever reading a subject raises.
     """
     if pipeline.needs_fit:
         raise RecipeError("the preprocessing is not fitted", fix="fit it on the training subjects before preparing")
@@ -378,12 +380,19 @@ def _hashes_of(
 
 
 def _write(folder: Path, id: str, prepared: Volume, encoded: NDArray[np.uint8], targets: Targets, room: Room) -> None:
-    largest = max(-float(prepared.voxels.min()), float(prepared.voxels.max()))
-    if largest > float(np.finfo(np.float16).max):
-        raise RecipeError(
-            f"prepared intensities of '{id}' reach {largest:.4g}, beyond half precision (65504)",
-            fix="add a normalise step to the preprocessing",
-        )
+    for channel in prepared.voxels:
+        largest = max(-float(channel.min()), float(channel.max()))
+        if largest > float(np.finfo(np.float16).max):
+            raise RecipeError(
+                f"prepared intensities of '{id}' reach {largest:.4g}, beyond half precision (65504)",
+                fix="add a normalise step to the preprocessing",
+            )
+        if 0 < largest < _LEAST_LARGEST:
+            raise RecipeError(
+                f"prepared intensities of a channel of '{id}' reach no more than {largest:.4g}, too little for half "
+                f"precision ({_LEAST_LARGEST:g})",
+                fix="add a normalise step to the preprocessing",
+            )
     points, counts = _draw_points(encoded, targets, np.random.default_rng(int(folder.name, 16)))
     image, target = np.asfortranarray(prepared.voxels, dtype=np.float16), np.asfortranarray(encoded)
     arrays: dict[str, NDArray] = dict(zip(ARRAYS, (points, target, image), strict=True))

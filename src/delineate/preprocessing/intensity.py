@@ -152,9 +152,8 @@ class Normalise(Step):
     over the voxels of a slice, a patient or the training cohort (``scope``). A scale of 0 counts as
     1: a constant image becomes 0 (with ``max``, only if it is 0). ``within="nonzero"`` measures over
     the voxels that are not zero and leaves zeros alone; ``within="filled"`` does so with those that are not zero in
-    any channel, holes between them filled. Slices lie ``across`` an axis: by default the
-    one with the largest spacing (``Grid.slice_axis``). ``channels`` are normalised, counted from 0; the others stay
-    as they are.
+    any channel, holes between them filled. Slices lie ``across`` an axis: by default the grid's
+    (``Grid.slice_axis``). ``channels`` are normalised, counted from 0; the others stay as they are.
 
     A cohort's statistics give every voxel the same weight and are kept as ``shift`` and ``scale``, one
     per channel; giving these makes a fixed scaling.

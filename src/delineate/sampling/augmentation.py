@@ -57,7 +57,7 @@ class SpatialSpec(Specification):
         return self.elastic_mm > 0 or self.elastic_voxels > 0
 
     def displacement_voxels(self, spacing_mm: Tensor) -> Tensor:
-        """Standard deviation of the control points' displacement along each axis."""
+        """Standard deviation of the control points' displacement along each axis, for voxels of any sizes (…, d)."""
         return self.elastic_mm / spacing_mm + self.elastic_voxels
 
 
@@ -101,15 +101,15 @@ def augment(
     spec: AugmentationSpec,
     *,
     shape: Sequence[int],
-    spacing_mm: Sequence[float],
+    spacing_mm: Tensor,
     generator: Generator,
     axes: str = AXES,
 ) -> tuple[Tensor, Tensor]:
     """Vary a batch and cut it to ``shape``.
 
     ``image`` (N, C, *source) float and ``target`` (N, T, *source) uint8, both with the context of
-    :func:`context_voxels` around ``shape``; 2D or 3D. ``spacing_mm`` and ``axes`` name the spatial
-    axes in order. Returns image (N, C, *shape) and target (N, T, *shape).
+    :func:`context_voxels` around ``shape``; 2D or 3D. ``spacing_mm`` (N, d) is that of each sample along the spatial
+    axes, which ``axes`` names in order. Returns image (N, C, *shape) and target (N, T, *shape).
     """
     # In bfloat16, positions would be off by a tenth of a voxel.
     with torch.autocast(image.device.type, enabled=False):
@@ -121,7 +121,7 @@ def _augment(
     target: Tensor,
     spec: AugmentationSpec,
     shape: Sequence[int],
-    spacing_mm: Sequence[float],
+    spacing_mm: Tensor,
     generator: Generator,
     axes: str,
 ) -> tuple[Tensor, Tensor]:
@@ -140,22 +140,22 @@ def _sampling_grid(
     spec: SpatialSpec,
     image: Tensor,
     shape: Sequence[int],
-    spacing_mm: Sequence[float],
+    spacing_mm: Tensor,
     generator: Generator,
     axes: str,
 ) -> Tensor:
     """Where each voxel of the result comes from: (N, *shape, d) in ``grid_sample``'s coordinates."""
     n, d, device = image.shape[0], len(shape), image.device
-    spacing = torch.tensor(spacing_mm, dtype=torch.float32, device=device)
     matrix = _affine(spec, n, d, generator, device, axes)
     if spec.rotate_in == "mm":
-        matrix = matrix * spacing / spacing[:, None]  # voxels → mm → turned → voxels
+        matrix = matrix * spacing_mm[:, None, :] / spacing_mm[:, :, None]  # voxels → mm → turned → voxels
     points = [min(spec.elastic_points if spec.elastic else 2, side) for side in shape]
     lines = [torch.linspace(-1, 1, p, device=device) * (side - 1) / 2 for p, side in zip(points, shape, strict=True)]
     control = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).reshape(-1, d)
     source = (control @ matrix.transpose(1, 2)).reshape(n, *points, d)
     if spec.elastic:
-        shift = torch.randn(n, *points, d, generator=generator, device=device) * spec.displacement_voxels(spacing)
+        deviation = spec.displacement_voxels(spacing_mm).view(n, *[1] * d, d)
+        shift = torch.randn(n, *points, d, generator=generator, device=device) * deviation
         source = source + shift * _chosen(n, spec.probability, generator, device).view(n, *[1] * (d + 1))
     size = torch.tensor(image.shape[2:], dtype=torch.float32, device=device)
     # grid_sample's coordinates run from -1 at the first border to 1 at the last, innermost axis first.

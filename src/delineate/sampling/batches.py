@@ -19,11 +19,13 @@ from delineate.sampling.tiles import TileGeometry, standardised
 class Batch(NamedTuple):
     """``image`` (N, C, *source) float32 and ``target`` (N, T, *source) uint8, not yet augmented.
 
-    ``number`` is its place in the stream.
+    ``spacing_mm`` (N, d) is each sample's, along the axes that the network works on; ``number`` is the batch's place in
+    the stream.
     """
 
     image: Tensor
     target: Tensor
+    spacing_mm: Tensor
     number: int
 
 
@@ -47,6 +49,7 @@ class BatchSource:
         geometry = sampler.geometry
         self.geometry: TileGeometry = geometry
         self.context = context_voxels(augmentation, geometry.shape, geometry.slice_axis)
+        self._axes = [axis for axis in range(3) if axis != geometry.slice_axis]  # that the network works on
 
     def for_process(self, rank: int, world: int) -> BatchSource:
         """The same source for process ``rank`` among ``world``."""
@@ -82,7 +85,7 @@ class BatchSource:
 
     def batch(self, i: int) -> Batch:
         """Batch ``i``, read with the context that augmentation needs."""
-        images, targets = [], []
+        images, targets, spacings = [], [], []
         for j in self.samples(i):
             draw = self.sampler.draw(j)
             subject = self.subjects[draw.subject]
@@ -91,7 +94,9 @@ class BatchSource:
             images.append(self.geometry.to_network(image))
             # A 2D network reads neighbours but segments only the middle slice.
             targets.append(self.geometry.to_network(self._middle_slice(target)))
-        return Batch(torch.from_numpy(np.stack(images).astype(np.float32)), torch.from_numpy(np.stack(targets)), i)
+            spacings.append([subject.spacing_mm[axis] for axis in self._axes])
+        image, target = torch.from_numpy(np.stack(images).astype(np.float32)), torch.from_numpy(np.stack(targets))
+        return Batch(image, target, torch.tensor(spacings, dtype=torch.float32), i)
 
     def augmented(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
         """Image (N, C, *input) and target (N, T, *tile) of a batch, varied on the batch's device.
@@ -101,18 +106,17 @@ class BatchSource:
         geometry, device = self.geometry, batch.image.device
         generator = torch.Generator(device=device)
         generator.manual_seed(int(np.random.SeedSequence((seed, 2, self.rank, batch.number)).generate_state(1)[0]))
-        in_plane = [a for a in range(3) if a != geometry.slice_axis]
         image, target = augment(
             batch.image,
             batch.target,
             self.augmentation,
-            shape=[geometry.input_shape[a] for a in in_plane],
-            spacing_mm=[self.subjects[0].spacing_mm[a] for a in in_plane],
+            shape=[geometry.input_shape[axis] for axis in self._axes],
+            spacing_mm=batch.spacing_mm,
             generator=generator,
-            axes="".join(AXES[a] for a in in_plane),
+            axes="".join(AXES[axis] for axis in self._axes),
         )
         image = standardised(image, geometry.standardise)
-        for dim, axis in enumerate(in_plane, start=2):
+        for dim, axis in enumerate(self._axes, start=2):
             target = target.narrow(dim, geometry.margin[axis], geometry.shape[axis])
         return image, target
 

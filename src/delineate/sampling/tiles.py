@@ -201,7 +201,7 @@ def geometry_for(
 
     Raises :class:`RecipeError` for a 2D network with 3D tiles or the reverse.
     """
-    slice_axis = _slice_axis(spec, spacing_mm)
+    slice_axis = _slice_axis(spec, volume_shape, spacing_mm)
     wanted = 3 if slice_axis is None else 2
     if len(network.divisor) != wanted:
         raise RecipeError(
@@ -276,11 +276,11 @@ def _read_with_zeros(volume: NDArray, start: Sequence[int], shape: Sequence[int]
     return box
 
 
-def _slice_axis(spec: Patches | Slices | Whole, spacing_mm: Sequence[float]) -> int | None:
+def _slice_axis(spec: Patches | Slices | Whole, volume_shape: Sequence[int], spacing_mm: Sequence[float]) -> int | None:
     if not isinstance(spec, Slices):
         return None
     if spec.axis == "thickest":
-        return Grid.of_spacing((1, 1, 1), spacing_mm).slice_axis
+        return Grid.of_spacing(volume_shape, spacing_mm).slice_axis
     return AXES.index(spec.axis)
 
 

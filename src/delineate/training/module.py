@@ -25,6 +25,7 @@ from delineate.losses.content import adversaries
 from delineate.losses.spec import build_loss
 from delineate.networks.blocks import Recomputing
 from delineate.networks.transfer import NORMS, free_norms, hold_frozen_norms, matching
+from delineate.networks.unet import UNet
 from delineate.recipe import OptimiserSpec, TrainingSpec
 from delineate.sampling.batches import Batch, BatchSource
 from delineate.training.events import Divided
@@ -190,14 +191,14 @@ class Delineator(lightning.LightningModule):
 
     def _seen(self, source: BatchSource, batch: Batch) -> tuple[Tensor, Tensor]:
         """Image and target of a batch as the network sees them: on its device, augmented, in the plan's layout."""
-        on_device = Batch(batch.image.to(self.device), batch.target.to(self.device), batch.number)
-        image, target = source.augmented(on_device, self.spec.seed)
+        image, target, spacing_mm = (part.to(self.device) for part in (batch.image, batch.target, batch.spacing_mm))
+        image, target = source.augmented(Batch(image, target, spacing_mm, batch.number), self.spec.seed)
         return image.contiguous(memory_format=self.plan.memory_format(self.dimensions)), target
 
     def loss_on(self, source: BatchSource, i: int) -> float:
         """The loss of the current weights on batch ``i`` of ``source``, in as many parts as training divides one into.
 
-        It is for comparison with the training loss.
+        It is for comparison with the training loss, and so of all outputs of a deeply supervised network.
 
         Dropout is off, and BatchNorms use batch statistics as in training: their moving statistics
         lag behind and would make the loss of a good network look bad.
@@ -205,6 +206,9 @@ class Delineator(lightning.LightningModule):
         image, target = self._seen(source, source.batch(i))
         norms = free_norms(self.network)
         self.network.eval()
+        for module in self.network.modules():
+            if isinstance(module, UNet):
+                module.training = True  # without its layers: it gives all its outputs, and these stay as they are
         for norm in norms:
             norm.train()
             norm.track_running_stats = False

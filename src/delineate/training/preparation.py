@@ -335,7 +335,7 @@ def prepared_bundle(
     # If scans were not reoriented, the first one decides which of several axes of equal spacing is which.
     typical = training.grids[0].affine.copy()
     typical[:3, :3] *= spacing / training.grids[0].spacing_mm
-    tiles = with_slice_axis(recipe.tiles, Grid(training.grids[0].shape, typical))
+    tiles = with_slice_axis(recipe.tiles, Grid(largest, typical))
     geometry = geometry_for(tiles, largest, spacing_mm, recipe.network)
     rows = {row.subject: row for row in inspection.rows}
     bundle = Bundle(

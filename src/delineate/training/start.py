@@ -10,7 +10,7 @@ from torch import nn
 from delineate.bundle import Bundle, bundle_folder
 from delineate.errors import RecipeError
 from delineate.networks.blocks import glorot_uniform, xavier_normal
-from delineate.networks.transfer import freeze, load_what_fits
+from delineate.networks.transfer import freeze, load_what_fits, output_axes
 from delineate.pretrained.weights import read_tensors
 from delineate.recipe import StartSpec, TrainingSpec
 from delineate.training.options import Reporter
@@ -47,6 +47,7 @@ def _start_from(network: nn.Module, start: StartSpec, bundle: Bundle, report: Re
     path = Path(start.weights).expanduser()
     folder = bundle_folder(path)
     rows: list[int | None] = []
+    axes: dict[str, tuple[int, ...]] = {}
     if folder.is_dir():
         source = Bundle.load(folder)
         weights = source.trained_network().state_dict()
@@ -58,10 +59,11 @@ def _start_from(network: nn.Module, start: StartSpec, bundle: Bundle, report: Re
                 f"start.rows: '{unknown[0]}' is not an output of {folder}", fix=f"it has {', '.join(theirs)}"
             )
         rows = [theirs.index(name) if name in theirs else None for name in wanted]
+        axes = output_axes(bundle.recipe.network, len(ours))
     else:
         weights = read_tensors(path)
     loaded = load_what_fits(
-        network, weights, rows=rows, channels=start.channels, include=start.include, exclude=start.exclude
+        network, weights, rows=rows, axes=axes, channels=start.channels, include=start.include, exclude=start.exclude
     )
     report(f"starts from {start.weights}: {loaded}")
 
