@@ -213,7 +213,7 @@ def test_the_loss_on_other_tiles_is_of_the_outputs_that_training_judges(recipe, 
     image, target = source.augmented(source.batch(3), recipe.training.seed)
     logits = module.network(image)
     assert len(logits) == 2
-    assert found == pytest.approx(float(module.loss(logits, target, image)), rel=1e-4)
+    assert found == pytest.approx(module.loss(logits, target, image).item(), rel=1e-4)
 
 
 REPORTS = [name for name, path in packaged_recipes().items() if path.parent.name == "reports"]

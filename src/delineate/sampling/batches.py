@@ -95,8 +95,12 @@ class BatchSource:
             # A 2D network reads neighbours but segments only the middle slice.
             targets.append(self.geometry.to_network(self._middle_slice(target)))
             spacings.append([subject.spacing_mm[axis] for axis in self._axes])
-        image, target = torch.from_numpy(np.stack(images).astype(np.float32)), torch.from_numpy(np.stack(targets))
-        return Batch(image, target, torch.tensor(spacings, dtype=torch.float32), i)
+        return Batch(
+            torch.from_numpy(np.stack(images).astype(np.float32)),
+            torch.from_numpy(np.stack(targets)),
+            torch.tensor(spacings, dtype=torch.float32),
+            i,
+        )
 
     def augmented(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
         """Image (N, C, *input) and target (N, T, *tile) of a batch, varied on the batch's device.
