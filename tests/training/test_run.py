@@ -178,7 +178,8 @@ def test_with_room_for_a_few_subjects_a_stopped_run_goes_on_to_the_same_weights(
     run(recipe, balls, tmp_path / "whole", whole, **limit)
     [told] = [text for text in whole.messages if text.startswith("prepared subjects take")]
     assert "training goes round 1 of 7 at a time, 8 tiles of each" in told
-    assert 2 <= len(list((tmp_path / "cache").glob("*/image.npy"))) <= 5
+    assert len(list((tmp_path / "cache").glob("*/image.npy"))) >= 2
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").glob("*/*")) <= 1e9 * limit["cache_gb"]
     stop = tmp_path / "parts/stop"
     assert not run(recipe, balls, tmp_path / "parts", Reporter(lambda text: stop.touch()), **limit).finished
     other = Reporter()
