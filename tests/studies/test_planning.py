@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delineate.core.subject import Subject
+from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset
 from delineate.derivation import AutoSpec
 from delineate.errors import DelineateError, RecipeError, StudyError
@@ -354,6 +355,20 @@ def test_networks_are_tested_on_all_that_no_run_was_trained_on_and_another_data_
     assert tested[0] == tested[1] == set(runs["old"].split.held_out(0))
     assert runs["forgotten"].recipe.data.images == "*/artery.nii"
     assert runs["transferred"].recipe.data.images is None
+
+
+def test_compute_is_counted_for_the_channels_and_targets_that_the_recipe_names() -> None:
+    what, named = Study.model_validate({**SIX, "factors": {}}), {"Anterior": (1,), "Posterior": (2,)}
+    size = Size(
+        set=("network.widths=[8, 16]", "data.channels=[MR]", "data.targets.values={Anterior: 1, Posterior: 2}"),
+        gflop=1e6,
+    )
+    more = tuple(replace(one, scans={"T1": Path("z.nii"), **one.scans}) for one in subjects(4, 4))
+    steps = [
+        {run.recipe.training.steps for run in planned(what, size, replace(people, targets=Targets(targets)))}
+        for people, targets in ((dataset(*subjects(4, 4)), named), (dataset(*more), {**named, "cyst": (3,)}))
+    ]
+    assert steps[0] == steps[1] != {None}
 
 
 def test_a_search_draws_the_same_trials_from_the_same_scores() -> None:

@@ -44,7 +44,7 @@ def by_distance(comparison: ScanComparison, dataset: Dataset) -> tuple[str, ...]
     channels = comparison.reading.channels or dataset.channels
     rows = []
     for name in (*comparison.trained, *comparison.candidates):
-        subject = replace(subjects[name], resample=comparison.reading.resample_channels)
+        subject = replace(subjects[name].with_channels(channels), resample=comparison.reading.resample_channels)
         rows.append(measure_scan(load_scan(subject, channels), channels))
     features = np.array([[log(max(value, 1e-9)) for value in row.values()] for row in rows])
     spread = features.std(axis=0)

@@ -228,8 +228,10 @@ class _Planning:
             )
         if self.size.gflop is None:
             return recipe
-        outputs = None if dataset.targets is None else dataset.targets.outputs
-        steps = steps_for_gflop(recipe, len(dataset.channels), self.size.gflop, outputs=outputs)
+        targets = dataset.targets if recipe.data.targets is None else recipe.data.targets.targets()
+        channels = len(recipe.data.channels or dataset.channels)
+        outputs = None if targets is None else targets.outputs
+        steps = steps_for_gflop(recipe, channels, self.size.gflop, outputs=outputs)
         training = recipe.training.model_copy(update={"steps": steps, "minutes": None, "epochs": None})
         return recipe.model_copy(update={"training": training})
 
