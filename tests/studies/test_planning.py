@@ -421,6 +421,7 @@ def test_a_search_draws_the_same_trials_from_the_same_scores() -> None:
         ({"design": {**ORDERED, "order": ["random", "random"]}}, "holds an entry twice"),
         ({"sizes": {"quick": {"arms": {"x": []}}}}, "changes arm 'x'"),
         ({"claims": [{"text": "x", "better": "base", "worse": "base", "metric": "parameters"}]}, "no metric"),
+        ({"claims": [{"text": "x", "better": "base", "worse": "base"}]}, "compares arm 'base' with itself"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, object], says: str, tmp_path: Path) -> None:

@@ -74,6 +74,15 @@ def test_seeds_of_one_patient_are_one_patient() -> None:
     assert estimate.mean == pytest.approx(0.85 + 9.5 / 1000)
 
 
+def test_subjects_that_the_networks_of_several_folds_are_tested_on_are_compared_once_each() -> None:
+    what = study(arms={"own": {}, "elsewhere": {}}, design={"kind": "cross_validation"})
+    folds = [(run("elsewhere", fold=k), table(NAMES, 0.6 + k / 10)) for k in (0, 1)]
+    found = results(what, own=(run("own"), table(NAMES, 0.9)), elsewhere=(run("elsewhere"), pooled(folds)))
+    [difference] = found.differences()
+    assert (difference.subjects, difference.difference.n) == (20, 20)
+    assert difference.difference.mean == pytest.approx(0.25)
+
+
 def test_the_background_is_measured_beside_the_targets() -> None:
     """An all-background prediction of scans with 2 % of organ: precision .98, recall 1, whatever the seed."""
     pairs = [("background", "background", 980), ("background", "organ", 0)]

@@ -409,7 +409,7 @@ def pooled(runs: Sequence[tuple[PlannedRun, Evaluation]]) -> Evaluation:
     """One table of several runs' held-out subjects.
 
     A subject's results under other seeds count as other scans of its patient, so that intervals take each
-    patient once.
+    patient once; and so do its tests by the networks of several folds, which are compared as one, by their mean.
     """
     several = len({run.seed for run, _ in runs}) > 1
     tables: dict[str, list[pd.DataFrame]] = defaultdict(list)

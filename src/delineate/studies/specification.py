@@ -303,6 +303,8 @@ class Claim(Specification):
         known |= {measure.name: measure.better for measure in MEASURES.values()}
         if known.get(self.metric) is None:
             raise ValueError(f"'{self.metric}' is no metric that says which is better{near(self.metric, known)}")
+        if self.better == self.worse:
+            raise ValueError(f"a claim compares arm '{self.better}' with itself")
         return self
 
 
