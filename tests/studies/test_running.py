@@ -314,6 +314,34 @@ def test_a_study_that_was_killed_as_it_began_begins_again_and_another_is_refused
     assert {path: path.read_bytes() for path in written} == whole
 
 
+def test_a_study_that_is_refused_leaves_the_folder_as_it_is(world: Path) -> None:
+    small, data = world / "small.yaml", {"scans": {"phantom": {"kind": "prostate", "patients": 2}}}
+    sized = {**STUDY, "data": data, "sizes": {"quick": {"folds": [1]}, "paper": {}}}
+    small.write_text(yaml.safe_dump(sized), encoding="utf-8")
+    study, dataset = load_study(small), load_recipe(world / "tiny.yaml").data.open(world / "data")
+    runs = plan_runs(study, study.sizes["quick"], {"scans": dataset}, world).runs
+    StudyFolder(world / "out").begin(study, "quick", {"scans": dataset.name}, runs, {})
+    (world / "out" / "data").mkdir()
+    for name in ("report.html", "data/scan"):
+        (world / "out" / name).write_text("of the first", encoding="utf-8")
+    write_balls(world / "other", "case")
+    whole = {path: path.read_bytes() for path in (world / "out").rglob("*") if path.is_file()}
+
+    def check_refused(*more: str) -> None:
+        done = CliRunner().invoke(app, ["study", "run", str(small), "--out", str(world / "out"), *more])
+        assert isinstance(done.exception, StudyError), done.output
+        assert "holds another study" in str(done.exception)
+        assert {path: path.read_bytes() for path in (world / "out").rglob("*") if path.is_file()} == whole
+
+    check_refused("--phantom", "--size", "paper")
+    check_refused("--data", str(world / "other"))
+    tiny = world / "tiny.yaml"
+    tiny.write_text(tiny.read_text(encoding="utf-8").replace("steps: 2", "steps: 3"), encoding="utf-8")
+    check_refused("--data", str(world / "data"))
+    small.write_text(yaml.safe_dump({**sized, "question": "Another?"}), encoding="utf-8")
+    check_refused("--phantom")
+
+
 def test_parts_of_a_job_array_are_all_runs_once() -> None:
     runs = tuple(range(11))
     for parts in (1, 3, 11, 20):
