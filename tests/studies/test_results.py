@@ -6,18 +6,25 @@ from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from delineate.core.grid import Grid
+from delineate.core.subject import Subject
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import Dataset
 from delineate.datasets.splits import Split
 from delineate.evaluation.table import Evaluation
+from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import write_table
 from delineate.losses.overlap import DiceSpec
 from delineate.metrics.quantities import QuantityMap
 from delineate.recipe import load_recipe
 from delineate.studies.designs import PlannedRun
 from delineate.studies.measures import measure_run, read_curves
-from delineate.studies.reporting import write_study_report
+from delineate.studies.reporting import draw_pictures, write_study_report
 from delineate.studies.results import StudyResults, collect, pooled
 from delineate.studies.running import RunStatus, StudyFolder
 from delineate.studies.specification import Study
@@ -230,6 +237,33 @@ def test_a_page_says_where_runs_trained_unequally(steps: tuple[int, int], unequa
     )
     assert ("between 32 and 165 steps" in page) == unequal
     assert ("may be due to that alone" in page) == unequal
+
+
+def test_a_picture_shows_the_channel_that_the_recipe_reads_and_one_that_cannot_be_drawn_costs_no_page(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """The data set's first channel has thicker slices than the one that is read and was labelled."""
+    grid, thick = Grid.of_spacing((8, 8, 8)), Grid.of_spacing((8, 8, 4), (1, 1, 2))
+    scans = {name: tmp_path / f"{name}.nii.gz" for name in ("thick", "read")}
+    for path, of in zip(scans.values(), (thick, grid), strict=True):
+        write_volume(path, Volume(rng.random((1, *of.shape), np.float32), of))
+    label = LabelVolume(np.pad(np.ones((4, 4, 4), np.uint8), 2), grid)
+    folder, planned = StudyFolder(tmp_path / "out"), run("a")
+    for path in (tmp_path / "label.nii.gz", folder.run(planned.name) / "predictions" / "s00.nii.gz"):
+        write_label(path, label)
+    subject = Subject("s00", scans, tmp_path / "label.nii.gz")
+    people = Dataset("d", tmp_path, "msd", (subject,), Targets({"organ": (1,)}))
+    reads = load_recipe("hippocampus", ["data.channels=[read]"])
+    said: list[str] = []
+    found = results(study(arms={"a": {}}), a=(planned, table(NAMES[:10], 0.8)))
+    found = replace(found, curves={planned.name: read_curves(tmp_path)})
+    for recipe, errors in ((reads, 0), (RECIPE, 1)):
+        of_recipe = replace(found, runs=(replace(planned, recipe=recipe),))
+        draw_pictures(of_recipe, folder, {"scans": people}, said.append)
+        assert len(said) == errors
+        page = write_study_report(of_recipe, folder.path, size="quick", data_sets={"scans": "d"})
+        assert ("s00 under every arm" in page.read_text(encoding="utf-8")) == (not errors)
+    assert said[0].startswith("no picture of s00: E_GRID_MISMATCH")
 
 
 def test_a_study_of_which_nothing_is_done_has_a_page(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def run(
         def reported() -> tuple[StudyResults, Path]:
             planned, runs = folder.open()
             results = collect(folder, chosen, runs)
-            draw_pictures(results, folder, datasets)
+            draw_pictures(results, folder, datasets, terminal.say_failure)
             return results, write_study_report(results, out, size=size, data_sets=planned.data_sets)
 
         try:
