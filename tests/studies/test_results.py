@@ -141,6 +141,20 @@ def test_what_more_subjects_bring_is_paired_by_patient() -> None:
     assert "n = 20 patients" in str(gain)
 
 
+def test_curves_of_stages_stay_apart_though_their_arms_are_called_alike() -> None:
+    stages = [{"name": name, "design": {"kind": "learning_curve", "counts": [5, 10]}} for name in ("one", "two")]
+    dice = {("one", 5): 0.5, ("one", 10): 0.7, ("two", 5): 0.8, ("two", 10): 0.9}
+    made = {
+        f"{stage}{count}": (replace(run(count=count), name=f"{stage}-{count}", stage=stage), table(NAMES, value))
+        for (stage, count), value in dice.items()
+    }
+    found = results(study(design=None, stages=stages), **made)
+    gains = {gain.curve: round(gain.difference.mean, 6) for gain in found.gains()}
+    assert gains == {"one/base": 0.2, "two/base": 0.1}
+    for (stage, _), [sentence] in found.findings.items():
+        assert sentence.startswith(f"{stage}/base: from 5 to 10 subjects")
+
+
 def test_orders_of_moved_subjects_are_compared_at_the_same_count_and_begin_at_the_same_point() -> None:
     def moved(count: int, order: str = "") -> PlannedRun:
         return replace(run(count=count), name=f"{order}{count}", direction="A-to-B", order=order)
