@@ -310,6 +310,7 @@ def run_study(
             # A run that a killed study left behind finishes by itself; the command below then finds it complete.
             while in_use(folder.run(run.name)) and not stopping.wait(1.0):
                 pass
+            known = log.stat().st_size if log.exists() else 0
             ended = launcher(_command(folder, run, data[run.data], options), log)
             if not ended.lost or stopping.is_set():
                 break
@@ -323,7 +324,7 @@ def run_study(
         changes = {
             "state": state,
             "seconds": before.seconds + time.monotonic() - began,
-            "failure": _last_words(log, ended.code) if state == "failed" else "",
+            "failure": _last_words(log, known, ended.code) if state == "failed" else "",
             "peak_gb": max(before.peak_gb, ended.peak_gb),
         }
         _change(run, before.model_copy(update=changes))
@@ -386,11 +387,17 @@ def _written(rule: str | SeriesRule) -> str:
     return rule if isinstance(rule, str) else rule.model_dump_json(exclude_defaults=True)
 
 
-def _last_words(log: Path, code: int) -> str:
-    """What a run's last error said, or else its last line."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+def _last_words(log: Path, known: int, code: int) -> str:
+    """What a run's last error said, or else the signal that ended it and its last line.
+
+    The first ``known`` bytes of its log are of earlier attempts.
+    """
+    written = log.read_bytes()[known:] if log.exists() else b""
+    lines = written.decode(errors="replace").strip().splitlines()
     errors = [i for i, line in enumerate(lines) if line.startswith("error E_")]
     said = " ".join(" ".join(lines[errors[-1] if errors else -1 :]).split())
+    if code < 0 and not errors:
+        said = ": ".join(filter(None, [f"killed by signal {-code} ({signal.strsignal(-code)})", said]))
     said = said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID]} …"
     return said or f"it ended with status {code}"
 
