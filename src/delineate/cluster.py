@@ -18,6 +18,10 @@ from delineate.errors import ClusterError
 _STORE_BYTES = 80 * 2**20
 """Shared memory of a ray of our own: what it runs exchanges files, and ray takes no less."""
 _KNOCK_SECONDS = 5.0
+_LEAST_GPUS = 1e-4
+"""The smallest part of a GPU that ray can share out."""
+_ROUNDING = 1e-6
+"""What a number of runs may lack through rounding: 1.0 // 0.2 is 4."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,17 @@ class Share:
 def share_of(ray: ModuleType, request: Request, what: str) -> Share:
     """What a request means on the cluster to which ``ray`` is connected; ``what`` asks: a run, a replica.
 
-    Raises :class:`ClusterError` if no node could ever give as much.
+    Raises :class:`ClusterError` if no node could ever give as much, or ray cannot share GPUs out like that.
     """
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     gpus = request.gpus
     if gpus is None:
         gpus = float(any(node["Resources"].get("GPU") for node in nodes.values()))
+    if gpus and (gpus < _LEAST_GPUS or (gpus > 1 and gpus % 1)):
+        raise ClusterError(
+            f"a {what} asks for {gpus:g} GPUs, and ray shares out whole ones or parts of one",
+            fix=f"ask for a whole number with --gpus-a-{what}, or for {_LEAST_GPUS:g} to 1",
+        )
     wanted = {"CPU": request.cpus, "GPU": gpus, "memory": request.memory_gb * 1e9}
     rooms = {name: _room(node["Resources"], wanted) for name, node in nodes.items()}
     if not sum(rooms.values()):
@@ -177,7 +186,7 @@ def _said(error: BaseException) -> str:
 
 def _room(resources: Mapping[str, float], wanted: Mapping[str, float]) -> int:
     """How many runs fit on a node at a time."""
-    return min(int(resources.get(name, 0.0) // amount) for name, amount in wanted.items() if amount)
+    return min(int(resources.get(name, 0.0) / amount + _ROUNDING) for name, amount in wanted.items() if amount)
 
 
 def _described(resources: Mapping[str, float]) -> str:

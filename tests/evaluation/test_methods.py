@@ -99,6 +99,36 @@ def test_an_undefined_value_is_a_miss_where_the_target_was_missed() -> None:
         assert (back.better, back.failed) == (found.better, failed[::-1])
 
 
+def repeated(*tests: Evaluation) -> Evaluation:
+    """Several tests of the same subjects, such as by the networks of several folds."""
+    return Evaluation(pd.concat([test.table for test in tests], ignore_index=True))
+
+
+def test_a_subject_tested_several_times_counts_once_by_the_mean_of_its_tests(rng: np.random.Generator) -> None:
+    base, noise = rng.uniform(0.6, 0.8, 12), rng.normal(0, 0.05, 12)
+    near, missed = np.linspace(3, 6, 12), np.arange(12) == 0
+    twice = repeated(evaluation(base + noise, np.where(missed, inf, near)), evaluation(base - noise, near + 2))
+    means, other = evaluation(base, np.where(missed, inf, near + 1)), evaluation(rng.uniform(0.6, 0.8, 12), near)
+    found, wanted = (compare_methods({"one": one, "other": other}) for one in (twice, means))
+    for of_tests, of_means in zip(found, wanted, strict=True):
+        assert (of_tests.subjects, of_tests.failed) == (of_means.subjects, of_means.failed)
+        assert of_tests.difference.n == 12
+        for name in ("mean", "sd", "p", "effect"):
+            assert getattr(of_tests.difference, name) == pytest.approx(getattr(of_means.difference, name)), name
+    [same] = compare_methods({"one": twice, "other": twice}, ["dice"])
+    assert (same.subjects, same.difference.mean) == (12, pytest.approx(0))
+
+
+def test_who_was_right_in_one_of_two_tests_is_better_than_who_never_was() -> None:
+    right, wrong = with_cases([nan] * 6, ["both empty"] * 6), with_cases([0.0] * 6, ["reference empty"] * 6)
+    half = repeated(right, wrong)
+    for better, worse in ((right, half), (half, wrong), (right, wrong)):
+        [found] = compare_methods({"better": better, "worse": worse}, ["precision"])
+        assert (found.better, found.failed, found.subjects) == ("better", (0, 6), 6)
+    [found] = compare_methods({"one": half, "other": half}, ["precision"])
+    assert (found.better, found.failed) == (None, (6, 6))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_tables_and_comparisons_speak_of_one_number(seed: int) -> None:
     """Some patients have many scans, and other methods suit those: by scan and by patient, signs would differ."""

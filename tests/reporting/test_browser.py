@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,14 @@ def test_hostile_names_are_text(name: str, written: dict[str, Path]) -> None:
     assert re.search(r"script-src 'sha256-[\w+/]+='", page)
 
 
+def dumped(page: Path, profile: Path) -> str:
+    """A page as a browser has it once its script has run."""
+    assert BROWSER is not None
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=3000"]
+    command = [BROWSER, *options, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=True).stdout
+
+
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open pages in; apt-get install chromium")
 @pytest.mark.parametrize("name", ["run", "evaluation", "card", "methods"])
 def test_nothing_of_a_hostile_name_runs_in_a_browser(name: str, written: dict[str, Path], tmp_path: Path) -> None:
@@ -151,18 +160,41 @@ def test_nothing_of_a_hostile_name_runs_in_a_browser(name: str, written: dict[st
     page = written[name].read_text(encoding="utf-8")
     open_page = tmp_path / "open.html"
     open_page.write_text(f"<p>x</p><script>{OWN}</script>", encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=3000"]
-    command = [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    control, shown = (
-        subprocess.run([*command, file.as_uri()], capture_output=True, encoding="utf-8", timeout=120, check=True)
-        for file in (open_page, written[name])
-    )
-    assert 'data-owned="1"' in control.stdout
-    assert "data-owned" not in shown.stdout.split(">", 2)[1]
-    drawn, before = elements(shown.stdout), elements(page)
+    control, shown = (dumped(file, tmp_path / "profile") for file in (open_page, written[name]))
+    assert 'data-owned="1"' in control
+    assert "data-owned" not in shown.split(">", 2)[1]
+    drawn, before = elements(shown), elements(page)
     assert drawn.tags.count("script") == 1
     assert drawn.tags.count("img") == before.tags.count("img")
     # The page's own script has run under its policy: headings became buttons.
     assert drawn.tags.count("button") == sum(
         len(re.findall("<th[ >]", row)) for row in re.findall(r'class="sortable">.*?</thead>', page, re.S)
     )
+
+
+RISING = (
+    ("9", "87,000", "100,000", "2,200,000", "∞", "–"),
+    ("−10.50 (−12.00 to −9.00)", "−4.20 (−5.00 to −3.40)", "+0.50 (−1.00 to 2.00)", "3.00 (2.00 to 4.00)"),
+    ("0.085 ± 0.010", "0.85 ± 0.03 of the 3 that did not fail", "0.9", "1.2e+03"),
+    ("−1.5 to 0.2", "0.85 to 0.9", "0.9 to 1"),
+    ("", "3 of 20", "12 of 20"),
+    ("s2", "s10 (left)", "s10 (right)"),
+)
+"""Columns of tables, each in the order of its values."""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open pages in; apt-get install chromium")
+def test_a_table_is_sorted_by_value_however_numbers_are_written(tmp_path: Path) -> None:
+    tables = [
+        "<table class=sortable><thead><tr><th>x</th></tr></thead><tbody>"
+        + "".join(f"<tr><td>{cell}</td></tr>" for cell in (*column[1::2], *column[::2]))
+        + "</tbody></table>"
+        for column in RISING
+    ]
+    script = (resources.files("delineate.reporting") / "templates" / "page.js").read_text(encoding="utf-8")
+    click = "for (const button of document.querySelectorAll('button')) button.click();"
+    page = tmp_path / "page.html"
+    page.write_text(f"<meta charset=utf-8>{''.join(tables)}<script>{script}{click}</script>", encoding="utf-8")
+    shown = dumped(page, tmp_path / "profile")
+    found = [tuple(re.findall("<td>(.*?)</td>", table)) for table in shown.split("<table")[1:]]
+    assert found == list(RISING)

@@ -20,7 +20,7 @@ from delineate.evaluation.measure import Measuring, measure_prediction
 from delineate.evaluation.pairs import Pair
 from delineate.evaluation.table import Evaluation, reliability_table
 from delineate.io.formats import write_label, write_volume
-from delineate.metrics.quantities import QuantityMap
+from delineate.metrics.quantities import _KNOWN, QuantityMap
 from delineate.reporting.classes import class_rows
 from delineate.reporting.evaluation import write_evaluation_report, write_held_out_report
 from delineate.reporting.figures import agreement_chart, class_chart, confusion_chart, density_chart, methods_chart
@@ -340,6 +340,17 @@ def test_pictures_show_the_first_channel_even_where_channels_have_only_numbers(r
     by_name, by_number = shown
     assert by_name
     assert by_number == by_name
+
+
+@pytest.mark.parametrize("channel", [*_KNOWN, "T1map"])
+def test_a_quantity_has_a_page_whatever_its_unit_and_keeps_its_name(channel: str, tmp_path: Path) -> None:
+    quantity, read = QuantityMap(channel), np.array([40.0, 45, 51, 58, 66, 75])
+    rows = {"subject": list("abcdef"), "site": "", "target": "organ", "dice": 0.9, "quantity_mean": 1.1 * read}
+    table = pd.DataFrame(rows).assign(reference_quantity_mean=read)
+    page = page_of(EvaluationReport("a page", "", Evaluation(table, quantity=quantity)), tmp_path)
+    assert f"<h2>{quantity.title[0].upper()}{quantity.title[1:]} of organ</h2>" in page
+    short = quantity.unit.replace("%", "pp")
+    assert f">{f'+5.58 {short}'.rstrip()}</text>" in page, "the bias, in its unit"
 
 
 def test_differences_that_are_all_one_have_one_line() -> None:

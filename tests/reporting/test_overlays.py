@@ -10,7 +10,16 @@ from delineate.core.grid import Grid, permute_axes
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import GridMismatch
-from delineate.reporting.overlays import COLOURS, Overlay, View, agreement, picture, save_overlay, views_of
+from delineate.reporting.overlays import (
+    COLOURS,
+    Overlay,
+    View,
+    agreement,
+    comparison_picture,
+    picture,
+    save_overlay,
+    views_of,
+)
 
 TARGETS = Targets({"a": (1,), "b": (2,)}, ignore=(9,))
 
@@ -45,6 +54,21 @@ def test_another_grid_is_refused(rng) -> None:
     moved = Volume(rng.random((1, 8, 8, 8)), grid.crop((1, 0, 0), (8, 8, 8)))
     with pytest.raises(GridMismatch):
         views_of(moved, label, label, TARGETS, subject="s")
+
+
+def test_methods_may_be_called_as_the_panels_beside_theirs(rng) -> None:
+    grid = Grid.of_spacing((16, 16, 8), (1, 1, 2))
+    scan, voxels = Volume(rng.random((1, *grid.shape)), grid), np.zeros(grid.shape, np.uint8)
+    voxels[4:9, 4:9, 2:6] = 1
+    label = LabelVolume(voxels, grid)
+
+    def drawn(*names: str) -> Image.Image:
+        return Image.open(BytesIO(comparison_picture(scan, label, dict.fromkeys(names, label), TARGETS, "s")))
+
+    assert drawn("scan", "reference").size == drawn("one", "other").size, "four panels, not two"
+    moved = LabelVolume(voxels[1:], grid.crop((1, 0, 0), (15, 16, 8)))
+    with pytest.raises(GridMismatch):
+        comparison_picture(scan, moved, {"reference": label}, TARGETS, "s")
 
 
 def test_an_overlay_is_saved_as_a_picture(tmp_path, rng) -> None:

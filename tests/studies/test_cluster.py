@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from secrets import token_hex
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,7 +21,7 @@ import yaml
 from typer.testing import CliRunner
 
 from delineate.cli.app import app
-from delineate.cluster import Request, connected
+from delineate.cluster import Request, connected, share_of
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import ClusterError
@@ -214,6 +215,26 @@ def test_stopping_ends_what_runs_and_begins_nothing_more(world: Path, ray: Modul
 def test_what_no_node_can_give_is_refused_at_once(ray: ModuleType, much: Request) -> None:
     with pytest.raises(ClusterError, match="no node of the cluster has as much"):
         RayCluster(ray, much)
+
+
+def nodes(**resources: float) -> Any:
+    """What ray says of a cluster of one node."""
+    return SimpleNamespace(
+        nodes=lambda: [{"NodeID": "1", "Alive": True, "NodeManagerHostname": "one", "Resources": resources}]
+    )
+
+
+def test_as_many_runs_fit_as_have_a_part_each() -> None:
+    for parts in range(1, 1001):
+        assert share_of(nodes(CPU=1000.0, GPU=1.0), Request(gpus=1 / parts), "run").room == parts
+        assert share_of(nodes(CPU=float(parts), memory=parts * 1e9), Request(memory_gb=1.0), "run").room == parts
+    assert share_of(nodes(CPU=8.0, GPU=2.0), Request(gpus=0.34), "run").room == 5
+
+
+@pytest.mark.parametrize("gpus", [1.5, 0.00001])
+def test_parts_of_gpus_that_ray_cannot_share_out_are_refused(gpus: float) -> None:
+    with pytest.raises(ClusterError, match="whole ones or parts of one"):
+        share_of(nodes(CPU=8.0, GPU=4.0), Request(gpus=gpus), "run")
 
 
 def test_a_run_is_told_to_use_what_it_asked_for(ray: ModuleType) -> None:

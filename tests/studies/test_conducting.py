@@ -30,13 +30,16 @@ STUDY = {
 
 
 class MadeUp:
-    """Dice .9 for narrow networks and .8 for others; the names of the runs, in order."""
+    """Dice .9 for narrow networks and .8 for others; the names of the runs, in order. Those in ``failing`` fail."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
+        self.failing: set[str] = set()
 
     def __call__(self, command: Sequence[str], log: Path) -> Ended:
         value = {name: command[command.index(name) + 1] for name in ("--out", "--split", "--fold")}
+        if Path(value["--out"]).name in self.failing:
+            return Ended(1)
         held_out = load_split(Path(value["--split"])).held_out(int(value["--fold"]))
         narrow = "- 8\n" in Path(command[1]).read_text(encoding="utf-8")
         rows = [
@@ -58,8 +61,14 @@ class MadeUp:
         raise AssertionError("nobody stops it")
 
 
-def test_the_locked_subjects_are_tested_once_by_the_best_and_the_base_when_all_else_is_done(tmp_path: Path) -> None:
-    people = Dataset("d", Path(), "msd", tuple(Subject(f"s{i}", {"MR": Path("x")}, Path("y")) for i in range(12)))
+@pytest.fixture
+def people() -> Dataset:
+    return Dataset("d", Path(), "msd", tuple(Subject(f"s{i}", {"MR": Path("x")}, Path("y")) for i in range(12)))
+
+
+def test_the_locked_subjects_are_tested_once_by_the_best_and_the_base_when_all_else_is_done(
+    people: Dataset, tmp_path: Path
+) -> None:
     what, folder, launcher = Study.model_validate(STUDY), StudyFolder(tmp_path / "out"), MadeUp()
 
     def run() -> bool:
@@ -75,3 +84,22 @@ def test_the_locked_subjects_are_tested_once_by_the_best_and_the_base_when_all_e
     assert widths["final/best"] == (8, 16) != widths["final-base/base"]
     with pytest.raises(StudyError, match="second look"):
         run()
+
+
+def test_what_failed_before_in_another_part_of_a_job_array_settles_nothing(people: Dataset, tmp_path: Path) -> None:
+    """Each part has one of the four runs of the first stage; the second had failed before all parts were run again."""
+    what, folder, launcher = Study.model_validate(STUDY), StudyFolder(tmp_path / "out"), MadeUp()
+
+    def run(part: int) -> None:
+        only = f"{part}/4"
+        conduct(what, "quick", {"scans": people}, {"scans": tmp_path}, folder, launcher, final=True, only=only)
+
+    launcher.failing = {"first-W-fold0-seed0"}
+    run(2)
+    launcher.failing = set()
+    for part in (1, 3, 4):
+        run(part)
+    assert {one.stage for one in folder.open()[1]} == {"first"}
+    run(2)
+    [best] = [one for one in folder.open()[1] if one.stage == "final"]
+    assert best.recipe.network.widths == (8, 16)  # type: ignore[union-attr]

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delineate.core.subject import Subject
+from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset
 from delineate.derivation import AutoSpec
 from delineate.errors import DelineateError, RecipeError, StudyError
@@ -214,7 +215,7 @@ STAGED = {
     "data": {"scans": {"locked": 0.2}},
     "stages": [
         {"name": "first", "factors": {"E": ["augmentation.intensity=null"], "W": ["network.widths=[8, 16]"]},
-         "combine": "alone", "design": {"kind": "cross_validation", "folds": 2}},
+         "set": ["training.ema=0.9"], "combine": "alone", "design": {"kind": "cross_validation", "folds": 2}},
         {"name": "second", "best_of": "first", "arms": {"slow": {"set": ["training.optimiser.learning_rate=1e-4"]}},
          "design": {"kind": "cross_validation", "folds": 3}},
         {"name": "final", "best_of": "second", "design": {"kind": "locked_test"}},
@@ -227,6 +228,7 @@ def test_a_stage_builds_on_the_best_of_another_and_the_locked_subjects_are_seen_
     scores: dict[str, float | None] = {}
     first = plan_runs(what, Size(), {"scans": people}, scores=scores, final=True)
     assert {run.stage for run in first.runs} == {"first"}
+    assert {run.recipe.training.ema for run in first.runs} == {0.9}
     assert len(first.pending) == 2
     scores |= {"first/base": 0.7, "first/E": None, "first/W": 0.8}
     second = plan_runs(what, Size(), {"scans": people}, scores=scores, final=True)
@@ -235,6 +237,7 @@ def test_a_stage_builds_on_the_best_of_another_and_the_locked_subjects_are_seen_
     assert {(run.recipe.network.widths, run.recipe.training.optimiser.learning_rate) for run in slow} == {  # type: ignore[union-attr]
         ((8, 16), 1e-4)
     }
+    assert 0.9 not in {run.recipe.training.ema for run in slow}, "a stage's own changes are for its own runs"
     scores |= {"second/slow": 0.9}
     assert plan_runs(what, Size(), {"scans": people}, scores=scores).runs == second.runs, "not without --final"
     whole = plan_runs(what, Size(), {"scans": people}, scores=scores, final=True)
@@ -272,7 +275,8 @@ def test_a_network_of_other_data_is_tested_on_locked_subjects_by_a_locked_test_a
 def test_the_locked_test_waits_until_nothing_else_does_and_the_best_arm_keeps_what_the_size_changed_in_it() -> None:
     base = {"name": "base", "arms": {"plain": {}}, "design": {"kind": "locked_test"}}
     what = Study.model_validate({**STAGED, "stages": [base, *STAGED["stages"]]})  # type: ignore[misc]
-    size, sets = Size(arms={"*/W": ("network.short_skips=encoder",)}), {"scans": dataset(*subjects(20, 10))}
+    everywhere, there = ("training.batch_size=3",), ("network.short_skips=encoder", "training.batch_size=5")
+    size, sets = Size(set=everywhere, arms={"*/W": there}), {"scans": dataset(*subjects(20, 10))}
     scores: dict[str, float | None] = {"first/base": 0.7, "first/E": 0.7, "first/W": 0.8}
     before = plan_runs(what, size, sets, scores=scores, final=True)
     assert {run.stage for run in before.runs} == {"first", "second"}
@@ -280,8 +284,10 @@ def test_the_locked_test_waits_until_nothing_else_does_and_the_best_arm_keeps_wh
     scores |= {"second/slow": 0.9}
     runs = plan_runs(what, size, sets, scores=scores, final=True).runs
     assert [run.stage for run in runs[len(before.runs) :]] == ["base", "final"]
-    changed = {run.label: run.recipe.network.short_skips for run in runs}  # type: ignore[union-attr]
-    assert {label for label, kind in changed.items() if kind == "encoder"} == {"first/W", "second/slow", "final/base"}
+    changed = {run.label: (run.recipe.network.short_skips, run.recipe.training.batch_size) for run in runs}  # type: ignore[union-attr]
+    kept = {"first/W", "second/slow", "final/base"}
+    assert {label for label, (skips, _) in changed.items() if skips == "encoder"} == kept
+    assert {label: batch for label, (_, batch) in changed.items()} == {k: 5 if k in kept else 3 for k in changed}
 
 
 TRANSFER = {
@@ -351,6 +357,20 @@ def test_networks_are_tested_on_all_that_no_run_was_trained_on_and_another_data_
     assert runs["transferred"].recipe.data.images is None
 
 
+def test_compute_is_counted_for_the_channels_and_targets_that_the_recipe_names() -> None:
+    what, named = Study.model_validate({**SIX, "factors": {}}), {"Anterior": (1,), "Posterior": (2,)}
+    size = Size(
+        set=("network.widths=[8, 16]", "data.channels=[MR]", "data.targets.values={Anterior: 1, Posterior: 2}"),
+        gflop=1e6,
+    )
+    more = tuple(replace(one, scans={"T1": Path("z.nii"), **one.scans}) for one in subjects(4, 4))
+    steps = [
+        {run.recipe.training.steps for run in planned(what, size, replace(people, targets=Targets(targets)))}
+        for people, targets in ((dataset(*subjects(4, 4)), named), (dataset(*more), {**named, "cyst": (3,)}))
+    ]
+    assert steps[0] == steps[1] != {None}
+
+
 def test_a_search_draws_the_same_trials_from_the_same_scores() -> None:
     values = {
         **SIX, "factors": {},
@@ -401,6 +421,7 @@ def test_a_search_draws_the_same_trials_from_the_same_scores() -> None:
         ({"design": {**ORDERED, "order": ["random", "random"]}}, "holds an entry twice"),
         ({"sizes": {"quick": {"arms": {"x": []}}}}, "changes arm 'x'"),
         ({"claims": [{"text": "x", "better": "base", "worse": "base", "metric": "parameters"}]}, "no metric"),
+        ({"claims": [{"text": "x", "better": "base", "worse": "base"}]}, "compares arm 'base' with itself"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, object], says: str, tmp_path: Path) -> None:

@@ -6,18 +6,25 @@ from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from delineate.core.grid import Grid
+from delineate.core.subject import Subject
+from delineate.core.targets import Targets
+from delineate.core.volume import LabelVolume, Volume
+from delineate.datasets.dataset import Dataset
 from delineate.datasets.splits import Split
 from delineate.evaluation.table import Evaluation
+from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import write_table
 from delineate.losses.overlap import DiceSpec
 from delineate.metrics.quantities import QuantityMap
 from delineate.recipe import load_recipe
 from delineate.studies.designs import PlannedRun
 from delineate.studies.measures import measure_run, read_curves
-from delineate.studies.reporting import write_study_report
+from delineate.studies.reporting import draw_pictures, write_study_report
 from delineate.studies.results import StudyResults, collect, pooled
 from delineate.studies.running import RunStatus, StudyFolder
 from delineate.studies.specification import Study
@@ -74,6 +81,15 @@ def test_seeds_of_one_patient_are_one_patient() -> None:
     assert estimate.mean == pytest.approx(0.85 + 9.5 / 1000)
 
 
+def test_subjects_that_the_networks_of_several_folds_are_tested_on_are_compared_once_each() -> None:
+    what = study(arms={"own": {}, "elsewhere": {}}, design={"kind": "cross_validation"})
+    folds = [(run("elsewhere", fold=k), table(NAMES, 0.6 + k / 10)) for k in (0, 1)]
+    found = results(what, own=(run("own"), table(NAMES, 0.9)), elsewhere=(run("elsewhere"), pooled(folds)))
+    [difference] = found.differences()
+    assert (difference.subjects, difference.difference.n) == (20, 20)
+    assert difference.difference.mean == pytest.approx(0.25)
+
+
 def test_the_background_is_measured_beside_the_targets() -> None:
     """An all-background prediction of scans with 2 % of organ: precision .98, recall 1, whatever the seed."""
     pairs = [("background", "background", 980), ("background", "organ", 0)]
@@ -123,6 +139,20 @@ def test_what_more_subjects_bring_is_paired_by_patient() -> None:
     assert gain.difference.mean == pytest.approx(0.1)
     assert "from 5 to 10 subjects" in str(gain)
     assert "n = 20 patients" in str(gain)
+
+
+def test_curves_of_stages_stay_apart_though_their_arms_are_called_alike() -> None:
+    stages = [{"name": name, "design": {"kind": "learning_curve", "counts": [5, 10]}} for name in ("one", "two")]
+    dice = {("one", 5): 0.5, ("one", 10): 0.7, ("two", 5): 0.8, ("two", 10): 0.9}
+    made = {
+        f"{stage}{count}": (replace(run(count=count), name=f"{stage}-{count}", stage=stage), table(NAMES, value))
+        for (stage, count), value in dice.items()
+    }
+    found = results(study(design=None, stages=stages), **made)
+    gains = {gain.curve: round(gain.difference.mean, 6) for gain in found.gains()}
+    assert gains == {"one/base": 0.2, "two/base": 0.1}
+    for (stage, _), [sentence] in found.findings.items():
+        assert sentence.startswith(f"{stage}/base: from 5 to 10 subjects")
 
 
 def test_orders_of_moved_subjects_are_compared_at_the_same_count_and_begin_at_the_same_point() -> None:
@@ -221,6 +251,33 @@ def test_a_page_says_where_runs_trained_unequally(steps: tuple[int, int], unequa
     )
     assert ("between 32 and 165 steps" in page) == unequal
     assert ("may be due to that alone" in page) == unequal
+
+
+def test_a_picture_shows_the_channel_that_the_recipe_reads_and_one_that_cannot_be_drawn_costs_no_page(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """The data set's first channel has thicker slices than the one that is read and was labelled."""
+    grid, thick = Grid.of_spacing((8, 8, 8)), Grid.of_spacing((8, 8, 4), (1, 1, 2))
+    scans = {name: tmp_path / f"{name}.nii.gz" for name in ("thick", "read")}
+    for path, of in zip(scans.values(), (thick, grid), strict=True):
+        write_volume(path, Volume(rng.random((1, *of.shape), np.float32), of))
+    label = LabelVolume(np.pad(np.ones((4, 4, 4), np.uint8), 2), grid)
+    folder, planned = StudyFolder(tmp_path / "out"), run("a")
+    for path in (tmp_path / "label.nii.gz", folder.run(planned.name) / "predictions" / "s00.nii.gz"):
+        write_label(path, label)
+    subject = Subject("s00", scans, tmp_path / "label.nii.gz")
+    people = Dataset("d", tmp_path, "msd", (subject,), Targets({"organ": (1,)}))
+    reads = load_recipe("hippocampus", ["data.channels=[read]"])
+    said: list[str] = []
+    found = results(study(arms={"a": {}}), a=(planned, table(NAMES[:10], 0.8)))
+    found = replace(found, curves={planned.name: read_curves(tmp_path)})
+    for recipe, errors in ((reads, 0), (RECIPE, 1)):
+        of_recipe = replace(found, runs=(replace(planned, recipe=recipe),))
+        draw_pictures(of_recipe, folder, {"scans": people}, said.append)
+        assert len(said) == errors
+        page = write_study_report(of_recipe, folder.path, size="quick", data_sets={"scans": "d"})
+        assert ("s00 under every arm" in page.read_text(encoding="utf-8")) == (not errors)
+    assert said[0].startswith("no picture of s00: E_GRID_MISMATCH")
 
 
 def test_a_study_of_which_nothing_is_done_has_a_page(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from delineate.io.tables import read_table
 from delineate.recipe import load_recipe
 from delineate.studies.designs import PlannedRun
 from delineate.studies.planning import plan_runs
+from delineate.studies.processes import end_of
 from delineate.studies.running import Ended, RunStatus, StudyFolder, part_of, run_study
 from delineate.studies.specification import Size, load_study
 
@@ -314,6 +315,34 @@ def test_a_study_that_was_killed_as_it_began_begins_again_and_another_is_refused
     assert {path: path.read_bytes() for path in written} == whole
 
 
+def test_a_study_that_is_refused_leaves_the_folder_as_it_is(world: Path) -> None:
+    small, data = world / "small.yaml", {"scans": {"phantom": {"kind": "prostate", "patients": 2}}}
+    sized = {**STUDY, "data": data, "sizes": {"quick": {"folds": [1]}, "paper": {}}}
+    small.write_text(yaml.safe_dump(sized), encoding="utf-8")
+    study, dataset = load_study(small), load_recipe(world / "tiny.yaml").data.open(world / "data")
+    runs = plan_runs(study, study.sizes["quick"], {"scans": dataset}, world).runs
+    StudyFolder(world / "out").begin(study, "quick", {"scans": dataset.name}, runs, {})
+    (world / "out" / "data").mkdir()
+    for name in ("report.html", "data/scan"):
+        (world / "out" / name).write_text("of the first", encoding="utf-8")
+    write_balls(world / "other", "case")
+    whole = {path: path.read_bytes() for path in (world / "out").rglob("*") if path.is_file()}
+
+    def check_refused(*more: str) -> None:
+        done = CliRunner().invoke(app, ["study", "run", str(small), "--out", str(world / "out"), *more])
+        assert isinstance(done.exception, StudyError), done.output
+        assert "holds another study" in str(done.exception)
+        assert {path: path.read_bytes() for path in (world / "out").rglob("*") if path.is_file()} == whole
+
+    check_refused("--phantom", "--size", "paper")
+    check_refused("--data", str(world / "other"))
+    tiny = world / "tiny.yaml"
+    tiny.write_text(tiny.read_text(encoding="utf-8").replace("steps: 2", "steps: 3"), encoding="utf-8")
+    check_refused("--data", str(world / "data"))
+    small.write_text(yaml.safe_dump({**sized, "question": "Another?"}), encoding="utf-8")
+    check_refused("--phantom")
+
+
 def test_parts_of_a_job_array_are_all_runs_once() -> None:
     runs = tuple(range(11))
     for parts in (1, 3, 11, 20):
@@ -326,6 +355,37 @@ def test_parts_of_a_job_array_are_all_runs_once() -> None:
 
 def test_a_status_begins_as_waiting(tmp_path: Path) -> None:
     assert StudyFolder(tmp_path).status("x") == RunStatus(state="waiting")
+
+
+def test_a_process_that_ended_before_it_was_sent_a_signal_is_told_with_its_status() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process) == Ended(3)
+
+
+def test_a_run_that_fails_again_says_why_this_time(tmp_path: Path) -> None:
+    attempts = [
+        ("training\nerror E_RECIPE: too wide\n", 1, "error E_RECIPE: too wide"),
+        ("step 7\n", -9, f"killed by signal 9 ({signal.strsignal(9)}): step 7"),
+        ("", -11, f"killed by signal 11 ({signal.strsignal(11)})"),
+        ("error E_MEMORY: too large;\n  take less\n", -6, "error E_MEMORY: too large; take less"),
+        ("", 2, "it ended with status 2"),
+    ]
+
+    class Failing:
+        def __call__(self, command: Sequence[str], log: Path) -> Ended:
+            with log.open("a", encoding="utf-8") as file:
+                file.write(said)
+            return Ended(code)
+
+        def stop(self) -> None:
+            """Nothing runs."""
+
+    planned = PlannedRun("run", "arm", 0, 0, recipe=load_recipe("hippocampus"), split=Split((("a",),)))
+    for said, code, failure in attempts:
+        assert not run_study(StudyFolder(tmp_path), [planned], {"scans": tmp_path}, Failing())
+        assert StudyFolder(tmp_path).status("run").failure == failure
 
 
 def test_a_test_reads_its_data_set_as_its_recipe_says_and_not_as_the_network_s(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def run(
                 raise typer.BadParameter(f"{option} needs --cluster")
     chosen, beside = _load(study)
     folder = StudyFolder(out)
-    folder.check()
+    folder.check(chosen, size)
     known, at_once = _size(chosen, size), _jobs(jobs, cluster)
     with Terminal() as terminal, ExitStack() as stack:
         launcher: Launcher
@@ -240,7 +240,10 @@ def run(
         # A quick run is over before compiling its network has paid off.
         options += ["--compile", "off" if size == "quick" else "auto"]
 
+        plans: list[Plan] = []
+
         def on_plan(planned: Plan) -> None:
+            plans.append(planned)
             terminal.say(f"{len(planned.runs)} runs; {_expected(planned.runs)}")
             for line in planned.pending:
                 terminal.say(f"later: {line}")
@@ -252,7 +255,12 @@ def run(
             (terminal.say_failure if status.state == "failed" else terminal.say)(text)
             terminal.progress("runs", done, len(names))
 
-        page = None
+        def reported() -> tuple[StudyResults, Path]:
+            planned, runs = folder.open()
+            results = collect(folder, chosen, runs)
+            draw_pictures(results, folder, datasets, terminal.say_failure)
+            return results, write_study_report(results, out, size=size, data_sets=planned.data_sets)
+
         try:
             _, finished = conduct(
                 chosen,
@@ -270,13 +278,11 @@ def run(
                 on_plan=on_plan,
                 on_change=on_change,
             )
-        finally:
-            if folder.begun:
-                planned, runs = folder.open()
-                results = collect(folder, chosen, runs)
-                draw_pictures(results, folder, datasets)
-                page = write_study_report(results, out, size=size, data_sets=planned.data_sets)
-    assert page is not None
+        except BaseException:
+            if plans:  # otherwise it was refused, and changes nothing
+                reported()
+            raise
+        results, page = reported()
     if json:
         states = {name: status.state for name, status in results.statuses.items()}
         print_json({"study": str(out), "runs": states, "report": str(page)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from math import inf, isfinite, isnan
+from math import inf, isfinite, isnan, nan
 from typing import Literal
 
 import numpy as np
@@ -147,15 +147,31 @@ def _differences(
 
 
 def _pair(first: Evaluation, second: Evaluation, metric: str) -> pd.DataFrame:
-    """Both methods' outcomes in a metric, averaged over targets, one row per subject that has both."""
-    rows = [e.outcomes.set_index(["subject", "target"]).sort_index() for e in (first, second)]
-    values = [table[metric].astype(float).to_numpy(copy=True) for table in rows]
-    for (one, table), other in zip(zip(values, rows, strict=True), reversed(values), strict=True):
+    """Both methods' outcomes in a metric, averaged over targets, one row per subject that has both.
+
+    A subject that a method was tested on several times, as by the networks of several folds, counts once: each test is
+    paired with each of the other method's, and outcomes are averaged over the pairs that have both. Whoever failed in
+    one of them has failed, as with targets.
+    """
+    keys, both = ["subject", "target"], ["first", "second"]
+    pairs = _tests(first, metric, "first").merge(_tests(second, metric, "second"), on=keys)
+    for one, other in (both, both[::-1]):
         # If one rightly marks nothing and so has no value, the other has failed. The zero is never averaged.
-        right = np.isnan(one) & ~np.isnan(other) & (table.get("case") == RIGHTLY_NOTHING)
-        one[right], other[right] = 0.0, inf if METRICS[metric].better == "lower" else -inf
-    pair = pd.DataFrame({"first": values[0], "second": values[1]}, index=rows[0].index)
-    return pair.groupby(level="subject", sort=False).agg(lambda v: v.mean(skipna=False)).dropna()
+        right = pairs[f"{one} rightly nothing"] & pairs[one].isna() & pairs[other].notna()
+        pairs.loc[right, one] = 0.0
+        pairs.loc[right, other] = inf if METRICS[metric].better == "lower" else -inf
+    pairs.loc[pairs[both].isna().any(axis=1), both] = nan
+    of_target = pairs.groupby(keys)[both].mean()
+    return of_target.groupby(level="subject", sort=False).agg(lambda v: v.mean(skipna=False)).dropna()
+
+
+def _tests(evaluation: Evaluation, metric: str, name: str) -> pd.DataFrame:
+    """A row for each test of a subject and target: its outcome, called ``name``, and whether nothing was right."""
+    table = evaluation.outcomes
+    nothing = table["case"] == RIGHTLY_NOTHING if "case" in table else False
+    return table[["subject", "target"]].assign(
+        **{name: table[metric].astype(float), f"{name} rightly nothing": nothing}
+    )
 
 
 def _p(p: float) -> str:

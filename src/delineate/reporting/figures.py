@@ -368,9 +368,10 @@ def agreement_chart(agreeing: Agreeing, *, band_percent: float | None = None) ->
                 _limit(compared), (compared.threshold, 0), (3, 3), ("data", "axes fraction"), "offset points",
                 fontsize=8, color=MUTED,
             )  # fmt: skip
+        digits = 1 if unit == "%" else 2
         for value, name in lines:
             axes.axhline(value, color=SERIES[0], linewidth=1.6 if name == "bias" else 1, linestyle="-")
-            text = f"{name}\n{value:+.{_DECIMALS[unit]}f} {_SHORT.get(unit, unit)}".replace("-", "−").rstrip()
+            text = f"{name}\n{value:+.{digits}f} {_SHORT.get(unit, unit)}".replace("-", "−").rstrip()
             axes.annotate(
                 text, (1, value), (4, 0),
                 ("axes fraction", "data"), "offset points", va="center", fontsize=8, color=MUTED, annotation_clip=False,
@@ -402,7 +403,6 @@ def _limit(compared: Compared) -> str:
     return f"threshold {compared.threshold:g} {compared.unit}".rstrip()
 
 
-_DECIMALS = {"%": 1, "ml": 2, "": 2, "percentage points": 2}
 _SHORT = {"percentage points": "pp"}
 
 

@@ -166,20 +166,19 @@ def comparison_picture(
     scan: Volume, reference: LabelVolume, predictions: Mapping[str, LabelVolume], targets: Targets, subject: str
 ) -> bytes:
     """A WebP image: the axial slice where the reference is largest, alone, and under each prediction by name."""
-    for name, label in {"reference": reference, **predictions}.items():
+    for name, label in (("reference", reference), *predictions.items()):
         check_grids(subject, name, label.grid, "scan", scan.grid)
-    marks = {name: agreement(label.voxels, reference.voxels, targets) for name, label in predictions.items()}
+    marks = [(name, agreement(label.voxels, reference.voxels, targets)) for name, label in predictions.items()]
     segmented = targets.foreground(reference.voxels)
-    shown = np.logical_or.reduce([segmented, *(found > 0 for found in marks.values())])
-    panels = {"scan": np.zeros(segmented.shape, np.uint8), "reference": segmented.astype(np.uint8), **marks}
-    views = {
-        name: _views(scan, found, segmented if segmented.any() else shown, shown)[0] for name, found in panels.items()
-    }
+    shown = np.logical_or.reduce([segmented, *(found > 0 for _, found in marks)])
+    # Pairs: a method may be called "reference", too.
+    panels = [("scan", np.zeros(segmented.shape, np.uint8)), ("reference", segmented.astype(np.uint8)), *marks]
+    views = [(name, _views(scan, found, segmented if segmented.any() else shown, shown)[0]) for name, found in panels]
     columns = min(len(views), _PANELS_A_ROW)
     rows = -(-len(views) // columns)
-    height, width = views["scan"].size_mm
+    height, width = views[0][1].size_mm
     figure = Figure((2.6 * columns, (2.6 * height / width + 0.3) * rows), facecolor="black", layout="constrained")
-    for axes, (name, view) in zip(figure.subplots(rows, columns, squeeze=False).flat, views.items(), strict=False):
+    for axes, (name, view) in zip(figure.subplots(rows, columns, squeeze=False).flat, views, strict=False):
         _draw(axes, view, COLOURS["distinct"])
         axes.set_title(printable(name), color="white", fontsize=10, parse_math=False)
     for axes in figure.axes[len(views) :]:

@@ -43,7 +43,8 @@ def conduct(
     scores, rankings = folder.scores(), folder.rankings()
     names = {name: dataset.name for name, dataset in datasets.items()}
     locked = study.locked_stages
-    attempted: set[str] = set()
+    attempted: set[str] = set()  # here or, with `only`, by the other parts of a job array
+    tried: set[str] = set()  # here
     finished = True
     while True:
         known = study.sizes[size]  # type: ignore[index]
@@ -62,7 +63,8 @@ def conduct(
         on_plan(plan)
         finished = run_study(folder, mine, data, launcher, jobs=jobs, options=options, on_change=on_change) and finished
         attempted |= {run.name for run in fresh}
-        scores = collect(folder, study, plan.runs).scores(attempted) | scores
+        tried |= {run.name for run in mine}  # what failed elsewhere may be repeated there just now
+        scores = collect(folder, study, plan.runs).scores(tried) | scores
         for run in plan.runs:
             if run.ranks and run.name not in rankings and folder.status(run.name).state == "done":
                 rankings[run.name] = by_uncertainty(folder.run(run.name), run.split.held_out(run.fold))

@@ -33,6 +33,7 @@ from delineate.studies.ordering import ScanComparison
 from delineate.studies.search import drawn_trials
 from delineate.studies.specification import (
     Arm,
+    Changes,
     CrossValidation,
     LearningCurve,
     LockedTest,
@@ -109,7 +110,7 @@ def plan_runs(
 
 def data_of_arm(study: Study, stage: Stage, arm: Arm, beside: Path) -> DataSpec:
     """How an arm reads its data set."""
-    changes = _changes(study, stage, arm, Size())
+    changes = _changes(study, stage, arm)
     if _recipe_name(study, arm) == AUTO:
         return DataSpec.of_changes(changes)
     return _loaded(_recipe_name(study, arm), changes, beside).data
@@ -119,9 +120,9 @@ def _recipe_name(study: Study, arm: Arm) -> str:
     return arm.recipe or study.recipe
 
 
-def _changes(study: Study, stage: Stage, arm: Arm, size: Size, label: str = "") -> list[str]:
+def _changes(study: Study, stage: Stage, arm: Arm, of_size: Changes = ()) -> list[str]:
     """What an arm changes in its recipe: by the study, the stage, the arm, and the size, in this order."""
-    return [*study.set, *stage.set, *arm.set, *size.set, *size.changes_to(label)]
+    return [*study.set, *stage.set, *arm.set, *of_size]
 
 
 def _loaded(name: str, changes: Sequence[str], beside: Path) -> Recipe:
@@ -135,6 +136,17 @@ def _limited(dataset: Dataset, size: Size) -> Dataset:
         return dataset
     kept = {subject.id for subject in first_patients(in_turn(dataset.subjects, 0), size.subjects)}
     return replace(dataset, subjects=tuple(subject for subject in dataset.subjects if subject.id in kept))
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """A trained arm with what it builds on, and what the size changes in this arm and in those that it builds on.
+
+    These changes stay apart, as they come after those that the size makes in every arm.
+    """
+
+    arm: Arm
+    of_size: Changes
 
 
 @dataclass
@@ -151,14 +163,14 @@ class _Planning:
     runs: dict[str, PlannedRun] = field(default_factory=dict)
     pending: list[str] = field(default_factory=list)
     comparisons: list[ScanComparison] = field(default_factory=list)
-    settled: dict[str, Arm] = field(default_factory=dict)
-    """Trained arms by label, with what they build on and what the size changes in them."""
+    settled: dict[str, _Settled] = field(default_factory=dict)
+    """Trained arms by label."""
 
     def decided(self, stage: Stage) -> bool:
         """Whether what the stage builds on, if anything, has been found."""
         return stage.best_of is None or self.best(stage.best_of, self.study.data_of(stage, Arm())) is not None
 
-    def best(self, stage: str, data: str) -> Arm | None:
+    def best(self, stage: str, data: str) -> _Settled | None:
         """The best of a stage's arms that are trained on this data set, once all of them have ended."""
         [planned] = [one for one in self.study.parts if one.name == stage]
         trained = [run for run in self.runs.values() if run.stage == stage and run.weights_of is None]
@@ -177,13 +189,14 @@ class _Planning:
         arms = self._searched(stage) if isinstance(stage.design, Search) else stage.compared
         base = self.best(stage.best_of, self.study.data_of(stage, Arm())) if stage.best_of else None
         if base is not None:
-            arms = {name: arm if arm.weights_of else base.joined(arm) for name, arm in arms.items()}
+            arms = {name: arm if arm.weights_of else base.arm.joined(arm) for name, arm in arms.items()}
+        inherited: Changes = () if base is None else base.of_size
         trained = {name: arm for name, arm in arms.items() if arm.weights_of is None}
         for name, arm in trained.items():
             label = stage.label(name)
             source = stage.label(arm.start_from) if arm.start_from in arms else arm.start_from
-            changed = arm.joined(Arm(set=self.size.changes_to(label)))
-            self.settled[label] = changed.model_copy(update={"start_from": source})
+            whole = arm.model_copy(update={"start_from": source})
+            self.settled[label] = _Settled(whole, (*inherited, *self.size.changes_to(label)))
         by_data: dict[str, dict[str, Arm]] = defaultdict(dict)
         for name, arm in trained.items():
             by_data[self.study.data_of(stage, arm)][name] = arm
@@ -202,7 +215,7 @@ class _Planning:
 
     def _recipe(self, stage: Stage, arm: Arm, label: str, data: str) -> Recipe:
         dataset, name = self.datasets[data], _recipe_name(self.study, arm)
-        changes = _changes(self.study, stage, arm, self.size, label)
+        changes = _changes(self.study, stage, arm, (*self.size.set, *self.settled[label].of_size))
         if name == AUTO:
             recipe = self.derive(data, replace(dataset, subjects=tuple(self._free(data))), changes)
         else:
@@ -215,8 +228,10 @@ class _Planning:
             )
         if self.size.gflop is None:
             return recipe
-        outputs = None if dataset.targets is None else dataset.targets.outputs
-        steps = steps_for_gflop(recipe, len(dataset.channels), self.size.gflop, outputs=outputs)
+        targets = dataset.targets if recipe.data.targets is None else recipe.data.targets.targets()
+        channels = len(recipe.data.channels or dataset.channels)
+        outputs = None if targets is None else targets.outputs
+        steps = steps_for_gflop(recipe, channels, self.size.gflop, outputs=outputs)
         training = recipe.training.model_copy(update={"steps": steps, "minutes": None, "epochs": None})
         return recipe.model_copy(update={"training": training})
 

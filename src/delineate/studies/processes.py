@@ -44,7 +44,10 @@ def start(
 def end_of(process: subprocess.Popen) -> Ended:
     """Wait for the end of a process that :func:`start` started."""
     while True:  # in short waits: what ray raises to cancel its work would not end a long one
-        gone, status, usage = os.wait4(process.pid, os.WNOHANG)
+        try:
+            gone, status, usage = os.wait4(process.pid, os.WNOHANG)
+        except ChildProcessError:  # Popen has seen its end first, as it was asked to send a signal
+            return Ended(process.wait())
         if gone:
             break
         time.sleep(0.1)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import isnan
 from pathlib import Path
 from urllib.parse import quote
 
 import pandas as pd
 
+from delineate.core.subject import Subject
+from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset, load_label, load_scan
+from delineate.errors import DelineateError
 from delineate.evaluation.table import averaged
 from delineate.io.files import writing_beside
 from delineate.io.formats import read_label
 from delineate.io.tables import write_table
 from delineate.metrics.statistics import Estimate
+from delineate.recipe import DataSpec
 from delineate.reporting.cautions import trend
 from delineate.reporting.html import StudyReport, StudySection, write_report
 from delineate.reporting.overlays import comparison_picture
@@ -44,8 +48,13 @@ def write_study_report(results: StudyResults, folder: Path, *, size: str, data_s
     return path
 
 
-def draw_pictures(results: StudyResults, folder: StudyFolder, datasets: Mapping[str, Dataset]) -> None:
-    """Draw one subject under every arm of each stage, if the arms have a held-out subject in common."""
+def draw_pictures(
+    results: StudyResults, folder: StudyFolder, datasets: Mapping[str, Dataset], say: Callable[[str], None]
+) -> None:
+    """Draw one subject under every arm of each stage, if the arms have a held-out subject in common.
+
+    ``say`` is told why a picture cannot be drawn: the report does without it.
+    """
     for place, runs in _places(results).items():
         first, pictured = _first_runs(results, runs), _pictured(results, runs)
         subjects = {subject.id: subject for subject in datasets[place[1]].subjects}
@@ -53,12 +62,23 @@ def draw_pictures(results: StudyResults, folder: StudyFolder, datasets: Mapping[
         predictions = {arm: folder.run(run.name) / "predictions" / f"{pictured}.nii.gz" for arm, run in first.items()}
         if not pictured or targets is None or not all(path.exists() for path in predictions.values()):
             continue
-        subject = subjects[pictured]
-        scan = load_scan(subject, subject.channels[:1])
-        labels = {arm: read_label(path) for arm, path in predictions.items()}
-        written = comparison_picture(scan, load_label(subject, targets, scan.grid), labels, targets, subject.id)
-        with writing_beside(_picture(folder.path, *place)) as beside:
+        path, reading = _picture(folder.path, *place), next(iter(first.values())).recipe.data
+        try:
+            written = _drawn(subjects[pictured], reading, predictions, targets)
+        except DelineateError as error:
+            say(f"no picture of {pictured}: {error}")
+            path.unlink(missing_ok=True)
+            continue
+        with writing_beside(path) as beside:
             beside.write_bytes(written)
+
+
+def _drawn(subject: Subject, reading: DataSpec, predictions: Mapping[str, Path], targets: Targets) -> bytes:
+    """The first channel that is read, on whose grid the reference and the predictions are."""
+    channels = reading.channels or subject.channels
+    scan = load_scan(subject.with_channels(channels), channels[:1])
+    labels = {arm: read_label(path) for arm, path in predictions.items()}
+    return comparison_picture(scan, load_label(subject, targets, scan.grid), labels, targets, subject.id)
 
 
 def _picture(folder: Path, stage: str, data: str) -> Path:

@@ -36,6 +36,7 @@ class Point:
     """A point of a curve: the mean of the study's metric at a ``count`` of labelled or moved subjects."""
 
     arm: str
+    """The arm's name within the study."""
     direction: str
     count: int
     estimate: Estimate
@@ -162,7 +163,7 @@ class StudyResults:
         for group, run in groups.items():
             estimate = self.pooled[group].overall().get(self.study.metric)
             if estimate is not None and run.count is not None:
-                found.append(Point(run.arm, run.direction, run.count, estimate, group, run.order))
+                found.append(Point(run.label, run.direction, run.count, estimate, group, run.order))
         ordered = {(point.arm, point.direction, point.order) for point in found if point.order}
         begin = [point for point in found if not point.count]
         found += [
@@ -409,7 +410,7 @@ def pooled(runs: Sequence[tuple[PlannedRun, Evaluation]]) -> Evaluation:
     """One table of several runs' held-out subjects.
 
     A subject's results under other seeds count as other scans of its patient, so that intervals take each
-    patient once.
+    patient once; and so do its tests by the networks of several folds, which are compared as one, by their mean.
     """
     several = len({run.seed for run, _ in runs}) > 1
     tables: dict[str, list[pd.DataFrame]] = defaultdict(list)

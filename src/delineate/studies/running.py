@@ -154,14 +154,28 @@ class StudyFolder:
         )
         return plan, tuple(runs)
 
-    def check(self) -> None:
-        """Raise :class:`OutputError` if the folder cannot be written to, or holds files that no study wrote."""
+    def check(self, study: Study, size: str) -> None:
+        """Raise :class:`StudyError` if the folder holds another study, or this one at another size.
+
+        Raises :class:`OutputError` if it cannot be written to, or holds files that no study wrote.
+        """
         check_folder(self.path)
         there = [name for name in _WRITTEN if os.path.lexists(self.path / name)]
         if there and PLAN not in there:
             raise OutputError(
                 f"'{self.path}' holds {', '.join(there)}, but no study", fix="choose another --out, or move them away"
             )
+        if self.begun:
+            before = self.open_plan()
+            if (before.study, before.size) != (study, size):
+                raise self._another()
+
+    def _another(self) -> StudyError:
+        return StudyError(
+            f"'{self.path}' holds another study, or this one at another size, on other data or with recipes "
+            "that have changed since",
+            fix="use another --out",
+        )
 
     def scores(self) -> dict[str, float | None]:
         """What the study in the folder has been planned from; nothing if there is none."""
@@ -185,7 +199,7 @@ class StudyFolder:
         Runs that the plan in the folder does not have yet are added. Raises :class:`StudyError` if the folder holds
         another study, and :class:`OutputError` if it holds something else.
         """
-        self.check()
+        self.check(study, size)
         entries = {run.name: run.entry for run in runs}
         before = self.open_plan() if self.begun else None
         same = True
@@ -193,7 +207,7 @@ class StudyFolder:
             kept = {entry.name: entry for entry in before.runs}
             left_out = study.locked_stages  # without --final
             alike = [entries.get(n, e if e.stage in left_out else None) == e for n, e in kept.items()]
-            same = (before.study, before.size, before.data_sets) == (study, size, dict(data_sets)) and all(alike)
+            same = before.data_sets == dict(data_sets) and all(alike)
             entries = kept | entries
         plan = StudyPlan(
             study=study,
@@ -208,11 +222,7 @@ class StudyFolder:
             same = same and (not recipe.exists() or load_recipe(recipe) == run.recipe)
             same = same and (not split.exists() or load_split(split) == run.split)
         if not same:
-            raise StudyError(
-                f"'{self.path}' holds another study, or this one at another size, on other data or with recipes "
-                "that have changed since",
-                fix="use another --out",
-            )
+            raise self._another()
         if plan != before:
             plan.write(self.path / PLAN)
         for run in runs:
@@ -300,6 +310,7 @@ def run_study(
             # A run that a killed study left behind finishes by itself; the command below then finds it complete.
             while in_use(folder.run(run.name)) and not stopping.wait(1.0):
                 pass
+            known = log.stat().st_size if log.exists() else 0
             ended = launcher(_command(folder, run, data[run.data], options), log)
             if not ended.lost or stopping.is_set():
                 break
@@ -313,7 +324,7 @@ def run_study(
         changes = {
             "state": state,
             "seconds": before.seconds + time.monotonic() - began,
-            "failure": _last_words(log, ended.code) if state == "failed" else "",
+            "failure": _last_words(log, known, ended.code) if state == "failed" else "",
             "peak_gb": max(before.peak_gb, ended.peak_gb),
         }
         _change(run, before.model_copy(update=changes))
@@ -376,11 +387,17 @@ def _written(rule: str | SeriesRule) -> str:
     return rule if isinstance(rule, str) else rule.model_dump_json(exclude_defaults=True)
 
 
-def _last_words(log: Path, code: int) -> str:
-    """What a run's last error said, or else its last line."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+def _last_words(log: Path, known: int, code: int) -> str:
+    """What a run's last error said, or else the signal that ended it and its last line.
+
+    The first ``known`` bytes of its log are of earlier attempts.
+    """
+    written = log.read_bytes()[known:] if log.exists() else b""
+    lines = written.decode(errors="replace").strip().splitlines()
     errors = [i for i, line in enumerate(lines) if line.startswith("error E_")]
     said = " ".join(" ".join(lines[errors[-1] if errors else -1 :]).split())
+    if code < 0 and not errors:
+        said = ": ".join(filter(None, [f"killed by signal {-code} ({signal.strsignal(-code)})", said]))
     said = said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID]} …"
     return said or f"it ended with status {code}"
 

@@ -182,7 +182,7 @@ class Stage(Specification):
     ``factors``: changes by name, made or not, or levels by name. With ``combine: all``, there is an arm for every
     combination, named after the factors and levels it has; with ``alone``, the base and each factor on its own.
     ``best_of``: an earlier stage, whose best arm on the same data set, by the study's metric, is what this stage
-    changes.
+    changes: with what the arm and the size change in it, but without the earlier stage's own ``set``.
     """
 
     name: Name | Literal[""] = ""
@@ -303,6 +303,8 @@ class Claim(Specification):
         known |= {measure.name: measure.better for measure in MEASURES.values()}
         if known.get(self.metric) is None:
             raise ValueError(f"'{self.metric}' is no metric that says which is better{near(self.metric, known)}")
+        if self.better == self.worse:
+            raise ValueError(f"a claim compares arm '{self.better}' with itself")
         return self
 
 

@@ -9,9 +9,11 @@ for (const table of document.querySelectorAll("table.sortable")) {
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
       heading.setAttribute("aria-sort", up ? "ascending" : "descending");
       const key = (row) => {
-        const text = row.cells[column].textContent.trim().replace("−", "-");
-        if (text === "∞") return Infinity;
-        return text === "–" ? NaN : text !== "" && !isNaN(text) ? Number(text) : text;
+        const text = row.cells[column].textContent.trim();
+        if (text === "∞" || text === "–") return text === "∞" ? Infinity : NaN;
+        // The number that it is or begins with: 2,200,000, −4.20 (−5.00 to −3.40), 0.85 ± 0.03, 0.8 to 0.9, 3 of 20.
+        const number = text.split(/ (?:\(|±|to |of )/)[0].replace(/−/g, "-").replace(/(\d),(?=\d{3})/g, "$1");
+        return number !== "" && !isNaN(number) ? Number(number) : text;
       };
       const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
       const place = (a) => (Number.isNaN(a) ? 1 : 0);
