@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from delineate.bundle import Bundle, Provenance, hidden, save_weights
+from delineate.bundle import Bundle, Provenance, bundle_folder, hidden, is_whole, save_weights
 from delineate.compute import plan_compute
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
@@ -282,6 +282,14 @@ def test_a_damaged_bundle_says_so(saved, name, content, message) -> None:
         (saved / name).write_text(content, encoding="utf-8")
     with pytest.raises(BundleError, match=message):
         Bundle.load(saved)
+
+
+def test_a_folder_that_cannot_be_looked_for_is_refused_with_what_to_do(tmp_path) -> None:
+    """Its name is too long; no permission does the same to all users but root."""
+    folder = bundle_folder(tmp_path / ("x" * 300))
+    with pytest.raises(BundleError, match=r"too long.*check its name and permissions"):
+        Bundle.load(folder)
+    assert not is_whole(folder)
 
 
 def test_weights_that_do_not_fit_are_refused_before_there_is_a_network(saved) -> None:

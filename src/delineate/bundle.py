@@ -17,10 +17,11 @@ A bundle with a file that differs from what was saved is refused on opening, bef
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -308,11 +309,12 @@ class Bundle:
 
         Raises :class:`BundleError` if any file is not, before a network is built.
         """
-        if not folder.exists():
-            raise BundleError(
-                f"'{folder}' is not a bundle: the folder is missing, and no installed model has that name",
-                fix=f"give a run's bundle/ folder, or a model's name ({named_models()})",
-            )
+        with suppress(OSError):  # where it may not be looked for, opening its manifest says why
+            if not folder.exists():
+                raise BundleError(
+                    f"'{folder}' is not a bundle: the folder is missing, and no installed model has that name",
+                    fix=f"give a run's bundle/ folder, or a model's name ({named_models()})",
+                )
         while True:
             before = _manifest_of(folder)
             try:
@@ -433,7 +435,8 @@ def bundle_folder(path: Path) -> Path:
     """
     path = resolved(path)
     inside = path / "bundle"
-    return inside if inside.is_dir() and not (path / MANIFEST).exists() else path
+    # Where these may not be looked for, pathlib raises an error: that is for whoever opens the bundle.
+    return inside if os.path.isdir(inside) and not os.path.exists(path / MANIFEST) else path
 
 
 def is_whole(folder: Path) -> bool:

@@ -197,7 +197,9 @@ def opened(path: Path) -> BufferedReader:
     except BadFormat as error:
         raise BundleError(f"'{path}' is not a file", fix=AGAIN) from error
     except OSError as error:
-        raise BundleError(f"'{path}' cannot be read ({error.strerror or error})", fix=AGAIN) from error
+        raise BundleError(
+            f"'{path}' cannot be read ({error.strerror or error})", fix=f"check its name and permissions, or {AGAIN}"
+        ) from error
 
 
 def read_json(content: bytes, path: Path) -> dict[str, Any]:
