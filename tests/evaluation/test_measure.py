@@ -20,6 +20,7 @@ from delineate.evaluation.measure import Measuring, evaluate, evaluate_folders, 
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, averaged
 from delineate.io.formats import write_label, write_volume
+from delineate.io.tables import write_table
 from delineate.metrics.catalogue import METRICS
 from delineate.metrics.quantities import QuantityMap
 from delineate.reporting.html import EvaluationReport, write_report
@@ -230,6 +231,19 @@ class TestWriting:
         pd.testing.assert_frame_equal(back.table, evaluation.table)
         assert back.unpaired == evaluation.unpaired
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.csv", "summary.json"]
+
+    def test_what_was_sorted_in_between_reads_back(self, tmp_path: Path) -> None:
+        """By Dice, as in a spreadsheet; each subject's two targets add up to the same."""
+        one, other = (evaluation_of(dice=dice) for dice in ([0.9, 0.8, 0.7, 0.6], [0.6, 0.7, 0.8, 0.9]))
+        table = pd.concat([one.table, other.table.assign(target="tumour")]).sort_values("subject", kind="stable")
+        evaluation = Evaluation(table.reset_index(drop=True))
+        evaluation.write(tmp_path)
+        back = Evaluation.read(tmp_path)
+        pd.testing.assert_frame_equal(back.table, evaluation.table)
+        write_table(tmp_path / "metrics.csv", list(table), table.sort_values("dice").to_dict("records"))
+        back = Evaluation.read(tmp_path)
+        assert back.mean_of_targets("dice").tolist() == pytest.approx([0.75] * 4)
+        assert back.summary()[MEAN_OF_TARGETS]["dice"].sd == pytest.approx(0, abs=1e-12)
 
     def test_what_an_earlier_evaluation_left_is_not_read(self, folders: tuple[Path, Path], tmp_path: Path) -> None:
         pairs = pair_files(*folders).pairs
