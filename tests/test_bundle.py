@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from delineate.bundle import Bundle, Provenance, hidden, save_weights
+from delineate.bundle import Bundle, Provenance, bundle_folder, hidden, is_whole, save_weights
 from delineate.compute import plan_compute
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
@@ -257,6 +257,16 @@ def test_new_weights_leave_the_rest_as_it_is(saved) -> None:
     assert Bundle.load(saved).metadata == {"step": "9"}
 
 
+def test_a_calibration_lasts_as_long_as_its_weights(saved) -> None:
+    """It stayed beside new weights, whose predictions then had the intervals of the old ones."""
+    replace_file(saved, "calibration.json", write_empty)
+    save_weights(saved, Bundle.load(saved).trained_network().state_dict(), {"step": 7})
+    assert (saved / "calibration.json").exists()
+    save_weights(saved, other_weights(), {"step": 8})
+    assert not (saved / "calibration.json").exists()
+    assert Bundle.load(saved).metadata == {"step": "8"}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -272,6 +282,14 @@ def test_a_damaged_bundle_says_so(saved, name, content, message) -> None:
         (saved / name).write_text(content, encoding="utf-8")
     with pytest.raises(BundleError, match=message):
         Bundle.load(saved)
+
+
+def test_a_folder_that_cannot_be_looked_for_is_refused_with_what_to_do(tmp_path) -> None:
+    """Its name is too long; no permission does the same to all users but root."""
+    folder = bundle_folder(tmp_path / ("x" * 300))
+    with pytest.raises(BundleError, match=r"too long.*check its name and permissions"):
+        Bundle.load(folder)
+    assert not is_whole(folder)
 
 
 def test_weights_that_do_not_fit_are_refused_before_there_is_a_network(saved) -> None:
@@ -468,11 +486,13 @@ def other_weights() -> dict[str, torch.Tensor]:
     return small_bundle().network().state_dict()
 
 
+def write_empty(path: Path) -> None:
+    path.write_text("{}", encoding="utf-8")
+
+
 REPLACED = {
     "weights": lambda folder: save_weights(folder, other_weights(), {"step": 8}),
-    "calibration": lambda folder: replace_file(
-        folder, "calibration.json", lambda path: path.write_text("{}", encoding="utf-8")
-    ),
+    "calibration": lambda folder: replace_file(folder, "calibration.json", write_empty),
     "all": lambda folder: small_bundle(name="other").save(folder, other_weights(), {"step": 8}),
     "description": lambda folder: small_bundle().begin(folder),
 }
@@ -480,17 +500,20 @@ REPLACED = {
 
 @pytest.mark.parametrize("what", REPLACED)
 def test_a_kill_at_any_moment_leaves_a_whole_bundle_or_one_that_says_what_to_do(what, tmp_path) -> None:
-    """Steps 7 and 8 are the whole ones before and after."""
+    """Steps 7 and 8 are the whole ones before and after; a calibration of step 7 is never beside step 8."""
     torch.manual_seed(0)
     number, answers = 0, []
     while True:
         folder = tmp_path / f"{number}"
         if what != "description":
             small_bundle().save(folder, small_bundle().network().state_dict(), {"step": 7})
+        for name in ("calibration.json", "card.json") if what in ("weights", "all") else ():
+            replace_file(folder, name, write_empty)
         killed = killed_before_write(number, lambda folder=folder: REPLACED[what](folder))
         try:
             bundle = Bundle.load(folder)
             answers.append(bundle.trained_network() and bundle.metadata["step"] + bundle.recipe.name)
+            assert bundle.metadata["step"] == "7" or not (folder / "calibration.json").exists()
         except BundleError as error:
             answers.append(
                 next(s for s in ("no weights yet", "is missing", "run the command again") if s in str(error))

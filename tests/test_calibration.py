@@ -28,10 +28,10 @@ from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.inspection import inspect
 from delineate.datasets.phantoms.writing import write_phantoms
-from delineate.errors import BundleError
+from delineate.errors import BundleError, OutputError
 from delineate.fingerprint import Fingerprint, Oddity, fingerprint_of, merged, oddities
 from delineate.inference.predictor import Predictor
-from delineate.inference.review import Review, queue, review, write_queue
+from delineate.inference.review import Review, queue, read_confidences, review, write_queue
 from delineate.recipe import recipe_from
 from delineate.sampling.tiles import TileGeometry
 
@@ -196,6 +196,18 @@ def test_the_queue_begins_with_what_needs_a_look(tmp_path: Path) -> None:
     assert rows[0]["unusual"] == "spacing 9 mm"
     assert rows[1]["expected_dice"] == ""
     assert float(rows[2]["dice_low"]) < 0.6 < float(rows[2]["expected_dice"]) + 0.01
+
+
+def test_a_figure_that_was_edited_is_named_where_it_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "review.csv"
+    write_queue(path, [review("a", {"liver": Confidence(100, 0.95)}, [], None)])
+    assert read_confidences(path)["a"]["liver"].expected_dice == 0.95
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("0.95", "good"), encoding="utf-8")
+    with pytest.raises(OutputError, match=r"expected_dice 'good' for 'a'.*leave it empty"):
+        read_confidences(path)
+    path.write_text(text.replace("0.95", ""), encoding="utf-8")
+    assert isnan(read_confidences(path)["a"]["liver"].expected_dice)
 
 
 MADE = {

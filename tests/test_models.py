@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -308,6 +309,45 @@ def test_only_a_bundle_is_replaced_and_only_when_asked(bundle: Path, tmp_path: P
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_a_bundle_that_is_to_be_replaced_outlives_a_stop(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the two renames: both bundles were deleted."""
+    out, rename = tmp_path / "out", Path.rename
+    fetch(str(bundle), out)
+    (out / "card.md").write_text("Mine.", encoding="utf-8")
+
+    def stopped(path: Path, target: Path) -> Path:
+        if path.name == "bundle":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(str(bundle), out, overwrite=True)
+    assert (out / "card.md").read_text(encoding="utf-8") == "Mine."
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_disk_is_no_fault_of_the_file(bundle: Path, tmp_path: Path) -> None:
+    pack(bundle, tmp_path / "good.zip")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # Python ignores the signal that comes with it
+    try:
+        with pytest.raises(OutputError, match="cannot be written"):
+            fetch(str(tmp_path / "good.zip"), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "out"))]
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_bundle_needs_a_folder_with_a_name(out: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bundle)
+    with pytest.raises(OutputError, match="no name"):
+        fetch(str(bundle), Path(out), overwrite=True)
+
+
 # Addresses
 
 
@@ -352,6 +392,7 @@ def test_an_address_is_fetched_with_its_digest_alone(
         (f"{server}/lost.zip", sha256, "404"),
         ("file:///etc/hostname", sha256, "no address"),
         ("ftp://127.0.0.1/m.zip", sha256, "no address"),
+        ("http://[127.0.0.1/m.zip", sha256, "cannot be read"),
     ):
         with pytest.raises(CannotFetch, match=said):
             fetch(address, place / "refused", sha256=digest)

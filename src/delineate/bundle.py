@@ -17,10 +17,11 @@ A bundle with a file that differs from what was saved is refused on opening, bef
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -252,13 +253,11 @@ class Bundle:
 
         What an author has written into ``card.md`` stays, since training writes the same bundle again and again.
         """
-        self._seal(folder, {WEIGHTS: _writer(weights, metadata)})
-        _remove(folder, CALIBRATION, CARD_FACTS)
+        self._seal(folder, {WEIGHTS: _writer(weights, metadata)}, without=(CALIBRATION, CARD_FACTS))
 
     def save_anew(self, folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Write the whole bundle in place of any other model's: nothing of that is left, its author's text included."""
-        self.save(folder, weights, metadata)
-        _remove(folder, CARD)
+        self._seal(folder, {WEIGHTS: _writer(weights, metadata)}, without=(CALIBRATION, CARD_FACTS, CARD))
 
     def save_copy(self, folder: Path) -> Bundle:
         """Write this bundle, as it is now, to another folder; the file of weights stays the same to the byte.
@@ -268,8 +267,8 @@ class Bundle:
         """
         source, there = self._weights_file, folder / WEIGHTS
         other = not there.exists() or Stamp.of(there) != self.weights
-        self._seal(folder, {WEIGHTS: lambda path: shutil.copyfile(source, path)})
-        _remove(folder, CALIBRATION, CARD_FACTS, *[CARD] * other)
+        without = (CALIBRATION, CARD_FACTS, *[CARD] * other)
+        self._seal(folder, {WEIGHTS: lambda path: shutil.copyfile(source, path)}, without)
         copy = Bundle.load(folder)
         if copy.weights != self.weights:
             raise BundleError(f"'{source}' was replaced after the bundle was opened", fix="run the command again")
@@ -287,7 +286,8 @@ class Bundle:
         if read_json(_manifest_of(folder), folder / MANIFEST)["format"] != FORMAT:
             seal(folder, found._described(), {}, keep=(RECIPE, PREPROCESSING, WEIGHTS, CALIBRATION))
 
-    def _seal(self, folder: Path, more: Mapping[str, Callable[[Path], object]]) -> None:
+    def _seal(self, folder: Path, more: Mapping[str, Callable[[Path], object]], without: tuple[str, ...] = ()) -> None:
+        """Write the whole bundle, with ``more`` files; those in ``without``, left over from another bundle, go."""
         about = self._described()
         texts = {RECIPE: to_yaml(self.recipe.as_dict()), PREPROCESSING: to_json(self.pipeline)}
         with _refusing(folder):  # write nothing that could not be read back
@@ -296,7 +296,7 @@ class Bundle:
             _check_consistent(self)
         if replace(again, folder=self.folder) != self:
             raise BundleError("the bundle would not read back unchanged", fix="report this bug, with the recipe")
-        seal(folder, about, {**{name: _text_writer(text) for name, text in texts.items()}, **more})
+        seal(folder, about, {**{name: _text_writer(text) for name, text in texts.items()}, **more}, without=without)
 
     def _described(self) -> dict[str, Any]:
         with _refusing(self.folder or Path(MANIFEST)):
@@ -309,11 +309,12 @@ class Bundle:
 
         Raises :class:`BundleError` if any file is not, before a network is built.
         """
-        if not folder.exists():
-            raise BundleError(
-                f"'{folder}' is not a bundle: the folder is missing, and no installed model has that name",
-                fix=f"give a run's bundle/ folder, or a model's name ({named_models()})",
-            )
+        with suppress(OSError):  # where it may not be looked for, opening its manifest says why
+            if not folder.exists():
+                raise BundleError(
+                    f"'{folder}' is not a bundle: the folder is missing, and no installed model has that name",
+                    fix=f"give a run's bundle/ folder, or a model's name ({named_models()})",
+                )
         while True:
             before = _manifest_of(folder)
             try:
@@ -391,15 +392,12 @@ class _Description(Specification):
         )
 
 
-def _remove(folder: Path, *names: str) -> None:
-    """Remove files that are left over from another bundle."""
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
-
-
 def save_weights(folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Replace a bundle's weights and nothing else; the bundle is complete at every moment."""
-    replace_file(folder, WEIGHTS, _writer(weights, metadata))
+    """Replace a bundle's weights; the bundle is complete at every moment.
+
+    Errors of the old weights make no intervals for others, so a calibration goes. All else stays as it is.
+    """
+    replace_file(folder, WEIGHTS, _writer(weights, metadata), without=(CALIBRATION,))
 
 
 def replace_recipe(folder: Path, recipe: Recipe) -> None:
@@ -437,7 +435,8 @@ def bundle_folder(path: Path) -> Path:
     """
     path = resolved(path)
     inside = path / "bundle"
-    return inside if inside.is_dir() and not (path / MANIFEST).exists() else path
+    # Where these may not be looked for, pathlib raises an error: that is for whoever opens the bundle.
+    return inside if os.path.isdir(inside) and not os.path.exists(path / MANIFEST) else path
 
 
 def is_whole(folder: Path) -> bool:

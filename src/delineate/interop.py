@@ -234,9 +234,10 @@ def as_label(volume: Volume) -> LabelVolume:
         return LabelVolume(voxels.astype(np.uint8), volume.grid)
     if voxels.dtype.kind == "f":
         whole = np.rint(voxels)
-        if not np.array_equal(voxels, whole) or np.abs(whole).max() > 2**31:
+        if not np.array_equal(voxels, whole) or float(np.abs(whole).max()) >= 2**31:
             raise BadLabelValue(
-                "the label has values that are not whole numbers", fix="resample it with nearest neighbours"
+                "the label has values that are not whole numbers of 32 bits",
+                fix="resample it with nearest neighbours",
             )
         voxels = whole.astype(np.uint8 if whole.min() >= 0 and whole.max() < 256 else np.int32)
     return LabelVolume(voxels, volume.grid)

@@ -75,9 +75,9 @@ def fetch(source: str, out: Path, *, sha256: str | None = None, overwrite: bool 
             _unpack_checked(packed, beside / "bundle", sha256)
         return Bundle.load(out)
     given = bundle_folder(Path(source))
-    if not given.exists():
+    if not os.path.exists(given):
         raise CannotFetch(
-            f"there is no file '{source}', nor a model of that name",
+            f"there is no file '{source}' that can be read, nor a model of that name",
             fix=f"give a run, a packed model, its address with --sha256, or a name ({named_models()})",
         )
     _check_out(out, given.iterdir() if given.is_dir() else [given], overwrite=overwrite)
@@ -110,6 +110,8 @@ def _check_whole(folder: Path) -> None:
 
 def _check_out(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     """Raise :class:`OutputError` unless ``out`` is a folder to be made, an empty one, or a bundle to be replaced."""
+    if out.name in ("", ".."):
+        raise OutputError(f"'{out}' gives the bundle's folder no name", fix=f"name one, such as {out / 'model'}")
     check_folder(out)
     if out.is_symlink():
         raise OutputError(f"'{out}' is a link", fix="name the folder that it leads to")
@@ -134,24 +136,24 @@ def _arriving(out: Path) -> Iterator[Path]:
                 sync_to_disk(path)
         if out.exists():
             out.rename(before)
-        try:
-            bundle.rename(out)
-        except OSError:
-            if before.exists():
-                before.rename(out)
-            raise
+        bundle.rename(out)
     except OSError as error:
         raise OutputError(
             f"'{out}' cannot be written: {error.strerror or error}", fix="free some space, or choose another place"
         ) from error
     finally:
+        if before.exists() and not out.exists():  # an error, or a signal, came between the two
+            before.rename(out)
         for left in (beside, before):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _check_address(address: str, sha256: str | None) -> None:
-    if urlsplit(address).scheme not in ("http", "https"):
-        raise CannotFetch(f"'{address[:200]}' is no address of the web", fix="give http:// or https://, or a file")
+    fix = "give http:// or https://, or a file"
+    with parsing(address[:200], CannotFetch, fix=fix):
+        scheme = urlsplit(address).scheme
+    if scheme not in ("http", "https"):
+        raise CannotFetch(f"'{address[:200]}' is no address of the web", fix=fix)
     if sha256 is None:
         raise CannotFetch(
             f"'{address[:200]}' is fetched only with its SHA-256, by which it is known to be what was published",
@@ -208,7 +210,11 @@ def _unpack(packed: Path, folder: Path) -> None:
         if wrong := _not_packed_here(entries, size):
             raise CannotFetch(f"the file is no packed bundle: {wrong}", fix=_FIX)
         for entry in entries:
-            with archive.open(entry) as content, (folder / entry.filename).open("xb") as out:
+            with (
+                archive.open(entry) as content,
+                writing_beside(folder / entry.filename) as beside,
+                beside.open("xb") as out,
+            ):
                 shutil.copyfileobj(content, out, _CHUNK)
 
 

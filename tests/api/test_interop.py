@@ -156,6 +156,7 @@ BAD = {
     "complex": (lambda: interop.from_numpy(np.zeros(SHAPE, complex), np.eye(4)), BadVoxels),
     "text": (lambda: interop.from_numpy(np.full(SHAPE, "a"), np.eye(4)), BadVoxels),
     "no label": (lambda: interop.as_label(interop.from_numpy(np.full(SHAPE, 0.5), np.eye(4))), BadLabelValue),
+    "beyond 32 bits": (lambda: interop.as_label(interop.from_numpy(np.full(SHAPE, 2.0**31), np.eye(4))), BadLabelValue),
     "several labels": (lambda: interop.as_label(interop.from_numpy(np.zeros((2, *SHAPE)), np.eye(4))), BadShape),
 }
 

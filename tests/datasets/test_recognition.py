@@ -21,7 +21,7 @@ from delineate.datasets.inspection import inspect
 from delineate.datasets.layouts import open_dataset
 from delineate.datasets.phantoms.kinds import KINDS
 from delineate.datasets.phantoms.writing import ARRANGEMENTS, _write_json
-from delineate.errors import DatasetError, DuplicateSubject, UnknownLayout
+from delineate.errors import DatasetError, DuplicateSubject, MissingFile, UnknownLayout
 from delineate.inference.batch import find_subjects
 from delineate.io.formats import write_label, write_volume
 from delineate.testing import check_layout
@@ -253,6 +253,13 @@ def test_a_label_is_an_input_only_where_it_is_named(tmp_path: Path) -> None:
         find_subjects([tmp_path / "x.nii.gz", tmp_path / "x_seg.nii.gz"], ["T1"])
     assert [s.id for s in find_subjects([tmp_path], ["T1"], images="*.nii.gz")] == ["x"]
     assert [s.id for s in find_subjects([tmp_path], ["T1"], images="*_seg.nii.gz")] == ["x"]
+
+
+def test_an_input_that_cannot_be_looked_for_is_missing(tmp_path: Path) -> None:
+    """Its name is too long; no permission does the same to all users but root."""
+    for name in ("x" * 300, "x" * 300 + ".nii.gz"):
+        with pytest.raises(MissingFile, match=r"too long.*check its name and permissions"):
+            find_subjects([tmp_path / name], ["T1"])
 
 
 def test_predictions_in_a_folder_below_do_not_get_in_the_way(tmp_path: Path, save_scan) -> None:

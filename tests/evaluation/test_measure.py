@@ -15,11 +15,12 @@ from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import Dataset
-from delineate.errors import BadLabelValue, BadShape, DuplicateSubject, GridMismatch, MissingFile
+from delineate.errors import BadLabelValue, BadShape, DatasetError, DuplicateSubject, GridMismatch, MissingFile
 from delineate.evaluation.measure import Measuring, evaluate, evaluate_folders, measure_prediction
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, averaged
 from delineate.io.formats import write_label, write_volume
+from delineate.io.tables import write_table
 from delineate.metrics.catalogue import METRICS
 from delineate.metrics.quantities import QuantityMap
 from delineate.reporting.html import EvaluationReport, write_report
@@ -231,6 +232,19 @@ class TestWriting:
         assert back.unpaired == evaluation.unpaired
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.csv", "summary.json"]
 
+    def test_what_was_sorted_in_between_reads_back(self, tmp_path: Path) -> None:
+        """By Dice, as in a spreadsheet; each subject's two targets add up to the same."""
+        one, other = (evaluation_of(dice=dice) for dice in ([0.9, 0.8, 0.7, 0.6], [0.6, 0.7, 0.8, 0.9]))
+        table = pd.concat([one.table, other.table.assign(target="tumour")]).sort_values("subject", kind="stable")
+        evaluation = Evaluation(table.reset_index(drop=True))
+        evaluation.write(tmp_path)
+        back = Evaluation.read(tmp_path)
+        pd.testing.assert_frame_equal(back.table, evaluation.table)
+        write_table(tmp_path / "metrics.csv", list(table), table.sort_values("dice").to_dict("records"))
+        back = Evaluation.read(tmp_path)
+        assert back.mean_of_targets("dice").tolist() == pytest.approx([0.75] * 4)
+        assert back.summary()[MEAN_OF_TARGETS]["dice"].sd == pytest.approx(0, abs=1e-12)
+
     def test_what_an_earlier_evaluation_left_is_not_read(self, folders: tuple[Path, Path], tmp_path: Path) -> None:
         pairs = pair_files(*folders).pairs
         evaluate(pairs, TARGETS, Measuring("lesion_recall")).write(tmp_path / "out")
@@ -387,6 +401,24 @@ def test_probabilities_are_measured_where_they_lie(tmp_path: Path) -> None:
     assert summary["calibration"]["liver"]["expected_calibration_error"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(BadShape, match="holds 1 probabilities"):
         evaluate_folders(tmp_path / "predictions", tmp_path / "references", TARGETS, measuring)
+
+
+def test_numbers_that_are_no_probabilities_are_refused(tmp_path: Path) -> None:
+    for folder in ("references", "predictions"):
+        write_label(tmp_path / folder / "a.nii.gz", label(v1=LIVER))
+    measuring = Measuring("dice", probabilities=tmp_path / "probabilities")
+
+    def error_of(outside: float, inside: float) -> float:
+        values = np.where(label(v1=LIVER).voxels > 0, inside, outside)[None].astype(np.float32)
+        write_volume(tmp_path / "probabilities/a.nii.gz", Volume(values, GRID))
+        liver = Targets({"liver": (1,)})
+        table = evaluate_folders(tmp_path / "predictions", tmp_path / "references", liver, measuring).table
+        return float(table["probability_mae"][0])
+
+    assert error_of(-5e-4, 1 + 5e-4) == 0, "a little beyond 0 and 1 is rounding"
+    for percent_or_logits in ((0, 90), (-2, 1)):
+        with pytest.raises(DatasetError, match=r"values from -?\d+ to \d+, which are not probabilities"):
+            error_of(*percent_or_logits)
 
 
 def test_references_are_the_data_set_that_they_are(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from delineate.errors import DatasetError
+from delineate.errors import DatasetError, RecipeError
 from delineate.evaluation.methods import compare_methods, on_common_subjects
 from delineate.evaluation.table import Evaluation
 from delineate.reporting.figures import methods_chart
@@ -173,3 +173,13 @@ def test_like_is_compared_with_like() -> None:
         compare_methods({"a": evaluation(two), "b": evaluation(two)}, ["jaccard"])
     with pytest.raises(DatasetError, match="1 subjects in common"):
         compare_methods({"a": evaluation(two), "b": evaluation(two[:1])})
+
+
+def test_a_metric_that_is_asked_for_is_compared_or_refused() -> None:
+    """Its name was left out without a word where another could be compared; of a set, what there is counts."""
+    both = {name: evaluation(np.array([0.5, 0.6])) for name in "ab"}
+    assert {found.metric for found in compare_methods(both, ["standard"])} == {"dice", "hd95_mm"}
+    with pytest.raises(DatasetError, match=r"better end: assd_mm; choose from dice, hd95_mm"):
+        compare_methods(both, ["dice", "assd_mm"])
+    with pytest.raises(RecipeError, match="no metric 'dicee'"):
+        compare_methods(both, ["dicee"])

@@ -141,6 +141,12 @@ BUNDLES = {
         {"_target_": "SliceInferer", "roi_size": [16, 24], "spatial_dim": 1, "overlap": 0.25},
         [SOFTMAX, INVERT, ARGMAX],
     ),
+    "SegResNet with slopes that are learnt": bundle_of(
+        network("SegResNet", init_filters=8, blocks_down=[1, 1], blocks_up=[1], act="prelu"),
+        [*LOAD, on_image("NormalizeIntensityd")],
+        sliding(16, 16, 8),
+        [ARGMAX],
+    ),
 }
 OVERLAPPING = bundle_of(
     network("UNet", in_channels=2, channels=[4, 8], strides=[2], num_res_units=2),

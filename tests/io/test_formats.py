@@ -11,7 +11,16 @@ import pytest
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.errors import BadFormat, BadLabelValue, BadVoxels, MissingFile
-from delineate.io.formats import name_of, read_header, read_label, read_volume, suffix_of, write_label, write_volume
+from delineate.io.formats import (
+    name_of,
+    parts_of,
+    read_header,
+    read_label,
+    read_volume,
+    suffix_of,
+    write_label,
+    write_volume,
+)
 
 GRID = Grid.of_spacing((3, 4, 5), (1, 1, 3))
 
@@ -40,6 +49,24 @@ def save(path: Path, values: object, dtype: type = np.float32) -> Path:
 def test_names_and_suffixes(name: str, suffix: str, stem: str) -> None:
     assert suffix_of(Path("folder") / name) == suffix
     assert name_of(Path("folder") / name) == stem
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("11.mhd", "ObjectType = Image\r\nElementDataFile = 11.raw\r\n"),
+        ("11.mhd", "ElementDataFile = LIST\n11.raw\n"),
+        ("11.nhdr", "NRRD0004\ndata file: 11.raw\n\n"),
+    ],
+)
+def test_only_whole_names_of_files_make_them_part_of_a_scan(name: str, header: str, tmp_path: Path) -> None:
+    """A folder raw/ beside the scan was taken for its data, and so were the data of scan 1."""
+    (tmp_path / "raw").mkdir()
+    for other in ("1.raw", "11.raw"):
+        (tmp_path / other).touch()
+    path = tmp_path / name
+    path.write_bytes(header.encode())
+    assert parts_of(path) == [path, tmp_path / "11.raw"]
 
 
 def test_unknown_and_missing_files_are_named(tmp_path: Path) -> None:

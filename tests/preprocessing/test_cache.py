@@ -225,6 +225,20 @@ class TestInterruption:
         prepare(subjects, PIPELINE, TARGETS, tmp_path / "cache")
         assert hidden_files(tmp_path / "cache") == [new]
 
+    def test_what_cannot_be_removed_or_remembered_stops_nobody(self, subjects: list[Subject], tmp_path: Path) -> None:
+        """As in a cache whose files are another user's. Root may change those, but no folder as if it were a file."""
+        cache = tmp_path / "cache"
+        expected = prepare(subjects, PIPELINE, TARGETS, cache)
+        leftover = expected.folders[0] / ".1a2b3c4d-image.npy"
+        leftover.mkdir()
+        os.utime(leftover, (0, 0))
+        (cache / "hashes.json").unlink()
+        (cache / "hashes.json").mkdir()
+        assert prepare(subjects, PIPELINE, TARGETS, cache).folders == expected.folders
+        assert leftover.exists()
+        with pytest.raises(MissingFile, match="nowhere"):
+            prepare([replace(subjects[0], label=tmp_path / "nowhere.nii.gz")], PIPELINE, TARGETS, cache)
+
     def test_what_else_lies_in_the_folder_is_the_user_s(self, subjects: list[Subject], tmp_path: Path) -> None:
         """``--cache ~`` must not empty anybody's home of its hidden files."""
         cache = tmp_path / "home"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from delineate.errors import WeightsError
+from delineate.errors import OutputError, WeightsError
 from delineate.pretrained import weights as store
 from delineate.pretrained.vgg import VGG19Features, VGGInput, expected_shapes
 
@@ -179,6 +179,25 @@ def test_a_download_is_checked_and_kept(published, monkeypatch, tmp_path) -> Non
     monkeypatch.setitem(store.PUBLISHED, "vgg11", right.as_uri())
     assert store.load_features("vgg11", "imagenet")[0] is not None
     assert [entry.name for entry in store.list_weights()] == ["vgg11"]
+
+
+def test_an_import_that_is_not_over_has_not_begun(published, home, monkeypatch) -> None:
+    """Killed, or seen by another process, between the weights and what describes them."""
+    right = published.with_name(f"vgg11-{store.sha256_of(published)[:8]}.pth")
+    published.rename(right)
+    monkeypatch.setitem(store.PUBLISHED, "vgg11", right.as_uri())
+    store.import_weights(right, "vgg11")
+    (home / "weights/vgg11.json").unlink()
+    assert store.load_features("vgg11", "imagenet")[0] is not None
+    assert [entry.name for entry in store.list_weights()] == ["vgg11"]
+
+
+@pytest.mark.parametrize("blocked", [".", "weights"])
+def test_a_store_that_cannot_be_written_says_so(published, home, blocked) -> None:
+    (home / blocked).parent.mkdir(parents=True, exist_ok=True)
+    (home / blocked).touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        store.import_weights(published, "vgg11")
 
 
 def test_a_damaged_download_is_refused(published, monkeypatch) -> None:

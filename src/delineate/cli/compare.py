@@ -35,7 +35,6 @@ def compare(
     from delineate.evaluation.methods import compare_methods, on_common_subjects
     from delineate.evaluation.table import FILES, Evaluation
     from delineate.io.overwriting import check_outputs
-    from delineate.metrics.catalogue import metric_names
 
     named: dict[str, Evaluation] = {}
     inputs: list[Path] = []
@@ -56,7 +55,8 @@ def compare(
     if len(named) < 2:
         raise typer.BadParameter("give at least two evaluations, such as a=RUN1 b=RUN2")
     check_outputs([report] if report is not None else [], inputs, overwrite=overwrite)
-    found = compare_methods(named, None if metrics is None else metric_names(metrics))
+    wanted = None if metrics is None else [name.strip() for name in metrics.split(",")]
+    found = compare_methods(named, wanted)
     if report is not None:
         from delineate.reporting.html import MethodsReport, write_report
 

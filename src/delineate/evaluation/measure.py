@@ -16,7 +16,7 @@ from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
 from delineate.datasets.dataset import Dataset, check_grids, load_map, with_maps
-from delineate.errors import BadShape, MissingFile, RecipeError
+from delineate.errors import BadShape, DatasetError, MissingFile, RecipeError
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import BACKGROUND, LESION_COLUMNS, Evaluation, reliability_table
 from delineate.io.formats import read_volume
@@ -25,6 +25,9 @@ from delineate.metrics.catalogue import METRICS, PROBABILITY_MAE, QUANTITIES, me
 from delineate.metrics.comparison import Comparison
 from delineate.metrics.quantities import QuantityMap, measure_target
 from delineate.metrics.reliability import Reliability
+
+_ROUNDING = 1e-3
+"""How far beyond 0 and 1 stored probabilities may lie."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,7 @@ def _map_of(pair: Pair, quantity: QuantityMap, grid: Grid) -> NDArray:
 
 
 def _probabilities_of(pair: Pair, folder: Path, targets: Targets, grid: Grid) -> NDArray:
-    """Probabilities (T, X, Y, Z) of the pair's prediction for the ``targets``."""
+    """Probabilities (T, X, Y, Z), from 0 to 1, of the pair's prediction for the ``targets``."""
     file = folder / f"{pair.subject}.nii.gz"
     found = read_volume(file)
     check_grids(pair.subject, "probabilities", found.grid, "reference", grid)
@@ -250,7 +253,15 @@ def _probabilities_of(pair: Pair, folder: Path, targets: Targets, grid: Grid) ->
             f"'{file}' holds {found.channels} probabilities, but the targets are {', '.join(predicted)}",
             fix="give the targets that were predicted (--targets)",
         )
-    return found.voxels if predicted == targets.names else found.voxels[[predicted.index(n) for n in targets.names]]
+    low, high = float(found.voxels.min()), float(found.voxels.max())
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise DatasetError(
+            f"'{file}' has values from {low:.4g} to {high:.4g}, which are not probabilities",
+            fix="give the folder that `delineate predict --probabilities` wrote",
+        )
+    order = [predicted.index(name) for name in targets.names]
+    chosen = found.voxels if predicted == targets.names else found.voxels[order]
+    return chosen if low >= 0 and high <= 1 else np.clip(chosen, 0, 1)
 
 
 def probabilities_of_regions(probabilities: NDArray, labelled: Targets, regions: Targets) -> NDArray:

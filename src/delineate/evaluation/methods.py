@@ -13,7 +13,7 @@ import pandas as pd
 
 from delineate.errors import DatasetError
 from delineate.evaluation.table import RIGHTLY_NOTHING, Evaluation
-from delineate.metrics.catalogue import METRICS, formatted
+from delineate.metrics.catalogue import METRICS, formatted, metric_names
 from delineate.metrics.statistics import Difference, holm, paired_difference
 
 Verdict = Literal["better", "not distinguishable", "too few to tell"]
@@ -104,10 +104,12 @@ def on_common_subjects(evaluations: Mapping[str, Evaluation]) -> dict[str, Evalu
 def compare_methods(
     evaluations: Mapping[str, Evaluation], metrics: Sequence[str] | None = None
 ) -> list[MethodDifference]:
-    """Compare every pair of methods in the ``metrics``: by default all that they share and that have a better end.
+    """Compare every pair of methods in the metrics that they share and that have a better end.
 
-    Only subjects that all methods have count. Raises :class:`DatasetError` if methods have different
-    targets, or fewer than two subjects in common.
+    ``metrics`` are names of some of them, or of sets, of which those that are shared count (``metrics.catalogue``).
+    Only subjects that all methods have count. Raises :class:`DatasetError` if methods have different targets, fewer
+    than two subjects in common or nothing to compare by one of these names, and :class:`RecipeError` for an unknown
+    name.
     """
     evaluations = on_common_subjects(evaluations)
     first = next(iter(evaluations.values()))
@@ -118,11 +120,14 @@ def compare_methods(
                 fix="compare methods on the same targets",
             )
     common = [m for m in first.metrics if METRICS[m].better and all(m in e.metrics for e in evaluations.values())]
-    chosen = [m for m in common if metrics is None or m in metrics]
-    if not chosen:
+    asked = {name: metric_names(name) for name in (common if metrics is None else metrics)}
+    lacking = [name for name, found in asked.items() if not set(found) & set(common)]
+    if lacking or not asked:
         raise DatasetError(
-            "no requested metric is in all evaluations", fix=f"choose from {', '.join(common) or 'other evaluations'}"
+            f"not in all evaluations, or without a better end: {', '.join(lacking) or 'all metrics'}",
+            fix=f"choose from {', '.join(common) or 'other evaluations'}",
         )
+    chosen = [m for m in common if any(m in found for found in asked.values())]
     return [found for metric in chosen for found in _differences(evaluations, metric, first.patients)]
 
 

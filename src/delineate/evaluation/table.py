@@ -181,7 +181,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: Path) -> Evaluation:
-        """Read what :meth:`write` wrote."""
+        """Read what :meth:`write` wrote; the rows of ``metrics.csv`` may lie in any order."""
         more = {name: _read(folder / f"{name}.csv", columns) for name, columns in _MORE.items()}
         table = _read(folder / "metrics.csv", _COLUMNS)
         if table is None or not any(column in METRICS for column in table):
@@ -189,6 +189,10 @@ class Evaluation:
         measured = [set(rows) for _, rows in table.groupby("target")["subject"]]
         if len(table) != len(measured) * len(measured[0]) or any(subjects != measured[0] for subjects in measured):
             raise BadFormat(f"'{folder / 'metrics.csv'}' does not have each subject once for each target", fix=_FIX)
+        # Somebody may have sorted the rows: every target's come in the order of the first one's subjects.
+        first = table.loc[table["target"] == table["target"].iloc[0], "subject"]
+        place = {subject: i for i, subject in enumerate(first)}
+        table = table.sort_values("subject", key=lambda names: names.map(place), kind="stable", ignore_index=True)
         summary = read_json(folder / "summary.json", BadFormat, fix=_FIX)
         with parsing(folder / "summary.json", BadFormat, fix=_FIX):
             unpaired, quantity = summary["unpaired"], summary.get("quantity")

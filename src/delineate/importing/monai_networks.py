@@ -259,12 +259,14 @@ def _bare(unit: str, spec: MonaiUNetSpec) -> bool:
 
 def _of_segresnet(given: Mapping[str, Tensor], spec: Architecture) -> dict[str, Tensor]:
     """As they are, but for the activation that MONAI holds twice in each block."""
-    return {
-        new: tensor
-        for name, tensor in given.items()
-        for new in ((name.replace(".act.", ".act1."), name.replace(".act.", ".act2.")) if ".act." in name else (name,))
-        if not name.startswith("act_mod.")
-    }
+    found = {}
+    for name, tensor in given.items():
+        if ".act." in name:
+            found[name.replace(".act.", ".act1.")] = tensor
+            found[name.replace(".act.", ".act2.")] = tensor.clone()  # safetensors writes none that share memory
+        elif not name.startswith("act_mod."):
+            found[name] = tensor
+    return found
 
 
 def _of_dynunet(given: Mapping[str, Tensor], spec: Architecture) -> dict[str, Tensor]:

@@ -82,8 +82,8 @@ def find_subjects(
 
     ``images`` are patterns or rules as :func:`~delineate.datasets.layouts.open_dataset` takes them. A subject that
     lacks a channel is returned as it is; :func:`predict_subjects` reports it. A ``quantity`` is added as a
-    separate channel. Raises :class:`MissingFile` for an input that does not exist, or if every subject lacks
-    a channel, and :class:`BadPath` for a file of a DICOM series that goes on in other folders.
+    separate channel. Raises :class:`MissingFile` for an input that is not there or cannot be read, or if every
+    subject lacks a channel, and :class:`BadPath` for a file of a DICOM series that goes on in other folders.
     """
     from delineate.datasets.dicom_studies import read_studies
     from delineate.datasets.layouts import open_dataset
@@ -94,7 +94,13 @@ def find_subjects(
             f"'{labels[0]}' looks like the label of another input", fix="leave it out, or predict it alone"
         )
     for path in inputs:
-        if path.is_dir():
+        try:
+            is_folder = path.is_dir()
+        except OSError as error:
+            raise MissingFile(
+                f"'{path}' cannot be read ({error.strerror})", fix="check its name and permissions"
+            ) from error
+        if is_folder:
             # A label without its scan cannot be predicted.
             found += [subject for subject in open_dataset(path, images=images).subjects if subject.scans]
         elif images is not None and path.is_file() and path.suffix.lower() == ".zip":

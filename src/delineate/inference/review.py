@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from delineate.calibration import Calibration, Confidence
-from delineate.core.text import from_cell
-from delineate.errors import DelineateError
+from delineate.core.text import from_cell, printable
+from delineate.errors import DelineateError, OutputError
 from delineate.fingerprint import Oddity
 from delineate.io.tables import growing_rows, put_rows
 
@@ -121,14 +121,28 @@ def read_queue(path: Path) -> list[dict[str, str]]:
 
 
 def read_confidences(path: Path) -> dict[str, dict[str, Confidence]]:
-    """What the predictions in such a file said of themselves, by subject and target. Raises as :func:`read_queue`."""
+    """What the predictions in such a file said of themselves, by subject and target.
+
+    Raises as :func:`read_queue`, and :class:`OutputError` for a figure that somebody has made none.
+    """
     names = [field.name for field in fields(Confidence)]
     found: dict[str, dict[str, Confidence]] = {}
     for row in read_queue(path):
         if row["target"]:
-            values = {name: float(row.get(name) or nan) for name in names}
+            values = {name: _figure(path, row, name) for name in names}
             found.setdefault(from_cell(row["subject"]), {})[from_cell(row["target"])] = Confidence(**values)
     return found
+
+
+def _figure(path: Path, row: Mapping[str, str], column: str) -> float:
+    text = row.get(column) or "nan"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise OutputError(
+            f"'{path}' has {column} '{printable(text[:40])}' for '{printable(from_cell(row['subject']))}'",
+            fix="write a number, such as 0.93, or leave it empty",
+        ) from error
 
 
 def queue(reviews: Sequence[Review]) -> list[Review]:

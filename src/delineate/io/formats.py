@@ -140,8 +140,11 @@ def parts_of(path: Path) -> list[Path]:
     if suffix_of(path) not in (".mhd", ".nhdr") or not path.exists():
         return [path]
     with parsing(path, BadFormat), open_file(path) as file:
-        header = file.read(2**20).decode("utf-8", "replace")
-    return [path, *sorted(other for other in path.parent.iterdir() if other != path and other.name in header)]
+        lines = file.read(2**20).decode("utf-8", "replace").split("\n")
+    # A field's value, after = in one format and : in the other, or a line of a list of files.
+    named = {part.strip() for line in lines for part in (line, line.partition("=")[2], line.partition(":")[2])}
+    beside = (other for other in path.parent.iterdir() if other != path and other.name in named)
+    return [path, *sorted(other for other in beside if other.is_file())]
 
 
 def name_of(path: Path) -> str:

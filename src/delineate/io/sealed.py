@@ -7,7 +7,7 @@ one that says it is incomplete:
 - :func:`seal` writes a new folder: first a manifest that says ``"complete": false``, then the
   files, then the manifest again.
 - :func:`replace_file` replaces one file of a sealed folder: meanwhile the manifest allows both the
-  old and the new file.
+  old and the new file, and what describes the old one may be gone.
 """
 
 from __future__ import annotations
@@ -136,10 +136,17 @@ class Sealed:
 _STAMPS = TypeAdapter(dict[str, tuple[Stamp | None, ...]])
 
 
-def seal(folder: Path, about: Mapping[str, Any], files: Mapping[str, Write], keep: tuple[str, ...] = ()) -> None:
+def seal(
+    folder: Path,
+    about: Mapping[str, Any],
+    files: Mapping[str, Write],
+    keep: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+) -> None:
     """Write a folder: each of ``files`` with a function that is passed the path to write to.
 
-    Existing files among ``keep`` stay, and are sealed as they are. Files appear in the given order.
+    Existing files among ``keep`` stay, and are sealed as they are; those in ``without`` are removed. Files appear in
+    the given order.
     """
     kept = {name: (Stamp.of(folder / name),) for name in keep if (folder / name).exists()}
     if not files:  # only the manifest is written, in one rename
@@ -153,20 +160,30 @@ def seal(folder: Path, about: Mapping[str, Any], files: Mapping[str, Write], kee
             stamps[name] = (Stamp.of(path),)
         sealed = Sealed(folder, about, {**dict(reversed(stamps.items())), **kept}, complete=False)
         sealed.write()
+        for name in without:
+            (folder / name).unlink(missing_ok=True)
     replace(sealed, complete=True).write()
 
 
-def replace_file(folder: Path, name: str, write: Write) -> None:
-    """Replace or add one file of a sealed folder, with a function that is passed the path to write to."""
+def replace_file(folder: Path, name: str, write: Write, without: tuple[str, ...] = ()) -> None:
+    """Replace or add one file of a sealed folder, with a function that is passed the path to write to.
+
+    Files in ``without`` describe the one that is replaced: they go before another takes its place.
+    """
     sealed = Sealed.open(folder)
     with writing_beside(folder / name) as path:
         write(path)
         before = Stamp.of(folder / name) if (folder / name).exists() else None
         after = Stamp.of(path)
+        gone = [one for one in without if one in sealed and after != before]
+        perhaps = {one: (*sealed.stamps[one], None) for one in gone}
         # A file that was damaged before must not be accepted as the old one.
         allowed = [stamp for stamp in sealed.stamps.get(name, (None,)) if stamp == before]
-        replace(sealed, stamps={**sealed.stamps, name: (*allowed, after)}).write()
-    replace(sealed, stamps={**sealed.stamps, name: (after,)}).write()
+        replace(sealed, stamps={**sealed.stamps, **perhaps, name: (*allowed, after)}).write()
+        for one in gone:
+            (folder / one).unlink(missing_ok=True)
+    kept = {one: stamps for one, stamps in sealed.stamps.items() if one not in gone}
+    replace(sealed, stamps={**kept, name: (after,)}).write()
 
 
 def opened(path: Path) -> BufferedReader:
@@ -180,7 +197,9 @@ def opened(path: Path) -> BufferedReader:
     except BadFormat as error:
         raise BundleError(f"'{path}' is not a file", fix=AGAIN) from error
     except OSError as error:
-        raise BundleError(f"'{path}' cannot be read ({error.strerror or error})", fix=AGAIN) from error
+        raise BundleError(
+            f"'{path}' cannot be read ({error.strerror or error})", fix=f"check its name and permissions, or {AGAIN}"
+        ) from error
 
 
 def read_json(content: bytes, path: Path) -> dict[str, Any]:

@@ -319,10 +319,14 @@ class FileHashes:
         return digest
 
     def save(self) -> None:
-        """Write the hashes. If two runs save at once, one loses its own and computes them again next time."""
-        if self._changed:
-            with writing_beside(self._path) as beside:
-                beside.write_text(json.dumps(self._known), encoding="utf-8")
+        """Write the hashes, where that can be done.
+
+        If two runs save at once, one loses its own and computes them again next time.
+        """
+        if not self._changed:
+            return
+        with suppress(OutputError), writing_beside(self._path) as beside:
+            beside.write_text(json.dumps(self._known), encoding="utf-8")
 
 
 @dataclass(frozen=True, eq=False)
@@ -439,7 +443,8 @@ def _sweep(folder: Path) -> None:
     for leftover in folder.glob("*/.*"):
         if not (SUBJECT.fullmatch(leftover.parent.name) and _HALF_WRITTEN.fullmatch(leftover.name)):
             continue
-        with suppress(FileNotFoundError):  # its run has just finished it
+        # Its run has just finished it, or it is another user's, who shares the cache.
+        with suppress(OSError):
             if time.time() - leftover.stat().st_mtime > _ABANDONED_S:
                 leftover.unlink()
 

@@ -64,15 +64,14 @@ def import_weights(file: Path, name: VGGName, preprocessing: Preprocessing = "to
     """Check a file of VGG weights tensor by tensor, and put it into the store.
 
     It is a safetensors file, or a state dict saved by PyTorch, which is read without running code from it.
-    The classifier is left out. Raises :class:`WeightsError`, listing whatever does not fit.
+    The classifier is left out. Raises :class:`WeightsError`, listing whatever does not fit, and :class:`OutputError`.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = fitting(read_tensors(file), name, file.name)
     target = store_folder() / f"{name}.safetensors"
-    target.parent.mkdir(parents=True, exist_ok=True)
     with writing_beside(target) as path:
-        save_file(weights, path)
+        path.write_bytes(save(weights))
     entry = Entry(
         name=name, source=file.name, preprocessing=preprocessing, sha256=sha256_of(target), tensors=len(weights)
     )
@@ -97,7 +96,7 @@ def load_features(name: VGGName, weights: str) -> tuple[dict[str, Tensor] | None
         file = Path(weights)
         return fitting(read_tensors(file), name, file.name), "torchvision"
     stored = store_folder() / f"{name}.safetensors"
-    if not stored.exists():
+    if not (stored.exists() and stored.with_suffix(".json").exists()):  # written last: the import may not be over
         _download(name)
     entry = next((e for e in list_weights() if e.name == name), None)
     if entry is None or sha256_of(stored) != entry.sha256:
