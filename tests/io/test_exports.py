@@ -255,6 +255,17 @@ def test_a_segmentation_wants_its_series_and_its_grid(dicom, tmp_path: Path) -> 
     assert not (tmp_path / "seg.dcm").exists()
 
 
+@pytest.mark.parametrize("file", ["seg.dcm", "drawn.rtstruct.dcm"])
+def test_dicom_refuses_names_that_it_would_cut_or_split(file: str, dicom, tmp_path: Path) -> None:
+    grid = next(right_handed())
+    folder = dicom.write("a", np.zeros(SHAPE, np.int16), grid)
+    for name in ("n" * 65, r"left\right"):
+        with pytest.raises(BadFormat, match="cannot be a name in DICOM"):
+            export_label(tmp_path / file, LabelVolume(marked(), grid), Targets({name: (1, 2)}), source=folder)
+    assert not (tmp_path / file).exists()
+    assert export_label(tmp_path / file, LabelVolume(marked(), grid), Targets({"n" * 64: (1, 2)}), source=folder)
+
+
 @pytest.mark.parametrize("name", ["anterior", "Liver", "prostate", "tumour", "cyst", "brain"])
 def test_no_code_is_guessed_from_a_name(name: str, dicom, tmp_path: Path) -> None:
     grid = next(right_handed())

@@ -26,6 +26,7 @@ from delineate.errors import BadFormat, BadGeometry, BadLabelValue, GridMismatch
 from delineate.io.dicom import check_size, describe_series, frames_of
 from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits, writing_beside
+from delineate.io.rtstruct import check_names
 from delineate.io.voxels import LPS_TO_RAS, check_grid
 
 SegmentationKind = Literal["BINARY", "LABELMAP"]
@@ -82,14 +83,16 @@ def write_segmentation(
 
     Patient, study and frame of reference are the source's, with everything that its headers say about
     them: docs/privacy.md lists the fields.
-    Raises :class:`GridMismatch` where the masks are not on the series' grid, :class:`RecipeError`
-    for overlapping masks in a label map, and :class:`OutputError`.
+    Raises :class:`GridMismatch` where the masks are not on the series' grid, :class:`BadFormat` for headers that cannot
+    be copied or a name beyond 64 characters, :class:`RecipeError` for overlapping masks in a label map, and
+    :class:`OutputError`.
     """
     series_grid, _ = describe_series(source)
     if not grid.matches(series_grid, 0.1):
         raise GridMismatch(
             f"the label is {grid}, the series '{source.description}' is {series_grid}", fix="predict on the series"
         )
+    check_names(masks)
     planes = np.stack([mask.transpose(2, 1, 0) for mask in masks.values()], axis=-1).astype(np.uint8)
     pixels: NDArray = planes
     if kind == "LABELMAP":
