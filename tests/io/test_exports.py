@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from itertools import permutations, product
@@ -206,6 +207,26 @@ def test_overlapping_targets_are_segments_of_their_own(dicom, tmp_path: Path) ->
     assert both[..., 1].sum() == (marked() == 2).sum()
     with pytest.raises(RecipeError, match="overlap"):
         export_label(tmp_path / "map.dcm", LabelVolume(marked(), grid), TARGETS, source=folder, kind="LABELMAP")
+
+
+@pytest.mark.parametrize(("first", "masks"), [((1,), 0.5), ((1, 2), 1.7)], ids=["apart", "overlapping"])
+def test_many_targets_are_written_without_copies_of_their_masks(
+    first: tuple[int, ...], masks: float, dicom, tmp_path: Path
+) -> None:
+    """Those that exclude each other without a mask each. ``masks``: how much of the memory of all they may take."""
+    grid = Grid((512, 512, 2), np.diag([-1.0, -1, 3, 1]))
+    folder, count = dicom.write("a", np.zeros(grid.shape, np.int16), grid), 24
+    voxels = np.zeros(grid.shape, np.uint8, order="F")
+    voxels[100:300, 200:400] = np.arange(200)[:, None, None] % (count + 1)
+    targets = Targets({"t1": first} | {f"t{n}": (n,) for n in range(2, count + 1)}, "overlapping")
+    tracemalloc.start()
+    try:
+        export_label(tmp_path / "seg.dcm", LabelVolume(voxels, grid), targets, source=folder)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < masks * count * voxels.size
+    assert np.array_equal(read_numbered(tmp_path / "seg.dcm", targets, "a").voxels, voxels)
 
 
 def test_a_segmentation_invents_nothing_about_the_patient(dicom, tmp_path: Path) -> None:

@@ -139,7 +139,11 @@ class Targets:
 
     def masks(self, label: NDArray) -> dict[str, NDArray[np.bool_]]:
         """Each target's boolean mask (X, Y, Z) in a label with the data set's own values."""
-        return {name: _among(label, numbers) for name, numbers in self.values.items()}
+        return {name: self.mask_of(name, label) for name in self.values}
+
+    def mask_of(self, name: str, label: NDArray) -> NDArray[np.bool_]:
+        """One target's boolean mask (X, Y, Z) in a label with the data set's own values."""
+        return _among(label, self.values[name])
 
     def label(
         self, masks: Iterable[tuple[str, NDArray[np.bool_]]], shape: tuple[int, ...], subject: str

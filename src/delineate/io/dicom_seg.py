@@ -17,7 +17,7 @@ from pydicom import dcmread
 from pydicom.sr.codedict import codes as concepts
 from pydicom.uid import ExplicitVRLittleEndian
 
-from delineate.core.grid import Grid, permute_axes
+from delineate.core.grid import Grid, Shape3, permute_axes
 from delineate.core.legend import PLAIN, RGB, Code, Coding, Legend
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume
@@ -93,12 +93,11 @@ def write_segmentation(
             f"the label is {grid}, the series '{source.description}' is {series_grid}", fix="predict on the series"
         )
     check_names(masks)
-    planes = np.stack([mask.transpose(2, 1, 0) for mask in masks.values()], axis=-1).astype(np.uint8)
-    pixels: NDArray = planes
-    if kind == "LABELMAP":
-        if (planes.sum(axis=-1) > 1).any():
-            raise RecipeError("targets overlap, which a label map cannot hold", fix="write them as BINARY segments")
-        pixels = (planes * np.arange(1, planes.shape[-1] + 1, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+    pixels = _joined(masks, grid.shape)
+    if pixels is None and kind == "LABELMAP":
+        raise RecipeError("targets overlap, which a label map cannot hold", fix="write them as BINARY segments")
+    if pixels is None:
+        pixels = _stacked(masks, grid.shape)
     frames = frames_of(source)
     instances = list(dict.fromkeys(frame.instance for frame in frames))
     headers = []
@@ -147,6 +146,25 @@ def write_segmentation(
         )
     with writing_beside(path) as beside:
         segmentation.save_as(beside, enforce_file_format=True)
+
+
+def _joined(masks: Mapping[str, NDArray[np.bool_]], shape: Shape3) -> NDArray | None:
+    """Planes (slice, row, column) of segment numbers, which take less memory than a mask each; None for overlaps."""
+    pixels = np.zeros(shape[::-1], np.min_scalar_type(len(masks)))
+    for number, name in enumerate(masks, start=1):
+        inside = masks[name].transpose(2, 1, 0)
+        if pixels[inside].any():
+            return None
+        pixels[inside] = number
+    return pixels
+
+
+def _stacked(masks: Mapping[str, NDArray[np.bool_]], shape: Shape3) -> NDArray:
+    """Planes (slice, row, column, segment) of masks, of which one is held at a time; segments lie apart in memory."""
+    pixels = np.empty((len(masks), *shape[::-1]), np.uint8)
+    for k, name in enumerate(masks):
+        pixels[k] = masks[name].transpose(2, 1, 0)
+    return np.moveaxis(pixels, 0, -1)
 
 
 def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVolume:  # noqa: B008 - frozen
