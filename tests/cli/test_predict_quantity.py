@@ -268,6 +268,10 @@ def test_from_python_it_is_the_same(bundle: Path, patients: Path, tmp_path: Path
     assert isnan(prediction.measure("water", threshold=None)["liver"].above_threshold_percent)
     again = delineate.predict(bundle, dataset, tmp_path / "out", **asked)
     assert (again.kept, dict(again.made), dict(again.measured)) == (("a", "b"), {}, {})
+    fat = read_volume(patients / "a_ff.nii.gz")
+    holed = np.where(np.arange(GRID.shape[2]) > 0, fat.voxels, np.nan)
+    with pytest.raises(DelineateError, match="the map of fat_fraction has voxels that are not finite"):
+        prediction.measure("fat_fraction", Volume(holed, fat.grid))
     with pytest.raises(DelineateError, match="lacks fat"):
         prediction.measure("fat")
     with pytest.raises(DelineateError, match=r"call its \.measure"):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -49,6 +49,20 @@ def test_written_labels_read_back_as_the_same_masks(targets: Targets) -> None:
         mask = targets.masks(label)[name]
         np.testing.assert_array_equal(mask, targets.masks(again)[name])
         np.testing.assert_array_equal(mask, targets.mask(encoded, index))
+
+
+NESTED = {"body": (1, 2, 3, 4, 5), "left": (1, 2), "right": (3, 4), "cyst": (2,), "bone": (6,)}
+AROUND = [("body", "left"), ("body", "right"), ("body", "cyst"), ("left", "cyst")]
+
+
+def test_targets_within_others_are_written_over_them_however_they_are_listed() -> None:
+    label = np.arange(7).reshape(-1, 1, 1)
+    for order in permutations(NESTED):
+        targets = Targets({name: NESTED[name] for name in order}, "overlapping")
+        encoded = targets.encode(label)
+        np.testing.assert_array_equal(targets.encode(targets.decode(encoded)), encoded)
+        if all(order.index(outer) < order.index(inner) for outer, inner in AROUND):
+            assert targets.outer_first == order, "where neither lies within the other, the later one is on top"
 
 
 EVERY = {frozenset(one) for n in range(1, 5) for one in combinations("abcd", n)}

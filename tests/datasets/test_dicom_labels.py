@@ -20,6 +20,7 @@ from delineate.datasets.repair import repair
 from delineate.errors import (
     AmbiguousOrientation,
     BadFormat,
+    BadGeometry,
     GridMismatch,
     MissingFile,
     SeveralSeries,
@@ -266,12 +267,11 @@ def test_segments_and_contours_are_the_label_of_the_series_that_they_refer_to(
     assert np.array_equal(read_numbered(other.label, Targets({"liver": (5,)}), "ann").voxels, 5 * (organs() == 252))
 
 
-def test_segments_may_leave_empty_slices_out(tmp_path: Path, save_series) -> None:
-    t1 = save_series("ann/t1", scan(organs()))
-    write_segmentation(tmp_path / "ann/seg.dcm", {"liver": organs() == 63}, grid_of(t1), the_series(t1))
+def without_empty_slices(path: Path, *unsaid: str) -> None:
+    """Many programs leave them out; ``unsaid`` are pixel measures that some leave out, too."""
     from pydicom import dcmread
 
-    seg = dcmread(tmp_path / "ann/seg.dcm")
+    seg = dcmread(path)
     size = seg.Rows * seg.Columns
     bits = np.unpackbits(np.frombuffer(seg.PixelData, np.uint8), bitorder="little")[: size * seg.NumberOfFrames]
     kept = [k for k, plane in enumerate(bits.reshape(-1, size)) if plane.any()]
@@ -279,10 +279,68 @@ def test_segments_may_leave_empty_slices_out(tmp_path: Path, save_series) -> Non
     seg.PixelData = seg.PixelData[: len(seg.PixelData) // 2 * 2]
     seg.PerFrameFunctionalGroupsSequence = [seg.PerFrameFunctionalGroupsSequence[k] for k in kept]
     seg.NumberOfFrames = len(kept)
-    seg.save_as(tmp_path / "ann/seg.dcm")
+    for keyword in unsaid:
+        delattr(seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0], keyword)
+    seg.save_as(path)
+
+
+def test_segments_may_leave_empty_slices_out(tmp_path: Path, save_series) -> None:
+    t1 = save_series("ann/t1", scan(organs()))
+    write_segmentation(tmp_path / "ann/seg.dcm", {"liver": organs() == 63}, grid_of(t1), the_series(t1))
+    without_empty_slices(tmp_path / "ann/seg.dcm")
     dataset = open_dataset(tmp_path)
     [subject] = dataset.subjects
     assert np.array_equal(load_label(subject, dataset.targets, grid_of(t1)).voxels, organs() == 63)
+
+
+def marked(slices: list[int]) -> np.ndarray:
+    mask = np.zeros(SHAPE, bool)
+    mask[4:9, 5:11, slices] = True
+    return mask
+
+
+@pytest.mark.parametrize("slices", [[3], [3, 7], [3, 5, 9], [3, 4, 7]], ids=str)
+def test_segments_that_do_not_say_how_far_apart_slices_are_lie_on_those_of_the_scan(
+    slices: list[int], tmp_path: Path, save_series
+) -> None:
+    """Alone, a slice is as high as it is thick, and slices that are about as far apart lie side by side."""
+    path, grid = tmp_path / "ann/seg.dcm", grid_of(t1 := save_series("ann/t1", scan(organs())))
+    write_segmentation(path, {"liver": marked(slices)}, grid, the_series(t1))
+    without_empty_slices(path, "SpacingBetweenSlices")
+    dataset = open_dataset(tmp_path)
+    [subject] = dataset.subjects
+    assert np.array_equal(load_label(subject, dataset.targets, grid).voxels, marked(slices))
+    if slices in ([3], [3, 4, 7]):
+        alone, part = read_label(path), marked(slices)[:, :, 3 : slices[-1] + 1]
+        assert np.array_equal(alone.voxels, part)
+        assert alone.grid.matches(grid.crop((0, 0, 3), part.shape), 0.01)
+        assert alone.grid.spacing_mm == pytest.approx(grid.spacing_mm)
+    else:
+        with pytest.raises(BadGeometry, match="no two slices side by side"):
+            read_label(path)
+
+
+def test_a_segment_in_one_slice_without_a_thickness_has_no_volume(tmp_path: Path, save_series) -> None:
+    t1 = save_series("ann/t1", scan(organs()))
+    write_segmentation(tmp_path / "seg.dcm", {"liver": marked([3])}, grid_of(t1), the_series(t1))
+    without_empty_slices(tmp_path / "seg.dcm", "SpacingBetweenSlices", "SliceThickness")
+    with pytest.raises(BadGeometry, match="does not say how far apart"):
+        read_label(tmp_path / "seg.dcm")
+
+
+def test_slices_between_distant_segments_are_counted_before_they_are_made(tmp_path: Path, save_series) -> None:
+    from pydicom import dcmread
+
+    path, grid = tmp_path / "seg.dcm", grid_of(t1 := save_series("ann/t1", scan(organs())))
+    write_segmentation(path, {"liver": marked([0, 1])}, grid, the_series(t1))
+    without_empty_slices(path)
+    seg = dcmread(path)
+    seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices = 0.01
+    first, second = (one.PlanePositionSequence[0] for one in seg.PerFrameFunctionalGroupsSequence)
+    second.ImagePositionPatient = [*first.ImagePositionPatient[:2], first.ImagePositionPatient[2] + 1000]
+    seg.save_as(path)
+    with pytest.raises(TooLarge, match="100001 voxels"):
+        read_label(path)
 
 
 def test_segmentations_of_different_structures_are_one_label(tmp_path: Path, save_series) -> None:

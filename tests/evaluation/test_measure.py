@@ -19,6 +19,7 @@ from delineate.errors import BadLabelValue, BadShape, DatasetError, DuplicateSub
 from delineate.evaluation.measure import Measuring, evaluate, evaluate_folders, measure_prediction
 from delineate.evaluation.pairs import Pair, open_references, pair_files, targets_in
 from delineate.evaluation.table import MEAN_OF_TARGETS, Evaluation, averaged
+from delineate.io.exports import export_label
 from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import write_table
 from delineate.metrics.catalogue import METRICS
@@ -112,6 +113,13 @@ class TestTable:
         assert measure_prediction(near, REFERENCE, TARGETS).targets[0]["dice"] == 1
         with pytest.raises(GridMismatch, match=r"'a' .* 0\.2 mm apart"):
             measure_prediction(far, REFERENCE, TARGETS, subject="a")
+
+    def test_a_reference_saved_for_a_part_of_the_scan_counts_as_empty_elsewhere(self, tmp_path: Path) -> None:
+        part = LabelVolume(REFERENCE.voxels[LIVER], GRID.crop((2, 2, 1), (8, 6, 6)))
+        export_label(tmp_path / "references/a.seg.nrrd", part, TARGETS)
+        write_label(tmp_path / "predictions/a.nii.gz", label(v1=np.s_[2:10, 2:8, 0:7], v2=TUMOUR))
+        folders = tmp_path / "predictions", tmp_path / "references"
+        assert evaluate_folders(*folders, TARGETS).table["dice"].tolist() == [pytest.approx(2 * 6 / (6 + 7)), 1]
 
     def test_unknown_values_are_refused_on_either_side(self) -> None:
         odd = label(v7=TUMOUR)

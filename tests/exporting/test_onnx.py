@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from delineate.specification import from_json, to_json
 SCRIPT = Path(__file__).parents[2] / "examples/onnx/predict_onnx.py"
 SPACING = (1.5, 1.5, 3.0)
 NESTED = Targets({"liver": (1, 2), "tumour": (2,)}, "overlapping")
+INNER_FIRST = Targets({"tumour": (2,), "liver": (1, 2)}, "overlapping")
 APART = Targets({"liver": (1,), "spleen": (5,)})
 runner = CliRunner()
 
@@ -176,7 +178,8 @@ def test_what_the_script_cannot_do_it_refuses(tmp_path) -> None:
 
 
 def test_whole_slices_have_any_size_and_bundles_are_averaged(tmp_path, rng) -> None:
-    bundles = [save_bundle(tmp_path / f"b{seed}", WHOLE_SLICES, NESTED, seed=seed) for seed in (1, 2)]
+    """A target that bundles list before the one that it lies within is an output after that one."""
+    bundles = [save_bundle(tmp_path / f"b{seed}", WHOLE_SLICES, INNER_FIRST, seed=seed) for seed in (1, 2)]
     said = delineate("export", tmp_path / "b1", "--also", tmp_path / "b2", "--onnx", "-o", tmp_path / "m.onnx").stdout
     assert "the mean of 2 bundles" in said
     assert str(bundles[0].geometry.shape[2]) in said
@@ -188,7 +191,8 @@ def test_whole_slices_have_any_size_and_bundles_are_averaged(tmp_path, rng) -> N
         tile = rng.standard_normal((batch, 1, x, y, 1)).astype(np.float32)
         with torch.inference_mode():
             each = [bundle.trained_network()(torch.from_numpy(tile[..., 0])).numpy() for bundle in bundles]
-        np.testing.assert_allclose(session.run(None, {"tile": tile})[0][..., 0], np.mean(each, 0), rtol=1e-3, atol=1e-3)
+        found = session.run(None, {"tile": tile})[0][..., 0]
+        np.testing.assert_allclose(found, np.mean(each, 0)[:, ::-1], rtol=1e-3, atol=1e-3)
 
 
 def test_the_description_says_how_tiles_and_targets_are_meant(tmp_path) -> None:
@@ -204,6 +208,8 @@ def test_the_description_says_how_tiles_and_targets_are_meant(tmp_path) -> None:
         ("liver", 1, "#56b4e9"), ("tumour", 2, "#102030")
     ]  # fmt: skip
     assert (described.threshold, described.average, described.outputs) == (0.0, "logits", ("liver", "tumour"))
+    inner_first = describe([replace(bundle, targets=INNER_FIRST)], {"delineate": "1"})
+    assert (inner_first.outputs, inner_first.targets) == (described.outputs, described.targets)
     assert described.flips == ((), (2,))  # y is across the slices
     assert described.preprocessing == bundle.pipeline.steps
     assert described.postprocessing.within == {"tumour": "liver"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from itertools import permutations, product
@@ -208,6 +209,26 @@ def test_overlapping_targets_are_segments_of_their_own(dicom, tmp_path: Path) ->
         export_label(tmp_path / "map.dcm", LabelVolume(marked(), grid), TARGETS, source=folder, kind="LABELMAP")
 
 
+@pytest.mark.parametrize(("first", "masks"), [((1,), 0.5), ((1, 2), 1.7)], ids=["apart", "overlapping"])
+def test_many_targets_are_written_without_copies_of_their_masks(
+    first: tuple[int, ...], masks: float, dicom, tmp_path: Path
+) -> None:
+    """Those that exclude each other without a mask each. ``masks``: how much of the memory of all they may take."""
+    grid = Grid((512, 512, 2), np.diag([-1.0, -1, 3, 1]))
+    folder, count = dicom.write("a", np.zeros(grid.shape, np.int16), grid), 24
+    voxels = np.zeros(grid.shape, np.uint8, order="F")
+    voxels[100:300, 200:400] = np.arange(200)[:, None, None] % (count + 1)
+    targets = Targets({"t1": first} | {f"t{n}": (n,) for n in range(2, count + 1)}, "overlapping")
+    tracemalloc.start()
+    try:
+        export_label(tmp_path / "seg.dcm", LabelVolume(voxels, grid), targets, source=folder)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < masks * count * voxels.size
+    assert np.array_equal(read_numbered(tmp_path / "seg.dcm", targets, "a").voxels, voxels)
+
+
 def test_a_segmentation_invents_nothing_about_the_patient(dicom, tmp_path: Path) -> None:
     grid = next(right_handed())
     folder = dicom.write("a", np.zeros(SHAPE, np.int16), grid)
@@ -253,6 +274,17 @@ def test_a_segmentation_wants_its_series_and_its_grid(dicom, tmp_path: Path) -> 
     with pytest.raises(BadFormat, match="give the DICOM series"):
         export_label(tmp_path / "seg.dcm", LabelVolume(marked(), grid), TARGETS)
     assert not (tmp_path / "seg.dcm").exists()
+
+
+@pytest.mark.parametrize("file", ["seg.dcm", "drawn.rtstruct.dcm"])
+def test_dicom_refuses_names_that_it_would_cut_or_split(file: str, dicom, tmp_path: Path) -> None:
+    grid = next(right_handed())
+    folder = dicom.write("a", np.zeros(SHAPE, np.int16), grid)
+    for name in ("n" * 65, r"left\right"):
+        with pytest.raises(BadFormat, match="cannot be a name in DICOM"):
+            export_label(tmp_path / file, LabelVolume(marked(), grid), Targets({name: (1, 2)}), source=folder)
+    assert not (tmp_path / file).exists()
+    assert export_label(tmp_path / file, LabelVolume(marked(), grid), Targets({"n" * 64: (1, 2)}), source=folder)
 
 
 @pytest.mark.parametrize("name", ["anterior", "Liver", "prostate", "tumour", "cyst", "brain"])

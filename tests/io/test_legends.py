@@ -49,6 +49,12 @@ def test_every_value_of_a_label_has_its_target_s_name_and_colour(tmp_path: Path)
     ]
 
 
+def test_a_value_of_several_targets_is_the_innermost_s_however_they_are_listed(tmp_path: Path) -> None:
+    for name, values in (("outer", {"liver": (1, 2), "cyst": (2,)}), ("inner", {"cyst": (2,), "liver": (1, 2)})):
+        write_legends(tmp_path / name, Targets(values, "overlapping"), LEGEND)
+        assert [row[:2] for row in slicer(tmp_path / name / SLICER)] == [(0, "background"), (1, "liver"), (2, "cyst")]
+
+
 @given(st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=30, unique=True))
 def test_any_names_are_a_row_each(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
     try:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from delineate.core.grid import Grid
+from delineate.core.grid import Grid, permute_axes
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.layouts import open_dataset
 from delineate.errors import BadFormat, BadShape, MissingFile, TooLarge, Truncated
@@ -18,18 +18,35 @@ from delineate.io.files import Limits
 from delineate.io.formats import read_header, read_label, read_volume, write_label, write_volume
 
 PIXELS = np.arange(6 * 4, dtype=np.uint16).reshape(6, 4, 1) * 1000
+AXIAL = Grid(PIXELS.shape, np.diag([-1.0, -1, 1, 1]))  # LPS, as pictures are taken to lie
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".tiff"])
 def test_pixels_read_back(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a{suffix}"
-    write_volume(path, Volume(PIXELS[None], Grid.of_spacing(PIXELS.shape)))
+    write_volume(path, Volume(PIXELS[None], AXIAL))
     back = read_volume(path)
     assert np.array_equal(back.voxels[0], PIXELS)
-    assert back.grid.orientation == "LPS"  # columns to the patient's left, rows to the back
+    assert back.grid.matches(AXIAL)
     assert read_header(path).dtype == back.voxels.dtype == np.uint16
-    write_label(path, LabelVolume((PIXELS > 9000).astype(np.uint8), Grid.of_spacing(PIXELS.shape)))
+    write_label(path, LabelVolume((PIXELS > 9000).astype(np.uint8), AXIAL))
     assert np.array_equal(read_label(path).voxels, PIXELS > 9000)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LAS", "RPI", "PLS", "SLA"])
+def test_an_axial_slice_lies_in_its_picture_as_in_the_patient(orientation: str, tmp_path: Path) -> None:
+    """However it is stored: columns run to the patient's left, rows to the back."""
+    order, flip = AXIAL.axes_to(orientation)
+    stored = Volume(permute_axes(PIXELS[None], order, flip), AXIAL.permute(order, flip))
+    write_volume(tmp_path / "a.png", stored)
+    assert np.array_equal(read_volume(tmp_path / "a.png").voxels[0], PIXELS)
+
+
+def test_a_slice_of_another_plane_is_a_picture_as_it_is_stored(tmp_path: Path) -> None:
+    coronal = np.eye(4)
+    coronal[:3, :3] = [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+    write_volume(tmp_path / "a.png", Volume(PIXELS[None], Grid(PIXELS.shape, coronal)))
+    assert np.array_equal(read_volume(tmp_path / "a.png").voxels[0], PIXELS)
 
 
 def test_pictures_that_threads_read_leave_no_filter_of_warnings(tmp_path: Path) -> None:

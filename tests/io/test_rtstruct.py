@@ -20,6 +20,7 @@ from delineate.core.grid import Grid
 from delineate.core.legend import Code, Coding, Legend
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
+from delineate.datasets.dataset import read_numbered
 from delineate.errors import BadFormat, BadGeometry, GridMismatch, MissingFile, TooLarge, Truncated
 from delineate.io import rtstruct
 from delineate.io.dicom_series import the_series
@@ -292,6 +293,16 @@ def test_what_is_written_is_read_exactly_in_every_orientation(
     for target, mask in masks.items():
         np.testing.assert_array_equal(back[target], mask)
     assert referenced_series(tmp_path / "a.dcm") == (series.uid,)
+
+
+def test_structures_with_invisible_characters_in_their_names_are_labels(dicom, tmp_path: Path) -> None:
+    folder = dicom.write("a", np.zeros(SHAPE, np.int16), AXIAL)
+    mask = np.zeros(SHAPE, bool)
+    mask[3:9, 4:8, 1:3] = True
+    write_structures(folder / "drawn.dcm", {"left\u00adlobe": mask}, AXIAL, the_series(folder))
+    assert structure_names(folder / "drawn.dcm") == (r"left\xadlobe",)
+    targets = Targets({"left\u00adlobe": (7,)})
+    assert np.array_equal(read_numbered(folder / "drawn.dcm", targets, "a", AXIAL).voxels, 7 * mask)
 
 
 def test_other_programs_find_voxels_names_colours_codes_and_images(dicom, tmp_path: Path, rng) -> None:

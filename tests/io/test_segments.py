@@ -13,6 +13,7 @@ from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import load_label, read_numbered
 from delineate.errors import BadFormat, BadLabelValue, GridMismatch, MissingFile, RecipeError, Truncated
+from delineate.evaluation.pairs import Pair
 from delineate.io.exports import export_label
 from delineate.io.formats import name_of, read_label, write_label, write_volume
 from delineate.io.segments import read_mask, segments_in
@@ -97,6 +98,12 @@ def test_a_segmentation_saved_for_a_part_of_the_scan_is_widened(tmp_path: Path) 
     moved = GRID.crop(start=(2, 2, 2), shape=(3, 3, 3))
     with pytest.raises(GridMismatch):
         load_label(subject, Targets({"liver": (1,)}), moved)
+    write_label(tmp_path / "whole.nii.gz", LabelVolume(nested(), GRID))
+    whole = tmp_path / "whole.nii.gz"
+    for pair in (Pair("a", whole, path), Pair("a", path, whole)):
+        for read in pair.labels(Targets({"liver": (1,)})):
+            assert read.grid.matches(GRID)
+            assert np.array_equal(read.voxels == 1, nested() == 1)
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,9 @@ def test_a_fat_fraction_is_in_percent() -> None:
     assert QuantityMap("fat_fraction", threshold=6.5).threshold == 6.5
     for fine in (np.array([0.0, 96.0]), np.zeros(3)):
         fat.check(fine, "a")
-    with pytest.raises(DatasetError, match=r"'a' has values up to 0\.98: fractions of 1"):
-        fat.check(np.array([0.1, 0.98]), "a")
+    for share in (np.array([0.1, 0.98]), np.array([np.nan, 0.98])):  # in air, there is neither fat nor water
+        with pytest.raises(DatasetError, match=r"'a' has values up to 0\.98: fractions of 1"):
+            fat.check(share, "a")
     QuantityMap("T2*").check(np.array([0.1, 0.98]), "a")
     assert fat.as_it_is(np.array([0.0, 96.0])) is fat
     plain = fat.as_it_is(np.array([0.1, 0.98]))

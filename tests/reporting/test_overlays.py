@@ -19,6 +19,7 @@ from delineate.reporting.overlays import (
     picture,
     save_overlay,
     views_of,
+    views_of_label,
 )
 
 TARGETS = Targets({"a": (1,), "b": (2,)}, ignore=(9,))
@@ -46,6 +47,17 @@ def test_the_patient_s_right_is_on_the_image_s_left(orientation, rng) -> None:
     left, right = np.array_split(axial, 2, axis=1)
     assert left.mean() > 5 * right.mean()
     assert views[0].edges[:2] == "RL"
+
+
+def test_an_inner_target_is_shown_over_the_outer_one_however_they_are_listed(rng) -> None:
+    grid = Grid.of_spacing((8, 8, 8))
+    voxels = np.ones(grid.shape, np.uint8)
+    voxels[2:6, 2:6] = 2
+    scan = Volume(rng.random((1, *grid.shape)), grid)
+    for values, shown in (({"liver": (1, 2), "tumour": (2,)}, [1, 2]), ({"tumour": (2,), "liver": (1, 2)}, [2, 1])):
+        view, *_ = views_of_label(scan, LabelVolume(voxels, grid), Targets(values, "overlapping"))
+        marks, pixels = np.unique(view.agreement, return_counts=True)
+        assert dict(zip(marks.tolist(), pixels.tolist(), strict=True)) == dict(zip(shown, [48, 16], strict=True))
 
 
 def test_another_grid_is_refused(rng) -> None:

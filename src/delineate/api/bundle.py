@@ -21,7 +21,7 @@ from delineate.core.targets import Targets
 from delineate.core.volume import Volume
 from delineate.datasets.dataset import SAME_GRID_MM, Dataset, check_grids, load_scan, resampled
 from delineate.datasets.series_rules import Images
-from delineate.errors import BadVoxels, BundleError, DatasetError, DelineateError, MissingFile, RecipeError
+from delineate.errors import BundleError, DatasetError, DelineateError, MissingFile, RecipeError
 from delineate.evaluation.card import card_of
 from delineate.inference.batch import carry_out, find_subjects, unseen_by, with_bundle_channels
 from delineate.inference.outputs import Outputs, Picture
@@ -30,6 +30,7 @@ from delineate.inference.review import Review
 from delineate.interop import Image, TorchIOImage, volume_of
 from delineate.io.exports import check_label_format
 from delineate.io.surfaces import check_surface_format
+from delineate.io.voxels import check_finite
 from delineate.metrics.quantities import Measurement, QuantityMap, quantity_map
 from delineate.recipe import Recipe
 
@@ -470,6 +471,5 @@ def _chosen(scan: Mapping[str, Any], channels: Sequence[str]) -> list[str]:
 
 def _checked(volume: Volume) -> Volume:
     """A volume from memory, which has not been checked yet. Raises :class:`BadVoxels`."""
-    if volume.voxels.dtype.kind == "f" and not np.isfinite(volume.voxels).all():
-        raise BadVoxels("the scan has voxels that are not finite", fix="fill them, or export it again")
+    check_finite("the scan", volume.voxels)
     return volume

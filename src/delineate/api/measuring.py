@@ -59,7 +59,7 @@ def evaluate(
     wanted = metrics if isinstance(metrics, str) else ",".join(metrics)
     if isinstance(predictions, str | Path):
         if isinstance(references, LabelVolume):
-            predictions = read_numbered(Path(predictions), targets, "scan")
+            predictions = read_numbered(Path(predictions), targets, "scan", references.grid)
         else:
             beside = Path(predictions) / "probabilities"
             kept = Path(probabilities) if probabilities is not None else beside if beside.is_dir() else None
@@ -121,7 +121,9 @@ def _evaluate_one(
 ) -> Evaluation:
     label = prediction if isinstance(prediction, LabelVolume) else prediction.label
     named = targets or (prediction.targets if isinstance(prediction, Prediction) else None)
-    known = reference if isinstance(reference, LabelVolume) else read_numbered(Path(reference), named, "scan")
+    known = (
+        reference if isinstance(reference, LabelVolume) else read_numbered(Path(reference), named, "scan", label.grid)
+    )
     chosen = named or _by_value(label, known)
     return measure_prediction(label, known, chosen, measuring, subject="scan").evaluation(measuring)
 

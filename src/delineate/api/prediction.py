@@ -21,6 +21,7 @@ from delineate.io.exports import export_label, exported_files
 from delineate.io.formats import read_volume
 from delineate.io.overwriting import check_outputs
 from delineate.io.surfaces import WRITERS, check_surface_format, surface_files, write_surfaces
+from delineate.io.voxels import check_finite
 from delineate.metrics.quantities import Measurement, QuantityMap
 
 
@@ -68,8 +69,9 @@ class Prediction(predictor.Prediction):
         of what is read has the ``threshold`` or more, 5.56 for a fat fraction unless another is given. An empty
         target has 0 ml, and NaN for the rest.
 
-        Raises :class:`~delineate.errors.MissingFile` for a channel that the scan lacks, and
-        :class:`~delineate.errors.GridMismatch` for a map on another grid.
+        Raises :class:`~delineate.errors.MissingFile` for a channel that the scan lacks,
+        :class:`~delineate.errors.GridMismatch` for a map on another grid, and
+        :class:`~delineate.errors.BadVoxels` for one with voxels that are not finite.
         """
         if values is not None:
             found = read_volume(Path(values)) if isinstance(values, str | Path) else volume_of(values)
@@ -82,6 +84,7 @@ class Prediction(predictor.Prediction):
             )
         if found.channels != 1:
             raise BadShape(f"the map of {quantity} has {found.channels} channels", fix="give the one that is meant")
+        check_finite(f"the map of {quantity}", found.voxels)
         read_within = QuantityMap(quantity, margin_mm, threshold)
         read_within.check(found.voxels, "the scan")
         measured = measure_label(self.label, self.targets, {read_within: found.voxels[0]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -90,6 +91,19 @@ class Targets:
         """Number of the network's output channels: background and targets, or one sigmoid per target."""
         return len(self.values) + (1 if self.exclusive else 0)
 
+    @cached_property
+    def outer_first(self) -> tuple[str, ...]:
+        """The names in the order in which targets are written into a label, later ones over earlier ones.
+
+        A target follows those that it lies within, as a tumour its liver; otherwise the order is that of :attr:`names`.
+        """
+        own = {name: frozenset(numbers) for name, numbers in self.values.items()}
+        ordered: dict[str, None] = {}
+        for name in self.names:
+            around = [other for other in self.names if own[other] > own[name]]
+            ordered |= dict.fromkeys([*sorted(around, key=lambda other: -len(own[other])), name])
+        return tuple(ordered)
+
     @property
     def known_values(self) -> frozenset[int]:
         return frozenset({0, *self.ignore, *(v for numbers in self.values.values() for v in numbers)})
@@ -125,7 +139,11 @@ class Targets:
 
     def masks(self, label: NDArray) -> dict[str, NDArray[np.bool_]]:
         """Each target's boolean mask (X, Y, Z) in a label with the data set's own values."""
-        return {name: _among(label, numbers) for name, numbers in self.values.items()}
+        return {name: self.mask_of(name, label) for name in self.values}
+
+    def mask_of(self, name: str, label: NDArray) -> NDArray[np.bool_]:
+        """One target's boolean mask (X, Y, Z) in a label with the data set's own values."""
+        return _among(label, self.values[name])
 
     def label(
         self, masks: Iterable[tuple[str, NDArray[np.bool_]]], shape: tuple[int, ...], subject: str
@@ -220,9 +238,9 @@ class Targets:
     def decode(self, encoded: NDArray[np.uint8]) -> NDArray[np.unsignedinteger]:
         """Label values (X, Y, Z) from a label as :meth:`encode` gives it, in which nothing is ignored.
 
-        Each target writes the value that :meth:`written_value` gives; later targets lie on top, so list
-        the larger target first (liver before tumour). Reading the label back gives the same masks as
-        long as an inner target lies within the outer one, which lists the inner one's values too.
+        Each target writes the value that :meth:`written_value` gives, in the order of :attr:`outer_first`. Reading the
+        label back gives the same masks as long as an inner target lies within the outer one, which lists the inner
+        one's values too.
         """
         values = [0, *(self.written_value(name) for name in self.names)]
         table = np.array(values, np.uint8 if max(values) < 256 else np.uint16)
@@ -230,13 +248,13 @@ class Targets:
         if self.exclusive:
             return table[encoded[0]]
         label = np.zeros_like(encoded[0], table.dtype)
-        for plane, value in zip(encoded, table[1:], strict=True):
-            np.copyto(label, value, where=plane == 1)
+        for index in map(self.names.index, self.outer_first):
+            np.copyto(label, table[index + 1], where=encoded[index] == 1)
         return label
 
     def written_value(self, name: str) -> int:
-        """The label value that :meth:`decode` writes for a target: one that no later target claims."""
-        later = {v for other in self.names[self.names.index(name) + 1 :] for v in self.values[other]}
+        """The label value that :meth:`decode` writes for a target: one that no target written later claims."""
+        later = {v for other in self.outer_first[self.outer_first.index(name) + 1 :] for v in self.values[other]}
         own = [v for v in self.values[name] if v not in later]
         return (own or list(self.values[name]))[0]
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from delineate.core.grid import Grid
 from delineate.core.subject import Label, Subject, paths_of
 from delineate.core.targets import SharedTargets, Targets
 from delineate.core.volume import LabelVolume
@@ -49,20 +50,25 @@ class Pair:
     def labels(self, targets: Targets, *, orientation: Orientation = "refuse") -> tuple[LabelVolume, LabelVolume]:
         """The prediction and the reference, with the same label values: those of ``targets``, or of ``shared``.
 
+        Where one was saved for a part of the scan, it is widened to the other's grid; outlines are drawn on it.
         Raises any error of reading.
         """
         shared = self.shared or SharedTargets(targets, targets, targets)
 
-        def read(label: Label, relabelled: Callable[[NDArray, str], NDArray]) -> LabelVolume:
+        def read(label: Label, relabelled: Callable[[NDArray, str], NDArray], grid: Grid | None = None) -> LabelVolume:
             if masks_of(label, shared.targets, self.subject) is not None:
-                return read_numbered(label, shared.targets, self.subject, orientation=orientation)
+                return read_numbered(label, shared.targets, self.subject, grid, orientation=orientation)
             [path] = paths_of(label)
             found = read_label(path, orientation=orientation)
             if self.shared is None:
                 return found
             return LabelVolume(relabelled(found.voxels, self.subject), found.grid)
 
-        return read(self.prediction, shared.prediction), read(self.reference, shared.reference)
+        prediction = read(self.prediction, shared.prediction)
+        reference = read(self.reference, shared.reference, prediction.grid)
+        if prediction.grid.shape != reference.grid.shape:  # it may be the prediction that is a part
+            prediction = read(self.prediction, shared.prediction, reference.grid)
+        return prediction, reference
 
 
 class Pairing(NamedTuple):

@@ -58,10 +58,11 @@ class ExportedTiles(Specification):
 class Description(Specification):
     """All of it. ``preprocessing`` has the steps of the recipe, with what they learnt from training scans.
 
-    ``outputs`` are the network's, in order; ``average``: they are probabilities, or logits, and are averaged as such.
-    ``flips``: the axes of the input, 2 for x, along which it is mirrored, once for each entry; the output is mirrored
-    back, and all are averaged. ``outside``: each output's value where the preparation cut a scan off. ``threshold``:
-    what overlapping targets must exceed; ``null`` where targets exclude each other and the largest output wins.
+    ``outputs`` are in the order of ``targets``, of which later ones are written over earlier ones. ``average``: they
+    are probabilities, or logits, and are averaged as such. ``flips``: the axes of the input, 2 for x, along which it is
+    mirrored, once for each entry; the output is mirrored back, and all are averaged. ``outside``: each output's value
+    where the preparation cut a scan off. ``threshold``: what overlapping targets must exceed; ``null`` where targets
+    exclude each other and the largest output wins.
     """
 
     format: Literal[1] = 1
@@ -134,7 +135,7 @@ def _described(bundle: Bundle, versions: Mapping[str, str]) -> Description:
             colour="#{:02x}{:02x}{:02x}".format(*colours[name]),
             code=recipe.data.codes.get(name),
         )
-        for name in targets.names
+        for name in targets.outer_first
     )
     values: dict[str, Any] = {
         "name": recipe.name,
@@ -145,7 +146,7 @@ def _described(bundle: Bundle, versions: Mapping[str, str]) -> Description:
         "tiles": _tiles(bundle),
         "flips": _flips(bundle),
         "average": average,
-        "outputs": (*background, *targets.names),
+        "outputs": (*background, *targets.outer_first),
         "outside": (*(most for _ in background), *(least for _ in targets.names)),
         "threshold": None if targets.exclusive else 0.5 if average == "probabilities" else 0.0,
         "targets": named,

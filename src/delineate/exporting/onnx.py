@@ -31,7 +31,7 @@ from delineate.errors import CannotExport
 from delineate.exporting.description import Description, describe, free_axes
 from delineate.io.files import writing_beside
 from delineate.networks.blocks import InstanceNorm
-from delineate.sampling.tiles import TileGeometry, standardised
+from delineate.sampling.tiles import standardised
 from delineate.specification import from_json, to_json
 
 OPSET: Final = 18
@@ -73,7 +73,7 @@ def export_onnx(folders: Sequence[Path], path: Path) -> Exported:
     check_installed()
     bundles = [Bundle.load(folder) for folder in folders]
     described = describe(bundles, {name: version(name) for name in ("delineate", "torch", "onnx", "onnxscript")})
-    tiles = Tiles([bundle.trained_network() for bundle in bundles], bundles[0].geometry, described)
+    tiles = Tiles(bundles, described)
     if (size := sum(4 * parameter.numel() for parameter in tiles.parameters())) > _MOST_BYTES:
         raise CannotExport(
             f"the weights have {size / 2**30:.1f} GiB, and an ONNX file holds 2",
@@ -107,21 +107,25 @@ def read_description(path: Path) -> Description:
 class Tiles(nn.Module):
     """What tiles of a prepared scan (N, C, x, y, z) become: probabilities or logits (N, K, x, y, z)."""
 
-    def __init__(self, networks: Sequence[nn.Module], geometry: TileGeometry, described: Description) -> None:
+    def __init__(self, bundles: Sequence[Bundle], described: Description) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.geometry, self.average = geometry, described.average
+        self.networks = nn.ModuleList(bundle.trained_network() for bundle in bundles)
+        self.orders = [[*map(bundle.targets.names.index, bundle.targets.outer_first)] for bundle in bundles]
+        self.geometry, self.average = bundles[0].geometry, described.average
         self.exclusive = described.threshold is None
 
     def forward(self, tile: Tensor) -> Tensor:
         across = self.geometry.slice_axis
         image = tile if across is None else tile.movedim(across + 2, 2).flatten(1, 2)  # (N, C · slices, a, b)
         image = standardised(image, self.geometry.standardise)
-        answers = [self._answer(network(image)) for network in self.networks]
+        members = zip(self.networks, self.orders, strict=True)
+        answers = [self._answer(network(image), order) for network, order in members]
         mean = reduce(torch.add, answers) / len(answers)
         return mean if across is None else mean.unsqueeze(across + 2)
 
-    def _answer(self, logits: Tensor) -> Tensor:
+    def _answer(self, logits: Tensor, order: list[int]) -> Tensor:
+        if order != sorted(order):  # targets that overlap, an inner one listed first
+            logits = torch.stack([logits[:, k] for k in order], 1)
         return logits if self.average == "logits" else _probabilities(logits, self.exclusive)
 
 

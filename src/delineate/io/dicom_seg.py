@@ -17,15 +17,16 @@ from pydicom import dcmread
 from pydicom.sr.codedict import codes as concepts
 from pydicom.uid import ExplicitVRLittleEndian
 
-from delineate.core.grid import Grid, permute_axes
+from delineate.core.grid import Grid, Shape3, permute_axes
 from delineate.core.legend import PLAIN, RGB, Code, Coding, Legend
 from delineate.core.text import printable
 from delineate.core.volume import LabelVolume
 from delineate.core.warning_filters import filtered_warnings
-from delineate.errors import BadFormat, BadLabelValue, GridMismatch, RecipeError
+from delineate.errors import BadFormat, BadGeometry, BadLabelValue, GridMismatch, RecipeError
 from delineate.io.dicom import check_size, describe_series, frames_of
 from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits, writing_beside
+from delineate.io.rtstruct import check_names
 from delineate.io.voxels import LPS_TO_RAS, check_grid
 
 SegmentationKind = Literal["BINARY", "LABELMAP"]
@@ -35,6 +36,11 @@ REGION = Coding(Code("309825002", "SCT", "Spatial and Relational Concept"), Code
 
 
 UTF_8 = "ISO_IR 192"
+
+_STRAY = 0.1
+"""How many slices the last plane of a segmentation may lie off the slice that it is taken for."""
+_MOST_GAP = 1.5
+"""How many times their thickness slices side by side may be apart."""
 
 _MAY_BE_EMPTY = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
@@ -77,20 +83,21 @@ def write_segmentation(
 
     Patient, study and frame of reference are the source's, with everything that its headers say about
     them: docs/privacy.md lists the fields.
-    Raises :class:`GridMismatch` where the masks are not on the series' grid, :class:`RecipeError`
-    for overlapping masks in a label map, and :class:`OutputError`.
+    Raises :class:`GridMismatch` where the masks are not on the series' grid, :class:`BadFormat` for headers that cannot
+    be copied or a name beyond 64 characters, :class:`RecipeError` for overlapping masks in a label map, and
+    :class:`OutputError`.
     """
     series_grid, _ = describe_series(source)
     if not grid.matches(series_grid, 0.1):
         raise GridMismatch(
             f"the label is {grid}, the series '{source.description}' is {series_grid}", fix="predict on the series"
         )
-    planes = np.stack([mask.transpose(2, 1, 0) for mask in masks.values()], axis=-1).astype(np.uint8)
-    pixels: NDArray = planes
-    if kind == "LABELMAP":
-        if (planes.sum(axis=-1) > 1).any():
-            raise RecipeError("targets overlap, which a label map cannot hold", fix="write them as BINARY segments")
-        pixels = (planes * np.arange(1, planes.shape[-1] + 1, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+    check_names(masks)
+    pixels = _joined(masks, grid.shape)
+    if pixels is None and kind == "LABELMAP":
+        raise RecipeError("targets overlap, which a label map cannot hold", fix="write them as BINARY segments")
+    if pixels is None:
+        pixels = _stacked(masks, grid.shape)
     frames = frames_of(source)
     instances = list(dict.fromkeys(frame.instance for frame in frames))
     headers = []
@@ -141,6 +148,25 @@ def write_segmentation(
         segmentation.save_as(beside, enforce_file_format=True)
 
 
+def _joined(masks: Mapping[str, NDArray[np.bool_]], shape: Shape3) -> NDArray | None:
+    """Planes (slice, row, column) of segment numbers, which take less memory than a mask each; None for overlaps."""
+    pixels = np.zeros(shape[::-1], np.min_scalar_type(len(masks)))
+    for number, name in enumerate(masks, start=1):
+        inside = masks[name].transpose(2, 1, 0)
+        if pixels[inside].any():
+            return None
+        pixels[inside] = number
+    return pixels
+
+
+def _stacked(masks: Mapping[str, NDArray[np.bool_]], shape: Shape3) -> NDArray:
+    """Planes (slice, row, column, segment) of masks, of which one is held at a time; segments lie apart in memory."""
+    pixels = np.empty((len(masks), *shape[::-1]), np.uint8)
+    for k, name in enumerate(masks):
+        pixels[k] = masks[name].transpose(2, 1, 0)
+    return np.moveaxis(pixels, 0, -1)
+
+
 def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVolume:  # noqa: B008 - frozen
     """A label of segment numbers (X, Y, Z) on the grid of its frames; the higher number where segments overlap.
 
@@ -149,7 +175,7 @@ def read_segmentation(instance: Instance, limits: Limits = Limits()) -> LabelVol
     with parsing(instance):
         segmentation = _opened(instance, limits)
         volume = segmentation.get_volume(combine_segments=True, relabel=False, skip_overlap_checks=True)
-    voxels, grid = _placed(instance, volume.array, volume.affine)
+        voxels, grid = _placed(instance, segmentation, volume.array, volume.affine, None, limits)
     return LabelVolume(np.asfortranarray(voxels), grid)
 
 
@@ -166,9 +192,13 @@ def segments(instance: Instance) -> dict[int, str]:
 def read_masks(
     instance: Instance,
     numbers: Sequence[int],
+    scan: Grid | None = None,
     limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> Iterator[tuple[NDArray[np.bool_], Grid]]:
     """The masks (X, Y, Z) of these segments, one at a time, whatever they overlap with; all on one grid.
+
+    ``scan`` is the grid that they were drawn on, if known. It says how far apart slices are where the segmentation
+    does not, which may have left out empty ones.
 
     Raises as :func:`read_segmentation` does, and :class:`BadLabelValue` for a share of a voxel.
     """
@@ -177,7 +207,7 @@ def read_masks(
     for number in numbers:
         with parsing(instance):
             volume = segmentation.get_volume(segment_numbers=[number], combine_segments=False)
-        voxels, grid = _placed(instance, volume.array[..., 0], volume.affine)
+            voxels, grid = _placed(instance, segmentation, volume.array[..., 0], volume.affine, scan, limits)
         mask = voxels != 0
         if not (voxels[mask] == 1).all():
             raise BadLabelValue(f"'{instance}' holds shares of voxels", fix="export it as a binary segmentation")
@@ -188,24 +218,74 @@ def _opened(instance: Instance, limits: Limits) -> highdicom.seg.Segmentation:
     """A segmentation whose size was checked."""
     with instance.open() as file:
         segmentation = highdicom.seg.segread(file)
-    # A label map has one frame per slice, other kinds one for each segment in the slice.
-    segments = 1 if segmentation.SegmentationType == "LABELMAP" else max(1, segmentation.number_of_segments)
-    slices = -(-segmentation.number_of_frames // segments)
-    check_size(f"'{instance}'", (segmentation.Columns, segmentation.Rows, slices), limits)
+    # As many slices as fit between the first and the last, however few of them have frames. Where the frames form no
+    # volume, making one says why.
+    if (geometry := segmentation.get_volume_geometry(allow_missing_positions=True)) is not None:
+        slices, rows, columns = geometry.spatial_shape
+        check_size(f"'{instance}'", (columns, rows, slices), limits)
     return segmentation
 
 
-def _placed(instance: Instance, planes: NDArray, lps: NDArray) -> tuple[NDArray, Grid]:
+def _placed(
+    instance: Instance,
+    segmentation: highdicom.seg.Segmentation,
+    planes: NDArray,
+    lps: NDArray,
+    scan: Grid | None,
+    limits: Limits,
+) -> tuple[NDArray, Grid]:
     """Voxels (X, Y, Z) and their grid from highdicom's planes (slice, row, column) in LPS millimetres."""
     affine = np.eye(4)
     affine[:3] = LPS_TO_RAS[:, None] * lps[:3][:, [2, 1, 0, 3]]
     voxels = planes.transpose(2, 1, 0)
     x, y, z = voxels.shape
+    occupied = Grid((x, y, z), affine)
+    apart_mm, slice_mm = occupied.spacing_mm[2], _slice_mm(instance, segmentation, occupied, scan)
+    every = max(1, round(apart_mm / slice_mm)) if z > 1 else 1
+    # Where planes lie between the slices of the scan, their grid stays as it is, and does not match.
+    if abs(apart_mm - every * slice_mm) * (z - 1) < _STRAY * slice_mm:
+        affine[:3, 2] *= slice_mm / apart_mm
+        if every > 1:
+            z = every * (z - 1) + 1
+            check_size(f"'{instance}'", (x, y, z), limits)
+            sparse, voxels = voxels, np.zeros((x, y, z), voxels.dtype, order="F")
+            voxels[:, :, ::every] = sparse
     grid = check_grid(instance.path, (x, y, z), affine + 0.0)
     # Slices in the order in which a series is read: along the normal to their rows and columns.
     backwards = np.linalg.det(affine[:3, :3]) < 0
     order, flip = (0, 1, 2), (False, False, bool(backwards))
     return permute_axes(voxels, order, flip), grid.permute(order, flip)
+
+
+def _slice_mm(
+    instance: Instance, segmentation: highdicom.seg.Segmentation, occupied: Grid, scan: Grid | None
+) -> float:
+    """How far apart slices are, of which the ``occupied`` ones may be only every third, or a single one.
+
+    Raises :class:`BadGeometry` where nothing tells.
+    """
+    apart_mm, single = occupied.spacing_mm[2], occupied.shape[2] == 1
+    if _said_mm(segmentation, "SpacingBetweenSlices"):
+        return apart_mm  # of which it is a multiple
+    if scan is not None and np.allclose(occupied.affine[:3, :2], scan.affine[:3, :2], atol=1e-4):
+        return scan.spacing_mm[2]
+    thickness_mm = _said_mm(segmentation, "SliceThickness")
+    if single and thickness_mm:
+        return thickness_mm
+    if single or 0 < _MOST_GAP * thickness_mm < apart_mm:
+        raise BadGeometry(
+            f"'{instance}' marks no two slices side by side, and does not say how far apart slices are",
+            fix="export it with SpacingBetweenSlices, or with its empty slices; in a data set, its scan says it",
+        )
+    return apart_mm
+
+
+def _said_mm(segmentation: highdicom.seg.Segmentation, keyword: str) -> float:
+    """A length that all frames share; 0 where they do not say it."""
+    shared = segmentation.get("SharedFunctionalGroupsSequence") or []
+    each = segmentation.get("PerFrameFunctionalGroupsSequence") or []
+    measures = (one for group in (*shared[:1], *each[:1]) for one in group.get("PixelMeasuresSequence") or [])
+    return next((abs(float(value)) for one in measures if (value := one.get(keyword))), 0.0)
 
 
 def _description(number: int, name: str, coding: Coding, colour: RGB) -> highdicom.seg.SegmentDescription:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from delineate.core.legend import PLAIN, Legend
 from delineate.core.targets import Targets
@@ -91,7 +93,7 @@ def export_label(
         check_installed(suffix)
         from delineate.io.dicom_series import the_series
 
-        masks, series = _to_name(path, targets).masks(label.voxels), the_series(source)
+        masks, series = _Masks(_to_name(path, targets), label.voxels), the_series(source)
         if path.name.lower().endswith(STRUCTURES_SUFFIX):
             from delineate.io.rtstruct import write_structures
 
@@ -107,7 +109,7 @@ def export_label(
         targets = _to_name(path, targets)
         with writing_beside(path) as beside:
             values = {name: targets.written_value(name) for name in targets.names}
-            write_segments(beside, targets.masks(label.voxels), values, label.grid, legend)
+            write_segments(beside, _Masks(targets, label.voxels), values, label.grid, legend)
         return [path]
     written = exported_files(path)
     for file in written:
@@ -126,6 +128,23 @@ def export_label(
     return written
 
 
+@dataclass(frozen=True, eq=False)
+class _Masks(Mapping[str, NDArray[np.bool_]]):
+    """The masks of targets in a label, each made when it is asked for: those of many targets fill the memory."""
+
+    targets: Targets
+    voxels: NDArray
+
+    def __getitem__(self, name: str) -> NDArray[np.bool_]:
+        return self.targets.mask_of(name, self.voxels)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.targets.names)
+
+    def __len__(self) -> int:
+        return len(self.targets.names)
+
+
 def _to_name(path: Path, targets: Targets | None) -> Targets:
     """The targets for a format that names them."""
     if targets is None:
@@ -139,7 +158,7 @@ def _to_name(path: Path, targets: Targets | None) -> Targets:
 def sidecar_of(label: LabelVolume, targets: Targets | None) -> dict[str, Any]:
     """What a label's format may not hold: its affine and shape, and the targets with their values and volumes."""
     voxel_ml = label.grid.voxel_ml
-    masks = {} if targets is None else targets.masks(label.voxels)
+    masks: Mapping[str, NDArray[np.bool_]] = {} if targets is None else _Masks(targets, label.voxels)
     volumes = {name: int(np.count_nonzero(mask)) * voxel_ml for name, mask in masks.items()}
     return {
         "affine_ras_mm": label.grid.affine.tolist(),

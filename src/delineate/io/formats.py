@@ -280,8 +280,8 @@ def write_volume(path: Path, volume: Volume, *, like: Path | None = None) -> Non
     NIfTI keeps an affine bit for bit if it came from NIfTI-1, and any other to 32-bit precision. Where
     ``like`` is a NIfTI file on the same grid, its header's geometry is copied exactly. MetaImage and
     NRRD become one uncompressed file, even as ``.mhd`` or ``.nhdr``. ``.vtk`` and ``.vti`` are for
-    viewers; PNG and TIFF hold one slice and no grid. The file appears complete or not at all:
-    :class:`OutputError`.
+    viewers; PNG and TIFF hold one slice, an axial one as radiologists view it, and no grid. The file appears complete
+    or not at all: :class:`OutputError`.
     """
     voxels = volume.voxels
     if voxels.dtype.kind not in "iu":

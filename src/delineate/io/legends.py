@@ -17,8 +17,8 @@ _FIRST_LINE = "# Targets and colours, written by Delineate"
 def write_legends(folder: Path, targets: Targets, legend: Legend) -> list[Path]:
     """Write the files that ITK-SNAP (*Segmentation, Import Label Descriptions*) and 3D Slicer (*Colors*) read.
 
-    A value that belongs to several targets is shown as the last of them, which is the one that lies on top. Raises
-    :class:`OutputError` instead of overwriting a file of somebody else's.
+    A value that belongs to several targets is shown as the innermost of them, which lies on top.
+    Raises :class:`OutputError` instead of overwriting a file of somebody else's.
     """
     written = {folder / ITK_SNAP: _itk_snap(targets, legend), folder / SLICER: _slicer(targets, legend)}
     for path in written:
@@ -33,7 +33,7 @@ def write_legends(folder: Path, targets: Targets, legend: Legend) -> list[Path]:
 def rows(targets: Targets, legend: Legend) -> list[tuple[int, str, tuple[int, int, int]]]:
     """Value, name in one line, and colour; of every value that a label may hold."""
     colours = legend.colours_of(targets.names)
-    by_value = {value: name for name, values in targets.values.items() for value in values}
+    by_value = {value: name for name in targets.outer_first for value in targets.values[name]}
     return [(value, " ".join(name.split()), colours[name]) for value, name in sorted(by_value.items())]
 
 

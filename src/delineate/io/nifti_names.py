@@ -26,7 +26,7 @@ _TARGET = "delineate.target"
 
 
 def names_and_colours(targets: Targets, legend: Legend) -> bytes:
-    """The extension's content. A value that belongs to several targets has the name of the last, which lies on top."""
+    """The extension's content. A value that belongs to several targets has the name of the innermost."""
     labels = []
     for value, name, colour in rows(targets, legend):
         red, green, blue = (f"{part / 255:.6g}" for part in colour)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from delineate.core.grid import Grid
+from delineate.core.grid import Grid, permute_axes
 from delineate.core.warning_filters import filtered_warnings
 from delineate.errors import BadFormat, BadShape, TooLarge, Truncated
 from delineate.io.files import Limits, open_file
@@ -62,7 +62,13 @@ def read_picture(path: Path, limits: Limits) -> tuple[NDArray, Grid]:
 
 
 def write_picture(path: Path, voxels: NDArray, grid: Grid) -> None:
-    """Write one slice (1, X, Y, 1) of whole numbers from 0 to 65535. Raises :class:`BadShape` for anything else."""
+    """Write one slice (1, X, Y, 1) of whole numbers from 0 to 65535. Raises :class:`BadShape` for anything else.
+
+    An axial slice is turned as :func:`read_picture` takes it to lie, one of another plane is written as it is stored.
+    """
+    axial = permute_axes(voxels, *grid.axes_to("LPS"))
+    if axial.shape[3] == 1:
+        voxels = axial
     if voxels.shape[0] != 1 or voxels.shape[3] != 1 or voxels.dtype.kind not in "iu":
         raise BadShape(f"voxels {voxels.shape} of {voxels.dtype} fit no picture", fix="save one slice of whole numbers")
     plane = voxels[0, :, :, 0].T

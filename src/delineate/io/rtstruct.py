@@ -10,7 +10,7 @@ it by a line along edges, there and back.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from io import BytesIO
@@ -129,7 +129,8 @@ def _read(source: Path | Instance, *keywords: str) -> Dataset:
 def _numbered(structures: Dataset) -> dict[int, str]:
     """Names of the structures by number."""
     found = structures.get("StructureSetROISequence") or []
-    return {int(one.ROINumber): str(one.get("ROIName") or f"structure {one.ROINumber}").strip() for one in found}
+    named = {int(one.ROINumber): str(one.get("ROIName") or f"structure {one.ROINumber}") for one in found}
+    return {number: printable(name.strip()) for number, name in named.items()}
 
 
 def _check_name(source: object, name: str, known: Sequence[str]) -> None:
@@ -250,6 +251,15 @@ _LONGEST_NAME = 64  # characters, by the standard
 _STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"  # retired with nothing in its place, but still required in references
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raise :class:`BadFormat` for a name that neither a structure nor a segment can have."""
+    if wrong := [name for name in names if len(name) > _LONGEST_NAME or "\\" in name]:
+        raise BadFormat(
+            f"'{wrong[0]}' cannot be a name in DICOM, which has {_LONGEST_NAME} characters at most and no backslash",
+            fix="rename the target, or choose another --format",
+        )
+
+
 def write_structures(
     path: Path, masks: Mapping[str, NDArray[np.bool_]], grid: Grid, source: Series, *, legend: Legend = PLAIN
 ) -> None:
@@ -269,12 +279,7 @@ def write_structures(
         raise GridMismatch(
             f"the label is {grid}, the series '{source.description}' is {series_grid}", fix="predict on the series"
         )
-    if long := [name for name in masks if len(name) > _LONGEST_NAME or "\\" in name]:
-        raise BadFormat(
-            f"'{long[0]}' cannot be the name of a structure, which has {_LONGEST_NAME} characters at most and no "
-            "backslash",
-            fix="rename the target, or choose another --format",
-        )
+    check_names(masks)
     frames = frames_of(source)
     with copying(source):
         whole = _header(source, frames)

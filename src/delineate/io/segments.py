@@ -122,7 +122,7 @@ def _of_dicom(path: Path, limits: Limits) -> Segments | None:
     numbers = {name: number for number, name in numbered.items()}
 
     def read(names: Sequence[str], grid: Grid | None) -> Iterator[Mask]:
-        for mask, own in read_masks(instance, [numbers[name] for name in names], limits):
+        for mask, own in read_masks(instance, [numbers[name] for name in names], grid, limits):
             yield _widened(mask, own, grid)  # many programs leave empty slices out
 
     return Segments(path, tuple(numbered.values()), tuple(numbered), read)

@@ -14,7 +14,7 @@ from isal import igzip, igzip_lib
 from numpy.typing import NDArray
 
 from delineate.core.grid import Affine, Grid, Shape3
-from delineate.errors import BadFormat, BadGeometry, BadPath, BadShape, MissingFile, TooLarge, Truncated
+from delineate.errors import BadFormat, BadGeometry, BadPath, BadShape, BadVoxels, MissingFile, TooLarge, Truncated
 from delineate.io.files import Limits, open_file
 
 Encoding = Literal["raw", "gzip", "zlib"]
@@ -108,6 +108,12 @@ def check_spacing(path: Path, spacing_mm: Sequence[float]) -> None:
             f"'{path}' has spacing {text} mm; each must lie in {_MIN_SPACING_MM}–{_MAX_SPACING_MM:g} mm",
             fix="export the scan again with its geometry",
         )
+
+
+def check_finite(what: str, voxels: NDArray) -> None:
+    """Raise :class:`BadVoxels` unless all voxels, which come from memory, are finite."""
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        raise BadVoxels(f"{what} has voxels that are not finite", fix="fill them, or export it again")
 
 
 def sibling(path: Path, name: str) -> Path:

@@ -78,7 +78,8 @@ class QuantityMap:
         """Raise :class:`DatasetError` for a map in percent whose values look like fractions of 1."""
         if self._is_share(values):
             raise DatasetError(
-                f"'{self.channel}' of '{subject}' has values up to {values.max():.3g}: fractions of 1, not percent",
+                f"'{self.channel}' of '{subject}' has values up to {np.nanmax(values):.3g}: "
+                "fractions of 1, not percent",
                 fix="multiply it by 100, or call the channel something else",
             )
 
@@ -87,7 +88,7 @@ class QuantityMap:
         return replace(self, threshold=None, by_name=False) if self._is_share(values) else self
 
     def _is_share(self, values: NDArray) -> bool:
-        return self.unit == "%" and 0 < float(values.max(initial=0)) <= _LARGEST_SHARE
+        return self.unit == "%" and 0 < float(np.nanmax(values, initial=0)) <= _LARGEST_SHARE
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, without the path of the maps, which is private."""

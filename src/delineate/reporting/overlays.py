@@ -154,11 +154,12 @@ def slices_of(scan: Volume, prediction: LabelVolume, reference: LabelVolume, tar
 
 
 def views_of_label(scan: Volume, label: LabelVolume, targets: Targets) -> tuple[View, ...]:
-    """:func:`views_of` a label alone: ``agreement`` numbers the targets from 1, with later targets on top."""
+    """:func:`views_of` a label alone: ``agreement`` numbers the targets from 1, with inner ones on top."""
     check_grids("the scan", "label", label.grid, "scan", scan.grid)
     marks = np.zeros(label.voxels.shape, np.uint8)
-    for number, mask in enumerate(targets.masks(label.voxels).values(), start=1):
-        marks[mask] = number
+    masks = targets.masks(label.voxels)
+    for name in targets.outer_first:
+        marks[masks[name]] = targets.names.index(name) + 1
     return _views(scan, marks, marks > 0)
 
 
