@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -9,12 +11,19 @@ from delineate.core.limits import usable_cores
 from delineate.errors import RecipeError
 
 
+@pytest.fixture
+def compiler(monkeypatch) -> None:
+    """A C++ compiler, as far as anybody looks, whether this machine has one or not."""
+    monkeypatch.setenv("CXX", sys.executable)
+
+
 def test_every_choice_has_its_reason() -> None:
     plan = plan_compute()
     assert [choice.what for choice in plan.choices] == ["device", "precision", "memory format", "compile", "threads"]
     assert all(choice.choice and choice.why for choice in plan.choices)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_short_run_is_not_compiled_and_says_why() -> None:
     short, long = plan_compute(device="cpu", expected_seconds=10), plan_compute(device="cpu", compile="off")
     assert not short.compile
@@ -25,6 +34,7 @@ def test_a_short_run_is_not_compiled_and_says_why() -> None:
     assert "150 convolutions" in {c.what: c.why for c in deep.choices}["compile"]
 
 
+@pytest.mark.usefixtures("compiler")
 def test_predictions_on_a_cpu_are_compiled_only_on_request() -> None:
     assert plan_compute(device="cpu").compile
     for engine in ("torch", "auto"):
