@@ -72,8 +72,10 @@ def test_threads_follow_openmp_s_variable_if_it_says_a_number(said, threads, mon
 
 def test_threads_are_given_back() -> None:
     before = torch.get_num_threads()
-    with torch_threads(1):
-        assert torch.get_num_threads() == 1
+    with torch_threads(2):
+        with torch_threads(1):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
     assert torch.get_num_threads() == before
 
 
