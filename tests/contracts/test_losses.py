@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
+from delineate.losses.base import known_voxels
 from delineate.losses.content import SiameseContentSpec
 from delineate.losses.overlap import DiceSpec, FocalTverskySpec, GeneralisedDiceSpec, TverskySpec
 from delineate.losses.pixelwise import CrossEntropySpec, FocalSpec
@@ -120,6 +121,24 @@ class Upside(DiceSpec):
         return lambda logits, target, image: 1 - dice(logits, target, image)
 
 
-def test_a_loss_that_breaks_a_promise_is_told_which() -> None:
-    with pytest.raises(AssertionError, match=r"perfection_is_the_minimum.*a perfect prediction costs 1"):
-        check_loss(Upside())
+class Total(CrossEntropySpec):
+    """A sum over voxels."""
+
+    kind: Literal["total"] = "total"
+
+    def build(self, targets):
+        mean = super().build(targets)
+        return lambda logits, target, image: mean(logits, target, image) * known_voxels(target).sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (Upside(), r"perfection_is_the_minimum.*a perfect prediction costs 1"),
+        (Total(), r"volumes_are_judged_like_slices.*a slice costs"),
+    ],
+    ids=["upside", "total"],
+)
+def test_a_loss_that_breaks_a_promise_is_told_which(loss, says) -> None:
+    with pytest.raises(AssertionError, match=says):
+        check_loss(loss)
