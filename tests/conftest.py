@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -73,6 +74,22 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real volumes not found: set DELINEATE_DATA to their folder")
     return folder
+
+
+@contextmanager
+def _no_file_beyond(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="session")
+def no_file_beyond() -> Callable[[int], AbstractContextManager[None]]:
+    """Lets no file grow beyond so many bytes, as on a full disk; for root, too."""
+    return _no_file_beyond
 
 
 @contextmanager
