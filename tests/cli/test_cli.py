@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from delineate.cli import main
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.evaluation.table import Evaluation
@@ -21,11 +25,34 @@ from delineate.recipe import load_recipe, to_yaml
 GRID = Grid((16, 16, 12), np.array([[-1.0, 0, 0, 5], [0, -1, 0, 7], [0, 0, 2, -3], [0, 0, 0, 1]]))
 
 
-def delineate(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "delineate", *map(str, arguments)], capture_output=True, encoding="utf-8", timeout=300
-    )
-    assert done.returncode == code, done.stdout + done.stderr
+@dataclass(frozen=True)
+class Said:
+    """What a command printed, and its exit status."""
+
+    stdout: str
+    stderr: str
+    code: int
+
+
+def said(*arguments: object) -> Said:
+    """Run the command in this process: to import everything again takes longer than most of what is asked here."""
+    out, err = (TextIOWrapper(BytesIO(), encoding="utf-8") for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["delineate", *map(str, arguments)])
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        with pytest.raises(SystemExit) as end:
+            main()
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())
+    return Said(*texts, code=int(end.value.code or 0))
+
+
+def delineate(*arguments: object, code: int = 0) -> Said:
+    done = said(*arguments)
+    assert done.code == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
 
@@ -98,8 +125,6 @@ def test_inspection_as_json(balls) -> None:
 
 
 def test_a_broken_data_set_is_reported_whole_with_status_1(balls, tmp_path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(balls, copy)
     (copy / "labelsTr/c1.nii.gz").unlink()
@@ -217,8 +242,8 @@ def test_auto_writes_a_recipe_that_reproduces_itself(balls, tmp_path) -> None:
 )
 def test_mistakes_are_answered_in_words(arguments, message, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "delineate", *arguments], capture_output=True, encoding="utf-8")
-    assert done.returncode in (1, 2)
+    done = said(*arguments)
+    assert done.code in (1, 2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
