@@ -199,15 +199,17 @@ def test_an_output_that_cannot_be_written_is_said_and_nothing_is_left(run, balls
     assert {p.name for p in tmp_path.iterdir()} == {"taken"}
 
 
-def test_patterns_and_targets_of_the_command_line_stand_in_the_recipe(balls, tmp_path) -> None:
-    """So that the recipe alone, with the folder, reproduces the run."""
+def test_auto_writes_a_recipe_that_with_the_folder_alone_reproduces_the_run(balls, tmp_path) -> None:
+    """Patterns and targets of the command line stand in it."""
     options = ["--data", balls, "--cache", tmp_path / "cache", "--device", "cpu", "--threads", 1, "--no-evaluate"]
     patterns = ["--images", "imagesTr/*_0000.nii.gz", "--labels", "labelsTr/*.nii.gz", "--targets", "blob=1"]
-    delineate("train", "auto", *options, *patterns, "--steps", 2, "--out", tmp_path / "one")
-    delineate("train", tmp_path / "one/recipe.yaml", *options, "--out", tmp_path / "two")
-    one, two = ((tmp_path / name / "last/weights.safetensors").read_bytes() for name in ("one", "two"))
+    delineate("train", "auto", *options, *patterns, "--steps", 2, "--out", tmp_path / "auto")
+    written = tmp_path / "auto/recipe.yaml"
+    assert "# " in written.read_text(encoding="utf-8")
+    delineate("train", written, *options, "--out", tmp_path / "again")
+    one, two = ((tmp_path / name / "last/weights.safetensors").read_bytes() for name in ("auto", "again"))
     assert one == two
-    assert "blob" in (tmp_path / "two/bundle/bundle.json").read_text(encoding="utf-8")
+    assert "blob" in (tmp_path / "again/bundle/bundle.json").read_text(encoding="utf-8")
 
 
 def test_the_same_command_again_says_that_all_is_done(run, balls) -> None:
@@ -216,16 +218,6 @@ def test_the_same_command_again_says_that_all_is_done(run, balls) -> None:
         "--device", "cpu", "--threads", 1,
     )  # fmt: skip
     assert "already complete, after 30 steps" in done.stderr
-
-
-def test_auto_writes_a_recipe_that_reproduces_itself(balls, tmp_path) -> None:
-    options = ["--data", balls, "--cache", tmp_path / "cache", "--device", "cpu", "--threads", 1, "--no-evaluate"]
-    delineate("train", "auto", *options, "--out", tmp_path / "auto", "--steps", 2)
-    written = tmp_path / "auto/recipe.yaml"
-    assert "# " in written.read_text(encoding="utf-8")
-    delineate("train", written, *options, "--out", tmp_path / "again")
-    one, two = ((tmp_path / name / "last/weights.safetensors").read_bytes() for name in ("auto", "again"))
-    assert one == two
 
 
 @pytest.mark.parametrize(
