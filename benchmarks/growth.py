@@ -145,7 +145,7 @@ class Slow:
         return self._read(subject, *arguments, **named)
 
 
-def feed(root: str, gigabytes: float | None, mb_a_second: float, rounds: int, steps: int) -> None:
+def feed(root: str, gigabytes: float | None, mb_a_second: float, rounds: int, steps: int, side: int) -> None:
     """Steps a second, after the first quarter, with room for so much on the disk and nothing kept in memory."""
     cache.budget_in_memory, samplers.ROUNDS = (lambda: 0), rounds
     ended: list[float] = []
@@ -159,7 +159,7 @@ def feed(root: str, gigabytes: float | None, mb_a_second: float, rounds: int, st
     folder = Path(root, "cache") if gigabytes is None else Path(tempfile.mkdtemp(dir=root))
     options = RunOptions(fold=None, cache=folder, cache_gb=gigabytes, device="cpu", compile="off", evaluate=False)
     with tempfile.TemporaryDirectory(dir=root) as out:
-        recipe = recipe_of(FED_SIDE, steps=steps, width=16)
+        recipe = recipe_of(side, steps=steps, width=16)
         train(recipe, open_dataset(Path(root, "scans")), Path(out), options, Reporter(progress=progress))
     there = sum(file.stat().st_size for file in folder.glob("*/*.npy"))
     timed = ended[len(ended) // 4 :]
@@ -244,13 +244,13 @@ def process_points(quick: bool, _: dict[str, Point]) -> Iterator[tuple[str, Call
 
 
 def disk_points(quick: bool, known: dict[str, Point]) -> Iterator[tuple[str, Callable[[], Point]]]:
-    subjects, steps = (24, 8) if quick else (48, 240)
+    subjects, steps, side = (24, 8, 16) if quick else (48, 240, FED_SIDE)
     with tempfile.TemporaryDirectory() as root:
         write_cohort(Path(root, "scans"), subjects, (32, 32, 32) if quick else FED_SHAPE)
-        yield "all prepared", lambda: apart(f"feed({root!r}, None, 0, 8, {steps})")
+        yield "all prepared", lambda: apart(f"feed({root!r}, None, 0, 8, {steps}, {side})")
         for rate in RATES_MB_A_SECOND[:1] if quick else RATES_MB_A_SECOND:
             for rounds in (8, 1):
-                work = f"feed({root!r}, {known['all prepared']['GB'] / 3}, {rate}, {rounds}, {steps})"
+                work = f"feed({root!r}, {known['all prepared']['GB'] / 3}, {rate}, {rounds}, {steps}, {side})"
                 yield f"a third, {rate} MB/s, {rounds} at a time", lambda work=work: apart(work)
 
 

@@ -102,11 +102,12 @@ def step_gflop(quick: bool) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def machine_rates(plan: ComputePlan) -> dict[str, tuple[Callable[[], object], float]]:
+def machine_rates(plan: ComputePlan, quick: bool) -> dict[str, tuple[Callable[[], object], float]]:
     """The best the machine can do: name → (work, GFLOP)."""
-    a, b = (torch.randn(2048, 2048).to(plan.dtype) for _ in range(2))
+    n, sides = (256, (8, 8, 8)) if quick else (2048, SIDES)
+    a, b = (torch.randn(n, n).to(plan.dtype) for _ in range(2))
     convolution = nn.Conv3d(32, 32, 3, padding=1, bias=False).to(memory_format=torch.channels_last_3d).to(plan.dtype)
-    x = torch.randn(2, 32, *SIDES).to(plan.dtype).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    x = torch.randn(2, 32, *sides).to(plan.dtype).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
     gflop = 2 * 27 * 32 * 32 * x[:, 0].numel() / 1e9
 
     def forward() -> Tensor:
@@ -114,7 +115,7 @@ def machine_rates(plan: ComputePlan) -> dict[str, tuple[Callable[[], object], fl
             return convolution(x)  # type: ignore[no-any-return]
 
     return {
-        f"matrix product, {plan.precision}": (lambda: a @ b, 2 * 2048**3 / 1e9),
+        f"matrix product, {plan.precision}": (lambda: a @ b, 2 * n**3 / 1e9),
         f"convolution 32→32, {plan.precision}, forward": (forward, gflop),
         f"convolution 32→32, {plan.precision}, forward + backward": (
             lambda: convolution(x).float().mean().backward(),
@@ -126,7 +127,7 @@ def machine_rates(plan: ComputePlan) -> dict[str, tuple[Callable[[], object], fl
 def bench_step(quick: bool) -> list[Row]:
     keep_freed_memory()  # in one process all cases have it
     plan = plan_compute(compile="off" if quick else "on")
-    rates = machine_rates(plan)
+    rates = machine_rates(plan, quick)
     cases: dict[str, Callable[[], object]] = {
         "PyTorch's defaults": training_step(None, quick=quick),
         "compute plan": training_step(plan, quick=quick),
@@ -176,7 +177,7 @@ def bench_pass(quick: bool) -> list[Row]:
         export_onnx([Path(folder, "bundle")], Path(folder, "network.onnx"))
         session = onnxruntime.InferenceSession(Path(folder, "network.onnx"), providers=["CPUExecutionProvider"])
     plan.place(network, 3)
-    rates = {name: rate for name, rate in machine_rates(plan).items() if name.endswith("forward")}
+    rates = {name: rate for name, rate in machine_rates(plan, quick).items() if name.endswith("forward")}
     rows: list[Row] = []
     for tiles in (1, 8):
         x = torch.randn(tiles, 1, *sides)
@@ -373,6 +374,8 @@ def bench_memory(quick: bool) -> list[Row]:
         "training steps, hippocampus recipe": f"import run; run.train_hippocampus_steps({quick})",
         "predicting 4 × 240×240×155 in tiles of 80³": f"import run; run.predict_large_scan({quick})",
     }
+    if quick:  # to see that they run, one process will do
+        works = {"all of these": "; ".join(works.values())}
     return [{"case": name, "peak GB": peak_of(work)} for name, work in works.items()]
 
 
@@ -428,7 +431,7 @@ def bench_networks(quick: bool) -> list[Row]:
     rows = []
     for name in list(CONFIGURATIONS)[:1] if quick else CONFIGURATIONS:
         row: Row = {"case": name}
-        for how in ("defaults", "not compiled", "plan"):
+        for how in ("defaults", "plan") if quick else ("defaults", "not compiled", "plan"):
             printed, peak = process_of(f"import run; run.network_steps({name!r}, {how!r}, {quick})")
             measured = json.loads(printed.splitlines()[-1])
             row |= {"batch": measured["batch"], f"{how}, ms": measured["ms"], f"{how}, peak GB": peak}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -73,6 +75,43 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real volumes not found: set DELINEATE_DATA to their folder")
     return folder
+
+
+_NARROW: dict[str, dict[str, Any]] = {
+    "buda_unet": {"first_filters": 4},
+    "context_unet": {"first_filters": 8},
+    "dense_unet": {"first_filters": 4},
+    "tiramisu": {"encoder": [1, 1, 1], "bottleneck": 1, "decoder": [1, 1, 1]},
+}
+
+
+def _narrow(network: dict[str, Any]) -> dict[str, Any]:
+    narrow = network | _NARROW.get(network["kind"], {})
+    if narrow.get("widths"):
+        narrow["widths"] = [max(8, width // 8) for width in narrow["widths"]]
+    return narrow
+
+
+@pytest.fixture(scope="session")
+def narrow() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Narrows the network of a packaged recipe: tests of all recipes would take minutes with the reports' widths."""
+    return _narrow
+
+
+@contextmanager
+def _no_file_beyond(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="session")
+def no_file_beyond() -> Callable[[int], AbstractContextManager[None]]:
+    """Lets no file grow beyond so many bytes, as on a full disk; for root, too."""
+    return _no_file_beyond
 
 
 @contextmanager

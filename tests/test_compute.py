@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,12 +13,19 @@ from delineate.core.limits import usable_cores
 from delineate.errors import RecipeError
 
 
+@pytest.fixture
+def compiler(monkeypatch) -> None:
+    """A C++ compiler, as far as anybody looks, whether this machine has one or not."""
+    monkeypatch.setenv("CXX", sys.executable)
+
+
 def test_every_choice_has_its_reason() -> None:
     plan = plan_compute()
     assert [choice.what for choice in plan.choices] == ["device", "precision", "memory format", "compile", "threads"]
     assert all(choice.choice and choice.why for choice in plan.choices)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_short_run_is_not_compiled_and_says_why() -> None:
     short, long = plan_compute(device="cpu", expected_seconds=10), plan_compute(device="cpu", compile="off")
     assert not short.compile
@@ -27,6 +36,7 @@ def test_a_short_run_is_not_compiled_and_says_why() -> None:
     assert "150 convolutions" in {c.what: c.why for c in deep.choices}["compile"]
 
 
+@pytest.mark.usefixtures("compiler")
 def test_predictions_on_a_cpu_are_compiled_only_on_request() -> None:
     assert plan_compute(device="cpu").compile
     for engine in ("torch", "auto"):
@@ -64,8 +74,10 @@ def test_threads_follow_openmp_s_variable_if_it_says_a_number(said, threads, mon
 
 def test_threads_are_given_back() -> None:
     before = torch.get_num_threads()
-    with torch_threads(1):
-        assert torch.get_num_threads() == 1
+    with torch_threads(2):
+        with torch_threads(1):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
     assert torch.get_num_threads() == before
 
 

@@ -100,6 +100,8 @@ def run_command(arguments: list[str], folder: Path) -> str:
 def test_the_five_commands_of_the_readme_run_as_typed(tmp_path) -> None:
     typed = commands("README.md")
     assert len(typed) == 5
+    assert typed[2][-2:] == ["--minutes", "0.5"]
+    typed[2][-1] = "0.1"  # the one thing that takes too long for a test
     said = [run_command(arguments, tmp_path) for arguments in typed]
     assert "liver" in said[-1]
     assert "Dice" in said[-1]

@@ -23,15 +23,6 @@ OVERLAPPING = {name for name in packaged_recipes() if name.startswith(("liver_tu
 SPACING_MM = {"wmh": (0.9, 0.9, 6.0), "sarcoma": (1.0, 1.0, 3.3), "demo": (3.5, 3.5, 7.0), "generic_2.5d": (1, 1, 6)}
 
 
-# The reports' widths would take minutes here; tests of the networks hold them.
-SMALLER = {
-    "buda_unet": {"first_filters": 4},
-    "context_unet": {"first_filters": 8},
-    "tiramisu": {"encoder": [1, 1, 1], "bottleneck": 1, "decoder": [1, 1, 1]},
-    "dense_unet": {"first_filters": 4},
-}
-
-
 def pre_trained(values, folder):
     """A bundle of two targets, one of them the lesion, as the arms of the transfer study begin with."""
     from delineate.bundle import Bundle
@@ -45,7 +36,7 @@ def pre_trained(values, folder):
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
-def test_it_trains_two_steps_and_predicts(name, tmp_path, rng) -> None:
+def test_it_trains_two_steps_and_predicts(name, narrow, tmp_path, rng) -> None:
     channels, shape = CHANNELS.get(name, 1), (36, 40, 14)
     grid = Grid.of_spacing(shape, SPACING_MM.get(name, (1.0, 1.0, 1.0)))
     label = np.zeros(shape, dtype=np.uint8)
@@ -60,8 +51,7 @@ def test_it_trains_two_steps_and_predicts(name, tmp_path, rng) -> None:
     # DeepLab's pooled branch normalises over the batch alone.
     batch_size = 2 if name == "prostate_deeplab" else 1
     values["training"] |= {"minutes": None, "steps": 2, "batch_size": batch_size, "folds": 3, "test_last": 0}
-    if values["network"]["kind"] in SMALLER:
-        values["network"] |= SMALLER[values["network"]["kind"]]
+    values["network"] = narrow(values["network"])
     if values["start"] is not None:
         values["start"]["weights"] = str(pre_trained(values, tmp_path))
     if values["loss"]["kind"] == "siamese_content":

@@ -24,7 +24,7 @@ import delineate
 from delineate import interop
 from delineate.api.bundle import _as_volume
 from delineate.api.prediction import Prediction
-from delineate.core.grid import Grid
+from delineate.core.grid import Grid, permute_axes
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.inspection import Inspection, Problem
 from delineate.errors import (
@@ -101,14 +101,15 @@ def test_whatever_holds_the_scan_the_label_is_the_same(here) -> None:
 
 
 def test_a_scan_in_another_orientation_gets_its_label_there(here) -> None:
-    """Permuted and flipped by SimpleITK: the label lies on that grid."""
-    scan = delineate.read("scan.nii.gz")
-    order, flip = (1, 0, 2), (True, False, True)
-    from delineate.core.grid import permute_axes
-
+    """Permuted and flipped, by way of SimpleITK: the label lies on that grid, and is that of the same voxels there."""
+    bundle, scan = delineate.load("run"), delineate.read("scan.nii.gz")
+    order, flip = (2, 0, 1), (True, False, True)
     turned = Volume(permute_axes(scan.voxels, order, flip), scan.grid.permute(order, flip))
-    label = delineate.load("run").predict(interop.to_simpleitk(turned)).label
-    assert label.grid.matches(turned.grid, 1e-9)
+    found = bundle.predict(interop.to_simpleitk(turned), probabilities=True)
+    wanted = bundle.predict(turned, probabilities=True)
+    assert found.label.grid.matches(turned.grid, 1e-9)
+    np.testing.assert_array_equal(found.label.voxels, wanted.label.voxels)
+    np.testing.assert_array_equal(found.probabilities, wanted.probabilities)
 
 
 def test_channels_go_in_by_name_in_the_bundle_s_order(tmp_path, rng) -> None:

@@ -20,21 +20,8 @@ PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def runner():
-    """The runner's modules import each other by name, as scripts do."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(PEERS))
-    import cases
-    import raw
-    import run
-    import tables
-    import watching
-
-    yield argparse.Namespace(cases=cases, raw=raw, run=run, tables=tables, watching=watching)
-    sys.path.remove(str(PEERS))
-    for name in set(sys.modules) - before:
-        if str(PEERS) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+def runner(scripts):
+    return scripts(PEERS, "cases", "raw", "run", "tables", "watching")
 
 
 def case(runner, tool: str, part: str = "steps", what: str = "a"):

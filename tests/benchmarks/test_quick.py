@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -20,16 +22,20 @@ def test_every_benchmark_runs(tmp_path) -> None:
     assert all(rows.values())
 
 
-def test_growth_is_measured_kept_and_written(tmp_path) -> None:
+@pytest.fixture(scope="module")
+def scripted(scripts):
+    return scripts(ROOT / "benchmarks", "growth", "planning")
+
+
+def test_growth_is_measured_kept_and_written(scripted, tmp_path, monkeypatch, capsys) -> None:
     page, place = tmp_path / "docs/growth.md", tmp_path / "out"
     (tmp_path / "docs/images").mkdir(parents=True)
     page.write_text((ROOT / "docs/growth.md").read_text(encoding="utf-8"), encoding="utf-8")
-    command = [sys.executable, ROOT / "benchmarks/growth.py", place]
-    for words in (["volume", "disk", "--quick"], ["volume", "--quick"], ["--write", page]):
-        done = subprocess.run([*command, *words], capture_output=True, encoding="utf-8")
-        assert done.returncode == 0, done.stderr
-        printed = "" if "disk" not in words else done.stdout
-        assert done.stdout == printed, "what is measured is not measured again"
+    for words in (["volume", "disk", "--quick"], ["volume", "--quick"], ["--write", str(page)]):
+        monkeypatch.setattr(sys, "argv", ["growth.py", str(place), *words])
+        assert scripted.growth.main() == 0
+        printed = capsys.readouterr().out
+        assert bool(printed) is ("disk" in words), "what is measured is not measured again"
     measured = json.loads((place / "growth.json").read_text(encoding="utf-8"))["parts"]
     assert set(measured["disk"]) == {"all prepared", "a third, 100 MB/s, 8 at a time", "a third, 100 MB/s, 1 at a time"}
     limited = measured["disk"]["a third, 100 MB/s, 8 at a time"]
@@ -40,18 +46,9 @@ def test_growth_is_measured_kept_and_written(tmp_path) -> None:
     assert (tmp_path / "docs/images/growth.webp").stat().st_size > 1000
 
 
-def test_plans_are_compared_with_trainings(tmp_path) -> None:
-    command = [
-        sys.executable,
-        ROOT / "benchmarks/planning.py",
-        "--quick",
-        "--threads",
-        "1",
-        "-o",
-        tmp_path / "table.md",
-    ]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
+def test_plans_are_compared_with_trainings(scripted, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["planning.py", "--quick", "--threads", "1", "-o", str(tmp_path / "table.md")])
+    scripted.planning.main()
     head, _, *rows = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert "memory, planned" in head
     assert [row.count("|") for row in rows] == [head.count("|")]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from delineate.cli import main
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.evaluation.table import Evaluation
@@ -21,11 +25,34 @@ from delineate.recipe import load_recipe, to_yaml
 GRID = Grid((16, 16, 12), np.array([[-1.0, 0, 0, 5], [0, -1, 0, 7], [0, 0, 2, -3], [0, 0, 0, 1]]))
 
 
-def delineate(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "delineate", *map(str, arguments)], capture_output=True, encoding="utf-8", timeout=300
-    )
-    assert done.returncode == code, done.stdout + done.stderr
+@dataclass(frozen=True)
+class Said:
+    """What a command printed, and its exit status."""
+
+    stdout: str
+    stderr: str
+    code: int
+
+
+def said(*arguments: object) -> Said:
+    """Run the command in this process: to import everything again takes longer than most of what is asked here."""
+    out, err = (TextIOWrapper(BytesIO(), encoding="utf-8") for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["delineate", *map(str, arguments)])
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        with pytest.raises(SystemExit) as end:
+            main()
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())
+    return Said(*texts, code=int(end.value.code or 0))
+
+
+def delineate(*arguments: object, code: int = 0) -> Said:
+    done = said(*arguments)
+    assert done.code == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
 
@@ -98,8 +125,6 @@ def test_inspection_as_json(balls) -> None:
 
 
 def test_a_broken_data_set_is_reported_whole_with_status_1(balls, tmp_path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(balls, copy)
     (copy / "labelsTr/c1.nii.gz").unlink()
@@ -174,15 +199,17 @@ def test_an_output_that_cannot_be_written_is_said_and_nothing_is_left(run, balls
     assert {p.name for p in tmp_path.iterdir()} == {"taken"}
 
 
-def test_patterns_and_targets_of_the_command_line_stand_in_the_recipe(balls, tmp_path) -> None:
-    """So that the recipe alone, with the folder, reproduces the run."""
+def test_auto_writes_a_recipe_that_with_the_folder_alone_reproduces_the_run(balls, tmp_path) -> None:
+    """Patterns and targets of the command line stand in it."""
     options = ["--data", balls, "--cache", tmp_path / "cache", "--device", "cpu", "--threads", 1, "--no-evaluate"]
     patterns = ["--images", "imagesTr/*_0000.nii.gz", "--labels", "labelsTr/*.nii.gz", "--targets", "blob=1"]
-    delineate("train", "auto", *options, *patterns, "--steps", 2, "--out", tmp_path / "one")
-    delineate("train", tmp_path / "one/recipe.yaml", *options, "--out", tmp_path / "two")
-    one, two = ((tmp_path / name / "last/weights.safetensors").read_bytes() for name in ("one", "two"))
+    delineate("train", "auto", *options, *patterns, "--steps", 2, "--out", tmp_path / "auto")
+    written = tmp_path / "auto/recipe.yaml"
+    assert "# " in written.read_text(encoding="utf-8")
+    delineate("train", written, *options, "--out", tmp_path / "again")
+    one, two = ((tmp_path / name / "last/weights.safetensors").read_bytes() for name in ("auto", "again"))
     assert one == two
-    assert "blob" in (tmp_path / "two/bundle/bundle.json").read_text(encoding="utf-8")
+    assert "blob" in (tmp_path / "again/bundle/bundle.json").read_text(encoding="utf-8")
 
 
 def test_the_same_command_again_says_that_all_is_done(run, balls) -> None:
@@ -191,16 +218,6 @@ def test_the_same_command_again_says_that_all_is_done(run, balls) -> None:
         "--device", "cpu", "--threads", 1,
     )  # fmt: skip
     assert "already complete, after 30 steps" in done.stderr
-
-
-def test_auto_writes_a_recipe_that_reproduces_itself(balls, tmp_path) -> None:
-    options = ["--data", balls, "--cache", tmp_path / "cache", "--device", "cpu", "--threads", 1, "--no-evaluate"]
-    delineate("train", "auto", *options, "--out", tmp_path / "auto", "--steps", 2)
-    written = tmp_path / "auto/recipe.yaml"
-    assert "# " in written.read_text(encoding="utf-8")
-    delineate("train", written, *options, "--out", tmp_path / "again")
-    one, two = ((tmp_path / name / "last/weights.safetensors").read_bytes() for name in ("auto", "again"))
-    assert one == two
 
 
 @pytest.mark.parametrize(
@@ -217,8 +234,8 @@ def test_auto_writes_a_recipe_that_reproduces_itself(balls, tmp_path) -> None:
 )
 def test_mistakes_are_answered_in_words(arguments, message, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "delineate", *arguments], capture_output=True, encoding="utf-8")
-    assert done.returncode in (1, 2)
+    done = said(*arguments)
+    assert done.code in (1, 2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

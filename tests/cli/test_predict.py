@@ -6,13 +6,12 @@ import csv
 import errno
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 
@@ -331,17 +330,9 @@ def test_no_name_costs_others_their_rows(bundle: Path, tmp_path: Path, name: str
     assert len(list(out.iterdir())) == (7 if good else 6), "nothing half-written"
 
 
-@contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_label_that_cannot_be_written_is_one_failed_row(predictor: Predictor, tmp_path: Path) -> None:
+def test_a_label_that_cannot_be_written_is_one_failed_row(
+    predictor: Predictor, tmp_path: Path, no_file_beyond: Callable[[int], AbstractContextManager[None]]
+) -> None:
     scan(tmp_path / "small.nii")
     large = np.random.default_rng(3).random((1, 64, 64, 32), dtype=np.float32)
     write_volume(tmp_path / "large.nii", Volume(large, Grid.of_spacing((64, 64, 32))))

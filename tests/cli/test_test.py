@@ -29,12 +29,13 @@ DICE = ("--metrics", "dice")  # and few charts
 runner = CliRunner()
 
 
-def delineate(*arguments: object, code: int = 0) -> Result:
+def delineate(*arguments: object, code: int = 0, error: type[DelineateError] | None = None) -> Result:
     done = runner.invoke(app, [*map(str, arguments), *CPU])
-    if not isinstance(done.exception, DelineateError):
-        assert done.exit_code == code, repr(done.exception) + done.output
+    if error is not None:
+        assert type(done.exception) is error, repr(done.exception) + done.output
     else:
-        assert code == 1, repr(done.exception)
+        assert done.exit_code == code, repr(done.exception) + done.output
+        assert isinstance(done.exception, SystemExit | None), repr(done.exception)
     return done
 
 
@@ -137,7 +138,7 @@ def test_a_test_can_be_added_to_the_card(run: Path, data: Path, tmp_path: Path) 
     delineate(*words, "--card", "x" * 201, code=2)
     card.unlink()
     card.mkdir()
-    assert isinstance(delineate(*words, "--card", "again", code=1).exception, BundleError)
+    delineate(*words, "--card", "again", error=BundleError)
     card.rmdir()
     assert content(bundle) == {name: data for name, data in before.items() if name != "card.md"}
 
@@ -145,16 +146,15 @@ def test_a_test_can_be_added_to_the_card(run: Path, data: Path, tmp_path: Path) 
 def test_what_was_trained_on_is_refused_by_name(run: Path, data: Path, tmp_path: Path) -> None:
     split = load_split(run / "split.json")
     fold = ("--split", run / "split.json", "--fold", 1)
-    done = delineate("test", run, "--data", data, *fold, "-o", tmp_path / "out", code=1)
-    assert isinstance(done.exception, DatasetError)
+    done = delineate("test", run, "--data", data, *fold, "-o", tmp_path / "out", error=DatasetError)
     assert all(name in str(done.exception) for name in split.held_out(1))
     trained = shutil.copytree(data, tmp_path / "trained")
     for name in split.held_out(0):
         (trained / f"labelsTr/{name}.nii.gz").unlink()
-    done = delineate("test", run, "--data", trained, "-o", tmp_path / "out", code=1)
+    done = delineate("test", run, "--data", trained, "-o", tmp_path / "out", error=DatasetError)
     assert "were seen in training" in str(done.exception)
-    done = delineate("test", run, "--data", trained, "--split", run / "split.json", "-o", tmp_path / "out", code=1)
-    assert isinstance(done.exception, MissingFile)
+    fold = ("--split", run / "split.json")
+    delineate("test", run, "--data", trained, *fold, "-o", tmp_path / "out", error=MissingFile)
     assert not (tmp_path / "out").exists()
     assert "needs a split" in delineate("test", run, "--data", data, "--fold", 1, "-o", "out", code=2).output
 
@@ -173,12 +173,10 @@ def test_other_settings_of_prediction_are_measured_and_said(run: Path, data: Pat
 
 @pytest.mark.parametrize("change", ["training.steps=3", "data.targets=null", "tiles.shape.0=16", "metrics=[dice]"])
 def test_a_setting_of_training_is_refused(change: str, run: Path, data: Path, tmp_path: Path) -> None:
-    done = delineate("test", run, "--data", data, "-o", tmp_path / "out", "--set", change, code=1)
-    assert isinstance(done.exception, RecipeError)
+    done = delineate("test", run, "--data", data, "-o", tmp_path / "out", "--set", change, error=RecipeError)
     assert "inference.*" in done.exception.fix
-    done = delineate(
-        "test", run, "--data", data, "-o", tmp_path / "out", "--set", "postprocessing.largest_component=[x]", code=1
-    )
+    unknown = ("--set", "postprocessing.largest_component=[x]")
+    done = delineate("test", run, "--data", data, "-o", tmp_path / "out", *unknown, error=RecipeError)
     assert "unknown targets ['x']" in str(done.exception)
     assert not (tmp_path / "out").exists()
 
@@ -208,7 +206,7 @@ def test_only_what_both_name_is_measured(run: Path, tmp_path: Path) -> None:
     assert "Not measured, since the labels do not name them: ball." in done.stderr
     assert Evaluation.read(tmp_path / "out/evaluation").targets == ("core",)
     none = written(tmp_path / "none", ["d0", "d1"], {"vessel": 1})
-    done = delineate("test", run, "--data", none, "-o", tmp_path / "none out", code=1)
+    done = delineate("test", run, "--data", none, "-o", tmp_path / "none out", error=RecipeError)
     assert "no target in common" in str(done.exception)
     delineate("test", run, "--data", none, "-o", tmp_path / "named", "--targets", "ball=1", *DICE)
     assert Evaluation.read(tmp_path / "named/evaluation").targets == ("ball",)
@@ -218,7 +216,7 @@ def test_a_quantity_is_measured_or_its_absence_said_first(run: Path, data: Path,
     read = ("--quantity", "T1", "--margin-mm", 1, "--threshold", 2)
     delineate("test", run, "--data", data, "-o", tmp_path / "out", *read, *DICE)
     assert "reference_quantity_mean" in Evaluation.read(tmp_path / "out/evaluation").metrics
-    done = delineate("test", run, "--data", data, "-o", tmp_path / "lacking", "--quantity", "pdff", code=1)
+    done = delineate("test", run, "--data", data, "-o", tmp_path / "lacking", "--quantity", "pdff", error=MissingFile)
     assert "lack pdff" in str(done.exception)
     assert not (tmp_path / "lacking").exists()
 
@@ -240,8 +238,7 @@ def test_the_same_test_resumes_and_no_other_writes_over_it(run: Path, data: Path
     tables = [name for name in before if name.endswith((".csv", ".json")) and "measurements" not in name]
     assert {name: same[name] for name in tables} == {name: before[name] for name in tables}
     for other in (["--lesion-overlap", 0.5], ["--set", "inference.overlap=0"], ["--targets", "ball=1"]):
-        done = delineate(*asked, *other, code=1)
-        assert isinstance(done.exception, OutputError)
+        delineate(*asked, *other, error=OutputError)
         assert content(out) == same
     delineate(*asked, "--set", "inference.overlap=0", "--overwrite")
     assert content(out)["evaluation/metrics.csv"] != same["evaluation/metrics.csv"]

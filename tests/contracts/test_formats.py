@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +22,6 @@ from delineate.testing.formats import FORMAT_LAWS, SHAPE, affines, numbered, vol
 from delineate.testing.laws import Law
 
 every_format = pytest.mark.parametrize("suffix", SUFFIXES)
-
-
-@contextmanager
-def full_disk(free: int) -> Iterator[None]:
-    """No file may grow beyond ``free`` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @every_format
@@ -94,12 +82,14 @@ def test_bytes_after_the_voxels_are_refused(suffix: str, tmp_path: Path) -> None
 
 
 @every_format
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(suffix: str, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    suffix: str, tmp_path: Path, no_file_beyond: Callable[[int], AbstractContextManager[None]]
+) -> None:
     path = tmp_path / f"scan{suffix}"
     write_volume(path, volume())
     before = path.read_bytes()
     noise = np.random.default_rng(7).integers(0, 2**15, (1, 64, 64, 64)).astype(np.int16)
-    with full_disk(free=100_000), pytest.raises(OutputError, match="too large"):
+    with no_file_beyond(100_000), pytest.raises(OutputError, match="too large"):
         write_volume(path, Volume(noise, Grid.of_spacing(noise.shape[1:])))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -23,7 +23,8 @@ from delineate.sampling.tiles import TileGeometry
 PLAN = plan_compute(device="cpu", precision="fp32", compile="off")
 
 
-def saved(folder: Path, targets: Targets, seed: int, training: list[str]) -> Bundle:
+def saved(folder: Path, targets: Targets, seed: int, training: list[str], *, bias: float | None = None) -> Bundle:
+    """Random weights; with a ``bias`` of 1e4, everything is the one target, with -1e4 nothing is."""
     recipe = recipe_from(
         {
             "name": "small",
@@ -36,7 +37,10 @@ def saved(folder: Path, targets: Targets, seed: int, training: list[str]) -> Bun
     bundle = Bundle(recipe, recipe.pipeline, targets, ("MRI",), geometry, (12.0, 12.0, 7.0))
     torch.manual_seed(seed)
     provenance = Provenance(key=key_id(), training=hidden(training))
-    replace(bundle, provenance=provenance).save(folder, bundle.network().state_dict(), {})
+    weights = bundle.network().state_dict()
+    if bias is not None:
+        weights["head.bias"] = torch.tensor([0.0, bias])
+    replace(bundle, provenance=provenance).save(folder, weights, {})
     return Bundle.load(folder)
 
 
@@ -54,6 +58,18 @@ def test_both_are_measured_on_what_neither_saw_in_what_both_name(tmp_path: Path)
     same = measure_forgetting(both, both, source, tmp_path / "same", PLAN, Measuring("lits"))
     assert same["before"].table.equals(same["after"].table)
     assert same["before"].targets == ("liver", "tumour")
+
+
+def test_before_is_the_first_and_after_the_second(tmp_path: Path) -> None:
+    source = write_phantoms(tmp_path / "scans", 2)
+    everywhere, nowhere = (
+        saved(tmp_path / name, Targets({"tumour": (1,)}), 0, ["somebody"], bias=bias)
+        for name, bias in (("everywhere", 1e4), ("nowhere", -1e4))
+    )
+    found = measure_forgetting(everywhere, nowhere, source, tmp_path / "out", PLAN, Measuring("volume_ml"))
+    assert found["before"].table["volume_ml"].min() > 0
+    assert found["after"].table["volume_ml"].max() == 0
+    assert Evaluation.read(tmp_path / "out/before_evaluation").table["volume_ml"].min() > 0
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,12 +11,18 @@ import torch
 
 from delineate.networks.blocks import KerasTransposed, keras_batch_norm
 
-os.environ["KERAS_BACKEND"] = "torch"
-keras = pytest.importorskip("keras")
+@pytest.fixture(scope="module")
+def keras() -> Iterator[ModuleType]:
+    """Imported for these tests alone: it takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_BACKEND", "torch")
+        yield pytest.importorskip("keras")
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_transposed_convolutions_are_aligned_as_keras_same(dimensions: int, rng: np.random.Generator) -> None:
+def test_transposed_convolutions_are_aligned_as_keras_same(
+    dimensions: int, keras: ModuleType, rng: np.random.Generator
+) -> None:
     image = torch.from_numpy(rng.random((*(2, 4, 5, 6)[: dimensions + 1], 3), dtype=np.float32))
     kind = keras.layers.Conv3DTranspose if dimensions == 3 else keras.layers.Conv2DTranspose
     theirs = kind(4, 3, strides=2, padding="same", bias_initializer="random_normal")
@@ -29,7 +36,7 @@ def test_transposed_convolutions_are_aligned_as_keras_same(dimensions: int, rng:
     torch.testing.assert_close(found, expected.cpu(), rtol=1e-5, atol=1e-5)
 
 
-def test_batch_normalisation_moves_as_keras(rng: np.random.Generator) -> None:
+def test_batch_normalisation_moves_as_keras(keras: ModuleType, rng: np.random.Generator) -> None:
     theirs, ours = keras.layers.BatchNormalization(), keras_batch_norm(2, 3)
     for _ in range(3):
         image = torch.from_numpy(rng.normal(3, 2, (8, 6, 5, 3)).astype(np.float32))

@@ -70,12 +70,18 @@ def test_probability_zero_changes_nothing() -> None:
 
 
 def test_a_turn_keeps_millimetres_on_anisotropic_grids() -> None:
-    """A cylinder of 12 mm across stays 12 mm across when it is turned in a plane of 1 × 3 mm voxels."""
-    spec = AugmentationSpec(spatial=SpatialSpec(probability=1, rotate_degrees=(0, 90, 0), scale=(1, 1)), intensity=None)
+    """A cylinder stays where it is when it is turned about its axis in a plane of 1 × 3 mm voxels; in voxels, not."""
     x, _, z = torch.meshgrid(torch.arange(60.0) - 29.5, torch.arange(4.0), torch.arange(20.0) - 9.5, indexing="ij")
     disc = (x**2 + (3 * z) ** 2 < 144).to(torch.uint8)[None, None]
-    area = [int(varied(disc.float(), disc, spec, seed=seed, spacing=(1.0, 1.0, 3.0))[1].sum()) for seed in range(5)]
-    assert all(abs(n / int(disc.sum()) - 1) < 0.08 for n in area)
+    kept = {}
+    for unit in ("mm", "voxels"):
+        turned = SpatialSpec(probability=1, rotate_degrees=(0, 90, 0), rotate_in=unit, scale=(1, 1))
+        spec = AugmentationSpec(spatial=turned, intensity=None)
+        moved = [varied(x[None, None], disc, spec, seed=seed, spacing=(1.0, 1.0, 3.0)) for seed in range(5)]
+        assert all((image - x).abs().max() > 5 for image, _ in moved), "it is turned"
+        kept[unit] = min(2 * int((label & disc).sum()) / int(label.sum() + disc.sum()) for _, label in moved)
+    assert kept["mm"] > 0.85
+    assert kept["voxels"] < 0.75
 
 
 def test_a_turn_in_voxels_takes_no_heed_of_the_spacing() -> None:

@@ -32,7 +32,7 @@ from delineate.studies.cluster import RayCluster, _look
 from delineate.studies.conducting import conduct
 from delineate.studies.reporting import write_study_report
 from delineate.studies.results import collect
-from delineate.studies.running import LocalProcesses, StudyFolder
+from delineate.studies.running import Launcher, StudyFolder
 from delineate.studies.specification import load_study
 
 RECIPE = {
@@ -86,13 +86,13 @@ def ray(cluster: str) -> Iterator[ModuleType]:
         yield ray
 
 
-def run_whole(world: Path, out: Path) -> None:
+def run_whole(world: Path, out: Path, launcher: Launcher) -> None:
     """Run the study here, undisturbed, as a cluster of one CPU a run does."""
     study, folder = load_study(world / "small.yaml"), StudyFolder(out)
     datasets = {"scans": load_recipe(world / "tiny.yaml").data.open(world / "data")}
     plan, done = conduct(
-        study, "quick", datasets, {"scans": world / "data"}, folder, LocalProcesses(),
-        beside=world, jobs=2, options=["--device", "cpu", "--threads", "1"],
+        study, "quick", datasets, {"scans": world / "data"}, folder, launcher,
+        beside=world, jobs=1, options=["--device", "cpu", "--threads", "1"],
     )  # fmt: skip
     assert done
     write_study_report(collect(folder, study, plan.runs), folder.path, size="quick", data_sets={})
@@ -139,7 +139,7 @@ class Driver:
 
 
 def test_a_study_killed_and_a_worker_killed_resume_with_the_tables_of_an_undisturbed_study(
-    world: Path, cluster: str
+    world: Path, cluster: str, in_this_process: Launcher
 ) -> None:
     out = world / "killed"
     driver = Driver(world, out, "local")
@@ -163,7 +163,7 @@ def test_a_study_killed_and_a_worker_killed_resume_with_the_tables_of_an_undistu
     assert not training.is_running(), "what its worker ran ended with it"
     assert again.log.count("the worker of this run was lost; it is repeated elsewhere") == 1
     assert again.log.count("resum") == 2, "not begun anew"
-    run_whole(world, world / "whole")
+    run_whole(world, world / "whole", in_this_process)
     assert tables(out) == tables(world / "whole")
     assert {row["runs"] for row in tables(out)["results"]} == {"plain", "fast"}
 

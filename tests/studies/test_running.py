@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -76,25 +75,19 @@ def command(world: Path, out: str, *more: str) -> list[str]:
     return ["study", "run", str(world / "small.yaml"), *place, "--device", "cpu", *more]
 
 
-def environment(world: Path) -> dict[str, str]:
-    return {**os.environ, "DELINEATE_HOME": str(world / "home"), "OMP_NUM_THREADS": "1"}
-
-
-def started(world: Path, out: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "delineate", *command(world, out)],
-        env=environment(world),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-    )
-
-
 def tables(out: Path) -> dict[str, list[dict[str, str]]]:
     return {name: read_table(out / f"{name}.csv") for name in ("results", "differences")}
 
 
-def test_a_killed_study_resumes_and_ends_with_the_same_tables(world: Path) -> None:
-    killed = started(world, "killed")
+@pytest.mark.usefixtures("in_this_process")
+def test_a_killed_study_resumes_and_ends_with_the_same_tables(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "delineate", *command(world, "killed")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
     folder = StudyFolder(world / "killed")
     deadline = time.monotonic() + 120
     while folder.status("plain-fold1-seed0").state != "done":
@@ -109,7 +102,8 @@ def test_a_killed_study_resumes_and_ends_with_the_same_tables(world: Path) -> No
     assert plan.study.name == "small"
     assert len(runs) == 2
     for out in ("killed", "whole"):
-        assert started(world, out).wait() == 0
+        done = CliRunner().invoke(app, command(world, out))
+        assert done.exit_code == 0, done.output
     assert folder.status("plain-fold1-seed0") == before, "what was done is not done again"
     assert tables(world / "killed") == tables(world / "whole")
     results = tables(world / "whole")["results"]
@@ -120,6 +114,7 @@ def test_a_killed_study_resumes_and_ends_with_the_same_tables(world: Path) -> No
         assert text in page
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_failing_run_stops_no_other_and_is_run_again(world: Path, monkeypatch) -> None:
     monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -176,6 +171,7 @@ STAGED = {
 }
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_study_chooses_transfers_tests_elsewhere_and_looks_at_the_locked_subjects_once(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +212,7 @@ def test_a_study_chooses_transfers_tests_elsewhere_and_looks_at_the_locked_subje
     assert {one.name for one in folder.open()[1]} == {one.name for one in runs}
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_study_moves_the_subject_that_its_network_without_any_is_least_sure_of(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +242,7 @@ def read_subjects(folder: StudyFolder, name: str) -> list[str]:
     return [row["subject"] for row in read_table(folder.run(name) / "evaluation" / "metrics.csv")]
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_run_whose_start_failed_is_not_tried_and_says_so(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELINEATE_HOME", str(world / "home"))
     arms = {"lost": {"set": ["start.weights=nowhere"]}, "then": {"start_from": "lost"}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from delineate import plugins
 from delineate.bundle import Bundle
+from delineate.compute import ComputePlan
 from delineate.core.memory import memory_bytes
 from delineate.core.targets import Targets
 from delineate.datasets.dataset import Dataset
@@ -78,11 +81,23 @@ def test_a_batch_in_parts_trains_as_the_whole_where_the_loss_is_a_mean_over_samp
 
 
 def test_computing_activations_again_changes_no_bit_of_the_weights(
-    recipe: Recipe, balls: Dataset, tmp_path: Path
+    recipe: Recipe, balls: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    context, entered = ComputePlan.again, 0
+
+    @contextmanager
+    def counted(plan: ComputePlan) -> Iterator[None]:
+        nonlocal entered
+        entered += 1
+        with context(plan):
+            yield
+
+    monkeypatch.setattr(ComputePlan, "again", counted)
     steps = ("training.steps=3", "network.norm=batch", "training.norm_statistics=moving")
     kept = trained(recipe, balls, tmp_path / "kept", *steps)
+    assert entered == 0
     again = trained(recipe, balls, tmp_path / "again", *steps, "training.checkpoint_activations=true")
+    assert entered > 0
     assert furthest(kept, again) == 0
     assert losses(kept) == losses(again)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from delineate.recipe import QuantitySpec, load_recipe, recipe_from, to_yaml
 from delineate.reporting.run import write_run_report
 from delineate.training.options import Reporter, RunOptions, Stop
 from delineate.training.preparation import assign_roles, new_split
-from delineate.training.run import train
+from delineate.training.run import RunResult, train
 from delineate.training.subjects import RunSubjects
 
 OPTIONS = {"device": "cpu", "precision": "fp32", "compile": "off", "threads": 1}
@@ -49,20 +50,27 @@ def weights_of(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "weights.safetensors")
 
 
-def test_a_run_leaves_what_it_promises(recipe, balls, tmp_path) -> None:
-    result = run(recipe, balls, tmp_path / "run")
+@pytest.fixture(scope="module")
+def whole(recipe, balls, tmp_path_factory) -> tuple[Path, RunResult]:
+    """A finished run of the recipe, to be read or copied."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, run(recipe, balls, folder)
+
+
+def test_a_run_leaves_what_it_promises(whole, balls) -> None:
+    folder, result = whole
     assert result.finished
     assert result.steps == 12
-    names = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert names >= {
         "bundle/weights.safetensors", "last/weights.safetensors", "last/state.safetensors", "recipe.yaml",
         "split.json", "plan.json", "data.json", "logs/training.csv", "logs/validation.csv", "logs/validation_loss.csv",
         "evaluation/metrics.csv",
     }  # fmt: skip
-    curve = pd.read_csv(tmp_path / "run/logs/training.csv")
+    curve = pd.read_csv(folder / "logs/training.csv")
     assert curve["step"].tolist() == list(range(12))
-    assert len(pd.read_csv(tmp_path / "run/logs/validation.csv")) == 3
-    facts = CardFacts.of(Bundle.load(tmp_path / "run/bundle"))
+    assert len(pd.read_csv(folder / "logs/validation.csv")) == 3
+    facts = CardFacts.of(Bundle.load(folder / "bundle"))
     assert facts.effort is not None
     assert (facts.effort.steps, facts.effort.finished) == (12, True)
     assert facts.effort.minutes > 0
@@ -71,14 +79,13 @@ def test_a_run_leaves_what_it_promises(recipe, balls, tmp_path) -> None:
     estimates = {(figure.target, figure.metric): figure.estimate for figure in measured.figures}
     summary = result.evaluation.summary()
     assert estimates["ball", "dice"] == summary["ball"]["dice"]
-    held_out = RunSubjects.load(tmp_path / "run").held_out
+    held_out = RunSubjects.load(folder).held_out
     assert facts.patients.held_out == measured.subjects == len(held_out)
     assert sorted(result.evaluation.subjects) == sorted(held_out)
     for name in held_out:
         subject = next(s for s in balls.subjects if s.id == name)
-        predicted, scan = (
-            read_header(p).grid for p in (tmp_path / "run/predictions" / f"{name}.nii.gz", *subject.scans.values())
-        )
+        prediction = folder / "predictions" / f"{name}.nii.gz"
+        predicted, scan = (read_header(path).grid for path in (prediction, *subject.scans.values()))
         assert predicted.shape == scan.shape
         np.testing.assert_array_equal(predicted.affine, scan.affine)
 
@@ -136,15 +143,13 @@ def test_it_learns(recipe, balls, tmp_path) -> None:
     assert result.evaluation.summary()["ball"]["dice"].mean > 0.8
 
 
-def test_two_runs_of_one_recipe_are_the_same(recipe, balls, tmp_path) -> None:
-    run(recipe, balls, tmp_path / "one")
+def test_two_runs_of_one_recipe_are_the_same(whole, recipe, balls, tmp_path) -> None:
     run(recipe, balls, tmp_path / "two")
-    one, two = weights_of(tmp_path / "one/last"), weights_of(tmp_path / "two/last")
+    one, two = weights_of(whole[0] / "last"), weights_of(tmp_path / "two/last")
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
-def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(recipe, balls, tmp_path) -> None:
-    run(recipe, balls, tmp_path / "whole")
+def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(whole, recipe, balls, tmp_path) -> None:
     stop = tmp_path / "parts/stop"
 
     def stop_at_second_validation(text: str) -> None:
@@ -157,10 +162,10 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(recipe, balls, tmp
     assert not stop.exists()
     second = run(recipe, balls, tmp_path / "parts")
     assert second.finished
-    whole, parts = weights_of(tmp_path / "whole/last"), weights_of(tmp_path / "parts/last")
-    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    once, parts = weights_of(whole[0] / "last"), weights_of(tmp_path / "parts/last")
+    assert all(np.array_equal(once[name], parts[name]) for name in once)
     for curve in ("training.csv", "validation.csv", "validation_loss.csv"):
-        a, b = (pd.read_csv(tmp_path / name / "logs" / curve) for name in ("whole", "parts"))
+        a, b = (pd.read_csv(folder / "logs" / curve) for folder in (whole[0], tmp_path / "parts"))
         pd.testing.assert_frame_equal(
             a.drop(columns="minutes", errors="ignore"), b.drop(columns="minutes", errors="ignore")
         )
@@ -270,14 +275,14 @@ def test_what_decides_the_last_bit_is_recorded_and_a_change_is_said(recipe, ball
     assert any("started with threads 1, now 2: the weights will not equal" in text for text in other.messages)
 
 
-def test_tensorboard_reads_the_numbers_of_the_curves(recipe, balls, tmp_path) -> None:
+def test_tensorboard_reads_the_numbers_of_the_curves(whole) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(recipe, balls, tmp_path / "run", evaluate=False)
-    events = EventAccumulator(str(tmp_path / "run/logs/tensorboard"))
+    folder, _ = whole
+    events = EventAccumulator(str(folder / "logs/tensorboard"))
     events.Reload()
     for curve, names in (("training", ["loss", "learning_rate"]), ("validation", ["dice", "dice_ball"])):
-        table = pd.read_csv(tmp_path / f"run/logs/{curve}.csv")
+        table = pd.read_csv(folder / f"logs/{curve}.csv")
         for name in names:
             scalars = events.Scalars(name)
             assert [event.step for event in scalars] == table["step"].tolist()
@@ -392,21 +397,21 @@ def test_two_processes_share_the_data_and_save_once(recipe, balls, tmp_path) -> 
     assert _steps(tmp_path / "run/last/state.safetensors") == 12
 
 
-def test_the_same_folder_refuses_another_recipe(recipe, balls, tmp_path) -> None:
-    run(recipe, balls, tmp_path / "run", evaluate=False)
+def test_the_same_folder_refuses_another_recipe(whole, recipe, balls, tmp_path) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
     other = recipe.model_copy(update={"training": recipe.training.model_copy(update={"batch_size": 3})})
     with pytest.raises(RecipeError, match=r"differ in training.*another --out"):
         run(other, balls, tmp_path / "run")
 
 
-def test_the_same_folder_refuses_another_fold(recipe, balls, tmp_path) -> None:
-    run(recipe, balls, tmp_path / "run", evaluate=False)
+def test_the_same_folder_refuses_another_fold(whole, recipe, balls, tmp_path) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
     with pytest.raises(RecipeError, match=r"other subjects.*fold, training"):
         run(recipe, balls, tmp_path / "run", fold=1)
 
 
-def test_a_raised_budget_goes_on_validates_and_is_written_down(recipe, balls, tmp_path) -> None:
-    run(recipe, balls, tmp_path / "run", evaluate=False)
+def test_a_raised_budget_goes_on_validates_and_is_written_down(whole, recipe, balls, tmp_path) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
     path = tmp_path / "run/recipe.yaml"
     why = path.read_text(encoding="utf-8").replace("batch_size: 2", "batch_size: 2  # two fit")
     assert "two fit" in why

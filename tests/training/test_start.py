@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -28,7 +31,7 @@ def changed(recipe: Recipe, **groups) -> Recipe:
     return recipe_from(values)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def residual(recipe) -> Recipe:
     """Slices and a network with BatchNorm."""
     values = recipe.as_dict()
@@ -38,34 +41,38 @@ def residual(recipe) -> Recipe:
     return recipe_from(values)
 
 
-def test_fine_tuning_begins_with_another_run_s_weights(residual, balls, tmp_path) -> None:
-    run(residual, balls, tmp_path / "source")
+@pytest.fixture(scope="module")
+def source(residual, balls, tmp_path_factory) -> Path:
+    """A finished run, to be read or copied."""
+    folder = tmp_path_factory.mktemp("source") / "run"
+    run(residual, balls, folder)
+    return folder
+
+
+def test_fine_tuning_begins_with_another_run_s_weights(source, residual, balls, tmp_path) -> None:
     report = Reporter()
     still = {"optimiser": {"learning_rate": 1e-12}, "steps": 1, "ema": 0.0}
-    tuned = changed(residual, start={"weights": str(tmp_path / "source")}, training=still)
+    tuned = changed(residual, start={"weights": str(source)}, training=still)
     run(tuned, balls, tmp_path / "tuned", report)
-    source, begun = weights(tmp_path / "source/bundle"), weights(tmp_path / "tuned/last")
-    moving = [key for key in source if "running" in key or "tracked" in key]
-    for key in source.keys() - set(moving):
-        np.testing.assert_allclose(begun[key], source[key], atol=1e-9)
-    assert any("starts from" in text and f"{len(source)} tensors loaded" in text for text in report.messages)
+    before, begun = weights(source / "bundle"), weights(tmp_path / "tuned/last")
+    moving = [key for key in before if "running" in key or "tracked" in key]
+    for key in before.keys() - set(moving):
+        np.testing.assert_allclose(begun[key], before[key], atol=1e-9)
+    assert any("starts from" in text and f"{len(before)} tensors loaded" in text for text in report.messages)
 
 
-def test_frozen_parts_are_bit_identical_after_training(residual, balls, tmp_path) -> None:
-    run(residual, balls, tmp_path / "source")
-    start = {"weights": str(tmp_path / "source/bundle")}
+def test_frozen_parts_are_bit_identical_after_training(source, residual, balls, tmp_path) -> None:
+    start = {"weights": str(source / "bundle")}
     frozen = changed(residual, start=start, training={"frozen": ["encoder.0.*"]})
     run(frozen, balls, tmp_path / "frozen")
-    source, after = weights(tmp_path / "source/bundle"), weights(tmp_path / "frozen/last")
-    for key in source:
+    before, after = weights(source / "bundle"), weights(tmp_path / "frozen/last")
+    for key in before:
         if not key.endswith("num_batches_tracked"):
-            assert np.array_equal(source[key], after[key]) is key.startswith("encoder.0."), key
+            assert np.array_equal(before[key], after[key]) is key.startswith("encoder.0."), key
 
 
-def test_a_resumed_run_needs_its_source_no_more(residual, balls, tmp_path) -> None:
-    import shutil
-
-    run(residual, balls, tmp_path / "source")
+def test_a_resumed_run_needs_its_source_no_more(source, residual, balls, tmp_path) -> None:
+    shutil.copytree(source, tmp_path / "source")
     tuned = changed(residual, start={"weights": str(tmp_path / "source")})
     run(tuned, balls, tmp_path / "tuned")
     shutil.rmtree(tmp_path / "source")
@@ -92,13 +99,12 @@ def test_a_loss_that_plays_against_the_network_learns_too(residual, balls, tmp_p
     assert any(not np.array_equal(whole[key], other[key]) for key in whole)
 
 
-def test_groups_learn_at_their_own_rate(residual, balls, tmp_path) -> None:
-    run(residual, balls, tmp_path / "source")
+def test_groups_learn_at_their_own_rate(source, residual, balls, tmp_path) -> None:
     optimiser = {"kind": "sgd", "learning_rate": 0.01, "weight_decay": 0.0, "rates": {"encoder.*": 1e-12}}
-    slow = changed(residual, start={"weights": str(tmp_path / "source")}, training={"optimiser": optimiser})
+    slow = changed(residual, start={"weights": str(source)}, training={"optimiser": optimiser})
     run(slow, balls, tmp_path / "slow")
-    source, after = weights(tmp_path / "source/bundle"), weights(tmp_path / "slow/last")
-    moved = {key: np.abs(source[key] - after[key]).max() for key in source if key.endswith(("weight", "bias"))}
+    before, after = weights(source / "bundle"), weights(tmp_path / "slow/last")
+    moved = {key: np.abs(before[key] - after[key]).max() for key in before if key.endswith(("weight", "bias"))}
     assert max(v for key, v in moved.items() if key.startswith("encoder.")) < 1e-8
     assert min(v for key, v in moved.items() if key.startswith("decoder.") and key.endswith("1.weight")) > 1e-6
 
@@ -126,17 +132,16 @@ def test_deep_supervision_trains(recipe, balls, tmp_path) -> None:
     assert Bundle.load(tmp_path / "run/bundle").recipe.network.deep_supervision == 1
 
 
-def test_an_exported_encoder_starts_another_run(residual, balls, tmp_path) -> None:
+def test_an_exported_encoder_starts_another_run(source, residual, balls, tmp_path) -> None:
     from typer.testing import CliRunner
 
     from delineate.cli.app import app
 
-    run(residual, balls, tmp_path / "source")
     file = tmp_path / "encoder.safetensors"
-    command = ["weights", "export", str(tmp_path / "source/bundle"), "--include", "encoder.*", "-o", str(file)]
+    command = ["weights", "export", str(source / "bundle"), "--include", "encoder.*", "-o", str(file)]
     assert CliRunner().invoke(app, command).exit_code == 0
-    source, exported = weights(tmp_path / "source/bundle"), load_file(file)
-    assert set(exported) == {key for key in source if key.startswith("encoder.")}
+    exported = load_file(file)
+    assert set(exported) == {key for key in weights(source / "bundle") if key.startswith("encoder.")}
     report = Reporter()
     run(changed(residual, start={"weights": str(file)}, training={"steps": 1}), balls, tmp_path / "tuned", report)
     assert any(f"{len(exported)} tensors loaded" in text for text in report.messages)

@@ -39,7 +39,7 @@ WITHIN = {("lits", "liver"): ("liver", "tumour")}
 def test_targets_have_their_true_volumes_and_channels_fit_the_network(
     name: str, kind: str, layout: str, tmp_path: Path
 ) -> None:
-    write_phantoms(tmp_path, 3, kind, layout=layout, coarse=4)
+    written = write_phantoms(tmp_path, 3, kind, layout=layout, coarse=4)
     recipe, messages = load_recipe(name), Reporter()
     dataset, targets, inspection = inspected(recipe, recipe.data.open(tmp_path), None, RunOptions(), messages)
     assert messages.messages == []
@@ -57,7 +57,7 @@ def test_targets_have_their_true_volumes_and_channels_fit_the_network(
         assert volumes == pytest.approx(expected, abs=0.01)
         assert sum(volumes) > 0, target
     scan = load_scan(dataset.subjects[0])
-    assert dataset.channels == (recipe.data.channels or dataset.channels)
+    assert dataset.channels == (recipe.data.channels or written.channels)
     assert scan.channels == len(dataset.channels)
     geometry = geometry_for(recipe.tiles, scan.grid.shape, scan.grid.spacing_mm, recipe.network)
     with torch.device("meta"):
