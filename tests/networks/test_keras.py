@@ -11,6 +11,7 @@ import torch
 
 from delineate.networks.blocks import KerasTransposed, keras_batch_norm
 
+
 @pytest.fixture(scope="module")
 def keras() -> Iterator[ModuleType]:
     """Imported for these tests alone: it takes seconds."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -371,18 +372,22 @@ def test_a_run_that_fails_again_says_why_this_time(tmp_path: Path) -> None:
         ("", 2, "it ended with status 2"),
     ]
 
+    @dataclass
     class Failing:
+        said: str
+        code: int
+
         def __call__(self, command: Sequence[str], log: Path) -> Ended:
             with log.open("a", encoding="utf-8") as file:
-                file.write(said)
-            return Ended(code)
+                file.write(self.said)
+            return Ended(self.code)
 
         def stop(self) -> None:
             """Nothing runs."""
 
     planned = PlannedRun("run", "arm", 0, 0, recipe=load_recipe("hippocampus"), split=Split((("a",),)))
     for said, code, failure in attempts:
-        assert not run_study(StudyFolder(tmp_path), [planned], {"scans": tmp_path}, Failing())
+        assert not run_study(StudyFolder(tmp_path), [planned], {"scans": tmp_path}, Failing(said, code))
         assert StudyFolder(tmp_path).status("run").failure == failure
 
 

@@ -257,9 +257,7 @@ def _placed(
     return permute_axes(voxels, order, flip), grid.permute(order, flip)
 
 
-def _slice_mm(
-    instance: Instance, segmentation: highdicom.seg.Segmentation, occupied: Grid, scan: Grid | None
-) -> float:
+def _slice_mm(instance: Instance, segmentation: highdicom.seg.Segmentation, occupied: Grid, scan: Grid | None) -> float:
     """How far apart slices are, of which the ``occupied`` ones may be only every third, or a single one.
 
     Raises :class:`BadGeometry` where nothing tells.
