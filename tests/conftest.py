@@ -19,6 +19,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from hypothesis import settings
+
+# The first example may import a library, and the machine may be busy.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One process a core: more threads would only get in each other's way. Before torch is imported.

@@ -400,7 +400,7 @@ names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 
 
 @given(names=st.lists(names, min_size=1, max_size=3, unique=True), name=names, contrast=st.floats(0, 1e6))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_things_are_called_they_read_back_the_same(names, name, contrast, tmp_path) -> None:
     targets = Targets({target: (k,) for k, target in enumerate(names, start=1)})
     recipe = {"name": name, "description": f"{name}\\n\\n {name}", "data": {"targets": targets.as_dict()}}

@@ -64,7 +64,7 @@ def share_of(ray: ModuleType, request: Request, what: str) -> Share:
     if gpus and (gpus < _LEAST_GPUS or (gpus > 1 and gpus % 1)):
         raise ClusterError(
             f"a {what} asks for {gpus:g} GPUs, and ray shares out whole ones or parts of one",
-            fix=f"ask for a whole number with --gpus-a-{what}, or for {_LEAST_GPUS:g} to 1",
+            fix=f"ask for a whole number, or for {_LEAST_GPUS:g} to 1",
         )
     wanted = {"CPU": request.cpus, "GPU": gpus, "memory": request.memory_gb * 1e9}
     rooms = {name: _room(node["Resources"], wanted) for name, node in nodes.items()}

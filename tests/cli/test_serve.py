@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import delineate.serving
 from delineate.bundle import Bundle
 from delineate.cli.app import app
 from delineate.core.grid import Grid
@@ -546,6 +547,7 @@ def test_a_clients_commands_start_without_what_computes(words: list[str], tmp_pa
 def test_the_extra_is_named_where_it_is_missing(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(delineate, "serving", delineate.serving)  # which imports below replace
     for name in [name for name in sys.modules if name.startswith("delineate.serving")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "zmq", None)

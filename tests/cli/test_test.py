@@ -17,7 +17,7 @@ from delineate.cli.app import app
 from delineate.core.grid import Grid
 from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.splits import load_split
-from delineate.errors import BundleError, DatasetError, DelineateError, MissingFile, OutputError, RecipeError
+from delineate.errors import BadFormat, BundleError, DatasetError, DelineateError, MissingFile, OutputError, RecipeError
 from delineate.evaluation.card_facts import CardFacts
 from delineate.evaluation.table import Evaluation
 from delineate.io.formats import read_label, read_volume, write_label, write_volume
@@ -248,7 +248,7 @@ def test_every_scan_that_cannot_be_predicted_is_said_and_nothing_is_measured(run
     root = written(tmp_path / "data", ["d0", "d1", "d2"], {"ball": 1, "core": 2})
     for name in ("d0", "d2"):
         (root / f"imagesTr/{name}_0000.nii.gz").write_bytes(b"damaged")
-    done = delineate("test", run, "--data", root, "-o", tmp_path / "out", code=1)
+    done = delineate("test", run, "--data", root, "-o", tmp_path / "out", error=BadFormat)
     assert "d0: E_" in done.stderr
     assert "d2: E_" in done.stderr
     assert read_label(tmp_path / "out/predictions/d1.nii.gz").grid.matches(GRID, 1e-3)

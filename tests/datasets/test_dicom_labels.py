@@ -267,8 +267,8 @@ def test_segments_and_contours_are_the_label_of_the_series_that_they_refer_to(
     assert np.array_equal(read_numbered(other.label, Targets({"liver": (5,)}), "ann").voxels, 5 * (organs() == 252))
 
 
-def without_empty_slices(path: Path, *unsaid: str) -> None:
-    """Many programs leave them out; ``unsaid`` are pixel measures that some leave out, too."""
+def without_empty_slices(path: Path, *unsaid: str, **said: float) -> None:
+    """Many programs leave them out; ``unsaid`` are pixel measures that some leave out, too, ``said`` those that differ."""
     from pydicom import dcmread
 
     seg = dcmread(path)
@@ -281,6 +281,8 @@ def without_empty_slices(path: Path, *unsaid: str) -> None:
     seg.NumberOfFrames = len(kept)
     for keyword in unsaid:
         delattr(seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0], keyword)
+    for keyword, value in said.items():
+        setattr(seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0], keyword, value)
     seg.save_as(path)
 
 
@@ -323,7 +325,7 @@ def test_segments_that_do_not_say_how_far_apart_slices_are_lie_on_those_of_the_s
 def test_a_segment_in_one_slice_without_a_thickness_has_no_volume(tmp_path: Path, save_series) -> None:
     t1 = save_series("ann/t1", scan(organs()))
     write_segmentation(tmp_path / "seg.dcm", {"liver": marked([3])}, grid_of(t1), the_series(t1))
-    without_empty_slices(tmp_path / "seg.dcm", "SpacingBetweenSlices", "SliceThickness")
+    without_empty_slices(tmp_path / "seg.dcm", "SpacingBetweenSlices", SliceThickness=0)
     with pytest.raises(BadGeometry, match="does not say how far apart"):
         read_label(tmp_path / "seg.dcm")
 

@@ -6,7 +6,7 @@ from math import inf
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
@@ -59,7 +59,6 @@ def affines(draw: st.DrawFn) -> np.ndarray:
     return turn @ shear @ np.diag(spacing_mm)[:, draw(st.permutations(range(3)))]
 
 
-@settings(deadline=None)
 @given(masks, masks, affines(), st.sampled_from(["surface", "outlines"]))
 def test_distances_are_those_of_the_world_under_any_affine(
     reference: np.ndarray, prediction: np.ndarray, steps_mm: np.ndarray, edge: str
@@ -118,7 +117,6 @@ def test_surface_is_the_mask_without_its_erosion(mask: np.ndarray) -> None:
 figures = arrays(bool, (7, 6))
 
 
-@settings(deadline=None)
 @given(figures, figures, st.sampled_from([0, 1, 2]))
 def test_a_single_slice_is_measured_as_its_figure(reference: np.ndarray, prediction: np.ndarray, axis: int) -> None:
     plane_mm = (0.8, 1.3)

@@ -186,7 +186,7 @@ def test_refuses_settings_that_contradict_each_other(step: type[Step], fields: d
         step.model_validate(fields)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32), max_size=9), min_size=1, max_size=5))
 def test_moments_of_parts_join_to_those_of_the_whole(parts: list[list[float]]) -> None:
     values = np.concatenate([np.array(part, dtype=np.float32) for part in parts])

@@ -63,7 +63,7 @@ def test_folds_hold_everybody_out_once_and_are_the_same_for_every_arm_and_seed()
     assert {len(run.recipe.network.widths) for run in runs if run.arm == "wide"} == {3}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(8, 30), st.integers(8, 30), st.integers(1, 3), st.integers(0, 2**32))
 def test_more_labelled_subjects_contain_fewer_and_nobody_held_out(a: int, b: int, scans: int, seed: int) -> None:
     people = dataset(*subjects(a, b, scans))
@@ -79,7 +79,7 @@ def test_more_labelled_subjects_contain_fewer_and_nobody_held_out(a: int, b: int
     assert not held & {patient[name] for name in trained[-1]}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 30), st.integers(8, 30), st.integers(0, 2**32), st.integers(0, 2**32))
 def test_moved_subjects_are_never_judged_and_the_judged_never_change(a: int, b: int, one: int, two: int) -> None:
     people = subjects(a, b)

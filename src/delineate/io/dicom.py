@@ -6,7 +6,7 @@ Order, spacing and direction come from each slice's own position, never from fil
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 UNIFORMITY = 0.01
 """How far a distance between slices may differ from the usual one, as a fraction of it."""
 
+_LONGEST_NAME = 64  # characters, by the standard
 _PARALLEL = 1e-3  # largest difference of direction cosines that rounding in headers explains
 
 
@@ -292,4 +293,13 @@ def check_size(name: str, shape: tuple[int, int, int], limits: Limits) -> None:
     if max(shape) > limits.max_axis or int(np.prod(shape, dtype=np.int64)) * 2 > limits.max_bytes:
         raise TooLarge(
             f"{name} claims {text} voxels; the limits are {limits.max_axis} along an axis", fix="crop the scan"
+        )
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise :class:`BadFormat` for a name that neither a structure nor a segment can have."""
+    if wrong := [name for name in names if len(name) > _LONGEST_NAME or "\\" in name]:
+        raise BadFormat(
+            f"'{wrong[0]}' cannot be a name in DICOM, which has {_LONGEST_NAME} characters at most and no backslash",
+            fix="rename the target, or choose another --format",
         )

@@ -23,10 +23,9 @@ from delineate.core.text import printable
 from delineate.core.volume import LabelVolume
 from delineate.core.warning_filters import filtered_warnings
 from delineate.errors import BadFormat, BadGeometry, BadLabelValue, GridMismatch, RecipeError
-from delineate.io.dicom import check_size, describe_series, frames_of
+from delineate.io.dicom import check_names, check_size, describe_series, frames_of
 from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits, writing_beside
-from delineate.io.rtstruct import check_names
 from delineate.io.voxels import LPS_TO_RAS, check_grid
 
 SegmentationKind = Literal["BINARY", "LABELMAP"]

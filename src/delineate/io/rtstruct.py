@@ -10,7 +10,7 @@ it by a line along edges, there and back.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from io import BytesIO
@@ -26,7 +26,7 @@ from delineate.core.grid import Grid
 from delineate.core.legend import PLAIN, Legend
 from delineate.core.text import near, printable
 from delineate.errors import BadFormat, BadGeometry, GridMismatch, MissingFile, TooLarge, Truncated
-from delineate.io.dicom import Frame, describe_series, frames_of
+from delineate.io.dicom import Frame, check_names, describe_series, frames_of
 from delineate.io.dicom_series import Instance, Series, parsing
 from delineate.io.files import Limits, writing_beside
 from delineate.io.voxels import LPS_TO_RAS
@@ -247,17 +247,7 @@ _COPIED = (
 )  # fmt: skip
 """What a structure set must say about its patient and study, if only that it is unknown."""
 
-_LONGEST_NAME = 64  # characters, by the standard
 _STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"  # retired with nothing in its place, but still required in references
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Raise :class:`BadFormat` for a name that neither a structure nor a segment can have."""
-    if wrong := [name for name in names if len(name) > _LONGEST_NAME or "\\" in name]:
-        raise BadFormat(
-            f"'{wrong[0]}' cannot be a name in DICOM, which has {_LONGEST_NAME} characters at most and no backslash",
-            fix="rename the target, or choose another --format",
-        )
 
 
 def write_structures(
