@@ -267,8 +267,8 @@ def test_segments_and_contours_are_the_label_of_the_series_that_they_refer_to(
     assert np.array_equal(read_numbered(other.label, Targets({"liver": (5,)}), "ann").voxels, 5 * (organs() == 252))
 
 
-def without_empty_slices(path: Path, *unsaid: str, **said: float) -> None:
-    """Many programs leave them out; ``unsaid`` are pixel measures that some leave out, too, ``said`` those that differ."""
+def without_empty_slices(path: Path, **measures: float | None) -> None:
+    """Many programs leave them out. ``measures`` are other pixel measures, or None for those that are left out, too."""
     from pydicom import dcmread
 
     seg = dcmread(path)
@@ -279,10 +279,12 @@ def without_empty_slices(path: Path, *unsaid: str, **said: float) -> None:
     seg.PixelData = seg.PixelData[: len(seg.PixelData) // 2 * 2]
     seg.PerFrameFunctionalGroupsSequence = [seg.PerFrameFunctionalGroupsSequence[k] for k in kept]
     seg.NumberOfFrames = len(kept)
-    for keyword in unsaid:
-        delattr(seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0], keyword)
-    for keyword, value in said.items():
-        setattr(seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0], keyword, value)
+    [said] = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    for keyword, value in measures.items():
+        if value is None:
+            delattr(said, keyword)
+        else:
+            setattr(said, keyword, value)
     seg.save_as(path)
 
 
@@ -308,7 +310,7 @@ def test_segments_that_do_not_say_how_far_apart_slices_are_lie_on_those_of_the_s
     """Alone, a slice is as high as it is thick, and slices that are about as far apart lie side by side."""
     path, grid = tmp_path / "ann/seg.dcm", grid_of(t1 := save_series("ann/t1", scan(organs())))
     write_segmentation(path, {"liver": marked(slices)}, grid, the_series(t1))
-    without_empty_slices(path, "SpacingBetweenSlices")
+    without_empty_slices(path, SpacingBetweenSlices=None)
     dataset = open_dataset(tmp_path)
     [subject] = dataset.subjects
     assert np.array_equal(load_label(subject, dataset.targets, grid).voxels, marked(slices))
@@ -325,7 +327,7 @@ def test_segments_that_do_not_say_how_far_apart_slices_are_lie_on_those_of_the_s
 def test_a_segment_in_one_slice_without_a_thickness_has_no_volume(tmp_path: Path, save_series) -> None:
     t1 = save_series("ann/t1", scan(organs()))
     write_segmentation(tmp_path / "seg.dcm", {"liver": marked([3])}, grid_of(t1), the_series(t1))
-    without_empty_slices(tmp_path / "seg.dcm", "SpacingBetweenSlices", SliceThickness=0)
+    without_empty_slices(tmp_path / "seg.dcm", SpacingBetweenSlices=None, SliceThickness=0)
     with pytest.raises(BadGeometry, match="does not say how far apart"):
         read_label(tmp_path / "seg.dcm")
 
@@ -335,9 +337,8 @@ def test_slices_between_distant_segments_are_counted_before_they_are_made(tmp_pa
 
     path, grid = tmp_path / "seg.dcm", grid_of(t1 := save_series("ann/t1", scan(organs())))
     write_segmentation(path, {"liver": marked([0, 1])}, grid, the_series(t1))
-    without_empty_slices(path)
+    without_empty_slices(path, SpacingBetweenSlices=0.01)
     seg = dcmread(path)
-    seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices = 0.01
     first, second = (one.PlanePositionSequence[0] for one in seg.PerFrameFunctionalGroupsSequence)
     second.ImagePositionPatient = [*first.ImagePositionPatient[:2], first.ImagePositionPatient[2] + 1000]
     seg.save_as(path)

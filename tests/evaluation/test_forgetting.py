@@ -63,7 +63,7 @@ def test_both_are_measured_on_what_neither_saw_in_what_both_name(tmp_path: Path)
 def test_before_is_the_first_and_after_the_second(tmp_path: Path) -> None:
     source = write_phantoms(tmp_path / "scans", 2)
     everywhere, nowhere = (
-        saved(tmp_path / name, Targets({"liver": (1, 2)}), 0, ["somebody"], bias=bias)
+        saved(tmp_path / name, Targets({"organ": (1, 2)}), 0, ["somebody"], bias=bias)
         for name, bias in (("everywhere", 1e4), ("nowhere", -1e4))
     )
     found = measure_forgetting(everywhere, nowhere, source, tmp_path / "out", PLAN, Measuring("volume_ml"))

@@ -78,10 +78,10 @@ def test_a_turn_keeps_millimetres_on_anisotropic_grids() -> None:
         turned = SpatialSpec(probability=1, rotate_degrees=(0, 90, 0), rotate_in=unit, scale=(1, 1))
         spec = AugmentationSpec(spatial=turned, intensity=None)
         moved = [varied(x[None, None], disc, spec, seed=seed, spacing=(1.0, 1.0, 3.0)) for seed in range(5)]
-        assert all((image - x).abs().max() > 4 for image, _ in moved), "it is turned"
+        assert any((image - x).abs().max() > 5 for image, _ in moved), "it is turned"
         kept[unit] = min(2 * int((label & disc).sum()) / int(label.sum() + disc.sum()) for _, label in moved)
-    assert kept["mm"] > 0.85
-    assert kept["voxels"] < 0.75
+    assert kept["mm"] > 0.95
+    assert kept["voxels"] < 0.6
 
 
 def test_a_turn_in_voxels_takes_no_heed_of_the_spacing() -> None:
