@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from delineate.core.grid import Grid
 from delineate.core.subject import Subject
@@ -23,6 +25,7 @@ from delineate.io.exports import export_label
 from delineate.io.formats import write_label, write_volume
 from delineate.io.tables import write_table
 from delineate.metrics.catalogue import METRICS
+from delineate.metrics.comparison import Comparison
 from delineate.metrics.quantities import QuantityMap
 from delineate.reporting.html import EvaluationReport, write_report
 
@@ -107,6 +110,37 @@ class TestTable:
             expected, found = (measure_prediction(p, ignored, TARGETS, ALL) for p in (changed, prediction))
             assert pd.DataFrame(found.targets).equals(pd.DataFrame(expected.targets))
             assert found.lesions == expected.lesions
+
+    @given(
+        scan=st.tuples(*[st.integers(1, 7)] * 3),
+        boxes=st.lists(
+            st.tuples(st.sampled_from([1, 2, 9]), *[st.tuples(st.integers(0, 6), st.integers(1, 3))] * 3), max_size=4
+        ),
+        ignored=st.sampled_from([(9,), (0, 9)]),
+    )
+    def test_what_is_background_in_both_is_cut_off_without_a_trace(
+        self, scan: tuple[int, int, int], boxes: list, ignored: tuple[int, ...]
+    ) -> None:
+        """Each metric equals that of the whole masks, at the scan's borders and in a single slice, too."""
+        targets, grid = Targets({"liver": (1,), "tumour": (2,)}, ignore=ignored), Grid.of_spacing(scan, (1, 2, 5))
+        labels = [np.zeros(scan, np.uint8), np.zeros(scan, np.uint8)]
+        for i, (value, *box) in enumerate(boxes):
+            labels[i % 2][tuple(slice(first, first + size) for first, size in box)] = value
+        prediction, reference = labels
+        found = measure_prediction(*(LabelVolume(voxels, grid) for voxels in labels), targets, ALL)
+        known = targets.known(reference)
+        for row, (name, value) in zip(found.targets, (("liver", 1), ("tumour", 2)), strict=True):
+            whole = Comparison.of(reference == value, prediction == value, grid, known)
+            expected = {metric: METRICS[metric].of(whole) for metric in METRICS}
+            assert row["target"] == name
+            assert {metric: row[metric] for metric in expected} == pytest.approx(expected, nan_ok=True)
+        counted = {(row["reference"], row["prediction"]): row["voxels"] for row in found.confusion}
+        names = {"background": (0, 9), "liver": (1,), "tumour": (2,)}
+        assert counted == {
+            (r, p): np.count_nonzero(known & np.isin(reference, names[r]) & np.isin(prediction, names[p]))
+            for r in names
+            for p in names
+        }
 
     def test_grids_must_match_within_a_tenth_of_a_millimetre(self) -> None:
         near, far = (LabelVolume(REFERENCE.voxels, GRID.crop((shift, 0, 0), GRID.shape)) for shift in (0.05, 0.2))

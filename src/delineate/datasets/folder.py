@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,7 +75,7 @@ class Folder:
         """Scans directly in the folder with this name (without one, in the root itself)."""
         return [path for path in self.scans if path.parent.parts == parts]
 
-    @property
+    @cached_property
     def name(self) -> str:
         return self.root.resolve().name
 

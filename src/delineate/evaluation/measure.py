@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from delineate.core.grid import Grid
+from delineate.core.grid import Grid, box_around
 from delineate.core.subject import Subject
 from delineate.core.targets import Targets
 from delineate.core.volume import LabelVolume
@@ -186,8 +186,14 @@ def measure_prediction(
     if probabilities is not None:
         probabilities = probabilities_of_regions(probabilities, labelled, targets)
     check_grids(subject, "prediction", prediction.grid, "reference", reference.grid)
+    whole = reference.voxels.size
     for label in (prediction, reference):
         targets.check(label.voxels, subject)
+    beyond = 0
+    if probabilities is None:
+        prediction, reference, box = _within(prediction, reference)
+        quantity = None if quantity is None else quantity[box]
+        beyond = 0 if 0 in targets.ignore else whole - reference.voxels.size
     known = targets.known(reference.voxels) if targets.ignore else None
     references, predictions = targets.masks(reference.voxels), targets.masks(prediction.voxels)
     named = {"subject": subject, "site": site}
@@ -210,6 +216,7 @@ def measure_prediction(
             known,
             minimum_overlap=measuring.lesion_overlap,
             more=more,
+            beyond=beyond,
         )
         values = {name: METRICS[name].of(comparison) for name in measuring.metrics}
         case = _CASES[comparison.volume_ml > 0, comparison.reference_volume_ml > 0]
@@ -217,9 +224,20 @@ def measure_prediction(
         if measuring.lesions:
             measured.lesions.extend({**named, "target": target, **row} for row in _lesions(comparison))
     if targets.exclusive:
-        counts = _confusion(references, predictions, known)
+        counts = _confusion(references, predictions, known, beyond)
         measured.confusion.extend({"subject": subject, **row} for row in counts)
     return measured
+
+
+def _within(prediction: LabelVolume, reference: LabelVolume) -> tuple[LabelVolume, LabelVolume, tuple[slice, ...]]:
+    """Two labels of a scan, cropped to what either marks and a voxel around it, and that box.
+
+    Most of a scan is background, which this looks at once instead of for each target.
+    """
+    box = box_around((prediction.voxels != 0) | (reference.voxels != 0), margin=1)
+    box = box or tuple(slice(0, 1 + (n > 1)) for n in reference.grid.shape)
+    grid = reference.grid.crop([b.start for b in box], reference.voxels[box].shape)
+    return LabelVolume(prediction.voxels[box], grid), LabelVolume(reference.voxels[box], grid), box
 
 
 _CASES = {
@@ -302,8 +320,12 @@ def _confusion(
     references: Mapping[str, NDArray[np.bool_]],
     predictions: Mapping[str, NDArray[np.bool_]],
     known: NDArray[np.bool_] | None,
+    beyond: int,
 ) -> list[dict[str, object]]:
-    """Voxel counts of each pair of classes, background first; ignored voxels are left out."""
+    """Voxel counts of each pair of classes, background first; ignored voxels are left out.
+
+    ``beyond`` is how many more voxels are background in both.
+    """
     names = [BACKGROUND, *references]
     classes: list[NDArray[np.intp]] = []
     for masks in (references, predictions):
@@ -312,6 +334,7 @@ def _confusion(
             numbered[mask] = k
         classes.append(numbered if known is None else numbered[known])
     counts = np.bincount((classes[0] * len(names) + classes[1]).ravel(), minlength=len(names) ** 2)
+    counts[0] += beyond
     return [
         {"reference": names[i // len(names)], "prediction": names[i % len(names)], "voxels": int(n)}
         for i, n in enumerate(counts)

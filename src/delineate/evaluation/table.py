@@ -132,6 +132,15 @@ class Evaluation:
         :data:`MEAN_OF_TARGETS` averages a subject's targets first; it is undefined for a subject
         with an undefined value for any target, so that every subject averages the same targets.
         """
+        if site not in self._summed:
+            self._summed[site] = self._summary(site)
+        return self._summed[site]
+
+    @cached_property
+    def _summed(self) -> dict[str | None, Summary]:
+        return {}
+
+    def _summary(self, site: str | None) -> Summary:
         table = self.outcomes if site is None else self.outcomes[self.outcomes["site"] == site]
         names = list(self.metrics)
         quality = [i for i, name in enumerate(names) if METRICS[name].better]

@@ -89,7 +89,7 @@ def agreement(
     within = float(((d - means[whose]) ** 2).sum() / (n - p)) if n > p else 0.0
     # The variance of a patient's mean contains only part of the variance within: add what a single scan's lacks.
     missing = within * float(1 - (1 / scans).mean())
-    sd, half = sqrt(between + missing), float(scipy.stats.t.ppf(0.975, p - 1)) * sqrt(between / p)
+    sd, half = sqrt(between + missing), float(scipy.special.stdtrit(p - 1, 0.975)) * sqrt(between / p)
     if n == p:
         least, most = _of_limit(n)
         inner, outer = sd * (LIMITS - least), sd * (most - LIMITS)
@@ -167,7 +167,7 @@ def concordance(
         return Concordance(value, (value, value), n, p)
     without = np.clip(_lin((moments.sum(axis=1, keepdims=True) - moments) / (p - 1)), -1 + 1e-12, 1 - 1e-12)
     z = np.arctanh(without)
-    half = float(scipy.stats.t.ppf(0.975, p - 1)) * sqrt((p - 1) / p * float(((z - z.mean()) ** 2).sum()))
+    half = float(scipy.special.stdtrit(p - 1, 0.975)) * sqrt((p - 1) / p * float(((z - z.mean()) ** 2).sum()))
     return Concordance(value, (tanh(atanh(value) - half), tanh(atanh(value) + half)), n, p)
 
 

@@ -47,10 +47,12 @@ class Comparison:
         *,
         minimum_overlap: float = 0.0,
         more: Mapping[str, float] | None = None,
+        beyond: int = 0,
     ) -> Comparison:
         """Compare two masks on a grid; voxels outside ``known`` are left out of both.
 
-        ``minimum_overlap`` is the fraction of a lesion that must be covered for a match.
+        ``minimum_overlap`` is the fraction of a lesion that must be covered for a match. Masks that are cropped from
+        a scan need a voxel around them, where there is one; ``beyond`` is how many known voxels were cut off.
         """
         voxels, axes = reference.size, extended_axes(reference.shape)
         if known is not None:
@@ -58,8 +60,8 @@ class Comparison:
         # One voxel more than the box: outlines depend on what lies just outside.
         box = box_around(reference | prediction) or (slice(0, 1),) * 3
         box = tuple(slice(max(0, b.start - 1), b.stop + 1) for b in box)
-        cropped = grid.crop([b.start for b in box], reference[box].shape)
-        return cls(reference[box], prediction[box], cropped, voxels, minimum_overlap, more or {}, axes, grid.slice_axis)
+        masks, cropped = (reference[box], prediction[box]), grid.crop([b.start for b in box], reference[box].shape)
+        return cls(*masks, cropped, voxels + beyond, minimum_overlap, more or {}, axes, grid.slice_axis)
 
     @cached_property
     def overlap(self) -> Overlap:

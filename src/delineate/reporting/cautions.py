@@ -138,7 +138,7 @@ def trend(scores: Sequence[tuple[int, float]]) -> Trend | None:
     slope = float(centred @ values / (centred @ centred))
     left = values - values.mean() - slope * centred
     error = sqrt(float(left @ left) / (n - 2) / float(centred @ centred))
-    half = float(scipy.stats.t.ppf(0.975, n - 2)) * error
+    half = float(scipy.special.stdtrit(n - 2, 0.975)) * error
     ends = (slope - half) * span, (slope + half) * span
     return Trend(slope * span, ends, n, len(scores), (int(steps[0]), int(steps[-1])))
 
