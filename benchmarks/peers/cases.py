@@ -90,6 +90,7 @@ class Bench:
         # nnU-Net starts eight processes unless it is told.
         own = {"DELINEATE_HOME": str(self.base / "home"), "nnUNet_def_n_proc": str(os.cpu_count() or 1)}
         found = {**os.environ, **own, **folders, **more}
+        found.pop("PYTHONDONTWRITEBYTECODE", None)  # Delineate's modules are kept compiled, as all installed ones are
         if str(self.environments) in shlex.join(command):
             found.pop("PYTHONPATH", None)  # a peer's packages are those of its own environment
         return found
