@@ -186,7 +186,7 @@ def _section(results: StudyResults, folder: Path, stage: str, data: str, runs: l
         evaluations={group: results.pooled[group] for group in groups},
         findings=results.findings[stage, data],
         curves=curves,
-        axis=_axis(results),
+        axis=_axis(results, stage),
         learning={what: means for what, name in _LEARNING.items() if (means := _mean_curves(results, runs, name))},
         measures=_measures(results, list(labels)),
         picture=picture.read_bytes() if picture.exists() and pictured else None,
@@ -250,8 +250,8 @@ def _ours(results: StudyResults, arm: str, measure: str) -> str:
     return f"{averaged(measure.partition('@')[0], estimate)} (n = {estimate.patients})"
 
 
-def _axis(results: StudyResults) -> str:
-    learning = any(isinstance(stage.design, LearningCurve) for stage in results.study.parts)
+def _axis(results: StudyResults, stage: str) -> str:
+    learning = any(isinstance(part.design, LearningCurve) for part in results.study.parts if part.name == stage)
     return "labelled subjects" if learning else "moved subjects"
 
 
