@@ -98,7 +98,7 @@ def test_resampled_mr_scans_are_not_taken_for_ct(real_data) -> None:
     some = replace(resampled, subjects=tuple(s for s in resampled.subjects if "ms10" in s.id)[:3])
     rows = inspect(some).rows
     assert min(intensity.min for row in rows for intensity in row.intensities.values()) < -700
-    assert summarise(rows).lowest > AIR / 5
+    assert summarise(rows, Targets({"lesion": (1,)})).lowest > AIR / 5
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,16 @@ def test_a_target_of_several_pieces_in_any_label_is_not_one_piece() -> None:
         )  # fmt: skip
 
     rows = [one(organ=1.0, lesion=1.0), one(organ=0.995, lesion=0.8), one(organ=1.0)]
-    assert summarise(rows).labels_in_one_piece == {"organ": 3}
+    assert summarise(rows, Targets({"organ": (1,), "lesion": (2,)})).labels_in_one_piece == {"organ": 3}
+
+
+def test_ignored_voxels_are_no_target_s() -> None:
+    intensity = Intensity(0, 0, 1, 2, 3, 1, 1, 0.9)
+    row = SubjectRow(
+        "a", "", "a", (10, 10, 10), (1, 1, 1), "RAS", ("MR",), "int16", {"MR": intensity}, (9, 9, 9),
+        {0: 700, 1: 100, 255: 200}, {}, (3, 3, 3), {}, {},
+    )  # fmt: skip
+    assert summarise([row], Targets({"organ": (1,)}, ignore=(255,))).target_share == pytest.approx(0.1)
 
 
 def test_rare_targets_are_sampled_more_and_whole_volumes_at_random() -> None:

@@ -60,7 +60,7 @@ def test_it_is_listed_with_its_licence_and_what_was_measured(installed: Path) ->
     assert (row["modality"], row["targets"], row["measured_on"]) == ("MR", ["Anterior", "Posterior"], "test")
     split = json.loads((PACKAGE / "split.json").read_text(encoding="utf-8"))
     assert row["dice"]["n"] == len(split["test"])
-    assert row["trained_on"] == sum(map(len, split["folds"][1:]))
+    assert row["trained_on"] == sum(map(len, split["folds"][1:])) - 8  # which chose the weights
     assert row["dice"]["mean"] >= FLOOR
 
 

@@ -121,7 +121,7 @@ def test_a_list_says_what_a_model_is(site: Path) -> None:
     del row["weights_sha256"]
     assert row == {
         "name": "organ", "package": "some-models", "version": "1.2", "licence": "CC-BY-4.0", "modality": "MR",
-        "channels": ["MR"], "targets": ["organ"], "trained_on": 3, "dice": None, "measured_on": "",
+        "channels": ["MR"], "targets": ["organ"], "trained_on": 2, "dice": None, "measured_on": "",
     }  # fmt: skip
     shown = run("models", "list").stdout
     assert "not measured" in shown

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from environments import make, python_of
 from raw import NUMBERS, folder_name, link_scans, write_moved, write_raw
+from tables import DEFAULTS
 
 from delineate.datasets.layouts import open_dataset
 from delineate.evaluation.table import Evaluation
@@ -473,7 +474,7 @@ def prediction(bench: Bench, sets: Sequence[str]) -> Iterator[Case]:
         count = len(list(scans.glob("*_0000.nii.gz")))
         size = "×".join(map(str, shape_of(next(iter(scan.scans.values())))))
         about = f"{count} hippocampi" if name == "hippocampus" else f"one scan of {size}, {len(scan.scans)} channels"
-        usual = f"{about}, each one's defaults"
+        usual = f"{about}, {DEFAULTS}"
         for cases, what, flips, tta, mirror in (
             (plain, f"{about}, not mirrored", ("--flips", ""), ("--disable_tta",), ()),
             (mirrored, f"{about}, mirrored along all axes", (), (), ("--mirror",)),

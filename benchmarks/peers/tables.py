@@ -13,6 +13,9 @@ from delineate.io.files import writing_beside
 
 BEGIN, END = "<!-- measured: written by benchmarks/peers/run.py -->", "<!-- end of what is measured -->"
 
+DEFAULTS = "each one's defaults"
+"""Of tasks that each tool does with a network of its own."""
+
 TITLES = {
     "preparation": "Preparation",
     "steps": "Training steps",
@@ -153,9 +156,9 @@ def table(part: str, rows: Sequence[Row]) -> list[str]:
 
 
 def times(row: Row, same: Sequence[Row], column: Column) -> str:
-    """How many times as fast as a peer's row each of Delineate's rows is."""
+    """How many times as fast as a peer's row each of Delineate's rows is; nothing where their networks differ."""
     ours = [r for r in same if r.ours]
-    if row.ours or not ours:
+    if row.ours or not ours or row.what.endswith(DEFAULTS):
         return ""
     ratios = [r.median(column.name) / row.median(column.name) for r in ours]
     return "; ".join(f"{ratio if column.more else 1 / ratio:.1f} ×" for ratio in ratios)

@@ -35,7 +35,7 @@ x = np.stack([nibabel.as_closest_canonical(scan).get_fdata(dtype=np.float32) for
 mm, sides = nibabel.affines.voxel_sizes(nibabel.as_closest_canonical(scans[0]).affine), x.shape[1:]
 for step in steps:
     inside = np.where((x != 0) | (step.get("within") != "nonzero"), x, np.nan)
-    match step:
+    match step.get("align") != "monai" and not step.get("every_voxel") and step:
         case {"kind": "resample", "axes": "all", "order": "linear", "across": "interpolate"} if x.shape[1:] == sides:
             x = resample(x, [max(1, round(n * d / (to or d))) for n, d, to in zip(sides, mm, step["spacing_mm"])])
         case {"kind": "clip_percentiles", "scope": "patient", "channels": None}:

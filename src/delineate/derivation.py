@@ -122,8 +122,8 @@ class _Choices:
             self.reasons[path] = reason
 
 
-def summarise(rows: Sequence[SubjectRow], modality: str = "") -> DataSummary:
-    """Summarise what inspection measured."""
+def summarise(rows: Sequence[SubjectRow], targets: Targets, modality: str = "") -> DataSummary:
+    """Summarise what inspection measured of ``targets``."""
     shapes, spacings = [], []
     for row in rows:
         order = _ras_order(row.orientation)
@@ -137,7 +137,8 @@ def summarise(rows: Sequence[SubjectRow], modality: str = "") -> DataSummary:
         for name, piece in row.largest_pieces.items():
             largest.setdefault(name, []).append(piece.share)
             extents.setdefault(name, []).append(np.array(piece.shape)[_ras_order(row.orientation)] * mm)
-    labelled = [sum(n for value, n in row.label_voxels.items() if value != 0) for row in rows]
+    background = {0, *targets.ignore}
+    labelled = [sum(n for value, n in row.label_voxels.items() if int(value) not in background) for row in rows]
     return DataSummary(
         shapes=np.array(shapes, dtype=float),
         spacings_mm=np.array(spacings, dtype=float),

@@ -56,7 +56,7 @@ class Installed:
         raise BundleError(
             f"model '{self.name}' of {self.package} {self.version} is not there: the package has no bundle in "
             f"{self.place.replace('.', '/')}",
-            fix=f"install it again: pip install --force-reinstall {self.package}",
+            fix=f"uninstall {self.package}, and install it again from where it came",
         )
 
 

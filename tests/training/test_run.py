@@ -35,6 +35,7 @@ from delineate.training.options import Reporter, RunOptions, Stop
 from delineate.training.preparation import assign_roles, new_split
 from delineate.training.run import RunResult, train
 from delineate.training.subjects import RunSubjects
+from delineate.training.validation import Score, summary
 
 OPTIONS = {"device": "cpu", "precision": "fp32", "compile": "off", "threads": 1}
 
@@ -445,6 +446,35 @@ def test_broken_subjects_stop_training_before_it_starts(recipe, balls, tmp_path)
     run(recipe, dataset, tmp_path / "run", report, leave_out_broken=True, evaluate=False)
     assert any(f"left out because of broken files: {broken.id}" in text for text in report.messages)
     assert RunSubjects.load(tmp_path / "run").left_out == (broken.id,)
+
+
+def test_subjects_without_a_target_do_not_choose_the_weights(recipe, balls, tmp_path) -> None:
+    """A network that predicts nothing would be right about each of them; nor can a target be learnt that nobody has."""
+    names, targets = [s.id for s in balls.subjects], Targets({"ball": (1,), "lesion": (2,)})
+    label = read_label(balls.subjects[3].label)
+    write_label(tmp_path / "empty.nii.gz", replace(label, voxels=np.zeros_like(label.voxels)))
+    subjects = tuple(replace(s, label=tmp_path / "empty.nii.gz") if s.id == names[3] else s for s in balls.subjects)
+    parts = {"training": names[:3], "validation": names[3:4], "test": names[4:]}
+    (tmp_path / "split.json").write_text(json.dumps(parts), encoding="utf-8")
+    data = replace(balls, subjects=subjects, targets=targets)
+    result = run(recipe, data, tmp_path / "run", split_file=tmp_path / "split.json")
+    assert any("no validation subject has a target" in message for message in result.messages)
+    assert any("no training subject has 'lesion'" in message for message in result.messages)
+    kept, last = (weights_of(tmp_path / "run" / name) for name in ("bundle", "last"))
+    for name, tensor in last.items():
+        np.testing.assert_array_equal(kept[name], tensor)
+
+
+def test_weights_are_chosen_by_the_subjects_that_have_the_target() -> None:
+    empty, missed, found = Score(1.0, 0.0, False), Score(0.0, 9.0, True), Score(0.8, 2.0, True)
+    assert summary([{"a": empty}, {"a": missed}], "dice").score == 0
+    several = summary([{"a": found, "b": empty}, {"a": empty, "b": missed}, {"a": empty, "b": found}], "dice")
+    assert several.targets == pytest.approx({"a": 0.8, "b": 0.4})
+    assert several.score == several.dice == pytest.approx(0.6)
+    assert summary([{"a": found, "b": empty}], "worst_dice").score == 0.8
+    nobody = summary([{"a": empty, "b": Score(0.0, 1.0, False)}], "dice")
+    assert np.isnan(nobody.score)
+    assert nobody.targets == {"a": 1, "b": 0}
 
 
 def test_a_collapse_to_background_is_said_with_mends(recipe, balls, tmp_path) -> None:

@@ -75,7 +75,7 @@ def plan(
         if recipe == "auto":
             dataset = DataSpec.of_changes(changes).open(data)
             reporter = Reporter(terminal.say, terminal.progress, status=terminal.status)
-            options = RunOptions(device=device, threads=threads)
+            options = RunOptions(device=device, threads=threads, precision=precision, memory_gb=limit_gb)
             named = derived_recipe(dataset, options, reporter, changes).recipe
         else:
             named = load_recipe(recipe, changes)

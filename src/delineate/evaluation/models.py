@@ -47,7 +47,7 @@ class KnownModel:
             modality=modality_of(bundle.channels),
             channels=bundle.channels,
             targets=bundle.targets.names,
-            trained_on=len(bundle.provenance.training) + len(bundle.provenance.validation),
+            trained_on=len(bundle.provenance.training),
             dice=None if result is None else _dice(result),
             measured_on="" if result is None else result.kind,
             weights_sha256=bundle.weights_sha256,

@@ -406,7 +406,8 @@ def postprocessing(config: Config, named: bool) -> After:
                 raise unknown("postprocessing", f"{component.name} of anything but @preprocessing")
             back = "nearest" if nearest else "linear"
         elif name == "KeepLargestConnectedComponent" and decision is not None:
-            largest = _largest(component)
+            more = _largest(component)
+            largest = None if largest is None or more is None else (*largest, *more)
         elif name != "Lambda" or decision is None or decision.argmax or not named:
             fix = f"{ITSELF}; if it only joins overlapping outputs to labels, give these with --targets"
             raise CannotImport(

@@ -53,13 +53,13 @@ _STATISTICS = (
 _KNOWN_TRAINERS = re.compile(
     r"nnUNetTrainer(_?("
     r"\d+ep(och)?s?|NoMirroring|onlyMirror01|NoDA|DA5|DA5ord0|DA5Segord0|DASegOrd0|DAOrd0|noDummy2DDA|warmup|CosAnneal"
-    r"|(Vanilla)?Ada[mn](\d+en\d+)?|(Dice|CE|DiceCE|Topk10|DiceTopK10)Loss(LS01)?|noSmooth|NoDeepSupervision|BN"
-    r"|probabilisticOversampling(_\d+)?|Benchmark_5epochs|noDataLoading))*"
+    r"|(Vanilla)?Ada[mn](\d+en\d++)?|(Dice|CE|DiceCE|Topk10|DiceTopK10)Loss(LS01)?|noSmooth|NoDeepSupervision|BN"
+    r"|probabilisticOversampling(_\d++)?|Benchmark_5epochs|noDataLoading))*"
 )
 """Trainers that come with nnU-Net: what they change is how a network is trained, or its normalisation (BN)."""
 
 M = TypeVar("M", bound=BaseModel)
-Spacing = Annotated[float, Field(gt=0, le=1000)]
+Spacing = Annotated[float, Field(ge=0.01, le=1000)]
 Axis = Literal[0, 1, 2]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Short = Annotated[str, Field(max_length=200)]
@@ -101,7 +101,8 @@ class _Plans(_Read):
     configurations: Annotated[dict[str, dict[str, Any]], Field(max_length=100)]
     transpose_forward: tuple[Axis, Axis, Axis]
     image_reader_writer: Short = "SimpleITKIO"
-    original_median_spacing_after_transp: tuple[Spacing, Spacing, Spacing]
+    # Where SimpleITK read pictures, the slice spacing is 999 times that of the pixels.
+    original_median_spacing_after_transp: tuple[Annotated[float, Field(gt=0, le=1e4)], Spacing, Spacing]
     intensities: Annotated[dict[str, dict[str, Any]], Field(max_length=64)] = Field(
         default_factory=dict,
         validation_alias=AliasChoices(
@@ -414,10 +415,10 @@ def _with_written_values(regions: Mapping[str, tuple[int, ...]], order: Sequence
         for (name, values), value in zip(regions.items(), order, strict=True)
     }
     targets = Targets(first, "overlapping")
-    for name, value in zip(first, order, strict=True):
+    for name, values, value in zip(targets.names, regions.values(), order, strict=True):
         if targets.written_value(name) != value:
             raise CannotImport(
-                f"regions_class_order writes {value} for region '{printable(name)}' of values {list(regions[name])}, "
+                f"regions_class_order writes {value} for region '{name}' of values {list(values)}, "
                 "which reads back as other regions",
                 fix="give each region a value of its own, which no later region has",
             )

@@ -100,13 +100,14 @@ class Validator(lightning.Callback):
         row |= {f"volume_error_ml_{name}": error for name, error in means.error_ml.items()}
         for logger in trainer.loggers:
             logger.log_metrics({**row, "minutes": module.budget.elapsed() / 60}, step=trainer.global_step)
-        better = self.score > self.best
+        judged = not math.isnan(self.score)  # it is where no subject has any target
+        better = judged and self.score > self.best
         if better:
             self.best, self.best_step, self.since_best = self.score, trainer.global_step, 0
-        else:
+        elif judged:
             self.since_best += 1
         self.last_step = trainer.global_step
-        if (better or module.spec.keep == "last") and trainer.is_global_zero:
+        if (better or not judged or module.spec.keep == "last") and trainer.is_global_zero:
             about = {"step": trainer.global_step, "validation_dice": f"{means.dice:.4f}"}
             save_weights(self.folder, module.kept_network.state_dict(), about)
         self.report.event(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -34,7 +35,7 @@ from delineate.errors import BadSplit, BrokenSubjects, DelineateError, RecipeErr
 from delineate.fingerprint import fingerprint_of
 from delineate.io.files import home_folder, writing_beside
 from delineate.io.pseudonyms import key_id
-from delineate.preprocessing.cache import PreparedDataset, prepare
+from delineate.preprocessing.cache import PreparedDataset, budget_in_memory, prepare
 from delineate.preprocessing.spatial import Reorient
 from delineate.preprocessing.step import Step
 from delineate.recipe import DataSpec, Recipe, TrainingSpec, apply_changes, load_recipe, recipe_from, to_yaml
@@ -92,7 +93,9 @@ def derived_recipe(
     memory = available_memory_bytes()
     if plan.device.type == "cuda":
         memory = torch.cuda.get_device_properties(plan.device).total_memory
-    summary = summarise(sound, dataset.modality)
+    if options.memory_gb is not None and options.memory_gb < math.inf:
+        memory = min(memory, int(1e9 * options.memory_gb))
+    summary = summarise(sound, targets, dataset.modality)
     found, reasons = derive_recipe(
         summary,
         targets,
@@ -321,7 +324,10 @@ def prepared_bundle(
         most_bytes=None if options.cache_gb is None else int(1e9 * options.cache_gb),
         progress=lambda done, total: report.progress("preparing", done, total),
     )
-    training, validation = both[: len(roles.training)].in_memory(), both[len(roles.training) :].in_memory()
+    # Each process keeps what it trains on.
+    share = None if options.devices == 1 else budget_in_memory() // options.devices
+    training = both[: len(roles.training)].in_memory(share)
+    validation = both[len(roles.training) :].in_memory(share)
     drawn_from = training.repeated(roles.repeats)
     at_a_time = drawn_from.at_a_time(beside=validation)
     if at_a_time is not None:

@@ -49,6 +49,7 @@ from delineate.io.files import writing_beside
 from delineate.losses.content import has_random_features
 from delineate.metrics.catalogue import targets_of
 from delineate.networks.cost import count_convolutions
+from delineate.preprocessing.cache import PreparedDataset
 from delineate.recipe import Recipe, TrainingSpec, load_recipe, to_yaml
 from delineate.sampling.augmentation import AugmentationSpec
 from delineate.sampling.batches import BatchSource
@@ -333,6 +334,10 @@ def _fit(
         Keeper(state),
     ]
     hold_a_target = any(len(points) for subject in prepared.validation for points in subject.points.values())
+    if len(prepared.validation) and not hold_a_target:
+        report.event(Warned(message=_NOTHING_TO_JUDGE))
+    for name in _never_marked(bundle, prepared.training):
+        report.event(Warned(message=f"no training subject has '{name}': the network cannot learn it"))
     if hold_a_target and spec.validation.loss_every is not None:
         of_validation = Sampler(bundle.recipe.sampler, prepared.validation, bundle.geometry, spec.seed)
         unchanged = AugmentationSpec(spatial=None, intensity=None)
@@ -367,6 +372,18 @@ def _fit(
         minutes = budget.elapsed() / 60
         report.event(Trained(step=trainer.global_step, minutes=minutes, epochs=epochs, gpu_gb=gpu_gb))
     return trainer.global_step, stopper.asked
+
+
+_NOTHING_TO_JUDGE = (
+    "no validation subject has a target, so that they cannot tell good weights from bad: the last ones are kept; "
+    "name others in a split, or raise training.validation.subjects"
+)
+
+
+def _never_marked(bundle: Bundle, training: PreparedDataset) -> list[str]:
+    """The targets of which no training subject has a voxel."""
+    marked = {target for counts in training.counts for target, count in counts.items() if count}
+    return [name for number, name in enumerate(bundle.targets.names, 1) if number not in marked]
 
 
 def _trainer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,11 @@ from delineate.preprocessing.cache import PreparedSubject
 
 
 class Score(NamedTuple):
-    """A target of one subject: Dice (both empty: 1), and by how much its volume is off, in either direction."""
+    """A target of one subject: Dice (both empty: 1), by how much its volume is off, and whether it is there at all."""
 
     dice: float
     error_ml: float
+    present: bool
 
 
 def validate(
@@ -62,9 +64,10 @@ def validate(
 
 @dataclass(frozen=True)
 class Means:
-    """Mean Dice over the subjects, for all targets and for each; the weights are selected by ``score``.
+    """Mean Dice of all targets and of each, over the subjects that have it, or over all if none does.
 
-    ``error_ml``: mean absolute error of each target's volume.
+    The weights are selected by ``score``, of the targets that any subject has; NaN if there are none: a network that
+    predicts nothing would be right about every other. ``error_ml``: mean absolute error of each target's volume.
     """
 
     dice: float
@@ -76,13 +79,15 @@ class Means:
 def summary(scores: Sequence[dict[str, Score]], metric: str) -> Means:
     """Means of what :func:`validate` returned; ``metric`` says which is the score."""
     names = list(scores[0])
-    means = {name: math.fsum(s[name].dice for s in scores) / len(scores) for name in names}
+    having = {name: [s[name].dice for s in scores if s[name].present] for name in names}
+    means = {name: fmean(having[name] or [s[name].dice for s in scores]) for name in names}
+    judged = [means[name] for name in names if having[name]]
     error_ml = {name: math.fsum(s[name].error_ml for s in scores) / len(scores) for name in names}
-    dice = math.fsum(means.values()) / len(means)
-    return Means(dice, means, error_ml, dice if metric == "dice" else min(means.values()))
+    score = math.nan if not judged else fmean(judged) if metric == "dice" else min(judged)
+    return Means(fmean(means.values()), means, error_ml, score)
 
 
 def _score(prediction: np.ndarray, reference: np.ndarray, voxel_ml: float) -> Score:
     found, true = int(prediction.sum()), int(reference.sum())
     dice = 2 * int((prediction & reference).sum()) / (found + true) if found + true else 1.0
-    return Score(dice, abs(found - true) * voxel_ml)
+    return Score(dice, abs(found - true) * voxel_ml, true > 0)
