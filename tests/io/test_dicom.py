@@ -159,8 +159,7 @@ def test_nothing_that_names_a_patient_is_kept_or_said(dicom) -> None:
     with pytest.raises(DelineateError) as error:
         read_volume(broken)
     for text in (repr(series), str(series), str(error.value)):
-        assert "Canary" not in text
-        assert "4711" not in text
+        assert "canary" not in text.casefold()  # in the name and the number; digits alone may be a hash's
 
 
 def change(folder: Path, how: Callable[[pydicom.Dataset, int], object]) -> Path:
