@@ -190,7 +190,7 @@ def measure_prediction(
     for label in (prediction, reference):
         targets.check(label.voxels, subject)
     beyond = 0
-    if probabilities is None:
+    if probabilities is None:  # which are measured in the background, too
         prediction, reference, box = _within(prediction, reference)
         quantity = None if quantity is None else quantity[box]
         beyond = 0 if 0 in targets.ignore else whole - reference.voxels.size
