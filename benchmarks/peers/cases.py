@@ -37,6 +37,14 @@ TRAINED = ("hippocampus", "prostate", "sarcoma")
 SETS = (*TRAINED, LARGE)
 
 SUBJECTS = 50
+CORES = str(os.cpu_count() or 1)
+
+PREDICTING = 1
+"""Processes that read scans, and that write labels, in nnU-Net's prediction; with two cores, fewest are fastest."""
+
+SPARE = {"delineate": 4, "nnunet": 5, "monai": 1}
+"""Seconds of a budget of minutes that are kept for the last step under way, and for writing the weights."""
+
 WARM = 2
 """Steps before the first that is timed: compilation, and loaders that start."""
 
@@ -47,14 +55,13 @@ Values = dict[str, Any]
 class Case:
     """A command of one tool. ``what`` is the same for those that are compared; ``also`` names other such rows.
 
-    A command that depends on the machine's speed is a function, called just before it runs. ``read`` returns what was
-    measured besides time and memory, once the command has ended.
+    ``read`` returns what was measured besides time and memory, once the command has ended.
     """
 
     part: str
     what: str
     tool: str
-    command: tuple[str, ...] | Callable[[], tuple[str, ...]]
+    command: tuple[str, ...]
     read: Callable[[], Values] = dict
     variables: Mapping[str, str] = field(default_factory=dict)
     also: tuple[str, ...] = ()
@@ -72,6 +79,7 @@ class Bench:
         self.environments = out / "environments"
         self.base = out / "quick" if quick else out
         self.scratch = self.base / "scratch"
+        self.log = self.scratch / "log.txt"
 
     # ---- folders and variables
 
@@ -88,8 +96,12 @@ class Bench:
     def variables(self, command: Sequence[str], more: Mapping[str, str]) -> dict[str, str]:
         """The environment variables of a command."""
         folders = {f"nnUNet_{name}": str(self.base / name) for name in ("raw", "preprocessed", "results")}
-        # nnU-Net starts eight processes unless it is told.
-        own = {"DELINEATE_HOME": str(self.base / "home"), "nnUNet_def_n_proc": str(os.cpu_count() or 1)}
+        own = {
+            # What a run converts and compiles is gone before the next.
+            **{"DELINEATE_HOME": str(self.scratch / "home"), "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "compiled")},
+            # nnU-Net starts eight processes unless it is told.
+            "nnUNet_def_n_proc": CORES,
+        }
         found = {**os.environ, **own, **folders, **more}
         found.pop("PYTHONDONTWRITEBYTECODE", None)  # Delineate's modules are kept compiled, as all installed ones are
         if str(self.environments) in shlex.join(command):
@@ -126,8 +138,8 @@ class Bench:
 
     # ---- what is made once
 
-    def do(self, what: str, *command: str) -> None:
-        """Run a command that is not measured."""
+    def do(self, what: str, *command: str) -> Path:
+        """Run a command that is not measured; returns its log."""
         log = self.base / "logs" / "made" / f"{what}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"making {what}", flush=True)
@@ -136,6 +148,7 @@ class Bench:
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
         if done.returncode:
             raise CaseFailed(f"{what}: {shlex.join(command)} ended with {done.returncode}; see {log}")
+        return log
 
     def need_environments(self) -> None:
         for peer in ("nnunet", *(peer for peer in self.peers if peer != "nnunet")):
@@ -170,8 +183,18 @@ class Bench:
         shutil.copy(self.splits(name), splits)
 
     def planning(self, name: str) -> tuple[str, ...]:
-        words = ("-d", NUMBERS[name], "-c", CONFIGURATION, "--verify_dataset_integrity")
+        words = ("-d", NUMBERS[name], "-c", CONFIGURATION, "--verify_dataset_integrity", "-npfp", CORES, "-np", CORES)
         return self.nnunet("nnUNetv2_plan_and_preprocess", *words)
+
+    def need_precision(self, name: str, network: str) -> str:
+        """Which precision MONAI's network is faster in here, by a trial that no prediction is charged for."""
+        file = self.base / "precision" / f"{name}_{network}.json"
+        if not file.exists():
+            words = ("try", self.raw(name), self.plans(name), "--network", network)
+            values = said(self.do(f"precision of {network} on {name}", *self.monai(*words)))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(values), encoding="utf-8")
+        return "bf16" if json.loads(file.read_text(encoding="utf-8"))["bf16"] else "fp32"
 
     def need_model(self, name: str) -> Path:
         """A model that nnU-Net trained for minutes, and its bundle.
@@ -285,13 +308,13 @@ def steps(bench: Bench, sets: Sequence[str]) -> Iterator[Case]:
                 "nnunet": Case(
                     *("steps", what, "nnU-Net"),
                     bench.nnunet_side(NUMBERS[name], "--steps", theirs),
-                    lambda: rate(said(bench)["ended"]),
+                    lambda: rate(said(bench.log)["ended"]),
                     {"nnUNet_results": str(scratch / "results")},
                 ),
                 "monai": Case(
                     *("steps", what, "MONAI"),
                     bench.monai("train", raw, plans, *options, "--network", "dynunet"),
-                    lambda: {**rate(said(bench)["ended"]), "bf16": said(bench)["bf16"]},
+                    lambda: {**rate(said(bench.log)["ended"]), "bf16": said(bench.log)["bf16"]},
                 ),
             }
         )
@@ -321,9 +344,9 @@ def logged_steps(folder: Path) -> list[float]:
     return ended
 
 
-def said(bench: Bench) -> Values:
+def said(log: Path) -> Values:
     """What a script of ours printed at its end."""
-    lines = (bench.scratch / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     found = [line for line in lines if line.startswith("measured: ")]
     if not found:
         raise CaseFailed("it printed nothing that was measured")
@@ -342,11 +365,10 @@ def dice(bench: Bench, sets: Sequence[str], minutes: Sequence[float]) -> Iterato
         folders = {"nnUNet_preprocessed": str(preprocessed), "nnUNet_results": str(scratch / "results")}
         for budget in minutes:
             what = f"{name}, {budget:g} minutes"
-            # Seconds that are left for the last step under way, and for writing the weights.
             training = bench.nnunet_side(NUMBERS[name])
             copied = ("cp", str(bench.splits(name)), str(preprocessed / folder_name(name)))
             planned = f"{shlex.join(bench.planning(name))} && {shlex.join(copied)}"
-            nnunet = f"{_until(budget, 15)} && {planned} && {shlex.join(training)} --until $until"
+            nnunet = f"{_until(budget, SPARE['nnunet'])} && {planned} && {shlex.join(training)} --until $until"
             written = ("--split", raw / "fold_0.json", "--weights", scratch / "weights.pt", "--batch", 2)
             monai = shlex.join(bench.monai("train", raw, plans, *written))
             cases = {
@@ -358,7 +380,7 @@ def dice(bench: Bench, sets: Sequence[str], minutes: Sequence[float]) -> Iterato
                 ),
                 "monai": Case(
                     *("dice", what, "MONAI"),
-                    ("sh", "-c", f"{_until(budget, 5)} && {monai} --until $until"),
+                    ("sh", "-c", f"{_until(budget, SPARE['monai'])} && {monai} --until $until"),
                     lambda name=name: held_out_dice(bench, name, monai_predicts(bench, name)),
                 ),
             }
@@ -366,7 +388,7 @@ def dice(bench: Bench, sets: Sequence[str], minutes: Sequence[float]) -> Iterato
             for recipe in ("auto", *({name} & packaged_recipes().keys())):
                 own[f"delineate {recipe}"] = Case(
                     *("dice", what, f"Delineate, {recipe}"),
-                    lambda name=name, recipe=recipe, budget=budget: delineate_trains(bench, name, recipe, budget),
+                    delineate_trains(bench, name, recipe, budget),
                     lambda name=name: held_out_dice(bench, name, delineate_predicts(bench, name)),
                 )
             yield from bench.of({**own, **cases})
@@ -378,7 +400,7 @@ def _until(minutes: float, spare: int) -> str:
 
 def delineate_trains(bench: Bench, name: str, recipe: str, budget: float) -> tuple[str, ...]:
     raw, scratch = bench.raw(name), bench.scratch
-    left = max(0.01, budget - overhead(bench, name, recipe))
+    left = max(0.01, budget - overhead(bench, name, recipe) - SPARE["delineate"] / 60)
     words = ("train", recipe, "--data", raw, "--fold", 0, "--split", raw / "split.json", "--minutes", f"{left:.3f}")
     return bench.delineate(*words, "--no-evaluate", "--out", scratch / "run", "--cache", scratch / "cache")
 
@@ -387,9 +409,8 @@ def overhead(bench: Bench, name: str, recipe: str) -> float:
     """Minutes of a training besides ``--minutes``: starting up, preparation, writing. A very short one tells."""
     file = bench.base / "overhead" / f"{name}_{recipe}.json"
     if not file.exists():
-        raw, run, cache = bench.raw(name), bench.base / "overhead" / "run", bench.base / "overhead" / "cache"
-        for folder in (run, cache):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(bench.scratch, ignore_errors=True)
+        raw, run, cache = bench.raw(name), bench.scratch / "run", bench.scratch / "cache"
         words = ("train", recipe, "--data", raw, "--fold", 0, "--split", raw / "split.json", "--minutes", 0.05)
         started = time.perf_counter()
         command = bench.delineate(*words, "--no-evaluate", "--out", run, "--cache", cache)
@@ -397,6 +418,7 @@ def overhead(bench: Bench, name: str, recipe: str) -> float:
         took = (time.perf_counter() - started) / 60
         lines = (run / "logs/events.jsonl").read_text(encoding="utf-8").splitlines()
         [trained] = [event for event in map(json.loads, lines) if event["kind"] == "trained"]
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"minutes": took - trained["minutes"]}), encoding="utf-8")
     return float(json.loads(file.read_text(encoding="utf-8"))["minutes"])
 
@@ -413,11 +435,13 @@ def nnunet_predicts(bench: Bench, name: str) -> tuple[str, ...]:
 
 def monai_predicts(bench: Bench, name: str) -> tuple[str, ...]:
     words = (bench.raw(name), bench.plans(name), bench.need_held_out(name), "--out", bench.scratch / "predicted")
-    return bench.monai("predict", *words, "--weights", bench.scratch / "weights.pt", "--equal")
+    precision = ("--precision", bench.need_precision(name, "unet"))
+    return bench.monai("predict", *words, "--weights", bench.scratch / "weights.pt", "--equal", *precision)
 
 
 def nnunet_predict(bench: Bench, scans: Path, model: Path, out: Path, *more: str) -> tuple[str, ...]:
-    words = ("-i", scans, "-o", out, "-m", model, "-f", 0, "-device", "cpu", *more)
+    processes = ("-npp", PREDICTING, "-nps", PREDICTING)
+    words = ("-i", scans, "-o", out, "-m", model, "-f", 0, "-device", "cpu", *processes, *more)
     return bench.nnunet("nnUNetv2_predict_from_modelfolder", *words)
 
 
@@ -488,7 +512,8 @@ def prediction(bench: Bench, sets: Sequence[str]) -> Iterator[Case]:
                 )
                 for engine, shown in (("torch", "PyTorch"), ("openvino", "OpenVINO"))
             }
-            network = ("--network", "dynunet", "--equal", *mirror)
+            precision = bench.need_precision(name, "dynunet")
+            network = ("--network", "dynunet", "--equal", *mirror, "--precision", precision)
             theirs = {
                 "nnunet": Case(
                     *("prediction", what, "nnU-Net"),
@@ -514,7 +539,10 @@ def prediction(bench: Bench, sets: Sequence[str]) -> Iterator[Case]:
                 ),
                 "monai": Case(
                     *("prediction", usual, "MONAI"),
-                    bench.monai("predict", raw, plans, scans, "--out", out),
+                    bench.monai(
+                        *("predict", raw, plans, scans, "--out", out),
+                        *("--precision", bench.need_precision(name, "unet")),
+                    ),
                     read.of("monai"),
                 ),
             }
@@ -538,7 +566,7 @@ class Agreement:
         found = sorted((self.bench.scratch / "predicted").glob("*.nii.gz"))
         if len(found) != self.count:
             raise CaseFailed(f"{len(found)} of {self.count} scans were predicted")
-        log = (self.bench.scratch / "log.txt").read_text(encoding="utf-8", errors="replace")
+        log = self.bench.log.read_text(encoding="utf-8", errors="replace")
         if tool == "delineate_openvino" and (refused := re.search(r"^engine: PyTorch .*", log, re.MULTILINE)):
             raise CaseFailed(refused[0])  # a time of PyTorch's is none of OpenVINO's
         kept = self.bench.base / "labels" / self.what.replace(",", "").replace(" ", "_")
@@ -598,7 +626,7 @@ def evaluation(bench: Bench, sets: Sequence[str]) -> Iterator[Case]:
                 "monai": Case(
                     *("evaluation", what, "MONAI"),
                     bench.monai("evaluate", moved, references, *scores),
-                    lambda: said(bench),
+                    lambda: said(bench.log),
                 ),
             }
         )

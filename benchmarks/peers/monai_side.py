@@ -4,7 +4,9 @@ Runs in MONAI's environment:
 
     python monai_side.py prepare RAW PLANS --cache FOLDER
     python monai_side.py train RAW PLANS --weights FILE --split FILE [--steps N | --until UNIX_TIME] [--network dynunet]
-    python monai_side.py predict RAW PLANS SCANS --out FOLDER [--weights FILE] [--network dynunet] [--mirror]
+    python monai_side.py try RAW PLANS [--network dynunet]
+    python monai_side.py predict RAW PLANS SCANS --out FOLDER --precision fp32|bf16 [--weights FILE]
+        [--network dynunet] [--mirror]
     python monai_side.py evaluate PREDICTIONS REFERENCES --labels N --out FILE
 
 Spacing and patches are those of nnU-Net's plans (PLANS), as in MONAI's tutorial of DynUNet. ``--network dynunet`` is
@@ -230,6 +232,13 @@ def train(options: argparse.Namespace) -> None:
     print("measured:", json.dumps({"ended": ended, "bf16": faster}), flush=True)
 
 
+def try_precision(options: argparse.Namespace) -> None:
+    task = Task(options.raw, options.plans)
+    network = task.network(options.network).eval()
+    faster = bf16_is_faster(network, torch.zeros(1, task.channels, *task.patch))
+    print("measured:", json.dumps({"bf16": faster}))
+
+
 def predict(options: argparse.Namespace) -> None:
     task = Task(options.raw, options.plans)
     before = Compose([*task.prepared(["image"])])
@@ -254,7 +263,7 @@ def predict(options: argparse.Namespace) -> None:
     )
     names = sorted({file.name[: -len("_0000.nii.gz")] for file in options.scans.glob("*_0000.nii.gz")})
     dataset = Dataset([task.scan(options.scans, name) for name in names], before)
-    faster = bf16_is_faster(network, torch.zeros(1, task.channels, *task.patch))
+    faster = options.precision == "bf16"
     axes = [axes for count in range(4) for axes in itertools.combinations((2, 3, 4), count)]
     settings: dict[str, Any] = {"overlap": 0.5, "mode": "gaussian"} if options.equal else {}
     with torch.no_grad():
@@ -296,13 +305,14 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", choices=("prepare", "train", "predict", "evaluate"))
+    parser.add_argument("work", choices=("prepare", "train", "try", "predict", "evaluate"))
     parser.add_argument("inputs", type=Path, nargs="+")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--split", type=Path)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--network", choices=("unet", "dynunet"), default="unet")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of predictions; see 'try'")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--until", type=float)
@@ -316,7 +326,8 @@ def main() -> None:
     else:
         options.raw, options.plans, *scans = options.inputs
         options.scans = scans[0] if scans else None
-    {"prepare": prepare, "train": train, "predict": predict, "evaluate": evaluate}[options.work](options)
+    works = {"prepare": prepare, "train": train, "try": try_precision, "predict": predict, "evaluate": evaluate}
+    works[options.work](options)
 
 
 if __name__ == "__main__":

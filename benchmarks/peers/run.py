@@ -2,11 +2,13 @@
 
     python benchmarks/peers/run.py --data DATA --out OUT [--only PART,…] [--sets SET,…] [--peers nnunet,monai]
     python benchmarks/peers/run.py --out OUT --write docs/peers.md
+    python benchmarks/peers/run.py --out OUT --supersede "prediction: 50 hippocampi" --because "…"
 
 DATA holds the folders ``hippocampus``, ``prostate``, ``sarcoma`` and ``brats``. OUT receives the peers' environments,
 all that is made once, a log of every run and ``results.json``. What is measured is kept: the same command again makes
-only the runs that are missing. Tools take turns: each case once with every tool, then all cases a second time, and a
-third. Runs that fail are named at the end and are tried again next time.
+only the runs that are missing. ``--supersede`` is for runs that were not fair, or are of a Delineate of long ago: they
+stay in ``results.json`` with the reason, but no longer count. Tools take turns: each case once with every tool, then
+all cases a second time, and a third. Runs that fail are named at the end and are tried again next time.
 
 =============  ====================================================================================================
 preparation    from a folder of scans to the first step: inspection, planning, preprocessing
@@ -61,6 +63,8 @@ def main() -> int:
     parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="end then, and discard the run under way")
     parser.add_argument("--setup", action="store_true", help="make what the parts need, and measure nothing")
     parser.add_argument("--quick", action="store_true", help="tiny data, only to check that all works; in OUT/quick")
+    parser.add_argument("--supersede", metavar="START", help="the runs whose key starts so no longer count")
+    parser.add_argument("--because", metavar="TEXT", help="why, with --supersede")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write tables of what is measured into this page")
     options = parser.parse_args()
     end = float("inf") if options.stop_after is None else time.monotonic() + 60 * options.stop_after
@@ -68,14 +72,18 @@ def main() -> int:
     bench = Bench(options.data and options.data.resolve(), options.out.resolve(), options.peers, quick=options.quick)
     results = Results(bench.base / "results.json")
     failed: list[str] = []
+    if (options.supersede is None) != (options.because is None):
+        parser.error("--supersede and --because go together")
+    if options.supersede is not None:
+        print(f"{results.supersede(options.supersede, options.because)} runs no longer count")
     if options.data is not None:
         bench.need_environments()
         results.begin(machine(), versions(bench))
         cases = {part: cases_of(bench, part, options.sets, options.minutes) for part in options.only}
         if not options.setup:
             failed = measure(bench, results, cases, options.rounds, end)
-    elif options.write is None:
-        parser.error("give --data to measure, or --write for the tables of what is measured")
+    elif options.write is None and options.supersede is None:
+        parser.error("give --data to measure, --write for the tables, or --supersede for what is to be measured again")
     if options.write is not None:
         write(options.write, results.content)
     for message in failed:
@@ -123,10 +131,21 @@ class Results:
             self.content[what] = {**before, **now}
 
     def done(self) -> set[tuple[str, int]]:
-        return {(run["key"], run["round"]) for run in self.content["runs"]}
+        return {(run["key"], run["round"]) for run in self.content["runs"] if "superseded" not in run}
+
+    def supersede(self, start: str, because: str) -> int:
+        """Mark the runs whose key starts so; returns how many these are."""
+        marked = [run for run in self.content["runs"] if run["key"].startswith(start) and "superseded" not in run]
+        for run in marked:
+            run["superseded"] = because
+        self.write()
+        return len(marked)
 
     def add(self, run: dict[str, Any]) -> None:
         self.content["runs"].append(run)
+        self.write()
+
+    def write(self) -> None:
         with writing_beside(self.path) as path:
             path.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
 
@@ -186,13 +205,12 @@ def measure(bench: Bench, results: Results, cases: dict[str, list[Case]], rounds
         shutil.rmtree(bench.scratch, ignore_errors=True)
         bench.scratch.mkdir(parents=True)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        log = bench.scratch / "log.txt"
-        command = case.command if isinstance(case.command, tuple) else case.command()
-        watched = watch(command, log, bench.variables(command, case.variables), min(left, LONGEST_SECONDS))
+        command, environment = case.command, bench.variables(case.command, case.variables)
+        watched = watch(command, bench.log, environment, min(left, LONGEST_SECONDS))
         name = f"{len(results.content['runs']) + 1:04}_{case.part}_{case.tool}_{number}.txt"
         kept = bench.base / "logs" / name.replace(" ", "_").replace(",", "")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(log, kept)
+        shutil.copy(bench.log, kept)
         if watched.status is None and left < LONGEST_SECONDS:
             print(f"{case.key}: not finished in time, discarded")
             break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Row:
     tool: str
     values: dict[str, list[float]]
     command: str
+    measured: list[tuple[str, str]] = field(default_factory=list)
+    """When each run began, and of which commit it is."""
 
     def median(self, name: str) -> float:
         return statistics.median(self.values[name])
@@ -41,6 +43,12 @@ class Row:
     @property
     def ours(self) -> bool:
         return self.tool.startswith("Delineate")
+
+    def origin(self) -> str:
+        """The days of the runs, and Delineate's commits."""
+        days = _span([start[:10] for start, _ in self.measured])
+        commits = ", ".join(dict.fromkeys(commit for _, commit in self.measured))
+        return f"{days}, {commits}" if self.ours else days
 
     def text(self, name: str, form: str) -> str:
         """Median and range."""
@@ -86,9 +94,19 @@ COLUMNS = {
 """The columns of each part; the first is what it is about."""
 
 
+def current(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that count."""
+    return [run for run in results["runs"] if "superseded" not in run]
+
+
+def _span(texts: Sequence[str]) -> str:
+    least, most = min(texts), max(texts)
+    return least if least == most else f"{least} to {most}"
+
+
 def rows_of(results: dict[str, Any]) -> list[Row]:
     rows: dict[tuple[str, str, str], Row] = {}
-    for run in results["runs"]:
+    for run in current(results):
         numbers = {
             "seconds": run["seconds"],
             "minutes": run["seconds"] / 60,
@@ -98,6 +116,7 @@ def rows_of(results: dict[str, Any]) -> list[Row]:
         for what in run["what"]:
             key = (run["part"], what, run["tool"])
             row = rows.setdefault(key, Row(*key, {}, run["command"]))
+            row.measured.append((run["started"], run["commit"]))
             for name, number in numbers.items():
                 if isinstance(number, int | float) and not isinstance(number, bool):
                     row.values.setdefault(name, []).append(float(number))
@@ -141,7 +160,7 @@ def table(part: str, rows: Sequence[Row]) -> list[str]:
     first = columns[0]
     head = ["", "", *(column.title for column in columns)]
     relative = first.name in ("seconds", "steps_per_second")
-    head += ["Delineate's speed"] * relative + ["runs"]
+    head += ["Delineate's speed"] * relative + ["runs", "measured"]
     lines = [_line(head), _line(["---"] * len(head))]
     named = ""
     order = [row.what for row in rows]
@@ -151,7 +170,7 @@ def table(part: str, rows: Sequence[Row]) -> list[str]:
         cells += [row.text(column.name, column.form) for column in columns]
         if relative:
             cells.append(times(row, [r for r in rows if r.what == row.what], first))
-        lines.append(_line([*cells, str(len(row.values["seconds"]))]))
+        lines.append(_line([*cells, str(len(row.values["seconds"])), row.origin()]))
     return lines
 
 
@@ -169,18 +188,16 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def conditions(results: dict[str, Any]) -> list[str]:
-    machine, versions, runs = results["machine"], results["versions"], results["runs"]
-    days = sorted({run["started"][:10] for run in runs})
-    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    machine, versions, runs = results["machine"], results["versions"], current(results)
+    when = _span([run["started"][:10] for run in runs])
     others = max(run["others_percent"] for run in runs)
-    commits = sorted({run["commit"] for run in runs})
     about = f"{machine['cores']} cores ({machine['processor']}), {machine['memory, GiB']} GiB, {machine['system']}"
     return [
         "## Conditions",
         "",
         f"{about}; {when}. Programs other than those measured took at most {others:g} % of the cores' time during "
-        f"a run. Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}; Delineate at commit "
-        f"{', '.join(commits)}.",
+        f"a run. Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}. *Measured* names "
+        "the day and, for Delineate, the commit.",
     ]
 
 
