@@ -139,7 +139,7 @@ def test_the_last_four_cases_that_can_be_used_are_the_test_set(tmp_path) -> None
     recipe = load_recipe("liver_tumour_a")
     whole = recipe.data.open(tmp_path)
     usable = replace(whole, subjects=tuple(s for s in whole.subjects if s.id != "FZMC039"))
-    roles = assign_roles(usable.subjects, new_split(recipe, whole, usable), 0, recipe)
+    roles = assign_roles(usable.subjects, new_split(recipe.training, whole, usable), 0, recipe)
     assert [s.id for s in roles.training] == [f"FZMC{i:03}" for i in range(32, 37)]
     assert roles.validation == ()
     assert [s.id for s in roles.held_out] == ["FZMC037", "FZMC038", "FZMC040", "FZMC042"]

@@ -162,7 +162,7 @@ def test_48_scans_are_trained_on_and_6_and_6_held_back_evenly_over_centres(recip
         for i in range(20)
     ]
     dataset = Dataset("WMH", Path(), "wmh2017", tuple(subjects), targets_of(recipe), "MR")
-    roles = assign_roles(subjects, new_split(recipe, dataset, dataset), 0, recipe)
+    roles = assign_roles(subjects, new_split(recipe.training, dataset, dataset), 0, recipe)
     parts = [Counter(s.site for s in part) for part in (roles.training, roles.validation, roles.held_out)]
     assert [sorted(part.values()) for part in parts] == [[16, 16, 16], [2, 2, 2], [2, 2, 2]]
 

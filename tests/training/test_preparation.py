@@ -10,12 +10,12 @@ import pytest
 
 from delineate.core.grid import Grid
 from delineate.core.targets import Targets
-from delineate.core.volume import Volume
+from delineate.core.volume import LabelVolume, Volume
 from delineate.datasets.dataset import Dataset
 from delineate.datasets.inspection import Inspection
-from delineate.datasets.splits import Split
+from delineate.datasets.splits import Split, save_split
 from delineate.errors import BrokenSubjects
-from delineate.io.formats import write_volume
+from delineate.io.formats import write_label, write_volume
 from delineate.recipe import Recipe, apply_changes, recipe_from
 from delineate.training.options import Reporter, RunOptions
 from delineate.training.preparation import Derived, assign_roles, derived_recipe, inspected
@@ -63,6 +63,27 @@ def test_a_recipe_is_derived_from_scans_as_training_will_read_them(balls, tmp_pa
     chosen, alone = derived(lacking, "data.channels=[FLAIR]"), derived(balls)
     assert {row.channels for row in chosen.inspection.rows} == {("FLAIR",)}
     assert chosen.recipe.preprocessing == alone.recipe.preprocessing
+
+
+def test_subjects_that_are_held_out_decide_nothing(balls, tmp_path: Path, rng) -> None:
+    """They are the most, and of 1 or of 5 mm."""
+    held, others = balls.subjects[:4], balls.subjects[4:]
+    file = tmp_path / "split.json"
+    save_split(file, Split(tuple(tuple(s.id for s in part) for part in (held, others))))
+    scan, label = tmp_path / "scan.nii.gz", tmp_path / "label.nii.gz"
+    derived = {}
+    for fold in (0, None):
+        for spacing_mm in (1.0, 5.0):
+            grid = Grid.of_spacing((16, 16, 16), (spacing_mm,) * 3)
+            write_volume(scan, Volume(rng.random((1, *grid.shape), np.float32), grid))
+            write_label(label, LabelVolume(rng.integers(0, 2, grid.shape, np.uint8), grid))
+            moved = [replace(s, scans=dict.fromkeys(s.scans, scan), label=label) for s in held]
+            dataset = replace(balls, subjects=(*moved, *others))
+            options = RunOptions(device="cpu", fold=fold, split_file=file)
+            made = derived_recipe(dataset, options, Reporter(), ["training.steps=2"])
+            derived[fold, spacing_mm] = made.recipe.as_dict(), made.reasons
+    assert derived[0, 1.0] == derived[0, 5.0]
+    assert derived[None, 1.0] != derived[None, 5.0]
 
 
 @pytest.mark.parametrize(

@@ -642,7 +642,7 @@ def test_the_last_usable_subjects_are_the_test_set_of_a_recipe_that_says_so(reci
     values = recipe.as_dict()
     values["training"] |= {"folds": 1, "test_last": 2}
     usable = replace(balls, subjects=balls.subjects[:-1])
-    split = new_split(recipe_from(values), balls, usable)
+    split = new_split(recipe_from(values).training, balls, usable)
     roles = assign_roles(usable.subjects, split, 0, recipe_from(values))
     assert [s.id for s in roles.held_out] == [s.id for s in balls.subjects[-3:-1]]
     assert len(roles.training) + len(roles.validation) == 3

@@ -203,7 +203,7 @@ def auto(
 
     check(cancel)
     changed = [*budget_changes(minutes, steps, epochs), *as_texts(changes)]
-    options = RunOptions(leave_out_broken=leave_out_broken, device=device)
+    options = RunOptions(leave_out_broken=leave_out_broken, device=device, fold=None)
     dataset, report = _dataset(data, DataSpec.of_changes(changed)), reporter(progress, say, cancel)
     return derived_recipe(dataset, options, report, changed).recipe
 
@@ -283,7 +283,7 @@ def tiles(
         fold=fold, cache=None if cache is None else Path(cache), leave_out_broken=leave_out_broken, device="cpu"
     )
     dataset, targets, inspection = inspected(chosen, whole, None, options, report)
-    roles = assign_roles(dataset.subjects, new_split(chosen, whole, dataset), fold, chosen)
+    roles = assign_roles(dataset.subjects, new_split(chosen.training, whole, dataset), fold, chosen)
     plan = plan_compute(device="cpu", compile="off")
     bundle, prepared = prepared_bundle(chosen, dataset, targets, inspection, roles, options, plan, report)
     subjects = prepared.training if part == "training" else prepared.validation

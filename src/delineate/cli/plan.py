@@ -75,7 +75,9 @@ def plan(
         if recipe == "auto":
             dataset = DataSpec.of_changes(changes).open(data)
             reporter = Reporter(terminal.say, terminal.progress, status=terminal.status)
-            options = RunOptions(device=device, threads=threads, precision=precision, memory_gb=limit_gb)
+            options = RunOptions(
+                device=device, threads=threads, precision=precision, memory_gb=limit_gb, fold=fold, split_file=split
+            )
             named = derived_recipe(dataset, options, reporter, changes).recipe
         else:
             named = load_recipe(recipe, changes)
@@ -83,7 +85,7 @@ def plan(
         if elsewhere is not None:
             sizes = guess_training(named, data, elsewhere, limit_gb or elsewhere.memory_gb)
         else:
-            chosen = new_split(named, dataset, dataset) if split is None else load_split(split)
+            chosen = new_split(named.training, dataset, dataset) if split is None else load_split(split)
             check_split(chosen, dataset)
             target = plan_compute(device=device, threads=threads).device
             sizes = size_training(

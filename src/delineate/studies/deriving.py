@@ -72,7 +72,7 @@ class AutoRecipes:
         path = None if self.folder is None else self.folder / "auto" / f"{key}.yaml"
         if path is None or not path.exists():
             report = Reporter(progress=self.progress)
-            options = RunOptions(device=self.device)
+            options = RunOptions(device=self.device, fold=None)  # one recipe for all folds
             made = derived_recipe(dataset, options, report, changes, self.inspected.get(read))
             self.inspected[read] = made.inspection
             if path is None:

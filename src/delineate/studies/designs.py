@@ -102,7 +102,7 @@ def recipe_split(size: Size, dataset: Dataset, recipes: dict[str, Recipe]) -> It
         )
         split = next((split for same, split in known if same == decisive), None)
         if split is None:  # labels may have to be read
-            split = new_split(recipe, dataset, reached(recipe, dataset))
+            split = new_split(recipe.training, dataset, reached(recipe, dataset))
             known.append((decisive, split))
         yield from fixed_split(size, split, {arm: recipe})
 

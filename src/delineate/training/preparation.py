@@ -73,8 +73,8 @@ def derived_recipe(
     """The recipe derived from ``dataset`` and this machine, for the budget that ``changes`` name.
 
     Those to ``auto`` change what is derived, all others what comes of it; scans are read as those to ``data`` say. The
-    data set is inspected if no ``inspection`` is given. Raises :class:`BrokenSubjects` and :class:`MissingFile` as
-    training does.
+    data set is inspected if no ``inspection`` is given. Subjects that the split of ``options`` holds out decide
+    nothing. Raises :class:`BrokenSubjects`, :class:`MissingFile` and :class:`BadSplit` as training does.
     """
     auto, changes = AutoSpec.of_changes(changes)
     budget = TrainingSpec.of_changes(changes)
@@ -89,13 +89,14 @@ def derived_recipe(
     if inspection.broken and not options.leave_out_broken:
         raise BrokenSubjects(broken_message(inspection))
     _check_enough(len(sound), least=2)
+    seen = _seen(budget, dataset, inspection, options)
     plan = plan_compute(device=options.device, precision=options.precision, threads=options.threads)
     memory = available_memory_bytes()
     if plan.device.type == "cuda":
         memory = torch.cuda.get_device_properties(plan.device).total_memory
     if options.memory_gb is not None and options.memory_gb < math.inf:
         memory = min(memory, int(1e9 * options.memory_gb))
-    summary = summarise(sound, targets, dataset.modality)
+    summary = summarise([row for row in sound if row.subject in seen], targets, dataset.modality)
     found, reasons = derive_recipe(
         summary,
         targets,
@@ -119,6 +120,22 @@ def derived_recipe(
     return Derived(recipe, reasons, inspection)
 
 
+def _seen(spec: TrainingSpec, dataset: Dataset, inspection: Inspection, options: RunOptions) -> set[str]:
+    """The subjects that training may learn from: neither those of the held-out fold nor locked ones."""
+    usable = replace(dataset, subjects=tuple(s for s in dataset.subjects if s.id not in inspection.broken))
+    if options.split_file is not None and options.split_file.exists():
+        split = load_split(options.split_file)
+    else:
+        split = new_split(spec, dataset, usable)
+    seen = {subject.id for subject in usable.subjects}.intersection(split.training_of(options.fold))
+    if not seen:
+        raise BadSplit(
+            "no subject is left to train on: the split holds all of them out",
+            fix="use another --fold or --split, or more subjects",
+        )
+    return seen
+
+
 def auto_recipe(
     dataset: Dataset, folder: Path, options: RunOptions, report: Reporter, changes: Sequence[str] = ()
 ) -> tuple[Recipe, Inspection | None]:
@@ -130,7 +147,7 @@ def auto_recipe(
     if path.exists():
         _, own = AutoSpec.of_changes(changes)
         return load_recipe(path, own), None
-    derived = derived_recipe(dataset, options, report, changes)
+    derived = derived_recipe(dataset, replace(options, split_file=split_file(folder, options)), report, changes)
     with writing_beside(path) as temporary:
         temporary.write_text(to_yaml(derived.recipe.as_dict(), derived.reasons), encoding="utf-8")
     return derived.recipe, derived.inspection
@@ -444,7 +461,7 @@ def assign_roles(subjects: Sequence[Subject], split: Split, fold: int | None, re
         wanted = min(spec.subjects, max(1, len(pool) // 9))
         drawable = [s for s in subjects if s.id in pool and s.id not in split.always_train]
         drawn = set(drawn_over_sites(drawable, wanted, np.random.default_rng((recipe.training.seed, 4))))
-        chosen = drawn if drawn < pool else set()  # few patients of many scans each: training comes first
+        chosen = drawn if 3 * len(drawn) <= len(pool) else set()  # few patients of many scans: training comes first
     training = tuple(s for s in subjects if s.id in pool - chosen)
     if not training:
         raise BadSplit(
@@ -479,18 +496,17 @@ def split_for(recipe: Recipe, whole: Dataset, usable: Dataset, folder: Path, opt
     """The split of a run, made if there is none."""
     path = split_file(folder, options)
     if not path.exists():
-        split = new_split(recipe, whole, usable)
+        split = new_split(recipe.training, whole, usable)
         save_split(path, split)
         return split
     return load_or_make_split(path, whole)
 
 
-def new_split(recipe: Recipe, whole: Dataset, usable: Dataset) -> Split:
+def new_split(spec: TrainingSpec, whole: Dataset, usable: Dataset) -> Split:
     """The recipe's split: folds of the ``whole`` data set, which stay the same when a broken subject is fixed later.
 
     If the recipe tests on the last subjects, they are the last of the ``usable`` ones.
     """
-    spec = recipe.training
     subjects = usable.subjects if spec.test_last else whole.subjects
     patients = len({subject.patient for subject in subjects})
     if patients < 2:
