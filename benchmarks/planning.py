@@ -78,7 +78,7 @@ def row(case: Case, root: Path, threads: int, repetitions: int) -> str:
     """A line of the table: what was predicted and measured of a case, and how far the one is off."""
     recipe = load_recipe(case.recipe, case.changes)
     dataset = recipe.data.open(root / case.data)
-    split, minutes, gigabytes = new_split(recipe, dataset, dataset), list[list[float]](), list[list[float]]()
+    split, minutes, gigabytes = new_split(recipe.training, dataset, dataset), list[list[float]](), list[list[float]]()
     with tempfile.TemporaryDirectory() as folder:
         save_split(Path(folder) / "split.json", split)
         for _ in range(repetitions):

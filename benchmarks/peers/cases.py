@@ -110,6 +110,11 @@ class Bench:
 
     # ---- commands
 
+    def kept(self) -> dict[str, str]:
+        """Variables of a command that finds what an earlier one converted and compiled."""
+        folder = self.base / "kept"
+        return {"DELINEATE_HOME": str(folder / "home"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+
     def delineate(self, *words: object) -> tuple[str, ...]:
         return (sys.executable, "-m", "delineate", *map(str, words))
 
@@ -138,13 +143,13 @@ class Bench:
 
     # ---- what is made once
 
-    def do(self, what: str, *command: str) -> Path:
+    def do(self, what: str, *command: str, variables: Mapping[str, str] | None = None) -> Path:
         """Run a command that is not measured; returns its log."""
         log = self.base / "logs" / "made" / f"{what}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"making {what}", flush=True)
         with log.open("w", encoding="utf-8") as file:
-            environment = self.variables(command, {})
+            environment = self.variables(command, variables or {})
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
         if done.returncode:
             raise CaseFailed(f"{what}: {shlex.join(command)} ended with {done.returncode}; see {log}")
@@ -530,12 +535,13 @@ def prediction(bench: Bench, sets: Sequence[str]) -> Iterator[Case]:
             # nnU-Net first, whose labels the others' are compared with.
             cases += bench.of({"nnunet": theirs["nnunet"], **engines, "monai": theirs["monai"]})
         read = Agreement(bench, usual, count)
+        predicts, kept = bench.delineate("predict", own, scans, "-o", out), bench.kept()
+        bench.do(f"first prediction of {name}", *predicts, variables=kept)
         defaults += bench.of(
             {
-                "delineate": Case(
-                    *("prediction", usual, "Delineate"),
-                    bench.delineate("predict", own, scans, "-o", out),
-                    read.of("delineate"),
+                "delineate": Case("prediction", usual, "Delineate", predicts, read.of("delineate")),
+                "delineate again": Case(
+                    "prediction", usual, "Delineate, not for the first time", predicts, read.of("delineate"), kept
                 ),
                 "monai": Case(
                     *("prediction", usual, "MONAI"),

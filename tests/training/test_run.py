@@ -411,6 +411,22 @@ def test_the_same_folder_refuses_another_fold(whole, recipe, balls, tmp_path) ->
         run(recipe, balls, tmp_path / "run", fold=1)
 
 
+def test_a_run_whose_files_have_changed_says_so(whole, recipe, balls, tmp_path) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
+    first, *others = balls.subjects
+    label = tmp_path / "label.nii.gz"
+    read = read_label(first.label)
+    write_label(label, replace(read, voxels=np.flip(read.voxels, 0).copy()))
+    said = {}
+    for name, subject in (("as before", first), ("repaired", replace(first, label=label))):
+        report = Reporter()
+        dataset = replace(balls, subjects=(subject, *others))
+        run(recipe, dataset, tmp_path / "run", report, evaluate=False)
+        said[name] = [text for text in report.messages if "have changed since this run was started" in text]
+    assert said["as before"] == []
+    assert [text.split()[3] for text in said["repaired"]] == [first.id]
+
+
 def test_a_raised_budget_goes_on_validates_and_is_written_down(whole, recipe, balls, tmp_path) -> None:
     shutil.copytree(whole[0], tmp_path / "run")
     path = tmp_path / "run/recipe.yaml"
@@ -425,6 +441,19 @@ def test_a_raised_budget_goes_on_validates_and_is_written_down(whole, recipe, ba
     # A smaller one asks for nothing, and what was trained stays as it is said to be.
     assert run(recipe, balls, tmp_path / "run", evaluate=False).steps == 18
     assert load_recipe(path) == longer
+
+
+def test_a_raised_budget_cut_off_at_its_very_end_still_leaves_its_weights(whole, recipe, balls, tmp_path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": 18})})
+    run(longer, balls, folder, evaluate=False)
+    expected = Bundle.load(folder / "last").weights_sha256
+    shutil.rmtree(folder / "last")
+    shutil.copytree(whole[0] / "last", folder / "last")
+    assert run(longer, balls, folder, evaluate=False).steps == 18
+    assert Bundle.load(folder / "last").metadata["step"] == "18"
+    assert Bundle.load(folder / "last").weights_sha256 == expected
 
 
 def test_one_more_step_is_more(recipe, balls, tmp_path) -> None:

@@ -188,7 +188,7 @@ def _run(
             _write_recipe(folder, recipe)
             bundle, prepared = prepared_bundle(recipe, dataset, targets, inspection, roles, options, plan, report)
     subjects = subjects_of(dataset, inspection, roles, options)
-    _check_same_subjects(subjects, folder)
+    _check_same_subjects(subjects, folder, report)
     _compare_conditions(bundle, folder, report)
     sampler = Sampler(recipe.sampler, prepared.training, bundle.geometry, recipe.training.seed, prepared.at_a_time)
     source = BatchSource(sampler, recipe.augmentation, recipe.training.batch_size)
@@ -239,16 +239,24 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
         )
 
 
-def _check_same_subjects(subjects: RunSubjects, folder: Path) -> None:
-    """A resumed run must train on the subjects it was started with."""
+def _check_same_subjects(subjects: RunSubjects, folder: Path, report: Reporter) -> None:
+    """A resumed run must train on the subjects it was started with; says whose files are others now."""
     if not (folder / "bundle" / "bundle.json").exists():
         return
-    differing = subjects.differing(RunSubjects.load(folder) or Bundle.load(folder / "bundle").provenance)
+    before = RunSubjects.load(folder)
+    differing = subjects.differing(before or Bundle.load(folder / "bundle").provenance)
     if differing:
         raise RecipeError(
             f"'{folder}' holds a run on other subjects (they differ in {', '.join(differing)})",
             fix="use another --out, or resume it with the --fold, --split and data it was started with",
         )
+    if before is not None and (changed := subjects.changed(before)):
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        message = (
+            f"the files of {', '.join(changed[:5])}{more} have changed since this run was started: what it learnt and "
+            "measured before is of the former ones; train into another --out to use these alone"
+        )
+        report.event(Warned(message=message))
 
 
 def _compare_conditions(bundle: Bundle, folder: Path, report: Reporter) -> None:
@@ -311,7 +319,7 @@ def _fit(
     spec, state = bundle.recipe.training, folder / "last" / "state.safetensors"
     budget, resumed_from = Budget.of(spec, planned.steps_an_epoch), steps_done(state)
     ended = is_whole(folder / "last")
-    if ended and (_ended_with(spec, folder / "last") or not _has_more(budget, state)):
+    if ended and (_ended_with(spec, folder / "last") or not _has_more(budget, state, folder / "last")):
         report(f"training is already complete, after {resumed_from} steps")
         return resumed_from, None
     if first:
@@ -446,9 +454,11 @@ def _ended_with(spec: TrainingSpec, last: Path) -> bool:
     return all(getattr(before, name) == getattr(spec, name) for name in _BUDGET)
 
 
-def _has_more(budget: Budget, state: Path) -> bool:
-    """Whether the budget has been raised beyond what the finished training spent."""
+def _has_more(budget: Budget, state: Path, last: Path) -> bool:
+    """Whether the budget has been raised beyond what the finished training spent, or its new weights are not there."""
     saved = SafeCheckpointIO().load_checkpoint(state)
+    if Bundle.load(last).metadata.get("step") != str(saved["global_step"]):
+        return True  # it had been raised before, and was cut off between the last step and its weights
     spent = replace(budget, spent_seconds=float(saved["spent_seconds"]))
     return spent.progress(int(saved["global_step"])) < 1
 

@@ -38,6 +38,12 @@ class RunSubjects(Document):
             if getattr(before, role) != (getattr(self, role) if named else hidden(getattr(self, role)))
         ]
 
+    def changed(self, before: RunSubjects) -> list[str]:
+        """Subjects in a role whose files are others than ``before``."""
+        known = before.file_hashes
+        used = (*self.training, *self.validation, *self.held_out)
+        return sorted(name for name in used if name in known and self.file_hashes.get(name) != known[name])
+
     def save(self, folder: Path) -> None:
         """Write it to a run folder."""
         self.write(folder / _FILE)
