@@ -106,7 +106,8 @@ def machine_rates(plan: ComputePlan, quick: bool) -> dict[str, tuple[Callable[[]
     """The best the machine can do: name → (work, GFLOP)."""
     n, sides = (256, (8, 8, 8)) if quick else (2048, SIDES)
     a, b = (torch.randn(n, n).to(plan.dtype) for _ in range(2))
-    convolution = nn.Conv3d(32, 32, 3, padding=1, bias=False).to(memory_format=torch.channels_last_3d).to(plan.dtype)
+    convolution = nn.Conv3d(32, 32, 3, padding=1, bias=False, dtype=plan.dtype)
+    convolution.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     x = torch.randn(2, 32, *sides).to(plan.dtype).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
     gflop = 2 * 27 * 32 * 32 * x[:, 0].numel() / 1e9
 
@@ -296,7 +297,7 @@ def bench_predict(quick: bool) -> list[Row]:
 
     steps = [{"kind": "reorient"}, {"kind": "clip_percentiles"}, {"kind": "normalise"}]
     thick = [steps[0], {"kind": "resample", "spacing_mm": [1.0, 1.0, None]}, *steps[1:]]
-    kinds = {
+    kinds: dict[str, tuple[dict[str, Any], TileGeometry, tuple[int, int, int], tuple[float, float, float]]] = {
         "3D patches, 128×128×96 at 1 mm": (
             {
                 "preprocessing": steps,
@@ -322,7 +323,7 @@ def bench_predict(quick: bool) -> list[Row]:
     for name, (values, geometry, shape, spacing) in kinds.items():
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
-            shape = tuple(n // 4 for n in shape) if quick else shape
+            shape = (shape[0] // 4, shape[1] // 4, shape[2] // 4) if quick else shape
             for i in range(2 if quick else 12):
                 voxels = rng.integers(0, 800, (1, *shape), dtype=np.int16)
                 write_volume(root / f"scans/s{i}.nii.gz", Volume(voxels, Grid.of_spacing(shape, spacing)))

@@ -33,7 +33,7 @@ def make(folder: Path, peer: str) -> None:
     packages = next(environment.glob("lib/python*/site-packages"))
     link_torch(packages)
     # PEER.txt names all dependencies but torchvision, whose build in the index cannot be imported beside a CPU's torch.
-    install = [python_of(folder, peer), "-m", "pip", "install", "--quiet", "--no-deps", "--no-cache-dir"]
+    install = [str(python_of(folder, peer)), "-m", "pip", "install", "--quiet", "--no-deps", "--no-cache-dir"]
     subprocess.run([*install, "-r", wanted], check=True)
     # nnU-Net imports its transformers, which need torchvision, whenever it looks for a trainer by name.
     shutil.rmtree(packages / "nnunetv2/training/nnUNetTrainer/primus", ignore_errors=True)

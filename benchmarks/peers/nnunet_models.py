@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Model:
     trainer: str = "nnUNetTrainer_5epochs"
     folds: tuple[int, ...] = (0,)
     plans: dict[str, object] = field(default_factory=dict)
-    configurations: dict[str, dict[str, object]] = field(default_factory=dict)
+    configurations: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     widths: tuple[int, int, int] = (8, 12, 16)
     scans_to_predict: int = 2
 

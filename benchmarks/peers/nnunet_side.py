@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import sys
 import time
@@ -27,9 +28,9 @@ CONFIGURATION = "3d_fullres"
 
 class Timed(nnUNetTrainer):
     steps: int | None = None
-    until: float | None = None
+    until: float = math.inf
 
-    def prepare_to_count(self, steps: int | None, until: float | None) -> None:
+    def prepare_to_count(self, steps: int | None, until: float) -> None:
         self.steps, self.until = steps, until
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 25, 5
         self.started, self.ended = time.time(), []
@@ -77,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("number", type=int)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--until", type=float)
+    parser.add_argument("--until", type=float, default=math.inf)
     parser.add_argument("--patch", type=int, nargs=3, help="train on smaller patches than those of the plans")
     parser.add_argument("--batch", type=int)
     options = parser.parse_args()

@@ -165,7 +165,7 @@ def versions(bench: Bench) -> dict[str, str]:
     asked = {"nnunet": "nnunetv2", "monai": "monai"}
     for peer in ("nnunet", *(peer for peer in bench.peers if peer != "nnunet")):
         code = f"from importlib.metadata import version; print(version({asked[peer]!r}))"
-        command = [python_of(bench.environments, peer), "-c", code]
+        command = [str(python_of(bench.environments, peer)), "-c", code]
         found[asked[peer]] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return {"Python": platform.python_version(), **found}
 
