@@ -143,6 +143,11 @@ class Bench:
 
     # ---- what is made once
 
+    def empty_scratch(self) -> None:
+        """What one command writes there, the next may refuse to overwrite."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
+
     def do(self, what: str, *command: str, variables: Mapping[str, str] | None = None) -> Path:
         """Run a command that is not measured; returns its log."""
         log = self.base / "logs" / "made" / f"{what}.log"
@@ -414,7 +419,7 @@ def overhead(bench: Bench, name: str, recipe: str) -> float:
     """Minutes of a training besides ``--minutes``: starting up, preparation, writing. A very short one tells."""
     file = bench.base / "overhead" / f"{name}_{recipe}.json"
     if not file.exists():
-        shutil.rmtree(bench.scratch, ignore_errors=True)
+        bench.empty_scratch()
         raw, run, cache = bench.raw(name), bench.scratch / "run", bench.scratch / "cache"
         words = ("train", recipe, "--data", raw, "--fold", 0, "--split", raw / "split.json", "--minutes", 0.05)
         started = time.perf_counter()
@@ -536,6 +541,7 @@ def prediction(bench: Bench, sets: Sequence[str]) -> Iterator[Case]:
             cases += bench.of({"nnunet": theirs["nnunet"], **engines, "monai": theirs["monai"]})
         read = Agreement(bench, usual, count)
         predicts, kept = bench.delineate("predict", own, scans, "-o", out), bench.kept()
+        bench.empty_scratch()
         bench.do(f"first prediction of {name}", *predicts, variables=kept)
         defaults += bench.of(
             {

@@ -202,8 +202,7 @@ def measure(bench: Bench, results: Results, cases: dict[str, list[Case]], rounds
         if left < 1:
             print("time is up; the same command makes the runs that are missing")
             break
-        shutil.rmtree(bench.scratch, ignore_errors=True)
-        bench.scratch.mkdir(parents=True)
+        bench.empty_scratch()
         started = datetime.now(UTC).isoformat(timespec="seconds")
         command, environment = case.command, bench.variables(case.command, case.variables)
         watched = watch(command, bench.log, environment, min(left, LONGEST_SECONDS))
