@@ -1,18 +1,21 @@
-"""Curves of a training: CSV files that a resumed run continues, and events for TensorBoard."""
+"""Curves of a training: CSV files that a resumed run continues, events for TensorBoard, and a run in MLflow."""
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 import platform
+import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from delineate.errors import RecipeError
 from delineate.io.files import appending, writing_beside
 
 TRAINING_CURVE, VALIDATION_LOSS_CURVE, VALIDATION_CURVE = "training.csv", "validation_loss.csv", "validation.csv"
@@ -98,6 +101,94 @@ class EventLogger(_RunLogger):
             writer = RecordWriter(file)
             for record in records:
                 writer.write(record)
+
+
+class MlflowLogger(_RunLogger):
+    """The same numbers as a run of MLflow's experiment ``experiment``, sent every ten seconds.
+
+    A server that stops answering must not end a training of days: ``warn`` is told once, the numbers wait, and each ten
+    minutes and at the end they are sent again.
+    """
+
+    def __init__(self, address: str, experiment: str, warn: Callable[[str], None]) -> None:
+        super().__init__()
+        self._address, self._experiment, self._warn = address, experiment, warn
+        self._client: Any = None
+        self._run = ""
+        self._waiting: list[tuple[str, float, int, int]] = []  # name, value, milliseconds since 1970, step
+        self._next = time.monotonic()
+        self._warned = False
+
+    @property
+    def name(self) -> str:
+        return "mlflow"
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        now = round(1000 * time.time())
+        # Targets may have names that MLflow refuses.
+        named = ((re.sub(r"[^A-Za-z0-9_/.\- ]", "_", name), value) for name, value in metrics.items())
+        self._waiting += [(name, float(value), now, step or 0) for name, value in named]
+        if time.monotonic() >= self._next:
+            self._send()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self._send("FINISHED" if status == "success" else "FAILED")
+
+    def _send(self, ended: str | None = None) -> None:
+        try:
+            self._sent(ended)
+        except Exception as error:  # whatever a foreign client raises, the training goes on
+            self._next = time.monotonic() + 600
+            if not self._warned:
+                self._warned = True
+                self._warn(f"{_of_mlflow(self._address, error)}; the training goes on, and its numbers are kept for it")
+        else:
+            self._next = time.monotonic() + 10
+
+    def _sent(self, ended: str | None) -> None:
+        from mlflow.entities import Metric
+
+        if self._client is None:
+            client = _mlflow_client(self._address)
+            known = client.get_experiment_by_name(self._experiment)
+            number = client.create_experiment(self._experiment) if known is None else known.experiment_id
+            self._run = client.create_run(number).info.run_id
+            self._client = client
+        while self._waiting:
+            self._client.log_batch(self._run, [Metric(*number) for number in self._waiting[:1000]])
+            del self._waiting[:1000]
+        if ended is not None:
+            self._client.set_terminated(self._run, ended)
+
+
+def check_mlflow(address: str) -> None:
+    """Raise :class:`RecipeError` unless an MLflow server, or a database of MLflow's, answers at ``address``."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        _mlflow_client(address).search_experiments(max_results=1)
+    except MlflowException as error:
+        raise RecipeError(
+            _of_mlflow(address, error), fix="give the address of a server that runs, or leave out --mlflow"
+        ) from error
+
+
+def _mlflow_client(address: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would tell its makers of its use
+    # Its own patience is minutes for each request, during which no step is trained.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(address)
+
+
+def _of_mlflow(address: str, error: Exception) -> str:
+    [reason, *_] = str(error).strip().splitlines() or [type(error).__name__]
+    text = f"MLflow at '{address}' does not answer: {reason.rpartition('Caused by ')[2][:200]}"
+    return re.sub(r"//[^/@\s]*@", "//", text)  # messages are kept, passwords are not
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> bytes:

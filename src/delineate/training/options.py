@@ -66,8 +66,12 @@ class RunOptions:
 def check_possible(options: RunOptions) -> None:
     """Raise :class:`RecipeError` if this machine lacks what the options need, before any work begins."""
     check_device(options.device, options.devices)
-    if options.mlflow is not None and find_spec("mlflow") is None:
-        raise RecipeError("logging needs the mlflow package", fix="pip install 'delineate[mlflow]'")
+    if options.mlflow is not None:
+        if find_spec("mlflow") is None:
+            raise RecipeError("logging needs the mlflow package", fix="pip install 'delineate[mlflow]'")
+        from delineate.training.logs import check_mlflow
+
+        check_mlflow(options.mlflow)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -79,7 +78,7 @@ from delineate.training.events import (
 )
 from delineate.training.fitting import fitted, fitted_before
 from delineate.training.lock import holding, launching, stop_file
-from delineate.training.logs import CurveLogger, EventLogger
+from delineate.training.logs import CurveLogger, EventLogger, MlflowLogger
 from delineate.training.module import BatchStream, Budget, Delineator
 from delineate.training.options import Reporter, RunOptions, Stop
 from delineate.training.preparation import (
@@ -351,7 +350,7 @@ def _fit(
         unchanged = AugmentationSpec(spatial=None, intensity=None)
         unvaried = BatchSource(of_validation, unchanged, spec.batch_size)
         callbacks.append(ValidationLoss(unvaried, spec.validation.loss_every))
-    trainer = _trainer(spec, budget, plan, folder, options, callbacks, resumed_from)
+    trainer = _trainer(spec, budget, plan, folder, options, callbacks, resumed_from, report)
     if first:
         # Lightning may have read another rank from what a launcher left in the environment.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
@@ -402,6 +401,7 @@ def _trainer(
     options: RunOptions,
     callbacks: list[lightning.Callback],
     resumed_from: int,
+    report: Reporter,
 ) -> lightning.Trainer:
     # The plan already reports devices and precision.
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -412,13 +412,7 @@ def _trainer(
         EventLogger(logs / "tensorboard"),
     ]
     if options.mlflow is not None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would tell its makers of its use
-        from lightning.pytorch.loggers import MLFlowLogger
-
-        try:
-            loggers.append(MLFlowLogger(experiment_name=folder.name, tracking_uri=options.mlflow))
-        except ModuleNotFoundError as error:
-            raise RecipeError("logging needs the mlflow package", fix="pip install 'delineate[mlflow]'") from error
+        loggers.append(MlflowLogger(options.mlflow, folder.name, lambda message: report.event(Warned(message=message))))
     precision = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[plan.precision]
     accelerator = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}[plan.device.type]
     devices: int | list[int] = options.devices
