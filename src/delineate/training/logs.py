@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import platform
 import re
 import time
@@ -15,8 +14,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from delineate.errors import RecipeError
 from delineate.io.files import appending, writing_beside
+from delineate.training.mlflow_server import mlflow_client, no_answer
 
 TRAINING_CURVE, VALIDATION_LOSS_CURVE, VALIDATION_CURVE = "training.csv", "validation_loss.csv", "validation.csv"
 EPOCH_CURVE = "epochs.csv"
@@ -143,7 +142,7 @@ class MlflowLogger(_RunLogger):
             self._next = time.monotonic() + 600
             if not self._warned:
                 self._warned = True
-                self._warn(f"{_of_mlflow(self._address, error)}; the training goes on, and its numbers are kept for it")
+                self._warn(f"{no_answer(self._address, error)}; the training goes on, and its numbers are kept for it")
         else:
             self._next = time.monotonic() + 10
 
@@ -151,7 +150,7 @@ class MlflowLogger(_RunLogger):
         from mlflow.entities import Metric
 
         if self._client is None:
-            client = _mlflow_client(self._address)
+            client = mlflow_client(self._address)
             known = client.get_experiment_by_name(self._experiment)
             number = client.create_experiment(self._experiment) if known is None else known.experiment_id
             self._run = client.create_run(number).info.run_id
@@ -161,34 +160,6 @@ class MlflowLogger(_RunLogger):
             del self._waiting[:1000]
         if ended is not None:
             self._client.set_terminated(self._run, ended)
-
-
-def check_mlflow(address: str) -> None:
-    """Raise :class:`RecipeError` unless an MLflow server, or a database of MLflow's, answers at ``address``."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        _mlflow_client(address).search_experiments(max_results=1)
-    except MlflowException as error:
-        raise RecipeError(
-            _of_mlflow(address, error), fix="give the address of a server that runs, or leave out --mlflow"
-        ) from error
-
-
-def _mlflow_client(address: str) -> Any:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would tell its makers of its use
-    # Its own patience is minutes for each request, during which no step is trained.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(address)
-
-
-def _of_mlflow(address: str, error: Exception) -> str:
-    [reason, *_] = str(error).strip().splitlines() or [type(error).__name__]
-    text = f"MLflow at '{address}' does not answer: {reason.rpartition('Caused by ')[2][:200]}"
-    return re.sub(r"//[^/@\s]*@", "//", text)  # messages are kept, passwords are not
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> bytes:

@@ -69,7 +69,7 @@ def check_possible(options: RunOptions) -> None:
     if options.mlflow is not None:
         if find_spec("mlflow") is None:
             raise RecipeError("logging needs the mlflow package", fix="pip install 'delineate[mlflow]'")
-        from delineate.training.logs import check_mlflow
+        from delineate.training.mlflow_server import check_mlflow
 
         check_mlflow(options.mlflow)
 
