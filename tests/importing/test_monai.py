@@ -407,6 +407,9 @@ LARGEST = {"_target_": "KeepLargestConnectedComponentd", "keys": "pred"}
         (instead(4, "CropForegroundd", source_key="image", margin=3), "margin without allow_smaller"),
         (instead(4, "ScaleIntensityRangePercentilesd", lower=1, upper=99, b_min=0, b_max=1), "clip: false"),
         (instead(0, "Orientationd", axcodes="RAS"), "begins with Orientationd"),
+        (instead(4, "CastToTyped", dtype="$torch.uint8"), r"CastToTyped .* rounds voxels to uint8"),
+        (transform(4, dtype="$np.int16"), r"rounds voxels to int16"),
+        (transform(0, dtype="int"), r"LoadImaged .* rounds voxels to int"),
         (without("preprocessing"), "neither preprocessing nor dataset::transform"),
         (
             lambda entries: entries["preprocessing"].update(transforms=[]),
@@ -436,6 +439,18 @@ def test_what_a_bundle_cannot_hold_is_refused_by_name(edit, said, model, tmp_pat
         import_model(model, tmp_path / "bundle")
     assert refused.value.fix
     assert not (tmp_path / "bundle").exists()
+
+
+def test_only_the_type_of_the_scans_voxels_matters(model, tmp_path) -> None:
+    """A label beside the scan may be of whole numbers."""
+
+    def cast(entries: dict[str, Any]) -> None:
+        types = {"keys": ["image", "label"], "dtype": ["$torch.float32", "$torch.uint8"]}
+        entries["preprocessing"]["transforms"].append({"_target_": "CastToTyped", **types})
+
+    changed(model / "configs/inference.json", cast)
+    import_model(model, tmp_path / "bundle")
+    assert Bundle.load(tmp_path / "bundle").channels
 
 
 def test_an_entry_that_only_an_expression_gives_can_be_set(model, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,15 @@ class Component:
         """What the component works on."""
         found = self.config.value(self.arguments.get("keys", []), f"{self.place}::keys")
         return [str(one) for one in (found if isinstance(found, list) else [found])]
+
+    def dtypes(self, key: str) -> list[str]:
+        """The types that ``dtype`` may give ``key``, by name; read as text, for no expression is evaluated."""
+        given = self.arguments.get("dtype")
+        if isinstance(given, str) and given.startswith("@"):
+            given = self.config.value(given, f"{self.place}::dtype")
+        names = re.findall(r"\b[a-z]+\d*\b(?!\.)", str(given)[:1000])
+        keys = self.keys
+        return [names[keys.index(key)]] if key in keys and len(names) == len(keys) else names
 
 
 class Config:

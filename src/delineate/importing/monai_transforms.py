@@ -148,6 +148,8 @@ _PLAIN = (
     *("ToDevice", "Identity", "SimulateDelay", "SaveImage"),
 )
 
+_WHOLE_NUMBERS = re.compile(r"u?int\d*|bool\d*|long|short|byte|char")
+
 
 def _base_name(component: Component) -> str:
     """The transform's name, without what marks it as one of dictionaries."""
@@ -175,7 +177,15 @@ def preprocessing(config: Config, channels: int, after: After) -> Iterator[Step]
             if name != "LoadImage":
                 raise CannotImport(f"the preprocessing begins with {printable(component.name)}", fix="add LoadImaged")
             key = component.keys[0] if component.keys else "image"
-        if name in _PLAIN or (component.keys and key not in component.keys):
+        if component.keys and key not in component.keys:
+            continue
+        if whole := [one for one in component.dtypes(key) if _WHOLE_NUMBERS.fullmatch(one)]:
+            place = printable(component.place)
+            raise CannotImport(
+                f"{printable(component.name)} ({place}) rounds voxels to {whole[0]}, which is not known",
+                fix=f"if they are whole numbers anyway: --entry '{place}::dtype=torch.float32'",
+            )
+        if name in _PLAIN:
             continue
         if name not in known:
             raise unknown("preprocessing", f"{component.name} ({component.place})")

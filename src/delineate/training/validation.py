@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from delineate.bundle import Bundle
 from delineate.compute import ComputePlan
 from delineate.core.targets import IGNORED
 from delineate.errors import BundleError, TrainingError
-from delineate.inference.sliding import Sliding
+from delineate.inference.sliding import Scores, Sliding
 from delineate.preprocessing.cache import PreparedSubject
 
 
@@ -43,7 +43,7 @@ def validate(
         image = np.asarray(subject.image, dtype=np.float32)
         shape = (image.shape[1], image.shape[2], image.shape[3])
         try:
-            probability = sliding.probabilities(network, image, bundle.geometry_of(shape))
+            found = sliding.scores(network, image, bundle.geometry_of(shape))
         except BundleError as error:
             raise TrainingError(
                 "training has diverged: the network's output is not finite at validation",
@@ -51,11 +51,12 @@ def validate(
             ) from error
         reference = np.asarray(subject.target)
         known = reference[0] != IGNORED
+        pairs: Iterable[tuple[np.ndarray, np.ndarray]]
         if targets.exclusive:
-            winner = probability.argmax(0)
-            pairs = [(winner == k, reference[0] == k) for k in range(1, targets.outputs)]
+            winner = _winner(found)
+            pairs = ((winner == k, reference[0] == k) for k in range(1, targets.outputs))
         else:
-            pairs = [(p > 0.5, r == 1) for p, r in zip(probability, reference, strict=True)]
+            pairs = ((p > 0.5, r == 1) for p, r in zip(found, reference, strict=True))
         voxel_ml = subject.grid.voxel_ml
         scores.append({name: _score(p & known, r, voxel_ml) for name, (p, r) in zip(targets.names, pairs, strict=True)})
     network.train(was_training)
@@ -85,6 +86,17 @@ def summary(scores: Sequence[dict[str, Score]], metric: str) -> Means:
     error_ml = {name: math.fsum(s[name].error_ml for s in scores) / len(scores) for name in names}
     score = math.nan if not judged else fmean(judged) if metric == "dice" else min(judged)
     return Means(fmean(means.values()), means, error_ml, score)
+
+
+def _winner(found: Scores) -> np.ndarray:
+    """The class with the highest probability in each voxel, the first of equals; one class in memory at a time."""
+    highest = found[0]
+    winner = np.zeros(highest.shape, np.uint8)
+    for k in range(1, len(found)):
+        probability = found[k]
+        winner[probability > highest] = k
+        highest = np.maximum(highest, probability)
+    return winner
 
 
 def _score(prediction: np.ndarray, reference: np.ndarray, voxel_ml: float) -> Score:
