@@ -34,5 +34,6 @@ def mlflow_client(address: str) -> Any:
 def no_answer(address: str, error: Exception) -> str:
     """What went wrong at ``address``, in one line and without a password of the address."""
     [reason, *_] = str(error).strip().splitlines() or [type(error).__name__]
-    text = f"MLflow at '{address}' does not answer: {reason.rpartition('Caused by ')[2][:200]}"
-    return re.sub(r"//[^/@\s]*@", "//", text)  # messages are kept, passwords are not
+    # Messages are kept, passwords are not; removed before the text is cut, which could cut their end off.
+    address, reason = (re.sub(r"//[^/@\s]*@", "//", text) for text in (address, reason))
+    return f"MLflow at '{address}' does not answer: {reason.rpartition('Caused by ')[2][:200]}"

@@ -89,7 +89,7 @@ def summary(scores: Sequence[dict[str, Score]], metric: str) -> Means:
 
 
 def _winner(found: Scores) -> np.ndarray:
-    """The class with the highest probability in each voxel, the first of equals; one class in memory at a time."""
+    """The class with the highest probability in each voxel, the first of equals; classes are read one by one."""
     highest = found[0]
     winner = np.zeros(highest.shape, np.uint8)
     for k in range(1, len(found)):
