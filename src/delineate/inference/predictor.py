@@ -234,8 +234,8 @@ class Predictor:
         """The label on the scan's grid, one class at a time so that memory stays small."""
         exclusive, names = self.targets.exclusive, self.targets.names
         first = 1 if exclusive else 0  # the targets' first class
-        everyone = _Winners(self.targets, grid)
-        each = [_Winners(self.targets, grid) for _ in variants] if len(variants) > 1 else []
+        everyone = Winners(self.targets, grid)
+        each = [Winners(self.targets, grid) for _ in variants] if len(variants) > 1 else []
         kept = empty_channels(len(names), grid.shape, np.float16) if self._keep else None
         link, links = self._link(), [self._link() for _ in each]
         if self._logits and exclusive:  # a class's probability depends on the logits of all
@@ -323,18 +323,18 @@ def _mean(
     return total if count == 1 else total / np.float32(count)
 
 
-class _Winners:
+class Winners:
     """Which target each voxel belongs to, found class by class; a label as targets encode it."""
 
     def __init__(self, targets: Targets, grid: Grid) -> None:
         self.targets = targets
         self.encoded = empty_channels(1 if targets.exclusive else len(targets.names), grid.shape, np.uint8)
         """The label (T, X, Y, Z), as :meth:`Targets.encode` gives it."""
-        self._best: NDArray[np.float32] | None = None
+        self._best: NDArray[np.floating] | None = None
         self._sums: list[float] = []
         self._within: list[float] = []
 
-    def add(self, probability: NDArray[np.float32]) -> None:
+    def add(self, probability: NDArray[np.floating]) -> None:
         """Add the next class's probability (X, Y, Z); background comes first if targets are exclusive."""
         k = len(self._sums)
         self._sums.append(float(probability.sum(dtype=np.float64)))
@@ -361,7 +361,7 @@ class _Winners:
             yield expected_dice(*found)
 
 
-def _sums_by_value(values: NDArray[np.uint8], weights: NDArray[np.float32], count: int) -> list[float]:
+def _sums_by_value(values: NDArray[np.uint8], weights: NDArray[np.floating], count: int) -> list[float]:
     """The sum of the weights (X, Y, Z) of the voxels that have each value below ``count``."""
     sums = np.zeros(count)
     for z in range(values.shape[2]):  # `bincount` makes copies of eight bytes a voxel

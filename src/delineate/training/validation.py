@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
@@ -15,7 +15,8 @@ from delineate.bundle import Bundle
 from delineate.compute import ComputePlan
 from delineate.core.targets import IGNORED
 from delineate.errors import BundleError, TrainingError
-from delineate.inference.sliding import Scores, Sliding
+from delineate.inference.predictor import Winners
+from delineate.inference.sliding import Sliding
 from delineate.preprocessing.cache import PreparedSubject
 
 
@@ -51,12 +52,13 @@ def validate(
             ) from error
         reference = np.asarray(subject.target)
         known = reference[0] != IGNORED
-        pairs: Iterable[tuple[np.ndarray, np.ndarray]]
+        winners = Winners(targets, subject.grid)
+        for probability in found:
+            winners.add(probability)
         if targets.exclusive:
-            winner = _winner(found)
-            pairs = ((winner == k, reference[0] == k) for k in range(1, targets.outputs))
+            pairs = ((winners.encoded[0] == k, reference[0] == k) for k in range(1, targets.outputs))
         else:
-            pairs = ((p > 0.5, r == 1) for p, r in zip(found, reference, strict=True))
+            pairs = ((p == 1, r == 1) for p, r in zip(winners.encoded, reference, strict=True))
         voxel_ml = subject.grid.voxel_ml
         scores.append({name: _score(p & known, r, voxel_ml) for name, (p, r) in zip(targets.names, pairs, strict=True)})
     network.train(was_training)
@@ -86,17 +88,6 @@ def summary(scores: Sequence[dict[str, Score]], metric: str) -> Means:
     error_ml = {name: math.fsum(s[name].error_ml for s in scores) / len(scores) for name in names}
     score = math.nan if not judged else fmean(judged) if metric == "dice" else min(judged)
     return Means(fmean(means.values()), means, error_ml, score)
-
-
-def _winner(found: Scores) -> np.ndarray:
-    """The class with the highest probability in each voxel, the first of equals; classes are read one by one."""
-    highest = found[0]
-    winner = np.zeros(highest.shape, np.uint8)
-    for k in range(1, len(found)):
-        probability = found[k]
-        winner[probability > highest] = k
-        highest = np.maximum(highest, probability)
-    return winner
 
 
 def _score(prediction: np.ndarray, reference: np.ndarray, voxel_ml: float) -> Score:
